@@ -1,0 +1,49 @@
+# make demo    from nothing to a served one-step image, on a laptop
+# make test    lint, types, import contracts, tests
+# make env     the environment alone;   make lint, make soak, make bench, make lock: see README.md
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Keeps glibc from giving large temporaries back to the system at every step: 3 to 10 times faster on CPUs.
+FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
+
+.PHONY: demo test env lint soak bench lock clean
+.DEFAULT_GOAL := test
+
+demo: $(STAMP)
+	@$(FAST_MALLOC) $(BIN)/python -m pipelines.demo
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev]"
+	@touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(FAST_MALLOC) $(BIN)/python -m pytest -m "not soak"
+
+soak: $(STAMP)
+	$(FAST_MALLOC) $(BIN)/python -m pytest -m soak --timeout 3600
+
+bench: $(STAMP)
+	@mkdir -p build/bench
+	@set -e; for script in tests/benchmarks/*.py; do \
+	    name=$$(basename $$script .py); echo "== $$name"; \
+	    $(FAST_MALLOC) $(BIN)/python $$script --json build/bench/$$name.json; \
+	done
+
+# Resolves everything afresh and writes exact public versions.
+lock: $(STAMP)
+	$(BIN)/python .ci/lock.py constraints.txt
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,66 @@
+"""The VAE at both ends: loading it, images -> moments, latents -> images."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from meanflow_core.latents import LatentNormalization
+
+
+def load_autoencoder(id_or_folder: str) -> AutoencoderKL:
+    """Loads an AutoencoderKL in float32 by its hub id ("stabilityai/sd-vae-ft-mse") or from a local folder.
+
+    Raises ValueError where there is none, saying what was looked for.
+    """
+    folder = Path(id_or_folder)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"no config.json in {folder}; an autoencoder is a folder that AutoencoderKL.save_pretrained wrote"
+        )
+    try:
+        vae = AutoencoderKL.from_pretrained(id_or_folder, torch_dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load an autoencoder from {id_or_folder!r}, as folder or hub id: {reason}") from error
+    return vae.eval().requires_grad_(False)
+
+
+def weight_hash(module: torch.nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of a module's state: the same weights, the same hash, on any device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes() if values.dim() else values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def to_float_images(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]: x / 127.5 - 1, as all latent ImageNet pipelines do."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be uint8 of shape (B, H, W, 3), but got {images.dtype} {tuple(images.shape)}")
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+
+
+def to_uint8_images(images: torch.Tensor) -> torch.Tensor:
+    """float (B, 3, H, W), nominally in [-1, 1] -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated.
+
+    Source: DiT, SiT and the authors' MeanFlow code; other rules shift every pixel by up to half a level.
+    """
+    return images.float().mul(127.5).add(128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Images uint8 (B, 8H, 8W, 3) on the VAE's device -> moments float32 (B, 2C, H, W): mean, standard deviation."""
+    posterior = vae.encode(to_float_images(images).to(vae.dtype)).latent_dist
+    return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3)."""
+    raw = LatentNormalization.from_vae_config(vae.config).denormalize(latents.float())
+    return to_uint8_images(vae.decode(raw.to(vae.dtype)).sample)

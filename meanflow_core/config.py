@@ -1,0 +1,198 @@
+"""What a training run is: frozen dataclasses, checked when they are made. Standard library only.
+
+Every field is a number or a name that a paper's table gives; nothing here says where data lie or on what it runs.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The size of a DiT (Peebles and Xie 2023, Table 1). The latent's shape and the classes come with the data."""
+
+    patch_size: int = 2
+    """Side of a patch in latent pixels; a latent of 32x32 makes (32 / patch_size)^2 tokens."""
+    hidden_size: int = 768
+    """Width of a token."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    num_heads: int = 12
+    """Attention heads; must divide hidden_size."""
+    mlp_ratio: float = 4.0
+    """Width of the feed-forward layer over hidden_size."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "hidden_size", "depth", "num_heads"):
+            _require(getattr(self, name) >= 1, f"network.{name} must be at least 1, but got {getattr(self, name)}")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"network.hidden_size must be a multiple of num_heads, but got {self.hidden_size} and {self.num_heads}",
+        )
+        _require(
+            self.hidden_size % 4 == 0,
+            f"network.hidden_size must be a multiple of 4 (sine-cosine positions), but got {self.hidden_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSamplingConfig:
+    """How (t, r) is drawn: two logit-normal times, sorted (MeanFlow, Table 1d)."""
+
+    logit_mean: float = -0.4
+    """Mean of the normal variable whose sigmoid is a time."""
+    logit_std: float = 1.0
+    """Its standard deviation."""
+    fraction_r_below_t: float = 0.25
+    """Share of a batch's rows with r < t; the others have r = t and learn the instantaneous velocity. 0 is flow matching."""
+
+    def __post_init__(self) -> None:
+        _require(self.logit_std > 0, f"times.logit_std must be above 0, but got {self.logit_std}")
+        _require(
+            0.0 <= self.fraction_r_below_t <= 1.0,
+            f"times.fraction_r_below_t must lie in [0, 1], but got {self.fraction_r_below_t}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig:
+    """Classifier-free guidance built into the target velocity (MeanFlow, Eq. 19 to 21).
+
+    v_guided = omega v_t + kappa u(z_t, t, t | label) + (1 - omega - kappa) u(z_t, t, t | null), of effective scale
+    omega / (1 - kappa). Sampling then needs no guidance.
+    """
+
+    omega: float = 1.0
+    """Weight of the conditional sample velocity v_t; 1 with kappa 0 is no guidance."""
+    kappa: float = 0.0
+    """Weight of the network's own conditional velocity; below 1."""
+    t_start: float = 0.0
+    """Rows with t below this are not guided."""
+    t_end: float = 1.0
+    """Rows with t above this are not guided."""
+
+    def __post_init__(self) -> None:
+        _require(self.omega > 0.0, f"guidance.omega must be above 0, but got {self.omega}")
+        _require(0.0 <= self.kappa < 1.0, f"guidance.kappa must lie in [0, 1), but got {self.kappa}")
+        _require(
+            0.0 <= self.t_start <= self.t_end <= 1.0,
+            f"guidance needs 0 <= t_start <= t_end <= 1, but got {self.t_start} and {self.t_end}",
+        )
+
+    @property
+    def is_off(self) -> bool:
+        """True where v_guided is v_t everywhere."""
+        return self.omega == 1.0 and self.kappa == 0.0
+
+    @property
+    def effective_scale(self) -> float:
+        """The papers' omega': the guidance scale that omega and kappa amount to."""
+        return self.omega / (1.0 - self.kappa)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The MeanFlow objective."""
+
+    times: TimeSamplingConfig = field(default_factory=TimeSamplingConfig)
+    """How t and r are drawn."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Guidance of the target velocity."""
+    norm_p: float = 1.0
+    """Power p of the adaptive weight 1 / (||error||^2 + norm_eps)^p; 0 is the plain squared error."""
+    norm_eps: float = 0.01
+    """Constant c of the adaptive weight."""
+    label_drop_probability: float = 0.1
+    """Share of all rows whose label becomes the null class; taken from the r = t rows where these suffice."""
+
+    def __post_init__(self) -> None:
+        _require(self.norm_p >= 0.0, f"loss.norm_p must be at least 0, but got {self.norm_p}")
+        _require(self.norm_eps > 0.0, f"loss.norm_eps must be above 0, but got {self.norm_eps}")
+        _require(
+            0.0 <= self.label_drop_probability < 1.0,
+            f"loss.label_drop_probability must lie in [0, 1), but got {self.label_drop_probability}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam with a constant rate after an optional warm-up (MeanFlow, Table 4)."""
+
+    learning_rate: float = 1e-4
+    """Adam's rate after warm-up."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """Decay of the squared gradient's running mean."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    max_gradient_norm: float | None = None
+    """Clip the whole gradient to this norm; none as in the papers."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0.0, f"optimizer.learning_rate must be above 0, but got {self.learning_rate}")
+        for name in ("beta1", "beta2"):
+            _require(
+                0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} must lie in [0, 1), but got {getattr(self, name)}"
+            )
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must be at least 0, but got {self.warmup_steps}")
+        _require(
+            self.max_gradient_norm is None or self.max_gradient_norm > 0.0,
+            f"optimizer.max_gradient_norm must be above 0 or none, but got {self.max_gradient_norm}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One experiment, whole: what a preset returns, what is logged, and what every checkpoint carries."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """The network's size."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The objective."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimiser."""
+    ema_decay: float = 0.9999
+    """Decay per step of the moving average of the parameters, which is what samples."""
+    global_batch_size: int = 256
+    """Rows per optimiser step over all workers."""
+    num_steps: int = 1_200_960
+    """Optimiser steps; on ImageNet at batch 256 an epoch is 5,004 of them."""
+    seed: int = 0
+    """Of the initial parameters, the order of the data and every draw of every step."""
+    log_interval_steps: int = 100
+    """Steps between two rows of metrics."""
+    checkpoint_interval_steps: int = 10_000
+    """Steps between two checkpoints; the last step always has one."""
+    sample_interval_steps: int = 10_000
+    """Steps between two grids of one-step samples at fixed seeds."""
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.ema_decay < 1.0, f"ema_decay must lie in [0, 1), but got {self.ema_decay}")
+        for name in (
+            "global_batch_size",
+            "num_steps",
+            "log_interval_steps",
+            "checkpoint_interval_steps",
+            "sample_interval_steps",
+        ):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, but got {getattr(self, name)}")
+
+    def flat(self) -> dict[str, Any]:
+        """{"network.patch_size": 2, "loss.times.logit_mean": -0.4, ...}: for parameters in a tracker."""
+        return _flatten(asdict(self), "")
+
+
+def _flatten(nested: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

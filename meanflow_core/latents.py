@@ -1,0 +1,89 @@
+"""Three words and their shapes: image -> moments -> latent.
+
+    image    (B, 3, 8H, 8W)  pixels, uint8, or float in [-1, 1]
+    moments  (B, 2C, H, W)   the VAE's posterior: mean, then standard deviation; unscaled; what the encode stage stores
+    latent   (B, C, H, W)    a draw from the posterior, normalised: what the network sees
+
+A latent's normalisation is a property of a generator: it stands in its VAE's config (`scaling_factor` and
+`shift_factor`, or `latents_mean` and `latents_std`) and is read from there, by training and sampling alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# The scale of Stable Diffusion's VAEs (Rombach et al. 2022, and the configs of sd-vae-ft-mse and -ema).
+SD_SCALING_FACTOR = 0.18215
+# Per-channel statistics of sd-vae-ft-mse's raw latents on ImageNet (improved MeanFlow's released code).
+SD_VAE_FT_MSE_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
+SD_VAE_FT_MSE_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+
+MOMENTS_KIND = "mean_std"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentNormalization:
+    """latent = (raw - mean) / std, per channel."""
+
+    mean: tuple[float, ...]
+    """One value per channel."""
+    std: tuple[float, ...]
+    """One value above 0 per channel."""
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"mean and std need one value per channel, but got {len(self.mean)} and {len(self.std)}")
+        if min(self.std) <= 0.0:
+            raise ValueError(f"latent standard deviations must be above 0, but got {self.std}")
+
+    @classmethod
+    def from_vae_config(cls, config: Mapping[str, Any]) -> "LatentNormalization":
+        """Reads an AutoencoderKL's config: `latents_mean` and `latents_std` where given, else shift and scale.
+
+        Raises ValueError where neither is there, or only one of the two lists.
+        """
+        channels = int(config["latent_channels"])
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if (mean is None) != (std is None):
+            raise ValueError("the VAE's config has one of latents_mean and latents_std, but needs both or neither")
+        if mean is not None and std is not None:
+            if len(mean) != channels:
+                raise ValueError(f"latents_mean has {len(mean)} values, but the VAE has {channels} latent channels")
+            return cls(mean=tuple(mean), std=tuple(std))
+        scale = config.get("scaling_factor")
+        if scale is None:
+            raise ValueError("the VAE's config has neither scaling_factor nor latents_mean and latents_std")
+        shift = config.get("shift_factor") or 0.0
+        return cls(mean=(float(shift),) * channels, std=(1.0 / float(scale),) * channels)
+
+    def _per_channel(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+        if like.shape[1] != len(values):
+            raise ValueError(f"latents must have {len(values)} channels, but got shape {tuple(like.shape)}")
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+    def normalize(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw VAE latents (B, C, H, W) -> latents of about unit variance, same shape and dtype."""
+        return (raw - self._per_channel(self.mean, raw)) / self._per_channel(self.std, raw)
+
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize`: what the VAE's decoder takes."""
+        return latents * self._per_channel(self.std, latents) + self._per_channel(self.mean, latents)
+
+
+def sample_latents(
+    moments: torch.Tensor, posterior_noise: torch.Tensor, normalization: LatentNormalization
+) -> torch.Tensor:
+    """Draws latents from stored moments.
+
+    moments: (B, 2C, H, W), any float dtype, mean then standard deviation; posterior_noise: (B, C, H, W), standard
+    normal. Returns float32 (B, C, H, W). Raises ValueError where the shapes do not fit.
+    """
+    mean, std = moments.float().chunk(2, dim=1)
+    if mean.shape != posterior_noise.shape:
+        raise ValueError(
+            f"moments of shape {tuple(moments.shape)} need posterior noise of shape {tuple(mean.shape)}, "
+            f"but got {tuple(posterior_noise.shape)}"
+        )
+    return normalization.normalize(mean + std * posterior_noise)

@@ -1,0 +1,156 @@
+"""One optimiser step on one device, and the moving average. Whoever has several devices hands in the wrapped network."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from meanflow_core.config import LossConfig, OptimizerConfig, TrainingConfig
+from meanflow_core.latents import LatentNormalization, sample_latents
+from meanflow_core.loss import Network, StepRecord, meanflow_loss
+from meanflow_core.transformer import MeanFlowDiT
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes."""
+
+    network: MeanFlowDiT
+    """The parameters that the optimiser moves."""
+    ema_network: MeanFlowDiT
+    """Their moving average: the one that samples."""
+    optimizer: torch.optim.Adam
+    """Adam and its moments."""
+    step: int
+    """Optimiser steps taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One step's figures over this worker's rows, as tensors: reading them is the caller's synchronisation."""
+
+    sums: torch.Tensor
+    """float32 (5,): loss (already over the global B); squared error and number of rows with r = t; the same, r < t."""
+    gradient_norm: torch.Tensor
+    """Scalar: norm of the whole gradient before clipping, the same on every worker."""
+
+
+def build_train_state(
+    config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int, device: torch.device
+) -> TrainState:
+    """A fresh state, its initial parameters a function of config.seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = MeanFlowDiT(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            patch_size=config.network.patch_size,
+            hidden_size=config.network.hidden_size,
+            depth=config.network.depth,
+            num_heads=config.network.num_heads,
+            mlp_ratio=config.network.mlp_ratio,
+        )
+    network = network.to(device).train()
+    optimizer = torch.optim.Adam(
+        network.parameters(),
+        lr=config.optimizer.learning_rate,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        foreach=True,
+    )
+    ema_network = copy.deepcopy(network).eval().requires_grad_(False)
+    return TrainState(network=network, ema_network=ema_network, optimizer=optimizer, step=0)
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """The rate of 0-based step `step`: linear warm-up, then constant."""
+    return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+
+
+@torch.no_grad()
+def update_ema(state: TrainState, decay: float) -> None:
+    """ema = decay ema + (1 - decay) parameters, from the first step on, as the papers do (no warm-up of the decay)."""
+    torch._foreach_lerp_(list(state.ema_network.parameters()), list(state.network.parameters()), 1.0 - decay)
+
+
+def train_step(
+    state: TrainState,
+    graded_network: Network,
+    moments: torch.Tensor,
+    labels: torch.Tensor,
+    record: StepRecord,
+    normalization: LatentNormalization,
+    config: TrainingConfig,
+    *,
+    gradient_scale: float = 1.0,
+) -> StepMetrics:
+    """One step on this worker's rows of the global batch.
+
+    moments: (B, 2C, H, W), mirrored already where the record says so; labels: int64 (B,). graded_network is
+    state.network or a wrapper whose backward reduces gradients; a wrapper that averages over W workers wants
+    gradient_scale = W, since the loss is already over the global number of rows. Raises ValueError as the loss does.
+    """
+    loss_config: LossConfig = config.loss
+    latents = sample_latents(moments, record.posterior_noise, normalization)
+    output = meanflow_loss(
+        graded_network,
+        state.network,
+        latents,
+        labels,
+        record,
+        loss_config,
+        null_label=state.network.config.num_classes,
+        global_num_rows=config.global_batch_size,
+    )
+    state.optimizer.zero_grad(set_to_none=True)
+    (output.loss * gradient_scale).backward()
+    gradient_norm = torch.nn.utils.clip_grad_norm_(
+        state.network.parameters(), config.optimizer.max_gradient_norm or float("inf")
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, state.step)
+    state.optimizer.step()
+    update_ema(state, config.ema_decay)
+    state.step += 1
+
+    below = output.squared_error[record.rows_below]
+    num_below = float(len(record.rows_below))
+    counts = torch.tensor([len(labels) - num_below, num_below], device=latents.device)
+    sums = torch.stack(
+        [output.loss.detach(), output.squared_error.sum() - below.sum(), counts[0], below.sum(), counts[1]]
+    )
+    return StepMetrics(sums=sums, gradient_norm=gradient_norm)
+
+
+def save_train_state(state: TrainState, folder: Path) -> None:
+    """Writes a state's tensors as safetensors, and its step: no pickled code."""
+    save_file(_contiguous(state.network.state_dict()), folder / "network.safetensors")
+    save_file(_contiguous(state.ema_network.state_dict()), folder / "ema.safetensors")
+    moments = {}
+    for name, parameter in state.network.named_parameters():
+        for key, value in state.optimizer.state[parameter].items():
+            moments[f"{name}/{key}"] = value
+    save_file(_contiguous(moments), folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
+
+
+def load_train_state(state: TrainState, folder: Path) -> None:
+    """Restores what `save_train_state` wrote into a state of the same configuration."""
+    device = str(state.network.device)
+    state.network.load_state_dict(load_file(folder / "network.safetensors", device))
+    state.ema_network.load_state_dict(load_file(folder / "ema.safetensors", device))
+    moments = load_file(folder / "optimizer.safetensors")
+    for name, parameter in state.network.named_parameters():
+        state.optimizer.state[parameter] = {
+            # Adam keeps its step counts on the CPU.
+            key: moments[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    state.step = json.loads((folder / "state.json").read_text())["step"]
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,48 @@
+"""What the command lines share: logging set up once, and input errors as one line instead of a traceback."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+import ray
+
+
+class InputError(ValueError):
+    """The user asked for something that cannot be; the message says what was wanted, what came and what to do."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's `main`: log lines on stderr; an InputError becomes "error: ..." and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("pipelines").setLevel(logging.INFO)
+    for chatty in ("httpx", "alembic", "mlflow", "ray.data"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def start_ray(needed_cpus: int) -> None:
+    """Joins the cluster that a job runs in, else starts one on this machine with at least `needed_cpus` logical CPUs.
+
+    Logical CPUs may exceed the cores of a laptop: they schedule, they do not compute.
+    """
+    if ray.is_initialized():
+        return
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=True)
+    else:
+        # "local" and not the nearest cluster that happens to run: a laptop's job must not land in somebody's session.
+        cpus = max(os.cpu_count() or 1, needed_cpus)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True)
+
+
+def num_gpus() -> int:
+    """GPUs of the cluster in use."""
+    return int(ray.cluster_resources().get("GPU", 0))

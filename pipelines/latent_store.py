@@ -1,0 +1,277 @@
+"""The latent dataset: what encode writes and train reads. Sole owner of its column names and of its manifest.
+
+    latents/
+        manifest.json              written last: without it, there is no dataset
+        vae/                       the autoencoder itself, so that the dataset can be decoded wherever it goes
+        shards/shard-00000.parquet ...
+        rejected.parquet           sample_id, reason: the images that could not be read
+
+Every shard has the columns `moments` and `moments_mirrored` (arrow.fixed_shape_tensor of float16 (2C, H, W): mean,
+then standard deviation, unscaled), `label` int32 and `sample_id` string. Plain pyarrow reads shape and dtype:
+`pq.read_table(shard)["moments"].combine_chunks().to_numpy_ndarray()`.
+
+Parquet has no fast random access, and training wants rows in any order. So a node maps a copy of its own: plain .npy
+files in a cache folder, made once and shared by the node's workers.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from meanflow_core.latents import MOMENTS_KIND
+from pipelines import storage
+from pipelines.command import InputError
+from pipelines.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+REJECTED = "rejected.parquet"
+REJECTED_KEY = b"meanflow.rejected"  # in a shard's schema metadata: that shard's unreadable images
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingRecipe:
+    """What decides every byte of a latent dataset. Two different recipes never share a folder."""
+
+    vae_id: str
+    """Hub id or folder that was named."""
+    vae_sha256: str
+    """Hash of the autoencoder's weights."""
+    moments_shape: tuple[int, int, int]
+    """(2C, H, W)."""
+    image_size: int
+    """Side of the cropped image in pixels."""
+    crop: str
+    """Name of the crop."""
+    source_sha256: str
+    """Hash of the sorted list of image paths."""
+    rows_per_shard: int
+    """Images per shard: shard k holds images k rows_per_shard onwards of the sorted list."""
+    moments_kind: str = MOMENTS_KIND
+    """What the two halves of the moments are."""
+    dtype: str = "float16"
+    """Of the moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A complete latent dataset."""
+
+    recipe: EncodingRecipe
+    """How it was made."""
+    num_samples: int
+    """Rows over all shards."""
+    num_rejected: int
+    """Images that could not be read."""
+    shard_rows: list[int]
+    """Rows of each shard."""
+    class_names: list[str]
+    """Name per class id."""
+    wnids: list[str]
+    """Folder name per class id."""
+    source: str
+    """Where the images lay."""
+    schema_version: int = SCHEMA_VERSION
+    """Of this layout."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.recipe.moments_shape
+        return channels // 2, height, width
+
+    def to_json(self) -> str:
+        """As manifest.json has it."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Manifest":
+        """Reads manifest.json. Raises InputError for another schema version or a damaged file."""
+        try:
+            content = json.loads(text)
+            version = content["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise InputError(
+                    f"{where} has schema version {version}, but this release reads version {SCHEMA_VERSION}; "
+                    f"encode again, or use the release that wrote it"
+                )
+            recipe = content.pop("recipe")
+            recipe["moments_shape"] = tuple(recipe["moments_shape"])
+            return cls(recipe=EncodingRecipe(**recipe), **content)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{where} is damaged ({error}); run pipelines.encode again") from error
+
+
+def shard_name(index: int) -> str:
+    """Path of shard `index` in a dataset."""
+    return f"shards/shard-{index:05d}.parquet"
+
+
+def shard_bytes(
+    moments: np.ndarray,
+    moments_mirrored: np.ndarray,
+    labels: np.ndarray,
+    sample_ids: Sequence[str],
+    rejected: list[dict],
+) -> bytes:
+    """A shard as Parquet: moments float16 (N, 2C, H, W) twice, labels (N,), ids; and the rejected in its metadata."""
+    table = pa.table(
+        {
+            "moments": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(moments, dtype=np.float16)),
+            "moments_mirrored": pa.FixedShapeTensorArray.from_numpy_ndarray(
+                np.ascontiguousarray(moments_mirrored, dtype=np.float16)
+            ),
+            "label": pa.array(labels, type=pa.int32()),
+            "sample_id": pa.array(sample_ids, type=pa.string()),
+        }
+    ).replace_schema_metadata({REJECTED_KEY: json.dumps(rejected).encode()})
+    buffer = io.BytesIO()
+    # Latents hardly compress (zstd saves a tenth) and dictionaries and statistics of tensors help nobody.
+    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
+    return buffer.getvalue()
+
+
+def shard_summary(filesystem: fs.FileSystem, path: str) -> tuple[int, list[dict]]:
+    """Rows of a written shard, and its rejected images as [{"sample_id", "reason"}], from its footer alone."""
+    footer = pq.read_metadata(path, filesystem=filesystem)
+    return footer.num_rows, json.loads(footer.metadata[REJECTED_KEY])
+
+
+def rejected_bytes(rejected: list[dict]) -> bytes:
+    """rejected.parquet."""
+    buffer = io.BytesIO()
+    pq.write_table(
+        pa.table(
+            {
+                "sample_id": pa.array([row["sample_id"] for row in rejected], pa.string()),
+                "reason": pa.array([row["reason"] for row in rejected], pa.string()),
+            }
+        ),
+        buffer,
+    )
+    return buffer.getvalue()
+
+
+def read_manifest(location: str) -> Manifest:
+    """The manifest of a dataset. Raises InputError where there is no dataset, or it is not complete."""
+    filesystem, root = storage.require_folder(location, "latent dataset")
+    path = f"{root}/{MANIFEST}"
+    if filesystem.get_file_info(path).type != fs.FileType.File:
+        raise InputError(
+            f"no {MANIFEST} in {location}; run pipelines.encode --output {location} first, or let it finish"
+        )
+    return Manifest.from_json(storage.read_bytes(filesystem, path).decode(), f"{location}/{MANIFEST}")
+
+
+def fetch_autoencoder(location: str, folder: Path) -> Path:
+    """Copies a dataset's vae/ into a local folder, and returns it."""
+    filesystem, root = storage.open_storage(location)
+    folder.mkdir(parents=True, exist_ok=True)
+    fs.copy_files(f"{root}/vae", str(folder), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+    return folder
+
+
+@dataclass(frozen=True)
+class LatentDataset:
+    """Random access to a dataset's rows through memory-mapped files."""
+
+    manifest: Manifest
+    """What it is."""
+    moments: np.ndarray
+    """(N, 2C, H, W) float16."""
+    moments_mirrored: np.ndarray
+    """(N, 2C, H, W) float16: of the mirror images."""
+    labels: np.ndarray
+    """(N,) int32."""
+
+    @classmethod
+    def open(cls, location: str, cache_dir: Path) -> "LatentDataset":
+        """Maps the node's copy of a dataset, making it first where it is not there yet. Raises as `read_manifest`.
+
+        Any number of processes of a node may call this at once: one copies, the others wait and share it.
+        """
+        manifest = read_manifest(location)
+        key = hashlib.sha256(manifest.to_json().encode()).hexdigest()[:16]
+        folder = cache_dir / key
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache_dir / f"{key}.lock"):
+            if not folder.exists():
+                _copy_shards(location, manifest, folder)
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "moments_mirrored", "label")]
+        return cls(manifest, *arrays)
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def rows(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Moments float16 (B, 2C, H, W), of the mirror image where `mirrored` (B,), and labels int64 (B,)."""
+        moments = np.where(mirrored[:, None, None, None], self.moments_mirrored[indices], self.moments[indices])
+        return moments, self.labels[indices].astype(np.int64)
+
+
+def _copy_shards(location: str, manifest: Manifest, folder: Path) -> None:
+    filesystem, root = storage.open_storage(location)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tensor = (manifest.num_samples, *manifest.recipe.moments_shape)
+    layout = {
+        "moments": ("float16", tensor),
+        "moments_mirrored": ("float16", tensor),
+        "label": ("int32", (manifest.num_samples,)),
+    }
+    files = {
+        name: np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        for name, (dtype, shape) in layout.items()
+    }
+    progress = Progress(logger, "copied to this node", "latents", manifest.num_samples)
+    start = 0
+    for index, num_rows in enumerate(manifest.shard_rows):
+        table = pq.read_table(f"{root}/{shard_name(index)}", filesystem=filesystem)
+        if table.num_rows != num_rows:
+            raise InputError(
+                f"{location}/{shard_name(index)} has {table.num_rows} rows, but its manifest says {num_rows}; "
+                f"delete it and run pipelines.encode again"
+            )
+        for name in ("moments", "moments_mirrored"):
+            files[name][start : start + num_rows] = table[name].combine_chunks().to_numpy_ndarray()
+        files["label"][start : start + num_rows] = table["label"].to_numpy()
+        start += num_rows
+        progress.update(start)
+    for array in files.values():
+        array.flush()
+    os.replace(partial, folder)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+def rows_of_step(seed: int, step: int, global_batch_size: int, num_samples: int) -> np.ndarray:
+    """Which rows make 0-based step `step`: int64 (B,), a pure function of its arguments.
+
+    Epochs are permutations of all rows, laid end to end and cut into batches; a batch may reach into the next epoch.
+    """
+    positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
+    epochs, offsets = np.divmod(positions, num_samples)
+    rows = np.empty(global_batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        mask = epochs == epoch
+        rows[mask] = _epoch_order(seed, int(epoch), num_samples)[offsets[mask]]
+    return rows

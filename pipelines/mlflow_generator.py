@@ -1,0 +1,36 @@
+"""The generator as an MLflow model: models from code, so that nothing is pickled. MLflow runs this file by its path."""
+
+import io
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from meanflow_core.pipeline import MeanFlowPipeline
+
+
+class GeneratorModel(PythonModel):
+    """predict: rows of (class_label, seed) -> rows of (image_png); parameter num_inference_steps."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Opens the generator among the model's artifacts."""
+        self._pipeline = MeanFlowPipeline.from_pretrained(context.artifacts["generator"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict | None = None
+    ) -> pd.DataFrame:
+        """One image per row, as the bytes of a PNG."""
+        images = self._pipeline(
+            class_labels=model_input["class_label"].tolist(),
+            seeds=model_input["seed"].tolist(),
+            num_inference_steps=(params or {}).get("num_inference_steps", 1),
+        ).images
+        rows = []
+        for image in images:
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            rows.append(buffer.getvalue())
+        return pd.DataFrame({"image_png": rows})
+
+
+mlflow.models.set_model(GeneratorModel())

@@ -1,0 +1,58 @@
+"""Files on a local disk or in an object store, through pyarrow's file systems.
+
+A location is a path or a URI ("/data/latents", "s3://bucket/latents"). Nothing half-written is ever seen under its
+final name: a local file is renamed into place, and an object store shows an object when its upload is complete.
+"""
+
+import os
+import uuid
+from pathlib import Path
+
+from pyarrow import fs
+
+from pipelines.command import InputError
+
+
+def open_storage(location: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a location, and the location's path in it. Raises InputError for an unknown scheme."""
+    if "://" not in location:
+        return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    try:
+        return fs.FileSystem.from_uri(location)
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"cannot open {location}: {error}; give a local path or a URI such as s3://bucket/path"
+        ) from error
+
+
+def is_local(location: str) -> bool:
+    """True for a path on this machine's file system."""
+    return isinstance(open_storage(location)[0], fs.LocalFileSystem)
+
+
+def require_folder(location: str, what: str) -> tuple[fs.FileSystem, str]:
+    """As `open_storage`, for a folder that must be there. Raises InputError where it is missing or a file."""
+    filesystem, path = open_storage(location)
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.NotFound:
+        raise InputError(f"{what} {location} does not exist")
+    if kind != fs.FileType.Directory:
+        raise InputError(f"{what} {location} is a file, but a folder is wanted")
+    return filesystem, path
+
+
+def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:
+    """The whole content of a file."""
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
+    """Writes a file whole or not at all, making its folder; an existing one is replaced."""
+    filesystem.create_dir(os.path.dirname(path), recursive=True)
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    target = f"{path}.{uuid.uuid4().hex}.partial" if local else path
+    with filesystem.open_output_stream(target) as stream:
+        stream.write(content)
+    if local:
+        os.replace(target, path)

@@ -1,0 +1,391 @@
+"""Stage 2: latents -> a generator, with Ray Train on any number of workers, tracked in MLflow.
+
+    python -m pipelines.train xl2 --data latents --storage runs --run-name xl2-first --num-workers 8
+
+Running the same command again resumes the run of that name from its last checkpoint. MLflow is where
+MLFLOW_TRACKING_URI says, else in the storage folder. At the end stands a generator: a diffusers pipeline folder, in
+the run's folder and in MLflow's model registry.
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+import tyro
+from pyarrow import fs
+from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from torch.nn.parallel import DistributedDataParallel
+
+from meanflow_core.autoencoder import load_autoencoder, weight_hash
+from meanflow_core.config import TrainingConfig
+from meanflow_core.latents import LatentNormalization
+from meanflow_core.loss import draw_step_record
+from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
+from meanflow_core.presets import PRESETS
+from meanflow_core.training import TrainState, build_train_state, load_train_state, save_train_state, train_step
+from pipelines import latent_store, storage, tracking
+from pipelines.command import InputError, num_gpus, run_command, start_ray
+from pipelines.grids import image_grid
+from pipelines.latent_store import LatentDataset, Manifest, rows_of_step
+from pipelines.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+GRID_CLASSES, GRID_SEEDS = 10, 8  # the grid of samples: rows and columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One training: what to train (the preset, every number of which can be overridden), on what, and where to."""
+
+    data: str
+    """Latent dataset that pipelines.encode wrote: a path or URI."""
+    storage: str
+    """Folder of runs, shared by all nodes: a path or URI."""
+    run_name: str
+    """Name of the run; an existing one is resumed."""
+    num_workers: int = 1
+    """Training processes: one per GPU, or on CPUs any number."""
+    vae: str | None = None
+    """Autoencoder that the latents must have been made with (hub id or folder); checked if given."""
+    cache_dir: str = str(Path(tempfile.gettempdir()) / "meanflow-ray-latents")
+    """Folder on each node's own disk for its memory-mapped copy of the latents."""
+    experiment: str = "meanflow-ray"
+    """MLflow experiment."""
+    model_name: str | None = None
+    """Name in MLflow's model registry; "meanflow-" and the preset's name unless given."""
+    config: tyro.conf.OmitArgPrefixes[TrainingConfig]
+    """The experiment."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, but got {self.num_workers}")
+        if not self.run_name or "/" in self.run_name:
+            raise ValueError(f"run_name must be a name without slashes, but got {self.run_name!r}")
+
+
+def share_of_rows(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Worker `rank`'s contiguous rows [start, stop) of the global batch: kB/W to (k + 1)B/W."""
+    return rank * num_rows // world_size, (rank + 1) * num_rows // world_size
+
+
+class Figures:
+    """Sums over the steps of a logging interval; reading them reduces over the workers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins an interval."""
+        self._sums = torch.zeros(5, device=self._device)
+        self._gradient_norm = torch.zeros((), device=self._device)
+        self._steps = 0
+        self._data_seconds = 0.0
+        self._began = time.monotonic()
+
+    def add(self, sums: torch.Tensor, gradient_norm: torch.Tensor, data_seconds: float) -> None:
+        """Adds a step, without waiting for the device."""
+        self._sums += sums
+        self._gradient_norm += gradient_norm
+        self._data_seconds += data_seconds
+        self._steps += 1
+
+    def read(self, global_batch_size: int, learning_rate: float) -> dict[str, float]:
+        """The interval's figures, the same on every worker: every worker must call this."""
+        seconds = time.monotonic() - self._began
+        sums = self._sums.clone()
+        torch.distributed.all_reduce(sums)
+        loss, equal, num_equal, below, num_below = sums.tolist()
+        return {
+            "loss": loss / self._steps,
+            "squared_error_r_equals_t": equal / max(num_equal, 1.0),
+            "squared_error_r_below_t": below / max(num_below, 1.0),
+            "gradient_norm": self._gradient_norm.item() / self._steps,
+            "learning_rate": learning_rate,
+            "images_per_second": self._steps * global_batch_size / seconds,
+            "data_wait_share": self._data_seconds / seconds,
+        }
+
+
+def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.ndarray:
+    """A picture of samples at fixed seeds, a row per class: uint8 (H, W, 3)."""
+    num_classes = min(GRID_CLASSES, pipeline.transformer.config.num_classes)
+    labels = [label for label in range(num_classes) for _ in range(GRID_SEEDS)]
+    seeds = [seed for _ in range(num_classes) for seed in range(GRID_SEEDS)]
+    images = pipeline.images_from_seeds(labels, seeds, num_inference_steps)
+    return image_grid(images.cpu().numpy(), GRID_SEEDS)
+
+
+def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
+    """One worker's training loop; returns the last interval's figures."""
+    job: TrainJob = job_and_run["job"]
+    config = job.config
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+
+    dataset = LatentDataset.open(job.data, Path(job.cache_dir))
+    latent_shape = dataset.manifest.latent_shape
+    state = build_train_state(
+        config,
+        sample_size=latent_shape[1],
+        in_channels=latent_shape[0],
+        num_classes=len(dataset.manifest.class_names),
+        device=device,
+    )
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            load_train_state(state, Path(folder))
+        logger.info("resumed at step %d", state.step)
+    graded_network = DistributedDataParallel(state.network)
+
+    with tempfile.TemporaryDirectory() as folder:
+        vae = load_autoencoder(str(latent_store.fetch_autoencoder(job.data, Path(folder))))
+    normalization = LatentNormalization.from_vae_config(vae.config)
+    run, pipeline = None, None
+    if rank == 0:
+        run = tracking.Run(job_and_run["tracking_uri"], job_and_run["run_id"])
+        pipeline = build_pipeline(state.ema_network, vae.to(device), dataset.manifest.class_names)
+        pipeline.set_progress_bar_config(disable=True)
+
+    start, stop = share_of_rows(config.global_batch_size, rank, world_size)
+    progress = Progress(logger, "trained", "steps", config.num_steps, start=state.step)
+    figures, last_figures = Figures(device), {}
+    while state.step < config.num_steps:
+        began = time.monotonic()
+        rows = rows_of_step(config.seed, state.step, config.global_batch_size, len(dataset))[start:stop]
+        record = draw_step_record(
+            config.loss,
+            seed=config.seed,
+            step=state.step,
+            num_rows=config.global_batch_size,
+            latent_shape=latent_shape,
+        ).rows(start, stop, config.loss.guidance)
+        moments, labels = dataset.rows(rows, record.mirrored.numpy())
+        moments_on_device = torch.from_numpy(moments).to(device, non_blocking=True)
+        labels_on_device = torch.from_numpy(labels).to(device, non_blocking=True)
+        data_seconds = time.monotonic() - began
+        metrics = train_step(
+            state,
+            graded_network,
+            moments_on_device,
+            labels_on_device,
+            record.to(device),
+            normalization,
+            config,
+            gradient_scale=float(world_size),  # DDP averages, and the loss is over the global batch already
+        )
+        figures.add(metrics.sums, metrics.gradient_norm, data_seconds)
+
+        is_last = state.step == config.num_steps
+        if state.step % config.log_interval_steps == 0 or is_last:
+            last_figures = figures.read(config.global_batch_size, state.optimizer.param_groups[0]["lr"])
+            if not np.isfinite(last_figures["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {last_figures['loss']} at step {state.step}; the last checkpoint is good"
+                )
+            if run is not None:
+                run.log_metrics(last_figures, state.step)
+                progress.update(
+                    state.step,
+                    f"{last_figures['images_per_second']:.0f} images/s, squared error "
+                    f"{last_figures['squared_error_r_equals_t']:.1f} (r = t) "
+                    f"{last_figures['squared_error_r_below_t']:.1f} (r < t)",
+                )
+            figures.clear()
+        if run is not None and pipeline is not None and (state.step % config.sample_interval_steps == 0 or is_last):
+            run.log_image(sample_grid(pipeline), "samples/one_step", state.step)
+        if state.step % config.checkpoint_interval_steps == 0 or is_last:
+            _report(state, last_figures, rank)
+    if run is not None:
+        run.flush()
+    return last_figures
+
+
+def _report(state: TrainState, figures: dict[str, float], rank: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if rank == 0:
+            save_train_state(state, Path(folder))
+            checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report({"step": state.step, **figures}, checkpoint=checkpoint)
+
+
+def _check_vae(job: TrainJob, manifest: Manifest) -> None:
+    """Raises InputError where the latents were made with another autoencoder than the one named."""
+    if job.vae is None:
+        return
+    try:
+        named = weight_hash(load_autoencoder(job.vae))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if named != manifest.recipe.vae_sha256:
+        raise InputError(
+            f"the latents in {job.data} were made with autoencoder {manifest.recipe.vae_id} "
+            f"(sha256 {manifest.recipe.vae_sha256[:12]}), not with {job.vae} ({named[:12]}); "
+            f"encode again with it, or leave out --vae"
+        )
+
+
+def _begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str) -> tracking.Run:
+    """The training's MLflow run; raises InputError where a run of this name was begun with another experiment."""
+    filesystem, root = storage.open_storage(job.storage)
+    path = f"{root}/{job.run_name}/training.json"
+    identity = json.loads(json.dumps({"config": asdict(job.config), "data_vae_sha256": manifest.recipe.vae_sha256,
+                                      "data_source_sha256": manifest.recipe.source_sha256}))  # fmt: skip
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        begun = json.loads(storage.read_bytes(filesystem, path))
+        then, now = _flat(begun["identity"]), _flat(identity)
+        different = [
+            key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key != "config.num_steps"
+        ]
+        if different:
+            changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in different)
+            raise InputError(
+                f"run {job.run_name} in {job.storage} is another experiment ({changes}); choose another --run-name"
+            )
+        run = tracking.Run(tracking_uri, begun["mlflow_run_id"])
+        run.resume()
+        return run
+    parameters = {
+        "preset": preset,
+        **job.config.flat(),
+        "data": job.data,
+        "data.num_samples": manifest.num_samples,
+        "data.vae": manifest.recipe.vae_id,
+        "data.vae_sha256": manifest.recipe.vae_sha256,
+        "num_workers": job.num_workers,
+    }
+    run = tracking.Run.begin(tracking_uri, job.storage, job.experiment, job.run_name, parameters)
+    content = {"identity": identity, "preset": preset, "mlflow_run_id": run.run_id, "tracking_uri": tracking_uri}
+    storage.write_bytes(filesystem, path, (json.dumps(content, indent=2) + "\n").encode())
+    return run
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the generator of a checkpoint: the moving average, the autoencoder, the scheduler, the class names."""
+    channels, size, _ = manifest.latent_shape
+    state = build_train_state(
+        job.config,
+        sample_size=size,
+        in_channels=channels,
+        num_classes=len(manifest.class_names),
+        device=torch.device("cpu"),
+    )
+    with checkpoint.as_directory() as source:
+        load_train_state(state, Path(source))
+    with tempfile.TemporaryDirectory() as vae_folder:
+        vae = load_autoencoder(str(latent_store.fetch_autoencoder(job.data, Path(vae_folder))))
+        build_pipeline(state.ema_network, vae, manifest.class_names).save_pretrained(folder)
+
+
+def _publish(job: TrainJob, folder: Path) -> str:
+    """Puts a generator's files into the run's folder, model_index.json last, and returns its location."""
+    filesystem, root = storage.open_storage(job.storage)
+    files = sorted(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == "model_index.json"
+    )
+    for path in files:
+        relative = path.relative_to(folder).as_posix()
+        storage.write_bytes(filesystem, f"{root}/{job.run_name}/generator/{relative}", path.read_bytes())
+    return f"{job.storage.rstrip('/')}/{job.run_name}/generator"
+
+
+def train(preset: str, job: TrainJob) -> None:
+    """Trains, or goes on training, and leaves a generator. Raises InputError for input that cannot be."""
+    manifest = latent_store.read_manifest(job.data)
+    _check_vae(job, manifest)
+    if manifest.latent_shape[1] % job.config.network.patch_size:
+        raise InputError(
+            f"network.patch_size {job.config.network.patch_size} does not divide the latents' side {manifest.latent_shape[1]}"
+        )
+    if job.config.global_batch_size < job.num_workers:
+        raise InputError(f"global_batch_size {job.config.global_batch_size} is less than num_workers {job.num_workers}")
+    if storage.is_local(job.storage) and Path(job.storage).expanduser().is_file():
+        raise InputError(f"--storage {job.storage} is a file, but a folder is wanted")
+    start_ray(needed_cpus=job.num_workers)
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    tracking_uri = tracking.resolve_tracking_uri(job.storage, num_nodes)
+    run = _begin_or_resume_run(job, preset, manifest, tracking_uri)
+    logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
+    for key, value in job.config.flat().items():
+        logger.info("  %s = %s", key, value)
+
+    use_gpu = num_gpus() > 0
+    filesystem, root = storage.open_storage(job.storage)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "tracking_uri": tracking_uri, "run_id": run.run_id},
+        scaling_config=ScalingConfig(num_workers=job.num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=job.run_name,
+            storage_path=root,
+            storage_filesystem=filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except BaseException as error:
+        run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+        raise
+    assert result.checkpoint is not None, "the last step always has a checkpoint"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "generator"
+        build_generator(job, manifest, result.checkpoint, folder)
+        location = _publish(job, folder)
+        model = run.register_generator(folder, job.model_name or f"meanflow-{preset}")
+    run.end("FINISHED")
+    print(f"generator: {location}")
+    print(f"model: {model}")
+    print(f"tracking: {tracking_uri}")
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, TrainJob]:
+    """The command line: a preset's name, then options. Raises InputError for an unknown preset."""
+    listing = "\n".join(f"    {name:8s} {(preset.__doc__ or '').splitlines()[0]}" for name, preset in PRESETS.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            f"usage: python -m pipelines.train PRESET [OPTIONS]\n\n{__doc__}\n"
+            f"Presets (PRESET --help lists the options):\n{listing}"
+        )
+        raise SystemExit(0 if arguments else 2)
+    preset = arguments[0]
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    default = TrainJob(data=tyro.MISSING, storage=tyro.MISSING, run_name=tyro.MISSING, config=PRESETS[preset]())
+    return preset, tyro.cli(TrainJob, args=arguments[1:], default=default, prog=f"python -m pipelines.train {preset}")
+
+
+def main() -> None:
+    """The command."""
+    preset, job = parse_arguments(sys.argv[1:])
+    train(preset, job)
+
+
+if __name__ == "__main__":
+    run_command(main)

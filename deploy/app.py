@@ -28,7 +28,7 @@ from starlette.requests import Request
 
 from deploy.models import fetch_generator
 from deploy.schema import MAX_SEED, Arguments, ClassEntry, GeneratedImage, GenerateRequest, GenerateResponse, Health
-from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.pipeline import MeanFlowPipeline, load_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,9 @@ class ImageGenerator:
     """A generator on one device, its calls batched over requests."""
 
     def __init__(self, arguments: Arguments) -> None:
-        self._pipeline = MeanFlowPipeline.from_pretrained(fetch_generator(arguments.model, arguments.tracking_uri))
-        self._pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._pipeline.set_progress_bar_config(disable=True)
+        self._pipeline = load_pipeline(
+            fetch_generator(arguments.model, arguments.tracking_uri), "cuda" if torch.cuda.is_available() else "cpu"
+        )
         self._class_names = self._pipeline.class_names or {
             label: str(label) for label in range(self._pipeline.transformer.config.num_classes)
         }

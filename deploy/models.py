@@ -22,7 +22,9 @@ def fetch_generator(model: str, tracking_uri: str | None) -> Path:
                 f"model {model} is no folder; wanted a generator's folder, models:/name@alias or runs:/id/name"
             )
         return find_generator(folder)
+    if tracking_uri:
+        mlflow.set_tracking_uri(tracking_uri)  # the registry follows it
     try:
-        return find_generator(Path(mlflow.artifacts.download_artifacts(artifact_uri=model, tracking_uri=tracking_uri)))
+        return find_generator(Path(mlflow.artifacts.download_artifacts(artifact_uri=model)))
     except (MlflowException, OSError) as error:
         raise ValueError(f"cannot fetch {model} from {tracking_uri or mlflow.get_tracking_uri()}: {error}") from error

@@ -20,7 +20,13 @@ def load_autoencoder(id_or_folder: str) -> AutoencoderKL:
             f"no config.json in {folder}; an autoencoder is a folder that AutoencoderKL.save_pretrained wrote"
         )
     try:
-        vae = AutoencoderKL.from_pretrained(id_or_folder, torch_dtype=torch.float32, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(
+            # Without `accelerate` that option only brings a warning; these models are small beside their activations.
+            id_or_folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load an autoencoder from {id_or_folder!r}, as folder or hub id: {reason}") from error

@@ -236,7 +236,7 @@ def meanflow_loss(
     v = record.noise - latents
     labels = torch.where(record.label_dropped, null_label, labels)
 
-    u = graded_network(z, Conditioning(t=t, r=r, labels=labels)).u.float()
+    u = graded_network(z, Conditioning(t=t, r=r, labels=labels)).u.to(latents.dtype)
     with torch.no_grad():
         v_guided = guided_velocity(plain_network, z, v, u.detach(), labels, record, config.guidance, null_label)
         dudt = torch.zeros_like(v)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMapEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -42,7 +43,8 @@ def _as_output(pixels: torch.Tensor, output_type: str) -> object:
 class MeanFlowPipeline(DiffusionPipeline):
     """Class-conditional images in one network call, or in several.
 
-    id2label: {class id: name}; a name may list synonyms, separated by commas, and each of them finds the class.
+    id2label: {class id: name}, the id as a string because JSON has no other keys; a name may list synonyms, separated
+    by commas, and each of them finds the class.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -52,12 +54,11 @@ class MeanFlowPipeline(DiffusionPipeline):
         transformer: MeanFlowDiT,
         vae: AutoencoderKL,
         scheduler: FlowMapEulerDiscreteScheduler,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        # JSON keys are strings; the loaded and the fresh pipeline should look the same.
-        self.register_to_config(id2label={str(key): name for key, name in (id2label or {}).items()})
+        self.register_to_config(id2label=dict(id2label or {}))
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -184,7 +185,18 @@ class MeanFlowPipeline(DiffusionPipeline):
 
 def build_pipeline(network: MeanFlowDiT, vae: AutoencoderKL, class_names: Sequence[str]) -> MeanFlowPipeline:
     """A pipeline around a network and its autoencoder, class i carrying the i-th name."""
-    return MeanFlowPipeline(network, vae, FlowMapEulerDiscreteScheduler(), dict(enumerate(class_names)))
+    id2label = {str(label): name for label, name in enumerate(class_names)}
+    return MeanFlowPipeline(network, vae, FlowMapEulerDiscreteScheduler(), id2label)
+
+
+def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowPipeline:
+    """Opens a generator's folder in float32 on a device: safetensors only, no progress bars, gradients off."""
+    diffusers_logging.disable_progress_bar()  # of loading a handful of files
+    pipeline = MeanFlowPipeline.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
 
 
 def find_generator(folder: Path) -> Path:

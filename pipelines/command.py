@@ -12,12 +12,16 @@ class InputError(ValueError):
     """The user asked for something that cannot be; the message says what was wanted, what came and what to do."""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main`: log lines on stderr; an InputError becomes "error: ..." and exit code 2."""
+def set_up_logging() -> None:
+    """Log lines with the time on stderr; libraries speak from warnings upwards."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("pipelines").setLevel(logging.INFO)
     for chatty in ("httpx", "alembic", "mlflow", "ray.data"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's `main`; an InputError becomes one line, "error: ...", and exit code 2."""
+    set_up_logging()
     try:
         main()
     except InputError as error:
@@ -26,6 +30,11 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _quieten_worker() -> None:
+    # Without a dashboard, Ray Train's placement group cleaner cannot ask about its controller, and says so every second.
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 def start_ray(needed_cpus: int) -> None:
@@ -40,7 +49,8 @@ def start_ray(needed_cpus: int) -> None:
     else:
         # "local" and not the nearest cluster that happens to run: a laptop's job must not land in somebody's session.
         cpus = max(os.cpu_count() or 1, needed_cpus)
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True)
+        hook = {"worker_process_setup_hook": _quieten_worker}
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=hook)
 
 
 def num_gpus() -> int:

@@ -206,6 +206,9 @@ def _encode_shards(
         .map_batches(
             decode,
             batch_size=1,
+            # Half a CPU, as much of it is waiting for storage; and unlike the encoder's share, or Ray Data would fuse
+            # both into the encoder's actors, where decoding could not scale alone.
+            num_cpus=0.5,
             fn_kwargs={"filesystem": source, "root": root, "image_size": job.image_size},
         )
         .map_batches(

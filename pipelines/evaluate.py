@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 import tyro
@@ -25,7 +26,7 @@ from PIL import Image
 from meanflow_core.autoencoder import decode_latents, encode_moments
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, frechet_distance, mean_within_class_distance, nearest_distances
-from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.pipeline import MeanFlowPipeline, load_pipeline
 from pipelines import tracking
 from pipelines.command import InputError, num_gpus, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
@@ -120,17 +121,21 @@ class Sampler:
 
     def __init__(self, model: str, tracking_uri: str | None, base_seed: int, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self._pipeline = MeanFlowPipeline.from_pretrained(tracking.fetch_generator(model, tracking_uri))
-        self._pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._pipeline = load_pipeline(
+            tracking.fetch_generator(model, tracking_uri), "cuda" if torch.cuda.is_available() else "cpu"
+        )
         self._base_seed = base_seed
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """{"index", "steps"}, each (B,) -> {"index" (B,), "image" uint8 (B, H, W, 3)}."""
+        """{"index", "steps"}, each (B,), one number of steps -> also "image" uint8 (B, H, W, 3) and "seconds" each."""
+        began = time.perf_counter()
         indices, steps = batch["index"], int(batch["steps"][0])
+        assert (batch["steps"] == steps).all(), "a block must hold one number of steps"
         labels = sample_labels(indices, self._pipeline.transformer.config.num_classes)
         seeds = [self._base_seed * 2**32 + int(index) for index in indices]
-        images = self._pipeline.images_from_seeds(labels.tolist(), seeds, steps)
-        return {"index": indices, "image": images.cpu().numpy()}
+        images = self._pipeline.images_from_seeds(labels.tolist(), seeds, steps).cpu().numpy()
+        seconds = (time.perf_counter() - began) / len(indices)
+        return {**batch, "image": images, "seconds": np.full(len(indices), seconds)}
 
 
 def sample_labels(indices: np.ndarray, num_classes: int) -> np.ndarray:
@@ -138,20 +143,30 @@ def sample_labels(indices: np.ndarray, num_classes: int) -> np.ndarray:
     return indices % num_classes
 
 
-def draw_samples(job: EvaluateJob, steps: int) -> tuple[torch.Tensor, float]:
-    """All samples at one number of steps, on every device: uint8 (N, H, W, 3), and the seconds it took."""
+@dataclass(frozen=True)
+class Samples:
+    """All samples at one number of steps."""
+
+    images: torch.Tensor
+    """(N, H, W, 3) uint8, by sample index."""
+    seconds_per_image: float
+    """Of one sampler: network and decoder."""
+
+
+def draw_samples(job: EvaluateJob, image_size: int) -> dict[int, Samples]:
+    """The samples of every number of steps, drawn on every device."""
     num_samplers = job.num_samplers or max(1, num_gpus())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    starts = range(0, job.num_samples, job.batch_size)
-    chunks = [
-        {"index": index, "steps": steps}
-        for start in starts
-        for index in range(start, min(start + job.batch_size, job.num_samples))
+    chunks = [(steps, start) for steps in job.steps for start in range(0, job.num_samples, job.batch_size)]
+    rows = [
+        pa.table({"index": index, "steps": np.full(len(index), steps)})
+        for steps, start in chunks
+        for index in [np.arange(start, min(start + job.batch_size, job.num_samples))]
     ]
-    samples = ray.data.from_items(chunks, override_num_blocks=len(starts)).map_batches(
+    samples = ray.data.from_arrow(rows).map_batches(  # a table, a block, a call of the sampler
         Sampler,
-        batch_size=job.batch_size,
+        batch_size=None,
         fn_constructor_kwargs={
             "model": job.model,
             "tracking_uri": job.tracking_uri,
@@ -162,17 +177,17 @@ def draw_samples(job: EvaluateJob, steps: int) -> tuple[torch.Tensor, float]:
         num_gpus=1 if num_gpus() else 0,
         num_cpus=0 if num_gpus() else 1,
     )
-    progress = Progress(logger, f"sampled at {steps} step{'s' * (steps > 1)}:", "images", job.num_samples)
-    began, done, images = time.monotonic(), 0, None
+    images = {steps: np.empty((job.num_samples, image_size, image_size, 3), np.uint8) for steps in job.steps}
+    seconds = dict.fromkeys(job.steps, 0.0)
+    progress, done = Progress(logger, "sampled", "images", job.num_samples * len(job.steps)), 0
     for batch in samples.iter_batches(batch_size=None):
-        if images is None:
-            images = np.empty((job.num_samples, *batch["image"].shape[1:]), dtype=np.uint8)
-        images[batch["index"]] = batch["image"]  # blocks come in any order
+        steps = int(batch["steps"][0])
+        images[steps][batch["index"]] = batch["image"]  # blocks come in any order
+        seconds[steps] += float(batch["seconds"].sum())
         done += len(batch["index"])
-        progress.update(done)
-    assert images is not None
-    assert done == job.num_samples
-    return torch.from_numpy(images), time.monotonic() - began
+        progress.update(done, f"now at {steps} step{'s' * (steps > 1)}")
+    assert done == job.num_samples * len(job.steps)
+    return {steps: Samples(torch.from_numpy(images[steps]), seconds[steps] / job.num_samples) for steps in job.steps}
 
 
 def reconstruct(pipeline: MeanFlowPipeline, images: torch.Tensor, batch_size: int = 100) -> torch.Tensor:
@@ -220,7 +235,7 @@ def plot(report: dict, path: Path) -> None:
     steps = [entry["steps"] for entry in report["samples"]]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, key, title in zip(
-        axes, ("frechet", "accuracy"), ("Fréchet distance (judge)", "class accuracy"), strict=True
+        axes, ("frechet", "accuracy"), ("Fréchet distance (the judge's; not FID)", "class accuracy"), strict=True
     ):
         axis.plot(steps, [entry[key] for entry in report["samples"]], "o-", label="samples")
         axis.axhline(report["reconstruction"][key], ls=":", color="tab:orange", label="autoencoder's reconstructions")
@@ -228,10 +243,10 @@ def plot(report: dict, path: Path) -> None:
         axis.set(title=title, xlabel="network calls per image", xscale="log", xticks=steps)
         axis.set_xticks(steps, [str(count) for count in steps])
         axis.minorticks_off()
-        axis.set_ylim(bottom=0.0)
         axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
     axes[1].set_ylim(0.0, 1.03)
-    axes[0].legend()
+    axes[1].legend(loc="lower right")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -244,7 +259,7 @@ def evaluate(job: EvaluateJob) -> dict:
         job = EvaluateJob(**{**vars(job), "tracking_uri": os.environ["MLFLOW_TRACKING_URI"]})
     judge = load_judge(job.judge)
     folder = tracking.fetch_generator(job.model, job.tracking_uri)
-    pipeline = MeanFlowPipeline.from_pretrained(folder)
+    pipeline = load_pipeline(folder)
     names = list(pipeline.class_names.values())
     if names != list(judge.config.class_names):
         raise InputError(
@@ -259,7 +274,7 @@ def evaluate(job: EvaluateJob) -> dict:
     logger.info("read %d training and %d held-out images", len(train), len(held_out))
 
     start_ray(needed_cpus=(job.num_samplers or 1) + 1)
-    drawn = {steps: draw_samples(job, steps) for steps in job.steps}
+    drawn = draw_samples(job, size)
     labels = torch.from_numpy(sample_labels(np.arange(job.num_samples), len(names)))
     logger.info("measuring")
     reference = Reference(judge, train, held_out, held_out_labels)
@@ -275,13 +290,13 @@ def evaluate(job: EvaluateJob) -> dict:
         "samples": [
             {
                 "steps": steps,
-                **asdict(reference.measure(images, labels)),
-                "images_per_second": job.num_samples / seconds,
+                **asdict(reference.measure(samples.images, labels)),
+                "seconds_per_image": samples.seconds_per_image,
             }
-            for steps, (images, seconds) in drawn.items()
+            for steps, samples in drawn.items()
         ],
     }
-    first_images = drawn[job.steps[0]][0]
+    first_images = drawn[job.steps[0]].images
     by_class = [
         index for label in range(len(names)) for index in (labels == label).nonzero().flatten()[:GRID_COLUMNS].tolist()
     ]

@@ -59,4 +59,4 @@ def load_judge(folder: Path) -> Judge:
     """Opens a judge's folder. Raises InputError where there is none."""
     if not (folder / "config.json").is_file():
         raise InputError(f"no judge in {folder}; python -m pipelines.demo.judge trains one")
-    return Judge.from_pretrained(folder).eval()
+    return Judge.from_pretrained(folder, low_cpu_mem_usage=False).eval()

@@ -1,12 +1,13 @@
 """The generator as an MLflow model: models from code, so that nothing is pickled. MLflow runs this file by its path."""
 
 import io
+from pathlib import Path
 
 import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.pipeline import load_pipeline
 
 
 class GeneratorModel(PythonModel):
@@ -14,7 +15,7 @@ class GeneratorModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Opens the generator among the model's artifacts."""
-        self._pipeline = MeanFlowPipeline.from_pretrained(context.artifacts["generator"])
+        self._pipeline = load_pipeline(Path(context.artifacts["generator"]))
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict | None = None

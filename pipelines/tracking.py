@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -62,6 +62,7 @@ class Run:
         self.tracking_uri = tracking_uri
         self.run_id = run_id
         self._client = MlflowClient(tracking_uri)
+        self._queued: list[Any] = []
 
     @classmethod
     def begin(
@@ -71,9 +72,7 @@ class Run:
         client = MlflowClient(tracking_uri)
         experiment_id = _experiment_id(client, experiment, storage_location)
         created = client.create_run(experiment_id, run_name=name)
-        for key, value in parameters.items():
-            client.log_param(created.info.run_id, key, value, synchronous=False)
-        mlflow.flush_async_logging()
+        client.log_batch(created.info.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
         return cls(tracking_uri, created.info.run_id)
 
     def resume(self) -> None:
@@ -90,7 +89,7 @@ class Run:
         """Queues metrics of a step; the caller does not wait."""
         now = mlflow.utils.time.get_current_time_millis()
         batch = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self._client.log_batch(self.run_id, metrics=batch, synchronous=False)
+        self._queued.append(self._client.log_batch(self.run_id, metrics=batch, synchronous=False))
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
         """Logs uint8 (H, W, 3) under a key and a step."""
@@ -102,7 +101,10 @@ class Run:
 
     def flush(self) -> None:
         """Waits until what was queued is written."""
-        mlflow.flush_async_logging()
+        # Operation by operation: mlflow.flush_async_logging() flushes another address's queue, making a database for it.
+        for operation in self._queued:
+            operation.wait()
+        self._queued.clear()
 
     def end(self, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
@@ -160,8 +162,10 @@ def fetch_generator(model: str, tracking_uri: str | None) -> Path:
                 f"model {model} is no folder; wanted a generator's folder, models:/name@alias or runs:/id/name"
             )
     else:
+        if tracking_uri:
+            mlflow.set_tracking_uri(tracking_uri)  # the registry follows it; the argument of that name moves runs alone
         try:
-            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model, tracking_uri=tracking_uri))
+            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model))
         except (MlflowException, OSError) as error:
             raise InputError(
                 f"cannot fetch {model} from {tracking_uri or mlflow.get_tracking_uri()}: {error}"

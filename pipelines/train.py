@@ -25,7 +25,7 @@ import torch
 import torch.distributed
 import tyro
 from pyarrow import fs
-from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,7 +37,7 @@ from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import TrainState, build_train_state, load_train_state, save_train_state, train_step
 from pipelines import latent_store, storage, tracking
-from pipelines.command import InputError, num_gpus, run_command, start_ray
+from pipelines.command import InputError, num_gpus, run_command, set_up_logging, start_ray
 from pipelines.grids import image_grid
 from pipelines.latent_store import LatentDataset, Manifest, rows_of_step
 from pipelines.progress import Progress
@@ -73,8 +73,6 @@ class TrainJob:
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, but got {self.num_workers}")
-        if not self.run_name or "/" in self.run_name:
-            raise ValueError(f"run_name must be a name without slashes, but got {self.run_name!r}")
 
 
 def share_of_rows(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -134,7 +132,7 @@ def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
     """One worker's training loop; returns the last interval's figures."""
     job: TrainJob = job_and_run["job"]
     config = job.config
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    set_up_logging()
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if device.type == "cpu":
@@ -317,6 +315,8 @@ def _publish(job: TrainJob, folder: Path) -> str:
 
 def train(preset: str, job: TrainJob) -> None:
     """Trains, or goes on training, and leaves a generator. Raises InputError for input that cannot be."""
+    if not job.run_name or "/" in job.run_name:
+        raise InputError(f"--run-name must be a name without slashes, but got {job.run_name!r}")
     manifest = latent_store.read_manifest(job.data)
     _check_vae(job, manifest)
     if manifest.latent_shape[1] % job.config.network.patch_size:
@@ -346,6 +346,7 @@ def train(preset: str, job: TrainJob) -> None:
             storage_path=root,
             storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:

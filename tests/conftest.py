@@ -1,0 +1,52 @@
+"""Fixtures shared by the tests: small networks, the shipped demo autoencoder, drawn images on disk."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before Ray is imported: no token file in the home folder, no telemetry, and quick health checks.
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.pop("RAY_ADDRESS", None)
+
+import torch
+
+from meanflow_core.autoencoder import load_autoencoder
+from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
+from meanflow_core.transformer import MeanFlowDiT
+from pipelines.demo import images
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+
+
+@pytest.fixture
+def network() -> MeanFlowDiT:
+    """A tiny DiT on 4x8x8 latents whose every parameter was perturbed, so that no zero-initialised layer hides an error."""
+    torch.manual_seed(0)
+    network = MeanFlowDiT(sample_size=8, in_channels=4, num_classes=10, hidden_size=48, depth=2, num_heads=3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.fixture(scope="session")
+def vae():
+    """The demo's autoencoder, as shipped."""
+    return load_autoencoder(str(SHIPPED_AUTOENCODER))
+
+
+@pytest.fixture
+def pipeline(network, vae) -> MeanFlowPipeline:
+    """A pipeline of the tiny network and the demo's autoencoder."""
+    pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def image_root(tmp_path_factory) -> Path:
+    """60 training and 40 held-out demo images as JPEG in ImageNet's layout."""
+    root = tmp_path_factory.mktemp("images")
+    images.write_folder(root, num_train=60, num_val=40, num_processes=1)
+    return root

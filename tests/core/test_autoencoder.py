@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from meanflow_core.autoencoder import (
+    decode_latents,
+    encode_moments,
+    load_autoencoder,
+    to_float_images,
+    to_uint8_images,
+    weight_hash,
+)
+from meanflow_core.latents import LatentNormalization
+from pipelines.demo import images
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER, held_out_psnr
+
+
+def test_uint8_rule_is_127_5_x_plus_128_truncated():
+    levels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, 7).expand(1, 3, 1, 7)
+    assert to_uint8_images(levels)[0, 0, :, 0].tolist() == [0, 0, 64, 128, 255, 255, 255]
+
+
+def test_every_uint8_level_survives_the_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    assert torch.equal(to_uint8_images(to_float_images(pixels)), pixels)
+
+
+def test_images_of_another_layout_are_refused():
+    with pytest.raises(ValueError, match=r"\(B, H, W, 3\)"):
+        to_float_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_shipped_autoencoder_keeps_30_db_and_stays_below_4_mb(vae):
+    pixels, _ = images.draw_many("val", 0, 60)
+    assert held_out_psnr(vae, torch.from_numpy(pixels)) >= 30.0
+    assert sum(path.stat().st_size for path in SHIPPED_AUTOENCODER.iterdir()) <= 4_000_000
+
+
+def test_moments_have_the_factor_of_8_and_normalise_to_unit_variance(vae):
+    pixels = torch.from_numpy(images.draw_many("val", 0, 100)[0])
+    moments = encode_moments(vae, pixels)
+    assert moments.shape == (100, 8, 8, 8)
+    mean, std = moments.chunk(2, dim=1)
+    assert (std > 0).all()
+    latents = LatentNormalization.from_vae_config(vae.config).normalize(mean)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=0.15, rtol=0)
+    decoded = decode_latents(vae, latents)
+    assert decoded.dtype == torch.uint8
+    assert (decoded.float() - pixels.float()).abs().mean() < 4.0
+
+
+def test_weight_hash_sees_one_changed_weight(vae):
+    same = load_autoencoder(str(SHIPPED_AUTOENCODER))
+    assert weight_hash(same) == weight_hash(vae)
+    with torch.no_grad():
+        next(same.parameters()).view(-1)[0] += 1e-3
+    assert weight_hash(same) != weight_hash(vae)
+
+
+def test_missing_autoencoder_names_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json in"):
+        load_autoencoder(str(tmp_path))

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from meanflow_core.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    mean_pairwise_distance,
+    mean_within_class_distance,
+    nearest_distances,
+)
+
+
+def normal(count, seed, mean=0.0, scale=1.0, size=6):
+    generator = torch.Generator().manual_seed(seed)
+    return mean + scale * torch.randn(count, size, generator=generator, dtype=torch.float64)
+
+
+def test_merged_statistics_equal_those_of_the_whole():
+    features = normal(100, 0)
+    whole = FeatureStatistics.of(features)
+    merged = (
+        FeatureStatistics.of(features[:7]) + FeatureStatistics.of(features[7:60]) + FeatureStatistics.of(features[60:])
+    )
+    assert merged.count == 100
+    torch.testing.assert_close(merged.mean, features.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged.covariance, torch.cov(features.T), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-10, atol=1e-12)
+
+
+def test_distance_of_a_set_to_itself_is_zero():
+    statistics = FeatureStatistics.of(normal(500, 1))
+    assert frechet_distance(statistics, statistics) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_distance_between_diagonal_gaussians_has_its_closed_form():
+    # Statistics given exactly: |m1 - m2|^2 + sum (s1 - s2)^2 for standard deviations s.
+    def exact(mean, std):
+        count = 1000
+        covariance = torch.diag(std.square())
+        outer = (count - 1) * covariance + count * torch.outer(mean, mean)
+        return FeatureStatistics(count, count * mean, outer)
+
+    m1, m2 = torch.tensor([0.0, 1.0, 2.0]).double(), torch.tensor([1.0, 1.0, 0.0]).double()
+    s1, s2 = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 2.0, 0.0]).double()
+    expected = float((m1 - m2).square().sum() + (s1 - s2).square().sum())
+    assert frechet_distance(exact(m1, s1), exact(m2, s2)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_distance_agrees_with_a_general_matrix_square_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    mixing = normal(6, 3)
+    first, second = FeatureStatistics.of(normal(400, 4) @ mixing), FeatureStatistics.of(normal(300, 5, mean=0.3))
+    root = linalg.sqrtm((first.covariance @ second.covariance).numpy()).real
+    difference = first.mean - second.mean
+    expected = float(difference @ difference + (first.covariance + second.covariance).trace()) - 2 * root.trace()
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-8)
+
+
+def test_unfit_features_are_refused():
+    with pytest.raises(ValueError, match=r"\(N, D\)"):
+        FeatureStatistics.of(torch.zeros(3))
+    with pytest.raises(ValueError, match="finite"):
+        FeatureStatistics.of(torch.tensor([[float("nan")]]))
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = FeatureStatistics.of(torch.zeros(1, 2)).covariance
+
+
+def test_pixel_distances_are_euclidean():
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    assert mean_pairwise_distance(points) == pytest.approx(10 / 3)
+    images = points.view(3, 1, 1, 2).to(torch.uint8)
+    assert mean_within_class_distance(images, torch.tensor([0, 0, 0])) == pytest.approx(10 / 3)
+    torch.testing.assert_close(nearest_distances(points, points[1:2]), torch.tensor([5.0, 0.0, 5.0]))

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from meanflow_core.presets import b2, b4, l2, m2, xl2
+from meanflow_core.transformer import Conditioning, MeanFlowDiT, sine_cosine_positions
+
+
+def conditioning(batch, t=0.8, r=0.3, label=1):
+    return Conditioning(t=torch.full((batch,), t), r=torch.full((batch,), r), labels=torch.full((batch,), label))
+
+
+def test_fresh_network_says_zero():
+    network = MeanFlowDiT(sample_size=8, hidden_size=48, depth=2, num_heads=3)
+    assert torch.equal(network(torch.randn(2, 4, 8, 8), conditioning(2)).u, torch.zeros(2, 4, 8, 8))
+
+
+def test_output_depends_on_every_input(network):
+    z = torch.randn(1, 4, 8, 8)
+    base = network(z, conditioning(1)).u
+    for other in (conditioning(1, t=0.7), conditioning(1, r=0.2), conditioning(1, label=10)):
+        assert not torch.allclose(network(z, other).u, base, atol=1e-4)
+    assert not torch.allclose(network(z + 0.1, conditioning(1)).u, base, atol=1e-4)
+
+
+def test_patches_return_to_where_they_came_from():
+    network = MeanFlowDiT(sample_size=4, in_channels=3, patch_size=2, hidden_size=12, depth=1, num_heads=1)
+    with torch.no_grad():  # the embedder copies a patch's 12 values, the final layer is asked to lay them out again
+        network.x_embedder.proj.weight.copy_(torch.eye(12).view(12, 3, 2, 2))
+    z = torch.arange(48.0).view(1, 3, 4, 4)
+    tokens = network.x_embedder(
+        z
+    )  # values ordered (channel, row, column); the final layer's order is (row, column, channel)
+    rows = tokens.view(1, 4, 3, 2, 2).permute(0, 1, 3, 4, 2).reshape(1, 4, 12)
+    assert torch.equal(network._unpatchify(rows), z)
+
+
+def test_positions_are_distinct_and_put_the_column_first():
+    positions = sine_cosine_positions(16, 3)
+    assert positions.shape == (9, 16)
+    assert len({tuple(row.tolist()) for row in positions}) == 9
+    assert torch.equal(positions[0, :8], positions[3, :8])  # same column
+    assert torch.equal(positions[0, 8:], positions[1, 8:])  # same row
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [(b4, 131), (b2, 131), (m2, 308), (l2, 459), (xl2, 676)], ids=lambda value: str(value)
+)
+def test_parameter_counts_are_the_published_ones(preset, millions):
+    network = preset().network
+    with torch.device("meta"):
+        model = MeanFlowDiT(
+            patch_size=network.patch_size,
+            hidden_size=network.hidden_size,
+            depth=network.depth,
+            num_heads=network.num_heads,
+        )
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def test_latent_of_another_shape_is_refused(network):
+    with pytest.raises(ValueError, match=r"\(B, 4, 8, 8\), but got \(1, 4, 16, 16\)"):
+        network(torch.randn(1, 4, 16, 16), conditioning(1))
+    with pytest.raises(ValueError, match="multiple of the patch size"):
+        MeanFlowDiT(sample_size=9, patch_size=2)

@@ -36,7 +36,7 @@ soak: $(STAMP)
 
 bench: $(STAMP)
 	@mkdir -p build/bench
-	@set -e; for script in tests/benchmarks/*.py; do \
+	@set -e; for script in tests/benchmarks/[!_]*.py; do \
 	    name=$$(basename $$script .py); echo "== $$name"; \
 	    $(FAST_MALLOC) $(BIN)/python $$script --json build/bench/$$name.json; \
 	done

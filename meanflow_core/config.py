@@ -121,7 +121,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam with a constant rate after an optional warm-up (MeanFlow, Table 4)."""
+    """Adam; the rate constant as in MeanFlow's Table 4, or with a warm-up before and a cool-down after."""
 
     learning_rate: float = 1e-4
     """Adam's rate after warm-up."""
@@ -131,6 +131,8 @@ class OptimizerConfig:
     """Decay of the squared gradient's running mean."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
+    cooldown_steps: int = 0
+    """Last steps of the run, over which the rate falls linearly to 0; none in the papers, worth it in a short run."""
     max_gradient_norm: float | None = None
     """Clip the whole gradient to this norm; none as in the papers."""
 
@@ -140,7 +142,8 @@ class OptimizerConfig:
             _require(
                 0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} must lie in [0, 1), but got {getattr(self, name)}"
             )
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must be at least 0, but got {self.warmup_steps}")
+        for name in ("warmup_steps", "cooldown_steps"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name} must be at least 0, but got {getattr(self, name)}")
         _require(
             self.max_gradient_norm is None or self.max_gradient_norm > 0.0,
             f"optimizer.max_gradient_norm must be above 0 or none, but got {self.max_gradient_norm}",

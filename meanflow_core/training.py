@@ -65,9 +65,11 @@ def build_train_state(
     return TrainState(network=network, ema_network=ema_network, optimizer=optimizer, step=0)
 
 
-def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The rate of 0-based step `step`: linear warm-up, then constant."""
-    return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The rate of 0-based step `step` of `num_steps`: linear warm-up, constant, linear cool-down to 0 after the last."""
+    warmup = (step + 1) / max(config.warmup_steps, 1)
+    cooldown = (num_steps - step) / max(config.cooldown_steps, 1)
+    return config.learning_rate * min(1.0, warmup, cooldown)
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def train_step(
         state.network.parameters(), config.optimizer.max_gradient_norm or float("inf")
     )
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optimizer, state.step)
+        group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
     state.optimizer.step()
     update_ema(state, config.ema_decay)
     state.step += 1

@@ -109,7 +109,7 @@ def decode_image(content: bytes, size: int) -> np.ndarray:
     Raises what Pillow raises for bytes that it cannot read.
     """
     with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(center_crop(image.convert("RGB"), size))
+        return np.array(center_crop(image.convert("RGB"), size))  # a copy: Pillow's own is read-only
 
 
 def read_pixels(filesystem: fs.FileSystem, folder: ImageFolder, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -122,6 +122,13 @@ def shard_name(index: int) -> str:
     return f"shards/shard-{index:05d}.parquet"
 
 
+def _tensor_array(values: np.ndarray) -> pa.Array:
+    # By its storage, because from_numpy_ndarray refuses an array without rows.
+    flat = pa.array(np.ascontiguousarray(values, dtype=np.float16).reshape(-1))
+    storage_array = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), values.shape[1:]), storage_array)
+
+
 def shard_bytes(
     moments: np.ndarray,
     moments_mirrored: np.ndarray,
@@ -132,10 +139,8 @@ def shard_bytes(
     """A shard as Parquet: moments float16 (N, 2C, H, W) twice, labels (N,), ids; and the rejected in its metadata."""
     table = pa.table(
         {
-            "moments": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(moments, dtype=np.float16)),
-            "moments_mirrored": pa.FixedShapeTensorArray.from_numpy_ndarray(
-                np.ascontiguousarray(moments_mirrored, dtype=np.float16)
-            ),
+            "moments": _tensor_array(moments),
+            "moments_mirrored": _tensor_array(moments_mirrored),
             "label": pa.array(labels, type=pa.int32()),
             "sample_id": pa.array(sample_ids, type=pa.string()),
         }
@@ -248,6 +253,8 @@ def _copy_shards(location: str, manifest: Manifest, folder: Path) -> None:
                 f"{location}/{shard_name(index)} has {table.num_rows} rows, but its manifest says {num_rows}; "
                 f"delete it and run pipelines.encode again"
             )
+        if num_rows == 0:  # nothing in it could be read
+            continue
         for name in ("moments", "moments_mirrored"):
             files[name][start : start + num_rows] = table[name].combine_chunks().to_numpy_ndarray()
         files["label"][start : start + num_rows] = table["label"].to_numpy()

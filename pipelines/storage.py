@@ -27,7 +27,7 @@ def open_storage(location: str) -> tuple[fs.FileSystem, str]:
 
 def is_local(location: str) -> bool:
     """True for a path on this machine's file system."""
-    return isinstance(open_storage(location)[0], fs.LocalFileSystem)
+    return "://" not in location or location.startswith("file://")
 
 
 def require_folder(location: str, what: str) -> tuple[fs.FileSystem, str]:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import ray
@@ -67,7 +67,7 @@ class TrainJob:
     """MLflow experiment."""
     model_name: str | None = None
     """Name in MLflow's model registry; "meanflow-" and the preset's name unless given."""
-    config: tyro.conf.OmitArgPrefixes[TrainingConfig]
+    config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
     """The experiment."""
 
     def __post_init__(self) -> None:

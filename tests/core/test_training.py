@@ -95,10 +95,10 @@ def test_resume_repeats_the_same_parameters(tmp_path):
     assert torch.equal(parameters(second.ema_network), parameters(straight.ema_network))
 
 
-def test_warm_up_is_linear_then_constant():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4)
-    assert [learning_rate(config, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(OptimizerConfig(learning_rate=1.0), 0) == 1.0
+def test_rate_warms_up_stays_and_cools_down():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, cooldown_steps=2)
+    assert [learning_rate(config, step, 8) for step in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.5]
+    assert {learning_rate(OptimizerConfig(learning_rate=1.0), step, 8) for step in range(8)} == {1.0}
 
 
 def test_gradient_clipping_bounds_what_the_optimiser_sees():

@@ -1,0 +1,61 @@
+"""What every benchmark shares: the command line, interleaved timing, and the JSON that it writes."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each function, called in turn A B A B, so that a drifting machine drifts for all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_index in range(warmup + rounds):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if round_index >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, object]:
+    """What the figures were made on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main(measure: Callable[[], dict[str, float]], wanted: dict[str, tuple[str, float]]) -> None:
+    """Measures, prints figure beside wanted, writes the JSON, and exits 1 where a wanted bound is missed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    figures = measure()
+    missed = False
+    for name, value in figures.items():
+        verdict = ""
+        if name in wanted:
+            relation, bound = wanted[name]
+            holds = value <= bound if relation == "<=" else value >= bound
+            missed |= not holds
+            verdict = f"   wanted {relation} {bound:g}: {'holds' if holds else 'MISSED'}"
+        print(f"{name:44s} {value:10.4g}{verdict}")
+    content = {
+        "figures": figures,
+        "wanted": {name: list(bound) for name, bound in wanted.items()},
+        "machine": machine(),
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    raise SystemExit(1 if missed else 0)

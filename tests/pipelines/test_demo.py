@@ -1,0 +1,119 @@
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from pipelines.command import InputError
+from pipelines.demo import images
+from pipelines.demo.__main__ import MARKER, Processes, free_port, prepare_work, summarize
+
+
+def test_images_are_a_function_of_split_and_index():
+    np.testing.assert_array_equal(images.draw("train", 17)[0], images.draw("train", 17)[0])
+    assert images.draw("train", 17)[1] == 7
+    assert not np.array_equal(images.draw("train", 17)[0], images.draw("val", 17)[0])
+    with pytest.raises(ValueError, match="unknown split 'test'; known: train, val"):
+        images.draw("test", 0)
+
+
+def test_colours_do_not_tell_the_class():
+    def features(split, count):
+        pixels, labels = images.draw_many(split, 0, count)
+        flat = pixels.reshape(count, -1, 3).astype(np.float64)
+        return np.concatenate([flat.mean(1), flat.std(1)], axis=1), labels
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(*features("train", 3000))
+    assert classifier.score(*features("val", 1000)) <= 0.3
+
+
+def test_shapes_cover_the_same_area_and_stay_inside():
+    axis = np.linspace(-2, 2, 401)
+    x, y = np.meshgrid(axis, axis)
+    for name, shape in images.SHAPES.items():
+        scale = images.shape_scale(name)
+        inside = shape(x / scale, y / scale) < 0
+        assert inside.sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(np.pi, rel=0.03), name
+        reach = np.hypot(x, y)[inside].max() * images.RADIUS[1] + images.MAX_SHIFT
+        assert reach < 1.0, name
+
+
+def test_distribution_is_the_same_in_the_mirror():
+    pixels, labels = images.draw_many("val", 0, 2000)
+    for label in range(10):
+        mean = pixels[labels == label].astype(np.float64).mean(axis=(0, 3))
+        spread = pixels[labels == label].astype(np.float64).mean(axis=3).std(axis=0) / np.sqrt((labels == label).sum())
+        assert (np.abs(mean - mean[:, ::-1]) / (spread + 1)).mean() < 2.5, images.CLASS_NAMES[label]
+
+
+def test_folder_is_laid_out_as_imagenet(image_root):
+    assert len(list((image_root / "train").glob("d*/d*_*.JPEG"))) == 60
+    assert (image_root / "LOC_synset_mapping.txt").read_text().splitlines()[3] == "d0000003 cross"
+
+
+def test_taken_port_is_refused_and_zero_finds_a_free_one():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} on 127.0.0.1 is in use; choose another"):
+            free_port(port)
+    assert free_port(0) > 0
+
+
+def test_work_folder_replaces_an_earlier_demo_and_nothing_else(tmp_path):
+    work = tmp_path / "demo"
+    prepare_work(work)
+    (work / "old").touch()
+    prepare_work(work)
+    assert [path.name for path in work.iterdir()] == [MARKER]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds something else"):
+        prepare_work(tmp_path / "mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        prepare_work(tmp_path / "file")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_orphans_of_a_stage_are_ended(tmp_path):
+    # In a process of its own, because adopting orphans is for life.
+    script = f"""
+import subprocess, sys, time, psutil
+from pipelines.demo.__main__ import Processes
+processes = Processes(dict(**__import__("os").environ))
+daemon = "import os, time; os.setsid(); open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {{daemon!r}}]); __import__('time').sleep(2)"
+processes.run([sys.executable, "-c", parent])
+pid = int(open({str(tmp_path / "pid")!r}).read())
+assert not psutil.pid_exists(pid), "the orphan lives"
+print("none left")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "none left", result.stderr
+
+
+def test_failing_stage_stops_the_demo():
+    import os
+
+    with pytest.raises(InputError, match="ended with exit code 3"):
+        Processes(dict(os.environ)).run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_report_has_the_figures_that_are_asked_about():
+    quality = {"accuracy": 0.9, "frechet": 0.5, "diversity": 1.0, "nearest_train_ratio": 1.1}
+    evaluation = {
+        "autoencoder_psnr": 35.0,
+        "held_out": quality,
+        "reconstruction": quality,
+        "samples": [{"steps": 2, **quality, "accuracy": 0.99}, {"steps": 1, **quality}],
+    }
+    report = summarize(evaluation, [])
+    assert report["one_step_accuracy"] == 0.9
+    assert {"stage_seconds", "autoencoder_psnr", "real_accuracy", "frechet_floor", "frechet_reconstruction",
+            "frechet_one_step", "diversity", "nearest_train_ratio"} <= set(report)  # fmt: skip

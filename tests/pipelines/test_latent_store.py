@@ -1,0 +1,138 @@
+import io
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import latent_store
+from pipelines.command import InputError
+from pipelines.latent_store import EncodingRecipe, LatentDataset, Manifest, rows_of_step
+
+RECIPE = EncodingRecipe(
+    vae_id="x",
+    vae_sha256="0" * 64,
+    moments_shape=(8, 2, 2),
+    image_size=16,
+    crop="adm_center_crop",
+    source_sha256="1" * 64,
+    rows_per_shard=3,
+)
+
+
+def manifest(num_samples, shard_rows):
+    return Manifest(
+        recipe=RECIPE,
+        num_samples=num_samples,
+        num_rejected=0,
+        shard_rows=shard_rows,
+        class_names=["a", "b"],
+        wnids=["a", "b"],
+        source="here",
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Seven rows in three shards: row i holds i in its moments and -i in its mirrored ones."""
+    root = tmp_path / "latents"
+    (root / "shards").mkdir(parents=True)
+    for shard, (start, stop) in enumerate(((0, 3), (3, 6), (6, 7))):
+        values = np.arange(start, stop, dtype=np.float16)[:, None, None, None] + np.zeros((8, 2, 2), np.float16)
+        content = latent_store.shard_bytes(
+            values, -values, np.arange(start, stop) % 2, [f"id{row}" for row in range(start, stop)], []
+        )
+        (root / latent_store.shard_name(shard)).write_bytes(content)
+    (root / "manifest.json").write_text(manifest(7, [3, 3, 1]).to_json())
+    return root
+
+
+def test_plain_pyarrow_and_numpy_read_shape_and_dtype():
+    moments = np.random.default_rng(0).normal(size=(5, 8, 4, 4)).astype(np.float16)
+    rejected = [{"sample_id": "x", "reason": "torn"}]
+    content = latent_store.shard_bytes(moments, moments * 2, np.arange(5), list("abcde"), rejected)
+    table = pq.read_table(io.BytesIO(content))
+    assert table.column_names == ["moments", "moments_mirrored", "label", "sample_id"]
+    read = table["moments_mirrored"].combine_chunks().to_numpy_ndarray()
+    assert read.dtype == np.float16
+    np.testing.assert_array_equal(read, moments * 2)
+    assert str(table.schema.field("label").type) == "int32"
+    assert str(table.schema.field("sample_id").type) == "string"
+
+
+def test_rows_come_in_any_order_and_mirrored_where_asked(dataset, tmp_path):
+    store = LatentDataset.open(str(dataset), tmp_path / "cache")
+    moments, labels = store.rows(np.array([6, 0, 3]), np.array([False, True, True]))
+    assert moments[:, 0, 0, 0].tolist() == [6, 0, -3]
+    assert labels.tolist() == [0, 0, 1]
+    assert labels.dtype == np.int64
+    assert isinstance(store.moments, np.memmap)
+
+
+def test_node_copy_is_made_once_and_shared(dataset, tmp_path, monkeypatch):
+    copies = []
+    original = latent_store._copy_shards
+    monkeypatch.setattr(latent_store, "_copy_shards", lambda *arguments: (copies.append(1), original(*arguments)))
+    threads = [threading.Thread(target=LatentDataset.open, args=(str(dataset), tmp_path / "cache")) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    LatentDataset.open(str(dataset), tmp_path / "cache")
+    assert copies == [1]
+
+
+def test_a_copy_cut_short_is_not_taken_for_whole(dataset, tmp_path, monkeypatch):
+    def torn(*arguments, **options):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "read_table", torn)
+        with pytest.raises(OSError, match="disk full"):
+            LatentDataset.open(str(dataset), tmp_path / "cache")
+    assert len(LatentDataset.open(str(dataset), tmp_path / "cache")) == 7
+
+
+def test_dataset_without_a_manifest_is_refused(dataset):
+    (dataset / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"no manifest\.json in .*; run pipelines\.encode"):
+        latent_store.read_manifest(str(dataset))
+
+
+def test_newer_schema_is_refused_and_a_damaged_one_too(dataset):
+    path = dataset / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "schema_version": 2}))
+    with pytest.raises(InputError, match="schema version 2, but this release reads version 1"):
+        latent_store.read_manifest(str(dataset))
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(InputError, match="damaged"):
+        latent_store.read_manifest(str(dataset))
+
+
+def test_shard_that_lost_rows_is_refused(dataset, tmp_path):
+    (dataset / "manifest.json").write_text(manifest(8, [3, 3, 2]).to_json())
+    with pytest.raises(InputError, match="has 1 rows, but its manifest says 2"):
+        LatentDataset.open(str(dataset), tmp_path / "cache")
+
+
+def test_manifest_survives_its_json():
+    original = manifest(7, [3, 3, 1])
+    assert Manifest.from_json(original.to_json(), "here") == original
+    assert original.latent_shape == (4, 2, 2)
+    assert replace(original, source="there") != original
+
+
+def test_every_epoch_holds_every_row_once():
+    epochs = np.concatenate([rows_of_step(7, step, 4, 10) for step in range(5)]).reshape(2, 10)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(10))
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_rows_of_a_step_are_a_function_of_seed_and_step():
+    np.testing.assert_array_equal(rows_of_step(1, 9, 16, 100), rows_of_step(1, 9, 16, 100))
+    assert rows_of_step(1, 9, 16, 100).tolist() != rows_of_step(2, 9, 16, 100).tolist()
+    assert len(rows_of_step(0, 0, 25, 10)) == 25  # a batch larger than the data reaches over several epochs

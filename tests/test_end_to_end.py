@@ -1,0 +1,182 @@
+"""The README's stage commands as a user types them, each a process of its own, on few images and few steps."""
+
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from mlflow import MlflowClient
+from PIL import Image
+
+from meanflow_core.pipeline import load_pipeline
+from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
+from tests.readme import REPOSITORY, commands
+
+SMALLER = {
+    "pipelines.demo.images": ["--num-train", "200", "--num-val", "60"],
+    "pipelines.encode": ["--rows-per-shard", "64"],
+    "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Where the commands' build/ lies, and their environment."""
+    ray_folder = tempfile.mkdtemp(prefix="mfr-")
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": ray_folder,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    yield tmp_path_factory.mktemp("build"), environment
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def documented(prefix: str, build: Path) -> list[str]:
+    """The README's command that starts so, on the test's folder and at the debug preset."""
+    line = next(line for line in commands("stages") if line.startswith(prefix))
+    words = shlex.split(line.replace("build/", f"{build}/").replace("pipelines.train demo", "pipelines.train debug"))
+    return words + SMALLER.get(words[2], [])
+
+
+def run(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    result = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(workspace):
+    """The folder after the README's commands up to evaluate."""
+    build, environment = workspace
+    output = {}
+    for stage in ("pipelines.demo.images", "pipelines.encode", "pipelines.train", "pipelines.evaluate"):
+        output[stage] = run(documented(f"python -m {stage}", build), environment)
+    return build, output
+
+
+@pytest.mark.cluster
+def test_encode_keeps_every_image_once(trained):
+    build, output = trained
+    manifest = json.loads((build / "latents" / "manifest.json").read_text())
+    assert manifest["num_samples"] == 200
+    assert manifest["shard_rows"] == [64, 64, 64, 8]
+    ids = [
+        i for path in sorted((build / "latents/shards").iterdir()) for i in pq.read_table(path)["sample_id"].to_pylist()
+    ]
+    images = build / "images/train"
+    on_disk = sorted(str(path.relative_to(images).with_suffix("")) for path in images.rglob("*.JPEG"))
+    assert ids == on_disk
+    assert "images/s" in output["pipelines.encode"].stderr  # progress with a rate
+
+
+@pytest.mark.cluster
+def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
+    build, output = trained
+    assert f"generator: {build}/runs/first/generator" in output["pipelines.train"].stdout
+    assert "model: models:/meanflow-debug@champion" in output["pipelines.train"].stdout
+    assert "30 of 30 steps" in output["pipelines.train"].stderr + output["pipelines.train"].stdout
+    pipeline = load_pipeline(build / "runs/first/generator")
+    assert pipeline.class_names[8] == "star"
+    config = json.loads((build / "runs/first/generator/vae/config.json").read_text())
+    assert len(config["latents_mean"]) == 4
+
+    client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
+    run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["loss.guidance.kappa"] == "0.5"
+    for name in ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "images_per_second",
+                 "data_wait_share"):  # fmt: skip
+        history = client.get_metric_history(run_id, name)
+        assert [metric.step for metric in history] == [5, 10, 15, 20, 25, 30], name
+        assert np.isfinite([metric.value for metric in history]).all()
+    assert len(list((build / "runs/mlflow-artifacts").rglob("*one_step*.png"))) == 2
+    assert client.get_model_version_by_alias("meanflow-debug", "champion").run_id == run_id
+
+
+@pytest.mark.cluster
+def test_evaluate_writes_table_grid_plot_and_report(trained):
+    build, output = trained
+    report = json.loads((build / "report/report.json").read_text())
+    assert [entry["steps"] for entry in report["samples"]] == [1, 2]
+    assert report["autoencoder_psnr"] > 30
+    assert report["held_out"]["accuracy"] >= 0.97
+    assert report["held_out"]["frechet"] < report["samples"][0]["frechet"]  # thirty steps learn nothing
+    assert Image.open(build / "report/samples.png").size == (4 * 66 - 2, 10 * 66 - 2)
+    assert (build / "report/quality_against_steps.png").stat().st_size > 5000
+    assert "| 1-step samples |" in output["pipelines.evaluate"].stdout
+
+
+@pytest.mark.cluster
+def test_training_again_under_the_same_name_resumes_and_another_experiment_is_refused(trained, workspace):
+    build, _ = trained
+    _, environment = workspace
+    train = documented("python -m pipelines.train", build)
+    again = run([*train, "--num-steps", "40"], environment)
+    assert "resumed at step 30" in again.stderr + again.stdout
+    client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
+    run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
+    steps = [metric.step for metric in client.get_metric_history(run_id, "loss")]
+    assert steps == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert client.get_model_version_by_alias("meanflow-debug", "champion").version == "2"
+
+    other = subprocess.run(
+        [*train, "--optimizer.learning-rate", "0.5"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert other.returncode == 2
+    assert other.stderr.splitlines()[-1].startswith("error: run first in")
+    assert "config.optimizer.learning_rate was 0.004, is 0.5" in other.stderr
+
+
+@pytest.mark.cluster
+def test_serve_answers_with_the_image_of_class_and_seed(trained, workspace, tmp_path):
+    build, _ = trained
+    _, environment = workspace
+    words = documented("serve run", build)
+    # `serve run IMPORT` has no option for the port, so the same application goes through a config with a free one.
+    port = free_port(0)
+    config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
+    config["http_options"]["port"] = port
+    config["applications"][0]["import_path"] = words[2]
+    config["applications"][0]["args"] = dict(word.split("=", 1) for word in words[3:])
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen(
+            ["serve", "run", str(tmp_path / "serve.yaml")],
+            cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, server)
+        curl = shlex.split(next(line for line in commands("stages") if line.startswith("curl")))
+        body = json.loads(curl[curl.index("-d") + 1])
+        status, content_type, content = fetch(f"{url}/generate", body)
+        assert (status, content_type) == (200, "image/png")
+        served = np.asarray(Image.open(io.BytesIO(content))).astype(int)
+        expected = load_pipeline(build / "runs/first/generator").images_from_seeds([8], [7], 1)[0].numpy().astype(int)
+        assert np.abs(served - expected).max() <= 1
+        batch = fetch(f"{url}/generate", {**body, "seed": 5, "num_images": 4, "response_format": "png"})[2]
+        third = np.asarray(Image.open(io.BytesIO(batch)))[:, 128:192].astype(int)
+        assert np.abs(third - expected).max() <= 1  # seed 7 again, now among others
+        status, _, message = fetch(f"{url}/generate", {**body, "class": "unicorn"})
+        assert status == 422
+        assert b"unknown class" in message
+        assert json.loads(fetch(f"{url}/classes")[2])[8] == {"id": 8, "name": "star"}
+        family = psutil.Process(server.pid).children(recursive=True)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=90)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive

@@ -1,0 +1,37 @@
+import shlex
+
+import pytest
+import tyro
+
+from pipelines.encode import EncodeJob
+from pipelines.train import parse_arguments
+from tests.readme import REPOSITORY, commands
+
+
+def test_cluster_commands_are_understood_by_the_real_parsers():
+    jobs = [
+        shlex.split(line)[shlex.split(line).index("--") + 1 :] for line in commands("cluster") if "job submit" in line
+    ]
+    encode, train = jobs
+    assert encode[:3] == ["python", "-m", "pipelines.encode"]
+    assert tyro.cli(EncodeJob, args=encode[3:]).image_size == 256
+    assert train[:3] == ["python", "-m", "pipelines.train"]
+    preset, job = parse_arguments(train[3:])
+    assert (preset, job.num_workers) == ("xl2", 32)
+
+
+def test_a_misspelt_option_would_be_noticed(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(EncodeJob, args=["--image", "x", "--output", "y", "--vae", "z"])
+
+
+def test_pictures_and_files_that_the_readme_names_exist():
+    import re
+
+    text = (REPOSITORY / "README.md").read_text()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    files = re.findall(r"`((?:meanflow_core|pipelines|deploy|tests)/[\w./]+)`", text)
+    assert len(pictures) >= 2
+    assert len(files) >= 5
+    for path in pictures + files:
+        assert (REPOSITORY / path).exists(), path

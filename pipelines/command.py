@@ -4,8 +4,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
+import tyro
+
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -30,6 +34,14 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def parse_command_line(kind: type[T], description: str | None, **options: Any) -> T:
+    """The command line as a dataclass, by tyro; what the dataclass itself refuses becomes an InputError."""
+    try:
+        return tyro.cli(kind, description=description, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _quieten_worker() -> None:

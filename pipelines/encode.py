@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import tyro
 from diffusers import AutoencoderKL
 from pyarrow import fs
 
 from meanflow_core.autoencoder import encode_moments, load_autoencoder, weight_hash
 from pipelines import latent_store, storage
-from pipelines.command import InputError, num_gpus, run_command, start_ray
+from pipelines.command import InputError, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.image_reading import ImageFolder, decode_image, find_images
 from pipelines.latent_store import EncodingRecipe, Manifest
 from pipelines.progress import Progress
@@ -285,7 +284,7 @@ def encode(job: EncodeJob) -> Manifest:
 
 def main() -> None:
     """The command."""
-    job = tyro.cli(EncodeJob, description=__doc__)
+    job = parse_command_line(EncodeJob, __doc__)
     manifest = encode(job)
     logger.info(
         "wrote %d samples (%d rejected), moments %s, into %s",

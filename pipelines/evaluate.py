@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-import tyro
 from PIL import Image
 
 from meanflow_core.autoencoder import decode_latents, encode_moments
@@ -28,7 +27,7 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, frechet_distance, mean_within_class_distance, nearest_distances
 from meanflow_core.pipeline import MeanFlowPipeline, load_pipeline
 from pipelines import tracking
-from pipelines.command import InputError, num_gpus, run_command, start_ray
+from pipelines.command import InputError, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.grids import image_grid
 from pipelines.image_reading import find_images, read_pixels
@@ -266,6 +265,10 @@ def evaluate(job: EvaluateJob) -> dict:
             f"the judge in {job.judge} knows the classes {', '.join(judge.config.class_names)}, but the generator's are "
             f"{', '.join(names)}; name a --judge that was trained on them"
         )
+    if job.num_samples < 2 * len(names):
+        raise InputError(
+            f"--num-samples must be at least 2 for each of {len(names)} classes, but got {job.num_samples}"
+        )
     size = judge.config.image_size
     (train, _), (held_out, held_out_labels) = (
         [torch.from_numpy(array) for array in read_pixels(*find_images(location), size)]
@@ -296,12 +299,13 @@ def evaluate(job: EvaluateJob) -> dict:
             for steps, samples in drawn.items()
         ],
     }
-    first_images = drawn[job.steps[0]].images
+    first_images = drawn[min(job.steps)].images
+    columns = min(GRID_COLUMNS, job.num_samples // len(names)) or 1
     by_class = [
-        index for label in range(len(names)) for index in (labels == label).nonzero().flatten()[:GRID_COLUMNS].tolist()
+        index for label in range(len(names)) for index in (labels == label).nonzero().flatten()[:columns].tolist()
     ]
     job.output.mkdir(parents=True, exist_ok=True)
-    grid = image_grid(first_images[by_class].numpy(), GRID_COLUMNS)
+    grid = image_grid(first_images[by_class].numpy(), columns)
     Image.fromarray(grid).save(job.output / "samples.png")
     plot(report, job.output / "quality_against_steps.png")
     (job.output / "table.md").write_text(table(report))
@@ -333,7 +337,7 @@ def _log(job: EvaluateJob, report: dict) -> None:
 
 def main() -> None:
     """The command."""
-    job = tyro.cli(EvaluateJob, description=__doc__)
+    job = parse_command_line(EvaluateJob, __doc__)
     report = evaluate(job)
     print(table(report), end="")
     print(f"report: {job.output}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image
 
 from meanflow_core.pipeline import load_pipeline
 
@@ -21,15 +22,15 @@ class GeneratorModel(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict | None = None
     ) -> pd.DataFrame:
         """One image per row, as the bytes of a PNG."""
-        images = self._pipeline(
-            class_labels=model_input["class_label"].tolist(),
-            seeds=model_input["seed"].tolist(),
-            num_inference_steps=(params or {}).get("num_inference_steps", 1),
-        ).images
+        images = self._pipeline.images_from_seeds(
+            model_input["class_label"].tolist(),
+            model_input["seed"].tolist(),
+            (params or {}).get("num_inference_steps", 1),
+        )
         rows = []
-        for image in images:
+        for image in images.cpu().numpy():
             buffer = io.BytesIO()
-            image.save(buffer, format="PNG")
+            Image.fromarray(image).save(buffer, format="PNG")
             rows.append(buffer.getvalue())
         return pd.DataFrame({"image_png": rows})
 

@@ -37,7 +37,7 @@ from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import TrainState, build_train_state, load_train_state, save_train_state, train_step
 from pipelines import latent_store, storage, tracking
-from pipelines.command import InputError, num_gpus, run_command, set_up_logging, start_ray
+from pipelines.command import InputError, num_gpus, parse_command_line, run_command, set_up_logging, start_ray
 from pipelines.grids import image_grid
 from pipelines.latent_store import LatentDataset, Manifest, rows_of_step
 from pipelines.progress import Progress
@@ -152,7 +152,7 @@ def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
         with checkpoint.as_directory() as folder:
             load_train_state(state, Path(folder))
         logger.info("resumed at step %d", state.step)
-    graded_network = DistributedDataParallel(state.network)
+    graded_network = DistributedDataParallel(state.network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     with tempfile.TemporaryDirectory() as folder:
         vae = load_autoencoder(str(latent_store.fetch_autoencoder(job.data, Path(folder))))
@@ -379,7 +379,9 @@ def parse_arguments(arguments: list[str]) -> tuple[str, TrainJob]:
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     default = TrainJob(data=tyro.MISSING, storage=tyro.MISSING, run_name=tyro.MISSING, config=PRESETS[preset]())
-    return preset, tyro.cli(TrainJob, args=arguments[1:], default=default, prog=f"python -m pipelines.train {preset}")
+    return preset, parse_command_line(
+        TrainJob, None, args=arguments[1:], default=default, prog=f"python -m pipelines.train {preset}"
+    )
 
 
 def main() -> None:

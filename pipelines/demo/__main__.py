@@ -25,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import tyro
 import yaml
 
-from pipelines.command import InputError, run_command
+from pipelines.command import InputError, parse_command_line, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 
 logger = logging.getLogger(__name__)
@@ -98,17 +97,20 @@ def prepare_work(work: Path) -> None:
     (work / MARKER).touch()
 
 
+def adopt_orphans() -> None:
+    """Makes this process the parent of its descendants' orphans (Linux), so that they can be ended by pid."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 class Processes:
     """Runs commands, and leaves none of their descendants behind.
 
-    Ray's daemons outlive the process that started them by design. This process adopts such orphans (Linux), so that
-    all of them can be found below it and ended by pid.
+    Ray's daemons outlive the process that started them by design; after `adopt_orphans` they are found below this one.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def start(self, command: list[str]) -> subprocess.Popen:
         """Starts a command in a session of its own, so that a terminal's interrupt reaches this process first."""
@@ -122,7 +124,7 @@ class Processes:
             raise InputError(f"`{shlex.join(command)}` ended with exit code {process.returncode}; its output is above")
         self.end_all()
 
-    def end_all(self, patience_seconds: float = 15.0) -> None:
+    def end_all(self, patience_seconds: float = 5.0) -> None:
         """Interrupts whatever still runs below this process, and kills what does not go."""
         for signal_number, patience in ((signal.SIGTERM, patience_seconds), (signal.SIGKILL, 5.0)):
             remaining = psutil.Process().children(recursive=True)
@@ -285,7 +287,7 @@ def closing_table(results: list[StageResult]) -> str:
 
 def main() -> None:
     """The command."""
-    demo = tyro.cli(Demo, description=__doc__)
+    demo = parse_command_line(Demo, __doc__)
     if 1 not in demo.steps:
         raise InputError(f"--steps must hold 1, for the report is about one step, but got {demo.steps}")
     if demo.port:
@@ -293,7 +295,7 @@ def main() -> None:
     prepare_work(demo.work)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: through the `finally` below
     # Unix sockets allow some 100 characters of path, so Ray's files cannot lie under --work.
-    ray_folder = tempfile.mkdtemp(prefix="mfr-")
+    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")
     inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     processes = Processes(
         {
@@ -307,6 +309,7 @@ def main() -> None:
             "PYTHONUNBUFFERED": "1",
         }
     )
+    adopt_orphans()
     try:
         run_stages(demo, processes)
     finally:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from diffusers import AutoencoderKL
 
 from meanflow_core.autoencoder import to_float_images
-from pipelines.command import run_command
+from pipelines.command import parse_command_line, run_command
 from pipelines.demo import images
 from pipelines.progress import Progress, format_seconds
 
@@ -141,7 +140,7 @@ else: 3x64x64 -> 4x8x8, {num_parameters:,} parameters. Real images want a real o
 
 def main() -> None:
     """The command."""
-    config = tyro.cli(AutoencoderTraining, description=__doc__)
+    config = parse_command_line(AutoencoderTraining, __doc__)
     began = time.monotonic()
     vae, psnr = train(config)
     seconds = time.monotonic() - began

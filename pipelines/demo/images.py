@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 
-from pipelines.command import run_command
+from pipelines.command import parse_command_line, run_command
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -219,7 +218,7 @@ class DrawImages:
 
 def main() -> None:
     """The command."""
-    config = tyro.cli(DrawImages, description=__doc__)
+    config = parse_command_line(DrawImages, __doc__)
     write_folder(config.output, config.num_train, config.num_val, config.num_processes)
 
 

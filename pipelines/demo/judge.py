@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 from meanflow_core.autoencoder import to_float_images
-from pipelines.command import run_command
+from pipelines.command import parse_command_line, run_command
 from pipelines.demo import images
 from pipelines.judge import Judge
 from pipelines.progress import Progress, format_seconds
@@ -74,7 +73,7 @@ def train(config: JudgeTraining) -> tuple[Judge, float]:
 
 def main() -> None:
     """The command."""
-    config = tyro.cli(JudgeTraining, description=__doc__)
+    config = parse_command_line(JudgeTraining, __doc__)
     began = time.monotonic()
     judge, accuracy = train(config)
     seconds = time.monotonic() - began

@@ -85,7 +85,8 @@ def test_orphans_of_a_stage_are_ended(tmp_path):
     # In a process of its own, because adopting orphans is for life.
     script = f"""
 import subprocess, sys, time, psutil
-from pipelines.demo.__main__ import Processes
+from pipelines.demo.__main__ import Processes, adopt_orphans
+adopt_orphans()
 processes = Processes(dict(**__import__("os").environ))
 daemon = "import os, time; os.setsid(); open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(600)"
 parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {{daemon!r}}]); __import__('time').sleep(2)"

@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from pyarrow import fs
 
 from meanflow_core.autoencoder import encode_moments, load_autoencoder
 from pipelines import encode, latent_store
-from pipelines.command import InputError
+from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode import EncodeJob, EncodeShard, decode_shard
 from pipelines.image_reading import find_images
@@ -144,3 +145,26 @@ def test_shard_metadata_is_read_from_the_footer(tmp_path):
     (tmp_path / "s.parquet").write_bytes(latent_store.shard_bytes(empty, empty, np.zeros(0), [], rejected))
     assert latent_store.shard_summary(fs.LocalFileSystem(), str(tmp_path / "s.parquet")) == (0, rejected)
     assert pq.read_table(io.BytesIO(latent_store.rejected_bytes([]))).num_rows == 0
+
+
+@pytest.mark.parametrize("images", ["missing", "empty", "file"])
+def test_unfit_folders_end_the_command_in_one_line(tmp_path, monkeypatch, capsys, images):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    arguments = [
+        "--images",
+        str(tmp_path / images),
+        "--output",
+        str(tmp_path / "out"),
+        "--vae",
+        str(SHIPPED_AUTOENCODER),
+    ]
+    monkeypatch.setattr(sys, "argv", ["encode", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run_command(encode.main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert str(tmp_path / images) in error
+    assert not (tmp_path / "out").exists()

@@ -1,13 +1,17 @@
 import itertools
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from meanflow_core.autoencoder import weight_hash
 from meanflow_core.presets import PRESETS
 from pipelines import train
 from pipelines.command import InputError, run_command
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.latent_store import EncodingRecipe, Manifest
 from pipelines.train import parse_arguments, sample_grid, share_of_rows
 
 REQUIRED = ["--data", "d", "--storage", "s", "--run-name", "r"]
@@ -51,11 +55,12 @@ def test_help_lists_presets_with_what_they_are(capsys):
     ("option", "value", "words"),
     [("--loss.guidance.kappa", "1.5", "kappa must lie in"), ("--num-steps", "0", "num_steps must be at least 1")],
 )
-def test_impossible_override_is_refused(option, value, words, capsys):
-    with pytest.raises((SystemExit, ValueError)) as stop:
-        parse_arguments(["debug", *REQUIRED, option, value])
-    output = capsys.readouterr()
-    assert words in output.err + output.out + str(stop.value)
+def test_impossible_override_is_refused(option, value, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "debug", *REQUIRED, option, value])
+    with pytest.raises(SystemExit) as stop:
+        run_command(train.main)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_missing_dataset_is_refused_before_anything_is_written(tmp_path):
@@ -73,3 +78,31 @@ def test_grid_of_samples_has_a_row_per_class(pipeline):
     assert picture.shape == (10 * 66 - 2, 8 * 66 - 2, 3)
     expected = pipeline.images_from_seeds([0], [0], 1)[0]
     assert (torch.from_numpy(picture[:64, :64]).int() - expected.int()).abs().max() <= 1
+
+
+def test_latents_of_another_autoencoder_than_the_named_one_are_refused(tmp_path, vae):
+    manifest = Manifest(
+        recipe=EncodingRecipe(
+            vae_id="some/vae",
+            vae_sha256="0" * 64,
+            moments_shape=(8, 8, 8),
+            image_size=64,
+            crop="adm_center_crop",
+            source_sha256="0" * 64,
+            rows_per_shard=1,
+        ),
+        num_samples=1,
+        num_rejected=0,
+        shard_rows=[1],
+        class_names=["a"],
+        wnids=["a"],
+        source="",
+    )
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "manifest.json").write_text(manifest.to_json())
+    arguments = ["--data", str(tmp_path / "latents"), "--storage", str(tmp_path / "runs"), "--run-name", "r"]
+    _, job = parse_arguments(["debug", *arguments, "--vae", str(SHIPPED_AUTOENCODER)])
+    with pytest.raises(InputError, match=r"were made with autoencoder some/vae .*, not with .*autoencoder_weights"):
+        train.train("debug", job)
+    assert not (tmp_path / "runs").exists()
+    train._check_vae(job, replace(manifest, recipe=replace(manifest.recipe, vae_sha256=weight_hash(vae))))

@@ -68,8 +68,10 @@ def decode_shard(
     pixels = np.zeros((len(paths), image_size, image_size, 3), dtype=np.uint8)
     errors = [""] * len(paths)
     for row, path in enumerate(paths):
+        # Outside the try: storage that fails must fail the task, and not reject an image that is fine.
+        content = storage.read_bytes(filesystem, f"{root}/{path}")
         try:
-            pixels[row] = decode_image(storage.read_bytes(filesystem, f"{root}/{path}"), image_size)
+            pixels[row] = decode_image(content, image_size)
         except Exception as error:  # Pillow raises many kinds; whatever it is, it belongs to this one image
             errors[row] = f"{type(error).__name__}: {error}"
     return {

@@ -37,6 +37,7 @@ from pipelines.progress import Progress
 logger = logging.getLogger(__name__)
 
 GRID_COLUMNS = 8
+REPORT_FILES = ("report.json", "table.md", "samples.png", "quality_against_steps.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,24 +316,23 @@ def evaluate(job: EvaluateJob) -> dict:
 
 
 def _log(job: EvaluateJob, report: dict) -> None:
-    if job.tracking_uri is None:
+    run = tracking.find_run(job.model, job.tracking_uri)
+    if run is None and job.tracking_uri is None:
         logger.info("no MLflow address given, so the report is in %s alone", job.output)
         return
-    run_id = tracking.run_of_model(job.model, job.tracking_uri)
-    if run_id is None:
+    trained_here = run is not None
+    if run is None:
         parameters = {"model": job.model, "num_samples": job.num_samples, "seed": job.seed}
-        run = tracking.Run.begin(job.tracking_uri, str(job.output), "meanflow-ray", "evaluate", parameters)
-    else:
-        run = tracking.Run(job.tracking_uri, run_id)
+        run = tracking.Run.begin(str(job.tracking_uri), "meanflow-ray", "evaluate", parameters)
     keys = ("accuracy", "frechet", "diversity", "nearest_train_ratio")
     for entry in report["samples"]:  # the number of steps is the metric's step: MLflow draws the curve
         run.log_metrics({f"evaluate/{key}": entry[key] for key in keys}, entry["steps"])
-    for path in sorted(job.output.iterdir()):
-        run.log_file(path, "evaluate")
+    for name in REPORT_FILES:
+        run.log_file(job.output / name, "evaluate")
     run.flush()
-    if run_id is None:
+    if not trained_here:
         run.end("FINISHED")
-    logger.info("logged to MLflow run %s", run.run_id)
+    logger.info("logged to MLflow run %s at %s", run.run_id, run.tracking_uri)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """MLflow for the pipelines: where it is, one run per training, and the registry of generators."""
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 ALIAS = "champion"
 MODEL_FILE = Path(__file__).with_name("mlflow_generator.py")
 REGISTRY_SCHEMES = ("models:/", "runs:/")
+# In a training's folder: what it is, and which MLflow run at which address tracks it.
+TRAINING_RECORD = "training.json"
 
 
 def resolve_tracking_uri(storage_location: str, num_nodes: int) -> str:
@@ -45,13 +48,14 @@ def resolve_tracking_uri(storage_location: str, num_nodes: int) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def _experiment_id(client: MlflowClient, experiment: str, storage_location: str) -> str:
+def _experiment_id(client: MlflowClient, experiment: str) -> str:
     found = client.get_experiment_by_name(experiment)
     if found is not None:
         return str(found.experiment_id)
     artifacts = None  # a server knows its own place
-    if client.tracking_uri.startswith("sqlite:"):
-        artifacts = (Path(storage_location).expanduser().absolute() / "mlflow-artifacts").as_uri()
+    if client.tracking_uri.startswith("sqlite:///"):
+        database = Path(client.tracking_uri.removeprefix("sqlite:///")).absolute()
+        artifacts = (database.parent / "mlflow-artifacts").as_uri()
     return str(client.create_experiment(experiment, artifact_location=artifacts))
 
 
@@ -65,12 +69,10 @@ class Run:
         self._queued: list[Any] = []
 
     @classmethod
-    def begin(
-        cls, tracking_uri: str, storage_location: str, experiment: str, name: str, parameters: Mapping[str, Any]
-    ) -> "Run":
+    def begin(cls, tracking_uri: str, experiment: str, name: str, parameters: Mapping[str, Any]) -> "Run":
         """A new run with its parameters."""
         client = MlflowClient(tracking_uri)
-        experiment_id = _experiment_id(client, experiment, storage_location)
+        experiment_id = _experiment_id(client, experiment)
         created = client.create_run(experiment_id, run_name=name)
         client.log_batch(created.info.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
         return cls(tracking_uri, created.info.run_id)
@@ -135,10 +137,21 @@ class Run:
         return f"models:/{name}@{ALIAS}"
 
 
-def run_of_model(model: str, tracking_uri: str) -> str | None:
-    """The id of the run that registered a "models:/name@alias" or "models:/name/version"; None for anything else."""
-    if not model.startswith("models:/"):
+def find_run(model: str, tracking_uri: str | None) -> Run | None:
+    """The run that trained a model: a registered one's, or that of a generator which still lies in its run's folder.
+
+    None where nothing says so.
+    """
+    if not model.startswith(REGISTRY_SCHEMES):
+        record = Path(model).expanduser().absolute().parent / TRAINING_RECORD
+        if not record.is_file():
+            return None
+        content = json.loads(record.read_text())
+        return Run(tracking_uri or content["tracking_uri"], content["mlflow_run_id"])
+    if tracking_uri is None:
         return None
+    if model.startswith("runs:/"):
+        return Run(tracking_uri, model.removeprefix("runs:/").split("/")[0])
     client, name = MlflowClient(tracking_uri), model.removeprefix("models:/")
     try:
         if "@" in name:
@@ -147,7 +160,7 @@ def run_of_model(model: str, tracking_uri: str) -> str | None:
             found = client.get_model_version(*name.split("/", 1))
     except (MlflowException, TypeError):
         return None
-    return str(found.run_id) if found.run_id else None
+    return Run(tracking_uri, found.run_id) if found.run_id else None
 
 
 def fetch_generator(model: str, tracking_uri: str | None) -> Path:

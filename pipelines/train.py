@@ -245,7 +245,7 @@ def _check_vae(job: TrainJob, manifest: Manifest) -> None:
 def _begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str) -> tracking.Run:
     """The training's MLflow run; raises InputError where a run of this name was begun with another experiment."""
     filesystem, root = storage.open_storage(job.storage)
-    path = f"{root}/{job.run_name}/training.json"
+    path = f"{root}/{job.run_name}/{tracking.TRAINING_RECORD}"
     identity = json.loads(json.dumps({"config": asdict(job.config), "data_vae_sha256": manifest.recipe.vae_sha256,
                                       "data_source_sha256": manifest.recipe.source_sha256}))  # fmt: skip
     if filesystem.get_file_info(path).type == fs.FileType.File:
@@ -271,7 +271,7 @@ def _begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, trackin
         "data.vae_sha256": manifest.recipe.vae_sha256,
         "num_workers": job.num_workers,
     }
-    run = tracking.Run.begin(tracking_uri, job.storage, job.experiment, job.run_name, parameters)
+    run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters)
     content = {"identity": identity, "preset": preset, "mlflow_run_id": run.run_id, "tracking_uri": tracking_uri}
     storage.write_bytes(filesystem, path, (json.dumps(content, indent=2) + "\n").encode())
     return run

@@ -117,6 +117,13 @@ def test_evaluate_writes_table_grid_plot_and_report(trained):
     assert Image.open(build / "report/samples.png").size == (4 * 66 - 2, 10 * 66 - 2)  # a row per class
     assert (build / "report/quality_against_steps.png").stat().st_size > 5000
     assert "| 1-step samples |" in output["pipelines.evaluate"].stdout
+    client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")  # found through the run's folder
+    run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
+    assert [metric.step for metric in client.get_metric_history(run_id, "evaluate/accuracy")] == [1, 2]
+    assert {file.path for file in client.list_artifacts(run_id, "evaluate")} >= {
+        "evaluate/report.json",
+        "evaluate/samples.png",
+    }
 
 
 @pytest.mark.cluster

@@ -168,3 +168,13 @@ def test_unfit_folders_end_the_command_in_one_line(tmp_path, monkeypatch, capsys
     assert error.count("\n") == 1
     assert str(tmp_path / images) in error
     assert not (tmp_path / "out").exists()
+
+
+def test_storage_that_fails_fails_the_task_and_rejects_no_image(image_root, monkeypatch):
+    def broken(filesystem, path):
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(encode.storage, "read_bytes", broken)
+    batch = {"shard": np.array([0]), "paths": [["d0000000/d0000000_0.JPEG"]], "labels": [[0]]}
+    with pytest.raises(OSError, match="connection reset"):
+        decode_shard(batch, filesystem=fs.LocalFileSystem(), root=str(image_root / "train"), image_size=64)

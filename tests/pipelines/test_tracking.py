@@ -26,7 +26,7 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     uri = tracking.resolve_tracking_uri(str(tmp_path / "runs"), num_nodes=1)
-    first = tracking.Run.begin(uri, str(tmp_path / "runs"), "experiment", "name", {"network.depth": 2})
+    first = tracking.Run.begin(uri, "experiment", "name", {"network.depth": 2})
     first.log_metrics({"loss": 1.5}, step=1)
     first.end("KILLED")
 
@@ -45,7 +45,10 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
     history = client.get_metric_history(first.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 1.5), (2, 0.5)]
     assert model == "models:/small@champion"
-    assert tracking.run_of_model(model, uri) == first.run_id
+    assert tracking.find_run(model, uri).run_id == first.run_id
+    assert tracking.find_run("models:/small/1", uri).run_id == first.run_id
+    assert tracking.find_run("models:/other@champion", uri) is None
+    assert tracking.find_run(str(tmp_path / "generator"), uri) is None
     folder = tracking.fetch_generator(model, uri)
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
     assert str(folder).startswith(str(tmp_path / "runs" / "mlflow-artifacts"))

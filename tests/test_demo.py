@@ -13,8 +13,8 @@ from PIL import Image
 
 from tests.readme import REPOSITORY
 
-# The bound on the Frechet distance was set from the first honest run and is never loosened.
-FRECHET_ONE_STEP = 1.0
+# Set from the first honest run, which gave 0.505, and never to be loosened.
+FRECHET_ONE_STEP = 0.75
 
 
 def start_demo(*arguments):

@@ -79,6 +79,7 @@ def debug() -> TrainingConfig:
     return replace(
         demo(),
         network=NetworkConfig(patch_size=4, hidden_size=64, depth=2, num_heads=2),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
         ema_decay=0.9,
         global_batch_size=16,
         num_steps=30,

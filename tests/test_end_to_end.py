@@ -144,7 +144,7 @@ def test_training_again_under_the_same_name_resumes_and_another_experiment_is_re
     )
     assert other.returncode == 2
     assert other.stderr.splitlines()[-1].startswith("error: run first in")
-    assert "config.optimizer.learning_rate was 0.006, is 0.5" in other.stderr
+    assert "config.optimizer.learning_rate was 0.001, is 0.5" in other.stderr
 
 
 @pytest.mark.cluster

@@ -186,7 +186,9 @@ class MeanFlowPipeline(DiffusionPipeline):
 def build_pipeline(network: MeanFlowDiT, vae: AutoencoderKL, class_names: Sequence[str]) -> MeanFlowPipeline:
     """A pipeline around a network and its autoencoder, class i carrying the i-th name."""
     id2label = {str(label): name for label, name in enumerate(class_names)}
-    return MeanFlowPipeline(network, vae, FlowMapEulerDiscreteScheduler(), id2label)
+    pipeline = MeanFlowPipeline(network, vae, FlowMapEulerDiscreteScheduler(), id2label)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowPipeline:

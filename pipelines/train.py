@@ -24,6 +24,7 @@ import ray.train.torch
 import torch
 import torch.distributed
 import tyro
+from diffusers import AutoencoderKL
 from pyarrow import fs
 from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -32,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow_core.autoencoder import load_autoencoder, weight_hash
 from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import draw_step_record
+from meanflow_core.loss import StepRecord, draw_step_record
 from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import TrainState, build_train_state, load_train_state, save_train_state, train_step
@@ -128,93 +129,145 @@ def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.
     return image_grid(images.cpu().numpy(), GRID_SEEDS)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a step, on its device."""
+
+    moments: torch.Tensor
+    """(b, 2C, H, W) float16, of the mirror images where the record says so."""
+    labels: torch.Tensor
+    """(b,) int64."""
+    record: StepRecord
+    """The step's draws for these rows."""
+
+
+class BatchSource:
+    """A worker's contiguous rows of any step: which they are depends on (seed, step) and on nothing that came before."""
+
+    def __init__(
+        self, dataset: LatentDataset, config: TrainingConfig, share: tuple[int, int], device: torch.device
+    ) -> None:
+        self._dataset = dataset
+        self._config = config
+        self._start, self._stop = share
+        self._device = device
+
+    def batch(self, step: int) -> Batch:
+        """The share of 0-based step `step`."""
+        config, rows = self._config, self._config.global_batch_size
+        latent_shape = self._dataset.manifest.latent_shape
+        indices = rows_of_step(config.seed, step, rows, len(self._dataset))[self._start : self._stop]
+        record = draw_step_record(config.loss, seed=config.seed, step=step, num_rows=rows, latent_shape=latent_shape)
+        record = record.rows(self._start, self._stop, config.loss.guidance)
+        moments, labels = self._dataset.rows(indices, record.mirrored.numpy())
+        return Batch(
+            torch.from_numpy(moments).to(self._device, non_blocking=True),
+            torch.from_numpy(labels).to(self._device, non_blocking=True),
+            record.to(self._device),
+        )
+
+
+class Observer:
+    """What rank 0 shows of a training: figures and pictures in MLflow, progress in the log."""
+
+    def __init__(self, run: tracking.Run, pipeline: MeanFlowPipeline, config: TrainingConfig, first_step: int) -> None:
+        self._run = run
+        self._pipeline = pipeline
+        self._progress = Progress(logger, "trained", "steps", config.num_steps, start=first_step)
+
+    def show_figures(self, figures: dict[str, float], step: int) -> None:
+        """Logs an interval's figures."""
+        self._run.log_metrics(figures, step)
+        self._progress.update(
+            step,
+            f"{figures['images_per_second']:.0f} images/s, squared error {figures['squared_error_r_equals_t']:.1f} "
+            f"(r = t) {figures['squared_error_r_below_t']:.1f} (r < t)",
+        )
+
+    def show_samples(self, step: int) -> None:
+        """Logs one-step samples of the moving average at fixed seeds."""
+        self._run.log_image(sample_grid(self._pipeline), "samples/one_step", step)
+
+    def close(self) -> None:
+        """Waits until everything is logged."""
+        self._run.flush()
+
+
 def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
     """One worker's training loop; returns the last interval's figures."""
+    set_up_logging()
     job: TrainJob = job_and_run["job"]
     config = job.config
-    set_up_logging()
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
 
     dataset = LatentDataset.open(job.data, Path(job.cache_dir))
-    latent_shape = dataset.manifest.latent_shape
-    state = build_train_state(
-        config,
-        sample_size=latent_shape[1],
-        in_channels=latent_shape[0],
-        num_classes=len(dataset.manifest.class_names),
-        device=device,
+    state = _restored_state(config, dataset.manifest, device)
+    # DDP averages over workers, and the loss is over the global batch already: hence gradient_scale below.
+    graded_network = DistributedDataParallel(state.network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    vae = _dataset_autoencoder(job.data)
+    normalization = LatentNormalization.from_vae_config(vae.config)
+    source = BatchSource(dataset, config, share_of_rows(config.global_batch_size, rank, world_size), device)
+    observer = None
+    if rank == 0:
+        run = tracking.Run(job_and_run["tracking_uri"], job_and_run["run_id"])
+        pipeline = build_pipeline(state.ema_network, vae.to(device), dataset.manifest.class_names)
+        observer = Observer(run, pipeline, config, state.step)
+
+    figures, last_figures = Figures(device), {}
+    while state.step < config.num_steps:
+        began = time.monotonic()
+        batch = source.batch(state.step)
+        data_seconds = time.monotonic() - began
+        metrics = train_step(
+            state, graded_network, batch.moments, batch.labels, batch.record, normalization, config,
+            gradient_scale=float(world_size),
+        )  # fmt: skip
+        figures.add(metrics.sums, metrics.gradient_norm, data_seconds)
+
+        is_last = state.step == config.num_steps
+        logs = state.step % config.log_interval_steps == 0 or is_last
+        if logs:
+            last_figures = figures.read(config.global_batch_size, state.optimizer.param_groups[0]["lr"])
+            if not np.isfinite(last_figures["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {last_figures['loss']} by step {state.step}; the last checkpoint came before it"
+                )
+        if observer is not None and logs:
+            observer.show_figures(last_figures, state.step)
+        if observer is not None and (state.step % config.sample_interval_steps == 0 or is_last):
+            observer.show_samples(state.step)
+        if state.step % config.checkpoint_interval_steps == 0 or is_last:
+            _report(state, last_figures, rank)
+        if logs:
+            figures.clear()  # after pictures and checkpoints, which are no part of a step's pace
+    if observer is not None:
+        observer.close()
+    return last_figures
+
+
+def _fresh_state(config: TrainingConfig, manifest: Manifest, device: torch.device) -> TrainState:
+    channels, size, _ = manifest.latent_shape
+    return build_train_state(
+        config, sample_size=size, in_channels=channels, num_classes=len(manifest.class_names), device=device
     )
+
+
+def _restored_state(config: TrainingConfig, manifest: Manifest, device: torch.device) -> TrainState:
+    state = _fresh_state(config, manifest, device)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             load_train_state(state, Path(folder))
         logger.info("resumed at step %d", state.step)
-    graded_network = DistributedDataParallel(state.network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return state
 
+
+def _dataset_autoencoder(data: str) -> AutoencoderKL:
     with tempfile.TemporaryDirectory() as folder:
-        vae = load_autoencoder(str(latent_store.fetch_autoencoder(job.data, Path(folder))))
-    normalization = LatentNormalization.from_vae_config(vae.config)
-    run, pipeline = None, None
-    if rank == 0:
-        run = tracking.Run(job_and_run["tracking_uri"], job_and_run["run_id"])
-        pipeline = build_pipeline(state.ema_network, vae.to(device), dataset.manifest.class_names)
-        pipeline.set_progress_bar_config(disable=True)
-
-    start, stop = share_of_rows(config.global_batch_size, rank, world_size)
-    progress = Progress(logger, "trained", "steps", config.num_steps, start=state.step)
-    figures, last_figures = Figures(device), {}
-    while state.step < config.num_steps:
-        began = time.monotonic()
-        rows = rows_of_step(config.seed, state.step, config.global_batch_size, len(dataset))[start:stop]
-        record = draw_step_record(
-            config.loss,
-            seed=config.seed,
-            step=state.step,
-            num_rows=config.global_batch_size,
-            latent_shape=latent_shape,
-        ).rows(start, stop, config.loss.guidance)
-        moments, labels = dataset.rows(rows, record.mirrored.numpy())
-        moments_on_device = torch.from_numpy(moments).to(device, non_blocking=True)
-        labels_on_device = torch.from_numpy(labels).to(device, non_blocking=True)
-        data_seconds = time.monotonic() - began
-        metrics = train_step(
-            state,
-            graded_network,
-            moments_on_device,
-            labels_on_device,
-            record.to(device),
-            normalization,
-            config,
-            gradient_scale=float(world_size),  # DDP averages, and the loss is over the global batch already
-        )
-        figures.add(metrics.sums, metrics.gradient_norm, data_seconds)
-
-        is_last = state.step == config.num_steps
-        if state.step % config.log_interval_steps == 0 or is_last:
-            last_figures = figures.read(config.global_batch_size, state.optimizer.param_groups[0]["lr"])
-            if not np.isfinite(last_figures["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {last_figures['loss']} at step {state.step}; the last checkpoint is good"
-                )
-            if run is not None:
-                run.log_metrics(last_figures, state.step)
-                progress.update(
-                    state.step,
-                    f"{last_figures['images_per_second']:.0f} images/s, squared error "
-                    f"{last_figures['squared_error_r_equals_t']:.1f} (r = t) "
-                    f"{last_figures['squared_error_r_below_t']:.1f} (r < t)",
-                )
-            figures.clear()
-        if run is not None and pipeline is not None and (state.step % config.sample_interval_steps == 0 or is_last):
-            run.log_image(sample_grid(pipeline), "samples/one_step", state.step)
-        if state.step % config.checkpoint_interval_steps == 0 or is_last:
-            _report(state, last_figures, rank)
-    if run is not None:
-        run.flush()
-    return last_figures
+        return load_autoencoder(str(latent_store.fetch_autoencoder(data, Path(folder))))
 
 
 def _report(state: TrainState, figures: dict[str, float], rank: int) -> None:
@@ -286,19 +339,10 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> None:
     """Writes the generator of a checkpoint: the moving average, the autoencoder, the scheduler, the class names."""
-    channels, size, _ = manifest.latent_shape
-    state = build_train_state(
-        job.config,
-        sample_size=size,
-        in_channels=channels,
-        num_classes=len(manifest.class_names),
-        device=torch.device("cpu"),
-    )
+    state = _fresh_state(job.config, manifest, torch.device("cpu"))
     with checkpoint.as_directory() as source:
         load_train_state(state, Path(source))
-    with tempfile.TemporaryDirectory() as vae_folder:
-        vae = load_autoencoder(str(latent_store.fetch_autoencoder(job.data, Path(vae_folder))))
-        build_pipeline(state.ema_network, vae, manifest.class_names).save_pretrained(folder)
+    build_pipeline(state.ema_network, _dataset_autoencoder(job.data), manifest.class_names).save_pretrained(folder)
 
 
 def _publish(job: TrainJob, folder: Path) -> str:

@@ -39,9 +39,7 @@ def vae():
 @pytest.fixture
 def pipeline(network, vae) -> MeanFlowPipeline:
     """A pipeline of the tiny network and the demo's autoencoder."""
-    pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return build_pipeline(network.eval(), vae, images.CLASS_NAMES)
 
 
 @pytest.fixture(scope="session")

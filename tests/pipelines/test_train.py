@@ -11,8 +11,29 @@ from meanflow_core.presets import PRESETS
 from pipelines import train
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.latent_store import EncodingRecipe, Manifest
-from pipelines.train import parse_arguments, sample_grid, share_of_rows
+from pipelines.latent_store import EncodingRecipe, LatentDataset, Manifest
+from pipelines.train import BatchSource, parse_arguments, sample_grid, share_of_rows
+
+
+def manifest(num_samples):
+    return Manifest(
+        recipe=EncodingRecipe(
+            vae_id="some/vae",
+            vae_sha256="0" * 64,
+            moments_shape=(8, 8, 8),
+            image_size=64,
+            crop="adm_center_crop",
+            source_sha256="0" * 64,
+            rows_per_shard=num_samples,
+        ),
+        num_samples=num_samples,
+        num_rejected=0,
+        shard_rows=[num_samples],
+        class_names=["a"],
+        wnids=["a"],
+        source="",
+    )
+
 
 REQUIRED = ["--data", "d", "--storage", "s", "--run-name", "r"]
 
@@ -80,29 +101,30 @@ def test_grid_of_samples_has_a_row_per_class(pipeline):
     assert (torch.from_numpy(picture[:64, :64]).int() - expected.int()).abs().max() <= 1
 
 
+def test_shares_of_a_step_are_the_whole_step_cut_in_order():
+    config = PRESETS["debug"]()
+    moments = np.arange(50, dtype=np.float16)[:, None, None, None] + np.zeros((8, 8, 8), np.float16)
+    dataset = LatentDataset(manifest(50), moments, -moments, np.arange(50) % 7)
+
+    def batch(share):
+        return BatchSource(dataset, config, share, torch.device("cpu")).batch(step=2)  # within the first epoch
+
+    whole, parts = batch((0, 16)), [batch((0, 5)), batch((5, 6)), batch((6, 16))]
+    assert torch.equal(torch.cat([part.moments for part in parts]), whole.moments)
+    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+    assert torch.equal(torch.cat([part.record.noise for part in parts]), whole.record.noise)
+    rows = whole.moments[:, 0, 0, 0]
+    assert torch.equal(rows < 0, whole.record.mirrored & (rows != 0))  # mirrored rows come from the mirrored column
+    assert torch.equal(whole.labels, rows.abs().long() % 7)
+    assert len(rows.abs().unique()) == 16
+
+
 def test_latents_of_another_autoencoder_than_the_named_one_are_refused(tmp_path, vae):
-    manifest = Manifest(
-        recipe=EncodingRecipe(
-            vae_id="some/vae",
-            vae_sha256="0" * 64,
-            moments_shape=(8, 8, 8),
-            image_size=64,
-            crop="adm_center_crop",
-            source_sha256="0" * 64,
-            rows_per_shard=1,
-        ),
-        num_samples=1,
-        num_rejected=0,
-        shard_rows=[1],
-        class_names=["a"],
-        wnids=["a"],
-        source="",
-    )
     (tmp_path / "latents").mkdir()
-    (tmp_path / "latents" / "manifest.json").write_text(manifest.to_json())
+    (tmp_path / "latents" / "manifest.json").write_text(manifest(1).to_json())
     arguments = ["--data", str(tmp_path / "latents"), "--storage", str(tmp_path / "runs"), "--run-name", "r"]
     _, job = parse_arguments(["debug", *arguments, "--vae", str(SHIPPED_AUTOENCODER)])
     with pytest.raises(InputError, match=r"were made with autoencoder some/vae .*, not with .*autoencoder_weights"):
         train.train("debug", job)
     assert not (tmp_path / "runs").exists()
-    train._check_vae(job, replace(manifest, recipe=replace(manifest.recipe, vae_sha256=weight_hash(vae))))
+    train._check_vae(job, replace(manifest(1), recipe=replace(manifest(1).recipe, vae_sha256=weight_hash(vae))))

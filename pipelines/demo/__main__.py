@@ -293,7 +293,8 @@ def main() -> None:
     if demo.port:
         free_port(demo.port)
     prepare_work(demo.work)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt: through the `finally` below
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(end, lambda number, _: sys.exit(128 + number))  # as an interrupt: through the `finally` below
     # Unix sockets allow some 100 characters of path, so Ray's files cannot lie under --work.
     ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")
     inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
@@ -313,6 +314,8 @@ def main() -> None:
     try:
         run_stages(demo, processes)
     finally:
+        for end in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(end, signal.SIG_IGN)  # a second interrupt must not leave the work of the first half done
         processes.end_all()
         shutil.rmtree(ray_folder, ignore_errors=True)
 

@@ -206,7 +206,7 @@ def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
     dataset = LatentDataset.open(job.data, Path(job.cache_dir))
     state = _restored_state(config, dataset.manifest, device)
     # DDP averages over workers, and the loss is over the global batch already: hence gradient_scale below.
-    graded_network = DistributedDataParallel(state.network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    graded_network = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
     vae = _dataset_autoencoder(job.data)
     normalization = LatentNormalization.from_vae_config(vae.config)
     source = BatchSource(dataset, config, share_of_rows(config.global_batch_size, rank, world_size), device)

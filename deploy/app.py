@@ -11,9 +11,11 @@ import asyncio
 import base64
 import io
 import logging
+import os
 import secrets
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 
-from deploy.models import fetch_generator
+from deploy.models import fetch_generator, is_registered
 from deploy.schema import MAX_SEED, Arguments, ClassEntry, GeneratedImage, GenerateRequest, GenerateResponse, Health
 from meanflow_core.pipeline import MeanFlowPipeline, load_pipeline
 
@@ -192,9 +194,11 @@ def build_app(arguments: Arguments) -> Application:
 
     Raises ValueError where the model cannot be had.
     """
-    fetch_generator(
-        arguments.model, arguments.tracking_uri
-    )  # here, so that a wrong name fails at once and in plain words
+    # Resolved once and here: replicas have another working directory, and perhaps another environment.
+    model = arguments.model if is_registered(arguments.model) else str(Path(arguments.model).expanduser().absolute())
+    tracking_uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    arguments = arguments.model_copy(update={"model": model, "tracking_uri": tracking_uri})
+    fetch_generator(model, tracking_uri)  # a wrong name fails at once and in plain words
     generator = ImageGenerator.options(  # type: ignore[attr-defined]  # the decorator is untyped
         ray_actor_options={"num_gpus": arguments.num_gpus, "num_cpus": 0 if arguments.num_gpus else 1},
         max_ongoing_requests=4 * arguments.max_batch_size,  # or batches never fill (ray#43288)

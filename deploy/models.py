@@ -10,21 +10,27 @@ from meanflow_core.pipeline import find_generator
 REGISTRY_SCHEMES = ("models:/", "runs:/")
 
 
+def is_registered(model: str) -> bool:
+    """True for a model that lies in MLflow."""
+    return model.startswith(REGISTRY_SCHEMES)
+
+
 def fetch_generator(model: str, tracking_uri: str | None) -> Path:
     """The local folder of a generator: of a folder, "models:/name@alias", or "runs:/id/name".
 
     Raises ValueError where there is none, saying what was wanted.
     """
-    if not model.startswith(REGISTRY_SCHEMES):
+    if not is_registered(model):
         folder = Path(model).expanduser()
         if not folder.is_dir():
             raise ValueError(
                 f"model {model} is no folder; wanted a generator's folder, models:/name@alias or runs:/id/name"
             )
         return find_generator(folder)
-    if tracking_uri:
-        mlflow.set_tracking_uri(tracking_uri)  # the registry follows it
+    if not tracking_uri:
+        raise ValueError(f"model {model} lies in MLflow; give tracking_uri, or set MLFLOW_TRACKING_URI")
     try:
-        return find_generator(Path(mlflow.artifacts.download_artifacts(artifact_uri=model)))
+        folder = mlflow.artifacts.download_artifacts(model, tracking_uri=tracking_uri, registry_uri=tracking_uri)
+        return find_generator(Path(folder))
     except (MlflowException, OSError) as error:
-        raise ValueError(f"cannot fetch {model} from {tracking_uri or mlflow.get_tracking_uri()}: {error}") from error
+        raise ValueError(f"cannot fetch {model} from {tracking_uri}: {error}") from error

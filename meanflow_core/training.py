@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -68,8 +68,8 @@ def build_train_state(
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """The rate of 0-based step `step` of `num_steps`: linear warm-up, constant, linear cool-down to 0 after the last."""
     warmup = (step + 1) / max(config.warmup_steps, 1)
-    cooldown = (num_steps - step) / max(config.cooldown_steps, 1)
-    return config.learning_rate * min(1.0, warmup, cooldown)
+    cooldown = (num_steps - step) / config.cooldown_steps if config.cooldown_steps else 1.0
+    return config.learning_rate * max(0.0, min(1.0, warmup, cooldown))
 
 
 @torch.no_grad()
@@ -127,8 +127,8 @@ def train_step(
     return StepMetrics(sums=sums, gradient_norm=gradient_norm)
 
 
-def save_train_state(state: TrainState, folder: Path) -> None:
-    """Writes a state's tensors as safetensors, and its step: no pickled code."""
+def save_train_state(state: TrainState, config: TrainingConfig, folder: Path) -> None:
+    """Writes a state's tensors as safetensors, its step and the configuration it came of: no pickled code."""
     save_file(_contiguous(state.network.state_dict()), folder / "network.safetensors")
     save_file(_contiguous(state.ema_network.state_dict()), folder / "ema.safetensors")
     moments = {}
@@ -136,7 +136,7 @@ def save_train_state(state: TrainState, folder: Path) -> None:
         for key, value in state.optimizer.state[parameter].items():
             moments[f"{name}/{key}"] = value
     save_file(_contiguous(moments), folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps({"step": state.step}) + "\n")
+    (folder / "state.json").write_text(json.dumps({"step": state.step, "config": asdict(config)}, indent=2) + "\n")
 
 
 def load_train_state(state: TrainState, folder: Path) -> None:

@@ -8,12 +8,11 @@ at all. So a job that was interrupted goes on where it stopped, a task that ran 
 manifest, written last, makes it a dataset.
 """
 
-import hashlib
 import json
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from pyarrow import fs
 
 from meanflow_core.autoencoder import encode_moments, load_autoencoder, weight_hash
 from pipelines import latent_store, storage
-from pipelines.command import InputError, num_gpus, parse_command_line, run_command, start_ray
+from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.image_reading import ImageFolder, decode_image, find_images
 from pipelines.latent_store import EncodingRecipe, Manifest
 from pipelines.progress import Progress
@@ -51,12 +50,14 @@ class EncodeJob:
     """Images per call of the autoencoder."""
     num_encoders: int | None = None
     """Actors that encode; one per GPU, or one on a machine without."""
+    use_gpu: bool | None = None
+    """Encode on GPUs; where the cluster has some, unless said."""
     rows_per_shard: int = 512
     """Images per shard; fewer where the images are large."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "rows_per_shard"):
-            if getattr(self, name) < 1:
+        for name in ("image_size", "batch_size", "rows_per_shard", "num_encoders"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
 
 
@@ -68,8 +69,11 @@ def decode_shard(
     pixels = np.zeros((len(paths), image_size, image_size, 3), dtype=np.uint8)
     errors = [""] * len(paths)
     for row, path in enumerate(paths):
-        # Outside the try: storage that fails must fail the task, and not reject an image that is fine.
-        content = storage.read_bytes(filesystem, f"{root}/{path}")
+        try:
+            content = storage.read_bytes(filesystem, f"{root}/{path}")
+        except (FileNotFoundError, PermissionError) as error:
+            errors[row] = f"{type(error).__name__}: {error}"
+            continue  # any other failure of storage fails the task: it must not reject an image that is fine
         try:
             pixels[row] = decode_image(content, image_size)
         except Exception as error:  # Pillow raises many kinds; whatever it is, it belongs to this one image
@@ -142,7 +146,7 @@ def _recipe(job: EncodeJob, folder: ImageFolder, vae: AutoencoderKL) -> Encoding
         moments_shape=(2 * vae.config.latent_channels, side, side),
         image_size=job.image_size,
         crop=CROP,
-        source_sha256=hashlib.sha256("\n".join(folder.paths).encode()).hexdigest(),
+        source_sha256=folder.sha256,
         rows_per_shard=min(job.rows_per_shard, rows_that_fit),
     )
 
@@ -150,8 +154,6 @@ def _recipe(job: EncodeJob, folder: ImageFolder, vae: AutoencoderKL) -> Encoding
 def _refuse_other_recipe(output: str, recipe: EncodingRecipe) -> Manifest | None:
     """The manifest where the output is complete; raises InputError where it was begun with another recipe."""
     filesystem, root = storage.open_storage(output)
-    if filesystem.get_file_info(root).type == fs.FileType.File:
-        raise InputError(f"--output {output} is a file, but a folder is wanted")
     path = f"{root}/recipe.json"
     if filesystem.get_file_info(path).type == fs.FileType.NotFound:
         return None
@@ -189,6 +191,7 @@ def _encode_shards(
     rows = recipe.rows_per_shard
     source, root = storage.open_storage(job.images)
     num_encoders = job.num_encoders or max(1, num_gpus())
+    use_gpu = choose_gpus(job.use_gpu, num_encoders)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # one shard, one block
@@ -223,8 +226,8 @@ def _encode_shards(
                 "batch_size": job.batch_size,
             },
             compute=ray.data.ActorPoolStrategy(size=num_encoders),
-            num_gpus=1 if num_gpus() else 0,
-            num_cpus=0 if num_gpus() else 1,
+            num_gpus=1 if use_gpu else 0,
+            num_cpus=0 if use_gpu else 1,
         )
     )
     total = len(folder.paths)
@@ -237,21 +240,29 @@ def _encode_shards(
 
 def _commit(job: EncodeJob, recipe: EncodingRecipe, folder: ImageFolder, num_shards: int) -> Manifest:
     filesystem, root = storage.open_storage(job.output)
-    shard_rows, rejected = [], []
-    for shard in range(num_shards):
-        num_rows, shard_rejected = latent_store.shard_summary(filesystem, f"{root}/{latent_store.shard_name(shard)}")
-        shard_rows.append(num_rows)
-        rejected.extend(shard_rejected)
+    missing = _missing_shards(job.output, num_shards)
+    if missing:
+        raise InputError(
+            f"{len(missing)} shards were written, but are not in {job.output}; with several nodes, --output must be "
+            f"storage that all of them share"
+        )
+    shards = [
+        latent_store.shard_summary(filesystem, f"{root}/{latent_store.shard_name(shard)}")
+        for shard in range(num_shards)
+    ]
+    rejected = [row for shard in shards for row in shard.rejected]
     for row in rejected[:20]:
         logger.warning("rejected %s: %s", row["sample_id"], row["reason"])
-    if sum(shard_rows) == 0:
-        raise InputError(f"none of the {len(folder.paths)} images in {job.images} can be read; {rejected[0]['reason']}")
+    if len(rejected) == len(folder.paths):
+        filesystem.delete_dir(f"{root}/shards")  # so that the same command tries again
+        raise InputError(f"none of the {len(folder.paths)} images in {job.images} can be read: {rejected[0]['reason']}")
     storage.write_bytes(filesystem, f"{root}/{latent_store.REJECTED}", latent_store.rejected_bytes(rejected))
     manifest = Manifest(
         recipe=recipe,
-        num_samples=sum(shard_rows),
+        num_samples=sum(shard.num_rows for shard in shards),
         num_rejected=len(rejected),
-        shard_rows=shard_rows,
+        shard_rows=[shard.num_rows for shard in shards],
+        shard_sha256=[shard.sha256 for shard in shards],
         class_names=folder.class_names,
         wnids=folder.wnids,
         source=job.images,
@@ -262,6 +273,9 @@ def _commit(job: EncodeJob, recipe: EncodingRecipe, folder: ImageFolder, num_sha
 
 def encode(job: EncodeJob) -> Manifest:
     """Runs the job, or the rest of it, and returns the manifest. Raises InputError for input that cannot be."""
+    vae_location = storage.absolute(job.vae) if Path(job.vae).expanduser().exists() else job.vae
+    output = storage.output_location(job.output, "--output")
+    job = replace(job, images=storage.absolute(job.images), output=output, vae=vae_location)
     _, folder = find_images(job.images)
     try:
         vae = load_autoencoder(job.vae)

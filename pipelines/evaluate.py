@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -26,8 +26,8 @@ from meanflow_core.autoencoder import decode_latents, encode_moments
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, frechet_distance, mean_within_class_distance, nearest_distances
 from meanflow_core.pipeline import MeanFlowPipeline, load_pipeline
-from pipelines import tracking
-from pipelines.command import InputError, num_gpus, parse_command_line, run_command, start_ray
+from pipelines import storage, tracking
+from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.grids import image_grid
 from pipelines.image_reading import find_images, read_pixels
@@ -66,6 +66,8 @@ class EvaluateJob:
     """Samples per call."""
     num_samplers: int | None = None
     """Processes that sample; one per GPU, or one on a machine without."""
+    use_gpu: bool | None = None
+    """Sample on GPUs; where the cluster has some, unless said."""
 
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 1:
@@ -156,6 +158,7 @@ class Samples:
 def draw_samples(job: EvaluateJob, image_size: int) -> dict[int, Samples]:
     """The samples of every number of steps, drawn on every device."""
     num_samplers = job.num_samplers or max(1, num_gpus())
+    use_gpu = choose_gpus(job.use_gpu, num_samplers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     chunks = [(steps, start) for steps in job.steps for start in range(0, job.num_samples, job.batch_size)]
@@ -174,8 +177,8 @@ def draw_samples(job: EvaluateJob, image_size: int) -> dict[int, Samples]:
             "num_threads": max(1, (os.cpu_count() or 1) // num_samplers),
         },
         compute=ray.data.ActorPoolStrategy(size=num_samplers),
-        num_gpus=1 if num_gpus() else 0,
-        num_cpus=0 if num_gpus() else 1,
+        num_gpus=1 if use_gpu else 0,
+        num_cpus=0 if use_gpu else 1,
     )
     images = {steps: np.empty((job.num_samples, image_size, image_size, 3), np.uint8) for steps in job.steps}
     seconds = dict.fromkeys(job.steps, 0.0)
@@ -251,12 +254,32 @@ def plot(report: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def read_real_images(location: str, class_names: list[str], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real images uint8 (N, size, size, 3) and their classes (N,).
+
+    Raises InputError where the folder's classes are not the generator's, or a class has fewer than two images.
+    """
+    filesystem, folder = find_images(location)
+    if folder.class_names != class_names:
+        raise InputError(
+            f"the classes in {location} are {', '.join(folder.class_names)}, but the generator's are "
+            f"{', '.join(class_names)}; every class needs its folder"
+        )
+    pixels, labels = (torch.from_numpy(array) for array in read_pixels(filesystem, folder, size))
+    counts = torch.bincount(labels, minlength=len(class_names))
+    if int(counts.min()) < 2:
+        few = class_names[int(counts.argmin())]
+        raise InputError(f"{location} has {int(counts.min())} readable images of class {few}, but 2 are needed of each")
+    return pixels, labels
+
+
 def evaluate(job: EvaluateJob) -> dict:
     """Measures, writes the report's files, logs them, and returns the report. Raises InputError for unfit input."""
-    if job.output.is_file():
-        raise InputError(f"--output {job.output} is a file, but a folder is wanted")
-    if job.tracking_uri is None and os.environ.get("MLFLOW_TRACKING_URI"):
-        job = EvaluateJob(**{**vars(job), "tracking_uri": os.environ["MLFLOW_TRACKING_URI"]})
+    model = job.model if job.model.startswith(tracking.REGISTRY_SCHEMES) else storage.absolute(job.model)
+    output = Path(storage.output_location(str(job.output), "--output"))
+    job = replace(job, model=model, output=output)
+    run = tracking.find_run(job.model, job.tracking_uri)
+    job = replace(job, tracking_uri=job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
     judge = load_judge(job.judge)
     folder = tracking.fetch_generator(job.model, job.tracking_uri)
     pipeline = load_pipeline(folder)
@@ -271,10 +294,8 @@ def evaluate(job: EvaluateJob) -> dict:
             f"--num-samples must be at least 2 for each of {len(names)} classes, but got {job.num_samples}"
         )
     size = judge.config.image_size
-    (train, _), (held_out, held_out_labels) = (
-        [torch.from_numpy(array) for array in read_pixels(*find_images(location), size)]
-        for location in (job.train_images, job.held_out_images)
-    )
+    train, _ = read_real_images(job.train_images, names, size)
+    held_out, held_out_labels = read_real_images(job.held_out_images, names, size)
     logger.info("read %d training and %d held-out images", len(train), len(held_out))
 
     start_ray(needed_cpus=(job.num_samplers or 1) + 1)
@@ -311,12 +332,13 @@ def evaluate(job: EvaluateJob) -> dict:
     plot(report, job.output / "quality_against_steps.png")
     (job.output / "table.md").write_text(table(report))
     (job.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    _log(job, report)
+    _log(job, run, report)
     return report
 
 
-def _log(job: EvaluateJob, report: dict) -> None:
-    run = tracking.find_run(job.model, job.tracking_uri)
+def _log(job: EvaluateJob, run: tracking.Run | None, report: dict) -> None:
+    if run is None and job.tracking_uri is not None:
+        run = tracking.find_run(job.model, job.tracking_uri)
     if run is None and job.tracking_uri is None:
         logger.info("no MLflow address given, so the report is in %s alone", job.output)
         return

@@ -1,5 +1,6 @@
 """Image files -> pixels: finding them in class folders, decoding, and ADM's centre crop."""
 
+import hashlib
 import io
 import logging
 from dataclasses import dataclass
@@ -29,8 +30,16 @@ class ImageFolder:
     """Its class: the rank of its folder among the sorted folder names."""
     wnids: list[str]
     """Folder name per class."""
+    sizes: list[int]
+    """Every image's size in bytes."""
     class_names: list[str]
     """Name per class, from LOC_synset_mapping.txt beside or above the root; the folder's name where there is none."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of paths and sizes: what an encoding of this folder is identified by."""
+        lines = (f"{path}\t{size}\n" for path, size in zip(self.paths, self.sizes, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def sample_id(self, index: int) -> str:
         """The path under the root without its extension: stable, whatever else is in the folder."""
@@ -44,11 +53,12 @@ def find_images(location: str) -> tuple[fs.FileSystem, ImageFolder]:
     """
     filesystem, root = storage.require_folder(location, "image folder")
     entries = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    files = sorted(
-        entry.path[len(root) :].lstrip("/")
+    size_of = {
+        entry.path[len(root) :].lstrip("/"): entry.size
         for entry in entries
         if entry.type == fs.FileType.File and entry.path.lower().endswith(IMAGE_EXTENSIONS)
-    )
+    }
+    files = sorted(size_of)
     if not files:
         raise InputError(
             f"no images in {location}: wanted class folders of {', '.join(IMAGE_EXTENSIONS)} files, such as "
@@ -73,6 +83,7 @@ def find_images(location: str) -> tuple[fs.FileSystem, ImageFolder]:
         paths=files,
         labels=[rank[path.split("/")[0]] for path in files],
         wnids=wnids,
+        sizes=[size_of[path] for path in files],
         class_names=[names.get(wnid, wnid) for wnid in wnids],
     )
 
@@ -116,8 +127,9 @@ def read_pixels(filesystem: fs.FileSystem, folder: ImageFolder, size: int) -> tu
     """All readable images of a folder: uint8 (N, size, size, 3), and labels int64 (N,); the others are logged."""
     pixels, labels = [], []
     for path, label in zip(folder.paths, folder.labels, strict=True):
+        content = storage.read_bytes(filesystem, f"{folder.root}/{path}")  # storage that fails is no bad image
         try:
-            pixels.append(decode_image(storage.read_bytes(filesystem, f"{folder.root}/{path}"), size))
+            pixels.append(decode_image(content, size))
             labels.append(label)
         except Exception as error:  # Pillow raises many kinds; one bad file must not end an evaluation
             logger.warning("left out unreadable %s: %s", path, error)

@@ -41,12 +41,14 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
-REJECTED_KEY = b"meanflow.rejected"  # in a shard's schema metadata: that shard's unreadable images
+# In a shard's schema metadata: its unreadable images, and the hash of its content.
+REJECTED_KEY = b"meanflow.rejected"
+SHA256_KEY = b"meanflow.sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingRecipe:
-    """What decides every byte of a latent dataset. Two different recipes never share a folder."""
+    """How a latent dataset is made, and of what. Two different recipes never share a folder."""
 
     vae_id: str
     """Hub id or folder that was named."""
@@ -59,7 +61,7 @@ class EncodingRecipe:
     crop: str
     """Name of the crop."""
     source_sha256: str
-    """Hash of the sorted list of image paths."""
+    """Hash of the sorted list of image paths and sizes in bytes."""
     rows_per_shard: int
     """Images per shard: shard k holds images k rows_per_shard onwards of the sorted list."""
     moments_kind: str = MOMENTS_KIND
@@ -80,6 +82,8 @@ class Manifest:
     """Images that could not be read."""
     shard_rows: list[int]
     """Rows of each shard."""
+    shard_sha256: list[str]
+    """Hash of each shard's moments, labels and ids."""
     class_names: list[str]
     """Name per class id."""
     wnids: list[str]
@@ -88,6 +92,11 @@ class Manifest:
     """Where the images lay."""
     schema_version: int = SCHEMA_VERSION
     """Of this layout."""
+
+    @property
+    def content_sha256(self) -> str:
+        """Hash of everything that training reads."""
+        return hashlib.sha256("".join(self.shard_sha256).encode()).hexdigest()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -144,17 +153,35 @@ def shard_bytes(
             "label": pa.array(labels, type=pa.int32()),
             "sample_id": pa.array(sample_ids, type=pa.string()),
         }
-    ).replace_schema_metadata({REJECTED_KEY: json.dumps(rejected).encode()})
+    )
+    digest = hashlib.sha256(json.dumps(list(sample_ids)).encode())
+    for array, dtype in ((moments, np.float16), (moments_mirrored, np.float16), (labels, np.int32)):
+        digest.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
+    metadata = {REJECTED_KEY: json.dumps(rejected).encode(), SHA256_KEY: digest.hexdigest().encode()}
+    table = table.replace_schema_metadata(metadata)
     buffer = io.BytesIO()
     # Latents hardly compress (zstd saves a tenth) and dictionaries and statistics of tensors help nobody.
     pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
     return buffer.getvalue()
 
 
-def shard_summary(filesystem: fs.FileSystem, path: str) -> tuple[int, list[dict]]:
-    """Rows of a written shard, and its rejected images as [{"sample_id", "reason"}], from its footer alone."""
+@dataclass(frozen=True)
+class ShardSummary:
+    """What a written shard's footer says of it."""
+
+    num_rows: int
+    """Rows."""
+    sha256: str
+    """Hash of its moments, labels and ids."""
+    rejected: list[dict]
+    """Its unreadable images as {"sample_id", "reason"}."""
+
+
+def shard_summary(filesystem: fs.FileSystem, path: str) -> ShardSummary:
+    """Reads a shard's footer, and nothing else of it."""
     footer = pq.read_metadata(path, filesystem=filesystem)
-    return footer.num_rows, json.loads(footer.metadata[REJECTED_KEY])
+    rejected = json.loads(footer.metadata[REJECTED_KEY])
+    return ShardSummary(footer.num_rows, footer.metadata[SHA256_KEY].decode(), rejected)
 
 
 def rejected_bytes(rejected: list[dict]) -> bytes:
@@ -211,7 +238,7 @@ class LatentDataset:
         Any number of processes of a node may call this at once: one copies, the others wait and share it.
         """
         manifest = read_manifest(location)
-        key = hashlib.sha256(manifest.to_json().encode()).hexdigest()[:16]
+        key = manifest.content_sha256[:16]
         folder = cache_dir / key
         cache_dir.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache_dir / f"{key}.lock"):

@@ -12,11 +12,38 @@ from pyarrow import fs
 
 from pipelines.command import InputError
 
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets this variable in the driver of a submitted job
+
+
+def absolute(location: str) -> str:
+    """A location that means the same in every process: Ray's workers run in other working directories."""
+    if location.startswith("file://"):
+        return location.removeprefix("file://")
+    return location if "://" in location else str(Path(location).expanduser().absolute())
+
+
+def output_location(location: str, option: str) -> str:
+    """As `absolute`, for something to write.
+
+    Raises InputError for a file, and for a relative path in a submitted job, whose working directory is a temporary
+    copy that goes with the job.
+    """
+    if "://" not in location and not Path(location).expanduser().is_absolute() and SUBMITTED_JOB in os.environ:
+        raise InputError(
+            f"{option} {location} is relative, and a submitted job works in a temporary copy of its folder; give an "
+            f"absolute path on shared storage, or a URI"
+        )
+    location = absolute(location)
+    if is_local(location) and Path(location).is_file():
+        raise InputError(f"{option} {location} is a file, but a folder is wanted")
+    return location
+
 
 def open_storage(location: str) -> tuple[fs.FileSystem, str]:
     """The file system of a location, and the location's path in it. Raises InputError for an unknown scheme."""
+    location = absolute(location)
     if "://" not in location:
-        return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+        return fs.LocalFileSystem(), location
     try:
         return fs.FileSystem.from_uri(location)
     except (ValueError, OSError) as error:
@@ -27,7 +54,7 @@ def open_storage(location: str) -> tuple[fs.FileSystem, str]:
 
 def is_local(location: str) -> bool:
     """True for a path on this machine's file system."""
-    return "://" not in location or location.startswith("file://")
+    return "://" not in absolute(location)
 
 
 def require_folder(location: str, what: str) -> tuple[fs.FileSystem, str]:

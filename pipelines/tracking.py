@@ -43,7 +43,7 @@ def resolve_tracking_uri(storage_location: str, num_nodes: int) -> str:
             f"tracking needs an MLflow server: storage {storage_location} on {num_nodes} node(s) leaves no place for a "
             f"local database; set MLFLOW_TRACKING_URI, for example to http://mlflow.example:5000"
         )
-    folder = Path(storage_location).expanduser().absolute()
+    folder = Path(storage.absolute(storage_location))
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder}/mlflow.db"
 
@@ -147,6 +147,7 @@ def find_run(model: str, tracking_uri: str | None) -> Run | None:
         if not record.is_file():
             return None
         content = json.loads(record.read_text())
+        # Its own address, unless another is named: a run's id means nothing elsewhere.
         return Run(tracking_uri or content["tracking_uri"], content["mlflow_run_id"])
     if tracking_uri is None:
         return None
@@ -175,14 +176,15 @@ def fetch_generator(model: str, tracking_uri: str | None) -> Path:
                 f"model {model} is no folder; wanted a generator's folder, models:/name@alias or runs:/id/name"
             )
     else:
-        if tracking_uri:
-            mlflow.set_tracking_uri(tracking_uri)  # the registry follows it; the argument of that name moves runs alone
+        tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not tracking_uri:
+            raise InputError(f"model {model} lies in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
         try:
-            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=model))
+            folder = Path(
+                mlflow.artifacts.download_artifacts(model, tracking_uri=tracking_uri, registry_uri=tracking_uri)
+            )
         except (MlflowException, OSError) as error:
-            raise InputError(
-                f"cannot fetch {model} from {tracking_uri or mlflow.get_tracking_uri()}: {error}"
-            ) from error
+            raise InputError(f"cannot fetch {model} from {tracking_uri}: {error}") from error
     try:
         return find_generator(folder)
     except ValueError as error:

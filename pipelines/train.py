@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,7 @@ from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import TrainState, build_train_state, load_train_state, save_train_state, train_step
 from pipelines import latent_store, storage, tracking
-from pipelines.command import InputError, num_gpus, parse_command_line, run_command, set_up_logging, start_ray
+from pipelines.command import InputError, choose_gpus, parse_command_line, run_command, set_up_logging, start_ray
 from pipelines.grids import image_grid
 from pipelines.latent_store import LatentDataset, Manifest, rows_of_step
 from pipelines.progress import Progress
@@ -62,7 +62,9 @@ class TrainJob:
     """Training processes: one per GPU, or on CPUs any number."""
     vae: str | None = None
     """Autoencoder that the latents must have been made with (hub id or folder); checked if given."""
-    cache_dir: str = str(Path(tempfile.gettempdir()) / "meanflow-ray-latents")
+    use_gpu: bool | None = None
+    """Train on GPUs; where the cluster has some, unless said."""
+    cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
     """Folder on each node's own disk for its memory-mapped copy of the latents."""
     experiment: str = "meanflow-ray"
     """MLflow experiment."""
@@ -240,7 +242,7 @@ def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
         if observer is not None and (state.step % config.sample_interval_steps == 0 or is_last):
             observer.show_samples(state.step)
         if state.step % config.checkpoint_interval_steps == 0 or is_last:
-            _report(state, last_figures, rank)
+            _report(state, config, last_figures, rank)
         if logs:
             figures.clear()  # after pictures and checkpoints, which are no part of a step's pace
     if observer is not None:
@@ -270,11 +272,11 @@ def _dataset_autoencoder(data: str) -> AutoencoderKL:
         return load_autoencoder(str(latent_store.fetch_autoencoder(data, Path(folder))))
 
 
-def _report(state: TrainState, figures: dict[str, float], rank: int) -> None:
+def _report(state: TrainState, config: TrainingConfig, figures: dict[str, float], rank: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if rank == 0:
-            save_train_state(state, Path(folder))
+            save_train_state(state, config, Path(folder))
             checkpoint = Checkpoint.from_directory(folder)
         ray.train.report({"step": state.step, **figures}, checkpoint=checkpoint)
 
@@ -299,8 +301,8 @@ def _begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, trackin
     """The training's MLflow run; raises InputError where a run of this name was begun with another experiment."""
     filesystem, root = storage.open_storage(job.storage)
     path = f"{root}/{job.run_name}/{tracking.TRAINING_RECORD}"
-    identity = json.loads(json.dumps({"config": asdict(job.config), "data_vae_sha256": manifest.recipe.vae_sha256,
-                                      "data_source_sha256": manifest.recipe.source_sha256}))  # fmt: skip
+    identity = json.loads(json.dumps({"config": asdict(job.config), "data_sha256": manifest.content_sha256,
+                                      "vae_sha256": manifest.recipe.vae_sha256}))  # fmt: skip
     if filesystem.get_file_info(path).type == fs.FileType.File:
         begun = json.loads(storage.read_bytes(filesystem, path))
         then, now = _flat(begun["identity"]), _flat(identity)
@@ -348,19 +350,28 @@ def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, f
 def _publish(job: TrainJob, folder: Path) -> str:
     """Puts a generator's files into the run's folder, model_index.json last, and returns its location."""
     filesystem, root = storage.open_storage(job.storage)
+    stale = f"{root}/{job.run_name}/generator/model_index.json"
+    if filesystem.get_file_info(stale).type == fs.FileType.File:
+        filesystem.delete_file(stale)  # nobody may open a mixture of the old generator and the new
     files = sorted(
         (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == "model_index.json"
     )
     for path in files:
         relative = path.relative_to(folder).as_posix()
         storage.write_bytes(filesystem, f"{root}/{job.run_name}/generator/{relative}", path.read_bytes())
-    return f"{job.storage.rstrip('/')}/{job.run_name}/generator"
+    return f"{job.storage}/{job.run_name}/generator"
 
 
 def train(preset: str, job: TrainJob) -> None:
     """Trains, or goes on training, and leaves a generator. Raises InputError for input that cannot be."""
     if not job.run_name or "/" in job.run_name:
         raise InputError(f"--run-name must be a name without slashes, but got {job.run_name!r}")
+    job = replace(
+        job,
+        data=storage.absolute(job.data),
+        storage=storage.output_location(job.storage, "--storage").rstrip("/"),
+        cache_dir=storage.absolute(job.cache_dir),
+    )
     manifest = latent_store.read_manifest(job.data)
     _check_vae(job, manifest)
     if manifest.latent_shape[1] % job.config.network.patch_size:
@@ -369,9 +380,8 @@ def train(preset: str, job: TrainJob) -> None:
         )
     if job.config.global_batch_size < job.num_workers:
         raise InputError(f"global_batch_size {job.config.global_batch_size} is less than num_workers {job.num_workers}")
-    if storage.is_local(job.storage) and Path(job.storage).expanduser().is_file():
-        raise InputError(f"--storage {job.storage} is a file, but a folder is wanted")
     start_ray(needed_cpus=job.num_workers)
+    use_gpu = choose_gpus(job.use_gpu, job.num_workers)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     tracking_uri = tracking.resolve_tracking_uri(job.storage, num_nodes)
     run = _begin_or_resume_run(job, preset, manifest, tracking_uri)
@@ -379,7 +389,6 @@ def train(preset: str, job: TrainJob) -> None:
     for key, value in job.config.flat().items():
         logger.info("  %s = %s", key, value)
 
-    use_gpu = num_gpus() > 0
     filesystem, root = storage.open_storage(job.storage)
     trainer = TorchTrainer(
         train_worker,
@@ -395,15 +404,15 @@ def train(preset: str, job: TrainJob) -> None:
     )
     try:
         result = trainer.fit()
+        assert result.checkpoint is not None, "the last step always has a checkpoint"
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "generator"
+            build_generator(job, manifest, result.checkpoint, folder)
+            location = _publish(job, folder)
+            model = run.register_generator(folder, job.model_name or f"meanflow-{preset}")
     except BaseException as error:
         run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
         raise
-    assert result.checkpoint is not None, "the last step always has a checkpoint"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "generator"
-        build_generator(job, manifest, result.checkpoint, folder)
-        location = _publish(job, folder)
-        model = run.register_generator(folder, job.model_name or f"meanflow-{preset}")
     run.end("FINISHED")
     print(f"generator: {location}")
     print(f"model: {model}")

@@ -10,6 +10,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_TRA
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 
+import mlflow
 import torch
 
 from meanflow_core.autoencoder import load_autoencoder
@@ -17,6 +18,15 @@ from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+
+
+@pytest.fixture(autouse=True)
+def _untouched_tracking_address(monkeypatch):
+    """MLflow's set_tracking_uri writes the environment; no test may inherit another's address, nor hand it to a stage."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    yield
+    mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The demo as a user runs it: whole, again, and interrupted."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,48 +16,59 @@ from tests.readme import REPOSITORY
 FRECHET_ONE_STEP = 0.75
 
 
-def start_demo(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.demo", *arguments],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+@pytest.fixture
+def start_demo():
+    """Starts demos, and ends those that a failing test leaves running."""
+    started = []
+
+    def start(*arguments):
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "pipelines.demo", *arguments],
+                cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for demo in started:
+        if demo.poll() is None:
+            demo.terminate()
+            demo.communicate(timeout=60)
 
 
-def marked_processes(marker):
-    """Processes that carry a variable in their environment: whatever descends from a demo, wherever it hangs."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("MEANFLOW_TEST") == marker:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def family(demo):
+    """Every process below a demo; it adopts its orphans, so that none hangs elsewhere."""
+    return psutil.Process(demo.pid).children(recursive=True)
+
+
+def ray_processes():
+    """The pids of all Ray processes of this machine."""
+    names = {process.pid: process.name() for process in psutil.process_iter()}
+    return {pid for pid, name in names.items() if name.startswith(("ray::", "raylet", "gcs_server"))}
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=["interrupt", "terminate"])
-def test_interrupted_demo_leaves_no_process(tmp_path, monkeypatch, signal_number):
-    marker = f"{tmp_path}"
-    monkeypatch.setenv("MEANFLOW_TEST", marker)
+def test_interrupted_demo_leaves_no_process(tmp_path, start_demo, signal_number):
     demo = start_demo("--work", str(tmp_path / "demo"), "--preset", "debug", "--num-train", "60", "--num-val", "20")
     deadline = time.monotonic() + 120
-    while not any("raylet" in process.name() for process in marked_processes(marker)):
-        assert time.monotonic() < deadline, "no Ray came up"
+    while not any(process.name().startswith("ray::") for process in family(demo)):
+        assert time.monotonic() < deadline, "no Ray worker came up"
         assert demo.poll() is None, demo.stdout.read()
         time.sleep(0.2)
+    relatives = family(demo)
+    assert any("raylet" in process.name() for process in relatives)
     demo.send_signal(signal_number)
     demo.communicate(timeout=60)
     assert demo.returncode != 0
-    remaining = [process for process in marked_processes(marker) if process.pid != os.getpid()]
-    assert not remaining
+    _, alive = psutil.wait_procs(relatives, timeout=10)
+    assert not alive
 
 
 @pytest.mark.soak
 @pytest.mark.cluster
-def test_demo_makes_plain_shapes_in_one_step_and_works_again(tmp_path, monkeypatch):
-    marker = f"{tmp_path}"
-    monkeypatch.setenv("MEANFLOW_TEST", marker)
+def test_demo_makes_plain_shapes_in_one_step_and_works_again(tmp_path, start_demo):
     work = tmp_path / "demo"
     quick = start_demo(
         "--work", str(work), "--preset", "debug", "--num-train", "200", "--num-val", "60", "--num-samples", "40"
@@ -66,10 +76,11 @@ def test_demo_makes_plain_shapes_in_one_step_and_works_again(tmp_path, monkeypat
     output, _ = quick.communicate(timeout=600)
     assert quick.returncode == 0, output[-6000:]
 
+    before = ray_processes()
     demo = start_demo("--work", str(work))
     output, _ = demo.communicate(timeout=1800)
     assert demo.returncode == 0, output[-6000:]
-    assert [process for process in marked_processes(marker) if process.pid != os.getpid()] == []
+    assert ray_processes() <= before
     assert "serve" in output.split("stage ")[-1]
     report = json.loads((work / "report.json").read_text())
     print(json.dumps(report, indent=2))

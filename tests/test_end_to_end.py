@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,58 +27,72 @@ from tests.readme import REPOSITORY, commands
 SMALLER = {
     "pipelines.demo.images": ["--num-train", "200", "--num-val", "60"],
     "pipelines.encode": ["--rows-per-shard", "64"],
+    "pipelines.train": ["--cache-dir", "cache"],
     "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2"],
 }
+TORN = "d0000004/d0000004_104"  # cut short before the encode
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder of its own to type the README's commands in, literally: their paths are relative."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    @property
+    def build(self) -> Path:
+        return self.folder / "build"
+
+    def documented(self, prefix: str) -> list[str]:
+        """The README's command that starts so, at the debug preset and with fewer images."""
+        line = next(line for line in commands("stages") if line.startswith(prefix))
+        words = shlex.split(line.replace("pipelines.train demo", "pipelines.train debug"))
+        return words + SMALLER.get(words[2], [])
+
+    def run(self, words: list[str], expected_code: int = 0) -> subprocess.CompletedProcess:
+        result = subprocess.run(
+            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == expected_code, result.stdout[-3000:] + result.stderr[-6000:]
+        return result
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Where the commands' build/ lies, and their environment."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "pipelines").symlink_to(REPOSITORY / "pipelines")  # for the autoencoder that a command names
     ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets want short paths
-    environment = {
-        **os.environ,
-        "RAY_TMPDIR": ray_folder,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    yield tmp_path_factory.mktemp("build"), environment
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    yield Workspace(folder, {**os.environ, "RAY_TMPDIR": ray_folder, "PATH": path})
     shutil.rmtree(ray_folder, ignore_errors=True)
-
-
-def documented(prefix: str, build: Path) -> list[str]:
-    """The README's command that starts so, on the test's folder and at the debug preset."""
-    line = next(line for line in commands("stages") if line.startswith(prefix))
-    words = shlex.split(line.replace("build/", f"{build}/").replace("pipelines.train demo", "pipelines.train debug"))
-    return words + SMALLER.get(words[2], [])
-
-
-def run(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
-    result = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return result
 
 
 @pytest.fixture(scope="module")
 def trained(workspace):
-    """The folder after the README's commands up to evaluate."""
-    build, environment = workspace
+    """The folder after the README's commands up to evaluate, and what they printed."""
     output = {}
     for stage in ("pipelines.demo.images", "pipelines.encode", "pipelines.train", "pipelines.evaluate"):
-        output[stage] = run(documented(f"python -m {stage}", build), environment)
-    return build, output
+        if stage == "pipelines.encode":
+            torn = workspace.build / "images/train" / f"{TORN}.JPEG"
+            torn.write_bytes(torn.read_bytes()[:400])
+        output[stage] = workspace.run(workspace.documented(f"python -m {stage}"))
+    return workspace.build, output
 
 
 @pytest.mark.cluster
 def test_encode_keeps_every_image_once(trained):
     build, output = trained
     manifest = json.loads((build / "latents" / "manifest.json").read_text())
-    assert manifest["num_samples"] == 200
-    assert manifest["shard_rows"] == [64, 64, 64, 8]
+    assert (manifest["num_samples"], manifest["num_rejected"]) == (199, 1)
+    assert sorted(manifest["shard_rows"]) == [8, 63, 64, 64]
+    assert pq.read_table(build / "latents/rejected.parquet")["sample_id"].to_pylist() == [TORN]
     ids = [
         i for path in sorted((build / "latents/shards").iterdir()) for i in pq.read_table(path)["sample_id"].to_pylist()
     ]
     images = build / "images/train"
     on_disk = sorted(str(path.relative_to(images).with_suffix("")) for path in images.rglob("*.JPEG"))
-    assert ids == on_disk
+    assert ids == [sample_id for sample_id in on_disk if sample_id != TORN]
     assert "images/s" in output["pipelines.encode"].stderr  # progress with a rate
 
 
@@ -129,9 +144,8 @@ def test_evaluate_writes_table_grid_plot_and_report(trained):
 @pytest.mark.cluster
 def test_training_again_under_the_same_name_resumes_and_another_experiment_is_refused(trained, workspace):
     build, _ = trained
-    _, environment = workspace
-    train = documented("python -m pipelines.train", build)
-    again = run([*train, "--num-steps", "40"], environment)
+    train = workspace.documented("python -m pipelines.train")
+    again = workspace.run([*train, "--num-steps", "40", "--num-workers", "1"])  # the number of workers is no matter
     assert "resumed at step 30" in again.stderr + again.stdout
     client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
     run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
@@ -139,19 +153,15 @@ def test_training_again_under_the_same_name_resumes_and_another_experiment_is_re
     assert steps == [5, 10, 15, 20, 25, 30, 35, 40]
     assert client.get_model_version_by_alias("meanflow-debug", "champion").version == 2
 
-    other = subprocess.run(
-        [*train, "--optimizer.learning-rate", "0.5"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
-    assert other.returncode == 2
-    assert other.stderr.splitlines()[-1].startswith("error: run first in")
+    other = workspace.run([*train, "--optimizer.learning-rate", "0.5"], expected_code=2)
+    assert any(line.startswith("error: run first in") for line in other.stderr.splitlines())
     assert "config.optimizer.learning_rate was 0.001, is 0.5" in other.stderr
 
 
 @pytest.mark.cluster
 def test_serve_answers_with_the_image_of_class_and_seed(trained, workspace, tmp_path):
     build, _ = trained
-    _, environment = workspace
-    words = documented("serve run", build)
+    words = workspace.documented("serve run")
     # `serve run IMPORT` has no option for the port, so the same application goes through a config with a free one.
     port = free_port(0)
     config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
@@ -162,7 +172,7 @@ def test_serve_answers_with_the_image_of_class_and_seed(trained, workspace, tmp_
     with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen(
             ["serve", "run", str(tmp_path / "serve.yaml")],
-            cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True,
+            cwd=workspace.folder, env=workspace.environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         url = f"http://127.0.0.1:{port}"

@@ -4,6 +4,7 @@ import pytest
 import tyro
 
 from pipelines.encode import EncodeJob
+from pipelines.evaluate import EvaluateJob
 from pipelines.train import parse_arguments
 from tests.readme import REPOSITORY, commands
 
@@ -12,7 +13,9 @@ def test_cluster_commands_are_understood_by_the_real_parsers():
     jobs = [
         shlex.split(line)[shlex.split(line).index("--") + 1 :] for line in commands("cluster") if "job submit" in line
     ]
-    encode, train = jobs
+    encode, train, evaluate = jobs
+    assert evaluate[:3] == ["python", "-m", "pipelines.evaluate"]
+    assert tyro.cli(EvaluateJob, args=evaluate[3:]).model == "models:/meanflow-xl2@champion"
     assert encode[:3] == ["python", "-m", "pipelines.encode"]
     assert tyro.cli(EncodeJob, args=encode[3:]).image_size == 256
     assert train[:3] == ["python", "-m", "pipelines.train"]

@@ -25,21 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 import yaml
 
-from pipelines.command import InputError, parse_command_line, run_command
+from pipelines import storage
+from pipelines.command import FAST_MALLOC, InputError, parse_command_line, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).parents[2]
 MARKER = ".meanflow-demo"
-# glibc gives large temporaries back to the system and faults them in again at every step: 3 to 10 times slower.
-MALLOC_SETTINGS = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -59,8 +55,8 @@ class Demo:
     """Samples to measure."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of network calls to evaluate."""
-    num_workers: int = 2
-    """Training processes."""
+    num_workers: int | None = None
+    """Training processes; one per GPU unless given, or two on a machine without."""
     port: int = 0
     """Port of the endpoint on 127.0.0.1; 0 takes a free one."""
 
@@ -88,8 +84,7 @@ def free_port(wanted: int) -> int:
 
 def prepare_work(work: Path) -> None:
     """An empty work folder. Raises InputError where something else than an earlier demo is in the way."""
-    if work.exists() and not work.is_dir():
-        raise InputError(f"--work {work} is a file, but a folder is wanted")
+    storage.output_location(str(work), "--work")
     if work.is_dir() and any(work.iterdir()) and not (work / MARKER).is_file():
         raise InputError(f"--work {work} holds something else than an earlier demo; name an empty or a new folder")
     shutil.rmtree(work, ignore_errors=True)
@@ -167,7 +162,7 @@ def serve_and_ask(demo: Demo, processes: Processes, model: str, tracking_uri: st
     port = free_port(demo.port)
     config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": port}
-    config["applications"][0]["args"] = {"model": model, "tracking_uri": tracking_uri}
+    config["applications"][0]["args"] = {"model": model, "tracking_uri": tracking_uri}  # a GPU, if any, unreserved
     config_path = demo.work.absolute() / "serve.yaml"
     config_path.write_text(yaml.safe_dump(config))
     server = processes.start([str(Path(sys.executable).with_name("serve")), "run", str(config_path)])
@@ -194,6 +189,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
     """Runs the stages in a row, prints the closing table, and returns the report."""
     work = demo.work.absolute()
     python = [sys.executable, "-m"]
+    num_workers = demo.num_workers or torch.cuda.device_count() or 2
     results: list[StageResult] = []
     tracking_uri = f"sqlite:///{work}/runs/mlflow.db"
     model = f"models:/meanflow-{demo.preset}@champion"
@@ -225,7 +221,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
     stage(
         "train",
         command("pipelines.train", demo.preset, "--data", str(latents), "--storage", str(work / "runs"),
-                "--run-name", "demo", "--num-workers", str(demo.num_workers), "--cache-dir", str(work / "cache")),
+                "--run-name", "demo", "--num-workers", str(num_workers), "--cache-dir", str(work / "cache")),
         lambda: f"a generator, registered as {model}",
         work / "runs" / "demo" / "generator",
     )  # fmt: skip
@@ -301,7 +297,7 @@ def main() -> None:
     processes = Processes(
         {
             **inherited,
-            **MALLOC_SETTINGS,
+            **FAST_MALLOC,
             "RAY_TMPDIR": ray_folder,
             # Ray's own authentication, without a file in the home folder.
             "RAY_AUTH_MODE": "token",

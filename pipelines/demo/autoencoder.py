@@ -1,6 +1,6 @@
 """Trains the demo's autoencoder: an `AutoencoderKL` small enough to ship, with ImageNet's factor of 8 (64x64 -> 4x8x8).
 
-The result lies in pipelines/demo/autoencoder/ in the repository; `python -m pipelines.demo.autoencoder --output DIR`
+The result lies in pipelines/demo/autoencoder_weights/ in the repository; `python -m pipelines.demo.autoencoder --output DIR`
 makes it again. It is trained on drawn images of a split of its own, and judged on held-out ones.
 """
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from meanflow_core.autoencoder import to_float_images
+from pipelines import storage
 from pipelines.command import parse_command_line, run_command
 from pipelines.demo import images
 from pipelines.progress import Progress, format_seconds
@@ -141,6 +142,7 @@ else: 3x64x64 -> 4x8x8, {num_parameters:,} parameters. Real images want a real o
 def main() -> None:
     """The command."""
     config = parse_command_line(AutoencoderTraining, __doc__)
+    storage.output_location(str(config.output), "--output")
     began = time.monotonic()
     vae, psnr = train(config)
     seconds = time.monotonic() - began

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines import storage
 from pipelines.command import parse_command_line, run_command
 from pipelines.progress import Progress
 
@@ -219,7 +220,8 @@ class DrawImages:
 def main() -> None:
     """The command."""
     config = parse_command_line(DrawImages, __doc__)
-    write_folder(config.output, config.num_train, config.num_val, config.num_processes)
+    output = Path(storage.output_location(str(config.output), "--output"))
+    write_folder(output, config.num_train, config.num_val, config.num_processes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from meanflow_core.autoencoder import to_float_images
+from pipelines import storage
 from pipelines.command import parse_command_line, run_command
 from pipelines.demo import images
 from pipelines.judge import Judge
@@ -74,6 +75,7 @@ def train(config: JudgeTraining) -> tuple[Judge, float]:
 def main() -> None:
     """The command."""
     config = parse_command_line(JudgeTraining, __doc__)
+    storage.output_location(str(config.output), "--output")
     began = time.monotonic()
     judge, accuracy = train(config)
     seconds = time.monotonic() - began

@@ -1,4 +1,5 @@
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -85,7 +86,8 @@ def test_resume_repeats_the_same_parameters(tmp_path):
 
     first = fresh_state()
     take_steps(first, config, 3)
-    save_train_state(first, tmp_path)
+    save_train_state(first, config, tmp_path)
+    assert json.loads((tmp_path / "state.json").read_text())["config"]["optimizer"]["learning_rate"] == 1e-3
     assert not list(tmp_path.glob("*.p*"))  # no pickles
     second = fresh_state(replace(config, seed=5))
     load_train_state(second, tmp_path)

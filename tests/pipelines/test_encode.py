@@ -119,7 +119,7 @@ def test_output_of_another_autoencoder_or_source_is_refused_and_kept(image_root,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"images": "nowhere"}, "image folder nowhere does not exist"),
+        ({"images": "nowhere"}, "image folder .*/nowhere does not exist"),
         ({"vae": "no/such-autoencoder-here/at-all"}, "cannot load an autoencoder"),
         ({"image_size": 60}, "must be a multiple of 8"),
     ],
@@ -143,7 +143,9 @@ def test_shard_metadata_is_read_from_the_footer(tmp_path):
     rejected = [{"sample_id": "a", "reason": "torn"}]
     empty = np.zeros((0, 8, 2, 2), np.float16)
     (tmp_path / "s.parquet").write_bytes(latent_store.shard_bytes(empty, empty, np.zeros(0), [], rejected))
-    assert latent_store.shard_summary(fs.LocalFileSystem(), str(tmp_path / "s.parquet")) == (0, rejected)
+    summary = latent_store.shard_summary(fs.LocalFileSystem(), str(tmp_path / "s.parquet"))
+    assert (summary.num_rows, summary.rejected) == (0, rejected)
+    assert len(summary.sha256) == 64
     assert pq.read_table(io.BytesIO(latent_store.rejected_bytes([]))).num_rows == 0
 
 
@@ -178,3 +180,33 @@ def test_storage_that_fails_fails_the_task_and_rejects_no_image(image_root, monk
     batch = {"shard": np.array([0]), "paths": [["d0000000/d0000000_0.JPEG"]], "labels": [[0]]}
     with pytest.raises(OSError, match="connection reset"):
         decode_shard(batch, filesystem=fs.LocalFileSystem(), root=str(image_root / "train"), image_size=64)
+
+
+def test_images_that_changed_in_place_make_another_dataset(image_root, tmp_path, without_ray):
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    before = encode.encode(job(tmp_path / "val", tmp_path / "first"))
+    path = sorted((tmp_path / "val").rglob("*.JPEG"))[0]
+    shutil.copy(sorted((image_root / "train").rglob("*.JPEG"))[-1], path)
+    after = encode.encode(job(tmp_path / "val", tmp_path / "second"))
+    assert before.content_sha256 != after.content_sha256
+    assert before.recipe.source_sha256 != after.recipe.source_sha256
+
+
+def test_nothing_readable_is_an_error_and_can_be_mended(image_root, tmp_path, without_ray):
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    paths = sorted((tmp_path / "val").rglob("*.JPEG"))
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(b"\0" * len(content))
+    with pytest.raises(InputError, match="none of the 40 images"):
+        encode.encode(job(tmp_path / "val", tmp_path / "latents"))
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    assert encode.encode(job(tmp_path / "val", tmp_path / "latents")).num_samples == 40
+
+
+def test_relative_output_is_refused_in_a_submitted_job(image_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(InputError, match="--output latents is relative, and a submitted job works in a temporary copy"):
+        encode.encode(job(image_root / "val", "latents"))

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,16 @@ import torch
 from pipelines.command import InputError
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate import EvaluateJob, Reference, Sampler, evaluate, peak_signal_to_noise, reconstruct, table
+from pipelines.evaluate import (
+    EvaluateJob,
+    Reference,
+    Sampler,
+    evaluate,
+    peak_signal_to_noise,
+    read_real_images,
+    reconstruct,
+    table,
+)
 from pipelines.judge import load_judge
 
 
@@ -71,6 +82,19 @@ def test_generator_of_other_classes_is_refused(pipeline, tmp_path, image_root):
     with pytest.raises(InputError, match="knows the classes arrow, circle"):
         evaluate(job)
     assert not (tmp_path / "report").exists()
+
+
+def test_real_images_of_other_or_too_few_classes_are_refused(image_root, tmp_path):
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    names = [path.name for path in sorted((tmp_path / "val").iterdir())]
+    assert read_real_images(str(tmp_path / "val"), names, 64)[0].shape == (40, 64, 64, 3)
+    for path in sorted((tmp_path / "val" / names[4]).iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match=f"1 readable images of class {names[4]}, but 2 are needed"):
+        read_real_images(str(tmp_path / "val"), names, 64)
+    shutil.rmtree(tmp_path / "val" / names[4])
+    with pytest.raises(InputError, match="every class needs its folder"):
+        read_real_images(str(tmp_path / "val"), names, 64)
 
 
 def test_table_says_that_it_is_not_fid():

@@ -28,6 +28,7 @@ def manifest(num_samples, shard_rows):
         num_samples=num_samples,
         num_rejected=0,
         shard_rows=shard_rows,
+        shard_sha256=["0" * 64] * len(shard_rows),
         class_names=["a", "b"],
         wnids=["a", "b"],
         source="here",
@@ -136,3 +137,11 @@ def test_rows_of_a_step_are_a_function_of_seed_and_step():
     np.testing.assert_array_equal(rows_of_step(1, 9, 16, 100), rows_of_step(1, 9, 16, 100))
     assert rows_of_step(1, 9, 16, 100).tolist() != rows_of_step(2, 9, 16, 100).tolist()
     assert len(rows_of_step(0, 0, 25, 10)) == 25  # a batch larger than the data reaches over several epochs
+
+
+def test_other_content_has_another_copy(dataset, tmp_path):
+    first = LatentDataset.open(str(dataset), tmp_path / "cache")
+    changed = replace(manifest(7, [3, 3, 1]), shard_sha256=["1" * 64] * 3)
+    (dataset / "manifest.json").write_text(changed.to_json())
+    second = LatentDataset.open(str(dataset), tmp_path / "cache")
+    assert first.moments.filename != second.moments.filename

@@ -25,5 +25,8 @@ def test_locations_are_paths_or_uris(tmp_path, monkeypatch):
     assert path == str(tmp_path / "data")
     assert storage.open_storage((tmp_path / "x").as_uri())[1] == str(tmp_path / "x")
     assert storage.is_local("data")
+    assert storage.is_local("file:///data/x")
+    assert storage.absolute("file:///data/x") == "/data/x"
+    assert storage.absolute("s3://bucket/x") == "s3://bucket/x"
     with pytest.raises(InputError, match="cannot open nosuch://x"):
         storage.open_storage("nosuch://x")

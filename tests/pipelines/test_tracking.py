@@ -9,6 +9,7 @@ from pipelines.command import InputError
 def test_address_is_the_configured_one_else_a_database_by_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert tracking.resolve_tracking_uri("runs", num_nodes=1) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert tracking.resolve_tracking_uri(f"file://{tmp_path}/runs", num_nodes=1).endswith(f"{tmp_path}/runs/mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert tracking.resolve_tracking_uri("s3://bucket/runs", num_nodes=8) == "http://mlflow:5000"
 
@@ -71,6 +72,8 @@ def test_unknown_models_are_refused_in_one_sentence(tmp_path):
         tracking.fetch_generator(str(tmp_path), None)
     with pytest.raises(InputError, match=r"cannot fetch models:/none@champion from sqlite"):
         tracking.fetch_generator("models:/none@champion", uri)
+    with pytest.raises(InputError, match="give --tracking-uri, or set MLFLOW_TRACKING_URI"):
+        tracking.fetch_generator("models:/none@champion", None)
     run = tracking.Run(uri, "0" * 32)
     with pytest.raises(InputError, match="does not know MLflow run"):
         run.resume()

@@ -29,6 +29,7 @@ def manifest(num_samples):
         num_samples=num_samples,
         num_rejected=0,
         shard_rows=[num_samples],
+        shard_sha256=["0" * 64],
         class_names=["a"],
         wnids=["a"],
         source="",

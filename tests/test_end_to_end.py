@@ -16,12 +16,18 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
+from meanflow_core.latents import LatentNormalization
 from meanflow_core.pipeline import load_pipeline
+from meanflow_core.presets import PRESETS
+from meanflow_core.training import build_train_state, train_step
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
+from pipelines.latent_store import LatentDataset
+from pipelines.train import BatchSource
 from tests.readme import REPOSITORY, commands
 
 SMALLER = {
@@ -119,6 +125,34 @@ def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
         assert np.isfinite([metric.value for metric in history]).all()
     assert len(list((build / "runs/mlflow-artifacts").rglob("*one_step*.png"))) == 2
     assert client.get_model_version_by_alias("meanflow-debug", "champion").run_id == run_id
+
+
+@pytest.mark.cluster
+def test_two_workers_trained_what_one_process_trains(trained, tmp_path):
+    build, _ = trained
+    config = PRESETS["debug"]()
+    dataset = LatentDataset.open(str(build / "latents"), tmp_path)
+    device = torch.device("cpu")
+    state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=device)
+    source = BatchSource(dataset, config, (0, config.global_batch_size), device)
+    vae_config = json.loads((build / "latents/vae/config.json").read_text())
+    normalization = LatentNormalization.from_vae_config(vae_config)
+    norms = []
+    for step in range(config.num_steps):
+        batch = source.batch(step)
+        metrics = train_step(state, state.network, batch.moments, batch.labels, batch.record, normalization, config)
+        norms.append(float(metrics.gradient_norm))
+    client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
+    run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
+    logged = [metric.value for metric in client.get_metric_history(run_id, "gradient_norm")]
+    np.testing.assert_allclose(logged, np.reshape(norms, (6, 5)).mean(axis=1), rtol=1e-3)
+
+    trained_network = load_pipeline(build / "runs/first/generator").transformer
+    ours, theirs = (
+        torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+        for network in (state.ema_network, trained_network)
+    )
+    assert (ours - theirs).norm() / ours.norm() < 1e-3
 
 
 @pytest.mark.cluster

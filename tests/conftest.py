@@ -1,10 +1,13 @@
 """Fixtures shared by the tests: small networks, the shipped demo autoencoder, drawn images on disk."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+# A background job begins with interrupts ignored, and the processes that tests interrupt would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before Ray is imported: no token file in the home folder, no telemetry, and quick health checks.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
 os.environ.pop("MLFLOW_TRACKING_URI", None)

@@ -1,5 +1,6 @@
 """The README's stage commands as a user types them, each a process of its own, on few images and few steps."""
 
+import contextlib
 import io
 import json
 import os
@@ -225,9 +226,15 @@ def test_serve_answers_with_the_image_of_class_and_seed(trained, workspace, tmp_
         assert status == 422
         assert b"unknown class" in message
         assert json.loads(fetch(f"{url}/classes")[2])[8] == {"id": 8, "name": "star"}
-        family = psutil.Process(server.pid).children(recursive=True)
     finally:
+        everyone = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(signal.SIGINT)
-        server.wait(timeout=90)
-    _, alive = psutil.wait_procs(family, timeout=30)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=90)
+        _, alive = psutil.wait_procs(everyone, timeout=30)
+        for process in alive:
+            process.kill()
+        server.kill()
+    assert len(everyone) > 5
     assert not alive
+    assert server.returncode == 0

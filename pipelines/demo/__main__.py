@@ -180,7 +180,10 @@ def serve_and_ask(demo: Demo, processes: Processes, model: str, tracking_uri: st
     logger.info("POST %s/generate %s: 4 images in %.0f ms", url, json.dumps(body), milliseconds)
     logger.info("the same with class unicorn: %d %s", refused, message.decode())
     server.send_signal(signal.SIGINT)
-    server.wait(timeout=60)
+    try:
+        server.wait(timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise InputError("serve did not stop within 60 s of an interrupt") from error
     processes.end_all()
     return f"4 stars over HTTP in {milliseconds:.0f} ms"
 
@@ -289,6 +292,8 @@ def main() -> None:
     if demo.port:
         free_port(demo.port)
     prepare_work(demo.work)
+    # A shell's background job begins with interrupts ignored, and would hand that down to the stages.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for end in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(end, lambda number, _: sys.exit(128 + number))  # as an interrupt: through the `finally` below
     # Unix sockets allow some 100 characters of path, so Ray's files cannot lie under --work.

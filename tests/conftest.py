@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-# A background job begins with interrupts ignored, and the processes that tests interrupt would inherit it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before Ray is imported: no token file in the home folder, no telemetry, and quick health checks.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -21,6 +19,12 @@ from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts_work():
+    # A background job begins with interrupts ignored, and the processes that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

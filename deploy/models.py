@@ -29,8 +29,9 @@ def fetch_generator(model: str, tracking_uri: str | None) -> Path:
         return find_generator(folder)
     if not tracking_uri:
         raise ValueError(f"model {model} lies in MLflow; give tracking_uri, or set MLFLOW_TRACKING_URI")
+    # For the whole process: MLflow 3.17 looks names up at the global address, whatever registry_uri it is handed.
+    mlflow.set_tracking_uri(tracking_uri)
     try:
-        folder = mlflow.artifacts.download_artifacts(model, tracking_uri=tracking_uri, registry_uri=tracking_uri)
-        return find_generator(Path(folder))
+        return find_generator(Path(mlflow.artifacts.download_artifacts(model)))
     except (MlflowException, OSError) as error:
         raise ValueError(f"cannot fetch {model} from {tracking_uri}: {error}") from error

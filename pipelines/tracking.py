@@ -179,10 +179,10 @@ def fetch_generator(model: str, tracking_uri: str | None) -> Path:
         tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if not tracking_uri:
             raise InputError(f"model {model} lies in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
+        # For the whole process: MLflow 3.17 looks names up at the global address, whatever registry_uri it is handed.
+        mlflow.set_tracking_uri(tracking_uri)
         try:
-            folder = Path(
-                mlflow.artifacts.download_artifacts(model, tracking_uri=tracking_uri, registry_uri=tracking_uri)
-            )
+            folder = Path(mlflow.artifacts.download_artifacts(model))
         except (MlflowException, OSError) as error:
             raise InputError(f"cannot fetch {model} from {tracking_uri}: {error}") from error
     try:

@@ -1,7 +1,9 @@
+import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+import deploy.models
 from pipelines import tracking
 from pipelines.command import InputError
 
@@ -50,11 +52,12 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
     assert tracking.find_run("models:/small/1", uri).run_id == first.run_id
     assert tracking.find_run("models:/other@champion", uri) is None
     assert tracking.find_run(str(tmp_path / "generator"), uri) is None
+    mlflow.set_tracking_uri(None)  # as in the process of another stage, which knows the address by its argument alone
+    assert (deploy.models.fetch_generator(model, uri) / "model_index.json").is_file()
+    mlflow.set_tracking_uri(None)
     folder = tracking.fetch_generator(model, uri)
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
     assert str(folder).startswith(str(tmp_path / "runs" / "mlflow-artifacts"))
-
-    import mlflow
 
     loaded = mlflow.pyfunc.load_model(model)
     import pandas as pd
@@ -66,14 +69,14 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
 
 def test_unknown_models_are_refused_in_one_sentence(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(InputError, match="give --tracking-uri, or set MLFLOW_TRACKING_URI"):
+        tracking.fetch_generator("models:/none@champion", None)
     with pytest.raises(InputError, match="is no folder; wanted a generator's folder"):
         tracking.fetch_generator(str(tmp_path / "none"), None)
     with pytest.raises(InputError, match="found 0"):
         tracking.fetch_generator(str(tmp_path), None)
     with pytest.raises(InputError, match=r"cannot fetch models:/none@champion from sqlite"):
         tracking.fetch_generator("models:/none@champion", uri)
-    with pytest.raises(InputError, match="give --tracking-uri, or set MLFLOW_TRACKING_URI"):
-        tracking.fetch_generator("models:/none@champion", None)
     run = tracking.Run(uri, "0" * 32)
     with pytest.raises(InputError, match="does not know MLflow run"):
         run.resume()

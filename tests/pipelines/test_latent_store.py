@@ -9,30 +9,12 @@ import pytest
 
 from pipelines import latent_store
 from pipelines.command import InputError
-from pipelines.latent_store import EncodingRecipe, LatentDataset, Manifest, rows_of_step
-
-RECIPE = EncodingRecipe(
-    vae_id="x",
-    vae_sha256="0" * 64,
-    moments_shape=(8, 2, 2),
-    image_size=16,
-    crop="adm_center_crop",
-    source_sha256="1" * 64,
-    rows_per_shard=3,
-)
+from pipelines.latent_store import LatentDataset, Manifest, rows_of_step
+from tests.manifests import make_manifest
 
 
-def manifest(num_samples, shard_rows):
-    return Manifest(
-        recipe=RECIPE,
-        num_samples=num_samples,
-        num_rejected=0,
-        shard_rows=shard_rows,
-        shard_sha256=["0" * 64] * len(shard_rows),
-        class_names=["a", "b"],
-        wnids=["a", "b"],
-        source="here",
-    )
+def manifest(shard_rows):
+    return make_manifest(shard_rows, moments_shape=(8, 2, 2), image_size=16)
 
 
 @pytest.fixture
@@ -46,7 +28,7 @@ def dataset(tmp_path):
             values, -values, np.arange(start, stop) % 2, [f"id{row}" for row in range(start, stop)], []
         )
         (root / latent_store.shard_name(shard)).write_bytes(content)
-    (root / "manifest.json").write_text(manifest(7, [3, 3, 1]).to_json())
+    (root / "manifest.json").write_text(manifest([3, 3, 1]).to_json())
     return root
 
 
@@ -114,13 +96,13 @@ def test_newer_schema_is_refused_and_a_damaged_one_too(dataset):
 
 
 def test_shard_that_lost_rows_is_refused(dataset, tmp_path):
-    (dataset / "manifest.json").write_text(manifest(8, [3, 3, 2]).to_json())
+    (dataset / "manifest.json").write_text(manifest([3, 3, 2]).to_json())
     with pytest.raises(InputError, match="has 1 rows, but its manifest says 2"):
         LatentDataset.open(str(dataset), tmp_path / "cache")
 
 
 def test_manifest_survives_its_json():
-    original = manifest(7, [3, 3, 1])
+    original = manifest([3, 3, 1])
     assert Manifest.from_json(original.to_json(), "here") == original
     assert original.latent_shape == (4, 2, 2)
     assert replace(original, source="there") != original
@@ -141,7 +123,7 @@ def test_rows_of_a_step_are_a_function_of_seed_and_step():
 
 def test_other_content_has_another_copy(dataset, tmp_path):
     first = LatentDataset.open(str(dataset), tmp_path / "cache")
-    changed = replace(manifest(7, [3, 3, 1]), shard_sha256=["1" * 64] * 3)
+    changed = replace(manifest([3, 3, 1]), shard_sha256=["1" * 64] * 3)
     (dataset / "manifest.json").write_text(changed.to_json())
     second = LatentDataset.open(str(dataset), tmp_path / "cache")
     assert first.moments.filename != second.moments.filename

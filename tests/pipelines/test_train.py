@@ -11,29 +11,13 @@ from meanflow_core.presets import PRESETS
 from pipelines import train
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.latent_store import EncodingRecipe, LatentDataset, Manifest
+from pipelines.latent_store import LatentDataset
 from pipelines.train import BatchSource, parse_arguments, sample_grid, share_of_rows
+from tests.manifests import make_manifest
 
 
 def manifest(num_samples):
-    return Manifest(
-        recipe=EncodingRecipe(
-            vae_id="some/vae",
-            vae_sha256="0" * 64,
-            moments_shape=(8, 8, 8),
-            image_size=64,
-            crop="adm_center_crop",
-            source_sha256="0" * 64,
-            rows_per_shard=num_samples,
-        ),
-        num_samples=num_samples,
-        num_rejected=0,
-        shard_rows=[num_samples],
-        shard_sha256=["0" * 64],
-        class_names=["a"],
-        wnids=["a"],
-        source="",
-    )
+    return make_manifest([num_samples], moments_shape=(8, 8, 8), image_size=64)
 
 
 REQUIRED = ["--data", "d", "--storage", "s", "--run-name", "r"]

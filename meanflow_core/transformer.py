@@ -1,18 +1,24 @@
 """The network u(z_t, r, t, label): a DiT (Peebles and Xie 2023) conditioned on t, t - r and the class.
 
 Parameter names are those of DiT and SiT, with `h_embedder` for h = t - r, so that public checkpoints map one to one.
+Layers work on duals (see `dual`), so that du/dt comes out of the pass that gives u.
 
-    # B batch, C channels, H W latent size, P patch side, N tokens, D width
+    # B batch, b rows with a tangent, C channels, H W latent size, P patch side, N tokens, D width
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from meanflow_core.dual import Dual, Linear, attention, lift, lift_linear
 
 # Sinusoidal features of a time before its MLP, and their longest period (DiT's code; times enter raw, in [0, 1]).
 FREQUENCY_EMBEDDING_SIZE = 256
@@ -21,7 +27,7 @@ MAX_PERIOD = 10_000.0
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What the network is told beside z_t."""
+    """What a network is told beside z_t."""
 
     t: torch.Tensor
     """(B,) float, in [0, 1]: the time of z_t."""
@@ -29,30 +35,74 @@ class Conditioning:
     """(B,) float, in [0, t]: the time that a step of size t - r leads to."""
     labels: torch.Tensor
     """(B,) int64: class ids; num_classes is the null class."""
+    omega: torch.Tensor | None = None
+    """(B,) float, at least 1: the guidance scale, for a network that is told it (improved MeanFlow)."""
+    t_min: torch.Tensor | None = None
+    """(B,) float, in [0, 1]: where its guidance interval begins."""
+    t_max: torch.Tensor | None = None
+    """(B,) float, in [t_min, 1]: where it ends."""
+
+    def rows(self, index: torch.Tensor) -> "Conditioning":
+        """The conditioning of some rows, int64 (b,)."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOutput:
-    """What the network says."""
+    """What a network says."""
 
-    u: torch.Tensor
-    """(B, C, H, W): the average velocity over [r, t]."""
+    u: torch.Tensor | None = None
+    """(B, C, H, W): the average velocity over [r, t]; None where only the velocity was asked for, from a v head."""
+    v: torch.Tensor | None = None
+    """(B, C, H, W): the velocity at t, from a network that has a head for it."""
+    dudt: torch.Tensor | None = None
+    """(b, C, H, W), without a graph: du/dt of the first b rows, where a tangent was handed in."""
+
+    @property
+    def velocity(self) -> torch.Tensor:
+        """(B, C, H, W): the velocity at t of a call with r = t: the v head's, else u."""
+        velocity = self.u if self.v is None else self.v
+        assert velocity is not None, "a network gives u or v"
+        return velocity
+
+
+# DDP and FSDP look for the tensors in a module's output.
+torch.export.register_dataclass(NetworkOutput)
+
+
+def check_network_input(z: torch.Tensor, tangent: torch.Tensor | None, channels: int, size: int) -> None:
+    """Raises ValueError where z is not (B, channels, size, size), or the tangent not (b, ...) with b <= B."""
+    if z.shape[1:] != (channels, size, size):
+        raise ValueError(f"latents must have shape (B, {channels}, {size}, {size}), but got {tuple(z.shape)}")
+    if tangent is not None and (tangent.shape[1:] != z.shape[1:] or len(tangent) > len(z)):
+        raise ValueError(
+            f"the tangent must be of the first rows of latents {tuple(z.shape)}, but got shape {tuple(tangent.shape)}"
+        )
 
 
 class TimeEmbedder(nn.Module):
-    """A scalar time (B,) -> (B, D): sinusoids, then an MLP."""
+    """A scalar (B,) -> (B, D): sinusoids, then an MLP."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, time: torch.Tensor) -> torch.Tensor:
-        half = FREQUENCY_EMBEDDING_SIZE // 2
-        frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=time.device))
-        angles = time[:, None] * frequencies  # (B, 128)
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))  # (B, D)
+    def forward(self, time: Dual) -> Dual:
+        # Times stay in float32 up to here: bfloat16 would merge neighbouring ones.
+        first: Linear = self.mlp[0]  # type: ignore[assignment]
+        hidden = first(lift(lambda time: sinusoids(time).to(first.weight.dtype), time))
+        return self.mlp[2](lift(F.silu, hidden))  # (B, D)
+
+
+def sinusoids(time: torch.Tensor) -> torch.Tensor:
+    """Times (B,) -> features (B, 256), the cosines first."""
+    half = FREQUENCY_EMBEDDING_SIZE // 2
+    frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=time.device))
+    angles = time[:, None] * frequencies  # (B, 128)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
 class LabelEmbedder(nn.Module):
@@ -73,25 +123,33 @@ class PatchEmbedder(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.proj(z).flatten(2).transpose(1, 2)
+    def forward(self, z: Dual) -> Dual:
+        tokens = self.proj(z.value).flatten(2).transpose(1, 2)
+        if z.tangent is None:
+            return Dual(tokens)
+        with torch.no_grad():
+            tangent = F.conv2d(z.tangent, self.proj.weight, stride=self.proj.stride)
+        return Dual(tokens, tangent.flatten(2).transpose(1, 2))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; fused wherever the caller's context allows it."""
+    """Multi-head self-attention."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+    def forward(self, x: Dual) -> Dual:
+        qkv = self.qkv(x)
+        q, k, v = (lift_linear(partial(self._heads, index=index), qkv) for index in range(3))
+        return self.proj(lift_linear(lambda y: y.transpose(1, 2).flatten(2), attention(q, k, v)))
+
+    def _heads(self, qkv: torch.Tensor, index: int) -> torch.Tensor:
+        batch, tokens, width = qkv.shape
+        split = qkv.view(batch, tokens, 3, self.num_heads, width // 3 // self.num_heads)
+        return split[:, :, index].transpose(1, 2)  # (B, heads, N, D / heads)
 
 
 class FeedForward(nn.Module):
@@ -99,15 +157,31 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
+        self.fc1 = Linear(hidden_size, inner_size)
+        self.fc2 = Linear(inner_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Dual) -> Dual:
+        return self.fc2(lift(_gelu, self.fc1(x)))
 
 
-def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _normalize_and_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    normalized = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _add_gated(x: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    return x + gate.unsqueeze(1) * branch
+
+
+def _chunks(x: Dual, count: int) -> list[Dual]:
+    def chunk(y: torch.Tensor, index: int) -> torch.Tensor:
+        return y.chunk(count, dim=1)[index]
+
+    return [lift_linear(partial(chunk, index=index), x) for index in range(count)]
 
 
 class Block(nn.Module):
@@ -115,16 +189,15 @@ class Block(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = FeedForward(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(_modulate(self.norm1(x), shift1, scale1))
-        return x + gate2.unsqueeze(1) * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+    def forward(self, x: Dual, condition: Dual) -> Dual:
+        modulation = self.adaLN_modulation[1](lift(F.silu, condition))  # (B, 6 D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = _chunks(modulation, 6)
+        x = lift(_add_gated, x, gate1, self.attn(lift(_normalize_and_modulate, x, shift1, scale1)))
+        return lift(_add_gated, x, gate2, self.mlp(lift(_normalize_and_modulate, x, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -132,13 +205,30 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        return self.linear(_modulate(self.norm_final(x), shift, scale))
+    def forward(self, x: Dual, condition: Dual) -> Dual:
+        shift, scale = _chunks(self.adaLN_modulation[1](lift(F.silu, condition)), 2)
+        return self.linear(lift(_normalize_and_modulate, x, shift, scale))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Dual, *others: object, checkpointing: bool) -> Dual:
+    """Applies blocks one after the other; with checkpointing, a graded pass keeps only what goes in between them."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, *others, use_reentrant=False)
+        else:
+            x = block(x, *others)
+    return x
+
+
+def unpatchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Patches (B, N, P * P * C), each (row, column, channel) -> (B, C, H, W)."""
+    batch, tokens, _ = x.shape
+    side, patch = math.isqrt(tokens), patch_size
+    x = x.view(batch, side, side, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch, side * patch)
 
 
 def sine_cosine_positions(hidden_size: int, grid_size: int) -> torch.Tensor:
@@ -160,6 +250,9 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
     Raises ValueError where sample_size is no multiple of patch_size.
     """
 
+    _supports_gradient_checkpointing = True
+    _repeated_blocks: ClassVar[list[str]] = ["Block"]
+
     @register_to_config
     def __init__(
         self,
@@ -178,6 +271,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
                 f"the latent size must be a multiple of the patch size, but got {sample_size} and {patch_size}"
             )
         self.patch_size = patch_size
+        self.gradient_checkpointing = False
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimeEmbedder(hidden_size)
         self.h_embedder = TimeEmbedder(hidden_size)
@@ -203,26 +297,27 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
             if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, z: torch.Tensor, conditioning: Conditioning) -> NetworkOutput:
-        """z: float (B, C, H, W), the noisy latent z_t. Raises ValueError for a latent of another shape."""
-        config = self.config
-        if z.shape[1:] != (config.in_channels, config.sample_size, config.sample_size):
-            raise ValueError(
-                f"latents must have shape (B, {config.in_channels}, {config.sample_size}, {config.sample_size}), "
-                f"but got {tuple(z.shape)}"
-            )
-        condition = (
-            self.t_embedder(conditioning.t)
-            + self.h_embedder(conditioning.t - conditioning.r)
-            + self.y_embedder(conditioning.labels)
-        )  # (B, D)
-        x = self.x_embedder(z) + self.pos_embed  # (B, N, D)
-        for block in self.blocks:
-            x = block(x, condition)
-        return NetworkOutput(u=self._unpatchify(self.final_layer(x, condition)))
+    def forward(
+        self,
+        z: torch.Tensor,
+        conditioning: Conditioning,
+        tangent: torch.Tensor | None = None,
+        velocity_only: bool = False,
+    ) -> NetworkOutput:
+        """z: float (B, C, H, W), the noisy latent z_t.
 
-    def _unpatchify(self, x: torch.Tensor) -> torch.Tensor:
-        batch, tokens, _ = x.shape
-        side, patch = math.isqrt(tokens), self.patch_size
-        x = x.view(batch, side, side, patch, patch, -1)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch, side * patch)  # (B, C, H, W)
+        tangent: (b, C, H, W), b <= B: asks for du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
+        velocity_only is for networks with a v head; here u at r = t is the velocity.
+        Raises ValueError for a latent or tangent of another shape.
+        """
+        check_network_input(z, tangent, self.config.in_channels, self.config.sample_size)
+        ones = None if tangent is None else torch.ones_like(conditioning.t[: len(tangent)])
+        time = self.t_embedder(Dual(conditioning.t, ones))
+        step_size = self.h_embedder(Dual(conditioning.t - conditioning.r, ones))
+        condition = lift(torch.add, time, step_size)  # (B, D)
+        condition = Dual(condition.value + self.y_embedder(conditioning.labels), condition.tangent)
+        x = self.x_embedder(Dual(z, tangent))
+        x = Dual(x.value + self.pos_embed, x.tangent)  # (B, N, D)
+        x = run_blocks(self.blocks, x, condition, checkpointing=self.gradient_checkpointing)
+        u = lift_linear(lambda y: unpatchify(y, self.patch_size), self.final_layer(x, condition))
+        return NetworkOutput(u=u.value, dudt=u.tangent)

@@ -4,7 +4,7 @@ Every field is a number or a name that a paper's table gives; nothing here says 
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 def _require(condition: bool, message: str) -> None:
@@ -14,8 +14,10 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The size of a DiT (Peebles and Xie 2023, Table 1). The latent's shape and the classes come with the data."""
+    """The network's kind and size (DiT's Table 1 has S to XL). The latent's shape and the classes come with the data."""
 
+    architecture: Literal["dit", "imf_dit"] = "dit"
+    """dit: conditioned on (t, t - r, label) by adaptive norms; imf_dit: improved MeanFlow's, with tokens and a v head."""
     patch_size: int = 2
     """Side of a patch in latent pixels; a latent of 32x32 makes (32 / patch_size)^2 tokens."""
     hidden_size: int = 768
@@ -26,10 +28,20 @@ class NetworkConfig:
     """Attention heads; must divide hidden_size."""
     mlp_ratio: float = 4.0
     """Width of the feed-forward layer over hidden_size."""
+    aux_head_depth: int = 8
+    """imf_dit alone: blocks of each of the two heads; the trunk has depth minus these."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.architecture in ("dit", "imf_dit"),
+            f"network.architecture must be dit or imf_dit, but got {self.architecture!r}",
+        )
         for name in ("patch_size", "hidden_size", "depth", "num_heads"):
             _require(getattr(self, name) >= 1, f"network.{name} must be at least 1, but got {getattr(self, name)}")
+        _require(
+            self.architecture == "dit" or 0 <= self.aux_head_depth <= self.depth,
+            f"network.aux_head_depth must lie in [0, depth = {self.depth}], but got {self.aux_head_depth}",
+        )
         _require(
             self.hidden_size % self.num_heads == 0,
             f"network.hidden_size must be a multiple of num_heads, but got {self.hidden_size} and {self.num_heads}",
@@ -96,13 +108,40 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The MeanFlow objective."""
+class GuidanceSamplingConfig:
+    """How improved MeanFlow draws the guidance that its network is told, per row (iMF, Section 4 and released code)."""
 
+    omega_max: float = 8.0
+    """omega is drawn from [1, omega_max]."""
+    omega_power: float = 1.0
+    """beta of its density, proportional to omega^-beta."""
+    interval_split: float = 0.5
+    """t_min is uniform in [0, interval_split], t_max in [interval_split, 1]; rows with r = t have [0, 1]."""
+
+    def __post_init__(self) -> None:
+        _require(self.omega_max > 1.0, f"guidance_sampling.omega_max must be above 1, but got {self.omega_max}")
+        _require(
+            0.0 <= self.interval_split <= 1.0,
+            f"guidance_sampling.interval_split must lie in [0, 1], but got {self.interval_split}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective: flow matching (no row with r < t), MeanFlow, or improved MeanFlow."""
+
+    objective: Literal["meanflow", "improved_meanflow"] = "meanflow"
+    """meanflow: guidance as `guidance` says, built into the weights; improved_meanflow: drawn as `guidance_sampling` says,
+    told to the network, and a loss on its v head beside."""
     times: TimeSamplingConfig = field(default_factory=TimeSamplingConfig)
     """How t and r are drawn."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    """Guidance of the target velocity."""
+    """Guidance of the target velocity, for meanflow."""
+    guidance_sampling: GuidanceSamplingConfig = field(default_factory=GuidanceSamplingConfig)
+    """Draws of guidance, for improved_meanflow."""
+    tangent: Literal["guided_velocity", "own_velocity"] = "guided_velocity"
+    """What du/dt is taken along: the target's guided velocity, or the network's own conditional velocity at r = t, of less
+    variance and free where kappa > 0 (iMF, Table 1). improved_meanflow always takes its own."""
     norm_p: float = 1.0
     """Power p of the adaptive weight 1 / (||error||^2 + norm_eps)^p; 0 is the plain squared error."""
     norm_eps: float = 0.01
@@ -110,7 +149,29 @@ class LossConfig:
     label_drop_probability: float = 0.1
     """Share of all rows whose label becomes the null class; taken from the r = t rows where these suffice."""
 
+    @property
+    def is_flow_matching(self) -> bool:
+        """True where the network learns the velocity alone, to be integrated in many steps."""
+        return self.times.fraction_r_below_t == 0.0
+
+    @property
+    def takes_own_velocity(self) -> bool:
+        """True where du/dt is taken along the network's own conditional velocity."""
+        return self.tangent == "own_velocity" or self.objective == "improved_meanflow"
+
     def __post_init__(self) -> None:
+        _require(
+            self.objective in ("meanflow", "improved_meanflow"),
+            f"loss.objective must be meanflow or improved_meanflow, but got {self.objective!r}",
+        )
+        _require(
+            self.tangent in ("guided_velocity", "own_velocity"),
+            f"loss.tangent must be guided_velocity or own_velocity, but got {self.tangent!r}",
+        )
+        _require(
+            self.objective == "meanflow" or self.guidance.is_off,
+            "loss.guidance is for meanflow; improved_meanflow draws its own (loss.guidance_sampling)",
+        )
         _require(self.norm_p >= 0.0, f"loss.norm_p must be at least 0, but got {self.norm_p}")
         _require(self.norm_eps > 0.0, f"loss.norm_eps must be above 0, but got {self.norm_eps}")
         _require(
@@ -151,6 +212,28 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the trained generator samples unless asked otherwise; for networks that are told their guidance."""
+
+    guidance_scale: float = 1.0
+    """omega, at least 1; 1 is no guidance."""
+    guidance_start: float = 0.0
+    """t_min of the guidance interval."""
+    guidance_end: float = 1.0
+    """t_max of the guidance interval."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.guidance_scale >= 1.0, f"sampling.guidance_scale must be at least 1, but got {self.guidance_scale}"
+        )
+        _require(
+            0.0 <= self.guidance_start <= self.guidance_end <= 1.0,
+            f"sampling needs 0 <= guidance_start <= guidance_end <= 1, "
+            f"but got {self.guidance_start} and {self.guidance_end}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """One experiment, whole: what a preset returns, what is logged, and what every checkpoint carries."""
 
@@ -160,8 +243,18 @@ class TrainingConfig:
     """The objective."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimiser."""
-    ema_decay: float = 0.9999
-    """Decay per step of the moving average of the parameters, which is what samples."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the generator samples unless asked otherwise."""
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """Decays per step of moving averages of the parameters; the first one is what samples."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the network under autocast; parameters, averages and the optimiser stay in float32."""
+    float32_derivative: bool = True
+    """Under bfloat16, take du/dt in float32 in a pass of its own; else beside the graded pass, in bfloat16."""
+    activation_checkpointing: bool = False
+    """Keep only what goes between blocks for backward, and compute the rest again: less memory, a forward more."""
+    compile: bool = False
+    """torch.compile the network's blocks."""
     global_batch_size: int = 256
     """Rows per optimiser step over all workers."""
     num_steps: int = 1_200_960
@@ -176,7 +269,22 @@ class TrainingConfig:
     """Steps between two grids of one-step samples at fixed seeds."""
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.ema_decay < 1.0, f"ema_decay must lie in [0, 1), but got {self.ema_decay}")
+        _require(
+            len(self.ema_decays) > 0 and all(0.0 <= decay < 1.0 for decay in self.ema_decays),
+            f"ema_decays must be one or more numbers in [0, 1), but got {self.ema_decays}",
+        )
+        _require(
+            len(set(self.ema_decays)) == len(self.ema_decays), f"ema_decays must differ, but got {self.ema_decays}"
+        )
+        _require(
+            self.precision in ("float32", "bfloat16"),
+            f"precision must be float32 or bfloat16, but got {self.precision!r}",
+        )
+        _require(
+            (self.loss.objective == "improved_meanflow") == (self.network.architecture == "imf_dit"),
+            f"loss.objective improved_meanflow and network.architecture imf_dit go together, "
+            f"but got {self.loss.objective} and {self.network.architecture}",
+        )
         for name in (
             "global_batch_size",
             "num_steps",

@@ -1,34 +1,59 @@
-"""The step's randomness as a record, and the MeanFlow objective as a pure function of it.
+"""The step's randomness as a record, and the objective as a pure function of it: one routine for all three.
 
     z_t   = (1 - t) x + t e                              noisy latent
     v_t   = e - x                                        conditional velocity of one sample
-    v     = omega v_t + kappa u(z_t, t, t | y) + (1 - omega - kappa) u(z_t, t, t | null)     guided velocity
-    u_tgt = stop_gradient(v - (t - r) du/dt),  du/dt = JVP of u(z, r, t) along (v, 0, 1)
+    v     = a v_t + k v(z_t, t | y) + n v(z_t, t | null)     guided velocity, a + k + n = 1
+    u_tgt = stop_gradient(v - (t - r) du/dt),  du/dt = derivative of u(z, r, t) along (tangent, 1, 0)
     loss  = sum over rows of stop_gradient(1 / (||u - u_tgt||^2 + c)^p) ||u - u_tgt||^2, over B
 
-Source: Geng et al. 2025, Eq. 6 to 11 and 19 to 22. The work is arranged so that nothing known is computed again: the
-graded pass gives u with fused attention; the JVP runs without a graph and only on rows with r < t (elsewhere it is
-multiplied by zero); on rows with r = t the graded u, detached, is already u(z_t, t, t | y); and rows without guidance
-cause no guidance forward.
+flow matching       r = t in every row; (a, k, n) = (1, 0, 0)
+MeanFlow            (a, k, n) = (omega, kappa, 1 - omega - kappa) inside the guidance interval; v(z_t, t | y) is
+                    u(z_t, t, t | y); the tangent is v, or the network's own v(z_t, t | y)
+improved MeanFlow   omega and its interval are drawn per row and told to the network; (a, k, n) = (1, 1 - 1/omega,
+                    1/omega - 1); the tangent is the network's own v(z_t, t | y), from its v head, whose own error
+                    against v is a second summand of the loss
+
+Source: Geng et al. 2025, arXiv 2505.13447, Eq. 6 to 11 and 19 to 22, and arXiv 2512.02012, whose regression of
+V = u + (t - r) du/dt onto v has the same error: V - v = u - u_tgt.
+
+The work is arranged so that nothing known is computed again. A call without a graph gives the velocities that cannot
+be had otherwise: of the null class on guided rows, and of their own class on rows with r < t. Then the graded pass,
+with fused attention, gives u on all rows and du/dt beside it on the rows with r < t (elsewhere it is multiplied by
+zero); on rows with r = t its own answer, detached, is v(z_t, t | y). Every network is called equally often whatever
+the draws are, so that sharded workers keep step, and with batch sizes from a small set, so that compiled code is kept.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meanflow_core.config import GuidanceConfig, LossConfig
-from meanflow_core.time_sampling import draw_times, rows_below
+from meanflow_core.config import LossConfig
+from meanflow_core.time_sampling import draw_guidance_interval, draw_omega, draw_times, rows_below
 from meanflow_core.transformer import Conditioning, NetworkOutput
 
-Network = Callable[[torch.Tensor, Conditioning], NetworkOutput]
+# Velocities are asked for in batches of multiples of B / 8 rows: 2 % more work on average, and few sizes to compile.
+ASKED_PARTS = 8
+
+
+class Network(Protocol):
+    """What the objective asks of a network; `transformer` and `imf_transformer` have two of them."""
+
+    def __call__(
+        self,
+        z: torch.Tensor,
+        conditioning: Conditioning,
+        tangent: torch.Tensor | None = None,
+        velocity_only: bool = False,
+    ) -> NetworkOutput:
+        """Noisy latents (B, C, H, W) -> u, v where there is a head for it, and du/dt along a tangent (b, C, H, W)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """Every random draw of one step, and the row indices that follow from them."""
+    """Every random draw of one step, and what follows from the draws alone: weights and row indices."""
 
     t: torch.Tensor
     """(B,) float32 in [0, 1]."""
@@ -42,12 +67,29 @@ class StepRecord:
     """(B,) bool: the label becomes the null class."""
     mirrored: torch.Tensor
     """(B,) bool: take the moments of the mirror image."""
+    omega: torch.Tensor | None = None
+    """(B,) float32, at least 1: improved MeanFlow's guidance scale."""
+    t_min: torch.Tensor | None = None
+    """(B,) float32: where its interval begins."""
+    t_max: torch.Tensor | None = None
+    """(B,) float32: where it ends."""
+
+    weight_sample: torch.Tensor
+    """(B,) float32: a, the weight of v_t in the guided velocity."""
+    weight_conditional: torch.Tensor
+    """(B,) float32: k, that of the network's velocity with the label."""
+    weight_null: torch.Tensor
+    """(B,) float32: n, that of the network's velocity with the null class."""
     rows_below: torch.Tensor
-    """int64 indices of the rows with r < t."""
-    rows_guided: torch.Tensor
-    """int64 indices of the rows whose velocity is guided: label kept, t inside the interval, guidance on."""
-    rows_guided_below: torch.Tensor
-    """int64 indices of the rows in both."""
+    """int64 (b,): the rows with r < t."""
+    rows_ordered: torch.Tensor
+    """int64 (B,): all rows, those with r < t first."""
+    rows_conditional: torch.Tensor
+    """int64: rows whose own velocity costs a forward."""
+    rows_null: torch.Tensor
+    """int64: rows whose null class's velocity costs a forward."""
+    rows_asked: torch.Tensor
+    """int64: the two above, then row 0 again up to a size of the small set. Empty only where the objective never asks."""
 
     @classmethod
     def from_draws(
@@ -57,27 +99,54 @@ class StepRecord:
         r: torch.Tensor,
         noise: torch.Tensor,
         label_dropped: torch.Tensor,
-        guidance: GuidanceConfig,
+        config: LossConfig,
         posterior_noise: torch.Tensor | None = None,
         mirrored: torch.Tensor | None = None,
+        omega: torch.Tensor | None = None,
+        t_min: torch.Tensor | None = None,
+        t_max: torch.Tensor | None = None,
     ) -> "StepRecord":
-        """Checks given draws and derives the row indices; any placement of r < t and of dropped labels is fine.
+        """Checks given draws and derives the rest; any placement of r < t and of dropped labels is fine.
 
         Call it where the values are on the CPU: it reads them. Without posterior noise and mirroring these are zero.
-        Raises ValueError for times outside [0, 1], r > t, non-finite values, or shapes that do not fit.
+        omega, t_min and t_max are improved MeanFlow's. Raises ValueError for times outside [0, 1], r > t, omega below
+        1, an interval that is none, non-finite values, or shapes that do not fit.
         """
-        if t.dim() != 1 or r.shape != t.shape or label_dropped.shape != t.shape or noise.shape[:1] != t.shape:
+        vectors = {"t": t, "r": r, "label_dropped": label_dropped, "omega": omega, "t_min": t_min, "t_max": t_max}
+        shapes = {name: tuple(value.shape) for name, value in vectors.items() if value is not None}
+        if t.dim() != 1 or set(shapes.values()) != {tuple(t.shape)} or noise.dim() != 4 or len(noise) != len(t):
             raise ValueError(
-                f"t, r and label_dropped must have shape (B,) and noise (B, C, H, W), but got {tuple(t.shape)}, "
-                f"{tuple(r.shape)}, {tuple(label_dropped.shape)} and {tuple(noise.shape)}"
+                f"{', '.join(shapes)} must have shape (B,) and noise (B, C, H, W), but got "
+                f"{', '.join(map(str, shapes.values()))} and {tuple(noise.shape)}"
             )
         if not bool(((r >= 0) & (r <= t) & (t <= 1)).all()):
             raise ValueError("times must satisfy 0 <= r <= t <= 1 in every row")
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("noise must be finite")
+
         below = r < t
-        inside = (t >= guidance.t_start) & (t <= guidance.t_end)
-        guided = inside & ~label_dropped & (not guidance.is_off)
+        if config.objective == "improved_meanflow":
+            if omega is None or t_min is None or t_max is None:
+                raise ValueError("improved_meanflow needs omega, t_min and t_max of every row, but got none")
+            if not bool(((omega >= 1) & torch.isfinite(omega) & (t_min >= 0) & (t_min <= t_max) & (t_max <= 1)).all()):
+                raise ValueError("guidance must satisfy omega >= 1 and 0 <= t_min <= t_max <= 1 in every row")
+            guided = (t >= t_min) & (t <= t_max) & ~label_dropped
+            sample = torch.ones_like(t)
+            conditional = torch.where(guided, 1.0 - 1.0 / omega, 0.0)
+            null = -conditional
+            # The graded pass gives the conditional velocity where it runs with what that is defined with.
+            known = ~below & (t_min == 0.0) & (t_max == 1.0)
+        else:
+            omega = t_min = t_max = None
+            guidance = config.guidance
+            guided = (t >= guidance.t_start) & (t <= guidance.t_end) & ~label_dropped
+            sample = torch.where(guided, guidance.omega, torch.ones_like(t))
+            conditional = torch.where(guided, guidance.kappa, torch.zeros_like(t))
+            null = _without_rounding(1.0 - guidance.omega - guidance.kappa) * guided.to(t.dtype)
+            known = ~below
+        wants_conditional = (conditional != 0.0) | (below & config.takes_own_velocity)
+        rows_conditional = (wants_conditional & ~known).nonzero().flatten()
+        rows_null = (null != 0.0).nonzero().flatten()
         return cls(
             t=t,
             r=r,
@@ -85,26 +154,50 @@ class StepRecord:
             posterior_noise=torch.zeros_like(noise) if posterior_noise is None else posterior_noise,
             label_dropped=label_dropped,
             mirrored=torch.zeros_like(label_dropped) if mirrored is None else mirrored,
+            omega=omega,
+            t_min=t_min,
+            t_max=t_max,
+            weight_sample=sample,
+            weight_conditional=conditional,
+            weight_null=null,
             rows_below=below.nonzero().flatten(),
-            rows_guided=guided.nonzero().flatten(),
-            rows_guided_below=(guided & below).nonzero().flatten(),
+            rows_ordered=torch.argsort(below.logical_not().to(torch.uint8), stable=True),
+            rows_conditional=rows_conditional,
+            rows_null=rows_null,
+            rows_asked=_padded(torch.cat([rows_conditional, rows_null]), len(t), may_be_asked=_asks(config)),
         )
 
-    def rows(self, start: int, stop: int, guidance: GuidanceConfig) -> "StepRecord":
+    def rows(self, start: int, stop: int, config: LossConfig) -> "StepRecord":
         """The record of rows start..stop-1 alone: a worker's or a micro-batch's share of the step."""
-        return StepRecord.from_draws(
-            t=self.t[start:stop],
-            r=self.r[start:stop],
-            noise=self.noise[start:stop],
-            posterior_noise=self.posterior_noise[start:stop],
-            label_dropped=self.label_dropped[start:stop],
-            mirrored=self.mirrored[start:stop],
-            guidance=guidance,
-        )
+        draws = ("t", "r", "noise", "posterior_noise", "label_dropped", "mirrored", "omega", "t_min", "t_max")
+        given = {name: getattr(self, name) for name in draws}
+        share = {name: value[start:stop] for name, value in given.items() if value is not None}
+        return StepRecord.from_draws(**share, config=config)
 
     def to(self, device: torch.device) -> "StepRecord":
         """The record with every tensor on `device`."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: v.to(device, non_blocking=True) for n, v in given.items() if v is not None})
+
+
+def _without_rounding(weight: float) -> float:
+    return 0.0 if abs(weight) < 1e-12 else weight  # omega + kappa = 1 needs no null class
+
+
+def _asks(config: LossConfig) -> bool:
+    """Whether any draws could ask for a velocity: a function of the configuration alone."""
+    if config.objective == "improved_meanflow":
+        return True
+    guidance, has_below = config.guidance, not config.is_flow_matching
+    asks_null = _without_rounding(1.0 - guidance.omega - guidance.kappa) != 0.0
+    return asks_null or (has_below and (guidance.kappa != 0.0 or config.takes_own_velocity))
+
+
+def _padded(rows: torch.Tensor, num_rows: int, *, may_be_asked: bool) -> torch.Tensor:
+    part = max(1, -(-num_rows // ASKED_PARTS))
+    parts = -(-len(rows) // part)
+    size = part * max(parts, 1 if may_be_asked else 0)
+    return torch.cat([rows, rows.new_zeros(size - len(rows))])
 
 
 def draw_step_record(
@@ -120,14 +213,18 @@ def draw_step_record(
     t, r = draw_times(num_rows, config.times, generator)
     uniform = torch.rand(num_rows, generator=generator)
     probability, rho = config.label_drop_probability, config.times.fraction_r_below_t
+    below = rows_below(num_rows, rho)
     if probability <= 1.0 - rho:
-        below = rows_below(num_rows, rho)
         label_dropped = ~below & (uniform * (1.0 - rho) < probability)
     else:
         label_dropped = uniform < probability
     mirrored = torch.rand(num_rows, generator=generator) < 0.5
     noise = torch.randn(num_rows, *latent_shape, generator=generator)
     posterior_noise = torch.randn(num_rows, *latent_shape, generator=generator)
+    omega = t_min = t_max = None
+    if config.objective == "improved_meanflow":
+        omega = draw_omega(num_rows, config.guidance_sampling, generator)
+        t_min, t_max = draw_guidance_interval(below, config.guidance_sampling, generator)
     return StepRecord.from_draws(
         t=t,
         r=r,
@@ -135,7 +232,10 @@ def draw_step_record(
         posterior_noise=posterior_noise,
         label_dropped=label_dropped,
         mirrored=mirrored,
-        guidance=config.guidance,
+        omega=omega,
+        t_min=t_min,
+        t_max=t_max,
+        config=config,
     )
 
 
@@ -147,10 +247,16 @@ class LossOutput:
     """Scalar with a graph: the weighted sum over these rows over the global number of rows."""
     squared_error: torch.Tensor
     """(B,) detached: ||u - u_tgt||^2, summed over C, H, W."""
+    squared_error_v: torch.Tensor | None
+    """(B,) detached: ||v - guided velocity||^2 of the v head, where there is one."""
     u: torch.Tensor
     """(B, C, H, W) detached: the network's average velocity."""
+    v: torch.Tensor | None
+    """(B, C, H, W) detached: the v head's velocity, where there is one."""
     v_guided: torch.Tensor
     """(B, C, H, W): the guided velocity of the target."""
+    tangent: torch.Tensor
+    """(b, C, H, W): what du/dt was taken along, on the rows with r < t."""
     dudt: torch.Tensor
     """(B, C, H, W): the total derivative; zero on rows with r = t, where it is not needed."""
 
@@ -159,54 +265,53 @@ def _per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
-def guided_velocity(
-    network: Network,
-    z: torch.Tensor,
-    v: torch.Tensor,
-    u: torch.Tensor,
-    labels: torch.Tensor,
-    record: StepRecord,
-    guidance: GuidanceConfig,
-    null_label: int,
-) -> torch.Tensor:
-    """The guided velocity (B, C, H, W), from v = e - x and the detached u; equal to v on rows without guidance.
+def _asked_velocities(
+    network: Network, z: torch.Tensor, labels: torch.Tensor, record: StepRecord, null_label: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The velocities (B, C, H, W) that only a forward gives, conditional and null; zero on rows that need none.
 
-    One network call at most, on the guided rows' null class and, where r < t, their own class.
+    One network call on all rows at once, with the true labels: a dropped label is no part of what velocity means.
     """
-    rows = record.rows_guided
-    omega, kappa = guidance.omega, guidance.kappa
-    null_weight = 1.0 - omega - kappa
-    conditional_rows = record.rows_guided_below if kappa != 0.0 else rows[:0]
-    unconditional_rows = rows if abs(null_weight) > 1e-12 else rows[:0]  # omega + kappa = 1 needs no null class
-    called = torch.cat([conditional_rows, unconditional_rows])
-    if len(called) == 0:
-        return v if len(rows) == 0 else v.index_copy(0, rows, omega * v[rows] + kappa * u[rows])
-    t = record.t[called]
-    null_labels = torch.full_like(unconditional_rows, null_label)
-    asked = torch.cat([labels[conditional_rows], null_labels])
-    answer = network(z[called], Conditioning(t=t, r=t, labels=asked)).u.to(v.dtype)
-    conditional = u.index_copy(0, conditional_rows, answer[: len(conditional_rows)])
-    mixed = omega * v[rows] + kappa * conditional[rows]
-    if len(unconditional_rows):
-        mixed = mixed + null_weight * answer[len(conditional_rows) :]
-    return v.index_copy(0, rows, mixed)
+    nothing = torch.zeros_like(z)
+    rows, num_conditional, num_null = record.rows_asked, len(record.rows_conditional), len(record.rows_null)
+    if len(rows) == 0:
+        return nothing, nothing
+    is_conditional = torch.arange(len(rows), device=rows.device) < num_conditional
+    t, ones = record.t[rows], torch.ones_like(record.t[rows])
+    guidance: dict[str, torch.Tensor] = {}
+    if record.omega is not None and record.t_min is not None and record.t_max is not None:
+        inside = (record.t >= record.t_min) & (record.t <= record.t_max)
+        omega = torch.where(inside[rows] & is_conditional, record.omega[rows], ones)
+        guidance = {"omega": omega, "t_min": torch.zeros_like(ones), "t_max": ones}
+    asked_labels = torch.where(is_conditional, labels[rows], null_label)
+    conditioning = Conditioning(t=t, r=t, labels=asked_labels, **guidance)
+    answers = network(z[rows], conditioning, velocity_only=True).velocity.to(z.dtype)
+    conditional, null = answers[: num_conditional + num_null].split([num_conditional, num_null])
+    return (
+        nothing.index_copy(0, record.rows_conditional, conditional),
+        nothing.index_copy(0, record.rows_null, null),
+    )
+
+
+def guided_velocity(
+    sample: torch.Tensor, conditional: torch.Tensor, null: torch.Tensor, record: StepRecord
+) -> torch.Tensor:
+    """a v_t + k v(z_t, t | y) + n v(z_t, t | null), each (B, C, H, W), with the record's weights of each row."""
+    a, k, n = (_per_row(w, sample) for w in (record.weight_sample, record.weight_conditional, record.weight_null))
+    return a * sample + k * conditional + n * null
 
 
 def total_derivative(
-    network: Network, z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, labels: torch.Tensor, tangent: torch.Tensor
+    network: Network, z: torch.Tensor, conditioning: Conditioning, tangent: torch.Tensor
 ) -> torch.Tensor:
-    """du/dt along (dz, dt, dr) = (tangent, 1, 0): (B, C, H, W), without a graph.
+    """du/dt along (dz, dt, dr) = (tangent, 1, 0): (B, C, H, W), without a graph, in a pass of its own.
 
     Source: Geng et al. 2025, Eq. 8. In float32 even under autocast: t - r multiplies the rounding of a derivative.
     """
-
-    def average_velocity(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        return network(z, Conditioning(t=t, r=r, labels=labels)).u
-
-    # Math attention: fused kernels have no forward-mode AD (pytorch#165530).
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        tangents = (tangent, torch.ones_like(t), torch.zeros_like(r))
-        return torch.func.jvp(average_velocity, (z, t, r), tangents)[1]
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        dudt = network(z, conditioning, tangent).dudt
+    assert dudt is not None, "a network that is handed a tangent gives du/dt"
+    return dudt
 
 
 def meanflow_loss(
@@ -219,39 +324,85 @@ def meanflow_loss(
     *,
     null_label: int,
     global_num_rows: int,
+    separate_derivative: bool = False,
 ) -> LossOutput:
-    """The MeanFlow loss of these rows; with fraction_r_below_t = 0 it is flow matching's.
+    """The loss of these rows, as `config` says: flow matching's, MeanFlow's or improved MeanFlow's.
 
     latents: float32 (B, C, H, W), normalised; labels: int64 (B,). Both networks are the same function: the graded one
     is called once, with a graph, and may be a wrapper that reduces gradients; the plain one, without a graph, gives
-    guidance and the derivative. Raises ValueError where shapes do not fit.
+    velocities. separate_derivative takes du/dt in a float32 pass of the plain network instead of beside the graded
+    one: for a graded pass under autocast, or one that recomputes its activations. Raises ValueError where shapes do
+    not fit.
     """
     if latents.shape != record.noise.shape or labels.shape != record.t.shape:
         raise ValueError(
             f"the record is for latents {tuple(record.noise.shape)} and labels {tuple(record.t.shape)}, "
             f"but got {tuple(latents.shape)} and {tuple(labels.shape)}"
         )
-    t, r = record.t, record.r
+    t, r, below = record.t, record.r, record.rows_below
     z = (1.0 - _per_row(t, latents)) * latents + _per_row(t, latents) * record.noise
-    v = record.noise - latents
-    labels = torch.where(record.label_dropped, null_label, labels)
+    v_sample = record.noise - latents
+    conditioning = Conditioning(
+        t=t,
+        r=r,
+        labels=torch.where(record.label_dropped, null_label, labels),
+        omega=record.omega,
+        t_min=record.t_min,
+        t_max=record.t_max,
+    )
 
-    u = graded_network(z, Conditioning(t=t, r=r, labels=labels)).u.to(latents.dtype)
     with torch.no_grad():
-        v_guided = guided_velocity(plain_network, z, v, u.detach(), labels, record, config.guidance, null_label)
-        dudt = torch.zeros_like(v)
-        rows = record.rows_below
-        if len(rows):
-            derivative = total_derivative(plain_network, z[rows], t[rows], r[rows], labels[rows], v_guided[rows])
-            dudt = dudt.index_copy(0, rows, derivative)
-        target = v_guided - _per_row(t - r, v) * dudt
+        conditional, null = _asked_velocities(plain_network, z, labels, record, null_label)
+        tangent = (conditional if config.takes_own_velocity else guided_velocity(v_sample, conditional, null, record))[
+            below
+        ]
+        derivative = None
+        if separate_derivative and not config.is_flow_matching:
+            # Never an empty batch: under FSDP a rank without such rows makes the same calls as the others.
+            rows = below if len(below) else record.rows_ordered[:1]
+            along = tangent if len(below) else torch.zeros_like(z[:1])
+            derivative = total_derivative(plain_network, z[rows], conditioning.rows(rows), along)[: len(below)]
 
-    squared_error = (u - target).square().flatten(1).sum(dim=1)  # (B,), a sum over C, H, W and not a mean
-    weight = (squared_error.detach() + config.norm_eps) ** -config.norm_p
+    if derivative is None and len(below):
+        order = record.rows_ordered
+        answer = graded_network(z[order], conditioning.rows(order), tangent)
+        back = torch.argsort(order)
+        derivative = answer.dudt
+        u, v = (None if output is None else output[back].to(z.dtype) for output in (answer.u, answer.v))
+    else:
+        answer = graded_network(z, conditioning)
+        u, v = (None if output is None else output.to(z.dtype) for output in (answer.u, answer.v))
+    assert u is not None, "a network that is not asked for its velocity alone gives u"
+
+    with torch.no_grad():
+        # On rows that were not asked for it, the graded answer at r = t is the conditional velocity.
+        graded_velocity = (u if v is None else v).detach()
+        conditional = graded_velocity.index_copy(0, record.rows_conditional, conditional[record.rows_conditional])
+        v_guided = guided_velocity(v_sample, conditional, null, record)
+        dudt = torch.zeros_like(z)
+        if derivative is not None:
+            dudt = dudt.index_copy(0, below, derivative.to(z.dtype))
+        target = v_guided - _per_row(t - r, z) * dudt
+
+    def weighted(error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        squared = error.square().flatten(1).sum(dim=1)  # (B,), a sum over C, H, W and not a mean
+        weight = (squared.detach() + config.norm_eps) ** -config.norm_p
+        return (weight * squared).sum() / global_num_rows, squared.detach()
+
+    loss, squared_error = weighted(u - target)
+    squared_error_v = None
+    if config.objective == "improved_meanflow":
+        if v is None:
+            raise ValueError("improved_meanflow needs a network with a v head, but this one gave u alone")
+        loss_v, squared_error_v = weighted(v - v_guided)
+        loss = loss + loss_v
     return LossOutput(
-        loss=(weight * squared_error).sum() / global_num_rows,
-        squared_error=squared_error.detach(),
+        loss=loss,
+        squared_error=squared_error,
+        squared_error_v=squared_error_v,
         u=u.detach(),
+        v=None if v is None else v.detach(),
         v_guided=v_guided,
+        tangent=tangent,
         dudt=dudt,
     )

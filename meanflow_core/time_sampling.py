@@ -1,10 +1,11 @@
-"""How a step's times (t, r) are drawn, t >= r, and which rows have r < t."""
+"""How a step's times (t, r) are drawn, t >= r, which rows have r < t, and the guidance that improved MeanFlow draws."""
 
+import math
 from fractions import Fraction
 
 import torch
 
-from meanflow_core.config import TimeSamplingConfig
+from meanflow_core.config import GuidanceSamplingConfig, TimeSamplingConfig
 
 
 def rows_below(num_rows: int, fraction: float) -> torch.Tensor:
@@ -29,3 +30,29 @@ def draw_times(
     times = torch.sigmoid(logits)
     t, r = times.amax(dim=0), times.amin(dim=0)
     return t, torch.where(rows_below(num_rows, config.fraction_r_below_t), r, t)
+
+
+def draw_omega(num_rows: int, config: GuidanceSamplingConfig, generator: torch.Generator) -> torch.Tensor:
+    """Draws guidance scales, float32 (B,) in [1, omega_max], of density proportional to omega^-beta.
+
+    By inverting its distribution function: with b = 1 - beta, F(w) = (w^b - 1) / (omega_max^b - 1), and
+    log w / log omega_max at beta = 1.
+    """
+    uniform = torch.rand(num_rows, generator=generator)
+    exponent, log_max = 1.0 - config.omega_power, math.log(config.omega_max)
+    if exponent == 0.0:
+        return torch.exp(uniform * log_max)
+    return torch.exp(torch.log1p(uniform * math.expm1(exponent * log_max)) / exponent)
+
+
+def draw_guidance_interval(
+    below: torch.Tensor, config: GuidanceSamplingConfig, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws t_min and t_max, float32 (B,), uniform on either side of the split; [0, 1] on rows with r = t.
+
+    below: (B,) bool, the rows with r < t.
+    """
+    start, end = torch.rand(2, len(below), generator=generator)
+    t_min = torch.where(below, start * config.interval_split, 0.0)
+    t_max = torch.where(below, config.interval_split + end * (1.0 - config.interval_split), 1.0)
+    return t_min, t_max

@@ -1,4 +1,4 @@
-"""One optimiser step on one device, and the moving average. Whoever has several devices hands in the wrapped network."""
+"""One optimiser step on one device, and the moving averages. Whoever has several devices hands in the wrapped network."""
 
 import copy
 import json
@@ -11,21 +11,26 @@ from safetensors.torch import load_file, save_file
 from meanflow_core.config import LossConfig, OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.loss import Network, StepRecord, meanflow_loss
-from meanflow_core.transformer import MeanFlowDiT
+from meanflow_core.networks import AnyNetwork, build_network
 
 
 @dataclass
 class TrainState:
     """Everything that training changes."""
 
-    network: MeanFlowDiT
+    network: AnyNetwork
     """The parameters that the optimiser moves."""
-    ema_network: MeanFlowDiT
-    """Their moving average: the one that samples."""
+    ema_networks: dict[float, AnyNetwork]
+    """{decay: their moving average}; the first one samples."""
     optimizer: torch.optim.Adam
     """Adam and its moments."""
     step: int
     """Optimiser steps taken."""
+
+    @property
+    def ema_network(self) -> AnyNetwork:
+        """The moving average that samples."""
+        return next(iter(self.ema_networks.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +49,8 @@ def build_train_state(
     """A fresh state, its initial parameters a function of config.seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = MeanFlowDiT(
-            sample_size=sample_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            patch_size=config.network.patch_size,
-            hidden_size=config.network.hidden_size,
-            depth=config.network.depth,
-            num_heads=config.network.num_heads,
-            mlp_ratio=config.network.mlp_ratio,
+        network = build_network(
+            config.network, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes
         )
     network = network.to(device).train()
     optimizer = torch.optim.Adam(
@@ -61,8 +59,13 @@ def build_train_state(
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         foreach=True,
     )
-    ema_network = copy.deepcopy(network).eval().requires_grad_(False)
-    return TrainState(network=network, ema_network=ema_network, optimizer=optimizer, step=0)
+    ema_networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.ema_decays}
+    if config.activation_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.compile:
+        # Block by block: every block is compiled once for all of its kind, and hooks between them still run.
+        network.compile_repeated_blocks(dynamic=False)
+    return TrainState(network=network, ema_networks=ema_networks, optimizer=optimizer, step=0)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -73,9 +76,11 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(state: TrainState, decay: float) -> None:
+def update_emas(state: TrainState) -> None:
     """ema = decay ema + (1 - decay) parameters, from the first step on, as the papers do (no warm-up of the decay)."""
-    torch._foreach_lerp_(list(state.ema_network.parameters()), list(state.network.parameters()), 1.0 - decay)
+    parameters = list(state.network.parameters())
+    for decay, ema_network in state.ema_networks.items():
+        torch._foreach_lerp_(list(ema_network.parameters()), parameters, 1.0 - decay)
 
 
 def train_step(
@@ -97,16 +102,20 @@ def train_step(
     """
     loss_config: LossConfig = config.loss
     latents = sample_latents(moments, record.posterior_noise, normalization)
-    output = meanflow_loss(
-        graded_network,
-        state.network,
-        latents,
-        labels,
-        record,
-        loss_config,
-        null_label=state.network.config.num_classes,
-        global_num_rows=config.global_batch_size,
-    )
+    in_bfloat16 = config.precision == "bfloat16"
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=in_bfloat16):
+        output = meanflow_loss(
+            graded_network,
+            state.network,
+            latents,
+            labels,
+            record,
+            loss_config,
+            null_label=state.network.config.num_classes,
+            global_num_rows=config.global_batch_size,
+            # Checkpointing would compute the derivative again with the activations.
+            separate_derivative=(in_bfloat16 and config.float32_derivative) or config.activation_checkpointing,
+        )
     state.optimizer.zero_grad(set_to_none=True)
     (output.loss * gradient_scale).backward()
     gradient_norm = torch.nn.utils.clip_grad_norm_(
@@ -115,7 +124,7 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
     state.optimizer.step()
-    update_ema(state, config.ema_decay)
+    update_emas(state)
     state.step += 1
 
     below = output.squared_error[record.rows_below]
@@ -130,7 +139,8 @@ def train_step(
 def save_train_state(state: TrainState, config: TrainingConfig, folder: Path) -> None:
     """Writes a state's tensors as safetensors, its step and the configuration it came of: no pickled code."""
     save_file(_contiguous(state.network.state_dict()), folder / "network.safetensors")
-    save_file(_contiguous(state.ema_network.state_dict()), folder / "ema.safetensors")
+    for decay, ema_network in state.ema_networks.items():
+        save_file(_contiguous(ema_network.state_dict()), folder / f"ema_{decay}.safetensors")
     moments = {}
     for name, parameter in state.network.named_parameters():
         for key, value in state.optimizer.state[parameter].items():
@@ -143,7 +153,8 @@ def load_train_state(state: TrainState, folder: Path) -> None:
     """Restores what `save_train_state` wrote into a state of the same configuration."""
     device = str(state.network.device)
     state.network.load_state_dict(load_file(folder / "network.safetensors", device))
-    state.ema_network.load_state_dict(load_file(folder / "ema.safetensors", device))
+    for decay, ema_network in state.ema_networks.items():
+        ema_network.load_state_dict(load_file(folder / f"ema_{decay}.safetensors", device))
     moments = load_file(folder / "optimizer.safetensors")
     for name, parameter in state.network.named_parameters():
         state.optimizer.state[parameter] = {

@@ -30,7 +30,8 @@ from starlette.requests import Request
 
 from deploy.models import fetch_generator, is_registered
 from deploy.schema import MAX_SEED, Arguments, ClassEntry, GeneratedImage, GenerateRequest, GenerateResponse, Health
-from meanflow_core.pipeline import MeanFlowPipeline, load_pipeline
+from meanflow_core.generator import load_pipeline
+from meanflow_core.pipeline import MeanFlowPipeline
 
 logger = logging.getLogger(__name__)
 

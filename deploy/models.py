@@ -5,7 +5,7 @@ from pathlib import Path
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from meanflow_core.pipeline import find_generator
+from meanflow_core.generator import find_generator
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
 

@@ -5,20 +5,22 @@ throughout. The latent normalisation stands in vae/config.json. Open it with `Me
 """
 
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMapEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+import meanflow_core.imf_transformer  # noqa: F401  # diffusers opens networks of imported modules alone
 from meanflow_core.autoencoder import decode_latents
-from meanflow_core.transformer import Conditioning, MeanFlowDiT
+from meanflow_core.transformer import Conditioning
 
 MAX_SEED = 2**63 - 1
+PREDICTIONS = ("average_velocity", "velocity")
+SOLVERS = ("euler", "heun")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def noise_from_seeds(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> torch.Tensor:
@@ -40,25 +42,55 @@ def _as_output(pixels: torch.Tensor, output_type: str) -> object:
     return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
 
+def time_grid(num_inference_steps: int, timesteps: Sequence[float] | None = None) -> list[float]:
+    """Times from 1 to 0: the given ones, or num_inference_steps equal steps.
+
+    Raises ValueError for fewer than one step, or times that do not fall from 1 to 0.
+    """
+    if timesteps is None:
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, but got {num_inference_steps}")
+        return torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64).tolist()
+    times = [float(time) for time in timesteps]
+    falls = all(later < earlier for earlier, later in itertools.pairwise(times))
+    if len(times) < 2 or times[0] != 1.0 or times[-1] != 0.0 or not falls:
+        raise ValueError(f"timesteps must fall from 1.0 to 0.0, both included, but got {times}")
+    return times
+
+
 class MeanFlowPipeline(DiffusionPipeline):
     """Class-conditional images in one network call, or in several.
 
     id2label: {class id: name}, the id as a string because JSON has no other keys; a name may list synonyms, separated
-    by commas, and each of them finds the class.
+    by commas, and each of them finds the class. prediction: "average_velocity" of MeanFlow, or "velocity" of flow
+    matching, which is integrated by Euler's or Heun's method. guidance_scale, guidance_start, guidance_end: how to
+    sample unless asked otherwise, for a network that is told its guidance, and for flow matching.
     """
 
     model_cpu_offload_seq = "transformer->vae"
 
     def __init__(
         self,
-        transformer: MeanFlowDiT,
+        transformer: ModelMixin,
         vae: AutoencoderKL,
         scheduler: FlowMapEulerDiscreteScheduler,
         id2label: dict[str, str] | None = None,
+        prediction: str = "average_velocity",
+        guidance_scale: float = 1.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
     ) -> None:
         super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, but got {prediction!r}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(id2label=dict(id2label or {}))
+        self.register_to_config(
+            id2label=dict(id2label or {}),
+            prediction=prediction,
+            guidance_scale=guidance_scale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
+        )
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -102,48 +134,138 @@ class MeanFlowPipeline(DiffusionPipeline):
         config = self.transformer.config
         return config.in_channels, config.sample_size, config.sample_size
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether guidance can be asked for: with MeanFlow's plain network it is built into the weights."""
+        return self.config.prediction == "velocity" or "aux_head_depth" in self.transformer.config
+
+    def _guidance(
+        self, num_rows: int, scale: float | Sequence[float] | None, interval: tuple[float, float] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """omega, t_min and t_max, float32 (B,). Raises ValueError where they do not fit."""
+        if not self.takes_guidance and (interval is not None or scale not in (None, 1.0)):
+            raise ValueError(
+                "this generator's guidance is built into its weights; leave guidance_scale and guidance_interval out"
+            )
+        scales = torch.as_tensor(self.config.guidance_scale if scale is None else scale, dtype=torch.float32)
+        if scales.dim() > 1 or (scales.dim() == 1 and len(scales) != num_rows):
+            raise ValueError(f"guidance_scale must be one number, or one per image, {num_rows}, but got {scale}")
+        if not bool((torch.isfinite(scales) & (scales >= 1.0)).all()):
+            raise ValueError(f"guidance_scale must be at least 1 (no guidance), but got {scale}")
+        start, end = (self.config.guidance_start, self.config.guidance_end) if interval is None else interval
+        if not 0.0 <= start <= end <= 1.0:
+            raise ValueError(f"guidance_interval must be (start, end), 0 <= start <= end <= 1, but got {interval}")
+        t_min, t_max = torch.full((num_rows,), float(start)), torch.full((num_rows,), float(end))
+        return scales.expand(num_rows).clone(), t_min, t_max
+
     @torch.no_grad()
     def sample_latents(
-        self, class_labels: Sequence[int], noise: torch.Tensor, num_inference_steps: int
+        self,
+        class_labels: Sequence[int],
+        noise: torch.Tensor,
+        num_inference_steps: int = 1,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        solver: str = "euler",
     ) -> torch.Tensor:
-        """Carries noise (B, C, H, W) at t = 1 to normalised latents at t = 0 in equal steps, one network call each.
+        """Carries noise (B, C, H, W) at t = 1 to normalised latents, float32, at t = 0.
 
-        Source: Geng et al. 2025, Eq. 12: z_r = z_t - (t - r) u(z_t, r, t).
+        Arguments as in a call of the pipeline. Source: Geng et al. 2025, Eq. 12: z_r = z_t - (t - r) u(z_t, r, t).
         """
         self.check_labels(class_labels)
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, but got {num_inference_steps}")
+        times = time_grid(num_inference_steps, timesteps)
         if noise.shape != (len(class_labels), *self.latent_shape):
             raise ValueError(
                 f"noise must have shape {(len(class_labels), *self.latent_shape)}, but got {tuple(noise.shape)}"
             )
-        device, dtype = self._execution_device, self.transformer.dtype
+        if not bool(torch.isfinite(noise).all()):
+            raise ValueError("noise must be finite")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, but got {solver!r}")
+        learns_velocity = self.config.prediction == "velocity"
+        if solver != "euler" and not learns_velocity:
+            raise ValueError(f"solver {solver} integrates a velocity, but this generator gives average velocities")
+        device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
-        z = noise.to(device, dtype)
-        self.scheduler.set_timesteps(num_inference_steps)
+        omega, t_min, t_max = (
+            value.to(device) for value in self._guidance(len(labels), guidance_scale, guidance_interval)
+        )
+        if learns_velocity:
+            answer = self._velocity(labels, omega, t_min, t_max)
+        else:
+            answer = self._average_velocity(labels, omega, t_min, t_max)
+
+        z = noise.to(device, torch.float32)
+        self.scheduler.set_timesteps(sigmas=times[:-1])
         scale = self.scheduler.config.num_train_timesteps
-        times = self.scheduler.sigmas.tolist()
         for t, r in itertools.pairwise(times):
-            conditioning = Conditioning(
-                t=torch.full((len(labels),), t, device=device, dtype=dtype),
-                r=torch.full((len(labels),), r, device=device, dtype=dtype),
-                labels=labels,
-            )
-            u = self.transformer(z, conditioning).u
+            u = answer(z, t, r)
+            if solver == "heun":
+                u = (u + answer(z - (t - r) * u, r, r)) / 2.0
             z = self.scheduler.step(u, t * scale, z, r_timestep=r * scale).prev_sample
         return z
 
+    def _average_velocity(
+        self, labels: torch.Tensor, omega: torch.Tensor, t_min: torch.Tensor, t_max: torch.Tensor
+    ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
+        """u(z, t, r) of these images, float32 (B, C, H, W)."""
+
+        def answer(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
+            conditioning = Conditioning(
+                t=torch.full_like(omega, t),
+                r=torch.full_like(omega, r),
+                labels=labels,
+                omega=omega,
+                t_min=t_min,
+                t_max=t_max,
+            )
+            return self.transformer(z.to(self.transformer.dtype), conditioning).u.float()
+
+        return answer
+
+    def _velocity(
+        self, labels: torch.Tensor, omega: torch.Tensor, t_min: torch.Tensor, t_max: torch.Tensor
+    ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
+        """v(z, t) of these images by classifier-free guidance inside its interval, float32 (B, C, H, W)."""
+        is_guided = bool((omega != 1.0).any())
+        null = torch.full_like(labels, self.transformer.config.num_classes)
+
+        def answer(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
+            asked = torch.cat([labels, null]) if is_guided else labels
+            time = torch.full((len(asked),), t, device=z.device)
+            z = torch.cat([z, z]) if is_guided else z
+            conditioning = Conditioning(t=time, r=time, labels=asked)
+            velocity = self.transformer(z.to(self.transformer.dtype), conditioning).velocity.float()
+            if not is_guided:
+                return velocity
+            conditional, unconditional = velocity.chunk(2)
+            scale = torch.where((t >= t_min) & (t <= t_max), omega, 1.0).view(-1, 1, 1, 1)
+            return unconditional + scale * (conditional - unconditional)
+
+        return answer
+
     def images_from_seeds(
-        self, class_labels: Sequence[int], seeds: Sequence[int], num_inference_steps: int = 1
+        self,
+        class_labels: Sequence[int],
+        seeds: Sequence[int],
+        num_inference_steps: int = 1,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        solver: str = "euler",
     ) -> torch.Tensor:
         """Images uint8 (B, H, W, 3) on the pipeline's device, image i a function of (weights, class, seed, steps) alone.
 
-        Raises ValueError for labels, seeds or steps that do not fit.
+        Arguments as in a call of the pipeline. Raises ValueError for labels, seeds or steps that do not fit.
         """
         if len(seeds) != len(class_labels):
             raise ValueError(f"seeds must be one per image, {len(class_labels)}, but got {len(seeds)}")
         noise = noise_from_seeds(seeds, self.latent_shape)
-        return decode_latents(self.vae, self.sample_latents(class_labels, noise, num_inference_steps))
+        z = self.sample_latents(
+            class_labels, noise, num_inference_steps, timesteps, guidance_scale, guidance_interval, solver
+        )
+        return decode_latents(self.vae, z)
 
     @torch.no_grad()
     def __call__(
@@ -153,6 +275,10 @@ class MeanFlowPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         seeds: Sequence[int] | None = None,
         latents: torch.Tensor | None = None,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        solver: str = "euler",
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -160,13 +286,15 @@ class MeanFlowPipeline(DiffusionPipeline):
 
         The noise comes from `latents` (B, C, H, W), or from `seeds`, one per image, so that an image is a function of
         (weights, class, seed, steps) and not of its batch, or from `generator` as elsewhere in diffusers.
-        output_type: "pil", "np" (float [0, 1] (B, H, W, 3)), "pt" (float [0, 1] (B, 3, H, W)), or "latent" (normalised
-        latents (B, C, H, W)).
-        Raises ValueError for labels, steps, seeds or latents that do not fit.
+        num_inference_steps: equal steps from t = 1 to 0; timesteps, e.g. (1.0, 0.4, 0.0), takes the place of them.
+        guidance_scale, one or one per image, and guidance_interval (start, end): for improved MeanFlow, which is told
+        them, and for flow matching, at twice the calls; the generator's own unless given. solver: "euler", or "heun"
+        for flow matching, at two calls a step. output_type: "pil", "np" (float [0, 1] (B, H, W, 3)), "pt" (float
+        [0, 1] (B, 3, H, W)), or "latent" (normalised latents (B, C, H, W)).
+        Raises ValueError for labels, steps, times, seeds, guidance or latents that do not fit.
         """
-        known = ("pil", "np", "pt", "latent")
-        if output_type not in known:
-            raise ValueError(f"output_type must be one of {', '.join(known)}, but got {output_type!r}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, but got {output_type!r}")
         if sum(source is not None for source in (generator, seeds, latents)) > 1:
             raise ValueError("give at most one of generator, seeds and latents")
         class_labels = [int(label) for label in class_labels]
@@ -177,42 +305,9 @@ class MeanFlowPipeline(DiffusionPipeline):
         elif latents is None:
             shape = (len(class_labels), *self.latent_shape)
             latents = randn_tensor(shape, generator, self._execution_device, torch.float32)
-        z = self.sample_latents(class_labels, latents, num_inference_steps)
+        z = self.sample_latents(
+            class_labels, latents, num_inference_steps, timesteps, guidance_scale, guidance_interval, solver
+        )
         images = z if output_type == "latent" else _as_output(decode_latents(self.vae, z), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def build_pipeline(network: MeanFlowDiT, vae: AutoencoderKL, class_names: Sequence[str]) -> MeanFlowPipeline:
-    """A pipeline around a network and its autoencoder, class i carrying the i-th name."""
-    id2label = {str(label): name for label, name in enumerate(class_names)}
-    pipeline = MeanFlowPipeline(network, vae, FlowMapEulerDiscreteScheduler(), id2label)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowPipeline:
-    """Opens a generator's folder in float32 on a device: safetensors only, no progress bars, gradients off."""
-    diffusers_logging.disable_progress_bar()  # of loading a handful of files
-    pipeline = MeanFlowPipeline.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def find_generator(folder: Path) -> Path:
-    """The generator in a folder: the folder itself, or the one below it that has a model_index.json.
-
-    A model downloaded from a registry holds the generator among its other files. Raises ValueError where there is
-    none, or several.
-    """
-    found = [path.parent for path in sorted(folder.rglob("model_index.json"))]
-    if (folder / "model_index.json").is_file():
-        return folder
-    if len(found) != 1:
-        raise ValueError(
-            f"wanted a generator, a folder with a model_index.json, in {folder}, but found {len(found)}; "
-            f"pipelines.train writes one and prints its place"
-        )
-    return found[0]

@@ -23,9 +23,10 @@ import torch
 from PIL import Image
 
 from meanflow_core.autoencoder import decode_latents, encode_moments
+from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, frechet_distance, mean_within_class_distance, nearest_distances
-from meanflow_core.pipeline import MeanFlowPipeline, load_pipeline
+from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage, tracking
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE

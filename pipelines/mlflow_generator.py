@@ -8,7 +8,7 @@ import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
-from meanflow_core.pipeline import load_pipeline
+from meanflow_core.generator import load_pipeline
 
 
 class GeneratorModel(PythonModel):

@@ -16,7 +16,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
-from meanflow_core.pipeline import find_generator
+from meanflow_core.generator import find_generator
 from pipelines import storage
 from pipelines.command import InputError
 

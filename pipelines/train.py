@@ -32,9 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.autoencoder import load_autoencoder, weight_hash
 from meanflow_core.config import TrainingConfig
+from meanflow_core.generator import build_pipeline, for_sampling, save_generator
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import StepRecord, draw_step_record
-from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
+from meanflow_core.networks import AnyNetwork
+from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import TrainState, build_train_state, load_train_state, save_train_state, train_step
 from pipelines import latent_store, storage, tracking
@@ -70,6 +72,8 @@ class TrainJob:
     """MLflow experiment."""
     model_name: str | None = None
     """Name in MLflow's model registry; "meanflow-" and the preset's name unless given."""
+    portable: bool = False
+    """Write the generator with its code, to open with diffusers alone (trust_remote_code=True)."""
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
     """The experiment."""
 
@@ -160,7 +164,7 @@ class BatchSource:
         latent_shape = self._dataset.manifest.latent_shape
         indices = rows_of_step(config.seed, step, rows, len(self._dataset))[self._start : self._stop]
         record = draw_step_record(config.loss, seed=config.seed, step=step, num_rows=rows, latent_shape=latent_shape)
-        record = record.rows(self._start, self._stop, config.loss.guidance)
+        record = record.rows(self._start, self._stop, config.loss)
         moments, labels = self._dataset.rows(indices, record.mirrored.numpy())
         return Batch(
             torch.from_numpy(moments).to(self._device, non_blocking=True),
@@ -215,7 +219,7 @@ def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
     observer = None
     if rank == 0:
         run = tracking.Run(job_and_run["tracking_uri"], job_and_run["run_id"])
-        pipeline = build_pipeline(state.ema_network, vae.to(device), dataset.manifest.class_names)
+        pipeline = _pipeline(state.ema_network, vae.to(device), dataset.manifest, config)
         observer = Observer(run, pipeline, config, state.step)
 
     figures, last_figures = Figures(device), {}
@@ -270,6 +274,16 @@ def _restored_state(config: TrainingConfig, manifest: Manifest, device: torch.de
 def _dataset_autoencoder(data: str) -> AutoencoderKL:
     with tempfile.TemporaryDirectory() as folder:
         return load_autoencoder(str(latent_store.fetch_autoencoder(data, Path(folder))))
+
+
+def _pipeline(network: AnyNetwork, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig) -> MeanFlowPipeline:
+    return build_pipeline(
+        network,
+        vae,
+        manifest.class_names,
+        is_flow_matching=config.loss.is_flow_matching,
+        sampling=config.sampling,
+    )
 
 
 def _report(state: TrainState, config: TrainingConfig, figures: dict[str, float], rank: int) -> None:
@@ -344,7 +358,9 @@ def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, f
     state = _fresh_state(job.config, manifest, torch.device("cpu"))
     with checkpoint.as_directory() as source:
         load_train_state(state, Path(source))
-    build_pipeline(state.ema_network, _dataset_autoencoder(job.data), manifest.class_names).save_pretrained(folder)
+    network = for_sampling(state.ema_network)
+    pipeline = _pipeline(network, _dataset_autoencoder(job.data), manifest, job.config)
+    save_generator(pipeline, folder, portable=job.portable)
 
 
 def _publish(job: TrainJob, folder: Path) -> str:

@@ -1,0 +1,117 @@
+"""Generators as folders: making one of a trained network, finding one, opening one.
+
+Networks are opened by name from this package's list, whatever code a folder may hold.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
+from diffusers.utils import logging as diffusers_logging
+
+from meanflow_core.config import SamplingConfig
+from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
+from meanflow_core.networks import NETWORKS, AnyNetwork, without_velocity_head
+from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.portable import add_code
+
+
+def build_pipeline(
+    network: AnyNetwork,
+    vae: AutoencoderKL,
+    class_names: Sequence[str],
+    *,
+    is_flow_matching: bool = False,
+    sampling: SamplingConfig | None = None,
+) -> MeanFlowPipeline:
+    """A pipeline around a network and its autoencoder, class i carrying the i-th name.
+
+    is_flow_matching: the network learnt velocities alone. sampling: its guidance unless asked otherwise.
+    """
+    sampling = sampling or SamplingConfig()
+    pipeline = MeanFlowPipeline(
+        network,
+        vae,
+        FlowMapEulerDiscreteScheduler(),
+        id2label={str(label): name for label, name in enumerate(class_names)},
+        prediction="velocity" if is_flow_matching else "average_velocity",
+        guidance_scale=sampling.guidance_scale,
+        guidance_start=sampling.guidance_start,
+        guidance_end=sampling.guidance_end,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def for_sampling(network: AnyNetwork) -> AnyNetwork:
+    """The network without what only training needs."""
+    return without_velocity_head(network) if isinstance(network, ImprovedMeanFlowDiT) else network
+
+
+def save_generator(pipeline: MeanFlowPipeline, folder: Path, *, portable: bool = False) -> None:
+    """Writes a generator's folder, which opens where this package is installed.
+
+    portable: the folder holds the code too, and opens with diffusers alone, by
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+    """
+    pipeline.save_pretrained(folder)
+    if portable:
+        add_code(folder)
+
+
+def load_network(folder: Path) -> AnyNetwork:
+    """Opens a network's folder in float32: one of this package's, from safetensors, with no code from the folder.
+
+    Raises ValueError where there is no such folder, or its network is not among them.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"no config.json in {folder}; a network is a folder that save_pretrained wrote")
+    name = json.loads(config.read_text()).get("_class_name")
+    if name not in NETWORKS:
+        raise ValueError(f"the network in {folder} is a {name!r}, but known are {', '.join(NETWORKS)}")
+    diffusers_logging.disable_progress_bar()  # of loading a handful of files
+    network = NETWORKS[name].from_pretrained(folder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False)
+    return network.eval().requires_grad_(False)
+
+
+def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowPipeline:
+    """Opens a generator's folder, portable or not, in float32 on a device: safetensors only, gradients off.
+
+    Raises ValueError where it is no generator of this package.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"no model_index.json in {folder}; a generator is a folder that save_pretrained wrote")
+    settings = json.loads(index.read_text())
+    vae = AutoencoderKL.from_pretrained(
+        folder / "vae", dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
+    )
+    known = ("id2label", "prediction", "guidance_scale", "guidance_start", "guidance_end")
+    pipeline = MeanFlowPipeline(
+        load_network(folder / "transformer"),
+        vae.eval().requires_grad_(False),
+        FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        **{name: settings[name] for name in known if name in settings},
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def find_generator(folder: Path) -> Path:
+    """The generator in a folder: the folder itself, or the one below it that has a model_index.json.
+
+    A model downloaded from a registry holds the generator among its other files. Raises ValueError where there is
+    none, or several.
+    """
+    found = [path.parent for path in sorted(folder.rglob("model_index.json"))]
+    if (folder / "model_index.json").is_file():
+        return folder
+    if len(found) != 1:
+        raise ValueError(
+            f"wanted a generator, a folder with a model_index.json, in {folder}, but found {len(found)}; "
+            f"pipelines.train writes one and prints its place"
+        )
+    return found[0]

@@ -15,7 +15,9 @@ import mlflow
 import torch
 
 from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.pipeline import MeanFlowPipeline, build_pipeline
+from meanflow_core.generator import build_pipeline
+from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
+from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
@@ -36,15 +38,31 @@ def _untouched_tracking_address(monkeypatch):
     mlflow.set_tracking_uri(None)
 
 
-@pytest.fixture
-def network() -> MeanFlowDiT:
-    """A tiny DiT on 4x8x8 latents whose every parameter was perturbed, so that no zero-initialised layer hides an error."""
-    torch.manual_seed(0)
-    network = MeanFlowDiT(sample_size=8, in_channels=4, num_classes=10, hidden_size=48, depth=2, num_heads=3)
+def perturbed(network):
+    """The network with every parameter moved a little, so that no zero-initialised layer hides an error."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return network
+
+
+@pytest.fixture
+def network() -> MeanFlowDiT:
+    """A tiny perturbed DiT on 4x8x8 latents."""
+    torch.manual_seed(0)
+    return perturbed(MeanFlowDiT(sample_size=8, in_channels=4, num_classes=10, hidden_size=48, depth=2, num_heads=3))
+
+
+@pytest.fixture
+def imf_network() -> ImprovedMeanFlowDiT:
+    """A tiny perturbed network of improved MeanFlow on 4x8x8 latents."""
+    torch.manual_seed(0)
+    return perturbed(
+        ImprovedMeanFlowDiT(
+            sample_size=8, in_channels=4, num_classes=10, hidden_size=48, depth=3, num_heads=3, aux_head_depth=1
+        )
+    )
 
 
 @pytest.fixture(scope="session")

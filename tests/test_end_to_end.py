@@ -22,8 +22,8 @@ import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
+from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.pipeline import load_pipeline
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy

@@ -37,7 +37,7 @@ def test_flat_names_every_number_once():
     flat = PRESETS["xl2"]().flat()
     assert flat["loss.guidance.kappa"] == 0.92
     assert flat["network.depth"] == 28
-    assert flat["ema_decay"] == 0.9999
+    assert flat["ema_decays"] == (0.9999,)
     assert not any(isinstance(value, dict) for value in flat.values())
 
 

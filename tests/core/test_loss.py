@@ -1,193 +1,323 @@
-import json
+import itertools
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig
-from meanflow_core.interop import from_official_meanflow
 from meanflow_core.loss import StepRecord, draw_step_record, meanflow_loss, total_derivative
-from meanflow_core.transformer import Conditioning, MeanFlowDiT
+from meanflow_core.transformer import Conditioning
+from tests.golden_check import GOLDEN_FOLDER, check, load
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "mf_cfg_interval.npz"
+NULL = 10
+HALF = TimeSamplingConfig(fraction_r_below_t=0.5)
 GUIDED = LossConfig(guidance=GuidanceConfig(omega=0.7, kappa=0.5, t_start=0.1, t_end=0.8), label_drop_probability=0.3)
+IMPROVED = LossConfig(objective="improved_meanflow", times=HALF, label_drop_probability=0.3)
+# Every form of the objective; labels are dropped in rows with r < t too where the share is above 1/2.
+OBJECTIVES = {
+    "flow matching": LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0)),
+    "no guidance": LossConfig(times=HALF),
+    "omega": LossConfig(times=HALF, guidance=GuidanceConfig(omega=2.0)),
+    "kappa and no null class": LossConfig(times=HALF, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
+    "omega, kappa, interval": replace(GUIDED, times=HALF),
+    "labels dropped anywhere": replace(GUIDED, times=HALF, label_drop_probability=0.6),
+    "every row r < t": replace(GUIDED, times=TimeSamplingConfig(fraction_r_below_t=1.0)),
+    "own velocity": replace(GUIDED, times=HALF, tangent="own_velocity"),
+    "own velocity, no guidance": LossConfig(times=HALF, tangent="own_velocity"),
+    "improved MeanFlow": IMPROVED,
+    "improved MeanFlow, labels dropped anywhere": replace(IMPROVED, label_drop_probability=0.6),
+}
 
 
 def draw_batch(num_rows=16, config=GUIDED, seed=3, dtype=torch.float32):
     record = draw_step_record(config, seed=seed, step=5, num_rows=num_rows, latent_shape=(4, 8, 8))
     generator = torch.Generator().manual_seed(11)
     latents = torch.randn(num_rows, 4, 8, 8, generator=generator).to(dtype)
-    record = replace(record, t=record.t.to(dtype), r=record.r.to(dtype), noise=record.noise.to(dtype))
-    return latents, torch.randint(10, (num_rows,), generator=generator), record
+    labels = torch.randint(10, (num_rows,), generator=generator)
+    draws = {name: getattr(record, name) for name in ("t", "r", "noise", "omega", "t_min", "t_max")}
+    draws = {name: value.to(dtype) for name, value in draws.items() if value is not None}
+    return latents, labels, StepRecord.from_draws(**draws, label_dropped=record.label_dropped, config=config)
 
 
 def gradients(network, loss):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+    found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    pairs = zip(found, network.parameters(), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
-def reference_loss(network, x, labels, record, config, null):
-    """The objective as the paper writes it: guidance and the JVP over the whole batch, in one graded pass."""
-    guidance = config.guidance
+def relative(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def reference_loss(network, x, labels, record, config):
+    """The objective as the papers write it: guidance and the JVP over the whole batch, in one graded pass."""
     t, r, column = record.t, record.r, (-1, 1, 1, 1)
     z = (1 - t.view(column)) * x + t.view(column) * record.noise
     v = record.noise - x
-    y = torch.where(record.label_dropped, null, labels)
-    inside = ((t >= guidance.t_start) & (t <= guidance.t_end)).view(column)
-    omega = torch.where(inside, guidance.omega, torch.ones_like(t.view(column)))
-    kappa = torch.where(inside, guidance.kappa, torch.zeros_like(t.view(column)))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        conditional = network(z, Conditioning(t=t, r=t, labels=y)).u
-        unconditional = network(z, Conditioning(t=t, r=t, labels=torch.full_like(y, null))).u
-    guided = omega * v + kappa * conditional + (1 - omega - kappa) * unconditional
-    guided = torch.where(record.label_dropped.view(column), v, guided)
+    y = torch.where(record.label_dropped, NULL, labels)
+    null = torch.full_like(y, NULL)
+    guidance = {"omega": record.omega, "t_min": record.t_min, "t_max": record.t_max}
+    improved = config.objective == "improved_meanflow"
+
+    def velocity(asked, omega):
+        told = {"omega": omega, "t_min": torch.zeros_like(t), "t_max": torch.ones_like(t)} if improved else {}
+        return network(z, Conditioning(t=t, r=t, labels=asked, **told)).velocity
+
+    with torch.no_grad():
+        if improved:
+            inside = (t >= record.t_min) & (t <= record.t_max)
+            omega = torch.where(inside, record.omega, torch.ones_like(t))
+            own = velocity(labels, omega)
+            guided = v + (1 - 1 / omega).view(column) * (own - velocity(null, torch.ones_like(t)))
+        else:
+            inside = ((t >= config.guidance.t_start) & (t <= config.guidance.t_end)).view(column)
+            omega = torch.where(inside, config.guidance.omega, torch.ones_like(t.view(column)))
+            kappa = torch.where(inside, config.guidance.kappa, torch.zeros_like(t.view(column)))
+            own = velocity(labels, None)
+            guided = omega * v + kappa * own + (1 - omega - kappa) * velocity(null, None)
+        guided = torch.where(record.label_dropped.view(column), v, guided)
 
     def function(z, t, r):
-        return network(z, Conditioning(t=t, r=r, labels=y)).u
+        answer = network(z, Conditioning(t=t, r=r, labels=y, **guidance))
+        return answer.u, answer.velocity
 
+    tangent = own if config.takes_own_velocity else guided
     with sdpa_kernel(SDPBackend.MATH):
-        u, dudt = torch.func.jvp(function, (z, t, r), (guided, torch.ones_like(t), torch.zeros_like(r)))
-    error = u - (guided - (t - r).view(column) * dudt).detach()
-    squared = error.square().flatten(1).sum(1)
-    return (squared / (squared.detach() + config.norm_eps) ** config.norm_p).mean()
+        (u, head), (dudt, _) = torch.func.jvp(function, (z, t, r), (tangent, torch.ones_like(t), torch.zeros_like(r)))
+    errors = [u - (guided - (t - r).view(column) * dudt).detach()]
+    if improved:
+        errors.append(head - guided)
+    squares = [error.square().flatten(1).sum(1) for error in errors]
+    return sum((square / (square.detach() + config.norm_eps) ** config.norm_p).mean() for square in squares)
 
 
-def test_matches_the_authors_code_on_every_value_and_gradient():
-    golden = np.load(GOLDEN)
-    settings = json.loads(str(golden["config"]))
-    method, dit = settings["method"], settings["dit"]
-    network = MeanFlowDiT(
-        sample_size=dit["input_size"],
-        in_channels=dit["in_channels"],
-        num_classes=dit["num_classes"],
-        patch_size=dit["patch_size"],
-        hidden_size=dit["hidden_size"],
-        depth=dit["depth"],
-        num_heads=dit["num_heads"],
-    )
-    network.load_state_dict(from_official_meanflow({k[6:]: golden[k] for k in golden if k.startswith("param:")}))
-    expected_gradients = from_official_meanflow({k[5:]: golden[k] for k in golden if k.startswith("grad:")})
-    guidance = GuidanceConfig(
-        omega=method["omega"], kappa=method["kappa"], t_start=method["t_start"], t_end=method["t_end"]
-    )
-    tensors = {key: torch.from_numpy(golden[key]) for key in ("t", "r", "noise", "label_dropped", "latents", "labels")}
-    output = meanflow_loss(
-        network,
-        network,
-        tensors["latents"],
-        tensors["labels"].long(),
-        record := StepRecord.from_draws(
-            t=tensors["t"],
-            r=tensors["r"],
-            noise=tensors["noise"],
-            label_dropped=tensors["label_dropped"],
-            guidance=guidance,
-        ),
-        LossConfig(guidance=guidance, norm_p=method["norm_p"], norm_eps=method["norm_eps"]),
-        null_label=dit["num_classes"],
-        global_num_rows=len(tensors["t"]),
-    )
-    output.loss.backward()
-
-    def difference(ours, theirs):
-        return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-6))
-
-    below = record.rows_below
-    assert difference(output.u, torch.from_numpy(golden["u"])) < 1e-5
-    assert difference(output.v_guided, torch.from_numpy(golden["v_guided"])) < 1e-5
-    assert difference(output.dudt[below], torch.from_numpy(golden["dudt"])[below]) < 1e-5
-    assert output.loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
-    for name, parameter in network.named_parameters():
-        assert difference(parameter.grad, expected_gradients[name]) < 1e-4, name
+@pytest.mark.parametrize("path", sorted(GOLDEN_FOLDER.glob("*.npz")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("separate_derivative", [False, True], ids=["shared", "separate"])
+def test_matches_the_authors_code_on_every_value_gradient_and_sampling(path, separate_derivative):
+    errors = check(load(path), separate_derivative=separate_derivative)
+    assert len(errors) > 40  # every gradient is among them
+    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
-@pytest.mark.parametrize(
-    "guidance",
-    [
-        GuidanceConfig(),
-        GuidanceConfig(omega=2.0),
-        GuidanceConfig(omega=0.5, kappa=0.5),
-        GUIDED.guidance,
-        GuidanceConfig(kappa=0.5),
-    ],
-)
-def test_gradients_equal_the_one_pass_form_over_the_whole_batch(network, guidance):
-    network = network.double()
-    config = replace(GUIDED, guidance=guidance, times=TimeSamplingConfig(fraction_r_below_t=0.5))
+def test_golden_check_sees_a_wrong_number():
+    golden = load(GOLDEN_FOLDER / "mf_cfg_interval.npz")
+    key = next(key for key in golden if key.startswith("grad:") and "blocks/layers_0/attn/qkv" in key)
+    golden[key] = golden[key] * 1.001
+    wrong = [name for name, error in check(golden).items() if error > 1e-4]
+    assert wrong == ["gradient of blocks.0.attn.qkv.weight"] or wrong == ["gradient of blocks.0.attn.qkv.bias"]
+
+
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+@pytest.mark.parametrize("name", ["mf_cfg_interval", "imf"])
+def test_rows_may_stand_in_any_order(name, order):
+    golden = load(GOLDEN_FOLDER / f"{name}.npz")
+    num_rows = len(golden["t"])
+    rows = torch.randperm(num_rows, generator=torch.Generator().manual_seed(1)).numpy()
+    rows = rows if order == "shuffled" else rows[rows.argsort()[::-1]]
+    for key, value in golden.items():
+        if not key.startswith(("param:", "grad:", "config")) and value.shape[:1] == (num_rows,):
+            golden[key] = value[rows]
+    assert max(check(golden).values()) < 1e-5
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_equal_the_one_pass_form_over_the_whole_batch(network, imf_network, name, separate):
+    config = OBJECTIVES[name]
+    network = (imf_network if config.objective == "improved_meanflow" else network).double()
     latents, labels, record = draw_batch(config=config, dtype=torch.float64)
-    output = meanflow_loss(network, network, latents, labels, record, config, null_label=10, global_num_rows=16)
+    output = meanflow_loss(
+        network, network, latents, labels, record, config,
+        null_label=NULL, global_num_rows=16, separate_derivative=separate,
+    )  # fmt: skip
+    theirs = reference_loss(network, latents, labels, record, config)
+    assert output.loss.item() == pytest.approx(theirs.item(), rel=1e-12)
+    assert relative(gradients(network, output.loss), gradients(network, theirs)) < 1e-9
 
-    ours = gradients(network, output.loss)
-    theirs = gradients(network, reference_loss(network, latents, labels, record, config, null=10))
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-9
 
-
-def test_total_derivative_agrees_with_finite_differences(network):
+@pytest.mark.parametrize("kind", ["dit", "imf_dit"])
+def test_total_derivative_agrees_with_finite_differences(network, imf_network, kind):
+    network, config = (network, GUIDED) if kind == "dit" else (imf_network, IMPROVED)
     network = network.double()
-    latents, labels, record = draw_batch(dtype=torch.float64)
+    latents, labels, record = draw_batch(config=config, dtype=torch.float64)
     tangent, eps = torch.randn_like(latents), 1e-6
-    dudt = total_derivative(network, latents, record.t, record.r, labels, tangent)
+    conditioning = Conditioning(
+        t=record.t, r=record.r, labels=labels, omega=record.omega, t_min=record.t_min, t_max=record.t_max
+    )
+    dudt = total_derivative(network, latents, conditioning, tangent)
 
     def u(sign):
-        conditioning = Conditioning(t=record.t + sign * eps, r=record.r, labels=labels)
-        return network(latents + sign * eps * tangent, conditioning).u
+        return network(latents + sign * eps * tangent, replace(conditioning, t=record.t + sign * eps)).u
 
     with torch.no_grad():
         numeric = (u(1) - u(-1)) / (2 * eps)
-    assert float((dudt - numeric).norm() / numeric.norm()) < 1e-7
+    assert relative(dudt, numeric) < 1e-7
+
+
+def test_gradient_agrees_with_finite_differences_of_the_loss_at_a_fixed_target(network):
+    network = network.double()
+    config = replace(GUIDED, norm_p=0.0)  # the weight is a constant too, as the gradient takes it
+    latents, labels, record = draw_batch(config=config, dtype=torch.float64)
+
+    def run():
+        return meanflow_loss(network, network, latents, labels, record, config, null_label=NULL, global_num_rows=16)
+
+    output = run()
+    column = (record.t - record.r).view(-1, 1, 1, 1)
+    target = output.v_guided - column * output.dudt
+    generator = torch.Generator().manual_seed(2)
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in network.parameters()]
+    slope = sum(
+        (g * d).sum()
+        for g, d in zip(torch.autograd.grad(output.loss, list(network.parameters())), directions, strict=True)
+    )
+
+    def moved(eps):
+        with torch.no_grad():
+            for parameter, direction in zip(network.parameters(), directions, strict=True):
+                parameter.add_(eps * direction)
+            return (run().u - target).square().sum() / 16
+
+    eps = 1e-6
+    numeric = (moved(eps) - moved(-2 * eps)) / (2 * eps)
+    assert float(abs(slope - numeric) / abs(numeric)) < 1e-7
 
 
 def test_target_is_velocity_when_r_equals_t(network):
-    config = LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
+    config = OBJECTIVES["flow matching"]
     latents, labels, record = draw_batch(config=config)
-    output = meanflow_loss(network, network, latents, labels, record, config, null_label=10, global_num_rows=16)
+    output = meanflow_loss(network, network, latents, labels, record, config, null_label=NULL, global_num_rows=16)
     v = record.noise - latents
     torch.testing.assert_close(output.squared_error, (output.u - v).square().flatten(1).sum(1))
     assert torch.equal(output.dudt, torch.zeros_like(v))
 
 
-def test_no_forward_is_run_whose_result_is_known(network):
-    latents, labels, record = draw_batch()
-    calls = []
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_forward_is_run_whose_result_is_known(network, imf_network, name):
+    config = OBJECTIVES[name]
+    network = imf_network if config.objective == "improved_meanflow" else network
+    latents, labels, record = draw_batch(num_rows=64, config=config)
+    asked, graded = [], []
 
-    def counting(z, conditioning):
-        calls.append(len(z))
-        return network(z, conditioning)
+    def plain(z, conditioning, tangent=None, velocity_only=False):
+        assert velocity_only
+        assert tangent is None
+        asked.append(len(z))
+        return network(z, conditioning, tangent, velocity_only)
 
-    meanflow_loss(network, counting, latents, labels, record, GUIDED, null_label=10, global_num_rows=16)
-    # Guided rows once with the null class, those with r < t once more with their own; then the JVP on rows with r < t.
-    assert calls == [len(record.rows_guided) + len(record.rows_guided_below), len(record.rows_below)]
-    assert 0 < len(record.rows_guided) < 16
+    def grading(z, conditioning, tangent=None, velocity_only=False):
+        graded.append((len(z), 0 if tangent is None else len(tangent)))
+        return network(z, conditioning, tangent, velocity_only)
 
-    calls.clear()
-    plain = LossConfig()
-    latents, labels, record = draw_batch(config=plain)
-    meanflow_loss(network, counting, latents, labels, record, plain, null_label=10, global_num_rows=16)
-    assert calls == [4]
+    meanflow_loss(grading, plain, latents, labels, record, config, null_label=NULL, global_num_rows=64)
+    # The velocity of the null class where it has a weight; the own one where it is wanted and r < t; then padding.
+    kept = ~record.label_dropped
+    inside = (record.t >= config.guidance.t_start) & (record.t <= config.guidance.t_end)
+    has_null = abs(1 - config.guidance.omega - config.guidance.kappa) > 1e-9
+    guided = kept & inside & (not config.guidance.is_off)
+    needs_own = guided & (config.guidance.kappa > 0)
+    if config.objective == "improved_meanflow":
+        guided, has_null = kept & (record.t >= record.t_min) & (record.t <= record.t_max), True
+    if config.takes_own_velocity:
+        needs_own = torch.ones_like(kept)
+    needed = int((guided & has_null).sum() + (needs_own & (record.r < record.t)).sum())
+    assert graded == [(64, int((record.r < record.t).sum()))]
+    assert asked == ([] if needed == 0 else [-(-needed // 8) * 8])
 
 
-def test_uneven_shares_of_a_batch_add_up_to_the_whole(network):
-    latents, labels, record = draw_batch()
+def test_number_of_network_calls_does_not_depend_on_the_draws(network, imf_network):
+    # Under FSDP a worker that made a call less than the others would leave them waiting for ever.
+    for config, separate in itertools.product(OBJECTIVES.values(), (False, True)):
+        net = imf_network if config.objective == "improved_meanflow" else network
+        latents, labels, whole = draw_batch(config=config)
+        counts = set()
+        for row in range(16):  # each row alone: with r = t or below, inside the interval or not, dropped or not
+            calls = []
+
+            def counting(*arguments, net=net, calls=calls, **options):
+                calls.append(1)
+                return net(*arguments, **options)
+
+            meanflow_loss(
+                counting, counting, latents[row : row + 1], labels[row : row + 1], whole.rows(row, row + 1, config), config,
+                null_label=NULL, global_num_rows=16, separate_derivative=separate,
+            )  # fmt: skip
+            counts.add(len(calls))
+        assert len(counts) == 1, config
+
+
+def test_asked_batches_have_sizes_from_a_small_set():
+    sizes = {
+        len(draw_step_record(GUIDED, seed=0, step=step, num_rows=64, latent_shape=(1, 1, 1)).rows_asked)
+        for step in range(200)
+    }
+    assert all(size % 8 == 0 for size in sizes)
+    assert len(sizes) <= 6
+
+
+@pytest.mark.parametrize("name", ["omega, kappa, interval", "improved MeanFlow"])
+def test_uneven_shares_of_a_batch_add_up_to_the_whole(network, imf_network, name):
+    config = OBJECTIVES[name]
+    network = imf_network if config.objective == "improved_meanflow" else network
+    latents, labels, record = draw_batch(config=config)
 
     def loss(start, stop):
-        share = record.rows(start, stop, GUIDED.guidance)
+        share = record.rows(start, stop, config)
         rows = slice(start, stop)
         return meanflow_loss(
-            network, network, latents[rows], labels[rows], share, GUIDED, null_label=10, global_num_rows=16
+            network, network, latents[rows], labels[rows], share, config, null_label=NULL, global_num_rows=16
         ).loss
 
     whole = gradients(network, loss(0, 16))
     parts = sum(gradients(network, loss(start, stop)) for start, stop in ((0, 3), (3, 4), (4, 16)))
-    assert float((whole - parts).norm() / whole.norm()) < 1e-6
+    assert relative(parts, whole) < 1e-6
+
+
+def test_derivative_is_float32_under_autocast_where_it_has_its_own_pass(network):
+    latents, labels, record = draw_batch(config=LossConfig())  # no guidance: the tangent is exact
+
+    def run(separate, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return meanflow_loss(
+                network, network, latents, labels, record, LossConfig(),
+                null_label=NULL, global_num_rows=16, separate_derivative=separate,
+            )  # fmt: skip
+
+    exact, separate, shared = run(True, False), run(True, True), run(False, True)
+    assert 1e-4 < relative(separate.u, exact.u) < 0.02  # the graded pass is in bfloat16
+    assert relative(separate.dudt, exact.dudt) < 1e-6
+    assert 1e-4 < relative(shared.dudt, exact.dudt) < 0.05
+    assert separate.loss.dtype == shared.loss.dtype == torch.float32
+
+
+def test_graded_pass_saves_no_more_for_backward_than_flow_matching(network):
+    latents, labels, record = draw_batch(num_rows=32)
+    _, _, flow_record = draw_batch(num_rows=32, config=OBJECTIVES["flow matching"])
+
+    def saved(record, config):
+        sizes = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = meanflow_loss(
+                network, network, latents, labels, record, config, null_label=NULL, global_num_rows=32
+            )
+        assert output.loss.requires_grad
+        return sum(sizes.values())
+
+    assert saved(record, GUIDED) <= 1.05 * saved(flow_record, OBJECTIVES["flow matching"])
 
 
 def test_draws_are_a_function_of_seed_and_step():
     def draw(seed, step):
-        return draw_step_record(GUIDED, seed=seed, step=step, num_rows=8, latent_shape=(4, 8, 8))
+        return draw_step_record(IMPROVED, seed=seed, step=step, num_rows=8, latent_shape=(4, 8, 8))
 
     assert torch.equal(draw(1, 2).noise, draw(1, 2).noise)
+    assert torch.equal(draw(1, 2).omega, draw(1, 2).omega)
     assert not torch.equal(draw(1, 2).noise, draw(1, 3).noise)
     assert not torch.equal(draw(1, 2).t, draw(2, 2).t)
     assert not torch.equal(draw(1, 2).noise, draw(1, 2).posterior_noise)
@@ -210,6 +340,11 @@ def test_labels_are_dropped_among_r_equals_t_rows_at_the_stated_rate():
         ({"t": torch.tensor([float("nan"), 0.5])}, "0 <= r <= t <= 1"),
         ({"noise": torch.full((2, 1, 1, 1), torch.inf)}, "finite"),
         ({"label_dropped": torch.tensor([True])}, "shape"),
+        ({"noise": torch.zeros(2, 1)}, "shape"),
+        ({"omega": torch.tensor([0.5, 2.0])}, "omega >= 1"),
+        ({"omega": torch.tensor([float("nan"), 2.0])}, "omega >= 1"),
+        ({"t_min": torch.tensor([0.6, 0.0])}, "t_min <= t_max"),
+        ({"omega": None}, "needs omega"),
     ],
 )
 def test_impossible_draws_are_refused(changes, words):
@@ -218,12 +353,26 @@ def test_impossible_draws_are_refused(changes, words):
         "r": torch.tensor([0.2, 0.5]),
         "noise": torch.zeros(2, 1, 1, 1),
         "label_dropped": torch.tensor([False, False]),
+        "omega": torch.tensor([1.0, 8.0]),
+        "t_min": torch.tensor([0.2, 0.0]),
+        "t_max": torch.tensor([0.5, 1.0]),
     }
     with pytest.raises(ValueError, match=words):
-        StepRecord.from_draws(**{**draws, **changes}, guidance=GuidanceConfig())
+        StepRecord.from_draws(**{**draws, **changes}, config=IMPROVED)
 
 
 def test_batch_that_does_not_fit_the_record_is_refused(network):
     latents, labels, record = draw_batch()
     with pytest.raises(ValueError, match="the record is for latents"):
-        meanflow_loss(network, network, latents[:3], labels, record, GUIDED, null_label=10, global_num_rows=16)
+        meanflow_loss(network, network, latents[:3], labels, record, GUIDED, null_label=NULL, global_num_rows=16)
+
+
+def test_improved_meanflow_wants_a_velocity_head(imf_network):
+    latents, labels, record = draw_batch(config=IMPROVED)
+
+    def headless(z, conditioning, tangent=None, velocity_only=False):
+        answer = imf_network(z, conditioning, tangent, velocity_only)
+        return answer if velocity_only else replace(answer, v=None)
+
+    with pytest.raises(ValueError, match="needs a network with a v head"):
+        meanflow_loss(headless, headless, latents, labels, record, IMPROVED, null_label=NULL, global_num_rows=16)

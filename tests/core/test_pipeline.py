@@ -4,7 +4,8 @@ import sys
 import pytest
 import torch
 
-from meanflow_core.pipeline import find_generator, load_pipeline, noise_from_seeds
+from meanflow_core.generator import find_generator, load_pipeline
+from meanflow_core.pipeline import noise_from_seeds
 from meanflow_core.transformer import Conditioning
 
 

@@ -8,14 +8,14 @@ import torch
 from meanflow_core.config import OptimizerConfig
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import draw_step_record
-from meanflow_core.presets import debug
+from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import (
     build_train_state,
     learning_rate,
     load_train_state,
     save_train_state,
     train_step,
-    update_ema,
+    update_emas,
 )
 
 IDENTITY = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
@@ -68,23 +68,25 @@ def test_a_step_moves_parameters_and_counts_rows():
     assert metrics.gradient_norm > 0
 
 
-def test_ema_is_the_weighted_mean_of_its_past():
-    state = fresh_state()
-    start = parameters(state.ema_network)
+def test_each_ema_is_the_weighted_mean_of_its_past():
+    state = fresh_state(replace(debug(), ema_decays=(0.9, 0.5)))
+    start = parameters(state.network)
     with torch.no_grad():
         for parameter in state.network.parameters():
             parameter.add_(1.0)
-    update_ema(state, 0.9)
-    update_ema(state, 0.9)
-    torch.testing.assert_close(parameters(state.ema_network), start + 1.0 - 0.9**2)
+    update_emas(state)
+    update_emas(state)
+    for decay in (0.9, 0.5):
+        torch.testing.assert_close(parameters(state.ema_networks[decay]), start + 1.0 - decay**2)
+    assert state.ema_network is state.ema_networks[0.9]
 
 
-def test_resume_repeats_the_same_parameters(tmp_path):
-    config = debug()
-    straight = fresh_state()
+@pytest.mark.parametrize("config", [replace(debug(), ema_decays=(0.9, 0.99)), debug_imf()], ids=["dit", "imf_dit"])
+def test_resume_repeats_the_same_parameters(tmp_path, config):
+    straight = fresh_state(config)
     take_steps(straight, config, 6)
 
-    first = fresh_state()
+    first = fresh_state(config)
     take_steps(first, config, 3)
     save_train_state(first, config, tmp_path)
     assert json.loads((tmp_path / "state.json").read_text())["config"]["optimizer"]["learning_rate"] == 1e-3
@@ -94,7 +96,8 @@ def test_resume_repeats_the_same_parameters(tmp_path):
     assert second.step == 3
     take_steps(second, config, 3)
     assert torch.equal(parameters(second.network), parameters(straight.network))
-    assert torch.equal(parameters(second.ema_network), parameters(straight.ema_network))
+    for decay, ema_network in straight.ema_networks.items():
+        assert torch.equal(parameters(second.ema_networks[decay]), parameters(ema_network))
 
 
 def test_rate_warms_up_stays_and_cools_down():
@@ -113,7 +116,7 @@ def test_gradient_clipping_bounds_what_the_optimiser_sees():
 
 
 def test_network_learns_to_send_noise_to_a_single_point():
-    config = replace(debug(), optimizer=OptimizerConfig(learning_rate=3e-3), ema_decay=0.9)
+    config = replace(debug(), optimizer=OptimizerConfig(learning_rate=3e-3))
     state = fresh_state(config)
     target = torch.full((16, 8, 8, 8), 0.7)
     target[:, 4:] = 0.0  # no posterior spread

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from meanflow_core.dual import Dual
 from meanflow_core.presets import b2, b4, l2, m2, xl2
-from meanflow_core.transformer import Conditioning, MeanFlowDiT, sine_cosine_positions
+from meanflow_core.transformer import Conditioning, MeanFlowDiT, sine_cosine_positions, unpatchify
 
 
 def conditioning(batch, t=0.8, r=0.3, label=1):
@@ -27,11 +28,10 @@ def test_patches_return_to_where_they_came_from():
     with torch.no_grad():  # the embedder copies a patch's 12 values, the final layer is asked to lay them out again
         network.x_embedder.proj.weight.copy_(torch.eye(12).view(12, 3, 2, 2))
     z = torch.arange(48.0).view(1, 3, 4, 4)
-    tokens = network.x_embedder(
-        z
-    )  # values ordered (channel, row, column); the final layer's order is (row, column, channel)
+    # Values ordered (channel, row, column); the final layer's order is (row, column, channel).
+    tokens = network.x_embedder(Dual(z)).value
     rows = tokens.view(1, 4, 3, 2, 2).permute(0, 1, 3, 4, 2).reshape(1, 4, 12)
-    assert torch.equal(network._unpatchify(rows), z)
+    assert torch.equal(unpatchify(rows, 2), z)
 
 
 def test_positions_are_distinct_and_put_the_column_first():

@@ -1,0 +1,175 @@
+"""Compares the core with numbers that the authors' JAX code computed: python tests/golden_check.py FILE...
+
+Each file holds a training step and two samplings of a tiny network: parameters, draws, outputs and gradients. Prints
+the largest relative error of each quantity, by norm; where the reference's norm is below 1e-6, the absolute error
+against 1e-6. Exits 0 where all are at most 1e-4.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from meanflow_core.config import GuidanceConfig, LossConfig, NetworkConfig, TimeSamplingConfig
+from meanflow_core.interop import from_official_imf, from_official_meanflow
+from meanflow_core.loss import LossOutput, StepRecord, meanflow_loss
+from meanflow_core.networks import AnyNetwork, build_network
+from meanflow_core.transformer import Conditioning
+
+GOLDEN_FOLDER = Path(__file__).parent / "data" / "golden"
+BOUND = 1e-4
+FLOOR = 1e-6
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """A file's arrays."""
+    with np.load(path, allow_pickle=False) as golden:
+        return {key: golden[key] for key in golden.files}
+
+
+def difference(ours: torch.Tensor, theirs: np.ndarray | torch.Tensor) -> float:
+    """Relative error by norm; absolute, in units of FLOOR, where the reference is smaller than that."""
+    ours, theirs = ours.detach().double(), torch.as_tensor(theirs).double()
+    if ours.shape != theirs.shape:
+        raise ValueError(f"wanted shape {tuple(theirs.shape)}, but got {tuple(ours.shape)}")
+    error, norm = float((ours - theirs).norm()), float(theirs.norm())
+    return error / norm if norm >= FLOOR else error / FLOOR * BOUND
+
+
+def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict, LossConfig]:
+    """The network, its shape arguments, and the objective, from a file's `config` in the authors' names."""
+    settings = json.loads(str(golden["config"]))
+    is_improved = "net" in settings
+    network, method = settings["net" if is_improved else "dit"], settings["method"]
+    config = NetworkConfig(
+        architecture="imf_dit" if is_improved else "dit",
+        patch_size=network["patch_size"],
+        hidden_size=network["hidden_size"],
+        depth=network["depth"],
+        num_heads=network["num_heads"],
+        mlp_ratio=network.get("mlp_ratio", 8 / 3 if is_improved else 4.0),
+        aux_head_depth=network.get("aux_head_depth", 8 if is_improved else 0),
+    )
+    shape = {
+        "sample_size": network["input_size"],
+        "in_channels": network["in_channels"],
+        "num_classes": network["num_classes"],
+    }
+    guidance = GuidanceConfig()
+    if not is_improved and method.get("guidance_eq", "cfg") != "none":
+        guidance = GuidanceConfig(
+            omega=method["omega"],
+            kappa=method["kappa"],
+            t_start=method.get("t_start", 0.0),
+            t_end=method.get("t_end", 1.0),
+        )
+    loss = LossConfig(
+        objective="improved_meanflow" if is_improved else "meanflow",
+        guidance=guidance,
+        times=TimeSamplingConfig(fraction_r_below_t=1.0 - method.get("data_proportion", 0.75)),
+        norm_p=method["norm_p"],
+        norm_eps=method["norm_eps"],
+    )
+    return config, shape, loss
+
+
+def parameters(golden: Mapping[str, np.ndarray], prefix: str, is_improved: bool) -> dict[str, torch.Tensor]:
+    """The values under `prefix`, by our parameters' names."""
+    convert = from_official_imf if is_improved else from_official_meanflow
+    return convert({key[len(prefix) :]: golden[key] for key in golden if key.startswith(prefix)})
+
+
+def sample(
+    network: AnyNetwork, noise: torch.Tensor, labels: torch.Tensor, num_steps: int, guidance: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """z_r = z_t - (t - r) u over equal steps, written out here so that it checks the network alone."""
+    z = noise
+    times = torch.linspace(1.0, 0.0, num_steps + 1)
+    with torch.no_grad():
+        for t, r in itertools.pairwise(times):
+            conditioning = Conditioning(t=t.expand(len(z)), r=r.expand(len(z)), labels=labels, **guidance)
+            z = z - (t - r) * network(z, conditioning).u
+    return z
+
+
+def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False) -> dict[str, float]:
+    """{quantity: relative error}, of every value, gradient and sampling in a file."""
+    network_config, shape, loss_config = read_settings(golden)
+    is_improved = loss_config.objective == "improved_meanflow"
+    network = build_network(network_config, **shape)
+    network.load_state_dict(parameters(golden, "param:", is_improved))
+
+    draws = {
+        key: torch.from_numpy(np.asarray(golden[key]))
+        for key in ("t", "r", "noise", "label_dropped", "omega", "t_min", "t_max")
+        if key in golden
+    }
+    latents, labels = torch.from_numpy(golden["latents"]), torch.from_numpy(golden["labels"]).long()
+    record = StepRecord.from_draws(**draws, config=loss_config)
+    null_label = shape["num_classes"]
+    output: LossOutput = meanflow_loss(
+        network, network, latents, labels, record, loss_config,
+        null_label=null_label, global_num_rows=len(labels), separate_derivative=separate_derivative,
+    )  # fmt: skip
+    output.loss.backward()
+
+    # du/dt over the whole batch, along the tangent that the authors' code used.
+    column = draws["t"].view(-1, 1, 1, 1)
+    z = (1.0 - column) * latents + column * draws["noise"]
+    guidance = {key: draws[key] for key in ("omega", "t_min", "t_max") if key in draws}
+    conditioning = Conditioning(
+        t=draws["t"], r=draws["r"], labels=torch.where(draws["label_dropped"], null_label, labels), **guidance
+    )
+    tangent = torch.from_numpy(golden["jvp_tangent" if "jvp_tangent" in golden else "v_guided"])
+    dudt = network(z, conditioning, tangent).dudt
+
+    errors = {
+        "u": difference(output.u, golden["u"]),
+        "du/dt": difference(dudt, golden["dudt"]),
+        "du/dt in the loss": difference(output.dudt[record.rows_below], golden["dudt"][record.rows_below]),
+        "v_guided": difference(output.v_guided, golden["v_guided"]),
+        "loss": difference(output.loss, golden["loss"]),
+    }
+    if "v" in golden:
+        errors["v"] = difference(output.v, golden["v"])
+    if "jvp_tangent" in golden:
+        errors["tangent"] = difference(output.tangent, golden["jvp_tangent"][record.rows_below])
+    for name, theirs in parameters(golden, "grad:", is_improved).items():
+        ours = dict(network.named_parameters())[name].grad
+        errors[f"gradient of {name}"] = difference(torch.zeros_like(theirs) if ours is None else ours, theirs)
+    if "sample_guidance" in golden:
+        values = torch.from_numpy(np.asarray(golden["sample_guidance"], dtype=np.float32))
+        names = ("omega", "t_min", "t_max")
+        guidance = {name: value.expand(len(labels)) for name, value in zip(names, values, strict=True)}
+    for num_steps, key in ((1, "sample_1_step"), (2, "sample_2_steps")):
+        errors[key] = difference(sample(network, draws["noise"], labels, num_steps, guidance), golden[key])
+    return errors
+
+
+def main() -> int:
+    """Checks each file and prints its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    holds = True
+    for path in parser.parse_args().files:
+        errors = check(load(path))
+        gradients = {name: error for name, error in errors.items() if name.startswith("gradient of ")}
+        worst = max(gradients, key=lambda name: gradients[name])
+        print(f"{path.name}")
+        for name, error in errors.items():
+            if name not in gradients:
+                print(f"  {name:24s} {error:.1e}")
+        print(f"  {'gradients':24s} {gradients[worst]:.1e}  (the largest of {len(gradients)}: {worst[12:]})")
+        missed = [name for name, error in errors.items() if not error <= BOUND]
+        print(f"  largest {max(errors.values()):.1e}, wanted at most {BOUND:g}: {'MISSED' if missed else 'holds'}")
+        holds &= not missed
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

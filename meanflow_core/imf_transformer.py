@@ -203,6 +203,7 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
             if isinstance(module, LinearHead):
                 nn.init.zeros_(module.linear.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))

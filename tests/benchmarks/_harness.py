@@ -12,13 +12,21 @@ from pathlib import Path
 import torch
 
 
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
     """Median seconds of each function, called in turn A B A B, so that a drifting machine drifts for all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_index in range(warmup + rounds):
         for name, function in functions.items():
+            synchronize()
             began = time.perf_counter()
             function()
+            synchronize()
             if round_index >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -36,12 +44,16 @@ def machine() -> dict[str, object]:
     }
 
 
-def main(measure: Callable[[], dict[str, float]], wanted: dict[str, tuple[str, float]]) -> None:
+def main(
+    measure: Callable[[argparse.Namespace], dict[str, float]],
+    wanted: dict[str, tuple[str, float]],
+    parser: argparse.ArgumentParser | None = None,
+) -> None:
     """Measures, prints figure beside wanted, writes the JSON, and exits 1 where a wanted bound is missed."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path, required=True)
+    parser = parser or argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     arguments = parser.parse_args()
-    figures = measure()
+    figures = measure(arguments)
     missed = False
     for name, value in figures.items():
         verdict = ""
@@ -50,10 +62,11 @@ def main(measure: Callable[[], dict[str, float]], wanted: dict[str, tuple[str, f
             holds = value <= bound if relation == "<=" else value >= bound
             missed |= not holds
             verdict = f"   wanted {relation} {bound:g}: {'holds' if holds else 'MISSED'}"
-        print(f"{name:44s} {value:10.4g}{verdict}")
+        print(f"{name:48s} {value:10.4g}{verdict}")
     content = {
         "figures": figures,
         "wanted": {name: list(bound) for name, bound in wanted.items()},
+        "arguments": {name: str(value) for name, value in vars(arguments).items()},
         "machine": machine(),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,16 @@ import dataclasses
 
 import pytest
 
-from meanflow_core.config import GuidanceConfig, LossConfig, NetworkConfig, TimeSamplingConfig, TrainingConfig
-from meanflow_core.presets import PRESETS
+from meanflow_core.config import (
+    GuidanceConfig,
+    GuidanceSamplingConfig,
+    LossConfig,
+    NetworkConfig,
+    SamplingConfig,
+    TimeSamplingConfig,
+    TrainingConfig,
+)
+from meanflow_core.presets import PRESETS, imf_network
 
 
 @pytest.mark.parametrize(
@@ -15,6 +23,23 @@ from meanflow_core.presets import PRESETS
         (lambda: GuidanceConfig(t_start=0.8, t_end=0.2), "t_start <= t_end"),
         (lambda: LossConfig(norm_eps=0.0), "norm_eps must be above 0"),
         (lambda: TrainingConfig(num_steps=0), "num_steps must be at least 1"),
+        (lambda: TrainingConfig(ema_decays=()), "one or more numbers"),
+        (lambda: TrainingConfig(ema_decays=(0.9, 1.0)), r"in \[0, 1\), but got \(0.9, 1.0\)"),
+        (lambda: TrainingConfig(ema_decays=(0.9, 0.9)), "must differ"),
+        (lambda: TrainingConfig(precision="float16"), "float32 or bfloat16, but got 'float16'"),
+        (lambda: TrainingConfig(network=imf_network("B")), "go together"),
+        (lambda: NetworkConfig(architecture="unet"), "dit or imf_dit, but got 'unet'"),
+        (lambda: NetworkConfig(architecture="imf_dit", depth=4), r"\[0, depth = 4\], but got 8"),
+        (lambda: LossConfig(objective="edm"), "meanflow or improved_meanflow, but got 'edm'"),
+        (lambda: LossConfig(tangent="ema"), "guided_velocity or own_velocity, but got 'ema'"),
+        (
+            lambda: LossConfig(objective="improved_meanflow", guidance=GuidanceConfig(omega=2.0)),
+            "improved_meanflow draws its own",
+        ),
+        (lambda: GuidanceSamplingConfig(omega_max=1.0), "omega_max must be above 1"),
+        (lambda: GuidanceSamplingConfig(interval_split=1.5), "interval_split must lie in"),
+        (lambda: SamplingConfig(guidance_scale=0.5), "guidance_scale must be at least 1"),
+        (lambda: SamplingConfig(guidance_start=0.7, guidance_end=0.5), "guidance_start <= guidance_end"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_value(build, words):

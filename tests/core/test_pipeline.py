@@ -1,12 +1,31 @@
+import itertools
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from scipy.integrate import solve_ivp
 
-from meanflow_core.generator import find_generator, load_pipeline
-from meanflow_core.pipeline import noise_from_seeds
+from meanflow_core.config import SamplingConfig
+from meanflow_core.generator import build_pipeline, find_generator, for_sampling, load_pipeline, save_generator
+from meanflow_core.pipeline import MeanFlowPipeline, noise_from_seeds, time_grid
 from meanflow_core.transformer import Conditioning
+from pipelines.demo import images
+
+
+@pytest.fixture
+def imf_pipeline(imf_network, vae):
+    """A pipeline of improved MeanFlow: guidance is asked for."""
+    sampling = SamplingConfig(guidance_scale=4.0, guidance_start=0.2, guidance_end=0.7)
+    return build_pipeline(for_sampling(imf_network.eval()), vae, images.CLASS_NAMES, sampling=sampling)
+
+
+@pytest.fixture
+def flow_pipeline(network, vae):
+    """A pipeline of flow matching: a velocity is integrated."""
+    return build_pipeline(network.eval(), vae, images.CLASS_NAMES, is_flow_matching=True)
 
 
 def test_one_step_is_noise_minus_average_velocity(pipeline):
@@ -29,11 +48,94 @@ def test_several_steps_follow_the_flow_map(pipeline):
     torch.testing.assert_close(latents, z, atol=1e-5, rtol=1e-5)
 
 
-def test_image_depends_on_class_and_seed_and_not_on_its_batch(pipeline):
-    alone = pipeline.images_from_seeds([3], [7], 1)[0]
-    batch = pipeline.images_from_seeds([1, 3, 3, 9], [7, 8, 7, 0], 1)
+def test_steps_may_lie_on_any_grid(pipeline):
+    z = noise = noise_from_seeds([5], (4, 8, 8))
+    grid = (1.0, 0.9, 0.15, 0.0)
+    with torch.no_grad():
+        for t, r in itertools.pairwise(grid):
+            conditioning = Conditioning(t=torch.tensor([t]), r=torch.tensor([r]), labels=torch.tensor([2]))
+            z = z - (t - r) * pipeline.transformer(z, conditioning).u
+    latents = pipeline([2], latents=noise, timesteps=grid, output_type="latent").images
+    torch.testing.assert_close(latents, z, atol=1e-5, rtol=1e-5)
+    equal = pipeline([2], latents=noise, timesteps=time_grid(4), output_type="latent").images
+    assert torch.equal(equal, pipeline([2], num_inference_steps=4, latents=noise, output_type="latent").images)
+
+
+def test_flow_matching_converges_to_the_solution_of_its_equation_heun_at_second_order(flow_pipeline):
+    flow_pipeline.to(torch.float64)
+    noise = noise_from_seeds([5], (4, 8, 8))
+
+    def velocity(t, z):
+        with torch.no_grad():
+            time = torch.tensor([t], dtype=torch.float64)
+            conditioning = Conditioning(t=time, r=time, labels=torch.tensor([2]))
+            return flow_pipeline.transformer(torch.from_numpy(z).view(1, 4, 8, 8), conditioning).u.flatten().numpy()
+
+    exact = solve_ivp(velocity, (1.0, 0.0), noise.double().flatten().numpy(), rtol=1e-9, atol=1e-9).y[:, -1]
+
+    def error(steps, solver):
+        z = flow_pipeline([2], steps, latents=noise, solver=solver, output_type="latent").images
+        return float((z.flatten().double() - torch.from_numpy(exact)).norm())
+
+    assert error(40, "euler") < 0.6 * error(20, "euler")
+    assert error(40, "heun") < 0.3 * error(20, "heun")
+    assert error(40, "heun") < 0.1 * error(40, "euler")
+
+
+def test_flow_matching_is_guided_inside_the_interval_alone(flow_pipeline):
+    noise = noise_from_seeds([5, 6], (4, 8, 8))
+    labels = torch.tensor([2, 3])
+    z = noise
+    with torch.no_grad():
+        for t, r in ((1.0, 0.5), (0.5, 0.0)):
+            time = torch.full((2,), t)
+            conditional = flow_pipeline.transformer(z, Conditioning(t=time, r=time, labels=labels)).u
+            null = flow_pipeline.transformer(z, Conditioning(t=time, r=time, labels=torch.full((2,), 10))).u
+            z = z - (t - r) * (conditional if t == 1.0 else null + 3.0 * (conditional - null))
+    sampled = flow_pipeline(
+        [2, 3], 2, latents=noise, guidance_scale=3.0, guidance_interval=(0.1, 0.9), output_type="latent"
+    ).images
+    torch.testing.assert_close(sampled, z, atol=1e-5, rtol=1e-5)
+
+
+def test_improved_meanflow_is_told_its_guidance(imf_pipeline):
+    noise = noise_from_seeds([5, 6], (4, 8, 8))
+
+    def sample(**options):
+        return imf_pipeline([2, 3], latents=noise, output_type="latent", **options).images
+
+    conditioning = Conditioning(
+        t=torch.ones(2),
+        r=torch.zeros(2),
+        labels=torch.tensor([2, 3]),
+        omega=torch.tensor([2.0, 6.0]),
+        t_min=torch.full((2,), 0.3),
+        t_max=torch.full((2,), 0.6),
+    )
+    with torch.no_grad():
+        expected = noise - imf_pipeline.transformer(noise, conditioning).u
+    told = sample(guidance_scale=[2.0, 6.0], guidance_interval=(0.3, 0.6))
+    torch.testing.assert_close(told, expected, atol=1e-6, rtol=1e-6)
+    # Unless told, the generator's own.
+    assert torch.equal(sample(), sample(guidance_scale=4.0, guidance_interval=(0.2, 0.7)))
+    assert not torch.allclose(sample(), sample(guidance_scale=1.0), atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "imf_pipeline", "flow_pipeline"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_image_depends_on_class_seed_and_steps_and_not_on_its_batch(request, kind, steps):
+    pipeline = request.getfixturevalue(kind)
+    alone = pipeline.images_from_seeds([3], [7], steps)[0]
+    batch = pipeline.images_from_seeds([1, 3, 3, 9, 2, 5, 8], [7, 8, 7, 0, 4, 7, 1], steps)
     assert (alone.int() - batch[2].int()).abs().max() <= 1
     assert not torch.equal(batch[1], batch[2])
+
+
+def test_bfloat16_network_makes_the_same_image_but_for_rounding(pipeline):
+    exact = pipeline.images_from_seeds([3, 4], [7, 8], 2).int()
+    pipeline.transformer.to(torch.bfloat16)
+    rounded = pipeline.images_from_seeds([3, 4], [7, 8], 2).int()
+    assert 0 < (rounded - exact).abs().float().mean() < 2.0
 
 
 def test_outputs_have_the_forms_of_diffusers(pipeline):
@@ -61,6 +163,49 @@ def test_saved_generator_opens_in_a_fresh_interpreter_and_makes_the_same_image(p
     assert int(result.stdout.splitlines()[-1]) == int(expected.sum())
 
 
+@pytest.mark.parametrize("kind", ["pipeline", "imf_pipeline"])
+def test_portable_generator_opens_without_this_package(request, kind, tmp_path):
+    pipeline = request.getfixturevalue(kind)
+    folder = tmp_path / "generator"
+    save_generator(pipeline, folder, portable=True)
+    expected = pipeline.images_from_seeds([3], [7], 2)
+    assert torch.equal(load_pipeline(folder).images_from_seeds([3], [7], 2), expected)  # by our own list of networks
+    script = (
+        "import sys\n"
+        "sys.modules.update(meanflow_core=None)\n"  # as if it were not installed
+        "from diffusers import DiffusionPipeline\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        "print(pipeline.images_from_seeds([3], [7], 2).sum().item())"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.splitlines()[-1]) == int(expected.sum())
+
+
+def test_saved_improved_generator_opens_in_a_fresh_interpreter_by_diffusers_own_way(imf_pipeline, tmp_path):
+    save_generator(imf_pipeline, tmp_path)
+    script = (
+        "from meanflow_core.pipeline import MeanFlowPipeline\n"
+        f"pipeline = MeanFlowPipeline.from_pretrained({str(tmp_path)!r})\n"
+        "print(pipeline.config.guidance_scale, pipeline.images_from_seeds([3], [7]).sum().item())"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    scale, total = result.stdout.splitlines()[-1].split()
+    assert (float(scale), int(total)) == (4.0, int(imf_pipeline.images_from_seeds([3], [7]).sum()))
+
+
+def test_code_in_a_folder_is_never_run_by_our_own_stages(pipeline, tmp_path):
+    save_generator(pipeline, tmp_path, portable=True)
+    for file in ("pipeline.py", "transformer/meanflow_network.py"):
+        (tmp_path / file).write_text("raise SystemExit('ran')")
+    assert load_pipeline(tmp_path).class_names == pipeline.class_names
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match="is a 'UNet2DModel', but known are MeanFlowDiT, ImprovedMeanFlowDiT"):
+        load_pipeline(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -72,12 +217,38 @@ def test_saved_generator_opens_in_a_fresh_interpreter_and_makes_the_same_image(p
         ({"class_labels": [0], "seeds": [-1]}, "seeds must lie in"),
         ({"class_labels": [0], "latents": torch.zeros(1, 4, 4, 4)}, r"noise must have shape \(1, 4, 8, 8\)"),
         ({"class_labels": [0], "seeds": [1], "latents": torch.zeros(1, 4, 8, 8)}, "at most one of"),
+        ({"class_labels": [0], "latents": torch.full((1, 4, 8, 8), torch.nan)}, "noise must be finite"),
         ({"class_labels": [0], "output_type": "jpeg"}, "output_type must be one of"),
+        ({"class_labels": [0], "timesteps": (1.0, 0.5)}, "must fall from 1.0 to 0.0"),
+        ({"class_labels": [0], "timesteps": (1.0, 0.5, 0.6, 0.0)}, "must fall from 1.0 to 0.0"),
+        ({"class_labels": [0], "solver": "heun"}, "integrates a velocity"),
+        ({"class_labels": [0], "solver": "rk4"}, "solver must be one of euler, heun"),
+        ({"class_labels": [0], "guidance_scale": 2.0}, "built into its weights"),
+        ({"class_labels": [0], "guidance_interval": (0.1, 0.5)}, "built into its weights"),
     ],
 )
 def test_wrong_calls_are_refused_with_the_reason(pipeline, arguments, words):
     with pytest.raises(ValueError, match=words):
         pipeline(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"guidance_scale": 0.5}, "at least 1"),
+        ({"guidance_scale": float("nan")}, "at least 1"),
+        ({"guidance_scale": [1.0, 2.0, 3.0]}, "one per image, 2"),
+        ({"guidance_interval": (0.8, 0.2)}, "0 <= start <= end <= 1"),
+    ],
+)
+def test_wrong_guidance_is_refused_with_the_reason(imf_pipeline, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        imf_pipeline([0, 1], **arguments)
+
+
+def test_unknown_prediction_is_refused(network, vae, pipeline):
+    with pytest.raises(ValueError, match="average_velocity, velocity, but got 'epsilon'"):
+        MeanFlowPipeline(network, vae, pipeline.scheduler, prediction="epsilon")
 
 
 def test_class_names_find_their_ids(pipeline):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from meanflow_core.config import TimeSamplingConfig
-from meanflow_core.time_sampling import draw_times, rows_below
+from meanflow_core.config import GuidanceSamplingConfig, TimeSamplingConfig
+from meanflow_core.time_sampling import draw_guidance_interval, draw_omega, draw_times, rows_below
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
@@ -28,3 +28,27 @@ def test_times_follow_the_logit_normal_law():
     logits = torch.logit(t)
     assert float(logits.mean()) == pytest.approx(-0.4 + 1 / torch.pi**0.5, abs=0.02)
     assert float(logits.var()) == pytest.approx(1 - 1 / torch.pi, abs=0.02)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_guidance_scales_have_the_density_omega_to_the_minus_beta(power):
+    config = GuidanceSamplingConfig(omega_max=8.0, omega_power=power)
+    omega = draw_omega(100_000, config, torch.Generator().manual_seed(0)).double()
+    assert 1.0 <= float(omega.min()) <= 1.01
+    assert 7.5 <= float(omega.max()) <= 8.0
+    grid = torch.linspace(1.0, 8.0, 20_001, dtype=torch.float64)
+    density = grid**-power
+    share = torch.cumulative_trapezoid(density, grid)
+    for bound in (1.5, 3.0, 6.0):
+        expected = float(share[(grid[1:] <= bound)][-1] / share[-1])
+        assert float((omega <= bound).double().mean()) == pytest.approx(expected, abs=0.006)
+
+
+def test_guidance_interval_is_everything_where_r_equals_t():
+    below = torch.arange(10_000) % 2 == 0
+    t_min, t_max = draw_guidance_interval(below, GuidanceSamplingConfig(), torch.Generator().manual_seed(0))
+    assert torch.equal(t_min[~below], torch.zeros(5_000))
+    assert torch.equal(t_max[~below], torch.ones(5_000))
+    assert float(t_min[below].mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(t_max[below].mean()) == pytest.approx(0.75, abs=0.01)
+    assert float(t_min.max()) <= 0.5 <= float(t_max.min())

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from meanflow_core.dual import Dual
-from meanflow_core.presets import b2, b4, l2, m2, xl2
 from meanflow_core.transformer import Conditioning, MeanFlowDiT, sine_cosine_positions, unpatchify
 
 
@@ -42,23 +41,6 @@ def test_positions_are_distinct_and_put_the_column_first():
     assert torch.equal(positions[0, 8:], positions[1, 8:])  # same row
 
 
-@pytest.mark.parametrize(
-    ("preset", "millions"), [(b4, 131), (b2, 131), (m2, 308), (l2, 459), (xl2, 676)], ids=lambda value: str(value)
-)
-def test_parameter_counts_are_the_published_ones(preset, millions):
-    network = preset().network
-    with torch.device("meta"):
-        model = MeanFlowDiT(
-            patch_size=network.patch_size,
-            hidden_size=network.hidden_size,
-            depth=network.depth,
-            num_heads=network.num_heads,
-        )
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
-
-
-def test_latent_of_another_shape_is_refused(network):
-    with pytest.raises(ValueError, match=r"\(B, 4, 8, 8\), but got \(1, 4, 16, 16\)"):
-        network(torch.randn(1, 4, 16, 16), conditioning(1))
+def test_latent_that_patches_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="multiple of the patch size"):
         MeanFlowDiT(sample_size=9, patch_size=2)

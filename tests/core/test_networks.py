@@ -1,0 +1,221 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from meanflow_core.imf_transformer import rotary_angles, rotate
+from meanflow_core.networks import build_network, without_velocity_head
+from meanflow_core.presets import PRESETS, b2, dit_network, imf_b2, imf_network, l2, m2, xl2
+from meanflow_core.transformer import Conditioning
+from tests.conftest import perturbed
+
+
+def on_meta(config, **shape):
+    with torch.device("meta"):
+        return build_network(config, **{"sample_size": 32, "in_channels": 4, "num_classes": 1000, **shape})
+
+
+def num_parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def conditioning(batch, t=0.8, r=0.3, label=1, omega=3.0, t_min=0.2, t_max=0.7, device="cpu"):
+    values = {"t": t, "r": r, "omega": omega, "t_min": t_min, "t_max": t_max}
+    vectors = {name: torch.full((batch,), value, device=device) for name, value in values.items()}
+    return Conditioning(**vectors, labels=torch.full((batch,), label, device=device))
+
+
+def giga_macs(network):
+    z = torch.empty(1, 4, 32, 32, device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        network(z, conditioning(1, device="meta"))
+    return counter.get_total_flops() / 2e9
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions", "published_giga_macs"),
+    [(b2, 131, 23.1), (m2, 308, 54.0), (l2, 459, 80.9), (xl2, 676, 119.0)],
+    ids=["b2", "m2", "l2", "xl2"],
+)
+def test_meanflow_networks_have_the_published_size_and_cost(preset, millions, published_giga_macs):
+    network = on_meta(preset().network)
+    assert num_parameters(network) == pytest.approx(millions * 1e6, rel=0.01)
+    assert giga_macs(network) == pytest.approx(published_giga_macs, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions", "trained_millions", "published_giga_macs"),
+    [("B", 89, 146, 24.9), ("M", 174, 231, None), ("L", 409, 510, 116.4), ("XL", 610, 711, 174.6)],
+)
+def test_improved_meanflow_networks_have_the_published_size_and_cost(
+    size, millions, trained_millions, published_giga_macs
+):
+    network = on_meta(imf_network(size))
+    assert num_parameters(network) == pytest.approx(trained_millions * 1e6, rel=0.01)
+    sampling = without_velocity_head(network)
+    assert num_parameters(sampling) == pytest.approx(millions * 1e6, rel=0.01)
+    if published_giga_macs is not None:
+        assert giga_macs(sampling) == pytest.approx(published_giga_macs, rel=0.03)
+
+
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+@pytest.mark.parametrize("size", ["S", "B", "M", "L", "XL"])
+def test_every_size_comes_with_every_patch(size, patch_size):
+    network = on_meta(dit_network(size, patch_size))
+    assert network.pos_embed.shape[1] == (32 // patch_size) ** 2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_for_images_of_512_and_vaes_of_16_channels(name):
+    config = PRESETS[name]().network
+    network = on_meta(config, sample_size=64, in_channels=16)
+    output = network(torch.empty(1, 16, 64, 64, device="meta"), conditioning(1, device="meta"))
+    assert output.u.shape == (1, 16, 64, 64)
+
+
+def test_unknown_sizes_are_refused_with_the_known():
+    with pytest.raises(ValueError, match="S, B, M, L, XL, but got 'H'"):
+        dit_network("H", 2)
+    with pytest.raises(ValueError, match="B, M, L, XL, but got 'S'"):
+        imf_network("S")
+
+
+def test_fresh_improved_network_says_zero():
+    config = imf_network("B")
+    network = build_network(config, sample_size=4, in_channels=4, num_classes=3)
+    output = network(torch.randn(1, 4, 4, 4), conditioning(1))
+    assert torch.equal(output.u, torch.zeros(1, 4, 4, 4))
+    assert torch.equal(output.v, torch.zeros(1, 4, 4, 4))
+
+
+def test_fresh_improved_network_has_the_papers_variances():
+    torch.manual_seed(0)
+    network = build_network(imf_network("B"), sample_size=8, in_channels=4, num_classes=1000)
+    width = 768
+    for parameter, deviation in (
+        (network.u_heads[0].attn.q_proj.weight, 0.32 / width**0.5),
+        (network.shared_blocks[0].mlp.w2.weight, 0.32 / 2048**0.5),
+        (network.h_embedder.mlp[0].weight, 1.0 / 256**0.5),
+        (network.omega_embedder.mlp[2].weight, 1.0 / width**0.5),
+        (network.y_embedder.embedding_table.weight, 1.0 / width**0.5),
+        (network.class_tokens, 1.0 / width**0.5),
+    ):
+        assert float(parameter.detach().std()) == pytest.approx(deviation, rel=0.05)
+
+
+def test_improved_network_depends_on_every_input_but_on_t_only_through_h(imf_network):
+    z = torch.randn(1, 4, 8, 8)
+    base = imf_network(z, conditioning(1))
+    for other in (
+        conditioning(1, r=0.2),
+        conditioning(1, label=10),
+        conditioning(1, omega=5.0),
+        conditioning(1, t_min=0.4),
+        conditioning(1, t_max=0.9),
+    ):
+        changed = imf_network(z, other)
+        assert not torch.allclose(changed.u, base.u, atol=1e-4)
+        assert not torch.allclose(changed.v, base.v, atol=1e-4)
+    same_h = imf_network(z, conditioning(1, t=0.9, r=0.4))
+    torch.testing.assert_close(same_h.u, base.u, atol=1e-5, rtol=1e-5)
+
+
+def test_velocity_alone_is_the_velocity_of_the_whole_call_at_less_cost(imf_network):
+    z = torch.randn(2, 4, 8, 8)
+    whole, alone = imf_network(z, conditioning(2)), imf_network(z, conditioning(2), velocity_only=True)
+    assert torch.equal(alone.velocity, whole.v)
+    assert alone.u is None
+    ran = []
+    for block in [*imf_network.u_heads, imf_network.u_final_layer]:
+        block.register_forward_hook(lambda *_: ran.append(1))
+    imf_network(z, conditioning(2), velocity_only=True)
+    assert ran == []
+
+
+def test_network_for_sampling_says_the_same_u_and_no_v(imf_network):
+    sampling = without_velocity_head(imf_network)
+    z = torch.randn(2, 4, 8, 8)
+    assert torch.equal(sampling(z, conditioning(2)).u, imf_network(z, conditioning(2)).u)
+    assert sampling(z, conditioning(2)).v is None
+    assert not any(name.startswith("v_") for name in sampling.state_dict())
+    with pytest.raises(ValueError, match="made without a v head"):
+        sampling(z, conditioning(2), velocity_only=True)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+    angles = rotary_angles(8, 12)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 12, 1, 8)  # the same vector at every position
+    turned_q, turned_k = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))
+    products = turned_q[0, :, 0] @ turned_k[0, :, 0].T  # (N, N)
+    torch.testing.assert_close(products[2, 5], products[6, 9], atol=1e-5, rtol=1e-5)
+    assert not torch.isclose(products[2, 5], products[2, 6], atol=1e-3)
+
+
+def test_rotation_passes_gradients():
+    angles = rotary_angles(4, 3).double()
+    x = torch.randn(1, 3, 1, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), (x,))
+
+
+@pytest.mark.parametrize("kind", ["dit", "imf_dit"])
+def test_tangent_of_the_first_rows_is_that_of_stock_forward_mode(network, imf_network, kind):
+    network = (network if kind == "dit" else imf_network).double()
+    z, tangent = torch.randn(5, 4, 8, 8).double(), torch.randn(3, 4, 8, 8).double()
+    told = conditioning(5, label=2)
+    t = torch.rand(5).double()
+    told = Conditioning(
+        t=t, r=t * 0.4, labels=told.labels, omega=told.omega.double(), t_min=told.t_min, t_max=told.t_max
+    )
+    output = network(z, told, tangent)
+
+    first = told.rows(torch.arange(3))
+
+    def u(z, t):
+        return network(z, Conditioning(**{**vars(first), "t": t})).u
+
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        expected_u, expected = torch.func.jvp(u, (z[:3], first.t), (tangent, torch.ones_like(first.t)))
+    torch.testing.assert_close(output.u[:3], expected_u, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output.dudt, expected, rtol=1e-10, atol=1e-10)
+    assert not output.dudt.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["dit", "imf_dit"])
+def test_wrong_inputs_are_refused(network, imf_network, kind):
+    network = network if kind == "dit" else imf_network
+    z = torch.randn(2, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"\(B, 4, 8, 8\), but got \(1, 4, 16, 16\)"):
+        network(torch.randn(1, 4, 16, 16), conditioning(1))
+    for shape in ((3, 4, 8, 8), (2, 4, 4, 4)):
+        with pytest.raises(ValueError, match="the tangent must be of the first rows"):
+            network(z, conditioning(2), torch.randn(shape))
+
+
+def test_improved_network_wants_its_guidance(imf_network):
+    told = conditioning(1)
+    with pytest.raises(ValueError, match="needs omega, t_min and t_max"):
+        imf_network(torch.randn(1, 4, 8, 8), Conditioning(t=told.t, r=told.r, labels=told.labels))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sample_size": 9}, "multiple of the patch size"),
+        ({"aux_head_depth": 5}, r"aux_head_depth must lie in \[0, depth = 3\]"),
+        ({"num_heads": 16}, "must be even"),
+    ],
+)
+def test_impossible_improved_networks_are_refused(imf_network, changes, words):
+    arguments = {name: value for name, value in imf_network.config.items() if not name.startswith("_")}
+    with pytest.raises(ValueError, match=words):
+        type(imf_network)(**{**arguments, **changes})
+
+
+def test_trained_improved_preset_round_trips_through_a_folder(tmp_path):
+    network = perturbed(build_network(PRESETS["debug_imf"]().network, sample_size=8, in_channels=4, num_classes=10))
+    network.save_pretrained(tmp_path)
+    again = type(network).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    z = torch.randn(1, 4, 8, 8)
+    assert torch.equal(again(z, conditioning(1)).u, network(z, conditioning(1)).u)
+    assert imf_b2().network.architecture == "imf_dit"

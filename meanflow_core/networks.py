@@ -34,6 +34,20 @@ def build_network(config: NetworkConfig, *, sample_size: int, in_channels: int, 
     return MeanFlowDiT(**arguments)
 
 
+def require_same_kind(network: AnyNetwork, wanted: AnyNetwork) -> None:
+    """Raises ValueError, naming every difference, where a network's kind or size is not the wanted one's."""
+    theirs, ours = dict(network.config), dict(wanted.config)
+    different = [
+        f"{name} is {theirs.get(name)}, wanted {ours.get(name)}"
+        for name in sorted({*theirs, *ours})
+        if not name.startswith("_") and theirs.get(name) != ours.get(name)
+    ]
+    if type(network) is not type(wanted):
+        different.insert(0, f"it is a {type(network).__name__}, wanted {type(wanted).__name__}")
+    if different:
+        raise ValueError(f"the network is another: {'; '.join(different)}")
+
+
 def without_velocity_head(network: ImprovedMeanFlowDiT) -> ImprovedMeanFlowDiT:
     """A copy of an improved MeanFlow network without what only training needs, in the same dtype, on the same device."""
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from meanflow_core.config import LossConfig, OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.loss import Network, StepRecord, meanflow_loss
-from meanflow_core.networks import AnyNetwork, build_network
+from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
 
 
 @dataclass
@@ -66,6 +66,16 @@ def build_train_state(
         # Block by block: every block is compiled once for all of its kind, and hooks between them still run.
         network.compile_repeated_blocks(dynamic=False)
     return TrainState(network=network, ema_networks=ema_networks, optimizer=optimizer, step=0)
+
+
+def begin_from(state: TrainState, network: AnyNetwork) -> None:
+    """Gives a fresh state, and its averages, the parameters of a trained network of the same kind and size.
+
+    For warm starts, of MeanFlow from flow matching for one. Raises ValueError where the networks differ, naming how.
+    """
+    require_same_kind(network, state.network)
+    for target in (state.network, *state.ema_networks.values()):
+        target.load_state_dict(network.state_dict())
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -282,14 +282,37 @@ def _copy_shards(location: str, manifest: Manifest, folder: Path) -> None:
             )
         if num_rows == 0:  # nothing in it could be read
             continue
-        for name in ("moments", "moments_mirrored"):
-            files[name][start : start + num_rows] = table[name].combine_chunks().to_numpy_ndarray()
-        files["label"][start : start + num_rows] = table["label"].to_numpy()
+        arrays = {
+            "moments": table["moments"].combine_chunks().to_numpy_ndarray(),
+            "moments_mirrored": table["moments_mirrored"].combine_chunks().to_numpy_ndarray(),
+            "label": table["label"].to_numpy(),
+        }
+        _check_values(arrays, table["sample_id"], len(manifest.class_names), f"{location}/{shard_name(index)}")
+        for name, array in arrays.items():
+            files[name][start : start + num_rows] = array
         start += num_rows
         progress.update(start)
-    for array in files.values():
-        array.flush()
+    for file in files.values():
+        file.flush()
     os.replace(partial, folder)
+
+
+def _check_values(arrays: dict[str, np.ndarray], sample_ids: pa.ChunkedArray, num_classes: int, where: str) -> None:
+    """Raises InputError for moments that are not finite, or labels that are no class: here, where all of them pass."""
+    bad = (arrays["label"] < 0) | (arrays["label"] >= num_classes)
+    if bad.any():
+        row = int(bad.argmax())
+        raise InputError(
+            f"{where}: the label of {sample_ids[row]} must lie in [0, {num_classes - 1}], but is "
+            f"{arrays['label'][row]}; run pipelines.encode again into another folder"
+        )
+    for name in ("moments", "moments_mirrored"):
+        finite = np.isfinite(arrays[name]).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise InputError(
+                f"{where}: the {name} of {sample_ids[int(finite.argmin())]} are not finite; the autoencoder overflowed "
+                f"float16 there, or the file is damaged; run pipelines.encode again into another folder"
+            )
 
 
 @functools.lru_cache(maxsize=4)

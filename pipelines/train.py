@@ -32,13 +32,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.autoencoder import load_autoencoder, weight_hash
 from meanflow_core.config import TrainingConfig
-from meanflow_core.generator import build_pipeline, for_sampling, save_generator
+from meanflow_core.generator import build_pipeline, for_sampling, load_network, save_generator
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import StepRecord, draw_step_record
-from meanflow_core.networks import AnyNetwork
+from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.presets import PRESETS
-from meanflow_core.training import TrainState, build_train_state, load_train_state, save_train_state, train_step
+from meanflow_core.training import (
+    TrainState,
+    begin_from,
+    build_train_state,
+    load_train_state,
+    save_train_state,
+    train_step,
+)
 from pipelines import latent_store, storage, tracking
 from pipelines.command import InputError, choose_gpus, parse_command_line, run_command, set_up_logging, start_ray
 from pipelines.grids import image_grid
@@ -64,6 +71,8 @@ class TrainJob:
     """Training processes: one per GPU, or on CPUs any number."""
     vae: str | None = None
     """Autoencoder that the latents must have been made with (hub id or folder); checked if given."""
+    initial: str | None = None
+    """Generator's folder whose network a new run begins with, e.g. one that pipelines.convert wrote."""
     use_gpu: bool | None = None
     """Train on GPUs; where the cluster has some, unless said."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
@@ -210,7 +219,7 @@ def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
 
     dataset = LatentDataset.open(job.data, Path(job.cache_dir))
-    state = _restored_state(config, dataset.manifest, device)
+    state = _restored_state(job, dataset.manifest, device, job_and_run["tracking_uri"])
     # DDP averages over workers, and the loss is over the global batch already: hence gradient_scale below.
     graded_network = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
     vae = _dataset_autoencoder(job.data)
@@ -261,14 +270,35 @@ def _fresh_state(config: TrainingConfig, manifest: Manifest, device: torch.devic
     )
 
 
-def _restored_state(config: TrainingConfig, manifest: Manifest, device: torch.device) -> TrainState:
-    state = _fresh_state(config, manifest, device)
+def _restored_state(job: TrainJob, manifest: Manifest, device: torch.device, tracking_uri: str) -> TrainState:
+    state = _fresh_state(job.config, manifest, device)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             load_train_state(state, Path(folder))
         logger.info("resumed at step %d", state.step)
+    elif job.initial is not None:
+        begin_from(state, _initial_network(job.initial, tracking_uri))
     return state
+
+
+def _initial_network(location: str, tracking_uri: str | None = None) -> AnyNetwork:
+    return load_network(tracking.fetch_generator(location, tracking_uri) / "transformer")
+
+
+def _check_initial(job: TrainJob, manifest: Manifest) -> None:
+    """Raises InputError where the network to begin with is not one of the configured kind and size."""
+    if job.initial is None:
+        return
+    channels, size, _ = manifest.latent_shape
+    with torch.device("meta"):
+        wanted = build_network(
+            job.config.network, sample_size=size, in_channels=channels, num_classes=len(manifest.class_names)
+        )
+    try:
+        require_same_kind(_initial_network(job.initial), wanted)
+    except ValueError as error:
+        raise InputError(f"--initial {job.initial}: {error}") from error
 
 
 def _dataset_autoencoder(data: str) -> AutoencoderKL:
@@ -316,7 +346,7 @@ def _begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, trackin
     filesystem, root = storage.open_storage(job.storage)
     path = f"{root}/{job.run_name}/{tracking.TRAINING_RECORD}"
     identity = json.loads(json.dumps({"config": asdict(job.config), "data_sha256": manifest.content_sha256,
-                                      "vae_sha256": manifest.recipe.vae_sha256}))  # fmt: skip
+                                      "vae_sha256": manifest.recipe.vae_sha256, "initial": job.initial}))  # fmt: skip
     if filesystem.get_file_info(path).type == fs.FileType.File:
         begun = json.loads(storage.read_bytes(filesystem, path))
         then, now = _flat(begun["identity"]), _flat(identity)
@@ -339,6 +369,7 @@ def _begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, trackin
         "data.vae": manifest.recipe.vae_id,
         "data.vae_sha256": manifest.recipe.vae_sha256,
         "num_workers": job.num_workers,
+        "initial": job.initial,
     }
     run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters)
     content = {"identity": identity, "preset": preset, "mlflow_run_id": run.run_id, "tracking_uri": tracking_uri}
@@ -387,9 +418,13 @@ def train(preset: str, job: TrainJob) -> None:
         data=storage.absolute(job.data),
         storage=storage.output_location(job.storage, "--storage").rstrip("/"),
         cache_dir=storage.absolute(job.cache_dir),
+        initial=job.initial
+        if job.initial is None or job.initial.startswith(tracking.REGISTRY_SCHEMES)
+        else storage.absolute(job.initial),
     )
     manifest = latent_store.read_manifest(job.data)
     _check_vae(job, manifest)
+    _check_initial(job, manifest)
     if manifest.latent_shape[1] % job.config.network.patch_size:
         raise InputError(
             f"network.patch_size {job.config.network.patch_size} does not divide the latents' side {manifest.latent_shape[1]}"

@@ -10,6 +10,7 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import draw_step_record
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import (
+    begin_from,
     build_train_state,
     learning_rate,
     load_train_state,
@@ -98,6 +99,20 @@ def test_resume_repeats_the_same_parameters(tmp_path, config):
     assert torch.equal(parameters(second.network), parameters(straight.network))
     for decay, ema_network in straight.ema_networks.items():
         assert torch.equal(parameters(second.ema_networks[decay]), parameters(ema_network))
+
+
+def test_training_may_begin_from_a_trained_network_of_the_same_kind_and_size():
+    trained = fresh_state()
+    take_steps(trained, debug(), 3)
+    state = fresh_state(replace(debug(), seed=9, ema_decays=(0.9, 0.5)))
+    begin_from(state, trained.ema_network)
+    for network in (state.network, *state.ema_networks.values()):
+        assert torch.equal(parameters(network), parameters(trained.ema_network))
+    larger = fresh_state(replace(debug(), network=replace(debug().network, depth=3)))
+    with pytest.raises(ValueError, match="depth is 2, wanted 3"):
+        begin_from(larger, trained.network)
+    with pytest.raises(ValueError, match="it is a MeanFlowDiT, wanted ImprovedMeanFlowDiT"):
+        begin_from(fresh_state(debug_imf()), trained.network)
 
 
 def test_rate_warms_up_stays_and_cools_down():

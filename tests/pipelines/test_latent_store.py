@@ -101,6 +101,28 @@ def test_shard_that_lost_rows_is_refused(dataset, tmp_path):
         LatentDataset.open(str(dataset), tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda arrays: arrays["labels"].__setitem__(1, 2), r"label of id4 must lie in \[0, 1\], but is 2"),
+        (lambda arrays: arrays["labels"].__setitem__(1, -1), r"label of id4 must lie in \[0, 1\], but is -1"),
+        (lambda arrays: arrays["moments"].__setitem__((2, 0, 0, 0), np.nan), "moments of id5 are not finite"),
+        (
+            lambda arrays: arrays["moments_mirrored"].__setitem__((0, 0, 0, 0), np.inf),
+            "moments_mirrored of id3 are not finite",
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_refused_with_their_sample(dataset, tmp_path, change, words):
+    moments = np.ones((3, 8, 2, 2), np.float16)
+    arrays = {"moments": moments, "moments_mirrored": moments.copy(), "labels": np.array([0, 1, 0])}
+    change(arrays)
+    content = latent_store.shard_bytes(**arrays, sample_ids=["id3", "id4", "id5"], rejected=[])
+    (dataset / latent_store.shard_name(1)).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        LatentDataset.open(str(dataset), tmp_path / "cache")
+
+
 def test_manifest_survives_its_json():
     original = manifest([3, 3, 1])
     assert Manifest.from_json(original.to_json(), "here") == original

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from meanflow_core.autoencoder import weight_hash
+from meanflow_core.generator import save_generator
 from meanflow_core.presets import PRESETS
 from pipelines import train
 from pipelines.command import InputError, run_command
@@ -47,7 +48,7 @@ def test_unknown_preset_is_one_line_that_lists_the_known(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(train.main)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: unknown preset 'x12'; known: b4, b2, m2, l2, xl2, demo, debug\n"
+    assert capsys.readouterr().err == f"error: unknown preset 'x12'; known: {', '.join(PRESETS)}\n"
 
 
 def test_help_lists_presets_with_what_they_are(capsys):
@@ -74,6 +75,17 @@ def test_missing_dataset_is_refused_before_anything_is_written(tmp_path):
         ["debug", "--data", str(tmp_path / "none"), "--storage", str(tmp_path / "runs"), "--run-name", "r"]
     )
     with pytest.raises(InputError, match="latent dataset .* does not exist"):
+        train.train("debug", job)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_network_of_another_size_to_begin_with_is_refused_before_anything_is_written(tmp_path, pipeline):
+    save_generator(pipeline, tmp_path / "generator")
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "manifest.json").write_text(manifest(1).to_json())
+    arguments = ["--data", str(tmp_path / "latents"), "--storage", str(tmp_path / "runs"), "--run-name", "r"]
+    _, job = parse_arguments(["debug", *arguments, "--initial", str(tmp_path / "generator")])
+    with pytest.raises(InputError, match=r"--initial .*hidden_size is 48, wanted 64; .*num_classes is 10, wanted 2"):
         train.train("debug", job)
     assert not (tmp_path / "runs").exists()
 

@@ -29,10 +29,14 @@ class Dual(NamedTuple):
     """(b, ...), without a graph; of the value's first b rows. None where no row has one."""
 
 
-def lift(function: Callable[..., torch.Tensor], *arguments: Dual) -> Dual:
+def lift(
+    function: Callable[..., torch.Tensor], *arguments: Dual, derivative: Callable[..., torch.Tensor] | None = None
+) -> Dual:
     """`function` of the values, row by row, and its derivative along the tangents; all arguments have one, or none has.
 
     For what has no large products: norms, activations, gates. The function may close over parameters.
+    derivative(*primals, *tangents) is for the functions that run at every token: `torch.func.jvp`, which serves for
+    the others, computes their values again, by several operations each.
     """
     value = function(*(argument.value for argument in arguments))
     tangents = [argument.tangent for argument in arguments if argument.tangent is not None]
@@ -41,6 +45,8 @@ def lift(function: Callable[..., torch.Tensor], *arguments: Dual) -> Dual:
     assert len(tangents) == len(arguments), "every argument of a lifted function needs a tangent, or none"
     primals = tuple(argument.value[: len(tangents[0])] for argument in arguments)
     with torch.no_grad():
+        if derivative is not None:
+            return Dual(value, derivative(*primals, *tangents))
         return Dual(value, torch.func.jvp(function, primals, tuple(tangents))[1])
 
 

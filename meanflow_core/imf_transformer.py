@@ -18,6 +18,7 @@ from torch import nn
 
 from meanflow_core.dual import Dual, Linear, attention, lift, lift_linear
 from meanflow_core.transformer import (
+    NORM_EPS,
     Conditioning,
     LabelEmbedder,
     NetworkOutput,
@@ -57,10 +58,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Dual) -> Dual:
-        return lift(self._normalize, x)
+        return lift(self._normalize, x, derivative=self._derivative)
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
+        return F.rms_norm(x, x.shape[-1:], self.weight, eps=NORM_EPS)
+
+    def _derivative(self, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+        # With y = x / rms: dy = (dx - y mean(y dx)) / rms.
+        inverse = (x.square().mean(dim=-1, keepdim=True) + NORM_EPS).rsqrt()
+        y = x * inverse
+        return (dx - y * (y * dx).mean(dim=-1, keepdim=True)) * inverse * self.weight
 
 
 class RotaryAttention(nn.Module):
@@ -90,6 +97,11 @@ def _gate(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * x
 
 
+def _gate_derivative(gate: torch.Tensor, x: torch.Tensor, dgate: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+    # Elementwise, so that silu's backward formula is the forward one too.
+    return torch.ops.aten.silu_backward(dgate, gate) * x + F.silu(gate) * dx
+
+
 class SwiGLU(nn.Module):
     """A gated feed-forward layer: w2(silu(w1 x) * w3 x)."""
 
@@ -100,7 +112,15 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(hidden_size, inner_size, bias=False)
 
     def forward(self, x: Dual) -> Dual:
-        return self.w2(lift(_gate, self.w1(x), self.w3(x)))
+        return self.w2(lift(_gate, self.w1(x), self.w3(x), derivative=_gate_derivative))
+
+
+def _add_scaled(x: Dual, scale: torch.Tensor, branch: Dual) -> Dual:
+    value = x.value + branch.value * scale
+    if x.tangent is None or branch.tangent is None:
+        return Dual(value)
+    with torch.no_grad():
+        return Dual(value, x.tangent + branch.tangent * scale)
 
 
 class InContextBlock(nn.Module):
@@ -116,8 +136,8 @@ class InContextBlock(nn.Module):
         self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, x: Dual, cos: torch.Tensor, sin: torch.Tensor) -> Dual:
-        x = lift(lambda x, y: x + y * self.attn_scale, x, self.attn(self.norm1(x), cos, sin))
-        return lift(lambda x, y: x + y * self.mlp_scale, x, self.mlp(self.norm2(x)))
+        x = _add_scaled(x, self.attn_scale, self.attn(self.norm1(x), cos, sin))
+        return _add_scaled(x, self.mlp_scale, self.mlp(self.norm2(x)))
 
 
 class LinearHead(nn.Module):
@@ -141,6 +161,8 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["InContextBlock"]
+    takes_guidance: ClassVar[bool] = True
+    """Whether the network is told a guidance scale and its interval."""
 
     @register_to_config
     def __init__(

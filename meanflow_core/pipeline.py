@@ -137,7 +137,7 @@ class MeanFlowPipeline(DiffusionPipeline):
     @property
     def takes_guidance(self) -> bool:
         """Whether guidance can be asked for: with MeanFlow's plain network it is built into the weights."""
-        return self.config.prediction == "velocity" or "aux_head_depth" in self.transformer.config
+        return self.config.prediction == "velocity" or self.transformer.takes_guidance
 
     def _guidance(
         self, num_rows: int, scale: float | Sequence[float] | None, interval: tuple[float, float] | None

@@ -23,6 +23,7 @@ from meanflow_core.dual import Dual, Linear, attention, lift, lift_linear
 # Sinusoidal features of a time before its MLP, and their longest period (DiT's code; times enter raw, in [0, 1]).
 FREQUENCY_EMBEDDING_SIZE = 256
 MAX_PERIOD = 10_000.0
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,20 +162,61 @@ class FeedForward(nn.Module):
         self.fc2 = Linear(inner_size, hidden_size)
 
     def forward(self, x: Dual) -> Dual:
-        return self.fc2(lift(_gelu, self.fc1(x)))
+        return self.fc2(lift(_gelu, self.fc1(x), derivative=_gelu_derivative))
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _gelu_derivative(x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+    # Elementwise, so that the backward formula is the forward one too.
+    return torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
+
+
 def _normalize_and_modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    normalized = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return normalized * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return torch.addcmul(shift.unsqueeze(1), F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale.unsqueeze(1))
+
+
+def _normalize_and_modulate_derivative(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    dx: torch.Tensor,
+    dshift: torch.Tensor,
+    dscale: torch.Tensor,
+) -> torch.Tensor:
+    # With y = (x - mean) / std: dy = (dx - mean(dx) - y mean(y dx)) / std.
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+    inverse = (variance + NORM_EPS).rsqrt()
+    y = (x - mean) * inverse
+    dy = (dx - dx.mean(dim=-1, keepdim=True) - y * (y * dx).mean(dim=-1, keepdim=True)) * inverse
+    return dy * (1 + scale.unsqueeze(1)) + y * dscale.unsqueeze(1) + dshift.unsqueeze(1)
 
 
 def _add_gated(x: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     return x + gate.unsqueeze(1) * branch
+
+
+def _add_gated_derivative(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    branch: torch.Tensor,
+    dx: torch.Tensor,
+    dgate: torch.Tensor,
+    dbranch: torch.Tensor,
+) -> torch.Tensor:
+    return dx + dgate.unsqueeze(1) * branch + gate.unsqueeze(1) * dbranch
+
+
+def modulated_norm(x: Dual, shift: Dual, scale: Dual) -> Dual:
+    """Layer norm of tokens (B, N, D), then scale and shift, each (B, D)."""
+    return lift(_normalize_and_modulate, x, shift, scale, derivative=_normalize_and_modulate_derivative)
+
+
+def add_gated(x: Dual, gate: Dual, branch: Dual) -> Dual:
+    """x + gate branch, on tokens (B, N, D) with a gate (B, D)."""
+    return lift(_add_gated, x, gate, branch, derivative=_add_gated_derivative)
 
 
 def _chunks(x: Dual, count: int) -> list[Dual]:
@@ -196,8 +238,8 @@ class Block(nn.Module):
     def forward(self, x: Dual, condition: Dual) -> Dual:
         modulation = self.adaLN_modulation[1](lift(F.silu, condition))  # (B, 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = _chunks(modulation, 6)
-        x = lift(_add_gated, x, gate1, self.attn(lift(_normalize_and_modulate, x, shift1, scale1)))
-        return lift(_add_gated, x, gate2, self.mlp(lift(_normalize_and_modulate, x, shift2, scale2)))
+        x = add_gated(x, gate1, self.attn(modulated_norm(x, shift1, scale1)))
+        return add_gated(x, gate2, self.mlp(modulated_norm(x, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -210,7 +252,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Dual, condition: Dual) -> Dual:
         shift, scale = _chunks(self.adaLN_modulation[1](lift(F.silu, condition)), 2)
-        return self.linear(lift(_normalize_and_modulate, x, shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 def run_blocks(blocks: nn.ModuleList, x: Dual, *others: object, checkpointing: bool) -> Dual:
@@ -252,6 +294,8 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["Block"]
+    takes_guidance: ClassVar[bool] = False
+    """Whether the network is told a guidance scale and its interval."""
 
     @register_to_config
     def __init__(

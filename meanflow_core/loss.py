@@ -314,6 +314,24 @@ def total_derivative(
     return dudt
 
 
+def _graded_pass(
+    network: Network, z: torch.Tensor, conditioning: Conditioning, record: StepRecord, tangent: torch.Tensor
+) -> NetworkOutput:
+    """u (and v) of all rows in their own order, and du/dt of the rows with r < t beside them."""
+    order = record.rows_ordered  # a tangent belongs to the first rows
+    answer = network(z[order], conditioning.rows(order), tangent)
+    back = torch.argsort(order)
+    u, v = (None if output is None else output[back] for output in (answer.u, answer.v))
+    return NetworkOutput(u=u, v=v, dudt=answer.dudt)
+
+
+def _adaptively_weighted(error: torch.Tensor, config: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum over rows of the weighted squared errors, and the squared errors (B,), detached."""
+    squared = error.square().flatten(1).sum(dim=1)  # a sum over C, H, W and not a mean
+    weight = (squared.detach() + config.norm_eps) ** -config.norm_p
+    return (weight * squared).sum(), squared.detach()
+
+
 def meanflow_loss(
     graded_network: Network,
     plain_network: Network,
@@ -353,25 +371,20 @@ def meanflow_loss(
 
     with torch.no_grad():
         conditional, null = _asked_velocities(plain_network, z, labels, record, null_label)
-        tangent = (conditional if config.takes_own_velocity else guided_velocity(v_sample, conditional, null, record))[
-            below
-        ]
+        along = conditional if config.takes_own_velocity else guided_velocity(v_sample, conditional, null, record)
+        tangent = along[below]
         derivative = None
         if separate_derivative and not config.is_flow_matching:
             # Never an empty batch: under FSDP a rank without such rows makes the same calls as the others.
             rows = below if len(below) else record.rows_ordered[:1]
-            along = tangent if len(below) else torch.zeros_like(z[:1])
-            derivative = total_derivative(plain_network, z[rows], conditioning.rows(rows), along)[: len(below)]
+            derivative = total_derivative(plain_network, z[rows], conditioning.rows(rows), along[rows])[: len(below)]
 
     if derivative is None and len(below):
-        order = record.rows_ordered
-        answer = graded_network(z[order], conditioning.rows(order), tangent)
-        back = torch.argsort(order)
+        answer = _graded_pass(graded_network, z, conditioning, record, tangent)
         derivative = answer.dudt
-        u, v = (None if output is None else output[back].to(z.dtype) for output in (answer.u, answer.v))
     else:
         answer = graded_network(z, conditioning)
-        u, v = (None if output is None else output.to(z.dtype) for output in (answer.u, answer.v))
+    u, v = (None if output is None else output.to(z.dtype) for output in (answer.u, answer.v))
     assert u is not None, "a network that is not asked for its velocity alone gives u"
 
     with torch.no_grad():
@@ -384,20 +397,15 @@ def meanflow_loss(
             dudt = dudt.index_copy(0, below, derivative.to(z.dtype))
         target = v_guided - _per_row(t - r, z) * dudt
 
-    def weighted(error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        squared = error.square().flatten(1).sum(dim=1)  # (B,), a sum over C, H, W and not a mean
-        weight = (squared.detach() + config.norm_eps) ** -config.norm_p
-        return (weight * squared).sum() / global_num_rows, squared.detach()
-
-    loss, squared_error = weighted(u - target)
+    loss, squared_error = _adaptively_weighted(u - target, config)
     squared_error_v = None
     if config.objective == "improved_meanflow":
         if v is None:
             raise ValueError("improved_meanflow needs a network with a v head, but this one gave u alone")
-        loss_v, squared_error_v = weighted(v - v_guided)
+        loss_v, squared_error_v = _adaptively_weighted(v - v_guided, config)
         loss = loss + loss_v
     return LossOutput(
-        loss=loss,
+        loss=loss / global_num_rows,
         squared_error=squared_error,
         squared_error_v=squared_error_v,
         u=u.detach(),

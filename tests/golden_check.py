@@ -6,7 +6,6 @@ against 1e-6. Exits 0 where all are at most 1e-4.
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from meanflow_core.config import GuidanceConfig, LossConfig, NetworkConfig, TimeSamplingConfig
+from meanflow_core.generator import build_pipeline
 from meanflow_core.interop import from_official_imf, from_official_meanflow
 from meanflow_core.loss import LossOutput, StepRecord, meanflow_loss
 from meanflow_core.networks import AnyNetwork, build_network
@@ -84,19 +84,6 @@ def parameters(golden: Mapping[str, np.ndarray], prefix: str, is_improved: bool)
     return convert({key[len(prefix) :]: golden[key] for key in golden if key.startswith(prefix)})
 
 
-def sample(
-    network: AnyNetwork, noise: torch.Tensor, labels: torch.Tensor, num_steps: int, guidance: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """z_r = z_t - (t - r) u over equal steps, written out here so that it checks the network alone."""
-    z = noise
-    times = torch.linspace(1.0, 0.0, num_steps + 1)
-    with torch.no_grad():
-        for t, r in itertools.pairwise(times):
-            conditioning = Conditioning(t=t.expand(len(z)), r=r.expand(len(z)), labels=labels, **guidance)
-            z = z - (t - r) * network(z, conditioning).u
-    return z
-
-
 def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False) -> dict[str, float]:
     """{quantity: relative error}, of every value, gradient and sampling in a file."""
     network_config, shape, loss_config = read_settings(golden)
@@ -142,13 +129,22 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     for name, theirs in parameters(golden, "grad:", is_improved).items():
         ours = dict(network.named_parameters())[name].grad
         errors[f"gradient of {name}"] = difference(torch.zeros_like(theirs) if ours is None else ours, theirs)
-    if "sample_guidance" in golden:
-        values = torch.from_numpy(np.asarray(golden["sample_guidance"], dtype=np.float32))
-        names = ("omega", "t_min", "t_max")
-        guidance = {name: value.expand(len(labels)) for name, value in zip(names, values, strict=True)}
-    for num_steps, key in ((1, "sample_1_step"), (2, "sample_2_steps")):
-        errors[key] = difference(sample(network, draws["noise"], labels, num_steps, guidance), golden[key])
+    errors |= check_sampling(network, golden)
     return errors
+
+
+def check_sampling(network: AnyNetwork, golden: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The pipeline's own sampler against both samplings."""
+    guidance = {}
+    if "sample_guidance" in golden:
+        omega, t_min, t_max = (float(value) for value in golden["sample_guidance"])
+        guidance = {"guidance_scale": omega, "guidance_interval": (t_min, t_max)}
+    pipeline = build_pipeline(network, None, [])  # latents alone
+    noise, labels = torch.from_numpy(golden["noise"]), golden["labels"].tolist()
+    return {
+        key: difference(pipeline.sample_latents(labels, noise, num_steps, **guidance), golden[key])
+        for num_steps, key in ((1, "sample_1_step"), (2, "sample_2_steps"))
+    }
 
 
 def main() -> int:

@@ -38,7 +38,8 @@ class StepMetrics:
     """One step's figures over this worker's rows, as tensors: reading them is the caller's synchronisation."""
 
     sums: torch.Tensor
-    """float32 (5,): loss (already over the global B); squared error and number of rows with r = t; the same, r < t."""
+    """float32 (6,): loss (already over the global B); squared error and number of rows with r = t; the same, r < t; the
+    v head's squared error, 0 without one."""
     gradient_norm: torch.Tensor
     """Scalar: norm of the whole gradient before clipping, the same on every worker."""
 
@@ -140,9 +141,9 @@ def train_step(
     below = output.squared_error[record.rows_below]
     num_below = float(len(record.rows_below))
     counts = torch.tensor([len(labels) - num_below, num_below], device=latents.device)
-    sums = torch.stack(
-        [output.loss.detach(), output.squared_error.sum() - below.sum(), counts[0], below.sum(), counts[1]]
-    )
+    head = torch.zeros_like(output.squared_error) if output.squared_error_v is None else output.squared_error_v
+    equal = output.squared_error.sum() - below.sum()
+    sums = torch.stack([output.loss.detach(), equal, counts[0], below.sum(), counts[1], head.sum()])
     return StepMetrics(sums=sums, gradient_norm=gradient_norm)
 
 

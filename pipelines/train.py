@@ -105,7 +105,7 @@ class Figures:
 
     def clear(self) -> None:
         """Begins an interval."""
-        self._sums = torch.zeros(5, device=self._device)
+        self._sums = torch.zeros(6, device=self._device)
         self._gradient_norm = torch.zeros((), device=self._device)
         self._steps = 0
         self._data_seconds = 0.0
@@ -123,9 +123,11 @@ class Figures:
         seconds = time.monotonic() - self._began
         sums = self._sums.clone()
         torch.distributed.all_reduce(sums)
-        loss, equal, num_equal, below, num_below = sums.tolist()
+        loss, equal, num_equal, below, num_below, head = sums.tolist()
+        of_head = {"squared_error_v": head / (num_equal + num_below)} if head else {}
         return {
             "loss": loss / self._steps,
+            **of_head,
             "squared_error_r_equals_t": equal / max(num_equal, 1.0),
             "squared_error_r_below_t": below / max(num_below, 1.0),
             "gradient_norm": self._gradient_norm.item() / self._steps,

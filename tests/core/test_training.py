@@ -63,10 +63,19 @@ def test_a_step_moves_parameters_and_counts_rows():
     metrics = take_steps(state, config, 1)
     assert state.step == 1
     assert not torch.equal(parameters(state.network), before)
-    loss, _, num_equal, _, num_below = metrics.sums.tolist()
+    loss, _, num_equal, _, num_below, head = metrics.sums.tolist()
+    assert head == 0.0
     assert (num_equal, num_below) == (12.0, 4.0)
     assert loss == pytest.approx(1.0, abs=0.05)  # p = 1 makes it so; the raw errors are what to watch
     assert metrics.gradient_norm > 0
+
+
+def test_a_step_of_improved_meanflow_tells_its_velocity_heads_error():
+    metrics = take_steps(fresh_state(debug_imf()), debug_imf(), 1)
+    loss, equal, num_equal, _, num_below, head = metrics.sums.tolist()
+    assert (num_equal, num_below) == (8.0, 8.0)
+    assert loss == pytest.approx(2.0, abs=0.1)  # two summands, each weighted to about 1
+    assert head / 16 == pytest.approx(equal / 8, rel=0.5)  # fresh heads both say zero
 
 
 def test_each_ema_is_the_weighted_mean_of_its_past():

@@ -12,10 +12,13 @@ Training regresses the network onto the right-hand side, held constant.
 Read in this order:
     config         what a training run is, as frozen dataclasses;  presets: the published ones
     latents        image -> moments -> latent;  autoencoder: the VAE at both ends
-    transformer    the network u(z_t, r, t, label), a DiT
-    time_sampling  how t and r are drawn;  loss: the step's record and the objective
-    training       one optimiser step, and the exponential moving average
+    dual           pairs (value, tangent), on which the networks are written
+    transformer    the network u(z_t, r, t, label), a DiT;  imf_transformer: improved MeanFlow's;  networks: by name
+    time_sampling  how t and r are drawn;  loss: the step's record and the objectives
+    training       one optimiser step, and the exponential moving averages;  sharding: over many devices
     pipeline       MeanFlowPipeline: a diffusers pipeline from noise to image
+    generator      a generator's folder: made, found, opened;  portable: with its code inside
+    interop        public checkpoints -> our parameters
     metrics        statistics of features, and the distances between them
 
 Conventions throughout: B batch, C channels, H W latent height and width; t = 0 is data, t = 1 is noise; t >= r.

@@ -3,6 +3,8 @@ import shlex
 import pytest
 import tyro
 
+from meanflow_core.interop import SOURCES
+from pipelines.convert import ConvertJob
 from pipelines.encode import EncodeJob
 from pipelines.evaluate import EvaluateJob
 from pipelines.train import parse_arguments
@@ -21,6 +23,15 @@ def test_cluster_commands_are_understood_by_the_real_parsers():
     assert train[:3] == ["python", "-m", "pipelines.train"]
     preset, job = parse_arguments(train[3:])
     assert (preset, job.num_workers) == ("xl2", 32)
+
+
+def test_conversion_commands_are_understood_by_the_real_parsers():
+    convert, train = (shlex.split(line) for line in commands("convert"))
+    assert convert[:3] == ["python", "-m", "pipelines.convert"]
+    assert tyro.cli(ConvertJob, args=convert[3:]).source in SOURCES
+    assert train[:3] == ["python", "-m", "pipelines.train"]
+    preset, job = parse_arguments(train[3:])
+    assert (preset, job.initial) == ("xl2", tyro.cli(ConvertJob, args=convert[3:]).output)
 
 
 def test_a_misspelt_option_would_be_noticed(capsys):

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,11 @@ def synchronize() -> None:
 def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
     """Median seconds of each function, called in turn A B A B, so that a drifting machine drifts for all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    started = time.perf_counter()
     for round_index in range(warmup + rounds):
+        if round_index:
+            left = (time.perf_counter() - started) / round_index * (warmup + rounds - round_index)
+            print(f"round {round_index + 1} of {warmup + rounds}, about {left:.0f} s left", file=sys.stderr)
         for name, function in functions.items():
             synchronize()
             began = time.perf_counter()

@@ -196,7 +196,7 @@ def reverse_time(weight: torch.Tensor) -> torch.Tensor:
 
     cos((1 - t) w) = cos w cos(t w) + sin w sin(t w), and sin((1 - t) w) = sin w cos(t w) - cos w sin(t w).
     """
-    cos, sin = sinusoids(torch.ones(1, dtype=torch.float64))[0].chunk(2)  # of every w, by the network's own rule
+    cos, sin = sinusoids(torch.ones(1, 1, dtype=torch.float64))[0].chunk(2)  # of every w, by the network's own rule
     of_cos, of_sin = weight.double().chunk(2, dim=1)
     return torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1).float()
 

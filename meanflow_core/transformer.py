@@ -94,15 +94,16 @@ class TimeEmbedder(nn.Module):
     def forward(self, time: Dual) -> Dual:
         # Times stay in float32 up to here: bfloat16 would merge neighbouring ones.
         first: Linear = self.mlp[0]  # type: ignore[assignment]
-        hidden = first(lift(lambda time: sinusoids(time).to(first.weight.dtype), time))
+        column = lift_linear(lambda time: time[:, None], time)
+        hidden = first(lift(lambda time: sinusoids(time).to(first.weight.dtype), column))
         return self.mlp[2](lift(F.silu, hidden))  # (B, D)
 
 
 def sinusoids(time: torch.Tensor) -> torch.Tensor:
-    """Times (B,) -> features (B, 256), the cosines first."""
+    """Times (B, 1) -> features (B, 256), the cosines first."""
     half = FREQUENCY_EMBEDDING_SIZE // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=time.device))
-    angles = time[:, None] * frequencies  # (B, 128)
+    angles = time * frequencies  # (B, 128)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
@@ -125,12 +126,12 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, z: Dual) -> Dual:
-        tokens = self.proj(z.value).flatten(2).transpose(1, 2)
+        tokens = self.proj(z.value).flatten(2).transpose(1, 2).contiguous()
         if z.tangent is None:
             return Dual(tokens)
         with torch.no_grad():
             tangent = F.conv2d(z.tangent, self.proj.weight, stride=self.proj.stride)
-        return Dual(tokens, tangent.flatten(2).transpose(1, 2))
+        return Dual(tokens, tangent.flatten(2).transpose(1, 2).contiguous())
 
 
 class Attention(nn.Module):

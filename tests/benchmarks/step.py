@@ -279,6 +279,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         achieved = figures["flow_matching_step_teraflops"] / figures["flow_matching_step_seconds"]
         figures["flow_matching_share_of_peak"] = achieved / arguments.peak_teraflops
     if arguments.compile:
+        state = fresh_state(config, arguments.device)
         figures |= compare_with_compiled(state, arguments.batch_size, arguments.device)
         arguments.peers = False
         figures |= time_steps(arguments, config, state, "compiled_")

@@ -21,7 +21,7 @@ def shard_network(
     network: AnyNetwork, mesh: DeviceMesh | None = None, mixed_precision: MixedPrecisionPolicy | None = None
 ) -> None:
     """Shards a network in place: every transformer block a group of its own, and the rest (embedders, tokens, last
-    layers) one more. Its parameters become DTensors, and reads of them are collective.
+    layers) one more. Its parameters become DTensors; every call of it is then collective, and every read of them.
 
     Call it on every rank: after `compile_repeated_blocks`, which then compiles what lies between FSDP's hooks, and
     before the optimiser is made. Moving averages are copied before and sharded alike. Backward averages gradients

@@ -1,7 +1,6 @@
 """Compiled and checkpointed networks against plain ones."""
 
 import copy
-import itertools
 import shutil
 
 import pytest
@@ -18,11 +17,6 @@ BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
 NO_COMPILER = pytest.mark.skipif(
     shutil.which("g++") is None, reason="inductor wants a C++ compiler, and g++ is not here"
 )
-
-
-def with_inductor(*values, marks=()):
-    # A graph is half a minute's work for the C++ compiler, so most of them wait for `make soak`.
-    return pytest.param("inductor", *values, marks=[NO_COMPILER, *marks])
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +44,9 @@ def run(network, batch, config, separate):
     )  # fmt: skip
 
 
-def check_like(ours, plain, batch, config, bound, passes=(False, True)):
+def check_like(ours, plain, batch, config, bound):
     """Loss, du/dt and gradient of both, with the derivative beside the graded pass and in one of its own."""
-    for separate in passes:
+    for separate in (False, True):
         found, wanted = run(ours, batch, config, separate), run(plain, batch, config, separate)
         assert wanted.dudt.norm() > 1.0
         assert found.loss.item() == pytest.approx(wanted.loss.item(), rel=bound)
@@ -61,24 +55,52 @@ def check_like(ours, plain, batch, config, bound, passes=(False, True)):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "passes"),
+    ("backend", "dtype"),
     [
-        ("aot_eager", torch.float32, (False, True)),  # traced as for inductor, and then run by torch's own kernels
-        ("aot_eager", torch.float64, (False, True)),
-        with_inductor(torch.float64, (False,)),
-        with_inductor(torch.float64, (False, True), marks=[pytest.mark.soak]),
-        with_inductor(torch.float32, (False, True), marks=[pytest.mark.soak]),
+        ("aot_eager", torch.float64),  # traced as for inductor, and then run by torch's own kernels
+        pytest.param("aot_eager", torch.float32, marks=pytest.mark.soak),
+        # A minute's work for the C++ compiler each.
+        pytest.param("inductor", torch.float64, marks=[NO_COMPILER, pytest.mark.soak]),
+        pytest.param("inductor", torch.float32, marks=[NO_COMPILER, pytest.mark.soak]),
     ],
 )
-def test_compiled_blocks_compute_what_plain_ones_do(kind, backend, dtype, passes):
+def test_compiled_blocks_compute_what_plain_ones_do(kind, backend, dtype):
     network, config = kind[0].to(dtype), kind[1]
     plain = copy.deepcopy(network)
     network.compile_repeated_blocks(dynamic=False, backend=backend)
-    check_like(network, plain, draw_batch(config=config, dtype=dtype), config, BOUNDS[dtype], passes)
-    assert counters["stats"]["unique_graphs"] >= 2
+    check_like(network, plain, draw_batch(config=config, dtype=dtype), config, BOUNDS[dtype])
+    assert counters["stats"]["unique_graphs"] >= 3
     assert counters["graph_break"] == {}
 
 
+def test_blocks_are_handed_contiguous_tokens(kind):
+    # Inductor's C++ kernels of torch 2.13 give wrong gradients, by per cents, to a block whose input is transposed.
+    network, config = kind
+    seen = []
+
+    def note(block, arguments):
+        seen.extend(tensor.is_contiguous() for tensor in arguments[0] if tensor is not None)
+
+    for module in network.modules():
+        if type(module).__name__ in network._repeated_blocks:
+            module.register_forward_pre_hook(note)
+    run(network, draw_batch(config=config), config, separate=False)
+    assert len(seen) >= 6
+    assert all(seen)
+
+
+@NO_COMPILER
+def test_inductors_backward_is_that_of_the_plain_network(network):
+    config = OBJECTIVES["flow matching"]
+    network = network.double()
+    plain, batch = copy.deepcopy(network), draw_batch(config=config, dtype=torch.float64)
+    network.compile_repeated_blocks(dynamic=False)
+    found, wanted = (run(module, batch, config, separate=False).loss for module in (network, plain))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert relative(gradients(network, found), gradients(plain, wanted)) < 1e-9
+
+
+@pytest.mark.soak
 def test_whole_network_compiles_to_a_graph_without_breaks(kind):
     network, config = kind[0].double(), kind[1]
     compiled = torch.compile(network, dynamic=False, fullgraph=True, backend="aot_eager")
@@ -115,10 +137,10 @@ def test_number_of_compilations_is_bounded_over_steps_of_different_draws(kind):
 
     def take_steps(steps):
         sizes = set()
-        for step, separate in itertools.product(steps, (False, True)):
+        for step in steps:
             record = draw_step_record(config, seed=1, step=step, num_rows=64, latent_shape=(4, 8, 8))
             batch = torch.randn(64, 4, 8, 8), torch.randint(NULL, (64,)), record
-            run(network, batch, config, separate).loss.backward()
+            run(network, batch, config, separate=step % 2 == 0).loss.backward()
             sizes.add(len(record.rows_asked))
         return sizes
 
@@ -132,7 +154,7 @@ def test_number_of_compilations_is_bounded_over_steps_of_different_draws(kind):
         assert take_steps(range(5)) <= sizes
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", with_inductor(marks=[pytest.mark.soak])])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[NO_COMPILER, pytest.mark.soak])])
 def test_compiled_blocks_in_bfloat16_are_as_near_as_plain_ones(kind, backend):
     network, config = kind
     plain, batch = copy.deepcopy(network), draw_batch(config=config)

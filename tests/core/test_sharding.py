@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -213,6 +214,7 @@ def run_fsdp2(rank):
         shard_network(network, mesh)
         for passes, separate in PASSES.items():
             results[f"checkpointed {name} {passes}"] = share_gradient(network, network, batch, config, separate)
+        results[f"graphs {name}"] = counters["stats"]["unique_graphs"]
 
         network = small_network(config, torch.float64)
         shard_network(network, mesh)
@@ -364,6 +366,7 @@ def test_two_processes_in_bfloat16_are_as_near_as_one(ddp, fsdp2, name, config):
 )
 def test_sharded_network_may_be_checkpointed_and_the_guided_one_compiled(fsdp2, name, objective, passes):
     whole = whole_gradient(objective, passes, torch.float64, "r < t in the second process alone")
+    assert fsdp2["graphs guided"] >= 3
     assert relative(fsdp2[f"checkpointed {name} {passes}"], whole) < 1e-12
 
 

@@ -69,7 +69,7 @@ def test_steps_may_lie_on_any_grid(pipeline):
 
 
 def test_flow_matching_converges_to_the_solution_of_its_equation_heun_at_second_order(flow_pipeline):
-    flow_pipeline.to(torch.float64)
+    flow_pipeline.transformer.to(torch.float64)  # the autoencoder belongs to all tests
     noise = noise_from_seeds([5], (4, 8, 8))
 
     def velocity(t, z):

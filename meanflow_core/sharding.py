@@ -12,8 +12,8 @@ from torch.torch_version import TorchVersion
 
 from meanflow_core.networks import AnyNetwork
 
-# The first release in which forward-mode AD passes FSDP2's hooks (pytorch#182641), and the one that is tested. Our
-# derivatives are ordinary tensors (see `dual`) and pass any hook; whoever checks them with torch.func.jvp needs it.
+# The release that is tested; older ones fail where forward-mode AD meets FSDP2's hooks (pytorch#182641). Our
+# derivatives are ordinary tensors (see `dual`) and never do, but a check of them by torch.func.jvp does.
 OLDEST_TORCH = "2.13"
 
 
@@ -34,7 +34,7 @@ def shard_network(
     if TorchVersion(torch.__version__) < OLDEST_TORCH:
         raise RuntimeError(
             f"sharding needs torch {OLDEST_TORCH} or newer, but this is {torch.__version__}: "
-            "FSDP2's hooks have no forward-mode AD before it (pytorch#182641)"
+            "older ones fail where forward-mode AD meets FSDP2's hooks (pytorch#182641)"
         )
     policy = mixed_precision or MixedPrecisionPolicy()
     if policy.param_dtype is not None and policy.cast_forward_inputs:

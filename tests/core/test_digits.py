@@ -40,6 +40,7 @@ def train(config, images, labels):
     )
 
 
+@pytest.mark.soak  # five minutes on two shared cores
 @pytest.mark.timeout(900)
 def test_one_step_of_meanflow_is_worth_sixteen_of_flow_matching():
     digits = load_digits()

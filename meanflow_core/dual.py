@@ -36,7 +36,8 @@ def lift(
 
     For what has no large products: norms, activations, gates. The function may close over parameters.
     derivative(*primals, *tangents) is for the functions that run at every token: `torch.func.jvp`, which serves for
-    the others, computes their values again, by several operations each.
+    the others, computes their values again, by several operations each. A function without one takes no views of its
+    arguments: compilers cannot trace them there.
     """
     value = function(*(argument.value for argument in arguments))
     tangents = [argument.tangent for argument in arguments if argument.tangent is not None]

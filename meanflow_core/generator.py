@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 
+from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.networks import NETWORKS, AnyNetwork, without_velocity_head
@@ -86,13 +87,10 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
     if not index.is_file():
         raise ValueError(f"no model_index.json in {folder}; a generator is a folder that save_pretrained wrote")
     settings = json.loads(index.read_text())
-    vae = AutoencoderKL.from_pretrained(
-        folder / "vae", dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
-    )
     known = ("id2label", "prediction", "guidance_scale", "guidance_start", "guidance_end")
     pipeline = MeanFlowPipeline(
         load_network(folder / "transformer"),
-        vae.eval().requires_grad_(False),
+        load_autoencoder(str(folder / "vae")),
         FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         **{name: settings[name] for name in known if name in settings},
     )

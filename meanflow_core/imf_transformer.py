@@ -25,6 +25,7 @@ from meanflow_core.transformer import (
     PatchEmbedder,
     TimeEmbedder,
     check_network_input,
+    check_patch_size,
     run_blocks,
     unpatchify,
 )
@@ -179,10 +180,7 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         has_velocity_head: bool = True,
     ) -> None:
         super().__init__()
-        if sample_size % patch_size:
-            raise ValueError(
-                f"the latent size must be a multiple of the patch size, but got {sample_size} and {patch_size}"
-            )
+        check_patch_size(sample_size, patch_size)
         if not 0 <= aux_head_depth <= depth:
             raise ValueError(f"aux_head_depth must lie in [0, depth = {depth}], but got {aux_head_depth}")
         if hidden_size // num_heads % 2:
@@ -228,8 +226,7 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, LinearHead):
                 nn.init.zeros_(module.linear.weight)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]  # typed as optional; it is there
+        self.x_embedder.initialize()
         tables = [parameter for name, parameter in self.named_parameters() if name.endswith("_tokens")]
         for table in [*tables, self.y_embedder.embedding_table.weight]:
             nn.init.normal_(table, std=1.0 / math.sqrt(table.shape[1]))

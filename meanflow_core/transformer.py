@@ -68,8 +68,16 @@ class NetworkOutput:
         return velocity
 
 
-# DDP and FSDP look for the tensors in a module's output.
+# A pytree, so that wrappers and compilers find the tensors in a module's output.
 torch.export.register_dataclass(NetworkOutput)
+
+
+def check_patch_size(sample_size: int, patch_size: int) -> None:
+    """Raises ValueError where patches do not tile the latent."""
+    if sample_size % patch_size:
+        raise ValueError(
+            f"the latent size must be a multiple of the patch size, but got {sample_size} and {patch_size}"
+        )
 
 
 def check_network_input(z: torch.Tensor, tangent: torch.Tensor | None, channels: int, size: int) -> None:
@@ -124,6 +132,11 @@ class PatchEmbedder(nn.Module):
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def initialize(self) -> None:
+        """Xavier over a patch's values, as if it were a linear layer (DiT, and the authors' networks)."""
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # typed as optional; it is there
 
     def forward(self, z: Dual) -> Dual:
         tokens = self.proj(z.value).flatten(2).transpose(1, 2).contiguous()
@@ -311,10 +324,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        if sample_size % patch_size:
-            raise ValueError(
-                f"the latent size must be a multiple of the patch size, but got {sample_size} and {patch_size}"
-            )
+        check_patch_size(sample_size, patch_size)
         self.patch_size = patch_size
         self.gradient_checkpointing = False
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
@@ -333,8 +343,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]  # typed as optional; it is there
+        self.x_embedder.initialize()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name, parameter in self.named_parameters():
             if "_embedder.mlp" in name and name.endswith("weight"):

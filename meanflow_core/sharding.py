@@ -23,7 +23,7 @@ def shard_network(
     """Shards a network in place: every transformer block a group of its own, and the rest (embedders, tokens, last
     layers) one more. Its parameters become DTensors; every call of it is then collective, and every read of them.
 
-    Call it on every rank: after `compile_repeated_blocks`, which then compiles what lies between FSDP's hooks, and
+    Call it on every rank: after `training.compile_blocks`, which then compiles what lies between FSDP's hooks, and
     before the optimiser is made. Moving averages are copied before and sharded alike. Backward averages gradients
     over the ranks of `mesh` (by default all), so a loss over the global number of rows wants a factor of their number.
 

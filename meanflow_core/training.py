@@ -1,6 +1,7 @@
 """One optimiser step on one device, and the moving averages. Whoever has several devices hands in the wrapped network."""
 
 import copy
+import inspect
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from meanflow_core.config import LossConfig, OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
-from meanflow_core.loss import Network, StepRecord, meanflow_loss
+from meanflow_core.loss import ASKED_PARTS, Network, StepRecord, meanflow_loss
 from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
 
 
@@ -64,9 +65,17 @@ def build_train_state(
     if config.activation_checkpointing:
         network.enable_gradient_checkpointing()
     if config.compile:
-        # Block by block: every block is compiled once for all of its kind, and hooks between them still run.
-        network.compile_repeated_blocks(dynamic=False)
+        compile_blocks(network)
     return TrainState(network=network, ema_networks=ema_networks, optimizer=optimizer, step=0)
+
+
+def compile_blocks(network: AnyNetwork, backend: str = "inductor") -> None:
+    """Compiles a network block by block, in place: once for all blocks of a kind, with hooks between them still run."""
+    # Over a long run every size of `loss.ASKED_PARTS` comes, with graphs of the graded pass beside: more than dynamo's
+    # 8, after which it runs new sizes uncompiled without a word. Older torch (2.11) has no such option for one module.
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
+    limit = {"recompile_limit": 4 * ASKED_PARTS} if has_limit else {}
+    network.compile_repeated_blocks(dynamic=False, backend=backend, **limit)
 
 
 def begin_from(state: TrainState, network: AnyNetwork) -> None:

@@ -23,7 +23,7 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import LossOutput, StepRecord, draw_step_record, meanflow_loss
 from meanflow_core.networks import build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, imf_b2
-from meanflow_core.training import TrainState, build_train_state, train_step
+from meanflow_core.training import TrainState, build_train_state, compile_blocks, train_step
 from meanflow_core.transformer import Conditioning
 
 FLOW_MATCHING = LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
@@ -230,7 +230,7 @@ def compare_with_compiled(state: TrainState, rows: int, device: str) -> dict[str
     results = []
     for compiled in (False, True):
         if compiled:
-            state.network.compile_repeated_blocks(dynamic=False)
+            compile_blocks(state.network)
         output = run_loss(state.network, batch, GUIDED)
         gradient = torch.autograd.grad(output.loss, list(state.network.parameters()))
         results.append((torch.cat([g.flatten() for g in gradient]), output.dudt))

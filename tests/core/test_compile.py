@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow_core.loss import draw_step_record, meanflow_loss
+from meanflow_core.training import compile_blocks
 from meanflow_core.transformer import Conditioning
 from tests.core.test_loss import NULL, OBJECTIVES, draw_batch, gradients, relative
 
@@ -67,7 +68,7 @@ def check_like(ours, plain, batch, config, bound):
 def test_compiled_blocks_compute_what_plain_ones_do(kind, backend, dtype):
     network, config = kind[0].to(dtype), kind[1]
     plain = copy.deepcopy(network)
-    network.compile_repeated_blocks(dynamic=False, backend=backend)
+    compile_blocks(network, backend=backend)
     check_like(network, plain, draw_batch(config=config, dtype=dtype), config, BOUNDS[dtype])
     assert counters["stats"]["unique_graphs"] >= 3
     assert counters["graph_break"] == {}
@@ -94,7 +95,7 @@ def test_inductors_backward_is_that_of_the_plain_network(network):
     config = OBJECTIVES["flow matching"]
     network = network.double()
     plain, batch = copy.deepcopy(network), draw_batch(config=config, dtype=torch.float64)
-    network.compile_repeated_blocks(dynamic=False)
+    compile_blocks(network)
     found, wanted = (run(module, batch, config, separate=False).loss for module in (network, plain))
     assert counters["stats"]["unique_graphs"] == 1
     assert relative(gradients(network, found), gradients(plain, wanted)) < 1e-9
@@ -116,7 +117,7 @@ def test_compiled_derivative_is_that_of_forward_mode_through_the_plain_network(k
     # Stock compiled graphs drop the jvp of a custom autograd function without a word (pytorch#192985).
     network, config = kind[0].double(), kind[1]
     plain = copy.deepcopy(network)
-    network.compile_repeated_blocks(dynamic=False, backend="aot_eager")
+    compile_blocks(network, backend="aot_eager")
     latents, labels, record = draw_batch(config=config, dtype=torch.float64)
     told = {"omega": record.omega, "t_min": record.t_min, "t_max": record.t_max}
 
@@ -133,7 +134,7 @@ def test_compiled_derivative_is_that_of_forward_mode_through_the_plain_network(k
 
 def test_number_of_compilations_is_bounded_over_steps_of_different_draws(kind):
     network, config = kind
-    network.compile_repeated_blocks(dynamic=False, backend="aot_eager")
+    compile_blocks(network, backend="aot_eager")
 
     def take_steps(steps):
         sizes = set()
@@ -154,11 +155,22 @@ def test_number_of_compilations_is_bounded_over_steps_of_different_draws(kind):
         assert take_steps(range(5)) <= sizes
 
 
+def test_every_size_that_a_long_run_meets_is_compiled(network):
+    # Twelve sizes, where dynamo stops at eight: the fixture makes reaching its limit an error.
+    compile_blocks(network, backend="aot_eager")
+    z = torch.randn(12, 4, 8, 8)
+    with torch.no_grad():
+        for rows in range(1, 13):
+            times = torch.full((rows,), 0.5)
+            network(z[:rows], Conditioning(t=times, r=times, labels=torch.zeros(rows, dtype=torch.long)))
+    assert counters["stats"]["unique_graphs"] == 12
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[NO_COMPILER, pytest.mark.soak])])
 def test_compiled_blocks_in_bfloat16_are_as_near_as_plain_ones(kind, backend):
     network, config = kind
     plain, batch = copy.deepcopy(network), draw_batch(config=config)
-    network.compile_repeated_blocks(dynamic=False, backend=backend)
+    compile_blocks(network, backend=backend)
     exact = run(plain, batch, config, separate=False)
 
     def errors(module, separate):
@@ -179,7 +191,7 @@ def test_checkpointed_blocks_have_the_same_gradient(kind, is_compiled):
     plain = copy.deepcopy(network)
     network.enable_gradient_checkpointing()
     if is_compiled:
-        network.compile_repeated_blocks(dynamic=False, backend="aot_eager")
+        compile_blocks(network, backend="aot_eager")
     check_like(network, plain, draw_batch(config=config, dtype=torch.float64), config, 1e-12)
 
 

@@ -26,7 +26,7 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import StepRecord, meanflow_loss
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.sharding import shard_network
-from meanflow_core.training import TrainState, train_step, update_emas
+from meanflow_core.training import TrainState, compile_blocks, train_step, update_emas
 from meanflow_core.transformer import Conditioning, MeanFlowDiT
 from tests.core.test_loss import NULL, OBJECTIVES, draw_batch, relative
 
@@ -213,7 +213,7 @@ def run_fsdp2(rank):
         network = small_network(config, torch.float64)
         network.enable_gradient_checkpointing()
         if name == "guided":  # once: most of this run's seconds
-            network.compile_repeated_blocks(dynamic=False, backend="aot_eager")
+            compile_blocks(network, backend="aot_eager")
         shard_network(network, mesh)
         for passes, separate in PASSES.items():
             results[f"checkpointed {name} {passes}"] = share_gradient(network, network, batch, config, separate)

@@ -2,19 +2,26 @@
 
     python -m pipelines.encode --images ILSVRC/train --output latents --vae stabilityai/sd-vae-ft-mse --image-size 256
 
-The sorted list of images is cut into shards once and for all: shard k is a pure function of the list. CPU tasks read
-and decode a shard's files; an actor per accelerator encodes them and writes the shard under its own name, whole or not
-at all. So a job that was interrupted goes on where it stopped, a task that ran twice wrote the same file, and the
-manifest, written last, makes it a dataset.
+The index of images is cut into shards once and for all: shard k is a pure function of the source's files. CPU tasks
+read and decode a shard's images, an actor per accelerator encodes them, and CPU tasks write the shard under its own
+name, whole or not at all: each of the three scales alone, and an accelerator waits for no storage. So a job that was
+killed goes on where it stopped, a task that ran twice wrote the same file, and the manifest, written last, makes it a
+dataset.
 """
 
+import collections
+import contextlib
 import json
 import logging
+import os
+import pickle
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -25,115 +32,187 @@ from pyarrow import fs
 from meanflow_core.autoencoder import encode_moments, load_autoencoder, weight_hash
 from pipelines import latent_store, storage
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
-from pipelines.image_reading import ImageFolder, decode_image, find_images
+from pipelines.image_reading import decode_image
+from pipelines.image_sources import Format, ImageIndex, ImageSlice, Listing, index_images, list_images
 from pipelines.latent_store import EncodingRecipe, Manifest
-from pipelines.progress import Progress
+from pipelines.progress import Progress, format_seconds
 
 logger = logging.getLogger(__name__)
 
 CROP = "adm_center_crop"
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FOOTER_READERS = 16  # threads: an object store answers slowly, and many at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeJob:
-    """Encode a folder of class folders of images into a latent dataset."""
+    """Encode images into a latent dataset. The same command again finishes what is missing."""
 
     images: str
-    """Folder of class folders, as ImageNet's train/: a path or URI."""
+    """Class folders such as ImageNet's train/, Parquet or WebDataset files: a folder, or a pattern such as
+    "data/train-*.parquet"; a path or URI."""
     output: str
     """Folder of the latent dataset: a path or URI."""
     vae: str
     """Autoencoder: a hub id such as stabilityai/sd-vae-ft-mse, or a folder."""
+    format: Format | None = None
+    """Of the images; told by looking unless named."""
     image_size: int = 256
     """Side of the square that images are cropped to, in pixels."""
-    batch_size: int = 64
-    """Images per call of the autoencoder."""
+    mirror: bool = True
+    """Encode the mirror images too: a latent cannot be mirrored."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "tf32"
+    """In which the autoencoder runs; tf32 is float32 where there are no tensor cores."""
+    compile: bool = False
+    """Compile the autoencoder (torch.compile)."""
+    batch_size: int | None = None
+    """Images per call of the autoencoder; chosen for the device unless given."""
     num_encoders: int | None = None
     """Actors that encode; one per GPU, or one on a machine without."""
+    encoders_per_gpu: int = 1
+    """Actors that share a GPU."""
     use_gpu: bool | None = None
     """Encode on GPUs; where the cluster has some, unless said."""
     rows_per_shard: int = 512
     """Images per shard; fewer where the images are large."""
+    max_rejected_fraction: float = 0.001
+    """Share of unreadable images above which there is no dataset in the end, though all work is kept."""
+    limit: int | None = None
+    """Encode so many images, spread evenly over the source, for a trial."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "rows_per_shard", "num_encoders"):
+        for name in ("image_size", "batch_size", "rows_per_shard", "num_encoders", "encoders_per_gpu", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
+        if not 0.0 <= self.max_rejected_fraction <= 1.0:
+            raise ValueError(f"max_rejected_fraction must lie in [0, 1], but got {self.max_rejected_fraction}")
 
 
-def decode_shard(
-    batch: dict[str, np.ndarray], *, filesystem: fs.FileSystem, root: str, image_size: int
-) -> dict[str, np.ndarray]:
-    """Reads and decodes the images of one shard; an unreadable one becomes a black image with its reason in `error`."""
-    paths = [str(path) for path in batch["paths"][0]]
-    pixels = np.zeros((len(paths), image_size, image_size, 3), dtype=np.uint8)
-    errors = [""] * len(paths)
-    for row, path in enumerate(paths):
+def decode_shard(batch: dict[str, np.ndarray], *, image_size: int) -> dict[str, np.ndarray]:
+    """Reads and decodes the images of one shard; an unreadable one becomes a black image with its reason in `error`.
+
+    batch: {"shard": [number], "images": [pickled ImageSlice]}. Raises what storage raises where it fails.
+    """
+    images: ImageSlice = pickle.loads(batch["images"][0])  # our own, from this job's driver
+    count = len(images.entries)
+    pixels = np.zeros((count, image_size, image_size, 3), dtype=np.uint8)
+    errors = [""] * count
+    for row, content in enumerate(images.read()):
         try:
-            content = storage.read_bytes(filesystem, f"{root}/{path}")
-        except (FileNotFoundError, PermissionError) as error:
-            errors[row] = f"{type(error).__name__}: {error}"
-            continue  # any other failure of storage fails the task: it must not reject an image that is fine
-        try:
+            if isinstance(content, Exception):
+                raise content
             pixels[row] = decode_image(content, image_size)
         except Exception as error:  # Pillow raises many kinds; whatever it is, it belongs to this one image
             errors[row] = f"{type(error).__name__}: {error}"
     return {
-        "shard": np.full(len(paths), batch["shard"][0]),
+        "shard": np.full(count, batch["shard"][0]),
         "pixels": pixels,
-        "label": np.asarray(batch["labels"][0], dtype=np.int32),
-        "sample_id": np.array([path.rsplit(".", 1)[0] for path in paths], dtype=object),
+        "label": images.entries["label"].to_numpy(),
+        "sample_id": np.array(images.entries["sample_id"].to_pylist(), dtype=object),
         "error": np.array(errors, dtype=object),
     }
 
 
 class EncodeShard:
-    """Encodes decoded shards on one device and writes them. A plain callable: it needs no cluster."""
+    """Encodes decoded shards on one device. A plain callable: it needs no cluster."""
 
     def __init__(
         self,
-        vae_config: dict[str, Any],
-        vae_state: dict[str, torch.Tensor],
-        moments_shape: tuple[int, int, int],
-        output: str,
-        batch_size: int,
+        dataset: str,
+        device: str,
+        *,
+        precision: str = "float32",
+        compiled: bool = False,
+        mirror: bool = True,
+        batch_size: int | None = None,
+        num_threads: int | None = None,
     ) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        vae = AutoencoderKL.from_config(vae_config)
-        vae.load_state_dict(vae_state)
-        self._vae = vae.eval().requires_grad_(False).to(self._device, memory_format=torch.channels_last)
-        self._filesystem, self._root = storage.open_storage(output)
-        self._moments_shape = moments_shape
+        self._device = torch.device(device)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)  # Ray gives an actor as many as it reserves CPUs
+        if precision == "tf32":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        with tempfile.TemporaryDirectory() as folder:
+            vae = load_autoencoder(str(latent_store.fetch_autoencoder(dataset, Path(folder))))
+        self._vae = vae.to(self._device, DTYPES[precision]).to(memory_format=torch.channels_last)
+        if compiled:
+            self._vae.encoder.compile(dynamic=False)
+        self._mirror = mirror
         self._batch_size = batch_size
 
-    def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        if len(pixels) == 0:
-            return np.zeros((0, *self._moments_shape), dtype=np.float16)
-        batches = torch.from_numpy(np.ascontiguousarray(pixels)).split(self._batch_size)
-        moments = [encode_moments(self._vae, batch.to(self._device)).half().cpu() for batch in batches]
-        return torch.cat(moments).numpy()
-
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Writes the shard that `decode_shard` gave, and returns {"images": [number]}."""
-        shard = int(batch["shard"][0])
-        assert (batch["shard"] == shard).all(), "a block must hold one shard"
-        good = batch["error"] == ""
-        rejected = [
-            {"sample_id": str(sample_id), "reason": str(error)}
-            for sample_id, error in zip(batch["sample_id"][~good], batch["error"][~good], strict=True)
-        ]
-        pixels = batch["pixels"][good]
-        moments, mirrored = self._moments(pixels), self._moments(pixels[:, :, ::-1])
-        if not np.isfinite(moments).all() or not np.isfinite(mirrored).all():
-            raise ValueError(f"the autoencoder gave values that float16 cannot hold in shard {shard}")
+        """A shard of pixels, as `decode_shard` gives it -> the same with moments float16 (N, 2C, H, W) for pixels."""
+        pixels = torch.from_numpy(np.ascontiguousarray(batch["pixels"]))
+        if self._batch_size is None:
+            self._batch_size = choose_batch_size(self._vae, pixels[:1].to(self._device))
+        while True:
+            try:
+                moments = self._encode(pixels)
+                break
+            except torch.OutOfMemoryError:
+                if self._batch_size == 1:
+                    raise
+                self._batch_size = max(1, self._batch_size // 2)
+                logger.warning("out of memory; going on with %d images at a time", self._batch_size)
+        names = ("moments", "moments_mirrored")[: 1 + self._mirror]
+        rest = {name: batch[name] for name in ("shard", "label", "sample_id", "error")}
+        return {**rest, **dict(zip(names, moments, strict=True))}
+
+    def _encode(self, pixels: torch.Tensor) -> list[np.ndarray]:
+        found: list[list[torch.Tensor]] = [[] for _ in range(1 + self._mirror)]
+        # One wait for the device at the end: until then it has always something to do.
+        for part in pixels.split(self._batch_size):
+            images = part.to(self._device, non_blocking=True)
+            for is_mirrored, of_kind in enumerate(found):
+                of_kind.append(encode_moments(self._vae, images.flip(2) if is_mirrored else images).half())
+        return [torch.cat(of_kind).cpu().numpy() for of_kind in found]
+
+
+def choose_batch_size(vae: AutoencoderKL, image: torch.Tensor) -> int:
+    """Images per call, for the device of `image`, uint8 (1, H, W, 3).
+
+    On a GPU as many as half of its free memory holds, by the memory that one image takes; at most 128, where even the
+    largest is busy. On a CPU the pixels of eight 256x256 images: more gains nothing and costs memory.
+    """
+    if image.device.type != "cuda":
+        return max(1, min(64, 8 * 256**2 // (image.shape[1] * image.shape[2])))
+    torch.cuda.reset_peak_memory_stats(image.device)
+    before = torch.cuda.memory_allocated(image.device)
+    encode_moments(vae, image)
+    of_one = torch.cuda.max_memory_allocated(image.device) - before
+    free, _ = torch.cuda.mem_get_info(image.device)
+    return max(1, min(128, 1 << max(0, int(free / 2 / max(of_one, 1)).bit_length() - 1)))
+
+
+def write_shard(batch: dict[str, np.ndarray], *, output: str) -> dict[str, np.ndarray]:
+    """Writes the shard that `EncodeShard` gave; returns {"images": [number], "rejected": [number]}.
+
+    An image whose moments float16 cannot hold is rejected too. A shard that is there already stays as it is.
+    """
+    shard = int(batch["shard"][0])
+    assert (batch["shard"] == shard).all(), "a block must hold one shard"
+    errors = batch["error"].astype(object)
+    tensors = [batch[name] for name in ("moments", "moments_mirrored") if name in batch]
+    finite = np.all([np.isfinite(array).all(axis=(1, 2, 3)) for array in tensors], axis=0)
+    errors[~finite & (errors == "")] = "the autoencoder gave values that float16 cannot hold"
+    good = errors == ""
+    rejected = [
+        {"sample_id": str(sample_id), "reason": str(error)}
+        for sample_id, error in zip(batch["sample_id"][~good], errors[~good], strict=True)
+    ]
+    moments, mirrored = [*(array[good] for array in tensors), None][:2]
+    filesystem, root = storage.open_storage(output)
+    path = f"{root}/{latent_store.shard_name(shard)}"
+    # A task of a driver that was killed may still be at work on a shard that another has finished since.
+    if filesystem.get_file_info(path).type == fs.FileType.NotFound:
         content = latent_store.shard_bytes(
             moments, mirrored, batch["label"][good], list(batch["sample_id"][good]), rejected
         )
-        storage.write_bytes(self._filesystem, f"{self._root}/{latent_store.shard_name(shard)}", content)
-        return {"images": np.array([len(good)])}
+        storage.write_bytes(filesystem, path, content)
+    return {"images": np.array([int(good.sum())]), "rejected": np.array([len(rejected)])}
 
 
-def _recipe(job: EncodeJob, folder: ImageFolder, vae: AutoencoderKL) -> EncodingRecipe:
+def _recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> EncodingRecipe:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if job.image_size % factor:
         raise InputError(f"--image-size must be a multiple of {factor} for this autoencoder, but got {job.image_size}")
@@ -146,36 +225,94 @@ def _recipe(job: EncodeJob, folder: ImageFolder, vae: AutoencoderKL) -> Encoding
         moments_shape=(2 * vae.config.latent_channels, side, side),
         image_size=job.image_size,
         crop=CROP,
-        source_sha256=folder.sha256,
+        source_sha256=listing.sha256,
         rows_per_shard=min(job.rows_per_shard, rows_that_fit),
+        mirrored=job.mirror,
+        precision=job.precision,
+        limit=job.limit,
     )
 
 
-def _refuse_other_recipe(output: str, recipe: EncodingRecipe) -> Manifest | None:
-    """The manifest where the output is complete; raises InputError where it was begun with another recipe."""
+@dataclass(frozen=True)
+class Plan:
+    """What is to be encoded, cut into shards."""
+
+    filesystem: fs.FileSystem
+    """Where the images lie."""
+    listing: Listing
+    """In which files."""
+    index: ImageIndex
+    """Where in those."""
+    recipe: EncodingRecipe
+    """How they are encoded."""
+
+    @property
+    def num_images(self) -> int:
+        """Images of the index that are to be encoded."""
+        return min(self.recipe.limit or len(self.index), len(self.index))
+
+    @property
+    def num_shards(self) -> int:
+        """Files that they make."""
+        return -(-self.num_images // self.recipe.rows_per_shard)
+
+    def rows(self, shard: int) -> np.ndarray:
+        """Rows of the index that shard number `shard` holds, int64."""
+        first = shard * self.recipe.rows_per_shard
+        wanted = np.arange(first, min(first + self.recipe.rows_per_shard, self.num_images))
+        return wanted * len(self.index) // self.num_images
+
+    def images(self, shard: int) -> ImageSlice:
+        """Its images."""
+        return ImageSlice.of(self.filesystem, self.listing, self.index, self.rows(shard))
+
+
+def _refuse_other_recipe(output: str, recipe: EncodingRecipe) -> bool:
+    """Whether the output was begun; raises InputError where that was with another recipe."""
     filesystem, root = storage.open_storage(output)
-    path = f"{root}/recipe.json"
+    path = f"{root}/{latent_store.RECIPE}"
     if filesystem.get_file_info(path).type == fs.FileType.NotFound:
-        return None
+        return False
     begun = json.loads(storage.read_bytes(filesystem, path))
     wanted = json.loads(json.dumps(asdict(recipe)))
     different = [name for name in wanted if name != "vae_id" and begun.get(name) != wanted[name]]
     if different:
         changes = "; ".join(f"{name} {begun.get(name)} there, {wanted[name]} now" for name in different)
         raise InputError(f"{output} was begun in another way ({changes}); name another --output, or delete it")
-    try:
-        return latent_store.read_manifest(output)
-    except InputError:
-        return None
+    return True
 
 
-def _begin(output: str, recipe: EncodingRecipe, vae: AutoencoderKL) -> None:
+def _begin(output: str, plan: Plan, vae: AutoencoderKL) -> None:
+    """Writes what every worker needs, and last the recipe, which says that it is all there."""
     filesystem, root = storage.open_storage(output)
     with tempfile.TemporaryDirectory() as folder:
         vae.save_pretrained(folder)
         for path in Path(folder).iterdir():
             storage.write_bytes(filesystem, f"{root}/vae/{path.name}", path.read_bytes())
-    storage.write_bytes(filesystem, f"{root}/recipe.json", (json.dumps(asdict(recipe), indent=2) + "\n").encode())
+    index = plan.index.to_bytes(plan.recipe.source_sha256)
+    storage.write_bytes(filesystem, f"{root}/{latent_store.INDEX}", index)
+    recipe = json.dumps(asdict(plan.recipe), indent=2) + "\n"
+    storage.write_bytes(filesystem, f"{root}/{latent_store.RECIPE}", recipe.encode())
+
+
+def _stored_index(output: str, source_sha256: str) -> ImageIndex | None:
+    filesystem, root = storage.open_storage(output)
+    with contextlib.suppress(FileNotFoundError):
+        return ImageIndex.from_bytes(storage.read_bytes(filesystem, f"{root}/{latent_store.INDEX}"), source_sha256)
+    return None
+
+
+def _map_on_cluster(function: Callable[[Any], Any], items: list) -> Iterable:
+    """`map` of tasks on the cluster, with progress."""
+    start_ray(needed_cpus=1)
+    task = ray.remote(num_cpus=0.5)(lambda item: function(item))
+    progress = Progress(logger, "indexed", "files", len(items))
+    for done, reference in enumerate([task.remote(item) for item in items], start=1):
+        try:
+            yield ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        progress.update(done)
 
 
 def _missing_shards(output: str, num_shards: int) -> list[int]:
@@ -185,26 +322,15 @@ def _missing_shards(output: str, num_shards: int) -> list[int]:
     return [shard for shard in range(num_shards) if latent_store.shard_name(shard) not in present]
 
 
-def _encode_shards(
-    job: EncodeJob, recipe: EncodingRecipe, folder: ImageFolder, vae: AutoencoderKL, shards: list[int]
-) -> None:
-    rows = recipe.rows_per_shard
-    source, root = storage.open_storage(job.images)
-    num_encoders = job.num_encoders or max(1, num_gpus())
-    use_gpu = choose_gpus(job.use_gpu, num_encoders)
+def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
+    num_encoders = job.num_encoders or max(1, num_gpus() * job.encoders_per_gpu)
+    use_gpu = choose_gpus(job.use_gpu, -(-num_encoders // job.encoders_per_gpu))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # one shard, one block
-    chunks = [
-        {
-            "shard": shard,
-            "paths": folder.paths[shard * rows : (shard + 1) * rows],
-            "labels": folder.labels[shard * rows : (shard + 1) * rows],
-        }
-        for shard in shards
-    ]
-    vae_state = {name: tensor.cpu() for name, tensor in vae.state_dict().items()}
+    chunks = [{"shard": shard, "images": pickle.dumps(plan.images(shard))} for shard in shards]
     decode: Callable[..., dict[str, np.ndarray]] = decode_shard
+    write: Callable[..., dict[str, np.ndarray]] = write_shard
     written = (
         ray.data.from_items(chunks, override_num_blocks=len(chunks))
         .map_batches(
@@ -213,61 +339,80 @@ def _encode_shards(
             # Half a CPU, as much of it is waiting for storage; and unlike the encoder's share, or Ray Data would fuse
             # both into the encoder's actors, where decoding could not scale alone.
             num_cpus=0.5,
-            fn_kwargs={"filesystem": source, "root": root, "image_size": job.image_size},
+            fn_kwargs={"image_size": job.image_size},
         )
         .map_batches(
             EncodeShard,
             batch_size=None,
+            fn_constructor_args=(job.output, "cuda" if use_gpu else "cpu"),
             fn_constructor_kwargs={
-                "vae_config": dict(vae.config),
-                "vae_state": vae_state,
-                "moments_shape": recipe.moments_shape,
-                "output": job.output,
+                "precision": job.precision,
+                "compiled": job.compile,
+                "mirror": job.mirror,
                 "batch_size": job.batch_size,
+                "num_threads": None if use_gpu else max(1, (os.cpu_count() or 1) // num_encoders),
             },
             compute=ray.data.ActorPoolStrategy(size=num_encoders),
-            num_gpus=1 if use_gpu else 0,
+            num_gpus=1 / job.encoders_per_gpu if use_gpu else 0,
             num_cpus=0 if use_gpu else 1,
         )
+        .map_batches(write, batch_size=None, num_cpus=0.25, fn_kwargs={"output": job.output})
     )
-    total = len(folder.paths)
-    done = total - sum(len(folder.paths[shard * rows : (shard + 1) * rows]) for shard in shards)
-    progress = Progress(logger, "encoded", "images", total, start=done)
+    done = plan.num_images - sum(len(plan.rows(shard)) for shard in shards)
+    progress = Progress(logger, "encoded", "images", plan.num_images, start=done)
+    rejected = 0
     for row in written.iter_rows():
-        done += int(row["images"])
-        progress.update(done)
+        done += int(row["images"] + row["rejected"])
+        rejected += int(row["rejected"])
+        progress.update(done, f"{rejected} rejected" if rejected else "")
 
 
-def _commit(job: EncodeJob, recipe: EncodingRecipe, folder: ImageFolder, num_shards: int) -> Manifest:
+def _commit(job: EncodeJob, plan: Plan) -> Manifest:
+    """Writes the list of rejected images, and the manifest if these are few enough."""
     filesystem, root = storage.open_storage(job.output)
-    missing = _missing_shards(job.output, num_shards)
+    missing = _missing_shards(job.output, plan.num_shards)
     if missing:
         raise InputError(
             f"{len(missing)} shards were written, but are not in {job.output}; with several nodes, --output must be "
             f"storage that all of them share"
         )
-    shards = [
-        latent_store.shard_summary(filesystem, f"{root}/{latent_store.shard_name(shard)}")
-        for shard in range(num_shards)
-    ]
+    paths = [f"{root}/{latent_store.shard_name(shard)}" for shard in range(plan.num_shards)]
+    with ThreadPoolExecutor(FOOTER_READERS) as readers:
+        shards = list(readers.map(lambda path: latent_store.shard_summary(filesystem, path), paths))
+    for number, shard in enumerate(shards):
+        found, wanted = shard.num_rows + len(shard.rejected), len(plan.rows(number))
+        if found != wanted:
+            raise InputError(
+                f"{paths[number]} is of {found} images, but of {wanted} in the plan; delete it and run again"
+            )
     rejected = [row for shard in shards for row in shard.rejected]
     for row in rejected[:20]:
         logger.warning("rejected %s: %s", row["sample_id"], row["reason"])
-    if len(rejected) == len(folder.paths):
+    if len(rejected) == plan.num_images:
         filesystem.delete_dir(f"{root}/shards")  # so that the same command tries again
-        raise InputError(f"none of the {len(folder.paths)} images in {job.images} can be read: {rejected[0]['reason']}")
+        raise InputError(f"none of the {len(rejected)} images in {job.images} can be read: {rejected[0]['reason']}")
     storage.write_bytes(filesystem, f"{root}/{latent_store.REJECTED}", latent_store.rejected_bytes(rejected))
+    share = len(rejected) / plan.num_images
+    if share > job.max_rejected_fraction:
+        kinds = collections.Counter(row["reason"].split(":")[0] for row in rejected).most_common(3)
+        raise InputError(
+            f"{len(rejected)} of {plan.num_images} images ({share:.2%}) cannot be read, more than --max-rejected-fraction "
+            f"{job.max_rejected_fraction:g} allows ({', '.join(f'{count} {kind}' for kind, count in kinds)}); they are "
+            f"listed in {job.output}/{latent_store.REJECTED}. All else is encoded: with a larger fraction the same "
+            f"command only finishes"
+        )
     manifest = Manifest(
-        recipe=recipe,
+        recipe=plan.recipe,
         num_samples=sum(shard.num_rows for shard in shards),
         num_rejected=len(rejected),
         shard_rows=[shard.num_rows for shard in shards],
         shard_sha256=[shard.sha256 for shard in shards],
-        class_names=folder.class_names,
-        wnids=folder.wnids,
+        class_names=plan.index.class_names,
+        wnids=plan.index.wnids,
         source=job.images,
     )
     storage.write_bytes(filesystem, f"{root}/{latent_store.MANIFEST}", manifest.to_json().encode())
+    storage.delete_partial(filesystem, f"{root}/shards")
     return manifest
 
 
@@ -276,37 +421,53 @@ def encode(job: EncodeJob) -> Manifest:
     vae_location = storage.absolute(job.vae) if Path(job.vae).expanduser().exists() else job.vae
     output = storage.output_location(job.output, "--output")
     job = replace(job, images=storage.absolute(job.images), output=output, vae=vae_location)
-    _, folder = find_images(job.images)
+    filesystem, listing = list_images(job.images, job.format)
     try:
         vae = load_autoencoder(job.vae)
     except ValueError as error:
         raise InputError(str(error)) from error
-    recipe = _recipe(job, folder, vae)
-    complete = _refuse_other_recipe(job.output, recipe)
-    if complete is not None:
-        logger.info("%s is complete: %d samples", job.output, complete.num_samples)
-        return complete
-    num_shards = -(-len(folder.paths) // recipe.rows_per_shard)
-    _begin(job.output, recipe, vae)
-    missing = _missing_shards(job.output, num_shards)
+    recipe = _recipe(job, listing, vae)
+    is_begun = _refuse_other_recipe(job.output, recipe)
+    if is_begun and latent_store.is_complete(job.output):
+        manifest = latent_store.read_manifest(job.output)
+        logger.info("%s is complete: %d samples", job.output, manifest.num_samples)
+        return manifest
+    index = _stored_index(job.output, listing.sha256)
+    if index is None:
+        index = index_images(filesystem, listing, map if listing.format == "folders" else _map_on_cluster)
+    plan = Plan(filesystem, listing, index, recipe)
+    if not is_begun:
+        _begin(job.output, plan, vae)
+    missing = _missing_shards(job.output, plan.num_shards)
     logger.info(
-        "%d images of %d classes, %d of %d shards to do", len(folder.paths), len(folder.wnids), len(missing), num_shards
-    )
+        "%d images of %d classes (%s), %d of %d shards to do",
+        plan.num_images, len(index.class_names), listing.format, len(missing), plan.num_shards,
+    )  # fmt: skip
+    began = time.monotonic()
     if missing:
         start_ray(needed_cpus=(job.num_encoders or 1) + 1)
-        _encode_shards(job, recipe, folder, vae, missing)
-    return _commit(job, recipe, folder, num_shards)
+        _encode_shards(job, plan, missing)
+    manifest = _commit(job, plan)
+    _summarize(job, plan, manifest, sum(len(plan.rows(shard)) for shard in missing), time.monotonic() - began)
+    return manifest
+
+
+def _summarize(job: EncodeJob, plan: Plan, manifest: Manifest, num_encoded: int, seconds: float) -> None:
+    recipe = manifest.recipe
+    size = manifest.num_samples * (1 + recipe.mirrored) * int(np.prod(recipe.moments_shape)) * 2
+    logger.info(
+        "%d samples of %d classes, %d rejected; moments %s float16%s, %.2f GB in %d shards; %d images in %s, %.1f images/s",
+        manifest.num_samples, len(manifest.class_names), manifest.num_rejected,
+        "x".join(map(str, recipe.moments_shape)), " and their mirror images'" if recipe.mirrored else "",
+        size / 1e9, plan.num_shards, num_encoded, format_seconds(seconds), num_encoded / max(seconds, 1e-9),
+    )  # fmt: skip
 
 
 def main() -> None:
     """The command."""
     job = parse_command_line(EncodeJob, __doc__)
-    manifest = encode(job)
-    logger.info(
-        "wrote %d samples (%d rejected), moments %s, into %s",
-        manifest.num_samples, manifest.num_rejected, manifest.recipe.moments_shape, job.output,
-    )  # fmt: skip
-    print(f"latent dataset: {job.output}")
+    encode(job)
+    print(f"latent dataset: {job.output}; look at it with: python -m pipelines.check --data {job.output}")
 
 
 if __name__ == "__main__":

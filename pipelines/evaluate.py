@@ -31,7 +31,8 @@ from pipelines import storage, tracking
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.grids import image_grid
-from pipelines.image_reading import find_images, read_pixels
+from pipelines.image_reading import read_pixels
+from pipelines.image_sources import find_images
 from pipelines.judge import Judge, Judgement, load_judge
 from pipelines.progress import Progress
 
@@ -260,13 +261,13 @@ def read_real_images(location: str, class_names: list[str], size: int) -> tuple[
 
     Raises InputError where the folder's classes are not the generator's, or a class has fewer than two images.
     """
-    filesystem, folder = find_images(location)
-    if folder.class_names != class_names:
+    filesystem, listing, index = find_images(location)
+    if index.class_names != class_names:
         raise InputError(
-            f"the classes in {location} are {', '.join(folder.class_names)}, but the generator's are "
-            f"{', '.join(class_names)}; every class needs its folder"
+            f"the classes in {location} are {', '.join(index.class_names)}, but the generator's are "
+            f"{', '.join(class_names)}; every class needs images"
         )
-    pixels, labels = (torch.from_numpy(array) for array in read_pixels(filesystem, folder, size))
+    pixels, labels = (torch.from_numpy(array) for array in read_pixels(filesystem, listing, index, size))
     counts = torch.bincount(labels, minlength=len(class_names))
     if int(counts.min()) < 2:
         few = class_names[int(counts.argmin())]

@@ -2,16 +2,19 @@
 
     latents/
         manifest.json              written last: without it, there is no dataset
+        recipe.json, index.parquet what is being encoded, and how; written first
         vae/                       the autoencoder itself, so that the dataset can be decoded wherever it goes
-        shards/shard-00000.parquet ...
+        shards/shard-00000.arrow ...
         rejected.parquet           sample_id, reason: the images that could not be read
 
-Every shard has the columns `moments` and `moments_mirrored` (arrow.fixed_shape_tensor of float16 (2C, H, W): mean,
-then standard deviation, unscaled), `label` int32 and `sample_id` string. Plain pyarrow reads shape and dtype:
-`pq.read_table(shard)["moments"].combine_chunks().to_numpy_ndarray()`.
+A shard is an uncompressed Arrow IPC file of one record batch, with the columns `moments` and, unless left out,
+`moments_mirrored` (arrow.fixed_shape_tensor of float16 (2C, H, W): mean, then standard deviation, unscaled), `label`
+int32 and `sample_id` string. Plain pyarrow maps it into memory with shape and dtype, without a copy:
+`pa.ipc.open_file(pa.memory_map(shard)).read_all()["moments"].combine_chunks().to_numpy_ndarray()`.
 
-Parquet has no fast random access, and training wants rows in any order. So a node maps a copy of its own: plain .npy
-files in a cache folder, made once and shared by the node's workers.
+Why not Parquet: it has no random access, which is what training wants, and keeps tensors as lists whose every value is
+decoded (`tests/benchmarks/layout.py`). A node maps a copy of its own: plain .npy files in a cache folder, made once and
+shared by the node's workers.
 """
 
 import functools
@@ -38,10 +41,13 @@ from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+RECIPE = "recipe.json"
+INDEX = "index.parquet"
 REJECTED = "rejected.parquet"
-# In a shard's schema metadata: its unreadable images, and the hash of its content.
+# In a shard's schema metadata: its length, its unreadable images, and the hash of its content.
+NUM_ROWS_KEY = b"meanflow.num_rows"
 REJECTED_KEY = b"meanflow.rejected"
 SHA256_KEY = b"meanflow.sha256"
 
@@ -61,9 +67,15 @@ class EncodingRecipe:
     crop: str
     """Name of the crop."""
     source_sha256: str
-    """Hash of the sorted list of image paths and sizes in bytes."""
+    """Hash of the source's form, files and their sizes in bytes."""
     rows_per_shard: int
-    """Images per shard: shard k holds images k rows_per_shard onwards of the sorted list."""
+    """Images per shard: shard k holds images k rows_per_shard onwards of the index."""
+    mirrored: bool = True
+    """Whether the mirror images are encoded too."""
+    precision: str = "float32"
+    """In which the autoencoder ran."""
+    limit: int | None = None
+    """Number of images, spread evenly over the index, where not all of them are encoded."""
     moments_kind: str = MOMENTS_KIND
     """What the two halves of the moments are."""
     dtype: str = "float16"
@@ -87,7 +99,7 @@ class Manifest:
     class_names: list[str]
     """Name per class id."""
     wnids: list[str]
-    """Folder name per class id."""
+    """WordNet id or folder name per class id; empty where the source has none."""
     source: str
     """Where the images lay."""
     schema_version: int = SCHEMA_VERSION
@@ -128,7 +140,7 @@ class Manifest:
 
 def shard_name(index: int) -> str:
     """Path of shard `index` in a dataset."""
-    return f"shards/shard-{index:05d}.parquet"
+    return f"shards/shard-{index:05d}.arrow"
 
 
 def _tensor_array(values: np.ndarray) -> pa.Array:
@@ -140,34 +152,43 @@ def _tensor_array(values: np.ndarray) -> pa.Array:
 
 def shard_bytes(
     moments: np.ndarray,
-    moments_mirrored: np.ndarray,
+    moments_mirrored: np.ndarray | None,
     labels: np.ndarray,
     sample_ids: Sequence[str],
     rejected: list[dict],
 ) -> bytes:
-    """A shard as Parquet: moments float16 (N, 2C, H, W) twice, labels (N,), ids; and the rejected in its metadata."""
-    table = pa.table(
+    """A shard's file: moments float16 (N, 2C, H, W) once or twice, labels (N,), ids; the rejected in its metadata."""
+    arrays = {"moments": moments} | ({} if moments_mirrored is None else {"moments_mirrored": moments_mirrored})
+    columns: dict[str, pa.Array] = {name: _tensor_array(array) for name, array in arrays.items()}
+    columns["label"] = pa.array(np.asarray(labels, dtype=np.int32))
+    columns["sample_id"] = pa.array(sample_ids, type=pa.string())
+    digest = _content_digest(list(arrays.values()), labels, sample_ids)
+    batch = pa.record_batch(columns)
+    batch = batch.replace_schema_metadata(
         {
-            "moments": _tensor_array(moments),
-            "moments_mirrored": _tensor_array(moments_mirrored),
-            "label": pa.array(labels, type=pa.int32()),
-            "sample_id": pa.array(sample_ids, type=pa.string()),
+            NUM_ROWS_KEY: str(len(batch)).encode(),
+            SHA256_KEY: digest.encode(),
+            REJECTED_KEY: json.dumps(rejected).encode(),
         }
     )
-    digest = hashlib.sha256(json.dumps(list(sample_ids)).encode())
-    for array, dtype in ((moments, np.float16), (moments_mirrored, np.float16), (labels, np.int32)):
-        digest.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
-    metadata = {REJECTED_KEY: json.dumps(rejected).encode(), SHA256_KEY: digest.hexdigest().encode()}
-    table = table.replace_schema_metadata(metadata)
     buffer = io.BytesIO()
-    # Latents hardly compress (zstd saves a tenth) and dictionaries and statistics of tensors help nobody.
-    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
+    # Latents hardly compress (zstd saves a tenth), and what is compressed cannot be mapped.
+    with pa.ipc.new_file(buffer, batch.schema) as writer:
+        writer.write_batch(batch)
     return buffer.getvalue()
+
+
+def _content_digest(tensors: list[np.ndarray], labels: np.ndarray, sample_ids: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps(list(sample_ids)).encode())
+    for array in tensors:
+        digest.update(np.ascontiguousarray(array, dtype=np.float16).data)
+    digest.update(np.ascontiguousarray(labels, dtype=np.int32).data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What a written shard's footer says of it."""
+    """What a written shard says of itself."""
 
     num_rows: int
     """Rows."""
@@ -177,11 +198,54 @@ class ShardSummary:
     """Its unreadable images as {"sample_id", "reason"}."""
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A shard's content; arrays that cannot be written to."""
+
+    moments: np.ndarray
+    """(N, 2C, H, W) float16."""
+    moments_mirrored: np.ndarray | None
+    """The same of the mirror images, where they were encoded."""
+    labels: np.ndarray
+    """(N,) int32."""
+    sample_ids: list[str]
+    """N ids."""
+    summary: ShardSummary
+    """What it says of itself."""
+
+    def content_sha256(self) -> str:
+        """The hash as it should be, of what is really there."""
+        tensors = [array for array in (self.moments, self.moments_mirrored) if array is not None]
+        return _content_digest(tensors, self.labels, self.sample_ids)
+
+
+def read_shard(filesystem: fs.FileSystem, path: str) -> Shard:
+    """Reads a shard whole. Raises InputError for a file that is none."""
+    try:
+        with filesystem.open_input_file(path) as stream, pa.ipc.open_file(stream) as reader:
+            summary = _summary(reader)
+            table = reader.read_all()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run pipelines.encode again") from error
+    tensors = {
+        name: table[name].combine_chunks().to_numpy_ndarray()
+        for name in ("moments", "moments_mirrored")
+        if name in table.column_names
+    }
+    labels = table["label"].to_numpy()
+    return Shard(tensors["moments"], tensors.get("moments_mirrored"), labels, table["sample_id"].to_pylist(), summary)
+
+
 def shard_summary(filesystem: fs.FileSystem, path: str) -> ShardSummary:
-    """Reads a shard's footer, and nothing else of it."""
-    footer = pq.read_metadata(path, filesystem=filesystem)
-    rejected = json.loads(footer.metadata[REJECTED_KEY])
-    return ShardSummary(footer.num_rows, footer.metadata[SHA256_KEY].decode(), rejected)
+    """Reads what a shard says of itself, and none of its rows."""
+    with filesystem.open_input_file(path) as stream, pa.ipc.open_file(stream) as reader:
+        return _summary(reader)
+
+
+def _summary(reader: pa.ipc.RecordBatchFileReader) -> ShardSummary:
+    metadata = reader.schema.metadata
+    num_rows = int(metadata[NUM_ROWS_KEY])
+    return ShardSummary(num_rows, metadata[SHA256_KEY].decode(), json.loads(metadata[REJECTED_KEY]))
 
 
 def rejected_bytes(rejected: list[dict]) -> bytes:
@@ -199,11 +263,17 @@ def rejected_bytes(rejected: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
+def is_complete(location: str) -> bool:
+    """Whether a dataset has its manifest."""
+    filesystem, root = storage.open_storage(location)
+    return filesystem.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File
+
+
 def read_manifest(location: str) -> Manifest:
     """The manifest of a dataset. Raises InputError where there is no dataset, or it is not complete."""
     filesystem, root = storage.require_folder(location, "latent dataset")
     path = f"{root}/{MANIFEST}"
-    if filesystem.get_file_info(path).type != fs.FileType.File:
+    if not is_complete(location):
         raise InputError(
             f"no {MANIFEST} in {location}; run pipelines.encode --output {location} first, or let it finish"
         )
@@ -226,8 +296,8 @@ class LatentDataset:
     """What it is."""
     moments: np.ndarray
     """(N, 2C, H, W) float16."""
-    moments_mirrored: np.ndarray
-    """(N, 2C, H, W) float16: of the mirror images."""
+    moments_mirrored: np.ndarray | None
+    """(N, 2C, H, W) float16: of the mirror images; None where they were not encoded."""
     labels: np.ndarray
     """(N,) int32."""
 
@@ -244,16 +314,28 @@ class LatentDataset:
         with filelock.FileLock(cache_dir / f"{key}.lock"):
             if not folder.exists():
                 _copy_shards(location, manifest, folder)
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "moments_mirrored", "label")]
-        return cls(manifest, *arrays)
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _layout(manifest)}
+        return cls(manifest, arrays["moments"], arrays.get("moments_mirrored"), arrays["label"])
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
     def rows(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Moments float16 (B, 2C, H, W), of the mirror image where `mirrored` (B,), and labels int64 (B,)."""
-        moments = np.where(mirrored[:, None, None, None], self.moments_mirrored[indices], self.moments[indices])
+        """Moments float16 (B, 2C, H, W), of the mirror image where `mirrored` (B,), and labels int64 (B,).
+
+        In a dataset without mirror images nothing is mirrored.
+        """
+        moments = self.moments[indices]
+        if self.moments_mirrored is not None:
+            moments[mirrored] = self.moments_mirrored[indices[mirrored]]
         return moments, self.labels[indices].astype(np.int64)
+
+
+def _layout(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{name: (dtype, shape)} of a node's copy."""
+    tensor = ("float16", (manifest.num_samples, *manifest.recipe.moments_shape))
+    mirrored = {"moments_mirrored": tensor} if manifest.recipe.mirrored else {}
+    return {"moments": tensor, **mirrored, "label": ("int32", (manifest.num_samples,))}
 
 
 def _copy_shards(location: str, manifest: Manifest, folder: Path) -> None:
@@ -261,35 +343,25 @@ def _copy_shards(location: str, manifest: Manifest, folder: Path) -> None:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    tensor = (manifest.num_samples, *manifest.recipe.moments_shape)
-    layout = {
-        "moments": ("float16", tensor),
-        "moments_mirrored": ("float16", tensor),
-        "label": ("int32", (manifest.num_samples,)),
-    }
     files = {
         name: np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-        for name, (dtype, shape) in layout.items()
+        for name, (dtype, shape) in _layout(manifest).items()
     }
     progress = Progress(logger, "copied to this node", "latents", manifest.num_samples)
     start = 0
     for index, num_rows in enumerate(manifest.shard_rows):
-        table = pq.read_table(f"{root}/{shard_name(index)}", filesystem=filesystem)
-        if table.num_rows != num_rows:
+        shard = read_shard(filesystem, f"{root}/{shard_name(index)}")
+        where = f"{location}/{shard_name(index)}"
+        if len(shard.labels) != num_rows:
             raise InputError(
-                f"{location}/{shard_name(index)} has {table.num_rows} rows, but its manifest says {num_rows}; "
+                f"{where} has {len(shard.labels)} rows, but its manifest says {num_rows}; "
                 f"delete it and run pipelines.encode again"
             )
-        if num_rows == 0:  # nothing in it could be read
-            continue
-        arrays = {
-            "moments": table["moments"].combine_chunks().to_numpy_ndarray(),
-            "moments_mirrored": table["moments_mirrored"].combine_chunks().to_numpy_ndarray(),
-            "label": table["label"].to_numpy(),
-        }
-        _check_values(arrays, table["sample_id"], len(manifest.class_names), f"{location}/{shard_name(index)}")
-        for name, array in arrays.items():
-            files[name][start : start + num_rows] = array
+        for problem in shard_problems(shard, len(manifest.class_names)):
+            raise InputError(f"{where}: {problem}; run pipelines.encode again into another folder")
+        arrays = {"moments": shard.moments, "moments_mirrored": shard.moments_mirrored, "label": shard.labels}
+        for name, file in files.items():
+            file[start : start + num_rows] = arrays[name]
         start += num_rows
         progress.update(start)
     for file in files.values():
@@ -297,22 +369,23 @@ def _copy_shards(location: str, manifest: Manifest, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def _check_values(arrays: dict[str, np.ndarray], sample_ids: pa.ChunkedArray, num_classes: int, where: str) -> None:
-    """Raises InputError for moments that are not finite, or labels that are no class: here, where all of them pass."""
-    bad = (arrays["label"] < 0) | (arrays["label"] >= num_classes)
+def shard_problems(shard: Shard, num_classes: int) -> list[str]:
+    """What in a shard cannot be: moments that are not finite, labels that are no class; each with its first sample."""
+    problems = []
+    bad = (shard.labels < 0) | (shard.labels >= num_classes)
     if bad.any():
         row = int(bad.argmax())
-        raise InputError(
-            f"{where}: the label of {sample_ids[row]} must lie in [0, {num_classes - 1}], but is "
-            f"{arrays['label'][row]}; run pipelines.encode again into another folder"
+        problems.append(
+            f"the label of {shard.sample_ids[row]} must lie in [0, {num_classes - 1}], but is {shard.labels[row]}"
         )
-    for name in ("moments", "moments_mirrored"):
-        finite = np.isfinite(arrays[name]).all(axis=(1, 2, 3))
+    for name, array in (("moments", shard.moments), ("moments_mirrored", shard.moments_mirrored)):
+        finite = np.ones(0, bool) if array is None else np.isfinite(array).all(axis=(1, 2, 3))
         if not finite.all():
-            raise InputError(
-                f"{where}: the {name} of {sample_ids[int(finite.argmin())]} are not finite; the autoencoder overflowed "
-                f"float16 there, or the file is damaged; run pipelines.encode again into another folder"
+            problems.append(
+                f"the {name} of {shard.sample_ids[int(finite.argmin())]} are not finite, since the autoencoder overflowed "
+                f"float16 or the file is damaged"
             )
+    return problems
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,17 +1,20 @@
-"""Files on a local disk or in an object store, through pyarrow's file systems.
+"""Files on a local disk or in an object store, through pyarrow's file systems, and fsspec's for what those do not know.
 
-A location is a path or a URI ("/data/latents", "s3://bucket/latents"). Nothing half-written is ever seen under its
-final name: a local file is renamed into place, and an object store shows an object when its upload is complete.
+A location is a path or a URI ("/data/latents", "s3://bucket/latents", "abfs://container/latents"). Nothing half-written
+is ever seen under its final name: a local file is renamed into place, and an object store shows an object when its
+upload is complete.
 """
 
 import os
 import uuid
 from pathlib import Path
 
+import fsspec
 from pyarrow import fs
 
 from pipelines.command import InputError
 
+PYARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs")
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets this variable in the driver of a submitted job
 
 
@@ -45,11 +48,16 @@ def open_storage(location: str) -> tuple[fs.FileSystem, str]:
     if "://" not in location:
         return fs.LocalFileSystem(), location
     try:
-        return fs.FileSystem.from_uri(location)
-    except (ValueError, OSError) as error:
+        if location.split("://")[0] in PYARROW_SCHEMES:
+            filesystem, path = fs.FileSystem.from_uri(location)
+        else:
+            opened, path = fsspec.core.url_to_fs(location)
+            filesystem = fs.PyFileSystem(fs.FSSpecHandler(opened))
+    except (ValueError, OSError, ImportError) as error:
         raise InputError(
             f"cannot open {location}: {error}; give a local path or a URI such as s3://bucket/path"
         ) from error
+    return filesystem, path.rstrip("/")
 
 
 def is_local(location: str) -> bool:
@@ -83,3 +91,10 @@ def write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
         stream.write(content)
     if local:
         os.replace(target, path)
+
+
+def delete_partial(filesystem: fs.FileSystem, folder: str) -> None:
+    """Deletes what `write_bytes` left in a local folder where its process was killed."""
+    if isinstance(filesystem, fs.LocalFileSystem):
+        for path in Path(folder).glob("*.partial"):
+            path.unlink(missing_ok=True)

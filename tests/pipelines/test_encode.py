@@ -1,5 +1,5 @@
-import io
 import json
+import pickle
 import shutil
 import sys
 
@@ -13,8 +13,10 @@ from meanflow_core.autoencoder import encode_moments, load_autoencoder
 from pipelines import encode, latent_store
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob, EncodeShard, decode_shard
-from pipelines.image_reading import find_images
+from pipelines.encode import EncodeJob, EncodeShard, choose_batch_size, decode_shard, write_shard
+from pipelines.image_reading import decode_image
+from pipelines.image_sources import ImageSlice, find_images
+from tests.image_forms import as_samples, images_of, write_parquet, write_tar
 
 
 def job(images, output, **options):
@@ -23,45 +25,194 @@ def job(images, output, **options):
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    """Runs both stages of the encode in this process: the same two callables, without a cluster between them."""
+    """Runs the stages of the encode in this process: the same callables, without a cluster between them."""
 
-    def run(job, recipe, folder, vae, shards):
-        worker = EncodeShard(dict(vae.config), vae.state_dict(), recipe.moments_shape, job.output, job.batch_size)
-        rows = recipe.rows_per_shard
+    def run(job, plan, shards):
+        worker = EncodeShard(
+            job.output, "cpu", precision=job.precision, mirror=job.mirror, batch_size=job.batch_size, num_threads=1
+        )
         for shard in shards:
-            part = slice(shard * rows, (shard + 1) * rows)
-            batch = {"shard": np.array([shard]), "paths": [folder.paths[part]], "labels": [folder.labels[part]]}
-            worker(decode_shard(batch, filesystem=fs.LocalFileSystem(), root=folder.root, image_size=64))
+            batch = {"shard": np.array([shard]), "images": [pickle.dumps(plan.images(shard))]}
+            write_shard(worker(decode_shard(batch, image_size=job.image_size)), output=job.output)
 
+    threads = torch.get_num_threads()
     monkeypatch.setattr(encode, "_encode_shards", run)
+    monkeypatch.setattr(encode, "_map_on_cluster", map)
     monkeypatch.setattr(encode, "start_ray", lambda needed_cpus: None)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read_shards(output):
+    """The dataset's shards in their order."""
+    return [latent_store.read_shard(fs.LocalFileSystem(), str(path)) for path in sorted((output / "shards").iterdir())]
+
+
+def by_stem(output):
+    """{file stem: (label, moments, mirrored moments)} of a dataset."""
+    rows = {}
+    for shard in read_shards(output):
+        for row, sample_id in enumerate(shard.sample_ids):
+            mirrored = None if shard.moments_mirrored is None else shard.moments_mirrored[row]
+            stem = sample_id.rsplit("/", 1)[-1]
+            assert stem not in rows
+            rows[stem] = (int(shard.labels[row]), shard.moments[row], mirrored)
+    return rows
 
 
 def test_latents_are_the_moments_of_image_and_mirror_image(image_root, tmp_path, without_ray):
     manifest = encode.encode(job(image_root / "train", tmp_path / "latents", rows_per_shard=25))
     assert manifest.num_samples == 60
     assert manifest.shard_rows == [25, 25, 10]
-    tables = [pq.read_table(path) for path in sorted((tmp_path / "latents" / "shards").iterdir())]
-    ids = [sample_id for table in tables for sample_id in table["sample_id"].to_pylist()]
-    _, folder = find_images(str(image_root / "train"))
-    assert ids == [folder.sample_id(index) for index in range(60)]
-    assert [label for table in tables for label in table["label"].to_pylist()] == folder.labels
+    shards = read_shards(tmp_path / "latents")
+    _, listing, index = find_images(str(image_root / "train"))
+    ids = [sample_id for shard in shards for sample_id in shard.sample_ids]
+    assert ids == index.entries["sample_id"].to_pylist()
+    labels = [label for shard in shards for label in shard.labels.tolist()]
+    assert labels == index.entries["label"].to_pylist()
+    assert [shard.content_sha256() for shard in shards] == manifest.shard_sha256
 
     row = 7
-    from pipelines.image_reading import decode_image
-
-    pixels = torch.from_numpy(decode_image((image_root / "train" / folder.paths[row]).read_bytes(), 64))[None]
+    pixels = torch.from_numpy(decode_image((image_root / "train" / listing.files[row]).read_bytes(), 64))[None]
     vae = load_autoencoder(str(tmp_path / "latents" / "vae"))
-    for column, image in (("moments", pixels), ("moments_mirrored", pixels.flip(2))):
-        stored = torch.from_numpy(tables[0][column].combine_chunks().to_numpy_ndarray()[row].copy())
-        assert stored.dtype == torch.float16
-        torch.testing.assert_close(stored.float(), encode_moments(vae, image)[0], rtol=2e-3, atol=2e-3)
-    assert not torch.allclose(
-        *(
-            torch.from_numpy(tables[0][name].combine_chunks().to_numpy_ndarray()[row])
-            for name in tables[0].column_names[:2]
+    for stored, image in ((shards[0].moments, pixels), (shards[0].moments_mirrored, pixels.flip(2))):
+        assert stored.dtype == np.float16
+        torch.testing.assert_close(
+            torch.from_numpy(stored[row].astype(np.float32)), encode_moments(vae, image)[0], rtol=2e-3, atol=2e-3
         )
+    assert not np.allclose(shards[0].moments[row], shards[0].moments_mirrored[row])
+
+
+def test_folders_parquet_and_webdataset_give_the_same_latents(image_root, tmp_path, without_ray):
+    images = images_of(image_root / "val")
+    rows = [(name.split("/")[1], label, content) for name, label, content in images]
+    write_parquet(tmp_path / "parquet/train-0.parquet", rows[:23])
+    write_parquet(tmp_path / "parquet/train-1.parquet", rows[23:])
+    for part, chunk in enumerate((images[:11], images[11:])):
+        write_tar(tmp_path / f"tars/train-{part}.tar", as_samples(chunk))
+    encode.encode(job(image_root / "val", tmp_path / "folders_out", rows_per_shard=9))
+    encode.encode(job(tmp_path / "parquet", tmp_path / "parquet_out", rows_per_shard=13))
+    encode.encode(job(tmp_path / "tars", tmp_path / "tars_out", rows_per_shard=40))
+    wanted = by_stem(tmp_path / "folders_out")
+    assert len(wanted) == 40
+    for output in ("parquet_out", "tars_out"):
+        found = by_stem(tmp_path / output)
+        assert found.keys() == wanted.keys()
+        for stem, (label, moments, mirrored) in wanted.items():
+            assert found[stem][0] == label
+            np.testing.assert_allclose(found[stem][1], moments, rtol=2e-3, atol=1e-4)
+            np.testing.assert_allclose(found[stem][2], mirrored, rtol=2e-3, atol=1e-4)
+
+
+def test_mirror_images_may_be_left_out(image_root, tmp_path, without_ray):
+    manifest = encode.encode(job(image_root / "val", tmp_path / "latents", mirror=False))
+    assert not manifest.recipe.mirrored
+    store = latent_store.LatentDataset.open(str(tmp_path / "latents"), tmp_path / "cache")
+    assert store.moments_mirrored is None
+    moments, _ = store.rows(np.arange(40), np.ones(40, bool))
+    np.testing.assert_array_equal(moments, store.moments)
+
+
+def test_limit_takes_images_of_all_classes(image_root, tmp_path, without_ray):
+    manifest = encode.encode(job(image_root / "train", tmp_path / "latents", limit=20, rows_per_shard=8))
+    assert manifest.num_samples == 20
+    labels = np.concatenate([shard.labels for shard in read_shards(tmp_path / "latents")])
+    assert sorted(set(labels.tolist())) == list(range(10))
+    assert manifest.class_names[8] == "star"
+    assert encode.encode(job(image_root / "val", tmp_path / "more", limit=1000)).num_samples == 40
+
+
+def test_bfloat16_is_near_float32_and_another_recipe(image_root, tmp_path, without_ray):
+    encode.encode(job(image_root / "val", tmp_path / "exact"))
+    encode.encode(job(image_root / "val", tmp_path / "rough", precision="bfloat16"))
+    exact, rough = (read_shards(tmp_path / name)[0].moments.astype(np.float64) for name in ("exact", "rough"))
+    error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 2e-2
+    with pytest.raises(InputError, match="was begun in another way .*precision tf32 there, float16 now"):
+        encode.encode(job(image_root / "val", tmp_path / "exact", precision="float16"))
+
+
+def test_too_many_unreadable_images_fail_at_the_end_and_the_work_is_kept(
+    image_root, tmp_path, without_ray, monkeypatch
+):
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    for path in sorted((tmp_path / "val").rglob("*.JPEG"))[:2]:
+        path.write_text("this is text")
+    wanted = (
+        r"2 of 40 images \(5\.00%\) cannot be read, more than --max-rejected-fraction 0\.001 .*2 UnidentifiedImageError"
     )
+    with pytest.raises(InputError, match=wanted):
+        encode.encode(job(tmp_path / "val", tmp_path / "latents"))
+    assert len(pq.read_table(tmp_path / "latents/rejected.parquet")) == 2
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        latent_store.read_manifest(str(tmp_path / "latents"))
+    monkeypatch.setattr(encode, "_encode_shards", None)  # nothing is left to encode
+    manifest = encode.encode(job(tmp_path / "val", tmp_path / "latents", max_rejected_fraction=0.05))
+    assert (manifest.num_samples, manifest.num_rejected) == (38, 2)
+
+
+def test_image_whose_moments_float16_cannot_hold_is_rejected(tmp_path):
+    moments = np.ones((3, 8, 2, 2), np.float16)
+    mirrored = moments.copy()
+    mirrored[1, 0, 0, 0] = np.inf
+    batch = {
+        "shard": np.zeros(3, int), "label": np.arange(3), "sample_id": np.array(list("abc"), object),
+        "error": np.array(["", "", ""], object), "moments": moments, "moments_mirrored": mirrored,
+    }  # fmt: skip
+    counts = write_shard(batch, output=str(tmp_path))
+    assert (counts["images"][0], counts["rejected"][0]) == (2, 1)
+    shard = latent_store.read_shard(fs.LocalFileSystem(), str(tmp_path / latent_store.shard_name(0)))
+    assert shard.sample_ids == ["a", "c"]
+    assert shard.summary.rejected[0]["sample_id"] == "b"
+
+
+def test_shard_that_is_there_stays_as_it_is(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / latent_store.shard_name(0)).write_bytes(b"whole")
+    moments = np.ones((1, 8, 2, 2), np.float16)
+    write_shard(
+        {"shard": np.zeros(1, int), "label": np.zeros(1, int), "sample_id": np.array(["a"], object),
+         "error": np.array([""], object), "moments": moments}, output=str(tmp_path),
+    )  # fmt: skip
+    assert (tmp_path / latent_store.shard_name(0)).read_bytes() == b"whole"
+
+
+def test_device_that_runs_out_of_memory_goes_on_with_smaller_batches(image_root, tmp_path, without_ray, monkeypatch):
+    sizes = []
+
+    def tight(vae, images):
+        sizes.append(len(images))
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("too large")
+        return encode_moments(vae, images)
+
+    monkeypatch.setattr(encode, "encode_moments", tight)
+    assert encode.encode(job(image_root / "val", tmp_path / "latents", batch_size=16)).num_samples == 40
+    assert sizes[:3] == [16, 8, 4]
+    assert max(sizes[2:]) == 4
+
+
+def test_batch_size_of_a_cpu_shrinks_with_the_images(vae):
+    sizes = {side: choose_batch_size(vae, torch.zeros(1, side, side, 3)) for side in (64, 256, 512, 1024)}
+    assert sizes == {64: 64, 256: 8, 512: 2, 1024: 1}
+
+
+def test_leftovers_of_killed_writers_are_deleted_in_the_end(image_root, tmp_path, without_ray):
+    output = tmp_path / "latents"
+    (output / "shards").mkdir(parents=True)
+    torn = output / "shards" / "shard-00000.arrow.0123.partial"
+    torn.write_bytes(b"half")
+    assert encode.encode(job(image_root / "val", output)).num_samples == 40
+    assert not torn.exists()
+
+
+def test_shard_of_another_number_of_images_is_no_part_of_the_dataset(image_root, tmp_path, without_ray):
+    output = tmp_path / "latents"
+    encode.encode(job(image_root / "val", output, rows_per_shard=16))
+    (output / "manifest.json").unlink()
+    shutil.copy(output / latent_store.shard_name(2), output / latent_store.shard_name(1))
+    with pytest.raises(InputError, match=r"shard-00001\.arrow is of 8 images, but of 16 in the plan"):
+        encode.encode(job(image_root / "val", output, rows_per_shard=16))
 
 
 def test_unreadable_images_are_listed_and_the_rest_is_encoded(image_root, tmp_path, without_ray):
@@ -70,7 +221,9 @@ def test_unreadable_images_are_listed_and_the_rest_is_encoded(image_root, tmp_pa
     victims[0].write_bytes(victims[0].read_bytes()[:300])
     victims[1].write_bytes(b"")
     victims[2].write_text("this is text")
-    manifest = encode.encode(job(tmp_path / "train", tmp_path / "latents", rows_per_shard=3))
+    manifest = encode.encode(
+        job(tmp_path / "train", tmp_path / "latents", rows_per_shard=3, max_rejected_fraction=0.05)
+    )
     assert (manifest.num_samples, manifest.num_rejected) == (57, 3)
     assert manifest.shard_rows[0] == 0  # a shard of which nothing is left
     rejected = pq.read_table(tmp_path / "latents" / "rejected.parquet").to_pylist()
@@ -139,16 +292,6 @@ def test_output_that_is_a_file_is_refused(image_root, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_shard_metadata_is_read_from_the_footer(tmp_path):
-    rejected = [{"sample_id": "a", "reason": "torn"}]
-    empty = np.zeros((0, 8, 2, 2), np.float16)
-    (tmp_path / "s.parquet").write_bytes(latent_store.shard_bytes(empty, empty, np.zeros(0), [], rejected))
-    summary = latent_store.shard_summary(fs.LocalFileSystem(), str(tmp_path / "s.parquet"))
-    assert (summary.num_rows, summary.rejected) == (0, rejected)
-    assert len(summary.sha256) == 64
-    assert pq.read_table(io.BytesIO(latent_store.rejected_bytes([]))).num_rows == 0
-
-
 @pytest.mark.parametrize("images", ["missing", "empty", "file"])
 def test_unfit_folders_end_the_command_in_one_line(tmp_path, monkeypatch, capsys, images):
     (tmp_path / "empty").mkdir()
@@ -176,10 +319,10 @@ def test_storage_that_fails_fails_the_task_and_rejects_no_image(image_root, monk
     def broken(filesystem, path):
         raise OSError("connection reset")
 
-    monkeypatch.setattr(encode.storage, "read_bytes", broken)
-    batch = {"shard": np.array([0]), "paths": [["d0000000/d0000000_0.JPEG"]], "labels": [[0]]}
+    images = pickle.dumps(ImageSlice.of(*find_images(str(image_root / "val")), np.arange(3)))
+    monkeypatch.setattr("pipelines.storage.read_bytes", broken)
     with pytest.raises(OSError, match="connection reset"):
-        decode_shard(batch, filesystem=fs.LocalFileSystem(), root=str(image_root / "train"), image_size=64)
+        decode_shard({"shard": np.array([0]), "images": [images]}, image_size=64)
 
 
 def test_images_that_changed_in_place_make_another_dataset(image_root, tmp_path, without_ray):

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from pipelines.command import InputError
-from pipelines.image_reading import center_crop, decode_image, find_images, read_pixels
+from pipelines.image_reading import center_crop, decode_image, read_pixels
+from pipelines.image_sources import find_images
 
 
 def encoded(image, **options):
@@ -16,19 +17,20 @@ def encoded(image, **options):
 
 
 def test_classes_are_ranks_of_sorted_folders_and_carry_their_names(image_root):
-    _, folder = find_images(str(image_root / "train"))
-    assert folder.wnids == [f"d{label:07d}" for label in range(10)]
-    assert folder.class_names[8] == "star"
-    assert len(folder.paths) == 60
-    assert folder.paths == sorted(folder.paths)
-    assert folder.sample_id(0) == "d0000000/d0000000_0"
-    assert [folder.wnids[label] for label in folder.labels] == [path.split("/")[0] for path in folder.paths]
+    _, listing, index = find_images(str(image_root / "train"))
+    assert index.wnids == [f"d{label:07d}" for label in range(10)]
+    assert index.class_names[8] == "star"
+    assert len(index) == 60
+    assert listing.files == sorted(listing.files)
+    assert index.entries["sample_id"][0].as_py() == "d0000000/d0000000_0"
+    labels = index.entries["label"].to_pylist()
+    assert [index.wnids[label] for label in labels] == [path.split("/")[0] for path in listing.files]
 
 
 def test_folders_without_a_names_file_are_named_after_themselves(image_root, tmp_path):
     shutil.copytree(image_root / "val", tmp_path / "a" / "b" / "c" / "d" / "val")
-    _, folder = find_images(str(tmp_path / "a" / "b" / "c" / "d" / "val"))
-    assert folder.class_names == folder.wnids
+    _, _, index = find_images(str(tmp_path / "a" / "b" / "c" / "d" / "val"))
+    assert index.class_names == index.wnids
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_folders_without_a_names_file_are_named_after_themselves(image_root, tmp
     [
         (lambda path: None, "does not exist"),
         (lambda path: path.write_text("x"), "is a file, but a folder is wanted"),
-        (lambda path: path.mkdir(), "no images in .* wanted class folders"),
+        (lambda path: path.mkdir(), "no images in .*: wanted class folders"),
         (lambda path: (path.mkdir(), (path / "1.jpg").touch()), "put each into one"),
         (
             lambda path: [(path / "a").mkdir(parents=True), (path / "a/1.jpg").touch(), (path / "a/1.png").touch()],

@@ -1,11 +1,11 @@
-import io
 import json
 import threading
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
+from pyarrow import fs
 
 from pipelines import latent_store
 from pipelines.command import InputError
@@ -32,14 +32,16 @@ def dataset(tmp_path):
     return root
 
 
-def test_plain_pyarrow_and_numpy_read_shape_and_dtype():
+def test_plain_pyarrow_and_numpy_map_shape_and_dtype(tmp_path):
     moments = np.random.default_rng(0).normal(size=(5, 8, 4, 4)).astype(np.float16)
     rejected = [{"sample_id": "x", "reason": "torn"}]
     content = latent_store.shard_bytes(moments, moments * 2, np.arange(5), list("abcde"), rejected)
-    table = pq.read_table(io.BytesIO(content))
+    (tmp_path / "shard").write_bytes(content)
+    table = pa.ipc.open_file(pa.memory_map(str(tmp_path / "shard"))).read_all()
     assert table.column_names == ["moments", "moments_mirrored", "label", "sample_id"]
     read = table["moments_mirrored"].combine_chunks().to_numpy_ndarray()
     assert read.dtype == np.float16
+    assert not read.flags.owndata  # mapped, not copied
     np.testing.assert_array_equal(read, moments * 2)
     assert str(table.schema.field("label").type) == "int32"
     assert str(table.schema.field("sample_id").type) == "string"
@@ -72,7 +74,7 @@ def test_a_copy_cut_short_is_not_taken_for_whole(dataset, tmp_path, monkeypatch)
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "read_table", torn)
+        patch.setattr(latent_store, "read_shard", torn)
         with pytest.raises(OSError, match="disk full"):
             LatentDataset.open(str(dataset), tmp_path / "cache")
     assert len(LatentDataset.open(str(dataset), tmp_path / "cache")) == 7
@@ -87,8 +89,8 @@ def test_dataset_without_a_manifest_is_refused(dataset):
 def test_newer_schema_is_refused_and_a_damaged_one_too(dataset):
     path = dataset / "manifest.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "schema_version": 2}))
-    with pytest.raises(InputError, match="schema version 2, but this release reads version 1"):
+    path.write_text(json.dumps({**content, "schema_version": 3}))
+    with pytest.raises(InputError, match="schema version 3, but this release reads version 2"):
         latent_store.read_manifest(str(dataset))
     path.write_text(path.read_text()[:-20])
     with pytest.raises(InputError, match="damaged"):
@@ -149,3 +151,17 @@ def test_other_content_has_another_copy(dataset, tmp_path):
     (dataset / "manifest.json").write_text(changed.to_json())
     second = LatentDataset.open(str(dataset), tmp_path / "cache")
     assert first.moments.filename != second.moments.filename
+
+
+def test_shard_says_what_it_is_without_its_rows_being_read(tmp_path):
+    rejected = [{"sample_id": "a", "reason": "torn"}]
+    empty = np.zeros((0, 8, 2, 2), np.float16)
+    (tmp_path / "s").write_bytes(latent_store.shard_bytes(empty, empty, np.zeros(0), [], rejected))
+    summary = latent_store.shard_summary(fs.LocalFileSystem(), str(tmp_path / "s"))
+    assert (summary.num_rows, summary.rejected) == (0, rejected)
+    shard = latent_store.read_shard(fs.LocalFileSystem(), str(tmp_path / "s"))
+    assert shard.content_sha256() == summary.sha256
+    assert shard.moments.shape == (0, 8, 2, 2)
+    (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-40])
+    with pytest.raises(InputError, match="is damaged .*; delete it and run pipelines.encode again"):
+        latent_store.read_shard(fs.LocalFileSystem(), str(tmp_path / "s"))

@@ -1,0 +1,55 @@
+"""The images of a class folder in the other forms that the encode stage reads."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def images_of(root: Path) -> list[tuple[str, int, bytes]]:
+    """(path, label, bytes) of every image in class folders, sorted by path."""
+    paths = sorted(path for path in root.rglob("*.JPEG"))
+    wnids = sorted({path.parent.name for path in paths})
+    return [(str(path.relative_to(root)), wnids.index(path.parent.name), path.read_bytes()) for path in paths]
+
+
+def write_parquet(
+    path: Path, images: list[tuple[str | None, int | None, bytes | None]], names: list[str] | None = None
+):
+    """A file as Hugging Face's `datasets` writes it, in row groups of 7."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table(
+        {
+            "image": pa.array([{"bytes": content, "path": name} for name, _, content in images], image),
+            "label": pa.array([label for _, label, _ in images], pa.int64()),
+        }
+    )
+    if names is not None:
+        label = {"names": names, "_type": "ClassLabel"}
+        about = {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pq.write_table(table, path, row_group_size=7)
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]):
+    """A tar of these files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def as_samples(images: list[tuple[str, int, bytes]]) -> list[tuple[str, bytes]]:
+    """The members of a WebDataset: a .jpg and a .cls of each image, every third label in a .json instead."""
+    members = []
+    for row, (name, label, content) in enumerate(images):
+        key = Path(name).stem
+        label_file = (f"{key}.cls", str(label)) if row % 3 else (f"{key}.json", json.dumps({"label": label}))
+        members += [(f"{key}.jpg", content), (label_file[0], label_file[1].encode())]
+    return members

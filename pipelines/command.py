@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
-import torch
 import tyro
 
 T = TypeVar("T")
@@ -90,5 +89,7 @@ def choose_gpus(wanted: bool | None, num_processes: int = 1) -> bool:
 
 def num_gpus() -> int:
     """GPUs of the cluster in use; of this machine, only those that its torch can use."""
+    import torch  # here, so that tasks which need none start without it, in a second instead of ten
+
     available = int(ray.cluster_resources().get("GPU", 0))
     return available if "RAY_ADDRESS" in os.environ else min(available, torch.cuda.device_count())

@@ -29,7 +29,7 @@ import torch
 from diffusers import AutoencoderKL
 from pyarrow import fs
 
-from meanflow_core.autoencoder import encode_moments, load_autoencoder, weight_hash
+from meanflow_core.autoencoder import allow_tf32, encode_moments, load_autoencoder, weight_hash
 from pipelines import latent_store, storage
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.image_reading import decode_image
@@ -131,10 +131,10 @@ class EncodeShard:
         if num_threads is not None:
             torch.set_num_threads(num_threads)  # Ray gives an actor as many as it reserves CPUs
         if precision == "tf32":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            allow_tf32()
         with tempfile.TemporaryDirectory() as folder:
-            vae = load_autoencoder(str(latent_store.fetch_autoencoder(dataset, Path(folder))))
-        self._vae = vae.to(self._device, DTYPES[precision]).to(memory_format=torch.channels_last)
+            vae = load_autoencoder(str(latent_store.fetch_autoencoder(dataset, Path(folder))), DTYPES[precision])
+        self._vae = vae.to(self._device, memory_format=torch.channels_last)
         if compiled:
             self._vae.encoder.compile(dynamic=False)
         self._mirror = mirror
@@ -142,9 +142,9 @@ class EncodeShard:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A shard of pixels, as `decode_shard` gives it -> the same with moments float16 (N, 2C, H, W) for pixels."""
-        pixels = torch.from_numpy(np.ascontiguousarray(batch["pixels"]))
+        pixels = batch["pixels"]
         if self._batch_size is None:
-            self._batch_size = choose_batch_size(self._vae, pixels[:1].to(self._device))
+            self._batch_size = choose_batch_size(self._vae, self._on_device(pixels[:1]))
         while True:
             try:
                 moments = self._encode(pixels)
@@ -158,11 +158,15 @@ class EncodeShard:
         rest = {name: batch[name] for name in ("shard", "label", "sample_id", "error")}
         return {**rest, **dict(zip(names, moments, strict=True))}
 
-    def _encode(self, pixels: torch.Tensor) -> list[np.ndarray]:
+    def _on_device(self, pixels: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(pixels.copy()).to(self._device, non_blocking=True)  # Ray's own cannot be written to
+
+    def _encode(self, pixels: np.ndarray) -> list[np.ndarray]:
         found: list[list[torch.Tensor]] = [[] for _ in range(1 + self._mirror)]
+        assert self._batch_size is not None
         # One wait for the device at the end: until then it has always something to do.
-        for part in pixels.split(self._batch_size):
-            images = part.to(self._device, non_blocking=True)
+        for start in range(0, len(pixels), self._batch_size):
+            images = self._on_device(pixels[start : start + self._batch_size])
             for is_mirrored, of_kind in enumerate(found):
                 of_kind.append(encode_moments(self._vae, images.flip(2) if is_mirrored else images).half())
         return [torch.cat(of_kind).cpu().numpy() for of_kind in found]

@@ -1,13 +1,18 @@
 import io
+import pickle
+import re
 import shutil
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines.command import InputError
+from pipelines.encode import decode_shard
 from pipelines.image_reading import center_crop, decode_image, read_pixels
-from pipelines.image_sources import find_images
+from pipelines.image_sources import ImageSlice, find_images
 
 
 def encoded(image, **options):
@@ -98,3 +103,104 @@ def test_one_bad_file_is_left_out_and_all_bad_is_an_error(image_root, tmp_path, 
         victim.write_text("not an image")
     with pytest.raises(InputError, match="none of the 40 images"):
         read_pixels(*find_images(str(tmp_path / "val")), 64)
+
+
+def bomb():
+    """A PNG of a hundred million black pixels, some kilobytes long."""
+    Image.MAX_IMAGE_PIXELS, limit = None, Image.MAX_IMAGE_PIXELS
+    try:
+        return encoded(Image.new("1", (10_000, 10_000)), format="PNG")
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def zero_sized():
+    """A PNG whose header says width 0."""
+    content = bytearray(encoded(Image.new("RGB", (4, 4)), format="PNG"))
+    content[16:20] = bytes(4)
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """300 x 200 pixels that a crop changes."""
+    random = np.random.default_rng(1)
+    small = random.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((300, 200), Image.Resampling.BICUBIC)
+
+
+def adm_crop(image, size):
+    """openai/guided-diffusion's centre crop, written again from its description."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    array = np.array(image.resize(tuple(round(side * scale) for side in image.size), resample=Image.BICUBIC))
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+READABLE = {
+    "plain.JPEG": lambda image: encoded(image, format="JPEG", quality=95),
+    "progressive.JPEG": lambda image: encoded(image, format="JPEG", progressive=True),
+    "cmyk.JPEG": lambda image: encoded(image.convert("CMYK"), format="JPEG"),
+    "greyscale.JPEG": lambda image: encoded(image.convert("L"), format="JPEG"),
+    "really_a_png.JPEG": lambda image: encoded(image, format="PNG"),
+    "palette.png": lambda image: encoded(image.convert("P"), format="PNG"),
+    "transparent_palette.png": lambda image: encoded(image.quantize(16), format="PNG", transparency=3),
+    "alpha.png": lambda image: encoded(Image.merge("RGBA", (*image.split(), image.split()[0])), format="PNG"),
+    "grey_and_alpha.png": lambda image: encoded(image.convert("LA"), format="PNG"),
+    "one_bit.png": lambda image: encoded(image.convert("1"), format="PNG"),
+    "sixteen_bit.png": lambda image: encoded(image.convert("I;16"), format="PNG"),
+    "lab_colours.png": lambda image: encoded(Image.merge("LAB", image.split()), format="TIFF"),
+    "float.png": lambda image: encoded(image.convert("F"), format="TIFF"),
+    "lossy.webp": lambda image: encoded(image, format="WEBP"),
+    "turned.JPEG": lambda image: encoded(image, format="JPEG", exif=exif_orientation(6)),
+    "broken_exif.JPEG": lambda image: encoded(image, format="JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x40\0\xff\xff"),
+    "small.png": lambda image: encoded(image.resize((30, 20)), format="PNG"),
+    "wide.png": lambda image: encoded(image.resize((900, 3)), format="PNG"),
+    "huge.png": lambda image: encoded(image.resize((1030, 700)), format="PNG"),
+}
+UNREADABLE = {
+    "truncated.JPEG": (lambda image: encoded(image, format="JPEG")[:-900], "truncated"),
+    "truncated_too.png": (lambda image: encoded(image, format="PNG")[:-900], "truncated|OSError|broken"),
+    "header_alone.JPEG": (lambda image: encoded(image, format="JPEG")[:300], "(?i)truncated|cannot identify"),
+    "empty.JPEG": (lambda image: b"", "cannot identify"),
+    "text.JPEG": (lambda image: b"<html>404</html>", "cannot identify"),
+    "bomb.png": (lambda image: bomb(), "DecompressionBomb"),
+    "bomb_by_crop.png": (lambda image: encoded(image.resize((30_000, 1)), format="PNG"), "DecompressionBomb"),
+    "zero_sized.png": (lambda image: zero_sized(), "cannot identify|size"),
+}
+
+
+def exif_orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def test_awkward_images_come_out_as_pillow_has_them_or_are_rejected_with_a_reason(photograph, tmp_path):
+    (tmp_path / "images/n0").mkdir(parents=True)
+    contents = {name: make(photograph) for name, make in READABLE.items()}
+    contents |= {name: make(photograph) for name, (make, _) in UNREADABLE.items()}
+    for name, content in contents.items():
+        (tmp_path / "images/n0" / name).write_bytes(content)
+    images = ImageSlice.of(*find_images(str(tmp_path / "images")))
+    shard = decode_shard({"shard": np.array([0]), "images": [pickle.dumps(images)]}, image_size=64)
+    rows = dict(zip(shard["sample_id"], range(len(contents)), strict=True))
+    for name in READABLE:
+        row = rows["n0/" + name.rsplit(".", 1)[0]]
+        assert shard["error"][row] == "", name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = adm_crop(Image.open(io.BytesIO(contents[name])).convert("RGB"), 64)
+        np.testing.assert_array_equal(shard["pixels"][row], expected, err_msg=name)
+    for name, (_, reason) in UNREADABLE.items():
+        row = rows["n0/" + name.rsplit(".", 1)[0]]
+        assert re.search(reason, shard["error"][row]), (name, shard["error"][row])
+        assert not shard["pixels"][row].any()
+
+
+def test_images_of_broken_exif_are_read_without_a_word(photograph, recwarn):
+    decode_image(READABLE["broken_exif.JPEG"](photograph), 64)
+    assert [str(warning.message) for warning in recwarn] == []

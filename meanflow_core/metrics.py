@@ -76,3 +76,15 @@ def mean_within_class_distance(images: torch.Tensor, labels: torch.Tensor) -> fl
 def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: int = 256) -> torch.Tensor:
     """For each query (N, P) the Euclidean distance to its nearest reference (M, P): float32 (N,)."""
     return torch.cat([torch.cdist(rows.float(), references.float()).amin(dim=1) for rows in queries.split(chunk)])
+
+
+def peak_signal_to_noise(images: torch.Tensor, reference: torch.Tensor, peak: float = 255.0) -> float:
+    """PSNR in dB over all values of two tensors of one shape, of range `peak`: 255 for uint8. Infinite where they agree.
+
+    Raises ValueError where the shapes differ.
+    """
+    if images.shape != reference.shape:
+        raise ValueError(
+            f"images must have the reference's shape {tuple(reference.shape)}, but got {tuple(images.shape)}"
+        )
+    return float(10.0 * torch.log10(peak**2 / (images.double() - reference.double()).square().mean()))

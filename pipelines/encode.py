@@ -132,8 +132,7 @@ class EncodeShard:
             torch.set_num_threads(num_threads)  # Ray gives an actor as many as it reserves CPUs
         if precision == "tf32":
             allow_tf32()
-        with tempfile.TemporaryDirectory() as folder:
-            vae = load_autoencoder(str(latent_store.fetch_autoencoder(dataset, Path(folder))), DTYPES[precision])
+        vae = latent_store.open_autoencoder(dataset, DTYPES[precision])
         self._vae = vae.to(self._device, memory_format=torch.channels_last)
         if compiled:
             self._vae.encoder.compile(dynamic=False)

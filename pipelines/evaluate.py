@@ -25,7 +25,13 @@ from PIL import Image
 from meanflow_core.autoencoder import decode_latents, encode_moments
 from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.metrics import FeatureStatistics, frechet_distance, mean_within_class_distance, nearest_distances
+from meanflow_core.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    mean_within_class_distance,
+    nearest_distances,
+    peak_signal_to_noise,
+)
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage, tracking
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
@@ -203,11 +209,6 @@ def reconstruct(pipeline: MeanFlowPipeline, images: torch.Tensor, batch_size: in
         mean, _ = encode_moments(pipeline.vae, batch).chunk(2, dim=1)
         decoded.append(decode_latents(pipeline.vae, normalization.normalize(mean)))
     return torch.cat(decoded)
-
-
-def peak_signal_to_noise(first: torch.Tensor, second: torch.Tensor) -> float:
-    """PSNR in dB over all values of two uint8 tensors."""
-    return float(10.0 * torch.log10(255.0**2 / (first.double() - second.double()).square().mean()))
 
 
 def table(report: dict) -> str:

@@ -24,20 +24,26 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pyarrow import fs
 
 from meanflow_core.latents import MOMENTS_KIND
 from pipelines import storage
 from pipelines.command import InputError
 from pipelines.progress import Progress
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
@@ -286,6 +292,14 @@ def fetch_autoencoder(location: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     fs.copy_files(f"{root}/vae", str(folder), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
     return folder
+
+
+def open_autoencoder(location: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
+    """A dataset's own autoencoder, on the CPU."""
+    from meanflow_core.autoencoder import load_autoencoder  # diffusers: seconds that tasks which only write can spare
+
+    with tempfile.TemporaryDirectory() as folder:
+        return load_autoencoder(str(fetch_autoencoder(location, Path(folder))), dtype)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,7 @@ def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
     state = _restored_state(job, dataset.manifest, device, job_and_run["tracking_uri"])
     # DDP averages over workers, and the loss is over the global batch already: hence gradient_scale below.
     graded_network = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    vae = _dataset_autoencoder(job.data)
+    vae = latent_store.open_autoencoder(job.data)
     normalization = LatentNormalization.from_vae_config(vae.config)
     source = BatchSource(dataset, config, share_of_rows(config.global_batch_size, rank, world_size), device)
     observer = None
@@ -301,11 +301,6 @@ def _check_initial(job: TrainJob, manifest: Manifest) -> None:
         require_same_kind(_initial_network(job.initial), wanted)
     except ValueError as error:
         raise InputError(f"--initial {job.initial}: {error}") from error
-
-
-def _dataset_autoencoder(data: str) -> AutoencoderKL:
-    with tempfile.TemporaryDirectory() as folder:
-        return load_autoencoder(str(latent_store.fetch_autoencoder(data, Path(folder))))
 
 
 def _pipeline(network: AnyNetwork, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig) -> MeanFlowPipeline:
@@ -392,7 +387,7 @@ def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, f
     with checkpoint.as_directory() as source:
         load_train_state(state, Path(source))
     network = for_sampling(state.ema_network)
-    pipeline = _pipeline(network, _dataset_autoencoder(job.data), manifest, job.config)
+    pipeline = _pipeline(network, latent_store.open_autoencoder(job.data), manifest, job.config)
     save_generator(pipeline, folder, portable=job.portable)
 
 

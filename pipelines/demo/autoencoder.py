@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from meanflow_core.autoencoder import to_float_images
+from meanflow_core.metrics import peak_signal_to_noise
 from pipelines import storage
 from pipelines.command import parse_command_line, run_command
 from pipelines.demo import images
@@ -63,17 +64,12 @@ def build_autoencoder() -> AutoencoderKL:
     )
 
 
-def peak_signal_to_noise(first: torch.Tensor, second: torch.Tensor) -> float:
-    """PSNR in dB of the mean squared error over all values of two float tensors in [-1, 1]."""
-    return -10.0 * math.log10(F.mse_loss(first.clamp(-1, 1), second).item() / 4.0)
-
-
 @torch.no_grad()
 def held_out_psnr(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 100) -> float:
     """PSNR in dB of decode(mode(encode(x))) over uint8 images (N, H, W, 3)."""
     x = to_float_images(pixels)
     decoded = [vae.decode(vae.encode(batch).latent_dist.mode()).sample for batch in x.split(batch_size)]
-    return peak_signal_to_noise(torch.cat(decoded), x)
+    return peak_signal_to_noise(torch.cat(decoded).clamp(-1, 1), x, peak=2.0)
 
 
 @torch.no_grad()

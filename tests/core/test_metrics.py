@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from meanflow_core.metrics import (
     mean_pairwise_distance,
     mean_within_class_distance,
     nearest_distances,
+    peak_signal_to_noise,
 )
 
 
@@ -71,3 +74,11 @@ def test_pixel_distances_are_euclidean():
     images = points.view(3, 1, 1, 2).to(torch.uint8)
     assert mean_within_class_distance(images, torch.tensor([0, 0, 0])) == pytest.approx(10 / 3)
     torch.testing.assert_close(nearest_distances(points, points[1:2]), torch.tensor([5.0, 0.0, 5.0]))
+
+
+def test_psnr_of_a_known_error():
+    black, grey = torch.zeros(2, 3, 3, 3, dtype=torch.uint8), torch.full((2, 3, 3, 3), 51, dtype=torch.uint8)
+    assert peak_signal_to_noise(black, grey) == pytest.approx(20 * math.log10(5.0))
+    assert peak_signal_to_noise(black / 255.0, grey / 255.0, peak=1.0) == pytest.approx(20 * math.log10(5.0))
+    with pytest.raises(ValueError, match=r"the reference's shape \(3, 3, 3\)"):
+        peak_signal_to_noise(black, grey[0])

@@ -17,6 +17,7 @@ from pipelines.encode import EncodeJob, EncodeShard, choose_batch_size, decode_s
 from pipelines.image_reading import decode_image
 from pipelines.image_sources import ImageSlice, find_images
 from tests.image_forms import as_samples, images_of, write_parquet, write_tar
+from tests.latents import assert_same, by_stem, read_shards
 
 
 def job(images, output, **options):
@@ -41,23 +42,6 @@ def without_ray(monkeypatch):
     monkeypatch.setattr(encode, "start_ray", lambda needed_cpus: None)
     yield
     torch.set_num_threads(threads)
-
-
-def read_shards(output):
-    """The dataset's shards in their order."""
-    return [latent_store.read_shard(fs.LocalFileSystem(), str(path)) for path in sorted((output / "shards").iterdir())]
-
-
-def by_stem(output):
-    """{file stem: (label, moments, mirrored moments)} of a dataset."""
-    rows = {}
-    for shard in read_shards(output):
-        for row, sample_id in enumerate(shard.sample_ids):
-            mirrored = None if shard.moments_mirrored is None else shard.moments_mirrored[row]
-            stem = sample_id.rsplit("/", 1)[-1]
-            assert stem not in rows
-            rows[stem] = (int(shard.labels[row]), shard.moments[row], mirrored)
-    return rows
 
 
 def test_latents_are_the_moments_of_image_and_mirror_image(image_root, tmp_path, without_ray):
@@ -93,15 +77,9 @@ def test_folders_parquet_and_webdataset_give_the_same_latents(image_root, tmp_pa
     encode.encode(job(image_root / "val", tmp_path / "folders_out", rows_per_shard=9))
     encode.encode(job(tmp_path / "parquet", tmp_path / "parquet_out", rows_per_shard=13))
     encode.encode(job(tmp_path / "tars", tmp_path / "tars_out", rows_per_shard=40))
-    wanted = by_stem(tmp_path / "folders_out")
-    assert len(wanted) == 40
+    assert len(by_stem(tmp_path / "folders_out")) == 40
     for output in ("parquet_out", "tars_out"):
-        found = by_stem(tmp_path / output)
-        assert found.keys() == wanted.keys()
-        for stem, (label, moments, mirrored) in wanted.items():
-            assert found[stem][0] == label
-            np.testing.assert_allclose(found[stem][1], moments, rtol=2e-3, atol=1e-4)
-            np.testing.assert_allclose(found[stem][2], mirrored, rtol=2e-3, atol=1e-4)
+        assert_same(tmp_path / output, tmp_path / "folders_out")
 
 
 def test_mirror_images_may_be_left_out(image_root, tmp_path, without_ray):

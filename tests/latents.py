@@ -1,0 +1,39 @@
+"""What an encoded dataset holds, and whether two of them hold the same."""
+
+from pathlib import Path
+
+import numpy as np
+from pyarrow import fs
+
+from pipelines import latent_store, storage
+from pipelines.latent_store import Shard
+
+
+def read_shards(output: str | Path) -> list[Shard]:
+    """A dataset's shards in the order of their names, whether or not it is complete."""
+    filesystem, root = storage.open_storage(str(output))
+    files = filesystem.get_file_info(fs.FileSelector(f"{root}/shards"))
+    return [latent_store.read_shard(filesystem, path) for path in sorted(entry.path for entry in files)]
+
+
+def by_stem(output: str | Path) -> dict[str, tuple[int, np.ndarray, np.ndarray | None]]:
+    """{file stem: (label, moments, mirrored moments)} of a dataset; a stem stands in it once."""
+    rows: dict = {}
+    for shard in read_shards(output):
+        for row, sample_id in enumerate(shard.sample_ids):
+            stem = sample_id.rsplit("/", 1)[-1]
+            assert stem not in rows, stem
+            mirrored = None if shard.moments_mirrored is None else shard.moments_mirrored[row]
+            rows[stem] = (int(shard.labels[row]), shard.moments[row], mirrored)
+    return rows
+
+
+def assert_same(found: str | Path, wanted: str | Path):
+    """The same ids and labels, and moments within 2 units in the last place of float16, or 1e-4 near zero."""
+    ours, theirs = by_stem(found), by_stem(wanted)
+    assert ours.keys() == theirs.keys()
+    for stem, (label, *moments) in theirs.items():
+        assert ours[stem][0] == label, stem
+        for mine, other in zip(ours[stem][1:], moments, strict=True):
+            bound = np.maximum(2.0 * np.spacing(np.abs(other)).astype(np.float32), 1e-4)
+            assert (np.abs(mine.astype(np.float32) - other.astype(np.float32)) <= bound).all(), stem

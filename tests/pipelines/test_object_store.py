@@ -1,0 +1,68 @@
+"""Reading from and writing to an object store, against an S3 server on loopback."""
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipelines import check, encode, latent_store, storage
+from pipelines.command import InputError
+from tests.image_forms import as_samples, images_of, write_tar
+from tests.latents import assert_same
+from tests.pipelines.test_encode import job, without_ray  # noqa: F401  # a fixture
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The URI of an empty bucket."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+def upload(folder, uri):
+    """Copies a folder's files into the store."""
+    filesystem, root = storage.open_storage(uri)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        storage.write_bytes(filesystem, f"{root}/{path.relative_to(folder)}", path.read_bytes())
+
+
+@pytest.mark.parametrize("form", ["folders", "webdataset"])
+def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_path, without_ray, form):  # noqa: F811
+    if form == "folders":
+        upload(image_root / "val", f"{bucket}/{form}/images")
+    else:
+        write_tar(tmp_path / "tars/train-0.tar", as_samples(images_of(image_root / "val")))
+        upload(tmp_path / "tars", f"{bucket}/{form}/images")
+    output = f"{bucket}/{form}/latents"
+    manifest = encode.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16))
+    assert manifest.shard_rows == [16, 16, 8]
+    encode.encode(job(image_root / "val", tmp_path / "local"))
+    store = latent_store.LatentDataset.open(output, tmp_path / "cache")
+    assert_same(output, tmp_path / "local")
+    filesystem, root = storage.open_storage(output)
+    assert len(store) == 40
+    assert pq.read_table(f"{root}/rejected.parquet", filesystem=filesystem).num_rows == 0
+    report = check.check(check.CheckJob(data=output, picture=tmp_path / "check.png"))
+    assert report.problems == []
+
+    # What is missing is made again, and nothing else.
+    filesystem.delete_file(f"{root}/manifest.json")
+    filesystem.delete_file(f"{root}/{latent_store.shard_name(1)}")
+    before = filesystem.get_file_info(f"{root}/{latent_store.shard_name(0)}").mtime
+    assert encode.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16)) == manifest
+    assert filesystem.get_file_info(f"{root}/{latent_store.shard_name(0)}").mtime == before
+
+
+def test_bucket_that_is_not_there_is_an_input_error(bucket, tmp_path):
+    with pytest.raises(InputError, match="s3://nosuch-bucket/x"):
+        encode.encode(job("s3://nosuch-bucket/x", tmp_path / "latents"))

@@ -1,12 +1,22 @@
 """What an encoded dataset holds, and whether two of them hold the same."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 from pyarrow import fs
 
 from pipelines import latent_store, storage
+from pipelines.encode import EncodeJob, EncodeShard, Plan, decode_shard, write_shard
 from pipelines.latent_store import Shard
+
+
+def encode_in_process(job: EncodeJob, plan: Plan, shards: list[int]):
+    """In place of `encode._encode_shards`: the same callables, one after the other, without a cluster between them."""
+    worker = EncodeShard(job.output, "cpu", precision=job.precision, mirror=job.mirror, batch_size=job.batch_size)
+    for shard in shards:
+        batch = {"shard": np.array([shard]), "images": [pickle.dumps(plan.images(shard))]}
+        write_shard(worker(decode_shard(batch, image_size=job.image_size)), output=job.output)
 
 
 def read_shards(output: str | Path) -> list[Shard]:

@@ -13,11 +13,11 @@ from meanflow_core.autoencoder import encode_moments, load_autoencoder
 from pipelines import encode, latent_store
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob, EncodeShard, choose_batch_size, decode_shard, write_shard
+from pipelines.encode import EncodeJob, choose_batch_size, decode_shard, write_shard
 from pipelines.image_reading import decode_image
 from pipelines.image_sources import ImageSlice, find_images
 from tests.image_forms import as_samples, images_of, write_parquet, write_tar
-from tests.latents import assert_same, by_stem, read_shards
+from tests.latents import assert_same, by_stem, encode_in_process, read_shards
 
 
 def job(images, output, **options):
@@ -26,22 +26,10 @@ def job(images, output, **options):
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    """Runs the stages of the encode in this process: the same callables, without a cluster between them."""
-
-    def run(job, plan, shards):
-        worker = EncodeShard(
-            job.output, "cpu", precision=job.precision, mirror=job.mirror, batch_size=job.batch_size, num_threads=1
-        )
-        for shard in shards:
-            batch = {"shard": np.array([shard]), "images": [pickle.dumps(plan.images(shard))]}
-            write_shard(worker(decode_shard(batch, image_size=job.image_size)), output=job.output)
-
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(encode, "_encode_shards", run)
+    """Runs the stages of the encode in this process."""
+    monkeypatch.setattr(encode, "_encode_shards", encode_in_process)
     monkeypatch.setattr(encode, "_map_on_cluster", map)
     monkeypatch.setattr(encode, "start_ray", lambda needed_cpus: None)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_latents_are_the_moments_of_image_and_mirror_image(image_root, tmp_path, without_ray):

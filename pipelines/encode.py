@@ -68,7 +68,7 @@ class EncodeJob:
     batch_size: int | None = None
     """Images per call of the autoencoder; chosen for the device unless given."""
     num_encoders: int | None = None
-    """Actors that encode; one per GPU, or one on a machine without."""
+    """Actors that encode; one per GPU, or one per CPU of machines without."""
     encoders_per_gpu: int = 1
     """Actors that share a GPU."""
     use_gpu: bool | None = None
@@ -125,11 +125,8 @@ class EncodeShard:
         compiled: bool = False,
         mirror: bool = True,
         batch_size: int | None = None,
-        num_threads: int | None = None,
     ) -> None:
         self._device = torch.device(device)
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)  # Ray gives an actor as many as it reserves CPUs
         if precision == "tf32":
             allow_tf32()
         vae = latent_store.open_autoencoder(dataset, DTYPES[precision])
@@ -325,8 +322,20 @@ def _missing_shards(output: str, num_shards: int) -> list[int]:
     return [shard for shard in range(num_shards) if latent_store.shard_name(shard) not in present]
 
 
+def _default_encoders(job: EncodeJob) -> int:
+    """As many as the GPUs in use hold; else one per CPU, which Ray gives one thread each.
+
+    Threads of one process wait for each other at every layer: while decoding takes turns on their cores, two of them
+    are slower than one.
+    """
+    if job.use_gpu is not False and num_gpus() > 0:
+        return num_gpus() * job.encoders_per_gpu
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    return max(1, cpus - 1)  # of the logical ones: one is for decoding and writing
+
+
 def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
-    num_encoders = job.num_encoders or max(1, num_gpus() * job.encoders_per_gpu)
+    num_encoders = job.num_encoders or _default_encoders(job)
     use_gpu = choose_gpus(job.use_gpu, -(-num_encoders // job.encoders_per_gpu))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -353,7 +362,6 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
                 "compiled": job.compile,
                 "mirror": job.mirror,
                 "batch_size": job.batch_size,
-                "num_threads": None if use_gpu else max(1, (os.cpu_count() or 1) // num_encoders),
             },
             compute=ray.data.ActorPoolStrategy(size=num_encoders),
             num_gpus=1 / job.encoders_per_gpu if use_gpu else 0,
@@ -448,7 +456,7 @@ def encode(job: EncodeJob) -> Manifest:
     )  # fmt: skip
     began = time.monotonic()
     if missing:
-        start_ray(needed_cpus=(job.num_encoders or 1) + 1)
+        start_ray(needed_cpus=(job.num_encoders or os.cpu_count() or 1) + 1)
         _encode_shards(job, plan, missing)
     manifest = _commit(job, plan)
     _summarize(job, plan, manifest, sum(len(plan.rows(shard)) for shard in missing), time.monotonic() - began)

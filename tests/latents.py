@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import torch
 from pyarrow import fs
 
 from pipelines import latent_store, storage
@@ -14,9 +15,12 @@ from pipelines.latent_store import Shard
 def encode_in_process(job: EncodeJob, plan: Plan, shards: list[int]):
     """In place of `encode._encode_shards`: the same callables, one after the other, without a cluster between them."""
     worker = EncodeShard(job.output, "cpu", precision=job.precision, mirror=job.mirror, batch_size=job.batch_size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as an actor has them
     for shard in shards:
         batch = {"shard": np.array([shard]), "images": [pickle.dumps(plan.images(shard))]}
         write_shard(worker(decode_shard(batch, image_size=job.image_size)), output=job.output)
+    torch.set_num_threads(threads)
 
 
 def read_shards(output: str | Path) -> list[Shard]:

@@ -302,9 +302,13 @@ def _stored_index(output: str, source_sha256: str) -> ImageIndex | None:
     return None
 
 
+def _start_ray(job: EncodeJob) -> None:
+    # An encoder per CPU, and logical ones beside for decoding and writing.
+    start_ray(needed_cpus=(job.num_encoders or os.cpu_count() or 1) + 1)
+
+
 def _map_on_cluster(function: Callable[[Any], Any], items: list) -> Iterable:
     """`map` of tasks on the cluster, with progress."""
-    start_ray(needed_cpus=1)
     task = ray.remote(num_cpus=0.5)(lambda item: function(item))
     progress = Progress(logger, "indexed", "files", len(items))
     for done, reference in enumerate([task.remote(item) for item in items], start=1):
@@ -330,13 +334,23 @@ def _default_encoders(job: EncodeJob) -> int:
     """
     if job.use_gpu is not False and num_gpus() > 0:
         return num_gpus() * job.encoders_per_gpu
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    return max(1, cpus - 1)  # of the logical ones: one is for decoding and writing
+    return max(1, _num_cpus() - 1)
+
+
+def _num_cpus() -> int:
+    """Logical CPUs of the cluster in use; one of them is for decoding and writing."""
+    return int(ray.cluster_resources().get("CPU", 1))
 
 
 def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
     num_encoders = job.num_encoders or _default_encoders(job)
     use_gpu = choose_gpus(job.use_gpu, -(-num_encoders // job.encoders_per_gpu))
+    if not use_gpu and num_encoders >= _num_cpus():
+        logger.warning(
+            "%d encoders want a CPU each, and decoding one more, but the cluster has %d: nothing happens until it grows; "
+            "if it does not, name a smaller --num-encoders",
+            num_encoders, _num_cpus(),
+        )  # fmt: skip
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # one shard, one block
@@ -444,8 +458,11 @@ def encode(job: EncodeJob) -> Manifest:
         logger.info("%s is complete: %d samples", job.output, manifest.num_samples)
         return manifest
     index = _stored_index(job.output, listing.sha256)
-    if index is None:
-        index = index_images(filesystem, listing, map if listing.format == "folders" else _map_on_cluster)
+    if index is None and listing.format != "folders":
+        _start_ray(job)
+        index = index_images(filesystem, listing, _map_on_cluster)
+    elif index is None:
+        index = index_images(filesystem, listing)
     plan = Plan(filesystem, listing, index, recipe)
     if not is_begun:
         _begin(job.output, plan, vae)
@@ -456,7 +473,7 @@ def encode(job: EncodeJob) -> Manifest:
     )  # fmt: skip
     began = time.monotonic()
     if missing:
-        start_ray(needed_cpus=(job.num_encoders or os.cpu_count() or 1) + 1)
+        _start_ray(job)
         _encode_shards(job, plan, missing)
     manifest = _commit(job, plan)
     _summarize(job, plan, manifest, sum(len(plan.rows(shard)) for shard in missing), time.monotonic() - began)

@@ -16,6 +16,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal, get_args
@@ -37,6 +38,7 @@ EXTENSIONS: dict[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "webdataset": (".tar",),
 }
+READERS = 8  # files that a task reads at once
 TAR_IMAGES = ("jpg", "jpeg", "png", "webp")
 CLASS_NAMES_FILE = "LOC_synset_mapping.txt"
 SPLIT = re.compile(r"(?:^|[-_.])(train|val|validation|test)(?=[-_.])")
@@ -427,23 +429,24 @@ class ImageSlice:
         Raises what storage raises where it fails: that says nothing of an image.
         """
         files = self.entries["file"].to_numpy()
+        if self.format == "folders":
+            # Several at once: a small file is mostly waiting, for an object store above all.
+            with ThreadPoolExecutor(READERS) as readers:
+                yield from readers.map(self._read_file, (self.files[int(number)] for number in files))
+            return
         starts = np.flatnonzero(np.diff(files, prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(files)], strict=True):
-            path = f"{self.root}/{self.files[int(files[start])]}"
-            part = self.entries.slice(start, stop - start)
-            try:
-                yield from self._read_file(path, part)
-            except (FileNotFoundError, PermissionError) as error:
-                if self.format != "folders":
-                    raise  # many images at once: not a matter of one
-                yield error
+            yield from self._read_members(self.files[int(files[start])], self.entries.slice(start, stop - start))
 
-    def _read_file(self, path: str, entries: pa.Table) -> Iterator[bytes | Exception]:
-        if self.format == "folders":
-            yield storage.read_bytes(self.filesystem, path)
-            return
+    def _read_file(self, path: str) -> bytes | Exception:
+        try:
+            return storage.read_bytes(self.filesystem, f"{self.root}/{path}")
+        except (FileNotFoundError, PermissionError) as error:
+            return error
+
+    def _read_members(self, path: str, entries: pa.Table) -> Iterator[bytes | Exception]:
         positions = entries["position"].to_numpy()
-        with self.filesystem.open_input_file(path) as stream:
+        with self.filesystem.open_input_file(f"{self.root}/{path}") as stream:
             if self.format == "parquet":
                 yield from _read_rows(pq.ParquetFile(stream), positions)
                 return

@@ -17,6 +17,7 @@ decoded (`tests/benchmarks/layout.py`). A node maps a copy of its own: plain .np
 shared by the node's workers.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -25,7 +26,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -227,12 +228,8 @@ class Shard:
 
 def read_shard(filesystem: fs.FileSystem, path: str) -> Shard:
     """Reads a shard whole. Raises InputError for a file that is none."""
-    try:
-        with filesystem.open_input_file(path) as stream, pa.ipc.open_file(stream) as reader:
-            summary = _summary(reader)
-            table = reader.read_all()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run pipelines.encode again") from error
+    with _open_shard(filesystem, path) as reader:
+        summary, table = _summary(reader), reader.read_all()
     tensors = {
         name: table[name].combine_chunks().to_numpy_ndarray()
         for name in ("moments", "moments_mirrored")
@@ -243,9 +240,18 @@ def read_shard(filesystem: fs.FileSystem, path: str) -> Shard:
 
 
 def shard_summary(filesystem: fs.FileSystem, path: str) -> ShardSummary:
-    """Reads what a shard says of itself, and none of its rows."""
-    with filesystem.open_input_file(path) as stream, pa.ipc.open_file(stream) as reader:
+    """Reads what a shard says of itself, and none of its rows. Raises InputError for a file that is none."""
+    with _open_shard(filesystem, path) as reader:
         return _summary(reader)
+
+
+@contextlib.contextmanager
+def _open_shard(filesystem: fs.FileSystem, path: str) -> Iterator[pa.ipc.RecordBatchFileReader]:
+    try:
+        with filesystem.open_input_file(path) as stream, pa.ipc.open_file(stream) as reader:
+            yield reader
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run pipelines.encode again") from error
 
 
 def _summary(reader: pa.ipc.RecordBatchFileReader) -> ShardSummary:

@@ -85,12 +85,16 @@ def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:
 def write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     """Writes a file whole or not at all, making its folder; an existing one is replaced."""
     filesystem.create_dir(os.path.dirname(path), recursive=True)
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    target = f"{path}.{uuid.uuid4().hex}.partial" if local else path
-    with filesystem.open_output_stream(target) as stream:
-        stream.write(content)
-    if local:
-        os.replace(target, path)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+        return
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # or a machine that loses power may keep the name and lose the content
+    os.replace(partial, path)
 
 
 def delete_partial(filesystem: fs.FileSystem, folder: str) -> None:

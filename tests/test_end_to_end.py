@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -29,11 +30,13 @@ from meanflow_core.training import build_train_state, train_step
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
 from pipelines.latent_store import LatentDataset
 from pipelines.train import BatchSource
+from tests.latents import read_shards
 from tests.readme import REPOSITORY, commands
 
 SMALLER = {
     "pipelines.demo.images": ["--num-train", "200", "--num-val", "60"],
-    "pipelines.encode": ["--rows-per-shard", "64"],
+    "pipelines.encode": ["--rows-per-shard", "64", "--max-rejected-fraction", "0.01"],
+    "pipelines.check": ["--picture", "check.png"],
     "pipelines.train": ["--cache-dir", "cache"],
     "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2"],
 }
@@ -79,7 +82,13 @@ def workspace(tmp_path_factory):
 def trained(workspace):
     """The folder after the README's commands up to evaluate, and what they printed."""
     output = {}
-    for stage in ("pipelines.demo.images", "pipelines.encode", "pipelines.train", "pipelines.evaluate"):
+    for stage in (
+        "pipelines.demo.images",
+        "pipelines.encode",
+        "pipelines.check",
+        "pipelines.train",
+        "pipelines.evaluate",
+    ):
         if stage == "pipelines.encode":
             torn = workspace.build / "images/train" / f"{TORN}.JPEG"
             torn.write_bytes(torn.read_bytes()[:400])
@@ -94,13 +103,22 @@ def test_encode_keeps_every_image_once(trained):
     assert (manifest["num_samples"], manifest["num_rejected"]) == (199, 1)
     assert sorted(manifest["shard_rows"]) == [8, 63, 64, 64]
     assert pq.read_table(build / "latents/rejected.parquet")["sample_id"].to_pylist() == [TORN]
-    ids = [
-        i for path in sorted((build / "latents/shards").iterdir()) for i in pq.read_table(path)["sample_id"].to_pylist()
-    ]
+    ids = [sample_id for shard in read_shards(build / "latents") for sample_id in shard.sample_ids]
     images = build / "images/train"
     on_disk = sorted(str(path.relative_to(images).with_suffix("")) for path in images.rglob("*.JPEG"))
     assert ids == [sample_id for sample_id in on_disk if sample_id != TORN]
     assert "images/s" in output["pipelines.encode"].stderr  # progress with a rate
+    assert "199 samples of 10 classes, 1 rejected" in output["pipelines.encode"].stderr
+
+
+@pytest.mark.cluster
+def test_check_finds_nothing_wrong_and_draws_what_is_there(trained, workspace):
+    _, output = trained
+    report = output["pipelines.check"].stdout
+    assert "199 samples of 10 classes" in report
+    assert "problems: none" in report
+    assert float(re.search(r"against their images: ([\d.]+) dB", report)[1]) > 30
+    assert Image.open(workspace.folder / "check.png").size[0] > 1000
 
 
 @pytest.mark.cluster

@@ -4,6 +4,7 @@ import pytest
 import tyro
 
 from meanflow_core.interop import SOURCES
+from pipelines.check import CheckJob
 from pipelines.convert import ConvertJob
 from pipelines.encode import EncodeJob
 from pipelines.evaluate import EvaluateJob
@@ -23,6 +24,15 @@ def test_cluster_commands_are_understood_by_the_real_parsers():
     assert train[:3] == ["python", "-m", "pipelines.train"]
     preset, job = parse_arguments(train[3:])
     assert (preset, job.num_workers) == ("xl2", 32)
+
+
+def test_encoding_commands_are_understood_by_the_real_parsers():
+    *encodes, check = (shlex.split(line) for line in commands("encode"))
+    jobs = [tyro.cli(EncodeJob, args=words[3:]) for words in encodes]
+    assert {tuple(words[:3]) for words in encodes} == {("python", "-m", "pipelines.encode")}
+    assert [job.limit for job in jobs] == [None, None, None, 2000]
+    assert check[:3] == ["python", "-m", "pipelines.check"]
+    assert tyro.cli(CheckJob, args=check[3:]).data == jobs[0].output
 
 
 def test_conversion_commands_are_understood_by_the_real_parsers():

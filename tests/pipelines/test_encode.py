@@ -13,7 +13,7 @@ from meanflow_core.autoencoder import encode_moments, load_autoencoder
 from pipelines import encode, latent_store
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob, choose_batch_size, decode_shard, write_shard
+from pipelines.encode import EncodeJob, EncodeShard, choose_batch_size, decode_shard, write_shard
 from pipelines.image_reading import decode_image
 from pipelines.image_sources import ImageSlice, find_images
 from tests.image_forms import as_samples, images_of, write_parquet, write_tar
@@ -179,6 +179,9 @@ def test_shard_of_another_number_of_images_is_no_part_of_the_dataset(image_root,
     shutil.copy(output / latent_store.shard_name(2), output / latent_store.shard_name(1))
     with pytest.raises(InputError, match=r"shard-00001\.arrow is of 8 images, but of 16 in the plan"):
         encode.encode(job(image_root / "val", output, rows_per_shard=16))
+    (output / latent_store.shard_name(1)).write_bytes(b"")
+    with pytest.raises(InputError, match=r"shard-00001\.arrow is damaged .*; delete it and run"):
+        encode.encode(job(image_root / "val", output, rows_per_shard=16))
 
 
 def test_unreadable_images_are_listed_and_the_rest_is_encoded(image_root, tmp_path, without_ray):
@@ -319,3 +322,15 @@ def test_relative_output_is_refused_in_a_submitted_job(image_root, tmp_path, mon
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(InputError, match="--output latents is relative, and a submitted job works in a temporary copy"):
         encode.encode(job(image_root / "val", "latents"))
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler, and g++ is not here")
+def test_compiled_autoencoder_gives_the_same_moments(image_root, tmp_path, without_ray):
+    encode.encode(job(image_root / "val", tmp_path / "plain"))
+    encoder = EncodeShard(str(tmp_path / "plain"), "cpu", compiled=True, batch_size=16)
+    images = ImageSlice.of(*find_images(str(image_root / "val")))
+    batch = encoder(decode_shard({"shard": np.array([0]), "images": [pickle.dumps(images)]}, image_size=64))
+    shard = read_shards(tmp_path / "plain")[0]
+    for name in ("moments", "moments_mirrored"):
+        np.testing.assert_allclose(batch[name], getattr(shard, name), rtol=4e-3, atol=1e-3)

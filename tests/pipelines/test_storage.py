@@ -30,3 +30,20 @@ def test_locations_are_paths_or_uris(tmp_path, monkeypatch):
     assert storage.absolute("s3://bucket/x") == "s3://bucket/x"
     with pytest.raises(InputError, match="cannot open nosuch://x"):
         storage.open_storage("nosuch://x")
+
+
+def test_what_pyarrow_does_not_know_is_opened_by_fsspec():
+    filesystem, root = storage.open_storage("memory://shelf/box/")
+    assert root == "/shelf/box"
+    storage.write_bytes(filesystem, f"{root}/a/one", b"1")
+    storage.write_bytes(filesystem, f"{root}/a/one", b"2")
+    assert storage.read_bytes(*storage.require_folder("memory://shelf/box", "box")[:1], f"{root}/a/one") == b"2"
+    with pytest.raises(InputError, match="box memory://shelf/none does not exist"):
+        storage.require_folder("memory://shelf/none", "box")
+
+
+def test_leftovers_of_a_killed_writer_go_and_files_stay(tmp_path):
+    (tmp_path / "x.0123.partial").write_bytes(b"half")
+    (tmp_path / "x").write_bytes(b"whole")
+    storage.delete_partial(fs.LocalFileSystem(), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -69,10 +69,11 @@ def test_changes_after_the_manifest_are_found(dataset, changes, words):
     assert report.psnr is None
 
 
-def test_bytes_that_rotted_on_the_disk_are_found(dataset):
+@pytest.mark.parametrize("place", [0.3, 0.6], ids=["moments", "mirrored"])
+def test_bytes_that_rotted_on_the_disk_are_found(dataset, place):
     path = dataset / latent_store.shard_name(2)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
+    content[int(place * len(content))] ^= 16
     path.write_bytes(content)
     assert "was damaged after it was written" in run(dataset).problems[0]
 

@@ -28,7 +28,7 @@ def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> A
             low_cpu_mem_usage=False,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot load an autoencoder from {id_or_folder!r}, as folder or hub id: {reason}") from error
     return vae.eval().requires_grad_(False)
 
@@ -45,7 +45,7 @@ def weight_hash(module: torch.nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes() if values.dim() else values.numpy().tobytes())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

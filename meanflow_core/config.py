@@ -3,6 +3,7 @@
 Every field is a number or a name that a paper's table gives; nothing here says where data lie or on what it runs.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -37,7 +38,11 @@ class NetworkConfig:
             f"network.architecture must be dit or imf_dit, but got {self.architecture!r}",
         )
         for name in ("patch_size", "hidden_size", "depth", "num_heads"):
-            _require(getattr(self, name) >= 1, f"network.{name} must be at least 1, but got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int) and value >= 1, f"network.{name} must be a whole number above 0, but got {value}"
+            )
+        _require(0.0 < self.mlp_ratio < math.inf, f"network.mlp_ratio must be above 0, but got {self.mlp_ratio}")
         _require(
             self.architecture == "dit" or 0 <= self.aux_head_depth <= self.depth,
             f"network.aux_head_depth must lie in [0, depth = {self.depth}], but got {self.aux_head_depth}",
@@ -47,7 +52,12 @@ class NetworkConfig:
             f"network.hidden_size must be a multiple of num_heads, but got {self.hidden_size} and {self.num_heads}",
         )
         _require(
-            self.hidden_size % 4 == 0,
+            self.architecture == "dit" or self.hidden_size // self.num_heads % 2 == 0,
+            f"network.hidden_size / num_heads must be even (rotary positions), "
+            f"but got {self.hidden_size} and {self.num_heads}",
+        )
+        _require(
+            self.architecture == "imf_dit" or self.hidden_size % 4 == 0,
             f"network.hidden_size must be a multiple of 4 (sine-cosine positions), but got {self.hidden_size}",
         )
 
@@ -64,7 +74,8 @@ class TimeSamplingConfig:
     """Share of a batch's rows with r < t; the others have r = t and learn the instantaneous velocity. 0 is flow matching."""
 
     def __post_init__(self) -> None:
-        _require(self.logit_std > 0, f"times.logit_std must be above 0, but got {self.logit_std}")
+        _require(math.isfinite(self.logit_mean), f"times.logit_mean must be a number, but got {self.logit_mean}")
+        _require(0.0 < self.logit_std < math.inf, f"times.logit_std must be above 0, but got {self.logit_std}")
         _require(
             0.0 <= self.fraction_r_below_t <= 1.0,
             f"times.fraction_r_below_t must lie in [0, 1], but got {self.fraction_r_below_t}",
@@ -89,7 +100,7 @@ class GuidanceConfig:
     """Rows with t above this are not guided."""
 
     def __post_init__(self) -> None:
-        _require(self.omega > 0.0, f"guidance.omega must be above 0, but got {self.omega}")
+        _require(0.0 < self.omega < math.inf, f"guidance.omega must be above 0, but got {self.omega}")
         _require(0.0 <= self.kappa < 1.0, f"guidance.kappa must lie in [0, 1), but got {self.kappa}")
         _require(
             0.0 <= self.t_start <= self.t_end <= 1.0,
@@ -172,6 +183,10 @@ class LossConfig:
             self.objective == "meanflow" or self.guidance.is_off,
             "loss.guidance is for meanflow; improved_meanflow draws its own (loss.guidance_sampling)",
         )
+        _require(
+            self.objective == "meanflow" or not self.is_flow_matching,
+            "loss.objective improved_meanflow needs loss.times.fraction_r_below_t above 0; flow matching is meanflow at 0",
+        )
         _require(self.norm_p >= 0.0, f"loss.norm_p must be at least 0, but got {self.norm_p}")
         _require(self.norm_eps > 0.0, f"loss.norm_eps must be above 0, but got {self.norm_eps}")
         _require(
@@ -198,7 +213,10 @@ class OptimizerConfig:
     """Clip the whole gradient to this norm; none as in the papers."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0.0, f"optimizer.learning_rate must be above 0, but got {self.learning_rate}")
+        _require(
+            0.0 < self.learning_rate < math.inf,
+            f"optimizer.learning_rate must be above 0, but got {self.learning_rate}",
+        )
         for name in ("beta1", "beta2"):
             _require(
                 0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} must lie in [0, 1), but got {getattr(self, name)}"
@@ -224,7 +242,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.guidance_scale >= 1.0, f"sampling.guidance_scale must be at least 1, but got {self.guidance_scale}"
+            1.0 <= self.guidance_scale < math.inf,
+            f"sampling.guidance_scale must be at least 1, but got {self.guidance_scale}",
         )
         _require(
             0.0 <= self.guidance_start <= self.guidance_end <= 1.0,
@@ -284,6 +303,11 @@ class TrainingConfig:
             (self.loss.objective == "improved_meanflow") == (self.network.architecture == "imf_dit"),
             f"loss.objective improved_meanflow and network.architecture imf_dit go together, "
             f"but got {self.loss.objective} and {self.network.architecture}",
+        )
+        _require(
+            self.sampling.guidance_scale == 1.0 or self.network.architecture == "imf_dit" or self.loss.is_flow_matching,
+            f"sampling.guidance_scale is for improved MeanFlow and flow matching; MeanFlow has its guidance in the weights "
+            f"(loss.guidance), but got {self.sampling.guidance_scale}",
         )
         for name in (
             "global_batch_size",

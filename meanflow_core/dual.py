@@ -79,6 +79,7 @@ def attention(query: Dual, key: Dual, value: Dual) -> Dual:
     """
     output = F.scaled_dot_product_attention(query.value, key.value, value.value)
     if query.tangent is None or key.tangent is None or value.tangent is None:
+        assert query.tangent is key.tangent is value.tangent, "attention needs three tangents, or none"
         return Dual(output)
     with torch.no_grad():
         scale, rows = query.value.shape[-1] ** -0.5, len(query.tangent)

@@ -70,11 +70,17 @@ def load_network(folder: Path) -> AnyNetwork:
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"no config.json in {folder}; a network is a folder that save_pretrained wrote")
-    name = json.loads(config.read_text()).get("_class_name")
+    content = json.loads(config.read_text())
+    name = content.get("_class_name") if isinstance(content, dict) else None
     if name not in NETWORKS:
         raise ValueError(f"the network in {folder} is a {name!r}, but known are {', '.join(NETWORKS)}")
     diffusers_logging.disable_progress_bar()  # of loading a handful of files
-    network = NETWORKS[name].from_pretrained(folder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False)
+    try:
+        network = NETWORKS[name].from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except OSError as error:
+        raise ValueError(f"the network in {folder} has no weights that can be read: {error}") from error
     return network.eval().requires_grad_(False)
 
 
@@ -86,6 +92,9 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"no model_index.json in {folder}; a generator is a folder that save_pretrained wrote")
+    for name in ("vae", "scheduler"):
+        if not (folder / name).is_dir():
+            raise ValueError(f"no {name}/ in {folder}; a generator is a folder that save_pretrained wrote whole")
     settings = json.loads(index.read_text())
     known = ("id2label", "prediction", "guidance_scale", "guidance_start", "guidance_end")
     pipeline = MeanFlowPipeline(
@@ -109,7 +118,8 @@ def find_generator(folder: Path) -> Path:
         return folder
     if len(found) != 1:
         raise ValueError(
-            f"wanted a generator, a folder with a model_index.json, in {folder}, but found {len(found)}; "
-            f"pipelines.train writes one and prints its place"
+            f"wanted a generator, a folder with a model_index.json, in {folder}, but found "
+            f"{', '.join(str(path.relative_to(folder)) for path in found[:5]) or 'none'}; pipelines.train writes one and "
+            f"prints its place"
         )
     return found[0]

@@ -119,6 +119,7 @@ class SwiGLU(nn.Module):
 def _add_scaled(x: Dual, scale: torch.Tensor, branch: Dual) -> Dual:
     value = x.value + branch.value * scale
     if x.tangent is None or branch.tangent is None:
+        assert x.tangent is branch.tangent, "both summands need a tangent, or none"
         return Dual(value)
     with torch.no_grad():
         return Dual(value, x.tangent + branch.tangent * scale)
@@ -183,9 +184,9 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         check_patch_size(sample_size, patch_size)
         if not 0 <= aux_head_depth <= depth:
             raise ValueError(f"aux_head_depth must lie in [0, depth = {depth}], but got {aux_head_depth}")
-        if hidden_size // num_heads % 2:
+        if hidden_size % (2 * num_heads):
             raise ValueError(
-                f"hidden_size / num_heads must be even (rotary positions), but got {hidden_size} and {num_heads}"
+                f"hidden_size / num_heads must be whole and even (rotary positions), but got {hidden_size} and {num_heads}"
             )
         self.patch_size = patch_size
         self.gradient_checkpointing = False
@@ -245,7 +246,7 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         Raises ValueError for a latent or tangent of another shape, a conditioning without guidance, or a velocity
         asked of a network without a v head.
         """
-        check_network_input(z, tangent, self.config.in_channels, self.config.sample_size)
+        check_network_input(z, conditioning, tangent, self.config.in_channels, self.config.sample_size)
         if velocity_only and not self.config.has_velocity_head:
             raise ValueError("the velocity was asked for, but this network was made without a v head, for sampling")
         x = self._sequence(Dual(z, None if velocity_only else tangent), conditioning)
@@ -261,7 +262,10 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
     def _sequence(self, z: Dual, conditioning: Conditioning) -> Dual:
         omega, t_min, t_max = conditioning.omega, conditioning.t_min, conditioning.t_max
         if omega is None or t_min is None or t_max is None:
-            raise ValueError("this network's conditioning needs omega, t_min and t_max, but got none")
+            given = [name for name in ("omega", "t_min", "t_max") if getattr(conditioning, name) is not None]
+            raise ValueError(
+                f"this network's conditioning needs omega, t_min and t_max, but got {' and '.join(given) or 'none'}"
+            )
         ones = None if z.tangent is None else torch.ones_like(conditioning.t[: len(z.tangent)])
         h = self.h_embedder(Dual(conditioning.t - conditioning.r, ones))  # (B, D)
         patches = self.x_embedder(z)

@@ -8,6 +8,7 @@ A latent's normalisation is a property of a generator: it stands in its VAE's co
 `shift_factor`, or `latents_mean` and `latents_std`) and is read from there, by training and sampling alike.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,12 @@ class LatentNormalization:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(f"mean and std need one value per channel, but got {len(self.mean)} and {len(self.std)}")
-        if min(self.std) <= 0.0:
-            raise ValueError(f"latent standard deviations must be above 0, but got {self.std}")
+        if not all(0.0 < value < math.inf for value in self.std) or not all(
+            math.isfinite(value) for value in self.mean
+        ):
+            raise ValueError(
+                f"latent means must be finite and standard deviations above 0, but got {self.mean} and {self.std}"
+            )
 
     @classmethod
     def from_vae_config(cls, config: Mapping[str, Any]) -> "LatentNormalization":
@@ -53,8 +58,10 @@ class LatentNormalization:
                 raise ValueError(f"latents_mean has {len(mean)} values, but the VAE has {channels} latent channels")
             return cls(mean=tuple(mean), std=tuple(std))
         scale = config.get("scaling_factor")
-        if scale is None:
-            raise ValueError("the VAE's config has neither scaling_factor nor latents_mean and latents_std")
+        if not scale:
+            raise ValueError(
+                f"the VAE's config needs latents_mean and latents_std, or a scaling_factor other than 0, but has {scale}"
+            )
         shift = config.get("shift_factor") or 0.0
         return cls(mean=(float(shift),) * channels, std=(1.0 / float(scale),) * channels)
 

@@ -113,23 +113,40 @@ class StepRecord:
         1, an interval that is none, non-finite values, or shapes that do not fit.
         """
         vectors = {"t": t, "r": r, "label_dropped": label_dropped, "omega": omega, "t_min": t_min, "t_max": t_max}
+        vectors["mirrored"] = mirrored
         shapes = {name: tuple(value.shape) for name, value in vectors.items() if value is not None}
         if t.dim() != 1 or set(shapes.values()) != {tuple(t.shape)} or noise.dim() != 4 or len(noise) != len(t):
             raise ValueError(
                 f"{', '.join(shapes)} must have shape (B,) and noise (B, C, H, W), but got "
                 f"{', '.join(map(str, shapes.values()))} and {tuple(noise.shape)}"
             )
-        if not bool(((r >= 0) & (r <= t) & (t <= 1)).all()):
-            raise ValueError("times must satisfy 0 <= r <= t <= 1 in every row")
+        if posterior_noise is not None and posterior_noise.shape != noise.shape:
+            raise ValueError(
+                f"posterior_noise must have noise's shape {tuple(noise.shape)}, but got {tuple(posterior_noise.shape)}"
+            )
+        ordered = (r >= 0) & (r <= t) & (t <= 1)
+        if not bool(ordered.all()):
+            row = int(ordered.int().argmin())
+            raise ValueError(
+                f"times must satisfy 0 <= r <= t <= 1 in every row, but row {row} has r = {r[row]:g}, t = {t[row]:g}"
+            )
         if not bool(torch.isfinite(noise).all()):
             raise ValueError("noise must be finite")
 
         below = r < t
         if config.objective == "improved_meanflow":
             if omega is None or t_min is None or t_max is None:
-                raise ValueError("improved_meanflow needs omega, t_min and t_max of every row, but got none")
-            if not bool(((omega >= 1) & torch.isfinite(omega) & (t_min >= 0) & (t_min <= t_max) & (t_max <= 1)).all()):
-                raise ValueError("guidance must satisfy omega >= 1 and 0 <= t_min <= t_max <= 1 in every row")
+                given = [name for name in ("omega", "t_min", "t_max") if vectors[name] is not None]
+                raise ValueError(
+                    f"improved_meanflow needs omega, t_min and t_max of every row, but got {' and '.join(given) or 'none'}"
+                )
+            fits = (omega >= 1) & torch.isfinite(omega) & (t_min >= 0) & (t_min <= t_max) & (t_max <= 1)
+            if not bool(fits.all()):
+                row = int(fits.int().argmin())
+                raise ValueError(
+                    f"guidance must satisfy omega >= 1 and 0 <= t_min <= t_max <= 1 in every row, but row {row} has "
+                    f"omega = {omega[row]:g}, t_min = {t_min[row]:g}, t_max = {t_max[row]:g}"
+                )
             guided = (t >= t_min) & (t <= t_max) & ~label_dropped
             sample = torch.ones_like(t)
             conditional = torch.where(guided, 1.0 - 1.0 / omega, 0.0)
@@ -214,7 +231,7 @@ def draw_step_record(
     uniform = torch.rand(num_rows, generator=generator)
     probability, rho = config.label_drop_probability, config.times.fraction_r_below_t
     below = rows_below(num_rows, rho)
-    if probability <= 1.0 - rho:
+    if probability <= 1.0 - rho + 1e-9:  # 1 - 0.9 is a little below 0.1
         label_dropped = ~below & (uniform * (1.0 - rho) < probability)
     else:
         label_dropped = uniform < probability

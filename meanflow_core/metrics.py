@@ -75,7 +75,9 @@ def mean_within_class_distance(images: torch.Tensor, labels: torch.Tensor) -> fl
 
 def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: int = 256) -> torch.Tensor:
     """For each query (N, P) the Euclidean distance to its nearest reference (M, P): float32 (N,)."""
-    return torch.cat([torch.cdist(rows.float(), references.float()).amin(dim=1) for rows in queries.split(chunk)])
+    # cdist multiplies matrices: a difference of large squares, which in float32 leaves copies apart.
+    wanted = references.double()
+    return torch.cat([torch.cdist(rows.double(), wanted).amin(dim=1) for rows in queries.split(chunk)]).float()
 
 
 def peak_signal_to_noise(images: torch.Tensor, reference: torch.Tensor, peak: float = 255.0) -> float:

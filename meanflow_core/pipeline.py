@@ -5,6 +5,7 @@ throughout. The latent normalisation stands in vae/config.json. Open it with `Me
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,6 +29,8 @@ def noise_from_seeds(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -
 
     Raises ValueError for a seed outside [0, 2^63 - 1].
     """
+    if not seeds:
+        raise ValueError("seeds must name at least one image, but got none")
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seeds must lie in [0, {MAX_SEED}], but got {seed}")
@@ -119,14 +122,21 @@ class MeanFlowPipeline(DiffusionPipeline):
             ids.append(found[0])
         return ids
 
-    def check_labels(self, class_labels: Sequence[int]) -> None:
-        """Raises ValueError where a class id lies outside [0, num_classes - 1], or there are none."""
+    def check_labels(self, class_labels: Sequence[int]) -> list[int]:
+        """The class ids as integers. Raises ValueError for no id, one that is no integer, or outside [0, num_classes - 1]."""
         num_classes = self.transformer.config.num_classes
-        if not class_labels:
-            raise ValueError("class_labels must name at least one class")
-        for label in class_labels:
+        if len(class_labels) == 0:
+            raise ValueError("class_labels must name at least one class, but got none")
+        try:
+            ids = [operator.index(label) for label in class_labels]
+        except TypeError as error:
+            raise ValueError(
+                f"class ids must be whole numbers, but got {class_labels}; names go through get_label_ids"
+            ) from error
+        for label in ids:
             if not 0 <= label < num_classes:
                 raise ValueError(f"class ids must lie in [0, {num_classes - 1}], but got {label}")
+        return ids
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -143,18 +153,21 @@ class MeanFlowPipeline(DiffusionPipeline):
         self, num_rows: int, scale: float | Sequence[float] | None, interval: tuple[float, float] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """omega, t_min and t_max, float32 (B,). Raises ValueError where they do not fit."""
-        if not self.takes_guidance and (interval is not None or scale not in (None, 1.0)):
+        scales = torch.as_tensor(
+            self.config.guidance_scale if scale is None else scale, dtype=torch.float32, device="cpu"
+        )
+        if not self.takes_guidance and (interval is not None or bool((scales != 1.0).any())):
             raise ValueError(
-                "this generator's guidance is built into its weights; leave guidance_scale and guidance_interval out"
+                f"this generator's guidance is built into its weights; leave guidance_scale and guidance_interval out, "
+                f"but got {scale} and {interval}"
             )
-        scales = torch.as_tensor(self.config.guidance_scale if scale is None else scale, dtype=torch.float32)
         if scales.dim() > 1 or (scales.dim() == 1 and len(scales) != num_rows):
             raise ValueError(f"guidance_scale must be one number, or one per image, {num_rows}, but got {scale}")
         if not bool((torch.isfinite(scales) & (scales >= 1.0)).all()):
-            raise ValueError(f"guidance_scale must be at least 1 (no guidance), but got {scale}")
+            raise ValueError(f"guidance_scale must be at least 1 (no guidance), but got {scales.tolist()}")
         start, end = (self.config.guidance_start, self.config.guidance_end) if interval is None else interval
         if not 0.0 <= start <= end <= 1.0:
-            raise ValueError(f"guidance_interval must be (start, end), 0 <= start <= end <= 1, but got {interval}")
+            raise ValueError(f"guidance_interval must be (start, end), 0 <= start <= end <= 1, but got {start}, {end}")
         t_min, t_max = torch.full((num_rows,), float(start)), torch.full((num_rows,), float(end))
         return scales.expand(num_rows).clone(), t_min, t_max
 
@@ -173,7 +186,7 @@ class MeanFlowPipeline(DiffusionPipeline):
 
         Arguments as in a call of the pipeline. Source: Geng et al. 2025, Eq. 12: z_r = z_t - (t - r) u(z_t, r, t).
         """
-        self.check_labels(class_labels)
+        class_labels = self.check_labels(class_labels)
         times = time_grid(num_inference_steps, timesteps)
         if noise.shape != (len(class_labels), *self.latent_shape):
             raise ValueError(
@@ -188,13 +201,11 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"solver {solver} integrates a velocity, but this generator gives average velocities")
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
-        omega, t_min, t_max = (
-            value.to(device) for value in self._guidance(len(labels), guidance_scale, guidance_interval)
-        )
+        omega, t_min, t_max = self._guidance(len(labels), guidance_scale, guidance_interval)
         if learns_velocity:
-            answer = self._velocity(labels, omega, t_min, t_max)
+            answer = self._velocity(labels, omega, (float(t_min[0]), float(t_max[0])))
         else:
-            answer = self._average_velocity(labels, omega, t_min, t_max)
+            answer = self._average_velocity(labels, omega.to(device), t_min.to(device), t_max.to(device))
 
         z = noise.to(device, torch.float32)
         self.scheduler.set_timesteps(sigmas=times[:-1])
@@ -225,13 +236,15 @@ class MeanFlowPipeline(DiffusionPipeline):
         return answer
 
     def _velocity(
-        self, labels: torch.Tensor, omega: torch.Tensor, t_min: torch.Tensor, t_max: torch.Tensor
+        self, labels: torch.Tensor, omega: torch.Tensor, interval: tuple[float, float]
     ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
         """v(z, t) of these images by classifier-free guidance inside its interval, float32 (B, C, H, W)."""
-        is_guided = bool((omega != 1.0).any())
+        is_wanted = bool((omega != 1.0).any())
         null = torch.full_like(labels, self.transformer.config.num_classes)
+        scale = omega.to(labels.device).view(-1, 1, 1, 1)
 
         def answer(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
+            is_guided = is_wanted and interval[0] <= t <= interval[1]
             asked = torch.cat([labels, null]) if is_guided else labels
             time = torch.full((len(asked),), t, device=z.device)
             z = torch.cat([z, z]) if is_guided else z
@@ -240,10 +253,15 @@ class MeanFlowPipeline(DiffusionPipeline):
             if not is_guided:
                 return velocity
             conditional, unconditional = velocity.chunk(2)
-            scale = torch.where((t >= t_min) & (t <= t_max), omega, 1.0).view(-1, 1, 1, 1)
             return unconditional + scale * (conditional - unconditional)
 
         return answer
+
+    def _noise(self, class_labels: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+        """Noise (B, C, H, W) of a seed per image."""
+        if len(seeds) != len(class_labels):
+            raise ValueError(f"seeds must be one per image, {len(class_labels)}, but got {len(seeds)}")
+        return noise_from_seeds(seeds, self.latent_shape)
 
     def images_from_seeds(
         self,
@@ -259,9 +277,7 @@ class MeanFlowPipeline(DiffusionPipeline):
 
         Arguments as in a call of the pipeline. Raises ValueError for labels, seeds or steps that do not fit.
         """
-        if len(seeds) != len(class_labels):
-            raise ValueError(f"seeds must be one per image, {len(class_labels)}, but got {len(seeds)}")
-        noise = noise_from_seeds(seeds, self.latent_shape)
+        noise = self._noise(class_labels, seeds)
         z = self.sample_latents(
             class_labels, noise, num_inference_steps, timesteps, guidance_scale, guidance_interval, solver
         )
@@ -297,11 +313,9 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, but got {output_type!r}")
         if sum(source is not None for source in (generator, seeds, latents)) > 1:
             raise ValueError("give at most one of generator, seeds and latents")
-        class_labels = [int(label) for label in class_labels]
+        class_labels = self.check_labels(class_labels)
         if seeds is not None:
-            if len(seeds) != len(class_labels):
-                raise ValueError(f"seeds must be one per image, {len(class_labels)}, but got {len(seeds)}")
-            latents = noise_from_seeds(seeds, self.latent_shape)
+            latents = self._noise(class_labels, seeds)
         elif latents is None:
             shape = (len(class_labels), *self.latent_shape)
             latents = randn_tensor(shape, generator, self._execution_device, torch.float32)

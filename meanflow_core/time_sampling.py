@@ -13,7 +13,7 @@ def rows_below(num_rows: int, fraction: float) -> torch.Tensor:
 
     Exactly floor(B rho) rows, spread evenly, so that every contiguous block has its share of them.
     """
-    # As a fraction of small numbers, or 0.1 would lose a row to rounding.
+    # As a fraction of small numbers, or 0.7 would lose a row to rounding.
     rho = Fraction(fraction).limit_denominator(10_000)
     edges = torch.arange(num_rows + 1) * rho.numerator // rho.denominator
     return edges[1:] > edges[:-1]
@@ -22,7 +22,7 @@ def rows_below(num_rows: int, fraction: float) -> torch.Tensor:
 def draw_times(
     num_rows: int, config: TimeSamplingConfig, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws t and r, float32 (B,), 0 < r <= t < 1: two logit-normal times, sorted, then r = t on most rows.
+    """Draws t and r, float32 (B,), 0 <= r <= t <= 1: two logit-normal times, sorted, then r = t on most rows.
 
     Source: Geng et al. 2025, Section 4.3 and Table 1a, 1d; where r = t it is the larger of the two that stays.
     """

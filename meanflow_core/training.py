@@ -177,6 +177,8 @@ def load_train_state(state: TrainState, folder: Path) -> None:
         ema_network.load_state_dict(load_file(folder / f"ema_{decay}.safetensors", device))
     moments = load_file(folder / "optimizer.safetensors")
     for name, parameter in state.network.named_parameters():
+        if f"{name}/step" not in moments:  # saved before the first step
+            continue
         state.optimizer.state[parameter] = {
             # Adam keeps its step counts on the CPU.
             key: moments[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)

@@ -80,10 +80,24 @@ def check_patch_size(sample_size: int, patch_size: int) -> None:
         )
 
 
-def check_network_input(z: torch.Tensor, tangent: torch.Tensor | None, channels: int, size: int) -> None:
-    """Raises ValueError where z is not (B, channels, size, size), or the tangent not (b, ...) with b <= B."""
+def check_network_input(
+    z: torch.Tensor, conditioning: Conditioning, tangent: torch.Tensor | None, channels: int, size: int
+) -> None:
+    """Raises ValueError where z is not (B, channels, size, size), its conditioning not of B rows, or the tangent not
+    (b, ...) with b <= B."""
     if z.shape[1:] != (channels, size, size):
         raise ValueError(f"latents must have shape (B, {channels}, {size}, {size}), but got {tuple(z.shape)}")
+    told = (
+        conditioning.t,
+        conditioning.r,
+        conditioning.labels,
+        conditioning.omega,
+        conditioning.t_min,
+        conditioning.t_max,
+    )
+    lengths = [len(values) for values in told if values is not None]
+    if any(length != len(z) for length in lengths):
+        raise ValueError(f"{len(z)} latents need a conditioning of as many rows, but got rows {lengths}")
     if tangent is not None and (tangent.shape[1:] != z.shape[1:] or len(tangent) > len(z)):
         raise ValueError(
             f"the tangent must be of the first rows of latents {tuple(z.shape)}, but got shape {tuple(tangent.shape)}"
@@ -303,7 +317,7 @@ def sine_cosine_positions(hidden_size: int, grid_size: int) -> torch.Tensor:
 class MeanFlowDiT(ModelMixin, ConfigMixin):
     """The average velocity u(z_t, r, t, label) of Geng et al. 2025 as a DiT on (t, t - r, label).
 
-    Raises ValueError where sample_size is no multiple of patch_size.
+    Raises ValueError where sizes do not fit.
     """
 
     _supports_gradient_checkpointing = True
@@ -325,6 +339,11 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         check_patch_size(sample_size, patch_size)
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads and of 4 (sine-cosine positions), but got {hidden_size} and "
+                f"{num_heads} heads"
+            )
         self.patch_size = patch_size
         self.gradient_checkpointing = False
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
@@ -364,7 +383,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
         velocity_only is for networks with a v head; here u at r = t is the velocity.
         Raises ValueError for a latent or tangent of another shape.
         """
-        check_network_input(z, tangent, self.config.in_channels, self.config.sample_size)
+        check_network_input(z, conditioning, tangent, self.config.in_channels, self.config.sample_size)
         ones = None if tangent is None else torch.ones_like(conditioning.t[: len(tangent)])
         time = self.t_embedder(Dual(conditioning.t, ones))
         step_size = self.h_embedder(Dual(conditioning.t - conditioning.r, ones))

@@ -27,6 +27,8 @@ def test_every_uint8_level_survives_the_round_trip():
 def test_images_of_another_layout_are_refused():
     with pytest.raises(ValueError, match=r"\(B, H, W, 3\)"):
         to_float_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        to_float_images(torch.zeros(1, 8, 8, 3))
 
 
 def test_shipped_autoencoder_keeps_30_db_and_stays_below_4_mb(vae):
@@ -59,3 +61,37 @@ def test_weight_hash_sees_one_changed_weight(vae):
 def test_missing_autoencoder_names_what_was_looked_for(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json in"):
         load_autoencoder(str(tmp_path))
+
+
+def test_moments_are_mean_and_standard_deviation(vae):
+    pixels = torch.from_numpy(images.draw_many("val", 0, 2)[0])
+    with torch.no_grad():
+        posterior = vae.encode(to_float_images(pixels)).latent_dist
+    assert torch.equal(encode_moments(vae, pixels), torch.cat([posterior.mean, posterior.std], dim=1))
+
+
+def test_weight_hash_sees_names_dtypes_and_shapes():
+    def holding(name, values):
+        module = torch.nn.Module()
+        module.register_buffer(name, values)
+        return module
+
+    values = torch.zeros(2, 2)
+    others = (holding("b", values), holding("a", values.int()), holding("a", values.flatten()))
+    assert len({weight_hash(module) for module in (holding("a", values), *others)}) == 4
+
+
+def test_loaded_autoencoder_is_for_reading_alone(vae):
+    assert not vae.training
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_autoencoder_without_weights_names_what_was_looked_for(vae, tmp_path):
+    vae.save_config(tmp_path)
+    with pytest.raises(ValueError, match="cannot load an autoencoder from"):
+        load_autoencoder(str(tmp_path))
+
+
+def test_half_precision_latents_are_scaled_in_float32(vae):
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(decode_latents(vae, latents), decode_latents(vae, latents.float()))

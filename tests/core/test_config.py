@@ -1,12 +1,15 @@
 import dataclasses
+import inspect
 
 import pytest
 
+from meanflow_core import presets
 from meanflow_core.config import (
     GuidanceConfig,
     GuidanceSamplingConfig,
     LossConfig,
     NetworkConfig,
+    OptimizerConfig,
     SamplingConfig,
     TimeSamplingConfig,
     TrainingConfig,
@@ -39,6 +42,36 @@ from meanflow_core.presets import PRESETS, imf_network
         (lambda: GuidanceSamplingConfig(omega_max=1.0), "omega_max must be above 1"),
         (lambda: GuidanceSamplingConfig(interval_split=1.5), "interval_split must lie in"),
         (lambda: SamplingConfig(guidance_scale=0.5), "guidance_scale must be at least 1"),
+        (lambda: NetworkConfig(hidden_size=6, num_heads=3), "multiple of 4"),
+        (lambda: NetworkConfig(depth=0), "depth must be a whole number above 0, but got 0"),
+        (lambda: NetworkConfig(architecture="imf_dit", aux_head_depth=-1), "but got -1"),
+        (lambda: TimeSamplingConfig(logit_std=0.0), "logit_std must be above 0"),
+        (lambda: GuidanceConfig(omega=0.0), "omega must be above 0"),
+        (lambda: GuidanceConfig(t_end=1.2), "t_end <= 1"),
+        (lambda: GuidanceConfig(t_start=-0.2), "0 <= t_start"),
+        (lambda: LossConfig(norm_p=-1.0), "norm_p must be at least 0"),
+        (lambda: LossConfig(label_drop_probability=1.0), r"label_drop_probability must lie in \[0, 1\)"),
+        (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be above 0"),
+        (lambda: OptimizerConfig(beta2=1.0), r"beta2 must lie in \[0, 1\)"),
+        (lambda: OptimizerConfig(warmup_steps=-1), "warmup_steps must be at least 0"),
+        (lambda: OptimizerConfig(max_gradient_norm=0.0), "max_gradient_norm must be above 0"),
+        (lambda: SamplingConfig(guidance_end=1.2), "guidance_end <= 1"),
+        (lambda: NetworkConfig(patch_size=2.5), "patch_size must be a whole number above 0, but got 2.5"),
+        (lambda: NetworkConfig(mlp_ratio=-1.0), "mlp_ratio must be above 0"),
+        (lambda: NetworkConfig(architecture="imf_dit", hidden_size=12, num_heads=4), "must be even"),
+        (lambda: TimeSamplingConfig(logit_mean=float("nan")), "logit_mean must be a number"),
+        (lambda: GuidanceConfig(omega=float("inf")), "omega must be above 0"),
+        (lambda: OptimizerConfig(learning_rate=float("inf")), "learning_rate must be above 0"),
+        (lambda: SamplingConfig(guidance_scale=float("inf")), "guidance_scale must be at least 1"),
+        (
+            lambda: TrainingConfig(sampling=SamplingConfig(guidance_scale=2.0)),
+            "MeanFlow has its guidance in the weights",
+        ),
+        (
+            lambda: LossConfig(objective="improved_meanflow", times=TimeSamplingConfig(fraction_r_below_t=0.0)),
+            "needs loss.times.fraction_r_below_t above 0",
+        ),
+        (lambda: TrainingConfig(global_batch_size=0), "global_batch_size must be at least 1"),
         (lambda: SamplingConfig(guidance_start=0.7, guidance_end=0.5), "guidance_start <= guidance_end"),
     ],
 )
@@ -71,3 +104,77 @@ def test_every_preset_says_what_it_is():
         assert preset.__name__ == name
         assert preset.__doc__
         assert isinstance(preset(), TrainingConfig)
+
+
+def test_defaults_are_meanflows():
+    config = TrainingConfig()
+    adam, loss = config.optimizer, config.loss
+    assert (adam.learning_rate, adam.beta1, adam.beta2, adam.max_gradient_norm) == (1e-4, 0.9, 0.95, None)
+    assert (loss.times.logit_mean, loss.times.logit_std, loss.times.fraction_r_below_t) == (-0.4, 1.0, 0.25)
+    assert (loss.norm_p, loss.norm_eps, loss.label_drop_probability) == (1.0, 0.01, 0.1)
+    assert (config.ema_decays, config.global_batch_size) == ((0.9999,), 256)
+
+
+def test_improved_meanflow_always_takes_its_own_velocity():
+    assert LossConfig(objective="improved_meanflow").takes_own_velocity
+    assert LossConfig(tangent="own_velocity").takes_own_velocity
+    assert not LossConfig().takes_own_velocity
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "scale", "interval"),
+    [
+        ("b4_unguided", 80, 1.0, (0.0, 1.0)),
+        ("b4_omega3", 80, 3.0, (0.0, 1.0)),
+        ("b4", 80, 2.0, (0.0, 1.0)),
+        ("b4_240", 240, 2.0, (0.0, 1.0)),
+        ("b2", 240, 2.0, (0.0, 1.0)),
+        ("m2", 240, 2.0, (0.0, 1.0)),
+        ("l2", 240, 2.5, (0.0, 0.8)),
+        ("xl2", 240, 2.5, (0.0, 0.75)),
+        ("xl2_own", 240, 2.5, (0.0, 0.75)),
+        ("xl2_plus", 1000, 2.0, (0.3, 0.8)),
+    ],
+)
+def test_meanflow_presets_have_the_papers_guidance_and_length(name, epochs, scale, interval):
+    config = PRESETS[name]()
+    guidance = config.loss.guidance
+    assert config.num_steps == epochs * (1_281_167 // 256)
+    assert guidance.effective_scale == pytest.approx(scale)
+    assert (guidance.t_start, guidance.t_end) == interval
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "interval"),
+    [
+        ("imf_b2", 8.0, (0.40, 0.65)),
+        ("imf_m2", 10.5, (0.40, 0.60)),
+        ("imf_l2", 10.5, (0.40, 0.60)),
+        ("imf_xl2", 8.0, (0.42, 0.62)),
+    ],
+)
+def test_improved_presets_have_the_papers_guidance_batch_and_length(name, scale, interval):
+    config = PRESETS[name]()
+    sampling, steps_per_epoch = config.sampling, 1_281_167 // 1024
+    assert (sampling.guidance_scale, sampling.guidance_start, sampling.guidance_end) == (scale, *interval)
+    assert (config.global_batch_size, config.num_steps) == (1024, 640 * steps_per_epoch)
+    assert config.optimizer.warmup_steps == 10 * steps_per_epoch
+    assert config.loss.times.fraction_r_below_t == 0.5
+
+
+def test_variants_differ_from_their_bases_as_named():
+    assert {name for name, preset in PRESETS.items() if preset().loss.is_flow_matching} == {"fm_b4", "fm_xl2"}
+    own = {name for name, preset in PRESETS.items() if preset().loss.tangent == "own_velocity"}
+    assert own == {"b2_own", "xl2_own", "imf_b2", "imf_b2_240", "imf_m2", "imf_l2", "imf_xl2", "debug_imf"}
+    assert {name for name, preset in PRESETS.items() if preset().activation_checkpointing} == {"xl2_512"}
+    heads = {name: preset().network.num_heads for name, preset in PRESETS.items()}
+    assert (heads["s4"], heads["b4"], heads["m2"], heads["l2"], heads["xl2"]) == (6, 12, 16, 16, 16)
+
+
+def test_every_function_of_the_presets_module_that_makes_an_experiment_is_listed():
+    made = {
+        name
+        for name, function in vars(presets).items()
+        if inspect.isfunction(function) and not name.startswith("_") and not inspect.signature(function).parameters
+    }
+    assert made == set(PRESETS)

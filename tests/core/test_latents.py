@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from meanflow_core.latents import SD_SCALING_FACTOR, LatentNormalization, sample_latents
+from meanflow_core.latents import (
+    SD_SCALING_FACTOR,
+    SD_VAE_FT_MSE_MEAN,
+    SD_VAE_FT_MSE_STD,
+    LatentNormalization,
+    sample_latents,
+)
 
 
 def test_normalisation_by_scale_is_diffusers_convention():
@@ -43,3 +49,29 @@ def test_latents_are_mean_plus_std_times_noise():
     torch.testing.assert_close(latents, 3.0 + 0.5 * noise)
     with pytest.raises(ValueError, match="posterior noise of shape"):
         sample_latents(moments, noise[:, :1], identity)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "words"),
+    [((), (), "one value per channel, but got 0 and 0"), ((0.0, 0.0), (1.0,), "but got 2 and 1")],
+)
+def test_statistics_are_one_per_channel(mean, std, words):
+    with pytest.raises(ValueError, match=words):
+        LatentNormalization(mean=mean, std=std)
+
+
+def test_one_of_the_two_lists_is_not_made_up_for_by_a_scale():
+    with pytest.raises(ValueError, match="needs both or neither"):
+        LatentNormalization.from_vae_config({"latent_channels": 1, "scaling_factor": 0.5, "latents_mean": [0.0]})
+
+
+def test_latents_of_other_channels_are_refused():
+    normalization = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
+    with pytest.raises(ValueError, match=r"must have 4 channels, but got shape \(2, 1, 3, 3\)"):
+        normalization.normalize(torch.zeros(2, 1, 3, 3))
+
+
+def test_statistics_of_stable_diffusions_autoencoder_are_the_published():
+    assert SD_SCALING_FACTOR == 0.18215
+    assert SD_VAE_FT_MSE_MEAN == (0.86488, -0.27787343, 0.21616915, 0.3738409)
+    assert SD_VAE_FT_MSE_STD == (4.85503674, 5.31922414, 3.93725398, 3.9870003)

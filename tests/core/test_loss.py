@@ -21,6 +21,10 @@ OBJECTIVES = {
     "omega": LossConfig(times=HALF, guidance=GuidanceConfig(omega=2.0)),
     "kappa and no null class": LossConfig(times=HALF, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
     "omega, kappa, interval": replace(GUIDED, times=HALF),
+    "no null class but for rounding": LossConfig(times=HALF, guidance=GuidanceConfig(omega=0.7, kappa=0.3)),
+    "guided flow matching": LossConfig(
+        times=TimeSamplingConfig(fraction_r_below_t=0.0), guidance=GuidanceConfig(omega=0.5, kappa=0.5)
+    ),
     "labels dropped anywhere": replace(GUIDED, times=HALF, label_drop_probability=0.6),
     "every row r < t": replace(GUIDED, times=TimeSamplingConfig(fraction_r_below_t=1.0)),
     "own velocity": replace(GUIDED, times=HALF, tangent="own_velocity"),
@@ -321,6 +325,7 @@ def test_draws_are_a_function_of_seed_and_step():
     assert not torch.equal(draw(1, 2).noise, draw(1, 3).noise)
     assert not torch.equal(draw(1, 2).t, draw(2, 2).t)
     assert not torch.equal(draw(1, 2).noise, draw(1, 2).posterior_noise)
+    assert not torch.equal(draw(1, 2).noise, draw(2, 1).noise)
 
 
 def test_labels_are_dropped_among_r_equals_t_rows_at_the_stated_rate():
@@ -345,6 +350,10 @@ def test_labels_are_dropped_among_r_equals_t_rows_at_the_stated_rate():
         ({"omega": torch.tensor([float("nan"), 2.0])}, "omega >= 1"),
         ({"t_min": torch.tensor([0.6, 0.0])}, "t_min <= t_max"),
         ({"omega": None}, "needs omega"),
+        ({"r": torch.tensor([-0.1, 0.5])}, "0 <= r <= t <= 1"),
+        ({"omega": torch.tensor([torch.inf, 2.0])}, "omega >= 1"),
+        ({"t_min": torch.tensor([-0.1, 0.0])}, "0 <= t_min"),
+        ({"t_max": torch.tensor([1.1, 1.0])}, "t_max <= 1"),
     ],
 )
 def test_impossible_draws_are_refused(changes, words):
@@ -365,6 +374,8 @@ def test_batch_that_does_not_fit_the_record_is_refused(network):
     latents, labels, record = draw_batch()
     with pytest.raises(ValueError, match="the record is for latents"):
         meanflow_loss(network, network, latents[:3], labels, record, GUIDED, null_label=NULL, global_num_rows=16)
+    with pytest.raises(ValueError, match="the record is for latents"):
+        meanflow_loss(network, network, latents, labels[:3], record, GUIDED, null_label=NULL, global_num_rows=16)
 
 
 def test_improved_meanflow_wants_a_velocity_head(imf_network):
@@ -376,3 +387,109 @@ def test_improved_meanflow_wants_a_velocity_head(imf_network):
 
     with pytest.raises(ValueError, match="needs a network with a v head"):
         meanflow_loss(headless, headless, latents, labels, record, IMPROVED, null_label=NULL, global_num_rows=16)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.9), (0.1, 1.0)])
+def test_rows_with_r_equal_t_may_have_an_interval_of_their_own(imf_network, start, end):
+    network = imf_network.double()
+    latents, labels, record = draw_batch(config=IMPROVED, dtype=torch.float64)
+    t_min, t_max = torch.full_like(record.t, start), torch.full_like(record.t, end)
+    record = StepRecord.from_draws(
+        t=record.t, r=record.r, noise=record.noise, label_dropped=record.label_dropped,
+        omega=record.omega, t_min=t_min, t_max=t_max, config=IMPROVED,
+    )  # fmt: skip
+    output = meanflow_loss(network, network, latents, labels, record, IMPROVED, null_label=NULL, global_num_rows=16)
+    assert output.loss.item() == pytest.approx(
+        reference_loss(network, latents, labels, record, IMPROVED).item(), rel=1e-12
+    )
+
+
+def test_rows_on_the_edges_of_the_interval_are_guided_and_omega_may_be_one():
+    t = torch.tensor([0.125, 0.25, 0.75, 0.875])
+    draws = {"t": t, "r": t, "noise": torch.zeros(4, 1, 1, 1), "label_dropped": torch.zeros(4, dtype=torch.bool)}
+    config = LossConfig(guidance=GuidanceConfig(omega=0.7, kappa=0.5, t_start=0.25, t_end=0.75))
+    assert (StepRecord.from_draws(**draws, config=config).weight_conditional > 0).tolist() == [False, True, True, False]
+    drawn = {
+        "omega": torch.tensor([2.0, 2.0, 2.0, 1.0]),
+        "t_min": torch.full((4,), 0.25),
+        "t_max": torch.full((4,), 0.75),
+    }
+    record = StepRecord.from_draws(**draws, **drawn, config=IMPROVED)
+    assert record.weight_conditional.tolist() == [0.0, 0.5, 0.5, 0.0]
+
+
+def test_share_of_a_record_has_every_draw_of_its_rows():
+    whole = draw_step_record(IMPROVED, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
+    share = whole.rows(3, 9, IMPROVED)
+    for name in ("t", "r", "noise", "posterior_noise", "label_dropped", "mirrored", "omega", "t_min", "t_max"):
+        assert torch.equal(getattr(share, name), getattr(whole, name)[3:9]), name
+
+
+def test_record_moves_to_a_device_whole():
+    record = draw_step_record(IMPROVED, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
+    moved = vars(record.to(torch.device("meta")))
+    assert {name: (value.device.type, value.shape) for name, value in moved.items()} == {
+        name: ("meta", value.shape) for name, value in vars(record).items()
+    }
+    assert draw_batch()[2].to(torch.device("meta")).omega is None
+
+
+def test_half_of_the_rows_are_mirrored_and_posterior_noise_is_standard_normal():
+    record = draw_step_record(LossConfig(), seed=0, step=0, num_rows=40_000, latent_shape=(1, 1, 1))
+    assert float(record.mirrored.double().mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(record.posterior_noise.mean()) == pytest.approx(0.0, abs=0.02)
+    assert float(record.posterior_noise.std()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_labels_are_dropped_on_every_r_equals_t_row_where_these_just_suffice():
+    config = LossConfig(label_drop_probability=0.5, times=HALF)
+    record = draw_step_record(config, seed=0, step=0, num_rows=1000, latent_shape=(1, 1, 1))
+    assert torch.equal(record.label_dropped, record.r == record.t)
+
+
+def test_flow_matching_makes_no_pass_for_a_derivative(network):
+    config = OBJECTIVES["flow matching"]
+    latents, labels, record = draw_batch(config=config)
+    output = meanflow_loss(
+        network, None, latents, labels, record, config,
+        null_label=NULL, global_num_rows=16, separate_derivative=True,
+    )  # fmt: skip
+    assert output.loss.requires_grad
+
+
+@pytest.mark.parametrize("name", ["omega, kappa, interval", "improved MeanFlow"])
+def test_outputs_are_float32_under_autocast(network, imf_network, name):
+    config = OBJECTIVES[name]
+    network = imf_network if config.objective == "improved_meanflow" else network
+    latents, labels, record = draw_batch(config=config)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = meanflow_loss(network, network, latents, labels, record, config, null_label=NULL, global_num_rows=16)
+    assert {value.dtype for value in vars(output).values() if value is not None} == {torch.float32}
+
+
+def test_draws_of_another_shape_are_refused():
+    draws = {
+        "t": torch.tensor([0.7, 0.5]), "r": torch.tensor([0.2, 0.5]), "noise": torch.zeros(2, 1, 1, 1),
+        "label_dropped": torch.tensor([False, False]), "config": LossConfig(),
+    }  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"posterior_noise must have noise's shape \(2, 1, 1, 1\), but got \(2, 1, 1, 2\)"
+    ):
+        StepRecord.from_draws(**draws, posterior_noise=torch.zeros(2, 1, 1, 2))
+    with pytest.raises(ValueError, match="label_dropped, mirrored must have shape"):
+        StepRecord.from_draws(**draws, mirrored=torch.tensor([True]))
+    with pytest.raises(ValueError, match="but row 1 has r = 0.5, t = 0.25"):
+        StepRecord.from_draws(**{**draws, "t": torch.tensor([0.7, 0.25])})
+
+
+def test_labels_are_dropped_on_no_row_with_r_below_t_though_one_minus_rho_is_rounded():
+    config = LossConfig(label_drop_probability=0.1, times=TimeSamplingConfig(fraction_r_below_t=0.9))
+    record = draw_step_record(config, seed=0, step=0, num_rows=1000, latent_shape=(1, 1, 1))
+    assert not record.label_dropped[record.rows_below].any()
+    assert int(record.label_dropped.sum()) == 100
+
+
+def test_conditioning_of_other_rows_is_not_spread_over_the_batch(network):
+    one = Conditioning(t=torch.ones(1), r=torch.zeros(1), labels=torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="3 latents need a conditioning of as many rows"):
+        network(torch.zeros(3, 4, 8, 8), one)

@@ -82,3 +82,27 @@ def test_psnr_of_a_known_error():
     assert peak_signal_to_noise(black / 255.0, grey / 255.0, peak=1.0) == pytest.approx(20 * math.log10(5.0))
     with pytest.raises(ValueError, match=r"the reference's shape \(3, 3, 3\)"):
         peak_signal_to_noise(black, grey[0])
+
+
+def test_distance_of_fewer_samples_than_features_is_a_number():
+    statistics = FeatureStatistics.of(normal(5, 1, size=12))  # rounding makes some eigenvalues negative
+    assert frechet_distance(statistics, statistics) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_within_class_distance_is_the_mean_over_classes():
+    points = torch.tensor([[0.0], [2.0], [10.0], [16.0], [13.0]])
+    labels = torch.tensor([7, 7, 3, 3, 3])
+    assert mean_within_class_distance(points, labels) == pytest.approx((2.0 + 4.0) / 2)
+
+
+def test_one_row_has_no_pairwise_distance():
+    with pytest.raises(ValueError, match="at least 2 rows, but got 1"):
+        mean_pairwise_distance(torch.zeros(1, 3))
+
+
+def test_a_copy_is_at_no_distance():
+    images = torch.randint(256, (64, 3 * 64 * 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    near = images.float()
+    near[:, 0] += 3.0
+    assert torch.equal(nearest_distances(images, images), torch.zeros(64))
+    torch.testing.assert_close(nearest_distances(near, images), torch.full((64,), 3.0))

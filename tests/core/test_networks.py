@@ -3,6 +3,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from meanflow_core.config import NetworkConfig
 from meanflow_core.imf_transformer import rotary_angles, rotate
 from meanflow_core.networks import build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, b2, dit_network, imf_b2, imf_network, l2, m2, xl2
@@ -99,8 +100,12 @@ def test_fresh_improved_network_has_the_papers_variances():
         (network.omega_embedder.mlp[2].weight, 1.0 / width**0.5),
         (network.y_embedder.embedding_table.weight, 1.0 / width**0.5),
         (network.class_tokens, 1.0 / width**0.5),
+        (network.x_embedder.proj.weight, (2 / (16 + width)) ** 0.5),  # Xavier over a patch's 16 values
     ):
         assert float(parameter.detach().std()) == pytest.approx(deviation, rel=0.05)
+    for block in (network.shared_blocks[0], network.u_heads[0], network.v_heads[0]):
+        assert not block.attn_scale.any()
+        assert not block.mlp_scale.any()
 
 
 def test_improved_network_depends_on_every_input_but_on_t_only_through_h(imf_network):
@@ -196,6 +201,8 @@ def test_improved_network_wants_its_guidance(imf_network):
     told = conditioning(1)
     with pytest.raises(ValueError, match="needs omega, t_min and t_max"):
         imf_network(torch.randn(1, 4, 8, 8), Conditioning(t=told.t, r=told.r, labels=told.labels))
+    with pytest.raises(ValueError, match="needs omega, t_min and t_max"):
+        imf_network(torch.randn(1, 4, 8, 8), Conditioning(t=told.t, r=told.r, labels=told.labels, omega=told.omega))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +210,7 @@ def test_improved_network_wants_its_guidance(imf_network):
     [
         ({"sample_size": 9}, "multiple of the patch size"),
         ({"aux_head_depth": 5}, r"aux_head_depth must lie in \[0, depth = 3\]"),
+        ({"aux_head_depth": -1}, r"aux_head_depth must lie in \[0, depth = 3\]"),
         ({"num_heads": 16}, "must be even"),
     ],
 )
@@ -219,3 +227,30 @@ def test_trained_improved_preset_round_trips_through_a_folder(tmp_path):
     z = torch.randn(1, 4, 8, 8)
     assert torch.equal(again(z, conditioning(1)).u, network(z, conditioning(1)).u)
     assert imf_b2().network.architecture == "imf_dit"
+
+
+@pytest.mark.parametrize("architecture", ["dit", "imf_dit"])
+def test_networks_are_built_as_configured(architecture):
+    config = NetworkConfig(
+        architecture=architecture, patch_size=4, hidden_size=48, depth=3, num_heads=3, mlp_ratio=2.5, aux_head_depth=1
+    )
+    built = build_network(config, sample_size=8, in_channels=5, num_classes=7)
+    wanted = {"patch_size": 4, "hidden_size": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2.5, "in_channels": 5}
+    assert {name: built.config[name] for name in wanted} == wanted
+    inner = built.blocks[0].mlp.fc1 if architecture == "dit" else built.u_heads[0].mlp.w1
+    assert inner.weight.shape == (120, 48)
+    assert built.y_embedder.embedding_table.weight.shape == (8, 48)
+
+
+def test_velocity_head_is_not_asked_for_a_derivative(imf_network):
+    handed = []
+    for block in (*imf_network.v_heads, *imf_network.u_heads):
+        block.register_forward_pre_hook(lambda _, arguments: handed.append(arguments[0].tangent is not None))
+    z = torch.randn(2, 4, 8, 8)
+    imf_network(z, conditioning(2), z)
+    assert handed == [False, True]
+
+
+def test_network_for_sampling_stays_in_its_mode(imf_network):
+    assert without_velocity_head(imf_network.train()).training
+    assert not without_velocity_head(imf_network.eval()).training

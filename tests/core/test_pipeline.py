@@ -1,9 +1,11 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -151,7 +153,10 @@ def test_outputs_have_the_forms_of_diffusers(pipeline):
     assert pipeline([0], seeds=[0], output_type="np").images.shape == (1, 64, 64, 3)
     assert pipeline([0], seeds=[0], output_type="pt").images.shape == (1, 3, 64, 64)
     generator = torch.Generator().manual_seed(0)
-    assert len(pipeline([0], generator=generator, return_dict=False)[0]) == 1
+    first = pipeline([0], generator=generator, return_dict=False)[0]
+    assert len(first) == 1
+    again = pipeline([0], generator=torch.Generator().manual_seed(0)).images
+    assert again[0].tobytes() == first[0].tobytes()
 
 
 def test_saved_generator_opens_in_a_fresh_interpreter_and_makes_the_same_image(pipeline, tmp_path):
@@ -224,6 +229,12 @@ def test_code_in_a_folder_is_never_run_by_our_own_stages(pipeline, tmp_path):
         ({"class_labels": [0], "num_inference_steps": 0}, "at least 1, but got 0"),
         ({"class_labels": [0], "seeds": [1, 2]}, "one per image"),
         ({"class_labels": [0], "seeds": [-1]}, "seeds must lie in"),
+        ({"class_labels": [0], "seeds": [2**63]}, "seeds must lie in"),
+        ({"class_labels": [0], "seeds": [1], "generator": torch.Generator()}, "at most one of"),
+        ({"class_labels": [0], "latents": torch.zeros(2, 4, 8, 8)}, r"noise must have shape \(1, 4, 8, 8\)"),
+        ({"class_labels": [0], "timesteps": (0.9, 0.0)}, "must fall from 1.0 to 0.0"),
+        ({"class_labels": [0], "timesteps": (1.0, 0.5, 0.5, 0.0)}, "must fall from 1.0 to 0.0"),
+        ({"class_labels": [0], "timesteps": ()}, "must fall from 1.0 to 0.0"),
         ({"class_labels": [0], "latents": torch.zeros(1, 4, 4, 4)}, r"noise must have shape \(1, 4, 8, 8\)"),
         ({"class_labels": [0], "seeds": [1], "latents": torch.zeros(1, 4, 8, 8)}, "at most one of"),
         ({"class_labels": [0], "latents": torch.full((1, 4, 8, 8), torch.nan)}, "noise must be finite"),
@@ -246,6 +257,10 @@ def test_wrong_calls_are_refused_with_the_reason(pipeline, arguments, words):
     [
         ({"guidance_scale": 0.5}, "at least 1"),
         ({"guidance_scale": float("nan")}, "at least 1"),
+        ({"guidance_scale": float("inf")}, "at least 1"),
+        ({"guidance_scale": [[1.0, 2.0]]}, "one number, or one per image"),
+        ({"guidance_interval": (-0.1, 0.5)}, "0 <= start <= end <= 1"),
+        ({"guidance_interval": (0.5, 1.1)}, "0 <= start <= end <= 1"),
         ({"guidance_scale": [1.0, 2.0, 3.0]}, "one per image, 2"),
         ({"guidance_interval": (0.8, 0.2)}, "0 <= start <= end <= 1"),
     ],
@@ -274,3 +289,145 @@ def test_class_names_find_their_ids(pipeline):
 def test_folder_without_a_generator_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model_index\.json"):
         find_generator(tmp_path)
+
+
+def test_every_form_of_output_holds_the_same_pixels(pipeline):
+    expected = pipeline.images_from_seeds([0, 1], [5, 6])
+    pil, array, tensor = (pipeline([0, 1], seeds=[5, 6], output_type=kind).images for kind in ("pil", "np", "pt"))
+    assert pil[1].tobytes() == expected[1].numpy().tobytes()
+    torch.testing.assert_close(torch.from_numpy(array), expected / 255.0)
+    torch.testing.assert_close(tensor, expected.permute(0, 3, 1, 2) / 255.0)
+
+
+def test_noise_stays_in_float32_beside_a_bfloat16_network(pipeline):
+    pipeline.transformer.to(torch.bfloat16)
+    noise = noise_from_seeds([1], (4, 8, 8))
+    with torch.no_grad():
+        conditioning = Conditioning(t=torch.ones(1), r=torch.zeros(1), labels=torch.tensor([3]))
+        expected = noise - pipeline.transformer(noise.bfloat16(), conditioning).u.float()
+    torch.testing.assert_close(
+        pipeline([3], latents=noise, output_type="latent").images, expected, atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("interval", "guided"), [((0.5, 1.0), (1.0, 0.5)), ((0.6, 1.0), (1.0,)), ((0.0, 0.5), (0.5,))])
+def test_bounds_of_the_interval_belong_to_it_and_each_image_has_its_scale(flow_pipeline, interval, guided):
+    noise, labels = noise_from_seeds([5, 6], (4, 8, 8)), torch.tensor([2, 3])
+    z, scale = noise, torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    with torch.no_grad():
+        for t, r in ((1.0, 0.5), (0.5, 0.0)):
+            time = torch.full((2,), t)
+            conditional = flow_pipeline.transformer(z, Conditioning(t=time, r=time, labels=labels)).u
+            null = flow_pipeline.transformer(z, Conditioning(t=time, r=time, labels=torch.full((2,), 10))).u
+            z = z - (t - r) * (null + scale * (conditional - null) if t in guided else conditional)
+    sampled = flow_pipeline(
+        [2, 3], 2, latents=noise, guidance_scale=[1.0, 3.0], guidance_interval=interval, output_type="latent"
+    ).images
+    torch.testing.assert_close(sampled, z, atol=1e-5, rtol=1e-5)
+
+
+def test_unguided_flow_matching_asks_for_one_velocity_an_image(flow_pipeline):
+    rows = []
+    flow_pipeline.transformer.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    flow_pipeline([2, 3], 2, seeds=[0, 1], output_type="latent")
+    assert rows == [2, 2]
+
+
+def test_seeds_are_one_per_image(pipeline):
+    with pytest.raises(ValueError, match="seeds must be one per image, 2, but got 1"):
+        pipeline.images_from_seeds([0, 1], [1])
+
+
+def test_no_guidance_may_be_asked_of_any_generator(pipeline):
+    noise = noise_from_seeds([1], (4, 8, 8))
+    asked = pipeline([3], latents=noise, guidance_scale=1.0, output_type="latent").images
+    assert torch.equal(asked, pipeline([3], latents=noise, output_type="latent").images)
+
+
+def test_class_names_stand_in_the_order_of_their_ids(network, vae):
+    names = ["zebra", "ant", *"cdefghi", "cat", "bee"]
+    class_names = build_pipeline(network, vae, names).class_names
+    assert list(class_names.items()) == list(enumerate(names))  # 10 comes after 9, and no name moves
+
+
+def test_network_for_sampling_has_no_velocity_head(imf_network, network):
+    assert not for_sampling(imf_network).config.has_velocity_head
+    assert for_sampling(network) is network
+
+
+@pytest.mark.parametrize("kind", ["imf_pipeline", "flow_pipeline"])
+def test_opened_generator_samples_as_it_was_saved_with_gradients_off(request, kind, tmp_path):
+    saved = request.getfixturevalue(kind)
+    save_generator(saved, tmp_path)
+    opened = load_pipeline(tmp_path)
+    for name in ("id2label", "prediction", "guidance_scale", "guidance_start", "guidance_end"):
+        assert opened.config[name] == saved.config[name]
+    modules = (opened.transformer, opened.vae)
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    assert not any(module.training for module in modules)
+
+
+def test_folders_that_are_no_generators_are_refused_with_what_is_missing(pipeline, tmp_path):
+    with pytest.raises(ValueError, match=r"no model_index\.json in"):
+        load_pipeline(tmp_path)
+    save_generator(pipeline, tmp_path / "first")
+    (tmp_path / "first" / "transformer" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json in"):
+        load_pipeline(tmp_path / "first")
+
+
+def test_generator_is_the_folder_itself_or_the_only_one_below(tmp_path):
+    for name in ("first", "first/inner", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text("{}")
+    assert find_generator(tmp_path / "first") == tmp_path / "first"
+    with pytest.raises(ValueError, match="but found 3"):
+        find_generator(tmp_path)
+
+
+def test_generator_opens_on_the_device_asked_for(pipeline, tmp_path):
+    save_generator(pipeline, tmp_path)
+    assert load_pipeline(tmp_path, "meta").device.type == "meta"
+
+
+def test_call_gives_offloaded_modules_back(pipeline, monkeypatch):
+    freed = []
+    monkeypatch.setattr(pipeline, "maybe_free_model_hooks", lambda: freed.append(1))
+    pipeline([0], seeds=[0])
+    assert freed == [1]
+
+
+def test_flow_matching_asks_for_the_null_class_inside_the_interval_alone(flow_pipeline):
+    sizes = []
+    flow_pipeline.transformer.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    noise = noise_from_seeds([1, 2], flow_pipeline.latent_shape)
+    flow_pipeline.sample_latents([1, 2], noise, 4, guidance_scale=3.0, guidance_interval=(0.4, 0.8))
+    assert sizes == [2, 4, 4, 2]  # at t = 1, 0.75, 0.5, 0.25
+
+
+@pytest.mark.parametrize("labels", [[2.7], ["2"], torch.tensor([1.5])])
+def test_class_ids_are_whole_numbers(pipeline, labels):
+    with pytest.raises(ValueError, match="class ids must be whole numbers"):
+        pipeline(labels, seeds=[1])
+
+
+def test_class_ids_may_be_a_tensor_or_an_array(pipeline):
+    wanted = pipeline([3, 4], seeds=[1, 2], output_type="np").images
+    for labels in (torch.tensor([3, 4]), np.array([3, 4])):
+        np.testing.assert_array_equal(pipeline(labels, seeds=[1, 2], output_type="np").images, wanted)
+        np.testing.assert_array_equal(pipeline.images_from_seeds(labels, [1, 2]).numpy() / np.float32(255.0), wanted)
+
+
+def test_no_images_at_all_are_refused(pipeline):
+    with pytest.raises(ValueError, match="at least one class, but got none"):
+        pipeline([], seeds=[])
+    with pytest.raises(ValueError, match="at least one image, but got none"):
+        pipeline.images_from_seeds([], [])
+
+
+@pytest.mark.parametrize("part", ["vae", "scheduler"])
+def test_generator_without_a_part_is_refused_and_not_looked_for_elsewhere(pipeline, tmp_path, part):
+    save_generator(pipeline, tmp_path)
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(ValueError, match=f"no {part}/ in .*; a generator is a folder that save_pretrained wrote whole"):
+        load_pipeline(tmp_path)

@@ -52,3 +52,19 @@ def test_guidance_interval_is_everything_where_r_equals_t():
     assert float(t_min[below].mean()) == pytest.approx(0.25, abs=0.01)
     assert float(t_max[below].mean()) == pytest.approx(0.75, abs=0.01)
     assert float(t_min.max()) <= 0.5 <= float(t_max.min())
+
+
+def test_times_spread_with_the_standard_deviation():
+    t, _ = draw_times(40_000, TimeSamplingConfig(logit_mean=0.3, logit_std=2.0), torch.Generator().manual_seed(1))
+    logits = torch.logit(t.double())
+    assert float(logits.mean()) == pytest.approx(0.3 + 2 / torch.pi**0.5, abs=0.04)
+    assert float(logits.std()) == pytest.approx(2 * (1 - 1 / torch.pi) ** 0.5, abs=0.04)
+
+
+def test_ends_of_the_guidance_interval_are_drawn_apart_on_either_side_of_the_split():
+    below, config = torch.ones(10_000, dtype=torch.bool), GuidanceSamplingConfig(interval_split=0.2)
+    t_min, t_max = draw_guidance_interval(below, config, torch.Generator().manual_seed(0))
+    assert float(t_min.mean()) == pytest.approx(0.1, abs=0.01)
+    assert float(t_max.mean()) == pytest.approx(0.6, abs=0.01)
+    assert float(t_max.max()) == pytest.approx(1.0, abs=0.01)
+    assert abs(float(torch.corrcoef(torch.stack([t_min, t_max]))[0, 1])) < 0.05

@@ -44,3 +44,20 @@ def test_positions_are_distinct_and_put_the_column_first():
 def test_latent_that_patches_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="multiple of the patch size"):
         MeanFlowDiT(sample_size=9, patch_size=2)
+
+
+def test_fresh_network_has_dits_variances_and_begins_as_nothing():
+    torch.manual_seed(0)
+    network = MeanFlowDiT(hidden_size=384, depth=1, num_heads=6)
+    for parameter, deviation in (
+        (network.x_embedder.proj.weight, (2 / (16 + 384)) ** 0.5),  # Xavier over a patch's 16 values
+        (network.blocks[0].attn.qkv.weight, (2 / (384 + 3 * 384)) ** 0.5),
+        (network.blocks[0].mlp.fc1.weight, (2 / (384 + 4 * 384)) ** 0.5),
+        (network.t_embedder.mlp[0].weight, 0.02),
+        (network.h_embedder.mlp[2].weight, 0.02),
+        (network.y_embedder.embedding_table.weight, 0.02),
+    ):
+        assert float(parameter.detach().std()) == pytest.approx(deviation, rel=0.03)
+    zeros = [parameter for name, parameter in network.named_parameters() if name.endswith("bias")]
+    zeros += [network.blocks[0].adaLN_modulation[1].weight, network.final_layer.adaLN_modulation[1].weight]
+    assert not any(parameter.any() for parameter in zeros)

@@ -16,6 +16,7 @@ FAST_MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",  # the thresholds hold in the first arena alone; Ray calls workers' code from other threads
 }
 
 

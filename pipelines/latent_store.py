@@ -10,11 +10,10 @@
 A shard is an uncompressed Arrow IPC file of one record batch, with the columns `moments` and, unless left out,
 `moments_mirrored` (arrow.fixed_shape_tensor of float16 (2C, H, W): mean, then standard deviation, unscaled), `label`
 int32 and `sample_id` string. Plain pyarrow maps it into memory with shape and dtype, without a copy:
-`pa.ipc.open_file(pa.memory_map(shard)).read_all()["moments"].combine_chunks().to_numpy_ndarray()`.
+`pa.ipc.open_file(pa.memory_map(shard)).read_all()["moments"].chunk(0).to_numpy_ndarray()`.
 
 Why not Parquet: it has no random access, which is what training wants, and keeps tensors as lists whose every value is
-decoded (`tests/benchmarks/layout.py`). A node maps a copy of its own: plain .npy files in a cache folder, made once and
-shared by the node's workers.
+decoded (`tests/benchmarks/layout.py`). A node maps a copy of its own (`latent_cache`).
 """
 
 import contextlib
@@ -23,15 +22,12 @@ import hashlib
 import io
 import json
 import logging
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,7 +37,6 @@ from pyarrow import fs
 from meanflow_core.latents import MOMENTS_KIND
 from pipelines import storage
 from pipelines.command import InputError
-from pipelines.progress import Progress
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -228,10 +223,37 @@ class Shard:
 
 def read_shard(filesystem: fs.FileSystem, path: str) -> Shard:
     """Reads a shard whole. Raises InputError for a file that is none."""
-    with _open_shard(filesystem, path) as reader:
+    with filesystem.open_input_file(path) as stream:
+        return _read(stream, path)
+
+
+def read_shard_bytes(content: bytes, where: str) -> Shard:
+    """A shard's file that was read already, without a copy of it. Raises InputError for what is none."""
+    return _read(pa.BufferReader(content), where)
+
+
+def map_shard(path: Path) -> Shard:
+    """A shard on a local disk, whose tensors stay there until they are looked at. Raises as `read_shard`."""
+    return _read(pa.memory_map(str(path)), str(path))
+
+
+def shard_summary(filesystem: fs.FileSystem, path: str) -> ShardSummary:
+    """Reads what a shard says of itself, and none of its rows. Raises InputError for a file that is none."""
+    with filesystem.open_input_file(path) as stream, _open_shard(stream, path) as reader:
+        return _summary(reader)
+
+
+def without_mirror(content: bytes) -> bytes:
+    """A shard's file without the mirror images."""
+    shard = read_shard_bytes(content, "a shard")
+    return shard_bytes(shard.moments, None, shard.labels, shard.sample_ids, shard.summary.rejected)
+
+
+def _read(stream: pa.NativeFile, where: str) -> Shard:
+    with _open_shard(stream, where) as reader:
         summary, table = _summary(reader), reader.read_all()
     tensors = {
-        name: table[name].combine_chunks().to_numpy_ndarray()
+        name: table[name].chunk(0).to_numpy_ndarray()
         for name in ("moments", "moments_mirrored")
         if name in table.column_names
     }
@@ -239,19 +261,13 @@ def read_shard(filesystem: fs.FileSystem, path: str) -> Shard:
     return Shard(tensors["moments"], tensors.get("moments_mirrored"), labels, table["sample_id"].to_pylist(), summary)
 
 
-def shard_summary(filesystem: fs.FileSystem, path: str) -> ShardSummary:
-    """Reads what a shard says of itself, and none of its rows. Raises InputError for a file that is none."""
-    with _open_shard(filesystem, path) as reader:
-        return _summary(reader)
-
-
 @contextlib.contextmanager
-def _open_shard(filesystem: fs.FileSystem, path: str) -> Iterator[pa.ipc.RecordBatchFileReader]:
+def _open_shard(stream: pa.NativeFile, where: str) -> Iterator[pa.ipc.RecordBatchFileReader]:
     try:
-        with filesystem.open_input_file(path) as stream, pa.ipc.open_file(stream) as reader:
+        with pa.ipc.open_file(stream) as reader:
             yield reader
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run pipelines.encode again") from error
+        raise InputError(f"{where} is damaged ({error}); delete it and run pipelines.encode again") from error
 
 
 def _summary(reader: pa.ipc.RecordBatchFileReader) -> ShardSummary:
@@ -310,83 +326,57 @@ def open_autoencoder(location: str, dtype: torch.dtype = torch.float32) -> "Auto
 
 @dataclass(frozen=True)
 class LatentDataset:
-    """Random access to a dataset's rows through memory-mapped files."""
+    """Random access to a dataset's rows through memory-mapped shards."""
 
     manifest: Manifest
     """What it is."""
-    moments: np.ndarray
-    """(N, 2C, H, W) float16."""
-    moments_mirrored: np.ndarray | None
-    """(N, 2C, H, W) float16: of the mirror images; None where they were not encoded."""
+    moments: Sequence[np.ndarray]
+    """Of every shard, float16 (n, 2C, H, W)."""
+    moments_mirrored: Sequence[np.ndarray] | None
+    """The same of the mirror images; None where they were not encoded, or are left out."""
     labels: np.ndarray
     """(N,) int32."""
 
     @classmethod
-    def open(cls, location: str, cache_dir: Path) -> "LatentDataset":
-        """Maps the node's copy of a dataset, making it first where it is not there yet. Raises as `read_manifest`.
-
-        Any number of processes of a node may call this at once: one copies, the others wait and share it.
-        """
-        manifest = read_manifest(location)
-        key = manifest.content_sha256[:16]
-        folder = cache_dir / key
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(cache_dir / f"{key}.lock"):
-            if not folder.exists():
-                _copy_shards(location, manifest, folder)
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _layout(manifest)}
-        return cls(manifest, arrays["moments"], arrays.get("moments_mirrored"), arrays["label"])
+    def map(cls, folder: Path, manifest: Manifest, *, mirrored: bool = True) -> "LatentDataset":
+        """Maps the shards below a local folder. Raises InputError for one that is none."""
+        shards = [map_shard(folder / shard_name(number)) for number in range(len(manifest.shard_rows))]
+        has_mirrored = mirrored and manifest.recipe.mirrored
+        return cls(
+            manifest,
+            [shard.moments for shard in shards],
+            [shard.moments_mirrored for shard in shards if shard.moments_mirrored is not None]
+            if has_mirrored
+            else None,
+            np.concatenate([shard.labels for shard in shards]),
+        )
 
     def __len__(self) -> int:
         return self.manifest.num_samples
 
+    @functools.cached_property
+    def _edges(self) -> np.ndarray:
+        return np.cumsum([0, *self.manifest.shard_rows])
+
     def rows(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Moments float16 (B, 2C, H, W), of the mirror image where `mirrored` (B,), and labels int64 (B,).
 
-        In a dataset without mirror images nothing is mirrored.
+        Without mirror images nothing is mirrored.
         """
-        moments = self.moments[indices]
-        if self.moments_mirrored is not None:
-            moments[mirrored] = self.moments_mirrored[indices[mirrored]]
+        shards = np.searchsorted(self._edges, indices, side="right") - 1
+        offsets = indices - self._edges[shards]
+        moments = np.empty((len(indices), *self.manifest.recipe.moments_shape), dtype=np.float16)
+        of_kind = (self.moments, self.moments if self.moments_mirrored is None else self.moments_mirrored)
+        # Row by row: every row is a run of bytes in a file of its own, and numpy copies it at the speed of memory.
+        places = zip(moments, shards.tolist(), offsets.tolist(), np.asarray(mirrored, dtype=int).tolist(), strict=True)
+        for target, shard, offset, is_mirrored in places:
+            target[...] = of_kind[is_mirrored][shard][offset]
         return moments, self.labels[indices].astype(np.int64)
 
 
-def _layout(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{name: (dtype, shape)} of a node's copy."""
-    tensor = ("float16", (manifest.num_samples, *manifest.recipe.moments_shape))
-    mirrored = {"moments_mirrored": tensor} if manifest.recipe.mirrored else {}
-    return {"moments": tensor, **mirrored, "label": ("int32", (manifest.num_samples,))}
-
-
-def _copy_shards(location: str, manifest: Manifest, folder: Path) -> None:
-    filesystem, root = storage.open_storage(location)
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    files = {
-        name: np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-        for name, (dtype, shape) in _layout(manifest).items()
-    }
-    progress = Progress(logger, "copied to this node", "latents", manifest.num_samples)
-    start = 0
-    for index, num_rows in enumerate(manifest.shard_rows):
-        shard = read_shard(filesystem, f"{root}/{shard_name(index)}")
-        where = f"{location}/{shard_name(index)}"
-        if len(shard.labels) != num_rows:
-            raise InputError(
-                f"{where} has {len(shard.labels)} rows, but its manifest says {num_rows}; "
-                f"delete it and run pipelines.encode again"
-            )
-        for problem in shard_problems(shard, len(manifest.class_names)):
-            raise InputError(f"{where}: {problem}; run pipelines.encode again into another folder")
-        arrays = {"moments": shard.moments, "moments_mirrored": shard.moments_mirrored, "label": shard.labels}
-        for name, file in files.items():
-            file[start : start + num_rows] = arrays[name]
-        start += num_rows
-        progress.update(start)
-    for file in files.values():
-        file.flush()
-    os.replace(partial, folder)
+def values_per_sample(manifest: Manifest, *, mirrored: bool) -> int:
+    """Numbers that a sample's moments have."""
+    return (1 + mirrored) * int(np.prod(manifest.recipe.moments_shape))
 
 
 def shard_problems(shard: Shard, num_classes: int) -> list[str]:

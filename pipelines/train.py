@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,7 @@ from meanflow_core.training import (
 from pipelines import latent_store, storage, tracking
 from pipelines.command import InputError, choose_gpus, parse_command_line, run_command, set_up_logging, start_ray
 from pipelines.grids import image_grid
+from pipelines.latent_cache import open_latents
 from pipelines.latent_store import LatentDataset, Manifest, rows_of_step
 from pipelines.progress import Progress
 
@@ -76,7 +78,9 @@ class TrainJob:
     use_gpu: bool | None = None
     """Train on GPUs; where the cluster has some, unless said."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
-    """Folder on each node's own disk for its memory-mapped copy of the latents."""
+    """Folder on each node's own disk for its memory-mapped copy of the latents; "none" maps mounted storage itself."""
+    mirror: bool = True
+    """Train on mirror images too, each with probability 1/2; without them the copy is half as large."""
     experiment: str = "meanflow-ray"
     """MLflow experiment."""
     model_name: str | None = None
@@ -184,6 +188,24 @@ class BatchSource:
         )
 
 
+class Prefetcher:
+    """Makes the next step's batch while the device is at work on this one."""
+
+    def __init__(self, source: BatchSource) -> None:
+        self._source = source
+        self._maker = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """As BatchSource has it; begins the batch after it."""
+        if self._next is not None and self._next[0] == step:
+            made = self._next[1].result()
+        else:
+            made = self._source.batch(step)
+        self._next = (step + 1, self._maker.submit(self._source.batch, step + 1))
+        return made
+
+
 class Observer:
     """What rank 0 shows of a training: figures and pictures in MLflow, progress in the log."""
 
@@ -220,13 +242,13 @@ def train_worker(job_and_run: dict[str, Any]) -> dict[str, float]:
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
 
-    dataset = LatentDataset.open(job.data, Path(job.cache_dir))
+    dataset = open_latents(job.data, job.cache_dir, mirrored=job.mirror)
     state = _restored_state(job, dataset.manifest, device, job_and_run["tracking_uri"])
     # DDP averages over workers, and the loss is over the global batch already: hence gradient_scale below.
     graded_network = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
     vae = latent_store.open_autoencoder(job.data)
     normalization = LatentNormalization.from_vae_config(vae.config)
-    source = BatchSource(dataset, config, share_of_rows(config.global_batch_size, rank, world_size), device)
+    source = Prefetcher(BatchSource(dataset, config, share_of_rows(config.global_batch_size, rank, world_size), device))
     observer = None
     if rank == 0:
         run = tracking.Run(job_and_run["tracking_uri"], job_and_run["run_id"])

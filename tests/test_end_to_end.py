@@ -28,7 +28,7 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
-from pipelines.latent_store import LatentDataset
+from pipelines.latent_cache import open_latents
 from pipelines.train import BatchSource
 from tests.latents import read_shards
 from tests.readme import REPOSITORY, commands
@@ -150,7 +150,7 @@ def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
 def test_two_workers_trained_what_one_process_trains(trained, tmp_path):
     build, _ = trained
     config = PRESETS["debug"]()
-    dataset = LatentDataset.open(str(build / "latents"), tmp_path)
+    dataset = open_latents(str(build / "latents"), str(tmp_path))
     device = torch.device("cpu")
     state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=device)
     source = BatchSource(dataset, config, (0, config.global_batch_size), device)

@@ -8,6 +8,7 @@ from pipelines.check import CheckJob
 from pipelines.convert import ConvertJob
 from pipelines.encode import EncodeJob
 from pipelines.evaluate import EvaluateJob
+from pipelines.latent_cache import CacheJob
 from pipelines.train import parse_arguments
 from tests.readme import REPOSITORY, commands
 
@@ -33,6 +34,11 @@ def test_encoding_commands_are_understood_by_the_real_parsers():
     assert [job.limit for job in jobs] == [None, None, None, 2000]
     assert check[:3] == ["python", "-m", "pipelines.check"]
     assert tyro.cli(CheckJob, args=check[3:]).data == jobs[0].output
+
+
+def test_cache_commands_are_understood_by_the_real_parser():
+    jobs = [tyro.cli(CacheJob, args=shlex.split(line)[3:]) for line in commands("cache")]
+    assert [(job.evict, job.unused_days) for job in jobs] == [((), 0.0), (("all",), 30.0)]
 
 
 def test_conversion_commands_are_understood_by_the_real_parsers():

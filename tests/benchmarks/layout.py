@@ -63,7 +63,7 @@ def row_reader(name: str, paths: list[Path]) -> Callable[[np.ndarray], np.ndarra
             files = [np.load(path, mmap_mode="r") for path in paths]
         else:
             tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
-            files = [table["moments"].combine_chunks().to_numpy_ndarray() for table in tables]
+            files = [table["moments"].chunk(0).to_numpy_ndarray() for table in tables]
 
         def read(rows: np.ndarray) -> np.ndarray:
             return np.stack([files[row // ROWS][row % ROWS] for row in rows])

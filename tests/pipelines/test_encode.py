@@ -16,6 +16,7 @@ from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode import EncodeJob, EncodeShard, choose_batch_size, decode_shard, write_shard
 from pipelines.image_reading import decode_image
 from pipelines.image_sources import ImageSlice, find_images
+from pipelines.latent_cache import open_latents
 from tests.image_forms import as_samples, images_of, write_parquet, write_tar
 from tests.latents import assert_same, by_stem, encode_in_process, read_shards
 
@@ -73,7 +74,7 @@ def test_folders_parquet_and_webdataset_give_the_same_latents(image_root, tmp_pa
 def test_mirror_images_may_be_left_out(image_root, tmp_path, without_ray):
     manifest = encode.encode(job(image_root / "val", tmp_path / "latents", mirror=False))
     assert not manifest.recipe.mirrored
-    store = latent_store.LatentDataset.open(str(tmp_path / "latents"), tmp_path / "cache")
+    store = open_latents(str(tmp_path / "latents"), str(tmp_path / "cache"))
     assert store.moments_mirrored is None
     moments, _ = store.rows(np.arange(40), np.ones(40, bool))
     np.testing.assert_array_equal(moments, store.moments)
@@ -198,7 +199,7 @@ def test_unreadable_images_are_listed_and_the_rest_is_encoded(image_root, tmp_pa
     rejected = pq.read_table(tmp_path / "latents" / "rejected.parquet").to_pylist()
     assert {row["sample_id"] for row in rejected} == {f"d0000000/{path.stem}" for path in victims[:3]}
     assert all(row["reason"] for row in rejected)
-    assert len(latent_store.LatentDataset.open(str(tmp_path / "latents"), tmp_path / "cache")) == 57
+    assert len(open_latents(str(tmp_path / "latents"), str(tmp_path / "cache"))) == 57
 
 
 def test_an_interrupted_job_goes_on_and_a_finished_one_does_nothing(image_root, tmp_path, without_ray, monkeypatch):

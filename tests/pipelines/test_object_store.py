@@ -7,6 +7,7 @@ from moto.server import ThreadedMotoServer
 
 from pipelines import check, encode, latent_store, storage
 from pipelines.command import InputError
+from pipelines.latent_cache import open_latents
 from tests.image_forms import as_samples, images_of, write_tar
 from tests.latents import assert_same
 from tests.pipelines.test_encode import job, without_ray  # noqa: F401  # a fixture
@@ -47,7 +48,7 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
     manifest = encode.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16))
     assert manifest.shard_rows == [16, 16, 8]
     encode.encode(job(image_root / "val", tmp_path / "local"))
-    store = latent_store.LatentDataset.open(output, tmp_path / "cache")
+    store = open_latents(output, str(tmp_path / "cache"))
     assert_same(output, tmp_path / "local")
     filesystem, root = storage.open_storage(output)
     assert len(store) == 40

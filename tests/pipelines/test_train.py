@@ -101,7 +101,7 @@ def test_grid_of_samples_has_a_row_per_class(pipeline):
 def test_shares_of_a_step_are_the_whole_step_cut_in_order():
     config = PRESETS["debug"]()
     moments = np.arange(50, dtype=np.float16)[:, None, None, None] + np.zeros((8, 8, 8), np.float16)
-    dataset = LatentDataset(manifest(50), moments, -moments, np.arange(50) % 7)
+    dataset = LatentDataset(manifest(50), [moments], [-moments], np.arange(50) % 7)
 
     def batch(share):
         return BatchSource(dataset, config, share, torch.device("cpu")).batch(step=2)  # within the first epoch

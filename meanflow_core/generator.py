@@ -117,9 +117,11 @@ def find_generator(folder: Path) -> Path:
     if (folder / "model_index.json").is_file():
         return folder
     if len(found) != 1:
+        which = "".join(
+            f"{', ' if number else ': '}{path.relative_to(folder)}" for number, path in enumerate(found[:5])
+        )
         raise ValueError(
-            f"wanted a generator, a folder with a model_index.json, in {folder}, but found "
-            f"{', '.join(str(path.relative_to(folder)) for path in found[:5]) or 'none'}; pipelines.train writes one and "
-            f"prints its place"
+            f"wanted a generator, a folder with a model_index.json, in {folder}, but found {len(found)}{which}; "
+            f"pipelines.train writes one and prints its place"
         )
     return found[0]

@@ -186,7 +186,7 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
             raise ValueError(f"aux_head_depth must lie in [0, depth = {depth}], but got {aux_head_depth}")
         if hidden_size % (2 * num_heads):
             raise ValueError(
-                f"hidden_size / num_heads must be whole and even (rotary positions), but got {hidden_size} and {num_heads}"
+                f"hidden_size / num_heads must be even, and whole (rotary positions), but got {hidden_size} and {num_heads}"
             )
         self.patch_size = patch_size
         self.gradient_checkpointing = False

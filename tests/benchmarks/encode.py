@@ -185,7 +185,7 @@ def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, float
         peak: list[float] = []
         seen = run_stage(
             ["--images", str(folder), "--output", str(work / f"latents-{count}"), "--vae", str(SHIPPED_AUTOENCODER),
-             "--image-size", "64"], peak,
+             "--image-size", "64", "--rows-per-shard", "64"], peak,  # or 2,000 would be over before all of it runs
         )  # fmt: skip
         figures[f"peak_gigabytes_at_{count}"] = peak[0]
         (began, first), (ended, last) = seen[0], seen[-1]

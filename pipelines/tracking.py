@@ -1,24 +1,46 @@
 """MLflow for the pipelines: where it is, one run per training, and the registry of generators."""
 
+import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Mapping
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import mlflow
 import numpy as np
+import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import LoggedModelOutput, Param
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-from PIL import Image
 
 from meanflow_core.generator import find_generator
 from pipelines import storage
 from pipelines.command import InputError
+from pipelines.tracking_outbox import (
+    MetricRow,
+    Outbox,
+    Picture,
+    Status,
+    StoredFile,
+    StoredText,
+    brief,
+    may_pass,
+    row_as_json,
+    row_from_json,
+    try_requests_once,
+)
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -60,81 +82,247 @@ def _experiment_id(client: MlflowClient, experiment: str) -> str:
 
 
 class Run:
-    """One MLflow run, by its id: it can be continued from any process."""
+    """One MLflow run, by its id: it can be continued from any process.
+
+    What is logged is queued and written by a thread, for as long as the server takes to answer: no caller waits, and no
+    training ends, because of it. A step that the run has already is left out, key by key, so that a training which was
+    killed may log its last steps again.
+    """
+
+    patience_to_register_seconds = 300.0
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
         self.tracking_uri = tracking_uri
         self.run_id = run_id
-        self._client = MlflowClient(tracking_uri)
-        self._queued: list[Any] = []
+        self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
+        self._outbox = Outbox(self._client, run_id)
 
     @classmethod
-    def begin(cls, tracking_uri: str, experiment: str, name: str, parameters: Mapping[str, Any]) -> "Run":
-        """A new run with its parameters."""
+    def begin(
+        cls,
+        tracking_uri: str,
+        experiment: str,
+        name: str,
+        parameters: Mapping[str, Any],
+        tags: Mapping[str, str] = MappingProxyType({}),
+    ) -> "Run":
+        """A new run with its parameters and tags. Raises InputError where MLflow cannot be reached or refuses them."""
+        try_requests_once()
         client = MlflowClient(tracking_uri)
-        experiment_id = _experiment_id(client, experiment)
-        created = client.create_run(experiment_id, run_name=name)
-        client.log_batch(created.info.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+        try:
+            created = client.create_run(_experiment_id(client, experiment), run_name=name, tags=dict(tags))
+            client.log_batch(created.info.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+        except MlflowException as error:
+            if may_pass(error):
+                raise InputError(
+                    f"cannot reach MLflow at {tracking_uri}; start it, or set MLFLOW_TRACKING_URI ({brief(error)})"
+                ) from error
+            raise InputError(f"MLflow at {tracking_uri} refuses the run {name}: {brief(error)}") from error
         return cls(tracking_uri, created.info.run_id)
 
     def resume(self) -> None:
-        """Marks the run as running again. Raises InputError where the tracking address does not know it."""
+        """Marks the run as running again: later, where MLflow cannot be reached now, since a training need not wait.
+
+        Raises InputError where the tracking address does not know it.
+        """
+        try_requests_once()
         try:
             self._client.update_run(self.run_id, status="RUNNING")
         except MlflowException as error:
-            raise InputError(
-                f"{self.tracking_uri} does not know MLflow run {self.run_id}, which this training began; "
-                f"set MLFLOW_TRACKING_URI to where it was"
-            ) from error
+            if not may_pass(error):
+                raise InputError(
+                    f"{self.tracking_uri} does not know MLflow run {self.run_id}, which this training began; "
+                    f"set MLFLOW_TRACKING_URI to where it was"
+                ) from error
+            logger.warning("going on without MLflow at %s, to be told later", self.tracking_uri)
+            self._outbox.put(Status("RUNNING"))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queues metrics of a step; the caller does not wait."""
-        now = mlflow.utils.time.get_current_time_millis()
-        batch = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self._queued.append(self._client.log_batch(self.run_id, metrics=batch, synchronous=False))
+        """Queues metrics of a step. Those that have this step or a later one already are left out.
+
+        The family "evaluate/" is not: its step is the number of sampling steps, which a later evaluation has again.
+        """
+        self._outbox.put(MetricRow({name: float(value) for name, value in metrics.items()}, step))
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
-        """Logs uint8 (H, W, 3) under a key and a step."""
-        self._client.log_image(self.run_id, Image.fromarray(image), key=key, step=step)
+        """Queues uint8 (H, W, 3) under a key and a step; left out where the run has a picture there."""
+        self._outbox.put(Picture(image.copy(), key, step))
 
     def log_file(self, path: Path, folder: str) -> None:
-        """Copies a file to the run's artifacts."""
-        self._client.log_artifact(self.run_id, str(path), folder)
+        """Queues a copy of a file to the run's artifacts; it is read when its turn comes, so flush before it goes."""
+        self._outbox.put(StoredFile(path, folder))
 
-    def flush(self) -> None:
-        """Waits until what was queued is written."""
-        # Operation by operation: mlflow.flush_async_logging() flushes another address's queue, making a database for it.
-        for operation in self._queued:
-            operation.wait()
-        self._queued.clear()
+    def log_dict(self, content: Mapping[str, Any], file: str) -> None:
+        """Queues a JSON file among the run's artifacts."""
+        self._outbox.put(StoredText(json.dumps(content, indent=2) + "\n", file))
 
-    def end(self, status: str) -> None:
-        """Ends the run as FINISHED, FAILED or KILLED."""
-        self.flush()
-        self._client.set_terminated(self.run_id, status)
+    def pending(self) -> list[dict[str, Any]]:
+        """The metrics that wait to be written, for a checkpoint: JSON, in order. System metrics are not among them."""
+        return [row_as_json(row) for row in self._outbox.rows() if not row.numbers_itself]
+
+    def adopt(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Queues what `pending` gave another process, in the order of steps and before what is queued already."""
+        self._outbox.put_first(sorted((row_from_json(row) for row in rows), key=lambda row: row.step or 0))
+
+    def flush(self, patience_seconds: float = 60.0) -> bool:
+        """Waits until all that was queued is written, or patience ends: then False, and a warning says what is not."""
+        missing = self._outbox.flush(patience_seconds)
+        if missing:
+            logger.warning("not logged to MLflow run %s at %s after %g s: %s",
+                           self.run_id, self.tracking_uri, patience_seconds, missing)  # fmt: skip
+        return not missing
+
+    def end(self, status: str, patience_seconds: float = 60.0) -> None:
+        """Writes what is queued, then ends the run as FINISHED, FAILED or KILLED.
+
+        A server that cannot be reached is a warning; the run then ends if it comes back while the process lives.
+        """
+        self._outbox.forget_status()
+        self._outbox.put(Status(status))
+        self.flush(patience_seconds)
+        self._outbox.close()
+
+    def system_metrics(self, node_id: str) -> "SystemMetrics":
+        """A context in which the use of this machine's processors, memory, disks, network and GPUs is logged."""
+        return SystemMetrics(self._outbox, self.run_id, self.tracking_uri, node_id)
 
     def register_generator(self, folder: Path, name: str) -> str:
-        """Registers a generator folder as the model's next version, gives it the alias, and returns its URI."""
+        """Registers a generator folder as the model's next version, gives it the alias, and returns its URI.
+
+        The run's status stays as it is. Raises InputError where MLflow cannot be reached for five minutes.
+        """
+        # For the whole process: a database's registry looks the model up at the global address.
         mlflow.set_tracking_uri(self.tracking_uri)
-        signature = ModelSignature(
-            inputs=Schema([ColSpec("long", "class_label"), ColSpec("long", "seed")]),
-            outputs=Schema([ColSpec("binary", "image_png")]),
-            params=ParamSchema([ParamSpec("num_inference_steps", "long", 1)]),
+        # Not pyfunc.log_model: it starts the run again, reads the whole history of every metric, and writes the points of
+        # step 0 a second time.
+        run = self._insist(lambda: self._client.get_run(self.run_id))
+        logged = self._insist(
+            lambda: self._client.create_logged_model(run.info.experiment_id, name=name, source_run_id=self.run_id)
         )
-        status = self._client.get_run(self.run_id).info.status
-        with mlflow.start_run(run_id=self.run_id):
-            info = mlflow.pyfunc.log_model(
-                name=name,
+        model = Model(
+            artifact_path=logged.artifact_location,
+            model_uuid=logged.model_id,
+            model_id=logged.model_id,
+            run_id=self.run_id,
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            local = Path(scratch) / "model"
+            mlflow.pyfunc.save_model(
+                path=str(local),
+                mlflow_model=model,
                 python_model=str(MODEL_FILE),
                 artifacts={"generator": str(folder)},
-                registered_model_name=name,
-                signature=signature,
+                signature=ModelSignature(
+                    inputs=Schema([ColSpec("long", "class_label"), ColSpec("long", "seed")]),
+                    outputs=Schema([ColSpec("binary", "image_png")]),
+                    params=ParamSchema([ParamSpec("num_inference_steps", "long", 1)]),
+                ),
+                input_example=pd.DataFrame({"class_label": [0], "seed": [0]}),
                 pip_requirements=["torch", "diffusers", "safetensors", "meanflow-ray"],
             )
-        self._client.update_run(self.run_id, status=status)
-        version = info.registered_model_version
-        self._client.set_registered_model_alias(name, ALIAS, str(version))
+            self._insist(lambda: self._client.log_model_artifacts(logged.model_id, str(local)))
+        self._insist(lambda: self._client.finalize_logged_model(logged.model_id, "READY"))
+        self._insist(lambda: self._client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)]))
+        try:
+            self._insist(lambda: self._client.create_registered_model(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = self._insist(
+            lambda: self._client.create_model_version(
+                name, logged.model_uri, run_id=self.run_id, model_id=logged.model_id
+            )
+        )
+        self._insist(lambda: self._client.set_registered_model_alias(name, ALIAS, str(version.version)))
         return f"models:/{name}@{ALIAS}"
+
+    def _insist(self, request: Callable[[], T]) -> T:
+        """A request's result, tried again for five minutes."""
+        deadline = time.monotonic() + self.patience_to_register_seconds
+        while True:
+            try:
+                return request()
+            except Exception as error:
+                if not may_pass(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"cannot reach MLflow at {self.tracking_uri}; start it, or set MLFLOW_TRACKING_URI "
+                        f"({brief(error)})"
+                    ) from error
+            time.sleep(2.0)
+
+
+class SystemMetrics(SystemMetricsMonitor):
+    """MLflow's monitor of a machine, writing through a run's queue: its own stops for good at the first failed request.
+
+    A sample every 10 s (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL), as "system/NODE/...".
+    """
+
+    def __init__(self, outbox: Outbox, run_id: str, tracking_uri: str, node_id: str) -> None:
+        super().__init__(run_id, sampling_interval=10, node_id=node_id, tracking_uri=tracking_uri)
+        self._outbox = outbox
+
+    def __enter__(self) -> "SystemMetrics":
+        self.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.finish()
+
+    def monitor(self) -> None:
+        """Samples until it is told to end."""
+        has_warned = False
+        while not self._shutdown_event.wait(self.sampling_interval):
+            try:
+                self.collect_metrics()
+                self.publish_metrics(self.aggregate_metrics())
+            except Exception as error:  # a driver that does not answer is no reason to stop
+                if not has_warned:
+                    logger.warning("no system metrics of %s for now: %s", self.node_id, brief(error))
+                has_warned = True
+
+    def publish_metrics(self, metrics: dict[str, float]) -> None:
+        """Queues a sample; the writer gives it its step, which goes on from the run's last one."""
+        named = {f"system/{self.node_id}/{key}": float(value) for key, value in metrics.items()}
+        self._outbox.put(MetricRow(named, step=None, numbers_itself=True))
+        for monitor in self.monitors:
+            monitor.clear_metrics()
+
+
+def code_identity() -> dict[str, str]:
+    """Which code runs: git commit, whether tracked files differ from it, and versions; "unknown" outside of git."""
+    commit, dirty = "unknown", "unknown"
+    # A package that is installed may lie in the folders of some other repository, which does not track it.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is not None:
+        commit = _git("rev-parse", "HEAD") or "unknown"
+        changes = _git("status", "--porcelain", "--untracked-files=no")
+        dirty = "unknown" if changes is None else str(bool(changes)).lower()
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "meanflow_ray": _version("meanflow-ray"),
+        **{name: _version(name) for name in ("torch", "ray", "diffusers", "mlflow")},
+        "python": platform.python_version(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about this package's folder; None where it cannot."""
+    try:
+        asked = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() if asked.returncode == 0 else None
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def find_run(model: str, tracking_uri: str | None) -> Run | None:

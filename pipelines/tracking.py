@@ -161,7 +161,10 @@ class Run:
         return [row_as_json(row) for row in self._outbox.rows() if not row.numbers_itself]
 
     def adopt(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Queues what `pending` gave another process, in the order of steps and before what is queued already."""
+        """Queues what `pending` gave another process, in the order of steps and before what is queued already.
+
+        To be called before anything is logged: a step that is written already leaves those before it out.
+        """
         self._outbox.put_first(sorted((row_from_json(row) for row in rows), key=lambda row: row.step or 0))
 
     def flush(self, patience_seconds: float = 60.0) -> bool:

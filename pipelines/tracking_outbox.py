@@ -61,8 +61,9 @@ def may_pass(error: Exception) -> bool:
 
 
 def brief(error: Exception) -> str:
-    """An error in one line of at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    """An error in one line of at most 300 characters, its beginning and its end: MLflow says the cause last."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-195:]}"
 
 
 @dataclass
@@ -334,8 +335,7 @@ class Outbox:
                 self._singly = len(lane.writing)
                 lane.writing = []
             else:
-                logger.warning("MLflow run %s refused %s, which is left out: %s",
-                               self._run_id, lane.writing[0], brief(error))  # fmt: skip
+                logger.warning("MLflow run %s goes without %s: %s", self._run_id, lane.writing[0], brief(error))
                 self._done(lane)
 
     def _failing(self) -> bool:

@@ -1,10 +1,17 @@
+import os
+import platform
+import shutil
+import subprocess
+import threading
+
 import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 import deploy.models
-from pipelines import tracking
+from pipelines import tracking, tracking_outbox
 from pipelines.command import InputError
 
 
@@ -80,3 +87,146 @@ def test_unknown_models_are_refused_in_one_sentence(tmp_path):
     run = tracking.Run(uri, "0" * 32)
     with pytest.raises(InputError, match="does not know MLflow run"):
         run.resume()
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+
+
+@pytest.fixture
+def run(database):
+    return tracking.Run.begin(database, "experiment", "name", {}, {"git_commit": "0a1b"})
+
+
+def test_a_run_bears_its_tags_and_its_json_files(run, tmp_path):
+    content = {"depth": 2}
+    run.log_dict(content, "folder/config.json")
+    content["depth"] = 3
+    run.end("FINISHED")
+    found = MlflowClient(run.tracking_uri).get_run(run.run_id)
+    assert found.data.tags["git_commit"] == "0a1b"
+    path = mlflow.artifacts.download_artifacts(f"{found.info.artifact_uri}/folder/config.json", dst_path=str(tmp_path))
+    with open(path) as file:
+        assert file.read() == '{\n  "depth": 2\n}\n'
+
+
+def test_an_evaluation_may_be_repeated_at_its_steps(run):
+    for value in (0.5, 0.6):
+        run.log_metrics({"evaluate/accuracy": value}, step=1)
+        assert run.flush()
+    history = MlflowClient(run.tracking_uri).get_metric_history(run.run_id, "evaluate/accuracy")
+    assert [metric.value for metric in history] == [0.5, 0.6]
+
+
+def test_a_picture_is_logged_as_it_was_when_it_was_queued(run, tmp_path):
+    image = np.full((8, 8, 3), 7, np.uint8)
+    run.log_image(image, "samples", 1)
+    image[:] = 0
+    assert run.flush()
+    folder = mlflow.artifacts.download_artifacts(
+        f"{MlflowClient(run.tracking_uri).get_run(run.run_id).info.artifact_uri}/images", dst_path=str(tmp_path)
+    )
+    (png,) = [name for name in os.listdir(folder) if name.endswith(".png")]
+    assert (np.asarray(Image.open(f"{folder}/{png}")) == 7).all()
+
+
+def test_a_file_that_is_gone_and_a_bad_key_are_left_out_with_a_warning(run, tmp_path, caplog):
+    run.log_file(tmp_path / "gone.txt", "folder")
+    run.log_image(np.zeros((8, 8, 3), np.uint8), "bad+key", 1)
+    run.log_dict({}, "kept.json")
+    assert run.flush()
+    assert "goes without file folder/gone.txt: FileNotFoundError" in caplog.text
+    assert "goes without picture bad+key of step 1: ValueError" in caplog.text
+    assert "kept.json" in [file.path for file in MlflowClient(run.tracking_uri).list_artifacts(run.run_id)]
+
+
+def test_what_waits_is_bounded_and_what_was_lost_is_counted(run, monkeypatch, caplog):
+    monkeypatch.setattr(tracking_outbox, "MAX_ROWS", 10)
+    monkeypatch.setattr(tracking_outbox, "MAX_PICTURES", 2)
+    monkeypatch.setattr(run._outbox, "_start", lambda: None)  # nobody writes
+    for step in range(15):
+        run.log_metrics({"loss": 1.0}, step)
+    for step in range(5):
+        run.log_image(np.zeros((8, 8, 3), np.uint8), "samples", step)
+    assert [row["step"] for row in run.pending()] == list(range(5, 15))
+    assert not run.flush(0.0)
+    assert caplog.messages[-1].endswith(
+        "10 metric rows (steps 5 to 14); pictures samples (steps 3, 4); 5 metric rows lost before, 3 pictures lost before"
+    )
+    monkeypatch.undo()
+    assert run.flush()
+    history = MlflowClient(run.tracking_uri).get_metric_history(run.run_id, "loss")
+    assert [metric.step for metric in history] == list(range(5, 15))
+
+
+def test_adopted_rows_come_first_in_the_order_of_steps(run, monkeypatch):
+    monkeypatch.setattr(run._outbox, "_start", lambda: None)  # nobody writes
+    run.log_metrics({"loss": 4.0}, 4)
+    run.adopt({"step": step, "timestamp_ms": 1, "metrics": {"loss": 1.0}} for step in (3, 2))
+    assert [row["step"] for row in run.pending()] == [2, 3, 4]
+
+
+def test_the_thread_ends_with_the_run(run):
+    run.log_metrics({"loss": 1.0}, 1)
+    thread = run._outbox._thread
+    assert thread in threading.enumerate()
+    run.end("FINISHED")
+    thread.join(5)
+    assert not thread.is_alive()
+    run.log_metrics({"loss": 1.0}, 2)  # a report on a run that has ended
+    assert run.flush()
+
+
+@pytest.mark.parametrize(("configured", "wanted"), [(None, "0"), ("5", "5")])
+def test_mlflow_tries_once_unless_the_user_says_otherwise(run, monkeypatch, configured, wanted):
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    if configured:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", configured)
+    run.log_metrics({"loss": 1.0}, 1)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == wanted
+    assert run.flush()
+
+
+def test_registering_reads_no_history_and_runs_no_model(run, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(MlflowClient, "get_metric_history", None)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", None)
+    pipeline.save_pretrained(tmp_path / "generator")
+    run.log_metrics({"loss": 1.0}, 0)
+    run.end("FAILED")
+    model = run.register_generator(tmp_path / "generator", "example")
+    monkeypatch.undo()
+    assert MlflowClient(run.tracking_uri).get_run(run.run_id).info.status == "FAILED"
+    info = mlflow.models.get_model_info(model)
+    assert info.signature.inputs.input_names() == ["class_label", "seed"]
+    assert info.saved_input_example_info["artifact_path"] == "input_example.json"
+
+
+def test_the_code_says_its_commit_and_whether_it_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "pipelines").mkdir()
+    code = tmp_path / "pipelines" / "tracking.py"
+    shutil.copy(tracking.__file__, code)
+    monkeypatch.setattr(tracking, "__file__", str(code))
+    assert tracking.code_identity()["git_commit"] == "unknown"  # no repository
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "m")
+    outside = tracking.code_identity()  # somebody else's repository, as around a virtual environment
+    assert (outside["git_commit"], outside["git_dirty"]) == ("unknown", "unknown")
+    git("add", ".")
+    git("commit", "-q", "-m", "m")
+    clean = tracking.code_identity()
+    assert (clean["git_commit"], clean["git_dirty"]) == (git("rev-parse", "HEAD"), "false")
+    code.write_text("")
+    assert tracking.code_identity()["git_dirty"] == "true"
+    monkeypatch.setenv("PATH", "")
+    without_git = tracking.code_identity()
+    assert without_git["git_commit"] == "unknown"
+    assert without_git["python"] == platform.python_version()
+    assert without_git["mlflow"] == mlflow.__version__
+    assert set(without_git) == {
+        "git_commit", "git_dirty", "meanflow_ray", "torch", "ray", "diffusers", "mlflow", "python",
+    }  # fmt: skip

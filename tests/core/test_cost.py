@@ -1,0 +1,244 @@
+"""Costs counted without computing: against published figures, against the mathematics, against a real step's memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from meanflow_core.config import NetworkConfig, TrainingConfig
+from meanflow_core.cost import checkpoint_bytes, forward_flops, memory_estimate, num_parameters, step_flops
+from meanflow_core.loss import draw_step_record, meanflow_loss
+from meanflow_core.presets import (
+    b2,
+    b4,
+    b4_omega3,
+    b4_unguided,
+    debug_imf,
+    demo,
+    fm_b4,
+    imf_b2,
+    imf_l2,
+    imf_m2,
+    imf_xl2,
+    l2,
+    m2,
+    s2,
+    xl2,
+    xl2_512,
+)
+from meanflow_core.training import build_train_state
+
+IMAGENET = {"sample_size": 32, "in_channels": 4, "num_classes": 1000}
+SMALL = {"sample_size": 16, "in_channels": 4, "num_classes": 10}
+
+
+def small(**changes) -> TrainingConfig:
+    network = NetworkConfig(patch_size=2, hidden_size=128, depth=3, num_heads=4)
+    return replace(demo(), **{"network": network, "global_batch_size": 32, **changes})
+
+
+def small_improved(**changes) -> TrainingConfig:
+    network = replace(debug_imf().network, patch_size=2, hidden_size=128, depth=3, aux_head_depth=1)
+    return replace(debug_imf(), **{"network": network, "global_batch_size": 32, **changes})
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [
+        (s2, 33), (b4, 131), (b2, 131), (m2, 308), (l2, 459), (xl2, 676),
+        (imf_b2, 146), (imf_m2, 231), (imf_l2, 510), (imf_xl2, 711),
+    ],
+)  # fmt: skip
+def test_networks_have_the_published_numbers_of_parameters(preset, millions):
+    assert num_parameters(preset().network, **IMAGENET) / 1e6 == pytest.approx(millions, abs=0.6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "gigaflops"),
+    [(b4, 5.6), (b2, 23.1), (m2, 54.0), (l2, 80.9), (xl2, 119.0), (imf_b2, 24.9), (imf_l2, 116.4), (imf_xl2, 174.6)],
+)
+def test_a_forward_costs_twice_the_published_multiply_adds(preset, gigaflops):
+    assert forward_flops(preset().network, **IMAGENET) == pytest.approx(2e9 * gigaflops, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("preset", "forwards"),
+    [
+        (fm_b4, 3.0),  # forward, and backward with twice its products
+        (b4_unguided, 3.25),  # du/dt of a quarter of the rows, one forward's worth
+        (b4_omega3, 3.25 + 0.9),  # the null class's velocity of all rows but the dropped tenth
+        (b4, 3.25 + 0.9 + 0.25),  # and the label's own, of the rows with r < t
+    ],
+)
+def test_a_step_costs_what_its_passes_add_up_to(preset, forwards):
+    config = preset()
+    forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
+    assert step_flops(config, **IMAGENET) / forward == pytest.approx(forwards, rel=0.005)
+
+
+def test_improved_meanflow_pays_for_the_heads_that_it_calls():
+    # With S, U, V the operations of the trunk and of the heads, U = V: all three graded, then du/dt of half the rows
+    # through S and U, the label's velocity of that half and the null class's of the guided rows through S and V.
+    config = small_improved()
+    record = draw_step_record(config.loss, seed=0, step=0, num_rows=8192, latent_shape=(1, 1, 1))
+    guided = len(record.rows_null) / 8192
+    one_head = forward_flops(config.network, **SMALL)
+    trunk_and_output = forward_flops(replace(config.network, depth=2, aux_head_depth=0), **SMALL)
+    wanted = 3 * (2 * one_head - trunk_and_output) + (0.5 + 0.5 + guided) * one_head
+    assert step_flops(config, **SMALL) / config.global_batch_size == pytest.approx(wanted, rel=0.05)
+
+
+def test_twice_the_batch_costs_twice_the_operations():
+    config = small()
+    once, twice = (step_flops(replace(config, global_batch_size=size), **SMALL) for size in (48, 96))
+    assert twice == pytest.approx(2 * once, rel=1e-12)
+
+
+def test_operations_are_those_of_the_mathematics_whatever_the_arrangement():
+    config = small()
+    arranged = replace(config, precision="bfloat16", activation_checkpointing=True, compile=True)
+    assert step_flops(arranged, **SMALL) == step_flops(config, **SMALL)
+
+
+def test_a_few_rows_tell_the_operations_within_a_few_percent():
+    config = small()
+    assert step_flops(config, **SMALL, rows=32) == pytest.approx(step_flops(config, **SMALL), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "deeper"), [(small(), {"depth": 5}), (small_improved(), {"depth": 5, "aux_head_depth": 2})]
+)
+def test_operations_of_a_deep_network_follow_from_shallow_ones(config, deeper, monkeypatch):
+    config = replace(config, network=replace(config.network, **deeper))
+    flops = step_flops(config, **SMALL)
+    monkeypatch.setattr("meanflow_core.cost._at_full_depth", lambda network, measure, shallow: measure(network))
+    assert flops == pytest.approx(step_flops(config, **SMALL), rel=1e-12)
+
+
+def test_what_is_kept_from_step_to_step_is_in_float32_and_divided_by_the_shards():
+    config = small(ema_decays=(0.9, 0.99))
+    parameters = 4 * num_parameters(config.network, **SMALL)
+    whole, half = (memory_estimate(config, **SMALL, rows_per_pass=4, num_shards=shards) for shards in (1, 2))
+    assert (whole.parameters, whole.gradients, whole.optimizer, whole.averages) == tuple(
+        factor * parameters for factor in (1, 1, 2, 2)
+    )
+    for name in ("parameters", "gradients", "optimizer", "averages"):
+        assert getattr(half, name) == getattr(whole, name) // 2, name
+    assert half.activations == whole.activations
+    lines = ("parameters", "gradients", "optimizer", "averages", "activations", "temporaries")
+    assert half.total == sum(getattr(half, name) for name in lines)
+
+
+def test_activations_grow_with_the_rows_and_checkpointing_spares_most_of_them():
+    few, many = (memory_estimate(small(), **SMALL, rows_per_pass=rows) for rows in (8, 32))
+    assert many.activations == pytest.approx(4 * few.activations, rel=0.02)
+    spared = memory_estimate(small(activation_checkpointing=True), **SMALL, rows_per_pass=32)
+    assert spared.activations < many.activations / 8
+    assert spared.total < many.total
+
+
+def test_bfloat16_keeps_fewer_bytes_of_a_large_pass():
+    halved = memory_estimate(small(precision="bfloat16"), **SMALL, rows_per_pass=32)
+    assert halved.activations < 0.75 * memory_estimate(small(), **SMALL, rows_per_pass=32).activations
+
+
+def test_an_xl_network_of_512_pixels_needs_checkpointing_on_a_large_gpu():
+    sizes = IMAGENET | {"sample_size": 64}
+    assert memory_estimate(xl2(), **sizes, rows_per_pass=32).total > 80e9
+    assert memory_estimate(xl2_512(), **sizes, rows_per_pass=32).total < 40e9
+
+
+def real_peak_bytes(config: TrainingConfig, rows: int) -> int:
+    """The most that a real step of these rows allocates beside what is kept from step to step, as torch reports it."""
+    torch.manual_seed(0)
+    state = build_train_state(config, **SMALL, device=torch.device("cpu"))
+    network = state.network
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()  # makes the moments
+    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(4, 16, 16))
+    latents, labels = torch.randn(rows, 4, 16, 16), torch.randint(10, (rows,))
+    in_bfloat16 = config.precision == "bfloat16"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            loss = meanflow_loss(
+                network, network, latents, labels, record, config.loss, null_label=10, global_num_rows=rows,
+                separate_derivative=in_bfloat16 or config.activation_checkpointing,
+            ).loss  # fmt: skip
+        loss.backward()
+        del loss
+        state.optimizer.step()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now = peak = 0
+    for event in events:
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize(
+    ("make", "changes", "rows"),
+    [
+        (small, {}, 32),
+        (small, {}, 1),  # the optimiser's copy of the parameters is more than the activations
+        (small, {"precision": "bfloat16", "activation_checkpointing": True}, 32),
+        (small_improved, {}, 16),
+    ],
+)
+def test_a_real_step_allocates_what_was_estimated(make, changes, rows):
+    config = make(**changes, global_batch_size=rows)
+    memory = memory_estimate(config, **SMALL, rows_per_pass=rows)
+    assert memory.activations + memory.temporaries == pytest.approx(real_peak_bytes(config, rows), rel=0.05)
+
+
+def saved_bytes(config: TrainingConfig, rows: int) -> int:
+    """Bytes that the objective's graph keeps for backward, parameters aside, every storage once."""
+    network = build_train_state(config, **SMALL, device=torch.device("cpu")).network
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(4, 16, 16))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = meanflow_loss(
+            network, network, torch.randn(rows, 4, 16, 16), torch.randint(10, (rows,)), record, config.loss,
+            null_label=10, global_num_rows=rows,
+        )  # fmt: skip
+    assert output.loss.requires_grad
+    return sum(sizes.values())
+
+
+def test_activations_are_what_the_graph_of_a_real_pass_keeps():
+    assert memory_estimate(small(), **SMALL, rows_per_pass=32).activations == pytest.approx(
+        saved_bytes(small(), 32), rel=0.01
+    )
+
+
+def test_memory_of_a_deep_network_follows_from_shallow_ones(monkeypatch):
+    config = small(precision="bfloat16", activation_checkpointing=True)
+    config = replace(config, network=replace(config.network, depth=6))
+    estimate = memory_estimate(config, **SMALL, rows_per_pass=16)
+    monkeypatch.setattr("meanflow_core.cost._at_full_depth", lambda network, measure, shallow: measure(network))
+    traced = memory_estimate(config, **SMALL, rows_per_pass=16)
+    assert estimate.activations == traced.activations
+    assert estimate.total == pytest.approx(traced.total, rel=0.02)
+
+
+def test_a_checkpoint_holds_parameters_averages_and_moments():
+    config = small(ema_decays=(0.9, 0.99))
+    assert checkpoint_bytes(config, **SMALL) == 4 * num_parameters(config.network, **SMALL) * 5
+
+
+def test_numbers_below_one_are_refused():
+    with pytest.raises(ValueError, match="rows_per_pass must be at least 1, but got 0"):
+        memory_estimate(small(), **SMALL, rows_per_pass=0)
+    with pytest.raises(ValueError, match="num_shards must be at least 1, but got 0"):
+        memory_estimate(small(), **SMALL, rows_per_pass=1, num_shards=0)

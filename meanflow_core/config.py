@@ -4,7 +4,7 @@ Every field is a number or a name that a paper's table gives; nothing here says 
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -264,6 +264,9 @@ class TrainingConfig:
     """The optimiser."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the generator samples unless asked otherwise."""
+    guidance_after_steps: int | None = None
+    """Steps without guidance of MeanFlow's target before it sets in. None is 0; but in a warm start from flow matching,
+    which guidance from the first step on makes unstable, 20 epochs or half the run."""
     ema_decays: tuple[float, ...] = (0.9999,)
     """Decays per step of moving averages of the parameters; the first one is what samples."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -285,7 +288,7 @@ class TrainingConfig:
     checkpoint_interval_steps: int = 10_000
     """Steps between two checkpoints; the last step always has one."""
     sample_interval_steps: int = 10_000
-    """Steps between two grids of one-step samples at fixed seeds."""
+    """Steps between two grids of samples at fixed seeds, in one step and in two."""
 
     def __post_init__(self) -> None:
         _require(
@@ -309,6 +312,15 @@ class TrainingConfig:
             f"sampling.guidance_scale is for improved MeanFlow and flow matching; MeanFlow has its guidance in the weights "
             f"(loss.guidance), but got {self.sampling.guidance_scale}",
         )
+        _require(
+            self.guidance_after_steps is None or self.guidance_after_steps >= 0,
+            f"guidance_after_steps must be at least 0, but got {self.guidance_after_steps}",
+        )
+        _require(
+            not self.guidance_after_steps or self.loss.objective == "meanflow",
+            "guidance_after_steps is for meanflow; improved_meanflow draws its guidance (loss.guidance_sampling), "
+            f"but got {self.guidance_after_steps}",
+        )
         for name in (
             "global_batch_size",
             "num_steps",
@@ -317,6 +329,12 @@ class TrainingConfig:
             "sample_interval_steps",
         ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, but got {getattr(self, name)}")
+
+    def loss_at(self, step: int) -> LossConfig:
+        """The objective of 0-based step `step`: without guidance before it sets in."""
+        if step >= (self.guidance_after_steps or 0):
+            return self.loss
+        return replace(self.loss, guidance=GuidanceConfig())
 
     def flat(self) -> dict[str, Any]:
         """{"network.patch_size": 2, "loss.times.logit_mean": -0.4, ...}: for parameters in a tracker."""

@@ -23,10 +23,11 @@ import safetensors.torch
 import torch
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
+from meanflow_core.dual import Dual
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, dit_network, imf_network
-from meanflow_core.transformer import FREQUENCY_EMBEDDING_SIZE, sine_cosine_positions, sinusoids
+from meanflow_core.transformer import FREQUENCY_EMBEDDING_SIZE, MeanFlowDiT, sine_cosine_positions, sinusoids
 
 T = TypeVar("T")
 
@@ -211,6 +212,20 @@ def silent_step_size_embedder(hidden_size: int) -> dict[str, torch.Tensor]:
         "h_embedder.mlp.2.weight": torch.zeros(hidden_size, hidden_size),
         "h_embedder.mlp.2.bias": torch.zeros(hidden_size),
     }
+
+
+@torch.no_grad()
+def silence_step_size(network: MeanFlowDiT) -> None:
+    """Makes a network say at every t - r what it says at t = r, where it says the same as before.
+
+    For one that learnt flow matching, whose step-size embedder has seen nothing but 0. Its last layer becomes its answer
+    there, and can learn to say more, as in `silent_step_size_embedder`.
+    """
+    embedder = network.h_embedder
+    told_zero = embedder(Dual(torch.zeros(1, device=network.device))).value[0]
+    last = {name: value for name, value in embedder.named_parameters() if name.startswith("mlp.2.")}
+    last["mlp.2.weight"].zero_()
+    last["mlp.2.bias"].copy_(told_zero)
 
 
 @dataclass(frozen=True, kw_only=True)

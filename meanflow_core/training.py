@@ -2,14 +2,14 @@
 
 import copy
 import inspect
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
-from meanflow_core.config import LossConfig, OptimizerConfig, TrainingConfig
+from meanflow_core.config import OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.loss import ASKED_PARTS, Network, StepRecord, meanflow_loss
 from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
@@ -26,7 +26,9 @@ class TrainState:
     optimizer: torch.optim.Adam
     """Adam and its moments."""
     step: int
-    """Optimiser steps taken."""
+    """Steps taken, whether or not the optimiser moved."""
+    num_skipped: int = 0
+    """Steps of these whose gradient was not finite, and that moved nothing."""
 
     @property
     def ema_network(self) -> AnyNetwork:
@@ -35,37 +37,100 @@ class TrainState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of a step, on one device: a worker's share of the global batch, or a part of it."""
+
+    moments: torch.Tensor
+    """(b, 2C, H, W), of the mirror images where the record says so."""
+    labels: torch.Tensor
+    """(b,) int64."""
+    record: StepRecord
+    """The step's draws for these rows."""
+
+
+# What `StepMetrics.sums` adds up.
+SUMS = (
+    "loss",
+    "squared_error_r_equals_t",
+    "rows_r_equals_t",
+    "squared_error_r_below_t",
+    "rows_r_below_t",
+    "squared_error_v",
+    "dudt_norm",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """One step's figures over this worker's rows, as tensors: reading them is the caller's synchronisation."""
 
     sums: torch.Tensor
-    """float32 (6,): loss (already over the global B); squared error and number of rows with r = t; the same, r < t; the
-    v head's squared error, 0 without one."""
+    """float32 (7,), by `SUMS`: loss (already over the global B); squared error and number of rows with r = t; the same,
+    r < t; the v head's squared error, 0 without one; ||du/dt|| of the rows with r < t."""
     gradient_norm: torch.Tensor
     """Scalar: norm of the whole gradient before clipping, the same on every worker."""
+    skipped: bool = False
+    """The gradient was not finite, and moved nothing."""
+
+
+def contiguous_share(num_rows: int, part: int, num_parts: int) -> tuple[int, int]:
+    """The contiguous rows [start, stop) of part k out of n: kB/n to (k + 1)B/n. Shares differ by at most one row."""
+    return part * num_rows // num_parts, (part + 1) * num_rows // num_parts
+
+
+def num_passes(global_num_rows: int, num_workers: int, rows_per_pass: int | None) -> int:
+    """How many passes every worker makes over its share, so that none has more than `rows_per_pass` rows.
+
+    The same on every worker, and never more than the smallest share has rows: none is empty. (So one row at a time,
+    where shares differ, makes one pass of two.) Raises ValueError where there are fewer rows than workers.
+    """
+    if global_num_rows < num_workers:
+        raise ValueError(
+            f"global_batch_size must be at least the number of workers {num_workers}, but got {global_num_rows}"
+        )
+    largest, smallest = -(-global_num_rows // num_workers), global_num_rows // num_workers
+    return min(-(-largest // (rows_per_pass or largest)), smallest)
 
 
 def build_train_state(
-    config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int, device: torch.device
+    config: TrainingConfig,
+    *,
+    sample_size: int,
+    in_channels: int,
+    num_classes: int,
+    device: torch.device,
+    initial: AnyNetwork | None = None,
+    shard: Callable[[AnyNetwork], None] | None = None,
 ) -> TrainState:
-    """A fresh state, its initial parameters a function of config.seed alone."""
+    """A fresh state, its initial parameters a function of config.seed alone, or those of a trained network.
+
+    initial: a network of the same kind and size whose parameters the network and its averages begin with, for warm
+    starts, of MeanFlow from flow matching for one. shard: shares a network out over devices in place
+    (`sharding.shard_network`). Raises ValueError where `initial` is another kind of network, naming every difference.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_network(
             config.network, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes
         )
+    if initial is not None:
+        require_same_kind(initial, network)
+        network.load_state_dict(initial.state_dict())
     network = network.to(device).train()
+    ema_networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.ema_decays}
+    if config.activation_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(network)
+    if shard is not None:
+        for module in (network, *ema_networks.values()):
+            shard(module)
     optimizer = torch.optim.Adam(
         network.parameters(),
         lr=config.optimizer.learning_rate,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         foreach=True,
     )
-    ema_networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.ema_decays}
-    if config.activation_checkpointing:
-        network.enable_gradient_checkpointing()
-    if config.compile:
-        compile_blocks(network)
     return TrainState(network=network, ema_networks=ema_networks, optimizer=optimizer, step=0)
 
 
@@ -76,16 +141,6 @@ def compile_blocks(network: AnyNetwork, backend: str = "inductor") -> None:
     has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
     limit = {"recompile_limit": 4 * ASKED_PARTS} if has_limit else {}
     network.compile_repeated_blocks(dynamic=False, backend=backend, **limit)
-
-
-def begin_from(state: TrainState, network: AnyNetwork) -> None:
-    """Gives a fresh state, and its averages, the parameters of a trained network of the same kind and size.
-
-    For warm starts, of MeanFlow from flow matching for one. Raises ValueError where the networks differ, naming how.
-    """
-    require_same_kind(network, state.network)
-    for target in (state.network, *state.ema_networks.values()):
-        target.load_state_dict(network.state_dict())
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -103,89 +158,94 @@ def update_emas(state: TrainState) -> None:
         torch._foreach_lerp_(list(ema_network.parameters()), parameters, 1.0 - decay)
 
 
+@torch.no_grad()
+def relative_ema_distance(state: TrainState) -> dict[float, float]:
+    """{decay: ||average - parameters|| / ||parameters||}: how far behind each moving average is."""
+    parameters = list(state.network.parameters())
+    squared_norm = _squared_norm(parameters)
+    distances = {}
+    for decay, ema_network in state.ema_networks.items():
+        differences = torch._foreach_sub(list(ema_network.parameters()), parameters)
+        distances[decay] = float((_squared_norm(differences) / squared_norm).sqrt())
+    return distances
+
+
+def _squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _whole(torch.stack(torch._foreach_norm(list(tensors))).square().sum())
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def train_step(
     state: TrainState,
     graded_network: Network,
-    moments: torch.Tensor,
-    labels: torch.Tensor,
-    record: StepRecord,
+    batches: Sequence[Batch],
     normalization: LatentNormalization,
     config: TrainingConfig,
     *,
     gradient_scale: float = 1.0,
+    accumulating: Callable[[], AbstractContextManager[None]] = nullcontext,
+    may_skip: bool = False,
 ) -> StepMetrics:
-    """One step on this worker's rows of the global batch.
+    """One step on this worker's rows of the global batch, in as many passes as there are batches.
 
-    moments: (B, 2C, H, W), mirrored already where the record says so; labels: int64 (B,). graded_network is
-    state.network or a wrapper whose backward reduces gradients; a wrapper that averages over W workers wants
-    gradient_scale = W, since the loss is already over the global number of rows. Raises ValueError as the loss does.
+    graded_network is state.network or a wrapper whose backward reduces gradients; a wrapper that averages over W
+    workers wants gradient_scale = W, since the loss is already over the global number of rows. accumulating: what every
+    pass but the last runs in (a wrapper's no_sync). may_skip: a gradient that is not finite moves nothing, at the price
+    of waiting for the device in every step; without it, it does. Raises ValueError as the loss does.
     """
-    loss_config: LossConfig = config.loss
-    latents = sample_latents(moments, record.posterior_noise, normalization)
+    state.optimizer.zero_grad(set_to_none=True)
+    sums: list[torch.Tensor] = []
+    for number, batch in enumerate(batches, start=1):
+        with accumulating() if number < len(batches) else nullcontext():
+            sums.append(_graded_pass(state, graded_network, batch, normalization, config, gradient_scale))
+    gradient_norm = _whole(
+        torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.max_gradient_norm or float("inf"))
+    )
+    skipped = may_skip and not bool(torch.isfinite(gradient_norm))
+    if skipped:
+        state.num_skipped += 1
+    else:
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
+        state.optimizer.step()
+        update_emas(state)
+    state.step += 1
+    return StepMetrics(sums=torch.stack(sums).sum(dim=0), gradient_norm=gradient_norm, skipped=skipped)
+
+
+def _graded_pass(
+    state: TrainState,
+    graded_network: Network,
+    batch: Batch,
+    normalization: LatentNormalization,
+    config: TrainingConfig,
+    gradient_scale: float,
+) -> torch.Tensor:
+    """Adds these rows' share of the gradient; their sums."""
+    record = batch.record
+    latents = sample_latents(batch.moments, record.posterior_noise, normalization)
     in_bfloat16 = config.precision == "bfloat16"
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=in_bfloat16):
         output = meanflow_loss(
             graded_network,
             state.network,
             latents,
-            labels,
+            batch.labels,
             record,
-            loss_config,
+            config.loss_at(state.step),
             null_label=state.network.config.num_classes,
             global_num_rows=config.global_batch_size,
             # Checkpointing would compute the derivative again with the activations.
             separate_derivative=(in_bfloat16 and config.float32_derivative) or config.activation_checkpointing,
         )
-    state.optimizer.zero_grad(set_to_none=True)
     (output.loss * gradient_scale).backward()
-    gradient_norm = torch.nn.utils.clip_grad_norm_(
-        state.network.parameters(), config.optimizer.max_gradient_norm or float("inf")
-    )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
-    state.optimizer.step()
-    update_emas(state)
-    state.step += 1
-
     below = output.squared_error[record.rows_below]
     num_below = float(len(record.rows_below))
-    counts = torch.tensor([len(labels) - num_below, num_below], device=latents.device)
+    counts = torch.tensor([len(batch.labels) - num_below, num_below], device=latents.device)
     head = torch.zeros_like(output.squared_error) if output.squared_error_v is None else output.squared_error_v
     equal = output.squared_error.sum() - below.sum()
-    sums = torch.stack([output.loss.detach(), equal, counts[0], below.sum(), counts[1], head.sum()])
-    return StepMetrics(sums=sums, gradient_norm=gradient_norm)
-
-
-def save_train_state(state: TrainState, config: TrainingConfig, folder: Path) -> None:
-    """Writes a state's tensors as safetensors, its step and the configuration it came of: no pickled code."""
-    save_file(_contiguous(state.network.state_dict()), folder / "network.safetensors")
-    for decay, ema_network in state.ema_networks.items():
-        save_file(_contiguous(ema_network.state_dict()), folder / f"ema_{decay}.safetensors")
-    moments = {}
-    for name, parameter in state.network.named_parameters():
-        for key, value in state.optimizer.state[parameter].items():
-            moments[f"{name}/{key}"] = value
-    save_file(_contiguous(moments), folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps({"step": state.step, "config": asdict(config)}, indent=2) + "\n")
-
-
-def load_train_state(state: TrainState, folder: Path) -> None:
-    """Restores what `save_train_state` wrote into a state of the same configuration."""
-    device = str(state.network.device)
-    state.network.load_state_dict(load_file(folder / "network.safetensors", device))
-    for decay, ema_network in state.ema_networks.items():
-        ema_network.load_state_dict(load_file(folder / f"ema_{decay}.safetensors", device))
-    moments = load_file(folder / "optimizer.safetensors")
-    for name, parameter in state.network.named_parameters():
-        if f"{name}/step" not in moments:  # saved before the first step
-            continue
-        state.optimizer.state[parameter] = {
-            # Adam keeps its step counts on the CPU.
-            key: moments[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-    state.step = json.loads((folder / "state.json").read_text())["step"]
-
-
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    derivative = output.dudt.flatten(1).norm(dim=1).sum()  # zero where r = t
+    return torch.stack([output.loss.detach(), equal, counts[0], below.sum(), counts[1], head.sum(), derivative]).float()

@@ -202,7 +202,7 @@ def make_steps(
     for name, loss in (("flow_matching", FLOW_MATCHING), ("unguided", UNGUIDED), ("guided", GUIDED)):
         batch, step_config = make_batch(loss, rows, device), replace(config, loss=loss)
         steps[name] = lambda batch=batch, step_config=step_config: train_step(
-            state, state.network, batch.moments, batch.labels, batch.record, IDENTITY, step_config
+            state, state.network, [batch], IDENTITY, step_config
         )
     if arguments.peers:
         batch = make_batch(GUIDED, rows, device)

@@ -11,7 +11,7 @@ from meanflow_core.generator import build_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import draw_step_record
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
-from meanflow_core.training import build_train_state, train_step
+from meanflow_core.training import Batch, build_train_state, train_step
 
 IDENTITY = LatentNormalization(mean=(0.0,), std=(1.0,))
 FLOW_MATCHING = TrainingConfig(
@@ -34,7 +34,8 @@ def train(config, images, labels):
             config.loss, seed=0, step=step, num_rows=config.global_batch_size, latent_shape=(1, 8, 8)
         )
         moments = torch.cat([images[rows], torch.zeros_like(images[rows])], dim=1)  # pixels have no spread
-        train_step(state, state.network, moments, labels[rows], record, IDENTITY, config)
+        batch = Batch(moments=moments, labels=labels[rows], record=record)
+        train_step(state, state.network, [batch], IDENTITY, config)
     return build_pipeline(
         state.ema_network, None, [str(digit) for digit in range(10)], is_flow_matching=config.loss.is_flow_matching
     )

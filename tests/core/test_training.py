@@ -1,20 +1,27 @@
 import copy
+import itertools
 import json
+import resource
+import signal
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
-from meanflow_core.config import OptimizerConfig
+from meanflow_core.checkpoint import load_average, load_train_state, save_train_state
+from meanflow_core.config import GuidanceConfig, OptimizerConfig
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import draw_step_record, meanflow_loss
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import (
-    begin_from,
+    SUMS,
+    Batch,
     build_train_state,
+    contiguous_share,
     learning_rate,
-    load_train_state,
-    save_train_state,
+    num_passes,
+    relative_ema_distance,
     train_step,
     update_emas,
 )
@@ -22,9 +29,9 @@ from meanflow_core.training import (
 IDENTITY = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
 
 
-def fresh_state(config=None):
+def fresh_state(config=None, initial=None):
     return build_train_state(
-        config or debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu")
+        config or debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"), initial=initial
     )
 
 
@@ -34,13 +41,22 @@ def batch(config, step=0):
     )
     generator = torch.Generator().manual_seed(step)
     moments = torch.randn(config.global_batch_size, 8, 8, 8, generator=generator).abs()
-    return moments, torch.randint(10, (config.global_batch_size,), generator=generator), record
+    labels = torch.randint(10, (config.global_batch_size,), generator=generator)
+    return Batch(moments=moments, labels=labels, record=record)
+
+
+def rows(whole, start, stop, config):
+    return Batch(
+        moments=whole.moments[start:stop],
+        labels=whole.labels[start:stop],
+        record=whole.record.rows(start, stop, config.loss),
+    )
 
 
 def take_steps(state, config, count):
     metrics = None
     for _ in range(count):
-        metrics = train_step(state, state.network, *batch(config, state.step), IDENTITY, config)
+        metrics = train_step(state, state.network, [batch(config, state.step)], IDENTITY, config)
     return metrics
 
 
@@ -62,7 +78,7 @@ def test_a_step_moves_parameters_and_counts_rows():
     metrics = take_steps(state, config, 1)
     assert state.step == 1
     assert not torch.equal(parameters(state.network), before)
-    loss, _, num_equal, _, num_below, head = metrics.sums.tolist()
+    loss, _, num_equal, _, num_below, head, _ = metrics.sums.tolist()
     assert head == 0.0
     assert (num_equal, num_below) == (12.0, 4.0)
     assert loss == pytest.approx(1.0, abs=0.05)  # p = 1 makes it so; the raw errors are what to watch
@@ -71,7 +87,7 @@ def test_a_step_moves_parameters_and_counts_rows():
 
 def test_a_step_of_improved_meanflow_tells_its_velocity_heads_error():
     metrics = take_steps(fresh_state(debug_imf()), debug_imf(), 1)
-    loss, equal, num_equal, _, num_below, head = metrics.sums.tolist()
+    loss, equal, num_equal, _, num_below, head, _ = metrics.sums.tolist()
     assert (num_equal, num_below) == (8.0, 8.0)
     assert loss == pytest.approx(2.0, abs=0.1)  # two summands, each weighted to about 1
     assert head / 16 == pytest.approx(equal / 8, rel=0.5)  # fresh heads both say zero
@@ -112,15 +128,13 @@ def test_resume_repeats_the_same_parameters(tmp_path, config):
 def test_training_may_begin_from_a_trained_network_of_the_same_kind_and_size():
     trained = fresh_state()
     take_steps(trained, debug(), 3)
-    state = fresh_state(replace(debug(), seed=9, ema_decays=(0.9, 0.5)))
-    begin_from(state, trained.ema_network)
+    state = fresh_state(replace(debug(), seed=9, ema_decays=(0.9, 0.5)), initial=trained.ema_network)
     for network in (state.network, *state.ema_networks.values()):
         assert torch.equal(parameters(network), parameters(trained.ema_network))
-    larger = fresh_state(replace(debug(), network=replace(debug().network, depth=3)))
     with pytest.raises(ValueError, match="depth is 2, wanted 3"):
-        begin_from(larger, trained.network)
+        fresh_state(replace(debug(), network=replace(debug().network, depth=3)), initial=trained.network)
     with pytest.raises(ValueError, match="it is a MeanFlowDiT, wanted ImprovedMeanFlowDiT"):
-        begin_from(fresh_state(debug_imf()), trained.network)
+        fresh_state(debug_imf(), initial=trained.network)
 
 
 def test_rate_warms_up_stays_and_cools_down():
@@ -146,7 +160,8 @@ def test_network_learns_to_send_noise_to_a_single_point():
     target[:, 4:] = 0.0  # no posterior spread
     for _ in range(150):
         record = draw_step_record(config.loss, seed=0, step=state.step, num_rows=16, latent_shape=(4, 8, 8))
-        train_step(state, state.network, target, torch.zeros(16, dtype=torch.int64), record, IDENTITY, config)
+        point = Batch(moments=target, labels=torch.zeros(16, dtype=torch.int64), record=record)
+        train_step(state, state.network, [point], IDENTITY, config)
     from meanflow_core.transformer import Conditioning
 
     noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -185,20 +200,21 @@ def test_precision_and_checkpointing_decide_where_the_derivative_is_taken(change
         seen.append((torch.is_autocast_enabled("cpu"), tangent is not None))
         return state.network(z, conditioning, tangent, velocity_only)
 
-    train_step(state, graded, *batch(config), IDENTITY, config)
+    train_step(state, graded, [batch(config)], IDENTITY, config)
     assert seen == [(in_bfloat16, beside)]
 
 
 def test_a_step_draws_its_latents_and_drops_its_labels():
     config = replace(debug(), loss=replace(debug().loss, label_drop_probability=0.5))
-    state, (moments, labels, record) = fresh_state(config), batch(config)
+    state, given = fresh_state(config), batch(config)
+    moments, labels, record = given.moments, given.labels, given.record
     seen = []
 
     def graded(z, conditioning, tangent=None, velocity_only=False):
         seen.append((z, conditioning))
         return state.network(z, conditioning, tangent, velocity_only)
 
-    train_step(state, graded, moments, labels, record, LatentNormalization(mean=(1.0,) * 4, std=(2.0,) * 4), config)
+    train_step(state, graded, [given], LatentNormalization(mean=(1.0,) * 4, std=(2.0,) * 4), config)
     [(z, told)] = seen
     mean, std = moments.chunk(2, dim=1)
     t, latents = record.t.view(-1, 1, 1, 1), (mean + std * record.posterior_noise - 1.0) / 2.0
@@ -210,11 +226,11 @@ def test_a_step_draws_its_latents_and_drops_its_labels():
 
 def test_gradients_of_shares_are_over_the_whole_batch_and_scaled():
     config = replace(debug(), optimizer=OptimizerConfig(learning_rate=1e-3))
-    moments, labels, record = batch(config)
+    whole_batch = batch(config)
 
     def gradient(start, stop, **options):
-        state, share = fresh_state(config), record.rows(start, stop, config.loss)
-        train_step(state, state.network, moments[start:stop], labels[start:stop], share, IDENTITY, config, **options)
+        state = fresh_state(config)
+        train_step(state, state.network, [rows(whole_batch, start, stop, config)], IDENTITY, config, **options)
         return torch.cat([parameter.grad.flatten() for parameter in state.network.parameters()])
 
     whole = gradient(0, 16)
@@ -234,20 +250,26 @@ def test_a_step_takes_its_own_rate_and_then_averages():
 
 def test_metrics_tell_rows_with_r_equal_t_from_the_others():
     config = debug()
-    state, (moments, labels, record) = fresh_state(config), batch(config)
+    state, given = fresh_state(config), batch(config)
+    take_steps(state, config, 1)  # a fresh network's last layer is zero
+    moments, labels, record = given.moments, given.labels, given.record
     latents = moments[:, :4] + moments[:, 4:] * record.posterior_noise
-    errors = meanflow_loss(
+    output = meanflow_loss(
         state.network, state.network, latents, labels, record, config.loss, null_label=10, global_num_rows=16
-    ).squared_error
-    _, equal, _, below, _, _ = train_step(state, state.network, moments, labels, record, IDENTITY, config).sums
-    torch.testing.assert_close(below, errors[record.r < record.t].sum())
-    torch.testing.assert_close(equal, errors[record.r == record.t].sum())
+    )
+    errors, derivatives = output.squared_error, output.dudt.flatten(1).norm(dim=1)
+    sums = dict(zip(SUMS, train_step(state, state.network, [given], IDENTITY, config).sums, strict=True))
+    torch.testing.assert_close(sums["squared_error_r_below_t"], errors[record.r < record.t].sum())
+    torch.testing.assert_close(sums["squared_error_r_equals_t"], errors[record.r == record.t].sum())
+    torch.testing.assert_close(sums["dudt_norm"], derivatives[record.r < record.t].sum())
+    assert sums["dudt_norm"] > 0
 
 
 def test_training_may_begin_from_a_network_out_of_a_folder(tmp_path):
-    trained, state = fresh_state(), fresh_state(replace(debug(), seed=9))
+    trained = fresh_state()
     trained.network.save_pretrained(tmp_path)
-    begin_from(state, type(trained.network).from_pretrained(tmp_path, low_cpu_mem_usage=False))
+    found = type(trained.network).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    state = fresh_state(replace(debug(), seed=9), initial=found)
     assert torch.equal(parameters(state.network), parameters(trained.network))
 
 
@@ -258,3 +280,151 @@ def test_state_saved_before_the_first_step_is_restored(tmp_path):
     assert restored.step == 0
     assert torch.equal(parameters(restored.network), parameters(state.network))
     assert take_steps(restored, debug(), 1).gradient_norm == take_steps(state, debug(), 1).gradient_norm
+
+
+def test_shares_are_contiguous_and_cover_the_batch():
+    for num_parts in (1, 2, 3, 7):
+        shares = [contiguous_share(16, part, num_parts) for part in range(num_parts)]
+        assert shares[0][0] == 0
+        assert shares[-1][1] == 16
+        assert all(first[1] == second[0] for first, second in itertools.pairwise(shares))
+
+
+def test_passes_keep_their_bound_and_leave_no_worker_without_rows():
+    assert num_passes(256, 8, None) == 1
+    assert num_passes(256, 8, 32) == 1
+    assert num_passes(256, 8, 31) == 2
+    assert num_passes(256, 1, 32) == 8
+    for num_workers, rows_per_pass in itertools.product(range(1, 12), range(1, 12)):
+        passes = num_passes(11, num_workers, rows_per_pass)
+        shares = [contiguous_share(11, rank, num_workers) for rank in range(num_workers)]
+        sizes = [
+            stop - start
+            for first, last in shares
+            for start, stop in (contiguous_share(last - first, number, passes) for number in range(passes))
+        ]
+        assert min(sizes) >= 1
+        assert max(sizes) <= max(rows_per_pass, 2 if rows_per_pass == 1 else 1)
+    with pytest.raises(ValueError, match="at least the number of workers 17, but got 16"):
+        num_passes(16, 17, None)
+
+
+@pytest.mark.parametrize("config", [debug(), debug_imf()], ids=["dit", "imf_dit"])
+def test_passes_over_parts_of_a_batch_add_up_to_one_over_the_whole(config):
+    states = fresh_state(config), fresh_state(config)
+    entered = []
+
+    @contextmanager
+    def accumulating():
+        entered.append(True)
+        yield
+
+    for step in range(3):
+        whole = batch(config, step)
+        parts = [rows(whole, *contiguous_share(16, number, 3), config) for number in range(3)]
+        one = train_step(states[0], states[0].network, [whole], IDENTITY, config)
+        three = train_step(states[1], states[1].network, parts, IDENTITY, config, accumulating=accumulating)
+        torch.testing.assert_close(three.sums, one.sums, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(three.gradient_norm, one.gradient_norm, rtol=1e-4, atol=1e-6)
+    assert len(entered) == 3 * 2  # every pass but the last
+    torch.testing.assert_close(parameters(states[1].network), parameters(states[0].network), rtol=0, atol=1e-5)
+
+
+def test_step_whose_gradient_is_not_finite_moves_nothing_where_it_may_be_skipped():
+    config, state = debug(), fresh_state()
+    take_steps(state, config, 2)
+    before = [parameters(state.network), parameters(state.ema_network)]
+    moments = {name: value.clone() for name, value in state.optimizer.state[next(state.network.parameters())].items()}
+    broken = batch(config, 2)
+    broken.moments[3] = float("nan")
+    metrics = train_step(state, state.network, [broken], IDENTITY, config, may_skip=True)
+    assert metrics.skipped
+    assert not torch.isfinite(metrics.gradient_norm)
+    assert (state.step, state.num_skipped) == (3, 1)
+    assert torch.equal(parameters(state.network), before[0])
+    assert torch.equal(parameters(state.ema_network), before[1])
+    for name, value in moments.items():
+        assert torch.equal(state.optimizer.state[next(state.network.parameters())][name], value)
+    assert not take_steps(state, config, 1).skipped
+    assert torch.isfinite(parameters(state.network)).all()
+
+
+def test_skipped_steps_survive_a_resume(tmp_path):
+    config, straight = debug(), fresh_state()
+    broken = batch(config, 0)
+    broken.moments[3] = float("nan")
+    train_step(straight, straight.network, [broken], IDENTITY, config, may_skip=True)
+    take_steps(straight, config, 2)
+    save_train_state(straight, config, tmp_path, {"note": [1, 2]})
+    resumed = fresh_state(replace(config, seed=3))
+    assert load_train_state(resumed, tmp_path) == {"note": [1, 2]}
+    assert (resumed.step, resumed.num_skipped) == (3, 1)
+    for state in straight, resumed:
+        take_steps(state, config, 2)
+    assert torch.equal(parameters(resumed.network), parameters(straight.network))
+
+
+def test_guidance_sets_in_after_its_steps():
+    config = replace(debug(), guidance_after_steps=2)
+    assert not debug().loss.guidance.is_off
+    assert [config.loss_at(step).guidance.is_off for step in range(4)] == [True, True, False, False]
+    assert replace(config.loss_at(0), guidance=config.loss.guidance) == config.loss
+    unguided = replace(debug(), loss=replace(debug().loss, guidance=GuidanceConfig()))
+    first, second = fresh_state(config), fresh_state(config)
+    for step in range(3):
+        of_stage = replace(config, loss=config.loss_at(step))
+        train_step(first, first.network, [batch(of_stage, step)], IDENTITY, config)
+        plain = unguided if step < 2 else debug()
+        train_step(second, second.network, [batch(plain, step)], IDENTITY, plain)
+    assert torch.equal(parameters(first.network), parameters(second.network))
+
+
+def test_distance_of_an_average_is_relative_to_the_parameters():
+    state = fresh_state(replace(debug(), ema_decays=(0.9, 0.5)))
+    assert relative_ema_distance(state) == {0.9: 0.0, 0.5: 0.0}
+    take_steps(state, debug(), 2)
+    for decay, distance in relative_ema_distance(state).items():
+        ours = parameters(state.network)
+        wanted = (parameters(state.ema_networks[decay]) - ours).norm() / ours.norm()
+        assert distance == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_one_average_is_read_out_of_a_checkpoint(tmp_path):
+    state = fresh_state(replace(debug(), ema_decays=(0.9, 0.5)))
+    take_steps(state, debug(), 2)
+    save_train_state(state, debug(), tmp_path)
+    network = fresh_state(replace(debug(), seed=4)).network
+    load_average(network, 0.5, tmp_path)
+    assert torch.equal(parameters(network), parameters(state.ema_networks[0.5]))
+
+
+def test_torn_checkpoint_is_refused_by_name(tmp_path):
+    state = fresh_state()
+    save_train_state(state, debug(), tmp_path)
+    [tensors] = tmp_path.glob("*.safetensors")
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-1])
+    with pytest.raises(
+        ValueError, match=rf"is torn: {tensors.name} has {len(content) - 1} bytes, wanted {len(content)}"
+    ):
+        load_train_state(state, tmp_path)
+    tensors.unlink()
+    with pytest.raises(ValueError, match=f"{tensors.name} is missing"):
+        load_train_state(state, tmp_path)
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        load_train_state(state, tmp_path / "nothing")
+
+
+def test_full_disk_while_saving_is_an_os_error(tmp_path):
+    state = fresh_state()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_train_state(state, debug(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        load_train_state(state, tmp_path)

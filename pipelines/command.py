@@ -24,21 +24,25 @@ class InputError(ValueError):
     """The user asked for something that cannot be; the message says what was wanted, what came and what to do."""
 
 
+class RunError(RuntimeError):
+    """Work that was begun failed; the message says at what, what is left of it and what to do."""
+
+
 def set_up_logging() -> None:
     """Log lines with the time on stderr; libraries speak from warnings upwards."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for chatty in ("httpx", "alembic", "mlflow", "ray.data"):
+    for chatty in ("httpx", "alembic", "mlflow", "ray.data", "ray.train"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; an InputError becomes one line, "error: ...", and exit code 2."""
+    """Runs a command's `main`; an InputError becomes one line, "error: ...", and exit code 2; a RunError, code 1."""
     set_up_logging()
     try:
         main()
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

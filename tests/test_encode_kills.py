@@ -2,26 +2,23 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
 from pipelines import encode, latent_store
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from tests.clusters import cluster_of_two, processes_of
 from tests.latents import assert_same, encode_in_process, read_shards
 from tests.readme import REPOSITORY
 
 NUM_IMAGES, ROWS_PER_SHARD = 2000, 32
-NODE = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
 OPTIONS = ["--image-size", "64", "--rows-per-shard", str(ROWS_PER_SHARD), "--num-encoders", "2"]
 
 pytestmark = pytest.mark.cluster
@@ -49,37 +46,10 @@ def drawn(tmp_path_factory):
 
 
 @pytest.fixture
-def cluster(monkeypatch):
+def cluster():
     """A head and a second node."""
-    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets want short paths
-    monkeypatch.setenv("RAY_TMPDIR", ray_folder)
-    # A node that is gone is noticed in seconds instead of half a minute.
-    system = {
-        "health_check_initial_delay_ms": 1000,
-        "health_check_period_ms": 1000,
-        "health_check_failure_threshold": 3,
-    }
-    started = Cluster(
-        initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "_system_config": system}
-    )
-    started.second = started.add_node(**NODE)
-    yield started
-    started.shutdown()
-    for process in _ours(ray_folder):
-        process.kill()
-    shutil.rmtree(ray_folder, ignore_errors=True)
-
-
-def _ours(ray_folder: str) -> list[psutil.Process]:
-    """Processes of this test's cluster, by its folder in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get("RAY_TMPDIR") == ray_folder:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
+    with cluster_of_two(num_cpus=2) as started:
+        yield started
 
 
 class Encoding:
@@ -102,7 +72,7 @@ class Encoding:
         if self.driver is None or self.driver.poll() is not None:
             self.driver = subprocess.Popen(
                 self._command, cwd=REPOSITORY, stdout=self._log, stderr=self._log,
-                env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+                env={**os.environ, "RAY_ADDRESS": self.cluster.address, "RAY_TMPDIR": self.cluster.ray_folder},
             )  # fmt: skip
 
     def num_shards(self) -> int:
@@ -132,14 +102,10 @@ class Encoding:
             self.driver.kill()
             self.driver.wait()
         elif what == "node":
-            self.cluster.remove_node(self.cluster.second, allow_graceful=False)
-            self.cluster.second = self.cluster.add_node(**NODE)
+            self.cluster.remove_second()
+            self.cluster.add_second()
         else:
-            encoders = [
-                process
-                for process in _ours(os.environ["RAY_TMPDIR"])
-                if any(word.startswith("ray::MapWorker") for word in process.cmdline())
-            ]
+            encoders = processes_of(self.cluster.ray_folder, "ray::MapWorker")
             if encoders:
                 random.choice(encoders).send_signal(signal.SIGKILL)
 

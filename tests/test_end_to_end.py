@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +24,16 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
+from ray.train import Result
 
+from meanflow_core.checkpoint import load_train_state
 from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
+from pipelines.batches import BatchSource
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
 from pipelines.latent_cache import open_latents
-from pipelines.train import BatchSource
 from tests.latents import read_shards
 from tests.readme import REPOSITORY, commands
 
@@ -74,7 +78,8 @@ def workspace(tmp_path_factory):
     (folder / "pipelines").symlink_to(REPOSITORY / "pipelines")  # for the autoencoder that a command names
     ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets want short paths
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    yield Workspace(folder, {**os.environ, "RAY_TMPDIR": ray_folder, "PATH": path})
+    environment = {"RAY_TMPDIR": ray_folder, "PATH": path, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
+    yield Workspace(folder, {**os.environ, **environment})
     shutil.rmtree(ray_folder, ignore_errors=True)
 
 
@@ -137,12 +142,18 @@ def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["loss.guidance.kappa"] == "0.5"
-    for name in ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "images_per_second",
-                 "data_wait_share"):  # fmt: skip
+    for name in ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm",
+                 "ema_distance_0.9", "learning_rate", "images_per_second", "model_flops_per_second",
+                 "peak_memory_bytes", "data_wait_share"):  # fmt: skip
         history = client.get_metric_history(run_id, name)
         assert [metric.step for metric in history] == [5, 10, 15, 20, 25, 30], name
         assert np.isfinite([metric.value for metric in history]).all()
-    assert len(list((build / "runs/mlflow-artifacts").rglob("*one_step*.png"))) == 2
+    for key in ("one_step", "two_steps"):
+        assert len(list((build / "runs/mlflow-artifacts").rglob(f"*{key}*.png"))) == 2
+    assert "system/node-0/cpu_utilization_percentage" in run.data.metrics
+    assert run.data.tags["torch"] == torch.__version__
+    files = {file.path for file in client.list_artifacts(run_id)}
+    assert {"configuration.json", "data_manifest.json"} <= files
     assert client.get_model_version_by_alias("meanflow-debug", "champion").run_id == run_id
 
 
@@ -153,13 +164,12 @@ def test_two_workers_trained_what_one_process_trains(trained, tmp_path):
     dataset = open_latents(str(build / "latents"), str(tmp_path))
     device = torch.device("cpu")
     state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=device)
-    source = BatchSource(dataset, config, (0, config.global_batch_size), device)
+    source = BatchSource(dataset, config, rank=0, world_size=1, device=device)
     vae_config = json.loads((build / "latents/vae/config.json").read_text())
     normalization = LatentNormalization.from_vae_config(vae_config)
     norms = []
     for step in range(config.num_steps):
-        batch = source.batch(step)
-        metrics = train_step(state, state.network, batch.moments, batch.labels, batch.record, normalization, config)
+        metrics = train_step(state, state.network, source.batches(step), normalization, config)
         norms.append(float(metrics.gradient_norm))
     client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
     run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
@@ -192,6 +202,73 @@ def test_evaluate_writes_table_grid_plot_and_report(trained):
         "evaluate/report.json",
         "evaluate/samples.png",
     }
+
+
+def state_of(checkpoint):
+    """Everything in a checkpoint, by name."""
+    config = PRESETS["debug"]()
+    state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
+    load_train_state(state, checkpoint)
+    found = {f"network/{name}": value for name, value in state.network.state_dict().items()}
+    found |= {f"ema/{name}": value for name, value in state.ema_network.state_dict().items()}
+    for name, parameter in state.network.named_parameters():
+        found |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
+    return state.step, found
+
+
+def last_checkpoint(run_folder):
+    return Path(Result.from_path(run_folder).checkpoint.path)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_training_whose_worker_is_killed_goes_on_and_ends_with_the_same_numbers(trained, workspace):
+    build, _ = trained
+    train = workspace.documented("python -m pipelines.train")
+    train[train.index("--run-name") + 1] = "killed"
+    train += ["--model-name", "killed"]
+    client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
+    log = workspace.folder / "killed.log"
+    with open(log, "wb") as output:
+        driver = subprocess.Popen(train, cwd=workspace.folder, env=workspace.environment, stdout=output, stderr=output)
+    kill_after = random.choice([5, 10, 15, 20, 25])  # steps; there is a checkpoint at 15
+    print(f"kill a worker after step {kill_after}")
+    try:
+        record = build / "runs/killed/training.json"
+        while (
+            not record.exists()
+            or not (loss := client.get_metric_history(json.loads(record.read_text())["mlflow_run_id"], "loss"))
+            or loss[-1].step < kill_after
+        ):
+            assert driver.poll() is None, log.read_text()[-4000:]
+            time.sleep(0.02)
+        workers = [
+            process
+            for process in psutil.Process(driver.pid).children(recursive=True)
+            if any("RayTrainWorker" in word for word in process.cmdline())
+        ]
+        assert len(workers) == 2
+        random.choice(workers).kill()
+        assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
+    finally:
+        driver.kill()
+    resumed = int(re.search(r"resumed at step (\d+)|$", log.read_text())[1] or 0)
+    assert resumed < 30  # and did not just end before the kill came
+    step, ours = state_of(last_checkpoint(build / "runs/killed"))
+    _, straight = state_of(last_checkpoint(build / "runs/first"))
+    assert step == 30
+    assert set(ours) == set(straight)
+    assert [name for name, value in straight.items() if not torch.equal(ours[name], value)] == []
+
+    run_ids = [
+        json.loads((build / f"runs/{name}/training.json").read_text())["mlflow_run_id"] for name in ("first", "killed")
+    ]
+    assert client.get_run(run_ids[1]).info.status == "FINISHED"
+    for name in ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm"):
+        first, killed = (
+            [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)] for run_id in run_ids
+        )
+        assert killed == first, name
 
 
 @pytest.mark.cluster

@@ -1,4 +1,3 @@
-import itertools
 import sys
 from dataclasses import replace
 
@@ -10,10 +9,12 @@ from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import save_generator
 from meanflow_core.presets import PRESETS
 from pipelines import train
+from pipelines.batches import BatchSource, Prefetcher
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.latent_store import LatentDataset
-from pipelines.train import BatchSource, parse_arguments, sample_grid, share_of_rows
+from pipelines.train import parse_arguments
+from pipelines.training_worker import sample_grid
 from tests.manifests import make_manifest
 
 
@@ -22,14 +23,6 @@ def manifest(num_samples):
 
 
 REQUIRED = ["--data", "d", "--storage", "s", "--run-name", "r"]
-
-
-def test_shares_are_contiguous_and_cover_the_batch():
-    for world_size in (1, 2, 3, 7):
-        shares = [share_of_rows(16, rank, world_size) for rank in range(world_size)]
-        assert shares[0][0] == 0
-        assert shares[-1][1] == 16
-        assert all(first[1] == second[0] for first, second in itertools.pairwise(shares))
 
 
 def test_every_number_of_a_preset_can_be_overridden_by_its_dotted_name():
@@ -84,8 +77,8 @@ def test_network_of_another_size_to_begin_with_is_refused_before_anything_is_wri
     (tmp_path / "latents").mkdir()
     (tmp_path / "latents" / "manifest.json").write_text(manifest(1).to_json())
     arguments = ["--data", str(tmp_path / "latents"), "--storage", str(tmp_path / "runs"), "--run-name", "r"]
-    _, job = parse_arguments(["debug", *arguments, "--initial", str(tmp_path / "generator")])
-    with pytest.raises(InputError, match=r"--initial .*hidden_size is 48, wanted 64; .*num_classes is 10, wanted 2"):
+    _, job = parse_arguments(["debug", *arguments, "--init-from", str(tmp_path / "generator")])
+    with pytest.raises(InputError, match=r"--init-from .*hidden_size is 48, wanted 64; .*num_classes is 10, wanted 2"):
         train.train("debug", job)
     assert not (tmp_path / "runs").exists()
 
@@ -98,15 +91,24 @@ def test_grid_of_samples_has_a_row_per_class(pipeline):
     assert (torch.from_numpy(picture[:64, :64]).int() - expected.int()).abs().max() <= 1
 
 
-def test_shares_of_a_step_are_the_whole_step_cut_in_order():
-    config = PRESETS["debug"]()
-    moments = np.arange(50, dtype=np.float16)[:, None, None, None] + np.zeros((8, 8, 8), np.float16)
-    dataset = LatentDataset(manifest(50), [moments], [-moments], np.arange(50) % 7)
+def dataset_of(num_samples):
+    moments = np.arange(num_samples, dtype=np.float16)[:, None, None, None] + np.zeros((8, 8, 8), np.float16)
+    return LatentDataset(manifest(num_samples), [moments], [-moments], np.arange(num_samples) % 7)
 
-    def batch(share):
-        return BatchSource(dataset, config, share, torch.device("cpu")).batch(step=2)  # within the first epoch
 
-    whole, parts = batch((0, 16)), [batch((0, 5)), batch((5, 6)), batch((6, 16))]
+@pytest.mark.parametrize("rows_per_pass", [None, 3, 1])
+def test_shares_of_a_step_are_the_whole_step_cut_in_order(rows_per_pass):
+    config, dataset = PRESETS["debug"](), dataset_of(50)
+
+    def batches(rank, world_size, rows_per_pass=rows_per_pass):
+        source = BatchSource(
+            dataset, config, rank=rank, world_size=world_size, device=torch.device("cpu"), rows_per_pass=rows_per_pass
+        )
+        return source.batches(step=2)  # within the first epoch
+
+    [whole] = batches(0, 1, None)
+    parts = [batch for rank in range(3) for batch in batches(rank, 3)]
+    assert len(parts) == 3 * {None: 1, 3: 2, 1: 5}[rows_per_pass]
     assert torch.equal(torch.cat([part.moments for part in parts]), whole.moments)
     assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
     assert torch.equal(torch.cat([part.record.noise for part in parts]), whole.record.noise)
@@ -114,6 +116,21 @@ def test_shares_of_a_step_are_the_whole_step_cut_in_order():
     assert torch.equal(rows < 0, whole.record.mirrored & (rows != 0))  # mirrored rows come from the mirrored column
     assert torch.equal(whole.labels, rows.abs().long() % 7)
     assert len(rows.abs().unique()) == 16
+
+
+def test_prefetched_batches_are_those_asked_for_and_none_past_the_end(monkeypatch):
+    config = PRESETS["debug"]()
+    source = BatchSource(dataset_of(50), config, rank=0, world_size=1, device=torch.device("cpu"))
+    wanted = {step: source.batches(step)[0] for step in (3, 4, 9)}
+    made, inner = [], source.batches
+    monkeypatch.setattr(source, "batches", lambda step: made.append(step) or inner(step))
+    prefetcher = Prefetcher(source, num_steps=10)
+    for step in (3, 4, 9):  # 9 is not what was made ahead
+        [batch] = prefetcher.batches(step)
+        assert torch.equal(batch.moments, wanted[step].moments)
+        assert torch.equal(batch.record.noise, wanted[step].record.noise)
+    prefetcher._maker.shutdown(wait=True)
+    assert sorted(made) == [3, 4, 5, 9]
 
 
 def test_latents_of_another_autoencoder_than_the_named_one_are_refused(tmp_path, vae):

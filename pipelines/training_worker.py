@@ -1,0 +1,390 @@
+"""What every worker of a training does: next batches, `train_step`, log, checkpoint; and again, wherever it stopped."""
+
+import logging
+import os
+import resource
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from diffusers import AutoencoderKL
+from ray.actor import ActorHandle
+from torch.nn.parallel import DistributedDataParallel
+
+from meanflow_core.config import TrainingConfig
+from meanflow_core.generator import build_pipeline
+from meanflow_core.latents import LatentNormalization
+from meanflow_core.loss import Network, meanflow_loss
+from meanflow_core.networks import AnyNetwork
+from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.sharding import shard_network
+from meanflow_core.training import (
+    SUMS,
+    Batch,
+    StepMetrics,
+    TrainState,
+    build_train_state,
+    relative_ema_distance,
+    train_step,
+)
+from pipelines import checkpoints, latent_store, tracking
+from pipelines.batches import BatchSource, Prefetcher
+from pipelines.command import set_up_logging
+from pipelines.grids import image_grid
+from pipelines.latent_cache import open_latents
+from pipelines.latent_store import Manifest
+from pipelines.notices import Notices
+from pipelines.progress import Progress
+from pipelines.training_job import TrainJob
+
+logger = logging.getLogger(__name__)
+
+GRID_CLASSES, GRID_SEEDS = 10, 8  # the grid of samples: rows and columns
+GRID_STEPS = {1: "samples/one_step", 2: "samples/two_steps"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerTask:
+    """What the driver hands every worker."""
+
+    job: TrainJob
+    """The training."""
+    tracking_uri: str
+    """MLflow's address."""
+    run_id: str
+    """The MLflow run."""
+    stop_request: ActorHandle | None
+    """Asked whether to stop."""
+    initial: ray.ObjectRef | None
+    """The network to begin with, where there is no checkpoint yet."""
+    step_flops: float
+    """Floating-point operations of the model in a step, all workers together."""
+    validates: bool
+    """Every checkpoint's errors on held-out data are measured beside the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a training ended, the same on every worker."""
+
+    step: int
+    """Steps taken."""
+    figures: dict[str, float]
+    """The last interval's."""
+    was_asked_to_stop: bool = False
+    """It left a checkpoint and went, as it was asked to."""
+    nonfinite_step: int | None = None
+    """The 1-based step whose gradient was not finite, and which no checkpoint holds."""
+
+
+class Figures:
+    """Sums over the steps of a logging interval; reading them reduces over the workers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins an interval."""
+        self._sums = torch.zeros(len(SUMS) + 1, device=self._device)  # and the gradient's norm
+        self._num_steps = 0  # that moved something
+        self._num_timed = 0
+        self._data_seconds = 0.0
+        self._began = time.monotonic()
+
+    def add(self, metrics: StepMetrics, data_seconds: float) -> None:
+        """Adds a step, without waiting for the device."""
+        self._data_seconds += data_seconds
+        self._num_timed += 1
+        if metrics.skipped:
+            return
+        self._sums[:-1] += metrics.sums
+        self._sums[-1] += metrics.gradient_norm
+        self._num_steps += 1
+
+    def exclude(self, seconds: float) -> None:
+        """Takes time out of the interval: pictures and checkpoints are no part of a step's pace."""
+        self._began += seconds
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint within an interval keeps, so that a resume logs the same: every worker must call this."""
+        parts = [torch.zeros_like(self._sums) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, self._sums)
+        return {"num_steps": self._num_steps, "sums": [part.tolist() for part in parts]}
+
+    def restore(self, state: dict[str, Any], rank: int) -> None:
+        """Goes on with an interval. With as many workers as wrote it each has its own sums, else the first has all."""
+        self.clear()
+        self._num_steps = state["num_steps"]
+        sums = torch.tensor(state["sums"], device=self._device)
+        if len(sums) == torch.distributed.get_world_size():
+            self._sums = sums[rank]
+        elif rank == 0:
+            self._sums = sums.sum(dim=0)
+            self._sums[-1] = sums[0, -1]  # the norm is every worker's
+
+    def read(self, config: TrainingConfig, state: TrainState, step_flops: float) -> dict[str, float]:
+        """The interval's figures, the same on every worker: every worker must call this."""
+        seconds = time.monotonic() - self._began
+        sums, gradient_norm = self._sums[:-1].clone(), self._sums[-1].item()
+        torch.distributed.all_reduce(sums)
+        peak = torch.tensor([_peak_bytes(self._device), seconds, self._data_seconds], device=self._device)
+        torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+        peak_bytes, seconds, data_seconds = peak.tolist()
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        num_steps = max(self._num_steps, 1)
+        rows_equal, rows_below = max(total["rows_r_equals_t"], 1.0), max(total["rows_r_below_t"], 1.0)
+        rows = total["rows_r_equals_t"] + total["rows_r_below_t"]
+        of_head = {"squared_error_v": total["squared_error_v"] / rows} if total["squared_error_v"] else {}
+        return {
+            "loss": total["loss"] / num_steps,
+            **of_head,
+            "squared_error_r_equals_t": total["squared_error_r_equals_t"] / rows_equal,
+            "squared_error_r_below_t": total["squared_error_r_below_t"] / rows_below,
+            "dudt_norm": total["dudt_norm"] / rows_below,
+            "gradient_norm": gradient_norm / num_steps,
+            "learning_rate": state.optimizer.param_groups[0]["lr"],
+            **{f"ema_distance_{decay}": value for decay, value in relative_ema_distance(state).items()},
+            "num_skipped": float(state.num_skipped),
+            "images_per_second": self._num_timed * config.global_batch_size / seconds,
+            "model_flops_per_second": self._num_timed * step_flops / seconds,
+            "data_wait_share": data_seconds / seconds,
+            "peak_memory_bytes": peak_bytes,
+        }
+
+
+def _peak_bytes(device: torch.device) -> float:
+    """Of a GPU what torch has held at most, else of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024.0
+
+
+class FiniteWatch:
+    """Notices a gradient that is not finite a step late, so that the device is not waited for."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
+        self.first_bad_step: int | None = None
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """A step was taken; looks at the one before it."""
+        self.settle()
+        if metrics.skipped:
+            return
+        is_finite, event = torch.isfinite(metrics.gradient_norm), None
+        if is_finite.is_cuda:
+            is_finite = is_finite.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._last = step, is_finite, event
+
+    def settle(self) -> None:
+        """Looks at the last step too."""
+        if self._last is None:
+            return
+        step, is_finite, event = self._last
+        self._last = None
+        if event is not None:
+            event.synchronize()
+        if not bool(is_finite) and self.first_bad_step is None:
+            self.first_bad_step = step
+
+
+def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.ndarray:
+    """A picture of samples at fixed seeds, a row per class: uint8 (H, W, 3)."""
+    num_classes = min(GRID_CLASSES, pipeline.transformer.config.num_classes)
+    labels = [label for label in range(num_classes) for _ in range(GRID_SEEDS)]
+    seeds = [seed for _ in range(num_classes) for seed in range(GRID_SEEDS)]
+    images = pipeline.images_from_seeds(labels, seeds, num_inference_steps)
+    return image_grid(images.cpu().numpy(), GRID_SEEDS)
+
+
+class Observer:
+    """What a training shows: figures and pictures in MLflow, progress in the log. Only the first worker shows them."""
+
+    def __init__(self, run: tracking.Run | None, pipeline: MeanFlowPipeline, num_steps: int, first_step: int) -> None:
+        self._run = run
+        self._pipeline = pipeline
+        self._progress = Progress(logger, "trained", "steps", num_steps, start=first_step)
+
+    def show_figures(self, figures: dict[str, float], step: int) -> None:
+        """Logs an interval's figures."""
+        if self._run is None:
+            return
+        self._run.log_metrics(figures, step)
+        self._progress.update(
+            step,
+            f"{figures['images_per_second']:.0f} images/s, squared error {figures['squared_error_r_equals_t']:.1f} "
+            f"(r = t) {figures['squared_error_r_below_t']:.1f} (r < t)",
+        )
+
+    def show_samples(self, step: int) -> None:
+        """Logs samples of the moving average at fixed seeds; with a sharded network every worker must draw them."""
+        for num_inference_steps, key in GRID_STEPS.items():
+            picture = sample_grid(self._pipeline, num_inference_steps)
+            if self._run is not None:
+                self._run.log_image(picture, key, step)
+
+    def unlogged(self) -> list[dict[str, Any]]:
+        """Rows that MLflow has not taken yet: a checkpoint carries them."""
+        return [] if self._run is None else self._run.pending()
+
+    def close(self) -> None:
+        """Waits until everything is logged, within reason."""
+        if self._run is not None:
+            self._run.flush()
+
+
+def pipeline_of(
+    network: AnyNetwork, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig
+) -> MeanFlowPipeline:
+    """The generator that a training makes."""
+    return build_pipeline(
+        network,
+        vae,
+        manifest.class_names,
+        is_flow_matching=config.loss.is_flow_matching,
+        sampling=config.sampling,
+    )
+
+
+def network_sizes(manifest: Manifest) -> dict[str, int]:
+    """What a network's size has from the data."""
+    channels, size, _ = manifest.latent_shape
+    return {"sample_size": size, "in_channels": channels, "num_classes": len(manifest.class_names)}
+
+
+def _wrapped(state: TrainState, job: TrainJob) -> tuple[Network, Callable[[], AbstractContextManager[None]]]:
+    """The network whose backward reduces gradients, and what passes but the last run in. Both average over workers."""
+    if job.parallelism == "fsdp2":
+        # Every pass reduces its gradients into the shards: keeping them whole until the last would take the memory
+        # that sharding saves.
+        return state.network, nullcontext
+    wrapper = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return wrapper, wrapper.no_sync
+
+
+def _rehearse(graded_network: Network, state: TrainState, batch: Batch, config: TrainingConfig) -> None:
+    """One backward whose gradient is thrown away.
+
+    After its first one DDP arranges its buckets anew, and a sum over more than two workers depends on where in a
+    bucket a number lies: without this, the step after a resume would round otherwise than in a run that went on.
+    """
+    loss = meanflow_loss(
+        graded_network, state.network, torch.zeros_like(batch.record.noise), batch.labels, batch.record,
+        config.loss_at(state.step), null_label=state.network.config.num_classes,
+        global_num_rows=config.global_batch_size, separate_derivative=True,
+    ).loss  # fmt: skip
+    loss.backward()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def train_worker(given: dict[str, Any]) -> dict[str, Any]:
+    """One worker's training, from the run's last checkpoint to its end; returns an Outcome as a dictionary."""
+    set_up_logging()
+    with ExitStack() as stack:
+        return asdict(_train(given["task"], stack))
+
+
+def _train(task: WorkerTask, stack: ExitStack) -> Outcome:
+    job, config = task.job, task.job.config
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    checkpoints.delete_scratch()
+
+    dataset = open_latents(job.data, job.cache_dir, mirrored=job.mirror)
+    is_fresh = ray.train.get_checkpoint() is None
+    state = build_train_state(
+        config,
+        **network_sizes(dataset.manifest),
+        device=device,
+        initial=ray.get(task.initial) if is_fresh and task.initial is not None else None,
+        shard=shard_network if job.parallelism == "fsdp2" else None,
+    )
+    figures, last_figures = Figures(device), {}
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        figures.restore(restored["figures"], rank)
+        logger.info("resumed at step %d", state.step)
+    logger.info("one of %d workers", world_size)
+
+    run = tracking.Run(task.tracking_uri, task.run_id)
+    if context.get_local_rank() == 0:
+        stack.enter_context(run.system_metrics(f"node-{context.get_node_rank()}"))
+    if restored is not None and rank == 0:
+        run.adopt(restored["unlogged"])
+    observer = None
+    vae = latent_store.open_autoencoder(job.data)
+    normalization = LatentNormalization.from_vae_config(vae.config)
+    if rank == 0 or job.parallelism == "fsdp2":
+        pipeline = pipeline_of(state.ema_network, vae.to(device), dataset.manifest, config)
+        observer = Observer(run if rank == 0 else None, pipeline, config.num_steps, state.step)
+
+    source = Prefetcher(
+        BatchSource(dataset, config, rank=rank, world_size=world_size, device=device, rows_per_pass=job.rows_per_pass),
+        config.num_steps,
+    )
+    graded_network, accumulating = _wrapped(state, job)
+    if state.step < config.num_steps and job.parallelism == "ddp":
+        _rehearse(graded_network, state, source.batches(state.step)[0], config)
+    notices, watch = Notices(task.stop_request, rank), FiniteWatch()
+    outcome: dict[str, Any] = {}
+    while state.step < config.num_steps:
+        began = time.monotonic()
+        batches = source.batches(state.step)
+        data_seconds = time.monotonic() - began
+        metrics = train_step(
+            state, graded_network, batches, normalization, config,
+            gradient_scale=float(world_size), accumulating=accumulating,
+            may_skip=state.num_skipped < job.skip_nonfinite,
+        )  # fmt: skip
+        figures.add(metrics, data_seconds)
+        watch.add(state.step, metrics)
+        if metrics.skipped and rank == 0:
+            logger.warning(
+                "the gradient of step %d is not finite: skipped, %d of %d",
+                state.step,
+                state.num_skipped,
+                job.skip_nonfinite,
+            )
+
+        shall_stop, machine_goes = notices.look()
+        is_last = state.step == config.num_steps
+        logs = state.step % config.log_interval_steps == 0 or is_last
+        saves = state.step % config.checkpoint_interval_steps == 0 or is_last or machine_goes or shall_stop
+        if logs or saves:
+            watch.settle()
+        if watch.first_bad_step is not None:
+            outcome = {"nonfinite_step": watch.first_bad_step}
+            break
+        if logs:
+            last_figures = figures.read(config, state, task.step_flops)
+            if observer is not None:
+                observer.show_figures(last_figures, state.step)
+            figures.clear()
+        began = time.monotonic()
+        if observer is not None and (state.step % config.sample_interval_steps == 0 or is_last):
+            observer.show_samples(state.step)
+        if saves:
+            extra = {"figures": figures.state(), "unlogged": observer.unlogged() if observer is not None else []}
+            is_urgent = is_last or machine_goes or shall_stop
+            checkpoints.report(state, config, last_figures, extra, wait=is_urgent, validate=task.validates)
+        figures.exclude(time.monotonic() - began)
+        if shall_stop and not is_last:
+            outcome = {"was_asked_to_stop": True}
+            break
+    notices.close()
+    if observer is not None:
+        observer.close()
+    return Outcome(step=state.step, figures=last_figures, **outcome)

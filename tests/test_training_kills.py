@@ -1,0 +1,383 @@
+"""The train stage on a cluster of two nodes and a real MLflow server, while parts of all that are taken away."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+from meanflow_core.checkpoint import load_train_state
+from meanflow_core.presets import debug
+from meanflow_core.training import build_train_state
+from pipelines import checkpoints, storage
+from pipelines.demo import images
+from pipelines.demo.__main__ import free_port
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.encode import EncodeJob
+from tests.clusters import cluster_of_two, processes_of
+from tests.latents import encode_in_process
+from tests.readme import REPOSITORY
+
+NUM_STEPS = 120
+OPTIONS = [
+    "--num-steps", str(NUM_STEPS), "--log-interval-steps", "5", "--checkpoint-interval-steps", "20",
+    "--sample-interval-steps", "1000", "--num-workers", "2", "--max-failures", "20", "--global-batch-size", "64",
+]  # fmt: skip
+FIGURES = ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm")
+
+pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(1500)]
+
+
+class Server:
+    """A real MLflow server on sqlite, on a port of its own; it can go and come back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, free_port(0)
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        log = open(self._folder / "server.log", "ab")  # noqa: SIM115  # closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db",
+             "--artifacts-destination", str(self._folder / "artifacts"), "--host", "127.0.0.1",
+             "--port", str(self._port), "--workers", "1"],
+            cwd=self._folder, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(Exception):
+                MlflowClient(self.uri).search_experiments()
+                return
+            assert self._process.poll() is None, (self._folder / "server.log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        everyone = psutil.Process(self._process.pid).children(recursive=True)
+        for process in [psutil.Process(self._process.pid), *everyone]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        started = Server(tmp_path_factory.mktemp("mlflow"))
+        started.start()
+        yield started
+        started.stop()
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    root = tmp_path_factory.mktemp("latents")
+    images.write_folder(root / "images", num_train=200, num_val=10)
+    job = EncodeJob(
+        images=str(root / "images/train"), output=str(root / "latents"), vae=str(SHIPPED_AUTOENCODER),
+        image_size=64, rows_per_shard=64,
+    )  # fmt: skip
+    from pipelines import encode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_encode_shards", encode_in_process)
+        patch.setattr(encode, "start_ray", lambda needed_cpus: None)
+        encode.encode(job)
+    return root / "latents"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("trainings")
+
+
+@pytest.fixture
+def cluster():
+    """Two nodes with room for a worker each."""
+    with cluster_of_two(num_cpus=1) as started:
+        yield started
+
+
+class Training:
+    """A training that is started again and again until it is done."""
+
+    def __init__(self, cluster, server, latents, root, name, *options):
+        self.cluster, self.server, self.root, self.name = cluster, server, root, name
+        self.folder = root / "runs" / name
+        self._command = [
+            sys.executable, "-m", "pipelines.train", "debug", "--data", str(latents), "--storage", str(root / "runs"),
+            "--run-name", name, "--cache-dir", str(root / "cache"), "--model-name", name, *OPTIONS, *options,
+        ]  # fmt: skip
+        self._log = root / f"{name}.log"
+        self.driver: subprocess.Popen | None = None
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def start(self):
+        with open(self._log, "ab") as log:
+            self.driver = subprocess.Popen(
+                self._command, cwd=REPOSITORY, stdout=log, stderr=log,
+                env={**os.environ, "RAY_ADDRESS": self.cluster.address, "RAY_TMPDIR": self.cluster.ray_folder,
+                     "MLFLOW_TRACKING_URI": self.server.uri},
+            )  # fmt: skip
+
+    def wait_for_step(self, step: int, patience_seconds: float = 240.0):
+        """Waits until a checkpoint of this step or a later one is committed, or MLflow has its figures."""
+        began = time.monotonic()
+        while self.step() < step:
+            assert time.monotonic() - began < patience_seconds, self.log()[-6000:]
+            assert self.driver.poll() is None, self.log()[-6000:]
+            time.sleep(0.05)
+
+    def step(self) -> int:
+        """As far as MLflow knows; while it is away, as far as the checkpoints are."""
+        try:
+            data = MlflowClient(self.server.uri).get_run(self.run_id()).data.to_proto()
+            return max([metric.step for metric in data.metrics if metric.key == "loss"], default=0)
+        except Exception:
+            return self.committed_step()
+
+    def run_id(self) -> str:
+        return json.loads((self.folder / "training.json").read_text())["mlflow_run_id"]
+
+    def committed_step(self) -> int:
+        known = checkpoints.committed(*storage.open_storage(str(self.folder)))
+        return 0 if known is None else known.step
+
+    def finish(self, code: int = 0, patience_seconds: float = 400.0):
+        assert self.driver.wait(timeout=patience_seconds) == code, self.log()[-6000:]
+
+    def workers(self) -> list[psutil.Process]:
+        return processes_of(self.cluster.ray_folder, "RayTrainWorker")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything in the last checkpoint, by name."""
+        known = checkpoints.committed(*storage.open_storage(str(self.folder)))
+        assert known.step == NUM_STEPS
+        state = build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
+        load_train_state(state, Path(known.latest.path))
+        found = {f"network/{name}": value for name, value in state.network.state_dict().items()}
+        found |= {f"ema/{name}": value for name, value in state.ema_network.state_dict().items()}
+        for name, parameter in state.network.named_parameters():
+            found |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
+        return found
+
+    def figures(self) -> dict[str, list[tuple[int, float]]]:
+        client = MlflowClient(self.server.uri)
+        return {
+            name: [(metric.step, metric.value) for metric in client.get_metric_history(self.run_id(), name)]
+            for name in FIGURES
+        }
+
+
+def check_same(training: Training, straight: Training):
+    """The same bits in the checkpoint, the same figures in MLflow, one finished run with steps that only rise."""
+    ours, theirs = training.tensors(), straight.tensors()
+    assert set(ours) == set(theirs)
+    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
+    check_history(training)
+    assert training.figures() == straight.figures()
+
+
+def check_history(training: Training):
+    client = MlflowClient(training.server.uri)
+    experiment = client.get_experiment_by_name("meanflow-ray").experiment_id
+    [run] = client.search_runs([experiment], f"attributes.run_name = '{training.name}'")
+    assert run.info.run_id == training.run_id()
+    assert run.info.status == "FINISHED"
+    for name, history in training.figures().items():
+        assert [step for step, _ in history] == list(range(5, NUM_STEPS + 1, 5)), name
+    kept = [path for path in training.folder.iterdir() if path.name.startswith("checkpoint_2")]
+    assert len(kept) == 2  # and no orphan
+
+
+@pytest.fixture(scope="module")
+def straight(server, latents, root):
+    """The run that nothing happens to."""
+    with cluster_of_two(num_cpus=1) as cluster:
+        training = Training(cluster, server, latents, root, "straight")
+        training.start()
+        training.finish()
+    check_history(training)
+    return training
+
+
+def fill_disk(training: Training):
+    """No worker can write a file above 1 kB any more: what follows is what a full disk does."""
+    for worker in training.workers():
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_is_killed_the_run_ends_with_the_same_numbers(cluster, server, latents, root, straight, seed):
+    random.seed(seed)
+    training = Training(cluster, server, latents, root, f"chaos-{seed}")
+    training.start()
+    events = random.sample(["worker", "driver", "node", "disk", "server"], 5)
+    for number, event in enumerate(events):
+        training.wait_for_step(5 + number * NUM_STEPS // 6 + random.randint(0, 10))
+        print(f"step {training.step()}: {event}", flush=True)
+        if event == "worker":
+            random.choice(training.workers()).kill()
+        elif event == "driver":
+            training.driver.kill()
+            training.driver.wait()
+            training.start()
+        elif event == "node":
+            cluster.remove_second()
+            cluster.add_second()
+        elif event == "disk":
+            fill_disk(training)
+        else:
+            server.stop()
+            time.sleep(8.0)
+            server.start()
+    training.finish()
+    check_same(training, straight)
+
+
+def test_terminated_training_leaves_a_checkpoint_of_its_last_step_and_goes_on_from_there(
+    cluster, server, latents, root, straight
+):
+    training = Training(cluster, server, latents, root, "terminated")
+    training.start()
+    training.wait_for_step(45)
+    training.driver.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    training.finish(code=128 + signal.SIGTERM)
+    print(f"ended {time.monotonic() - began:.1f} s after SIGTERM")
+    stopped = int(re.search(r"stopped at step (\d+) with a checkpoint", training.log())[1])
+    assert 45 <= stopped < NUM_STEPS
+    assert training.committed_step() == stopped
+    assert MlflowClient(server.uri).get_run(training.run_id()).info.status == "KILLED"
+    training.start()
+    training.finish()
+    assert f"resumed at step {stopped}" in training.log()
+    check_same(training, straight)
+
+
+def test_second_driver_of_a_run_is_refused(cluster, server, latents, root, straight):
+    training = Training(cluster, server, latents, root, "claimed")
+    training.start()
+    training.wait_for_step(5)
+    second = Training(cluster, server, latents, root, "claimed")
+    second.start()
+    second.finish(code=2)
+    assert "is being trained by another job of this cluster" in second.log()
+    training.finish()
+    check_same(training, straight)
+
+
+def test_cluster_that_dies_whole_and_comes_back_changes_nothing(server, latents, root, straight):
+    with cluster_of_two(num_cpus=1) as cluster:
+        training = Training(cluster, server, latents, root, "restarted")
+        training.start()
+        training.wait_for_step(50)
+        for process in processes_of(cluster.ray_folder):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        training.driver.wait()
+    with cluster_of_two(num_cpus=1) as cluster:
+        training.cluster = cluster
+        training.start()
+        training.finish()
+    check_same(training, straight)
+
+
+def test_notice_of_preemption_makes_a_checkpoint_at_once(cluster, server, latents, root, straight):
+    training = Training(cluster, server, latents, root, "preempted", "--checkpoint-interval-steps", "1000")
+    training.start()
+    training.wait_for_step(10)
+    assert training.committed_step() == 0
+    deadline_ms = int((time.time() + 60) * 1000)
+    GcsClient(cluster.address).drain_node(
+        cluster.second.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "taken back", deadline_ms
+    )
+    began = time.monotonic()
+    while training.committed_step() == 0:
+        assert time.monotonic() - began < 60, training.log()[-6000:]
+        time.sleep(0.1)
+    saved = training.committed_step()
+    print(f"a checkpoint of step {saved}, {time.monotonic() - began:.1f} s after the notice")
+    assert 10 <= saved < NUM_STEPS
+    cluster.remove_second()
+    cluster.add_second()
+    training.finish()
+    assert f"resumed at step {saved}" in training.log()
+    assert training.figures() == straight.figures()
+    ours, theirs = training.tensors(), straight.tensors()
+    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
+def test_number_of_workers_may_change_on_the_way(cluster, server, latents, root, straight, parallelism):
+    training = Training(
+        cluster, server, latents, root, f"elastic-{parallelism}", "--min-workers", "1", "--resize-interval-seconds", "5",
+        "--parallelism", parallelism, "--rows-per-pass", "32", "--checkpoint-interval-steps", "5",
+    )  # fmt: skip
+    training.start()
+    training.wait_for_step(20)
+    cluster.remove_second()
+    training.wait_for_step(60)
+    cluster.add_second()
+    training.finish()
+    sizes = [int(found) for found in re.findall(r"one of (\d+) workers", training.log())]
+    assert 1 in sizes
+    assert 2 in sizes[sizes.index(1) :]
+    check_history(training)
+    ours, theirs = training.tensors(), straight.tensors()
+    names = [name for name in theirs if name.startswith("network/")]
+    whole = [torch.cat([_without_key_bias(name, found[name]).flatten() for name in names]) for found in (ours, theirs)]
+    error = float((whole[0] - whole[1]).norm() / whole[1].norm())
+    print(f"relative difference after {NUM_STEPS} steps: {error:.2g}")
+    assert error < 1e-5
+    for name, figures in training.figures().items():
+        wanted = dict(straight.figures()[name])
+        assert dict(figures) == pytest.approx(wanted, rel=1e-3), name
+
+
+def _without_key_bias(name: str, value: torch.Tensor) -> torch.Tensor:
+    # The key's part of the qkv bias has no gradient but rounding, which Adam makes steps of: see test_world_sizes.
+    if not name.endswith("attn.qkv.bias"):
+        return value
+    query, _, rest = value.chunk(3)
+    return torch.cat([query, rest])
+
+
+def test_gradient_that_is_not_finite_ends_the_run_with_its_step_and_the_last_good_checkpoint(
+    cluster, server, latents, root
+):
+    training = Training(
+        cluster, server, latents, root, "diverged", "--optimizer.learning-rate", "1e18", "--checkpoint-interval-steps", "1",
+    )  # fmt: skip
+    training.start()
+    training.finish(code=1)
+    [message] = [line for line in training.log().splitlines() if line.startswith("error: ")]
+    step = int(re.search(r"the gradient of step (\d+) is not finite", message)[1])
+    assert f"the last good checkpoint is of step {step - 1}, " in message
+    assert "--skip-nonfinite 1 skips such a step" in message
+    assert training.committed_step() == step - 1
+    assert MlflowClient(server.uri).get_run(training.run_id()).info.status == "FAILED"
+
+
+def teardown_module():
+    if ray.is_initialized():
+        ray.shutdown()

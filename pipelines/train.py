@@ -87,6 +87,13 @@ def begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, tracking
             raise InputError(
                 f"run {job.run_name} in {job.storage} is another experiment ({changes}); choose another --run-name"
             )
+        changed = [
+            f"{name} was {begun.get('code', {}).get(name)}, is {value}"
+            for name, value in tracking.code_identity().items()
+            if begun.get("code", {}).get(name) != value
+        ]
+        if changed:
+            logger.warning("the run was begun with other code, and may not repeat itself: %s", "; ".join(changed))
         run = tracking.Run(tracking_uri, begun["mlflow_run_id"])
         run.resume()
         return run
@@ -104,8 +111,15 @@ def begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, tracking
         "rows_per_pass": job.rows_per_pass,
         "init_from": job.init_from,
     }
-    run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=tracking.code_identity())
-    content = {"identity": identity, "preset": preset, "mlflow_run_id": run.run_id, "tracking_uri": tracking_uri}
+    code = tracking.code_identity()
+    run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code)
+    content = {
+        "identity": identity,
+        "preset": preset,
+        "mlflow_run_id": run.run_id,
+        "tracking_uri": tracking_uri,
+        "code": code,
+    }
     storage.write_bytes(filesystem, path, (json.dumps(content, indent=2) + "\n").encode())
     run.log_dict(job.config.flat(), "configuration.json")
     run.log_dict(json.loads(manifest.to_json()), "data_manifest.json")
@@ -204,6 +218,7 @@ def train(preset: str, job: TrainJob) -> None:
         stop_request=request,
         initial=None if initial is None else ray.put(initial),
         step_flops=step_flops(job.config, **network_sizes(manifest)),
+        code=tracking.code_identity(),
         validates=validates,
     )
     num_workers = job.num_workers if job.min_workers is None else (job.min_workers, job.num_workers)

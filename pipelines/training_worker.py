@@ -67,6 +67,8 @@ class WorkerTask:
     """The network to begin with, where there is no checkpoint yet."""
     step_flops: float
     """Floating-point operations of the model in a step, all workers together."""
+    code: dict[str, str]
+    """What runs: commit and versions; every checkpoint carries it."""
     validates: bool
     """Every checkpoint's errors on held-out data are measured beside the steps."""
 
@@ -377,7 +379,12 @@ def _train(task: WorkerTask, stack: ExitStack) -> Outcome:
         if observer is not None and (state.step % config.sample_interval_steps == 0 or is_last):
             observer.show_samples(state.step)
         if saves:
-            extra = {"figures": figures.state(), "unlogged": observer.unlogged() if observer is not None else []}
+            extra = {
+                "figures": figures.state(),
+                "unlogged": observer.unlogged() if observer is not None else [],
+                "identity": job.identity(dataset.manifest),
+                "code": task.code,
+            }
             is_urgent = is_last or machine_goes or shall_stop
             checkpoints.report(state, config, last_figures, extra, wait=is_urgent, validate=task.validates)
         figures.exclude(time.monotonic() - began)

@@ -24,17 +24,19 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from ray.train import Result
+from pyarrow import fs
 
 from meanflow_core.checkpoint import load_train_state
 from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
+from pipelines import checkpoints, storage
 from pipelines.batches import BatchSource
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
 from pipelines.latent_cache import open_latents
 from tests.latents import read_shards
+from tests.object_store import s3_bucket
 from tests.readme import REPOSITORY, commands
 
 SMALLER = {
@@ -216,59 +218,68 @@ def state_of(checkpoint):
     return state.step, found
 
 
-def last_checkpoint(run_folder):
-    return Path(Result.from_path(run_folder).checkpoint.path)
+def state_of_last_checkpoint(location):
+    filesystem, path = storage.open_storage(str(location))
+    with checkpoints.committed(filesystem, path).latest.as_directory() as folder:
+        return state_of(Path(folder))
+
+
+def logged(client, record, name):
+    return [(metric.step, metric.value) for metric in client.get_metric_history(record["mlflow_run_id"], name)]
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
-def test_training_whose_worker_is_killed_goes_on_and_ends_with_the_same_numbers(trained, workspace):
+def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same_numbers(trained, workspace):
     build, _ = trained
     train = workspace.documented("python -m pipelines.train")
     train[train.index("--run-name") + 1] = "killed"
-    train += ["--model-name", "killed"]
-    client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
-    log = workspace.folder / "killed.log"
-    with open(log, "wb") as output:
-        driver = subprocess.Popen(train, cwd=workspace.folder, env=workspace.environment, stdout=output, stderr=output)
+    tracking_uri = f"sqlite:///{build}/runs/mlflow.db"
+    client, log = MlflowClient(tracking_uri), workspace.folder / "killed.log"
     kill_after = random.choice([5, 10, 15, 20, 25])  # steps; there is a checkpoint at 15
     print(f"kill a worker after step {kill_after}")
-    try:
-        record = build / "runs/killed/training.json"
-        while (
-            not record.exists()
-            or not (loss := client.get_metric_history(json.loads(record.read_text())["mlflow_run_id"], "loss"))
-            or loss[-1].step < kill_after
-        ):
-            assert driver.poll() is None, log.read_text()[-4000:]
-            time.sleep(0.02)
-        workers = [
-            process
-            for process in psutil.Process(driver.pid).children(recursive=True)
-            if any("RayTrainWorker" in word for word in process.cmdline())
-        ]
-        assert len(workers) == 2
-        random.choice(workers).kill()
-        assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
-    finally:
-        driver.kill()
-    resumed = int(re.search(r"resumed at step (\d+)|$", log.read_text())[1] or 0)
-    assert resumed < 30  # and did not just end before the kill came
-    step, ours = state_of(last_checkpoint(build / "runs/killed"))
-    _, straight = state_of(last_checkpoint(build / "runs/first"))
+    with s3_bucket() as bucket:
+        train[train.index("--storage") + 1] = f"{bucket}/runs"
+        filesystem, run_folder = storage.open_storage(f"{bucket}/runs/killed")
+        storage.write_bytes(filesystem, f"{run_folder}/checkpoint_of_a_crash/state.json", b"{")
+        with open(log, "wb") as output:
+            driver = subprocess.Popen(
+                [*train, "--model-name", "killed"], cwd=workspace.folder, stdout=output, stderr=output,
+                env={**os.environ, **workspace.environment, "MLFLOW_TRACKING_URI": tracking_uri},
+            )  # fmt: skip
+        try:
+            record = None
+            while record is None or max([step for step, _ in logged(client, record, "loss")], default=0) < kill_after:
+                assert driver.poll() is None, log.read_text()[-4000:]
+                with contextlib.suppress(FileNotFoundError):
+                    record = json.loads(storage.read_bytes(filesystem, f"{run_folder}/training.json"))
+                time.sleep(0.02)
+            workers = [
+                process
+                for process in psutil.Process(driver.pid).children(recursive=True)
+                if any("RayTrainWorker" in word for word in process.cmdline())
+            ]
+            assert len(workers) == 2
+            random.choice(workers).kill()
+            assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
+        finally:
+            driver.kill()
+        step, ours = state_of_last_checkpoint(f"{bucket}/runs/killed")
+        names = [info.base_name for info in filesystem.get_file_info(fs.FileSelector(run_folder))]
+    assert log.read_text().count("one of 2 workers") == 4  # both, twice
+    assert sorted(name for name in names if not name.startswith("checkpoint_2")) == [
+        "checkpoint_manager_snapshot.json", "generator", "training.json",
+    ]  # fmt: skip
+    assert len(names) == 5  # the last two checkpoints, and no orphan
+    _, straight = state_of_last_checkpoint(build / "runs/first")
     assert step == 30
     assert set(ours) == set(straight)
     assert [name for name, value in straight.items() if not torch.equal(ours[name], value)] == []
 
-    run_ids = [
-        json.loads((build / f"runs/{name}/training.json").read_text())["mlflow_run_id"] for name in ("first", "killed")
-    ]
-    assert client.get_run(run_ids[1]).info.status == "FINISHED"
+    first = json.loads((build / "runs/first/training.json").read_text())
+    assert client.get_run(record["mlflow_run_id"]).info.status == "FINISHED"
     for name in ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm"):
-        first, killed = (
-            [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)] for run_id in run_ids
-        )
-        assert killed == first, name
+        assert logged(client, record, name) == logged(client, first, name), name
 
 
 @pytest.mark.cluster

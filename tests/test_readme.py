@@ -42,12 +42,26 @@ def test_cache_commands_are_understood_by_the_real_parser():
 
 
 def test_conversion_commands_are_understood_by_the_real_parsers():
-    convert, train = (shlex.split(line) for line in commands("convert"))
+    convert, train, of_file = (shlex.split(line) for line in commands("convert"))
     assert convert[:3] == ["python", "-m", "pipelines.convert"]
     assert tyro.cli(ConvertJob, args=convert[3:]).source in SOURCES
     assert train[:3] == ["python", "-m", "pipelines.train"]
     preset, job = parse_arguments(train[3:])
-    assert (preset, job.initial) == ("xl2", tyro.cli(ConvertJob, args=convert[3:]).output)
+    converted = tyro.cli(ConvertJob, args=convert[3:])
+    assert (preset, job.init_from, job.init_source) == ("xl2", converted.output, None)
+    _, job = parse_arguments(of_file[3:])
+    assert (job.init_from, job.init_source) == (str(converted.checkpoint), converted.source)
+
+
+def test_options_that_the_table_of_training_names_exist():
+    import re
+
+    text = (REPOSITORY / "README.md").read_text()
+    section = text[text.index("### A training that survives") : text.index("### What the stages hand")]
+    options = re.findall(r"`(--[^`]+)`", section)
+    assert len(options) >= 7
+    for option in options:
+        parse_arguments(["xl2", "--data", "d", "--storage", "s", "--run-name", "r", *option.split()])
 
 
 def test_a_misspelt_option_would_be_noticed(capsys):

@@ -32,10 +32,10 @@ from tests.clusters import cluster_of_two, processes_of
 from tests.latents import encode_in_process
 from tests.readme import REPOSITORY
 
-NUM_STEPS = 120
+NUM_STEPS = 240
 OPTIONS = [
     "--num-steps", str(NUM_STEPS), "--log-interval-steps", "5", "--checkpoint-interval-steps", "20",
-    "--sample-interval-steps", "1000", "--num-workers", "2", "--max-failures", "20", "--global-batch-size", "64",
+    "--sample-interval-steps", "1000", "--num-workers", "2", "--max-failures", "20", "--global-batch-size", "128",
 ]  # fmt: skip
 FIGURES = ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm")
 
@@ -57,6 +57,7 @@ class Server:
              "--artifacts-destination", str(self._folder / "artifacts"), "--host", "127.0.0.1",
              "--port", str(self._port), "--workers", "1"],
             cwd=self._folder, stdout=log, stderr=log, start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"},  # no part of a cluster
         )  # fmt: skip
         deadline = time.monotonic() + 120
         while True:
@@ -331,12 +332,12 @@ def test_notice_of_preemption_makes_a_checkpoint_at_once(cluster, server, latent
 def test_number_of_workers_may_change_on_the_way(cluster, server, latents, root, straight, parallelism):
     training = Training(
         cluster, server, latents, root, f"elastic-{parallelism}", "--min-workers", "1", "--resize-interval-seconds", "5",
-        "--parallelism", parallelism, "--rows-per-pass", "32", "--checkpoint-interval-steps", "5",
+        "--parallelism", parallelism, "--rows-per-pass", "48", "--checkpoint-interval-steps", "5",
     )  # fmt: skip
     training.start()
-    training.wait_for_step(20)
+    training.wait_for_step(40)
     cluster.remove_second()
-    training.wait_for_step(60)
+    training.wait_for_step(100)
     cluster.add_second()
     training.finish()
     sizes = [int(found) for found in re.findall(r"one of (\d+) workers", training.log())]

@@ -1,33 +1,22 @@
 """Reading from and writing to an object store, against an S3 server on loopback."""
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipelines import check, encode, latent_store, storage
 from pipelines.command import InputError
 from pipelines.latent_cache import open_latents
 from tests.image_forms import as_samples, images_of, write_tar
 from tests.latents import assert_same
+from tests.object_store import s3_bucket
 from tests.pipelines.test_encode import job, without_ray  # noqa: F401  # a fixture
 
 
 @pytest.fixture(scope="module")
 def bucket():
     """The URI of an empty bucket."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.stop()
+    with s3_bucket() as uri:
+        yield uri
 
 
 def upload(folder, uri):

@@ -13,7 +13,7 @@ from pipelines.batches import BatchSource, Prefetcher
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.latent_store import LatentDataset
-from pipelines.train import parse_arguments
+from pipelines.train import begin_or_resume_run, parse_arguments
 from pipelines.training_worker import sample_grid
 from tests.manifests import make_manifest
 
@@ -53,7 +53,16 @@ def test_help_lists_presets_with_what_they_are(capsys):
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("--loss.guidance.kappa", "1.5", "kappa must lie in"), ("--num-steps", "0", "num_steps must be at least 1")],
+    [
+        ("--loss.guidance.kappa", "1.5", "kappa must lie in"),
+        ("--num-steps", "0", "num_steps must be at least 1"),
+        ("--rows-per-pass", "0", "rows_per_pass must be at least 1, but got 0"),
+        ("--min-workers", "2", "min_workers must be at most num_workers 1, but got 2"),
+        ("--skip-nonfinite", "-1", "skip_nonfinite must be at least 0, but got -1"),
+        ("--max-failures", "-2", "max_failures must be at least 0, or -1"),
+        ("--init-source", "sit", "init_source says what --init-from is"),
+        ("--guidance-after-steps", "-1", "guidance_after_steps must be at least 0"),
+    ],
 )
 def test_impossible_override_is_refused(option, value, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "debug", *REQUIRED, option, value])
@@ -142,3 +151,80 @@ def test_latents_of_another_autoencoder_than_the_named_one_are_refused(tmp_path,
         train.train("debug", job)
     assert not (tmp_path / "runs").exists()
     train._check_vae(job, replace(manifest(1), recipe=replace(manifest(1).recipe, vae_sha256=weight_hash(vae))))
+
+
+def begin(folder, *options, of=None):
+    _, job = parse_arguments(["debug", "--data", "d", "--storage", str(folder), "--run-name", "r", *options])
+    return begin_or_resume_run(job, "debug", of or manifest(5), f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder of runs with one that has begun, and that run."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, begin(folder)
+
+
+def test_run_goes_on_where_only_what_may_change_has_changed(begun):
+    folder, run = begun
+    options = [
+        "--num-steps",
+        "99",
+        "--log-interval-steps",
+        "1",
+        "--compile",
+        "--num-workers",
+        "4",
+        "--rows-per-pass",
+        "2",
+    ]
+    assert begin(folder, "--data", "elsewhere", *options).run_id == run.run_id
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--global-batch-size", "32"], "config.global_batch_size was 16, is 32"),
+        (["--network.depth", "3"], "config.network.depth was 2, is 3"),
+        (["--seed", "5"], "config.seed was 0, is 5"),
+        (["--no-mirror"], "mirror was True, is False"),
+        (["--init-from", "g"], "init_from was None, is g"),
+        (["--guidance-after-steps", "10"], "config.guidance_after_steps was None, is 10"),
+    ],
+)
+def test_run_of_another_experiment_is_refused_by_name(begun, options, words):
+    with pytest.raises(InputError, match=f"run r in .* is another experiment \\({words}\\); choose another --run-name"):
+        begin(begun[0], *options)
+
+
+def test_run_on_other_data_is_refused_by_name(begun):
+    with pytest.raises(InputError, match="data_sha256 was .*, is .*"):
+        begin(begun[0], of=replace(manifest(5), shard_sha256=["2" * 64]))
+    with pytest.raises(InputError, match="vae_sha256 was 0+, is 3+"):
+        begin(begun[0], of=replace(manifest(5), recipe=replace(manifest(5).recipe, vae_sha256="3" * 64)))
+
+
+def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "manifest.json").write_text(manifest(400).to_json())
+    arguments = [
+        "train",
+        "debug",
+        "--data",
+        str(tmp_path / "latents"),
+        "--storage",
+        str(tmp_path / "runs"),
+        "--run-name",
+        "r",
+    ]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run", "--num-workers", "2", "--rows-per-pass", "3"])
+    run_command(train.main)
+    text = capsys.readouterr().out
+    assert "optimizer.learning_rate" in text
+    assert "2: 8 rows each, in 3 passes" in text
+    assert "an epoch      25.0 steps" in text
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run", "--num-workers", "17"])
+    with pytest.raises(SystemExit):
+        run_command(train.main)
+    assert "global_batch_size 16 is less than num_workers 17" in capsys.readouterr().err

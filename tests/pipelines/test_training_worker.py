@@ -1,0 +1,143 @@
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed
+
+from meanflow_core.presets import debug
+from meanflow_core.training import SUMS, StepMetrics, build_train_state
+from pipelines import tracking
+from pipelines.training_worker import Figures, FiniteWatch, Observer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group(tmp_path_factory):
+    """A process group of this process alone."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/meeting", rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+def metrics(seed, *, norm=1.5, skipped=False):
+    sums = torch.rand(len(SUMS), generator=torch.Generator().manual_seed(seed))
+    sums[2], sums[4] = 12.0, 4.0  # rows
+    return StepMetrics(sums=sums, gradient_norm=torch.tensor(norm), skipped=skipped)
+
+
+def state():
+    return build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=CPU)
+
+
+STEADY = (
+    "loss",
+    "squared_error_r_equals_t",
+    "squared_error_r_below_t",
+    "squared_error_v",
+    "dudt_norm",
+    "gradient_norm",
+)
+
+
+def steady(figures):
+    """The figures that do not tell the time."""
+    return {name: figures[name] for name in STEADY}
+
+
+def test_figures_are_means_over_steps_and_rows():
+    figures, steps = Figures(CPU), [metrics(seed, norm=float(seed)) for seed in range(3)]
+    for step in steps:
+        figures.add(step, data_seconds=0.0)
+    found = figures.read(debug(), state(), step_flops=7.0)
+    sums = dict(zip(SUMS, sum(step.sums for step in steps).tolist(), strict=True))
+    assert found["loss"] == pytest.approx(sums["loss"] / 3)
+    assert found["squared_error_r_equals_t"] == pytest.approx(sums["squared_error_r_equals_t"] / 36)
+    assert found["squared_error_r_below_t"] == pytest.approx(sums["squared_error_r_below_t"] / 12)
+    assert found["squared_error_v"] == pytest.approx(sums["squared_error_v"] / 48)
+    assert found["dudt_norm"] == pytest.approx(sums["dudt_norm"] / 12)
+    assert found["gradient_norm"] == pytest.approx(1.0)
+    assert found["model_flops_per_second"] / found["images_per_second"] == pytest.approx(7.0 / 16)
+    assert found["peak_memory_bytes"] > 1e7
+    assert found["learning_rate"] == debug().optimizer.learning_rate
+
+
+def test_skipped_step_is_in_no_mean():
+    figures, without = Figures(CPU), Figures(CPU)
+    broken = replace(metrics(1), sums=torch.full((len(SUMS),), float("nan")), skipped=True)
+    for step in (metrics(0), broken, metrics(2)):
+        figures.add(step, data_seconds=0.0)
+        if not step.skipped:
+            without.add(step, data_seconds=0.0)
+    assert steady(figures.read(debug(), state(), 1.0)) == steady(without.read(debug(), state(), 1.0))
+
+
+def test_interval_goes_on_after_a_resume_to_the_last_bit():
+    straight, first = Figures(CPU), Figures(CPU)
+    for seed in range(6):
+        straight.add(metrics(seed), data_seconds=0.0)
+        if seed < 4:
+            first.add(metrics(seed), data_seconds=0.0)
+    resumed = Figures(CPU)
+    resumed.restore(first.state(), rank=0)
+    for seed in (4, 5):
+        resumed.add(metrics(seed), data_seconds=0.0)
+    assert steady(resumed.read(debug(), state(), 1.0)) == steady(straight.read(debug(), state(), 1.0))
+
+
+def test_interval_of_another_number_of_workers_is_the_first_ones_to_add_up():
+    saved = {"num_steps": 2, "sums": [[1.0] * len(SUMS) + [5.0], [2.0] * len(SUMS) + [5.0]]}
+    first, other = Figures(CPU), Figures(CPU)
+    first.restore(saved, rank=0)
+    other.restore(saved, rank=1)
+    assert first.state() == {"num_steps": 2, "sums": [[3.0] * len(SUMS) + [5.0]]}
+    assert other.state() == {"num_steps": 2, "sums": [[0.0] * (len(SUMS) + 1)]}
+
+
+def test_pace_is_without_what_was_excluded(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pipelines.training_worker.time.monotonic", lambda: now[0])
+    figures = Figures(CPU)
+    figures.add(metrics(0), data_seconds=0.5)
+    now[0] += 12.0
+    figures.exclude(10.0)
+    found = figures.read(debug(), state(), 1.0)
+    assert found["images_per_second"] == pytest.approx(8.0)
+    assert found["data_wait_share"] == pytest.approx(0.25)
+
+
+def test_first_gradient_that_is_not_finite_is_noticed_by_the_next_step():
+    watch = FiniteWatch()
+    watch.add(1, metrics(1))
+    watch.add(2, metrics(2, norm=float("nan"), skipped=True))  # it moved nothing
+    watch.add(3, metrics(3, norm=float("inf")))
+    assert watch.first_bad_step is None
+    watch.add(4, metrics(4, norm=float("nan")))
+    assert watch.first_bad_step == 3
+    settled = FiniteWatch()
+    settled.add(7, metrics(7, norm=float("nan")))
+    settled.settle()
+    assert settled.first_bad_step == 7
+
+
+def test_first_worker_alone_shows_what_all_draw(pipeline, tmp_path, caplog):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run = tracking.Run.begin(uri, "experiment", "name", {})
+    first, other = Observer(run, pipeline, 10, 0), Observer(None, pipeline, 10, 0)
+    figures = {"loss": 1.0, "images_per_second": 5.0, "squared_error_r_equals_t": 2.0, "squared_error_r_below_t": 3.0}
+    with caplog.at_level(logging.INFO):
+        for observer in (other, first):
+            observer.show_figures(figures, 10)
+            observer.show_samples(10)
+            observer.close()
+    assert len([record for record in caplog.records if "trained 10 of 10 steps" in record.message]) == 1
+    client = tracking.MlflowClient(uri)
+    assert len(client.get_metric_history(run.run_id, "loss")) == 1
+    names = [file.path for file in client.list_artifacts(run.run_id, "images") if file.path.endswith(".png")]
+    assert sorted(name.split("~")[1].split("+")[0].split("%")[0] for name in names) == ["one_step", "two_steps"]
+    assert other.unlogged() == []
+    assert np.isfinite(list(client.get_run(run.run_id).data.metrics.values())).all()

@@ -1,0 +1,102 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from ray.train import Checkpoint
+
+from meanflow_core.checkpoint import save_train_state
+from meanflow_core.latents import LatentNormalization, sample_latents
+from meanflow_core.loss import draw_step_record, meanflow_loss
+from meanflow_core.presets import debug
+from meanflow_core.training import build_train_state
+from pipelines import encode, tracking, validation
+from pipelines.command import InputError
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.latent_cache import open_latents
+from pipelines.latent_store import read_manifest
+from pipelines.training_job import TrainJob
+from tests.conftest import perturbed
+from tests.latents import encode_in_process
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory, image_root):
+    """Forty held-out images."""
+    output = tmp_path_factory.mktemp("validation") / "latents"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_encode_shards", encode_in_process)
+        patch.setattr(encode, "start_ray", lambda needed_cpus: None)
+        encode.encode(
+            encode.EncodeJob(
+                images=str(image_root / "val"), output=str(output), vae=str(SHIPPED_AUTOENCODER), image_size=64
+            )
+        )
+    return output
+
+
+def fresh_state():
+    return build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
+
+
+def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_step(latents, tmp_path):
+    state = fresh_state()
+    perturbed(state.ema_network)
+    state.step = 7
+    for parameter in state.network.parameters():
+        state.optimizer.state[parameter] = {
+            "step": torch.tensor(7.0),
+            **{name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")},
+        }
+    (tmp_path / "checkpoint").mkdir()
+    save_train_state(state, debug(), tmp_path / "checkpoint")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run = tracking.Run.begin(uri, "experiment", "name", {})
+    job = TrainJob(
+        data=str(latents), storage="s", run_name="r", validation_data=str(latents), config=debug(),
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    figures = validation.validate(Checkpoint(str(tmp_path / "checkpoint")), job, uri, run.run_id)
+
+    dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
+    assert len(dataset) == 40
+    loss = replace(debug().loss, label_drop_probability=0.0)
+    record = draw_step_record(loss, seed=validation.SEED, step=0, num_rows=40, latent_shape=(4, 8, 8))
+    moments, labels = dataset.rows(np.arange(40), np.zeros(40, bool))
+    normalization = LatentNormalization.from_vae_config(validation.latent_store.open_autoencoder(str(latents)).config)
+    errors = meanflow_loss(
+        state.ema_network, state.ema_network,
+        sample_latents(torch.from_numpy(moments), record.posterior_noise, normalization), torch.from_numpy(labels),
+        record, loss, null_label=10, global_num_rows=40,
+    ).squared_error  # fmt: skip
+    below = record.r < record.t
+    assert figures["validation/squared_error_r_below_t"] == pytest.approx(float(errors[below].mean()), rel=1e-4)
+    assert figures["validation/squared_error_r_equals_t"] == pytest.approx(float(errors[~below].mean()), rel=1e-4)
+    client = MlflowClient(uri)
+    for name, value in figures.items():
+        assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, name)] == [(7, value)]
+
+
+def test_latents_that_cannot_be_compared_are_refused(latents):
+    ours = read_manifest(str(latents))
+    validation.check(str(latents), ours)
+    for what, other in (
+        ("autoencoder", replace(ours, recipe=replace(ours.recipe, vae_sha256="0"))),
+        ("classes", replace(ours, class_names=ours.class_names[:-1])),
+        ("shape", replace(ours, recipe=replace(ours.recipe, moments_shape=(8, 4, 4)))),
+    ):
+        with pytest.raises(InputError, match=f"has another {what} than the training's"):
+            validation.check(str(latents), other)
+
+
+@pytest.mark.parametrize(
+    ("resources", "use_gpu", "beside"),
+    [({"CPU": 3}, False, True), ({"CPU": 2}, False, False), ({"CPU": 16, "GPU": 2}, True, False),
+     ({"CPU": 16, "GPU": 3}, True, True), ({"CPU": 2, "GPU": 3}, True, False)],
+)  # fmt: skip
+def test_checkpoints_are_measured_beside_training_where_there_is_room(monkeypatch, resources, use_gpu, beside):
+    monkeypatch.setattr(validation.ray, "cluster_resources", lambda: resources)
+    job = TrainJob(data="d", storage="s", run_name="r", num_workers=2, validation_data="v", config=debug())
+    assert validation.validates_beside(job, use_gpu=use_gpu) == beside
+    assert not validation.validates_beside(replace(job, validation_data=None), use_gpu=use_gpu)

@@ -4,6 +4,7 @@ A checkpoint is committed when all workers have uploaded their files and Ray has
 leaves before that is an orphan, which nothing ever takes for a checkpoint, and which the next start deletes.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -15,15 +16,19 @@ from typing import Any
 import psutil
 import ray.train
 from pyarrow import fs
-from ray.train import Checkpoint, CheckpointUploadMode, Result
+from ray.train import Checkpoint, CheckpointUploadMode, Result, UserCallback
 
 from meanflow_core.checkpoint import load_train_state, save_train_state
 from meanflow_core.config import TrainingConfig
 from meanflow_core.training import TrainState
+from pipelines import storage
+from pipelines.command import InputError
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint_"  # of the folders that Ray makes in a run's
+RECORD = "checkpoint_manager_snapshot.json"  # Ray's, which it writes in place
+SPARE_RECORD = "checkpoint_manager_snapshot.spare.json"
 SCRATCH = "meanflow-ray-checkpoint-"
 
 
@@ -71,6 +76,49 @@ def delete_scratch() -> None:
         owner = folder.name.removeprefix(SCRATCH).split("-")[0]
         if folder.is_dir() and owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class SpareRecord(UserCallback):
+    """Keeps a copy of Ray's record, written whole or not at all, after every checkpoint.
+
+    Ray writes its record in place: a machine that dies at that moment leaves half of one, and Ray would not go on.
+    """
+
+    def __init__(self, run_location: str) -> None:
+        self._run_location = run_location
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Ray calls it in its controller, when its own record is written."""
+        if checkpoint is not None:
+            filesystem, path = storage.open_storage(self._run_location)
+            storage.write_bytes(
+                filesystem, f"{path}/{SPARE_RECORD}", storage.read_bytes(filesystem, f"{path}/{RECORD}")
+            )
+
+
+def mend_record(filesystem: fs.FileSystem, run_path: str) -> None:
+    """Puts the spare record in the place of a torn one. Raises InputError where there is no spare."""
+    if filesystem.get_file_info(f"{run_path}/{RECORD}").type != fs.FileType.File:
+        return
+    try:
+        json.loads(storage.read_bytes(filesystem, f"{run_path}/{RECORD}"))
+    except ValueError as error:
+        if filesystem.get_file_info(f"{run_path}/{SPARE_RECORD}").type != fs.FileType.File:
+            raise InputError(
+                f"{run_path}/{RECORD} is torn, and no checkpoint was ever committed; remove it, or choose another "
+                f"--run-name"
+            ) from error
+        logger.warning("Ray's record of the checkpoints is torn; going on with that of the checkpoint before")
+        spare = json.loads(storage.read_bytes(filesystem, f"{run_path}/{SPARE_RECORD}"))
+        # A validation that ended since may have had an old checkpoint deleted, and Ray refuses a record of such.
+        kept = [
+            (result, index)
+            for result, index in zip(spare["checkpoint_results"], spare["checkpoint_report_indices"], strict=True)
+            if filesystem.get_file_info(f"{run_path}/{result['checkpoint_dir_name']}").type == fs.FileType.Directory
+        ]
+        spare["checkpoint_results"] = [result for result, _ in kept]
+        spare["checkpoint_report_indices"] = [index for _, index in kept]
+        storage.write_bytes(filesystem, f"{run_path}/{RECORD}", json.dumps(spare).encode())
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ def train(preset: str, job: TrainJob) -> None:
     logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
     for key, value in job.config.flat().items():
         logger.info("  %s = %s", key, value)
+    checkpoints.mend_record(filesystem, f"{root}/{job.run_name}")
     checkpoints.delete_orphans(filesystem, f"{root}/{job.run_name}")
 
     validates = validation.validates_beside(job, use_gpu=use_gpu)
@@ -236,6 +237,7 @@ def train(preset: str, job: TrainJob) -> None:
             storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=job.keep_checkpoints),
             failure_config=FailureConfig(max_failures=job.max_failures),
+            callbacks=[checkpoints.SpareRecord(f"{job.storage}/{job.run_name}")],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         validation_config=validation.config(job, tracking_uri, run.run_id, use_gpu=use_gpu) if validates else None,

@@ -35,7 +35,7 @@ from tests.readme import REPOSITORY
 NUM_STEPS = 240
 OPTIONS = [
     "--num-steps", str(NUM_STEPS), "--log-interval-steps", "5", "--checkpoint-interval-steps", "20",
-    "--sample-interval-steps", "1000", "--num-workers", "2", "--max-failures", "20", "--global-batch-size", "128",
+    "--sample-interval-steps", "1000", "--num-workers", "2", "--max-failures", "20", "--global-batch-size", "256",
 ]  # fmt: skip
 FIGURES = ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm")
 

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -31,7 +32,9 @@ class RunError(RuntimeError):
 def set_up_logging() -> None:
     """Log lines with the time on stderr; libraries speak from warnings upwards."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for chatty in ("httpx", "alembic", "mlflow", "ray.data", "ray.train"):
+    # This module of Ray Train names its logger by its file, and tells every checkpoint in 800 characters.
+    context = str(Path(ray.__file__).parent / "train/v2/_internal/execution/context.py")
+    for chatty in ("httpx", "alembic", "mlflow", "ray.data", "ray.train", context):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

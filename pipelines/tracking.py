@@ -1,5 +1,6 @@
 """MLflow for the pipelines: where it is, one run per training, and the registry of generators."""
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -110,15 +111,20 @@ class Run:
         try_requests_once()
         client = MlflowClient(tracking_uri)
         try:
-            created = client.create_run(_experiment_id(client, experiment), run_name=name, tags=dict(tags))
-            client.log_batch(created.info.run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+            run_id = client.create_run(_experiment_id(client, experiment), run_name=name, tags=dict(tags)).info.run_id
+            try:
+                client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+            except MlflowException:
+                with contextlib.suppress(MlflowException):
+                    client.set_terminated(run_id, "FAILED")
+                raise
         except MlflowException as error:
             if may_pass(error):
                 raise InputError(
                     f"cannot reach MLflow at {tracking_uri}; start it, or set MLFLOW_TRACKING_URI ({brief(error)})"
                 ) from error
             raise InputError(f"MLflow at {tracking_uri} refuses the run {name}: {brief(error)}") from error
-        return cls(tracking_uri, created.info.run_id)
+        return cls(tracking_uri, run_id)
 
     def resume(self) -> None:
         """Marks the run as running again: later, where MLflow cannot be reached now, since a training need not wait.
@@ -186,7 +192,10 @@ class Run:
         self._outbox.close()
 
     def system_metrics(self, node_id: str) -> "SystemMetrics":
-        """A context in which the use of this machine's processors, memory, disks, network and GPUs is logged."""
+        """A context in which the use of this machine's processors, memory, disks, network and GPUs is logged.
+
+        The last samples are written by a flush.
+        """
         return SystemMetrics(self._outbox, self.run_id, self.tracking_uri, node_id)
 
     def register_generator(self, folder: Path, name: str) -> str:
@@ -241,7 +250,7 @@ class Run:
 
     def _insist(self, request: Callable[[], T]) -> T:
         """A request's result, tried again for five minutes."""
-        deadline = time.monotonic() + self.patience_to_register_seconds
+        deadline, has_warned = time.monotonic() + self.patience_to_register_seconds, False
         while True:
             try:
                 return request()
@@ -253,7 +262,10 @@ class Run:
                         f"cannot reach MLflow at {self.tracking_uri}; start it, or set MLFLOW_TRACKING_URI "
                         f"({brief(error)})"
                     ) from error
-            time.sleep(2.0)
+                if not has_warned:
+                    logger.warning("MLflow at %s does not register for now: %s", self.tracking_uri, brief(error))
+                has_warned = True
+            time.sleep(1.0)
 
 
 class SystemMetrics(SystemMetricsMonitor):

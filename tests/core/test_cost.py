@@ -185,13 +185,13 @@ def real_peak_bytes(config: TrainingConfig, rows: int) -> int:
         (small, {}, 32),
         (small, {}, 1),  # the optimiser's copy of the parameters is more than the activations
         (small, {"precision": "bfloat16", "activation_checkpointing": True}, 32),
-        (small_improved, {}, 16),
+        (small_improved, {"precision": "bfloat16", "activation_checkpointing": True}, 16),
     ],
 )
 def test_a_real_step_allocates_what_was_estimated(make, changes, rows):
     config = make(**changes, global_batch_size=rows)
     memory = memory_estimate(config, **SMALL, rows_per_pass=rows)
-    assert memory.activations + memory.temporaries == pytest.approx(real_peak_bytes(config, rows), rel=0.05)
+    assert memory.activations + memory.temporaries == pytest.approx(real_peak_bytes(config, rows), rel=0.03)
 
 
 def saved_bytes(config: TrainingConfig, rows: int) -> int:

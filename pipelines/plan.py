@@ -7,19 +7,10 @@ from meanflow_core.config import NetworkConfig, TrainingConfig
 from meanflow_core.cost import checkpoint_bytes, forward_flops, memory_estimate, num_parameters, step_flops
 from meanflow_core.imf_transformer import NUM_CONDITION_TOKENS
 from meanflow_core.presets import PRESETS
+from meanflow_core.training import num_passes
 
 # A round figure to divide by, for the order of a training's length: an H100's peak is 989 in bfloat16, 67 in float32.
 ASSUMED_TERAFLOPS = 100.0
-
-
-def passes_of_step(global_batch_size: int, num_workers: int, rows_per_pass: int) -> int:
-    """Passes in which every worker takes its rows of a step, in equal shares.
-
-    The same number on all workers: as many as keep a pass at rows_per_pass rows, and no more than there are rows on
-    the worker that has fewest.
-    """
-    least, most = global_batch_size // num_workers, ceil(global_batch_size / num_workers)
-    return min(ceil(most / rows_per_pass), least)
 
 
 def describe(
@@ -137,7 +128,7 @@ def _tokens(config: NetworkConfig, sample_size: int) -> tuple[int, str]:
 
 def _shares(batch: int, num_workers: int, rows_per_pass: int) -> str:
     least, most = batch // num_workers, ceil(batch / num_workers)
-    passes = passes_of_step(batch, num_workers, rows_per_pass)
+    passes = num_passes(batch, num_workers, rows_per_pass)
     rows = f"{_span(least, most)} {'row' if most == 1 else 'rows'} each"
     if passes == 1:
         return f"{rows}, at once"
@@ -151,7 +142,7 @@ def _span(least: int, most: int) -> str:
 
 
 def _largest_pass(batch: int, num_workers: int, rows_per_pass: int) -> int:
-    return ceil(ceil(batch / num_workers) / passes_of_step(batch, num_workers, rows_per_pass))
+    return ceil(ceil(batch / num_workers) / num_passes(batch, num_workers, rows_per_pass))
 
 
 def _time(flops: float, num_workers: int) -> str:

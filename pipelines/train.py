@@ -314,17 +314,21 @@ def dry_run(preset: str, job: TrainJob) -> str:
     """What would be trained, and what it costs. Raises InputError as training would."""
     job, manifest, _ = prepared(job)
     share = -(-job.config.global_batch_size // job.num_workers)
-    return describe(
-        preset,
-        job.config,
-        num_samples=manifest.num_samples,
-        latent_shape=manifest.latent_shape,
-        num_classes=len(manifest.class_names),
-        num_workers=job.num_workers,
-        min_workers=job.min_workers,
-        rows_per_pass=min(job.rows_per_pass or share, share),
-        num_shards=job.num_workers if job.parallelism == "fsdp2" else 1,
-    )
+    fewest = job.min_workers or job.num_workers
+    try:
+        return describe(
+            preset,
+            job.config,
+            num_samples=manifest.num_samples,
+            latent_shape=manifest.latent_shape,
+            num_classes=len(manifest.class_names),
+            num_workers=job.num_workers,
+            min_workers=job.min_workers,
+            rows_per_pass=min(job.rows_per_pass or share, share),
+            num_shards=fewest if job.parallelism == "fsdp2" else 1,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str, TrainJob]:

@@ -6,7 +6,8 @@ import pytest
 
 from meanflow_core.cost import memory_estimate, step_flops
 from meanflow_core.presets import debug, debug_imf
-from pipelines.plan import describe, passes_of_step
+from meanflow_core.training import num_passes
+from pipelines.plan import describe
 
 SIZES = {"sample_size": 8, "in_channels": 4, "num_classes": 10}
 
@@ -122,7 +123,7 @@ def test_tokens_of_what_the_network_is_told_are_counted():
     ],
 )
 def test_passes_are_equally_many_on_all_workers_and_none_is_empty(rows, workers, rows_per_pass, passes):
-    assert passes_of_step(rows, workers, rows_per_pass) == passes
+    assert num_passes(rows, workers, rows_per_pass) == passes
     shares = [(rank + 1) * rows // workers - rank * rows // workers for rank in range(workers)]
     assert min(shares) >= passes
 

@@ -204,12 +204,18 @@ def train(preset: str, job: TrainJob) -> None:
     tracking_uri = tracking.resolve_tracking_uri(job.storage, num_nodes)
     filesystem, root = storage.open_storage(job.storage)
     request = notices.claim_run(f"{job.storage}/{job.run_name}")
+    checkpoints.mend_record(filesystem, f"{root}/{job.run_name}")
+    checkpoints.delete_orphans(filesystem, f"{root}/{job.run_name}")
+    reached = checkpoints.committed(filesystem, f"{root}/{job.run_name}")
+    if reached is not None and reached.step > job.config.num_steps:
+        raise InputError(
+            f"run {job.run_name} has taken {reached.step} steps already, more than num_steps {job.config.num_steps}; "
+            f"choose another --run-name, or as many steps at least"
+        )
     run = begin_or_resume_run(job, preset, manifest, tracking_uri)
     logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
     for key, value in job.config.flat().items():
         logger.info("  %s = %s", key, value)
-    checkpoints.mend_record(filesystem, f"{root}/{job.run_name}")
-    checkpoints.delete_orphans(filesystem, f"{root}/{job.run_name}")
 
     validates = validation.validates_beside(job, use_gpu=use_gpu)
     task = WorkerTask(

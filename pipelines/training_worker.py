@@ -323,6 +323,7 @@ def _train(task: WorkerTask, stack: ExitStack) -> Outcome:
 
     run = tracking.Run(task.tracking_uri, task.run_id)
     if context.get_local_rank() == 0:
+        stack.callback(run.flush)  # after the last sample
         stack.enter_context(run.system_metrics(f"node-{context.get_node_rank()}"))
     if restored is not None and rank == 0:
         run.adopt(restored["unlogged"])

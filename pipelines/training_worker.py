@@ -294,105 +294,131 @@ def train_worker(given: dict[str, Any]) -> dict[str, Any]:
     """One worker's training, from the run's last checkpoint to its end; returns an Outcome as a dictionary."""
     set_up_logging()
     with ExitStack() as stack:
-        return asdict(_train(given["task"], stack))
+        return asdict(TrainingWorker(given["task"], stack).run())
 
 
-def _train(task: WorkerTask, stack: ExitStack) -> Outcome:
-    job, config = task.job, task.job.config
-    context, device = ray.train.get_context(), ray.train.torch.get_device()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    checkpoints.delete_scratch()
+class TrainingWorker:
+    """One worker: its part of the state, of every step's rows, and, on the first, what is shown."""
 
-    dataset = open_latents(job.data, job.cache_dir, mirrored=job.mirror)
-    is_fresh = ray.train.get_checkpoint() is None
-    state = build_train_state(
-        config,
-        **network_sizes(dataset.manifest),
-        device=device,
-        initial=ray.get(task.initial) if is_fresh and task.initial is not None else None,
-        shard=shard_network if job.parallelism == "fsdp2" else None,
-    )
-    figures, last_figures = Figures(device), {}
-    restored = checkpoints.restore(state)
-    if restored is not None:
-        figures.restore(restored["figures"], rank)
-        logger.info("resumed at step %d", state.step)
-    logger.info("one of %d workers", world_size)
+    def __init__(self, task: WorkerTask, stack: ExitStack) -> None:
+        """Restores the run's last committed checkpoint, or begins. stack: ends what must be ended with the worker."""
+        self._task, self._job, self._config = task, task.job, task.job.config
+        context, device = ray.train.get_context(), ray.train.torch.get_device()
+        self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        checkpoints.delete_scratch()
 
-    run = tracking.Run(task.tracking_uri, task.run_id)
-    if context.get_local_rank() == 0:
-        stack.callback(run.flush)  # after the last sample
-        stack.enter_context(run.system_metrics(f"node-{context.get_node_rank()}"))
-    if restored is not None and rank == 0:
-        run.adopt(restored["unlogged"])
-    observer = None
-    vae = latent_store.open_autoencoder(job.data)
-    normalization = LatentNormalization.from_vae_config(vae.config)
-    if rank == 0 or job.parallelism == "fsdp2":
-        pipeline = pipeline_of(state.ema_network, vae.to(device), dataset.manifest, config)
-        observer = Observer(run if rank == 0 else None, pipeline, config.num_steps, state.step)
+        dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._job.mirror)
+        self._manifest = dataset.manifest
+        is_fresh = ray.train.get_checkpoint() is None
+        self._state = build_train_state(
+            self._config,
+            **network_sizes(self._manifest),
+            device=device,
+            initial=ray.get(task.initial) if is_fresh and task.initial is not None else None,
+            shard=shard_network if self._job.parallelism == "fsdp2" else None,
+        )
+        self._figures = Figures(device)
+        self._last_figures: dict[str, float] = {}
+        restored = checkpoints.restore(self._state)
+        if restored is not None:
+            self._figures.restore(restored["figures"], self._rank)
+            logger.info("resumed at step %d", self._state.step)
+        logger.info("one of %d workers", self._world_size)
 
-    source = Prefetcher(
-        BatchSource(dataset, config, rank=rank, world_size=world_size, device=device, rows_per_pass=job.rows_per_pass),
-        config.num_steps,
-    )
-    graded_network, accumulating = _wrapped(state, job)
-    if state.step < config.num_steps and job.parallelism == "ddp":
-        _rehearse(graded_network, state, source.batches(state.step)[0], config)
-    notices, watch = Notices(task.stop_request, rank), FiniteWatch()
-    outcome: dict[str, Any] = {}
-    while state.step < config.num_steps:
+        run = tracking.Run(task.tracking_uri, task.run_id)
+        if context.get_local_rank() == 0:
+            stack.callback(run.flush)  # after the last sample
+            stack.enter_context(run.system_metrics(f"node-{context.get_node_rank()}"))
+        if restored is not None and self._rank == 0:
+            run.adopt(restored["unlogged"])
+        vae = latent_store.open_autoencoder(self._job.data)
+        self._normalization = LatentNormalization.from_vae_config(vae.config)
+        self._observer = None
+        if self._rank == 0 or self._job.parallelism == "fsdp2":
+            pipeline = pipeline_of(self._state.ema_network, vae.to(device), self._manifest, self._config)
+            first = run if self._rank == 0 else None
+            self._observer = Observer(first, pipeline, self._config.num_steps, self._state.step)
+
+        source = BatchSource(
+            dataset,
+            self._config,
+            rank=self._rank,
+            world_size=self._world_size,
+            device=device,
+            rows_per_pass=self._job.rows_per_pass,
+        )
+        self._source = Prefetcher(source, self._config.num_steps)
+        self._graded_network, self._accumulating = _wrapped(self._state, self._job)
+        if self._state.step < self._config.num_steps and self._job.parallelism == "ddp":
+            _rehearse(self._graded_network, self._state, source.batches(self._state.step)[0], self._config)
+        self._notices, self._watch = Notices(task.stop_request, self._rank), FiniteWatch()
+
+    def run(self) -> Outcome:
+        """Takes the steps that are left. Every worker decides alike after every step."""
+        ending: dict[str, Any] = {}
+        while not ending and self._state.step < self._config.num_steps:
+            self._take_step()
+            shall_stop, machine_goes = self._notices.look()
+            step, is_last = self._state.step, self._state.step == self._config.num_steps
+            is_urgent = is_last or shall_stop or machine_goes
+            logs = is_last or step % self._config.log_interval_steps == 0
+            samples = is_last or step % self._config.sample_interval_steps == 0
+            saves = is_urgent or step % self._config.checkpoint_interval_steps == 0
+            if logs or saves:
+                self._watch.settle()
+            if self._watch.first_bad_step is not None:
+                ending = {"nonfinite_step": self._watch.first_bad_step}
+                break
+            if logs:
+                self._log()
+            began = time.monotonic()
+            if samples and self._observer is not None:
+                self._observer.show_samples(step)
+            if saves:
+                self._save(wait=is_urgent)
+            self._figures.exclude(time.monotonic() - began)
+            if shall_stop and not is_last:
+                ending = {"was_asked_to_stop": True}
+        self._notices.close()
+        if self._observer is not None:
+            self._observer.close()
+        return Outcome(step=self._state.step, figures=self._last_figures, **ending)
+
+    def _take_step(self) -> None:
         began = time.monotonic()
-        batches = source.batches(state.step)
+        batches = self._source.batches(self._state.step)
         data_seconds = time.monotonic() - began
         metrics = train_step(
-            state, graded_network, batches, normalization, config,
-            gradient_scale=float(world_size), accumulating=accumulating,
-            may_skip=state.num_skipped < job.skip_nonfinite,
-        )  # fmt: skip
-        figures.add(metrics, data_seconds)
-        watch.add(state.step, metrics)
-        if metrics.skipped and rank == 0:
-            logger.warning(
-                "the gradient of step %d is not finite: skipped, %d of %d",
-                state.step,
-                state.num_skipped,
-                job.skip_nonfinite,
-            )
+            self._state,
+            self._graded_network,
+            batches,
+            self._normalization,
+            self._config,
+            gradient_scale=float(self._world_size),
+            accumulating=self._accumulating,
+            may_skip=self._state.num_skipped < self._job.skip_nonfinite,
+        )
+        self._figures.add(metrics, data_seconds)
+        self._watch.add(self._state.step, metrics)
+        if metrics.skipped and self._rank == 0:
+            done = f"{self._state.num_skipped} of {self._job.skip_nonfinite}"
+            logger.warning("the gradient of step %d is not finite: skipped, %s", self._state.step, done)
 
-        shall_stop, machine_goes = notices.look()
-        is_last = state.step == config.num_steps
-        logs = state.step % config.log_interval_steps == 0 or is_last
-        saves = state.step % config.checkpoint_interval_steps == 0 or is_last or machine_goes or shall_stop
-        if logs or saves:
-            watch.settle()
-        if watch.first_bad_step is not None:
-            outcome = {"nonfinite_step": watch.first_bad_step}
-            break
-        if logs:
-            last_figures = figures.read(config, state, task.step_flops)
-            if observer is not None:
-                observer.show_figures(last_figures, state.step)
-            figures.clear()
-        began = time.monotonic()
-        if observer is not None and (state.step % config.sample_interval_steps == 0 or is_last):
-            observer.show_samples(state.step)
-        if saves:
-            extra = {
-                "figures": figures.state(),
-                "unlogged": observer.unlogged() if observer is not None else [],
-                "identity": job.identity(dataset.manifest),
-                "code": task.code,
-            }
-            is_urgent = is_last or machine_goes or shall_stop
-            checkpoints.report(state, config, last_figures, extra, wait=is_urgent, validate=task.validates)
-        figures.exclude(time.monotonic() - began)
-        if shall_stop and not is_last:
-            outcome = {"was_asked_to_stop": True}
-            break
-    notices.close()
-    if observer is not None:
-        observer.close()
-    return Outcome(step=state.step, figures=last_figures, **outcome)
+    def _log(self) -> None:
+        self._last_figures = self._figures.read(self._config, self._state, self._task.step_flops)
+        self._figures.clear()
+        if self._observer is not None:
+            self._observer.show_figures(self._last_figures, self._state.step)
+
+    def _save(self, *, wait: bool) -> None:
+        extra = {
+            "figures": self._figures.state(),
+            "unlogged": [] if self._observer is None else self._observer.unlogged(),
+            "identity": self._job.identity(self._manifest),
+            "code": self._task.code,
+        }
+        checkpoints.report(
+            self._state, self._config, self._last_figures, extra, wait=wait, validate=self._task.validates
+        )

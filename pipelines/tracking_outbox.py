@@ -41,9 +41,10 @@ def now_ms() -> int:
 def try_requests_once() -> None:
     """Has MLflow try a request once, unless the user decided: its own 7 retries take 4 minutes and fill the log.
 
-    For the whole process, since MLflow knows no other place for it.
+    For the whole process, since MLflow knows no other place for it. And no progress bars in a job's log.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def may_pass(error: Exception) -> bool:

@@ -24,6 +24,8 @@ from meanflow_core.training import TrainState
 
 STATE_FILE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch names them
+# A file is made up in memory before it is written: as much more than the state itself.
+BYTES_PER_FILE = 2**30
 
 
 def save_train_state(
@@ -38,7 +40,8 @@ def save_train_state(
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     tensors = _tensors(state, with_moments=_num_updates(state) > 0)
     with _plain_errors():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = HuggingFaceStorageWriter(str(folder), _file_numbers(tensors), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
     own = {path.name: path.stat().st_size for path in folder.glob(f"shard-{rank + 1:05d}-*.safetensors")}
     files = own
     if distributed.is_initialized():
@@ -115,6 +118,15 @@ def _tensors(state: TrainState, *, with_moments: bool) -> dict[str, torch.Tensor
             for moment in MOMENTS:
                 tensors[f"optimizer/{name}/{moment}"] = state.optimizer.state[parameter][moment]
     return tensors
+
+
+def _file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """{name: number of the file, from 1, that each process writes its part of the tensor to}, alike in all of them."""
+    numbers, size = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + size // BYTES_PER_FILE
+        size += tensor.numel() * tensor.element_size()
+    return numbers
 
 
 def _load(tensors: dict[str, torch.Tensor], folder: Path) -> None:

@@ -204,16 +204,36 @@ def train_step(
     gradient_norm = _whole(
         torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.max_gradient_norm or float("inf"))
     )
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
     skipped = may_skip and not bool(torch.isfinite(gradient_norm))
     if skipped:
         state.num_skipped += 1
     else:
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
         state.optimizer.step()
         update_emas(state)
     state.step += 1
     return StepMetrics(sums=torch.stack(sums).sum(dim=0), gradient_norm=gradient_norm, skipped=skipped)
+
+
+def rehearse(state: TrainState, graded_network: Network, batch: Batch, config: TrainingConfig) -> None:
+    """One backward through a fresh DistributedDataParallel, whose gradient is thrown away.
+
+    After its first one DDP arranges its buckets anew, and a sum over more than two workers depends on where in a
+    bucket a number lies: without this, the first step after a resume would round otherwise than in a run that went on.
+    """
+    meanflow_loss(
+        graded_network,
+        state.network,
+        torch.zeros_like(batch.record.noise),
+        batch.labels,
+        batch.record,
+        config.loss_at(state.step),
+        null_label=state.network.config.num_classes,
+        global_num_rows=config.global_batch_size,
+        separate_derivative=True,
+    ).loss.backward()
+    state.optimizer.zero_grad(set_to_none=True)
 
 
 def _graded_pass(

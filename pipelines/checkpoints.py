@@ -7,6 +7,7 @@ leaves before that is an orphan, which nothing ever takes for a checkpoint, and 
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import ray.train
 from pyarrow import fs
 from ray.train import Checkpoint, CheckpointUploadMode, Result, UserCallback
 
-from meanflow_core.checkpoint import load_train_state, save_train_state
+from meanflow_core.checkpoint import STATE_FILE, load_train_state, save_train_state
 from meanflow_core.config import TrainingConfig
 from meanflow_core.training import TrainState
 from pipelines import storage
@@ -26,7 +27,7 @@ from pipelines.command import InputError
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "checkpoint_"  # of the folders that Ray makes in a run's
+NAME = re.compile(r"checkpoint_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")  # what Ray calls a checkpoint's folder
 RECORD = "checkpoint_manager_snapshot.json"  # Ray's, which it writes in place
 SPARE_RECORD = "checkpoint_manager_snapshot.spare.json"
 SCRATCH = "meanflow-ray-checkpoint-"
@@ -97,28 +98,73 @@ class SpareRecord(UserCallback):
 
 
 def mend_record(filesystem: fs.FileSystem, run_path: str) -> None:
-    """Puts the spare record in the place of a torn one. Raises InputError where there is no spare."""
-    if filesystem.get_file_info(f"{run_path}/{RECORD}").type != fs.FileType.File:
-        return
-    try:
-        json.loads(storage.read_bytes(filesystem, f"{run_path}/{RECORD}"))
-    except ValueError as error:
-        if filesystem.get_file_info(f"{run_path}/{SPARE_RECORD}").type != fs.FileType.File:
+    """Makes Ray's record of a run one of whole checkpoints alone, for Ray does not start with any other.
+
+    A torn or missing record is replaced by the spare one, and checkpoints that are missing or torn, which a machine
+    that died may leave, are taken out of it. Nobody may train the run. Raises InputError where nothing whole is left.
+    """
+    record, is_mended = _read_record(filesystem, f"{run_path}/{RECORD}"), False
+    spare = _read_record(filesystem, f"{run_path}/{SPARE_RECORD}")
+    if record is None:
+        is_mended = filesystem.get_file_info(f"{run_path}/{RECORD}").type == fs.FileType.File or spare is not None
+        if not is_mended:
+            return  # nothing was ever committed
+        if spare is None:
             raise InputError(
-                f"{run_path}/{RECORD} is torn, and no checkpoint was ever committed; remove it, or choose another "
-                f"--run-name"
-            ) from error
-        logger.warning("Ray's record of the checkpoints is torn; going on with that of the checkpoint before")
-        spare = json.loads(storage.read_bytes(filesystem, f"{run_path}/{SPARE_RECORD}"))
-        # A validation that ended since may have had an old checkpoint deleted, and Ray refuses a record of such.
-        kept = [
-            (result, index)
-            for result, index in zip(spare["checkpoint_results"], spare["checkpoint_report_indices"], strict=True)
-            if filesystem.get_file_info(f"{run_path}/{result['checkpoint_dir_name']}").type == fs.FileType.Directory
-        ]
-        spare["checkpoint_results"] = [result for result, _ in kept]
-        spare["checkpoint_report_indices"] = [index for _, index in kept]
-        storage.write_bytes(filesystem, f"{run_path}/{RECORD}", json.dumps(spare).encode())
+                f"{run_path}/{RECORD} is torn, and there is no spare; choose another --run-name, or remove it to begin anew"
+            )
+        record = spare
+        logger.warning("Ray's record of the checkpoints is torn or missing: going on with the spare one")
+    entries = list(zip(record["checkpoint_results"], record["checkpoint_report_indices"], strict=True))
+    kept = []
+    for result, index in entries:
+        damage = _damage(filesystem, f"{run_path}/{result['checkpoint_dir_name']}")
+        if damage is None:
+            kept.append((result, index))
+        else:
+            logger.warning("checkpoint of step %s: %s; going on without it", result["metrics"].get("step"), damage)
+    if entries and not kept:
+        raise InputError(
+            f"none of the {len(entries)} checkpoints in {run_path} is whole; choose another --run-name to begin anew"
+        )
+    if is_mended or len(kept) < len(entries):
+        names = {result["checkpoint_dir_name"] for result, _ in kept}
+        record["checkpoint_results"] = [result for result, _ in kept]
+        record["checkpoint_report_indices"] = [index for _, index in kept]
+        record["latest_checkpoint_result"] = max(kept, key=lambda entry: entry[1])[0] if kept else None
+        pending = zip(record["pending_training_results"], record["pending_validation_specs"], strict=True)
+        still = [(result, spec) for result, spec in pending if result["checkpoint_dir_name"] in names]
+        record["pending_training_results"] = [result for result, _ in still]
+        record["pending_validation_specs"] = [spec for _, spec in still]
+        storage.write_bytes(filesystem, f"{run_path}/{RECORD}", json.dumps(record).encode())
+    storage.write_bytes(filesystem, f"{run_path}/{SPARE_RECORD}", json.dumps(record).encode())
+
+
+def _read_record(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
+    """A record, or None where there is none that can be read."""
+    if filesystem.get_file_info(path).type != fs.FileType.File:
+        return None
+    try:
+        content = json.loads(storage.read_bytes(filesystem, path))
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _damage(filesystem: fs.FileSystem, path: str) -> str | None:
+    """What is wrong with a checkpoint's files, by their sizes; None where they are whole."""
+    state_file = f"{path}/{STATE_FILE}"
+    if filesystem.get_file_info(state_file).type != fs.FileType.File:
+        return f"{state_file} is missing"
+    try:
+        files = json.loads(storage.read_bytes(filesystem, state_file))["files"]
+    except (ValueError, KeyError):
+        return f"{state_file} is torn"
+    infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
+    for info, size in zip(infos, files.values(), strict=True):
+        if info.type != fs.FileType.File or info.size != size:
+            return f"{info.path} has {info.size} bytes, wanted {size}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -134,11 +180,13 @@ class Committed:
 
 
 def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
-    """What Ray's record of a run says; None where it has none yet."""
+    """What Ray's record of a run says; None where it has none yet. Raises InputError where Ray cannot read it."""
+    if filesystem.get_file_info(f"{run_path}/{RECORD}").type != fs.FileType.File:
+        return None
     try:
         result = Result.from_path(run_path, storage_filesystem=filesystem)
-    except RuntimeError:  # no such run, or no record in it
-        return None
+    except Exception as error:  # Ray's own kinds, of a record of another release for one
+        raise InputError(f"Ray cannot read {run_path}/{RECORD}: {error}") from error
     if result.checkpoint is None:
         return None
     kept = [result.checkpoint, *(checkpoint for checkpoint, _ in result.best_checkpoints or [])]
@@ -150,14 +198,17 @@ def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
 
 
 def delete_orphans(filesystem: fs.FileSystem, run_path: str) -> list[str]:
-    """Deletes checkpoint folders that Ray's record does not know, and returns their names. Nobody may train the run."""
+    """Deletes checkpoint folders that Ray's record does not know, and returns their names.
+
+    Only folders that Ray named, in a run that this project began; nobody may train it.
+    """
     known = committed(filesystem, run_path)
     kept = known.names if known is not None else frozenset()
     listing = filesystem.get_file_info(fs.FileSelector(run_path, allow_not_found=True))
     orphans = [
         info.base_name
         for info in listing
-        if info.type == fs.FileType.Directory and info.base_name.startswith(PREFIX) and info.base_name not in kept
+        if info.type == fs.FileType.Directory and NAME.fullmatch(info.base_name) and info.base_name not in kept
     ]
     for name in orphans:
         filesystem.delete_dir(f"{run_path}/{name}")

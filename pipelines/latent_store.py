@@ -118,6 +118,12 @@ class Manifest:
         channels, height, width = self.recipe.moments_shape
         return channels // 2, height, width
 
+    @property
+    def network_sizes(self) -> dict[str, int]:
+        """What a network's size has from the data: sample_size, in_channels, num_classes."""
+        channels, size, _ = self.latent_shape
+        return {"sample_size": size, "in_channels": channels, "num_classes": len(self.class_names)}
+
     def to_json(self) -> str:
         """As manifest.json has it."""
         return json.dumps(asdict(self), indent=2) + "\n"

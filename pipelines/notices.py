@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import distributed
 
 from pipelines.command import InputError
@@ -57,14 +59,20 @@ class StopRequest:
 def claim_run(run: str) -> ActorHandle:
     """The run's stop request, by which a cluster also knows that the run is being trained.
 
-    Raises InputError where another job of this cluster trains it: two would write each other's checkpoints.
+    It lives on the driver's machine, and so as long as the driver. Raises InputError where another job of this cluster
+    trains the run: two would write each other's checkpoints.
     """
     deadline = time.monotonic() + GONE_SECONDS
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(StopRequest)
+    says = True
     while True:
         try:
-            actor = ray.remote(num_cpus=0)(StopRequest)
             return actor.options(name=f"training {run}", namespace=NAMESPACE).remote()
         except ValueError as error:
+            if says:
+                logger.info("waiting: %s is held by another job of this cluster, or was until now", run)
+                says = False
             if time.monotonic() > deadline:
                 raise InputError(
                     f"{run} is being trained by another job of this cluster; wait for it, or stop it (`ray job stop`)"
@@ -74,7 +82,10 @@ def claim_run(run: str) -> ActorHandle:
 
 @contextlib.contextmanager
 def stop_on_sigterm(request: ActorHandle) -> Iterator[None]:
-    """Inside, SIGTERM asks for a stop; a second one, or one that no worker is there to see, ends the process."""
+    """Inside, SIGTERM asks for a stop; a second one, or one that no worker is there to see, ends the process.
+
+    Ctrl-C is Ray's inside: it ends the workers, and is a KeyboardInterrupt outside.
+    """
     asked, done = threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -87,30 +98,47 @@ def stop_on_sigterm(request: ActorHandle) -> Iterator[None]:
         if done.is_set():
             return
         logger.warning("asked to stop: a checkpoint comes first")
-        with contextlib.suppress(RayActorError):
-            ray.get(request.ask.remote())
-            deadline = time.monotonic() + UNSEEN_SECONDS
-            while time.monotonic() < deadline:
-                if done.wait(0.2) or ray.get(request.is_seen.remote()):
+        deadline = time.monotonic() + UNSEEN_SECONDS
+        while time.monotonic() < deadline and not done.wait(0.2):
+            with contextlib.suppress(RayError):  # a call may be lost, and the next one arrive
+                ray.get(request.ask.remote())
+                if ray.get(request.is_seen.remote()):
                     return
+        if done.is_set():
+            return
         os.kill(os.getpid(), signal.SIGTERM)
 
     teller = threading.Thread(target=tell, daemon=True)
-    before = signal.signal(signal.SIGTERM, on_signal)
+    before, before_interrupt = signal.signal(signal.SIGTERM, on_signal), signal.getsignal(signal.SIGINT)
     teller.start()
     try:
         yield
+    except SystemExit as error:
+        if error.code == 0:  # Ray's answer to an interrupt
+            raise KeyboardInterrupt from error
+        raise
     finally:
         done.set()
         asked.set()
         teller.join()
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_interrupt)
+
+
+def _name_interface() -> None:
+    """Has gloo talk where Ray does, and not at whatever the host's name resolves to, on Debian the loopback."""
+    own = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return
 
 
 class Notices:
     """A worker's end: call `look` once a step, on every worker."""
 
     def __init__(self, request: ActorHandle | None, rank: int) -> None:
+        _name_interface()
         self._group = distributed.new_group(backend="gloo")
         self._votes = torch.zeros(2, dtype=torch.int32)  # stop; ask about machines
         self._work: distributed.Work | None = None
@@ -124,12 +152,10 @@ class Notices:
 
     def _listen(self, request: ActorHandle) -> None:
         while not self._closed.wait(ASK_SECONDS):
-            try:
+            with contextlib.suppress(RayError):  # a call may be lost, and the next one arrive
                 if ray.get(request.is_asked.remote()):
                     self._stop_asked.set()
                     return
-            except RayActorError:
-                return  # the driver is gone, and this process will be
 
     def look(self) -> tuple[bool, bool]:
         """(the run shall stop, a machine is newly to be taken away), the same on every worker after the same step."""

@@ -21,6 +21,8 @@ import ray
 import torch
 import tyro
 from pyarrow import fs
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -52,7 +54,7 @@ from pipelines.latent_cache import NO_CACHE
 from pipelines.latent_store import Manifest
 from pipelines.plan import describe
 from pipelines.training_job import TrainJob
-from pipelines.training_worker import Outcome, WorkerTask, network_sizes, pipeline_of, train_worker
+from pipelines.training_worker import Outcome, WorkerTask, pipeline_of, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -73,30 +75,67 @@ def _check_vae(job: TrainJob, manifest: Manifest) -> None:
         )
 
 
-def begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str) -> tracking.Run:
-    """The training's MLflow run; raises InputError where a run of this name was begun with another experiment."""
+def read_record(job: TrainJob) -> dict[str, Any] | None:
+    """A run's training.json: what it is, and which MLflow run tracks it; None where no run of this name was begun.
+
+    Raises InputError where its folder holds something else.
+    """
+    filesystem, root = storage.open_storage(job.storage)
+    folder = f"{root}/{job.run_name}"
+    if filesystem.get_file_info(f"{folder}/{tracking.TRAINING_RECORD}").type == fs.FileType.File:
+        return dict(json.loads(storage.read_bytes(filesystem, f"{folder}/{tracking.TRAINING_RECORD}")))
+    if filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+        raise InputError(
+            f"{job.storage}/{job.run_name} holds something else than a run of pipelines.train (it has no "
+            f"{tracking.TRAINING_RECORD}); choose another --run-name or --storage"
+        )
+    return None
+
+
+def _write_record(job: TrainJob, content: dict[str, Any]) -> None:
     filesystem, root = storage.open_storage(job.storage)
     path = f"{root}/{job.run_name}/{tracking.TRAINING_RECORD}"
-    identity = json.loads(json.dumps(job.identity(manifest)))
-    if filesystem.get_file_info(path).type == fs.FileType.File:
-        begun = json.loads(storage.read_bytes(filesystem, path))
-        then, now = _flat(begun["identity"]), _flat(identity)
-        different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-        if different:
-            changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in different)
-            raise InputError(
-                f"run {job.run_name} in {job.storage} is another experiment ({changes}); choose another --run-name"
-            )
-        changed = [
-            f"{name} was {begun.get('code', {}).get(name)}, is {value}"
-            for name, value in tracking.code_identity().items()
-            if begun.get("code", {}).get(name) != value
-        ]
-        if changed:
-            logger.warning("the run was begun with other code, and may not repeat itself: %s", "; ".join(changed))
+    storage.write_bytes(filesystem, path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def require_same(job: TrainJob, manifest: Manifest, begun: dict[str, Any]) -> None:
+    """Raises InputError where a run was begun with another experiment; warns of other code."""
+    then, now = _flat(begun["identity"]), _flat(json.loads(json.dumps(job.identity(manifest))))
+    different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    if different:
+        changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in different)
+        raise InputError(
+            f"run {job.run_name} in {job.storage} is another experiment ({changes}); choose another --run-name"
+        )
+    code = begun.get("code", {})
+    changed = [
+        f"{name} was {code.get(name)}, is {value}"
+        for name, value in tracking.code_identity().items()
+        if code.get(name) != value
+    ]
+    if changed:
+        logger.warning("the run was begun with other code, and may not repeat itself: %s", "; ".join(changed))
+    if job.config.optimizer.cooldown_steps and begun.get("num_steps") != job.config.num_steps:
+        logger.warning(
+            "num_steps was %s, is %d: the last steps' falling rate moves with it",
+            begun.get("num_steps"),
+            job.config.num_steps,
+        )
+
+
+def begin_or_resume_run(
+    job: TrainJob,
+    preset: str,
+    manifest: Manifest,
+    tracking_uri: str,
+    begun: dict[str, Any] | None = None,
+    init_sha256: str | None = None,
+) -> tuple[tracking.Run, dict[str, Any]]:
+    """The training's MLflow run and its record, both new where no run of this name was begun."""
+    if begun is not None:
         run = tracking.Run(tracking_uri, begun["mlflow_run_id"])
         run.resume()
-        return run
+        return run, begun
     parameters = {
         "preset": preset,
         **job.config.flat(),
@@ -113,17 +152,20 @@ def begin_or_resume_run(job: TrainJob, preset: str, manifest: Manifest, tracking
     }
     code = tracking.code_identity()
     run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code)
-    content = {
-        "identity": identity,
+    record = {
+        "identity": job.identity(manifest),
         "preset": preset,
+        "num_steps": job.config.num_steps,
+        "init_sha256": init_sha256,
+        "use_gpu": job.use_gpu,
         "mlflow_run_id": run.run_id,
         "tracking_uri": tracking_uri,
         "code": code,
     }
-    storage.write_bytes(filesystem, path, (json.dumps(content, indent=2) + "\n").encode())
+    _write_record(job, record)
     run.log_dict(job.config.flat(), "configuration.json")
     run.log_dict(json.loads(manifest.to_json()), "data_manifest.json")
-    return run
+    return run, record
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -136,7 +178,7 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> None:
     """Writes the generator of a checkpoint: the moving average, the autoencoder, the scheduler, the class names."""
     with torch.random.fork_rng(devices=[]):
-        network = build_network(job.config.network, **network_sizes(manifest)).eval()
+        network = build_network(job.config.network, **manifest.network_sizes).eval()
     with checkpoint.as_directory() as source:
         load_average(network, job.config.ema_decays[0], Path(source))
     pipeline = pipeline_of(for_sampling(network), latent_store.open_autoencoder(job.data), manifest, job.config)
@@ -158,13 +200,13 @@ def _publish(job: TrainJob, folder: Path) -> str:
     return f"{job.storage}/{job.run_name}/generator"
 
 
-def prepared(job: TrainJob) -> tuple[TrainJob, Manifest, AnyNetwork | None]:
-    """The job with absolute places and every number decided, the data's manifest, and the network to begin with.
+def prepared(job: TrainJob) -> tuple[TrainJob, Manifest, dict[str, Any] | None]:
+    """The job with absolute places, the data's manifest, and the record of the run where it was begun before.
 
     Reads, and writes nothing. Raises InputError for input that cannot be.
     """
-    if not job.run_name or "/" in job.run_name:
-        raise InputError(f"--run-name must be a name without slashes, but got {job.run_name!r}")
+    if not job.run_name.strip() or "/" in job.run_name or job.run_name.startswith("."):
+        raise InputError(f"--run-name must be a name without slashes and no dot first, but got {job.run_name!r}")
     job = replace(
         job,
         data=storage.absolute(job.data),
@@ -185,11 +227,22 @@ def prepared(job: TrainJob) -> tuple[TrainJob, Manifest, AnyNetwork | None]:
         )
     if job.config.global_batch_size < job.num_workers:
         raise InputError(f"global_batch_size {job.config.global_batch_size} is less than num_workers {job.num_workers}")
+    begun = read_record(job)
+    if begun is not None and job.config.guidance_after_steps is None:  # decided when it began
+        decided = begun["identity"]["config"].get("guidance_after_steps")
+        job = replace(job, config=replace(job.config, guidance_after_steps=decided))
+    if begun is not None:
+        require_same(job, manifest, begun)
+    return job, manifest, begun
+
+
+def warmed(job: TrainJob, manifest: Manifest) -> tuple[TrainJob, AnyNetwork | None]:
+    """The job with its guidance staged, and the network to begin with; as it is, and None, without --init-from."""
     if job.init_from is None:
-        return job, manifest, None
+        return job, None
     initial = warm_start.initial_network(job.init_from, job.init_source, job.config.network, job.data, manifest)
-    job = replace(job, config=warm_start.staged(job.config, manifest, is_flow_matching=initial.is_flow_matching))
-    return job, manifest, initial.network
+    config = warm_start.staged(job.config, manifest, is_flow_matching=initial.is_flow_matching)
+    return replace(job, config=config), initial.network
 
 
 def train(preset: str, job: TrainJob) -> None:
@@ -197,44 +250,91 @@ def train(preset: str, job: TrainJob) -> None:
 
     Raises InputError for input that cannot be, RunError where training failed, SystemExit where it was asked to stop.
     """
-    job, manifest, initial = prepared(job)
+    job, manifest, begun = prepared(job)
+    initial = None
+    if begun is None:
+        job, initial = warmed(job, manifest)
     start_ray(needed_cpus=job.num_workers)
-    use_gpu = choose_gpus(job.use_gpu, job.min_workers or job.num_workers)
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    tracking_uri = tracking.resolve_tracking_uri(job.storage, num_nodes)
+    wanted = begun.get("use_gpu") if begun is not None and job.use_gpu is None else job.use_gpu
+    job = replace(job, use_gpu=choose_gpus(wanted, job.min_workers or job.num_workers))
+    tracking_uri = tracking.resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
     filesystem, root = storage.open_storage(job.storage)
+    run_path = f"{root}/{job.run_name}"
     request = notices.claim_run(f"{job.storage}/{job.run_name}")
-    checkpoints.mend_record(filesystem, f"{root}/{job.run_name}")
-    checkpoints.delete_orphans(filesystem, f"{root}/{job.run_name}")
-    reached = checkpoints.committed(filesystem, f"{root}/{job.run_name}")
-    if reached is not None and reached.step > job.config.num_steps:
-        raise InputError(
-            f"run {job.run_name} has taken {reached.step} steps already, more than num_steps {job.config.num_steps}; "
-            f"choose another --run-name, or as many steps at least"
-        )
-    run = begin_or_resume_run(job, preset, manifest, tracking_uri)
-    logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
-    for key, value in job.config.flat().items():
-        logger.info("  %s = %s", key, value)
+    if begun is not None:
+        checkpoints.mend_record(filesystem, run_path)
+        checkpoints.delete_orphans(filesystem, run_path)
+        initial = _require_resumable(job, manifest, begun)
+    init_sha256 = None if initial is None else weight_hash(initial)
+    run, record = begin_or_resume_run(job, preset, manifest, tracking_uri, begun, init_sha256)
+    try:
+        logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
+        for key, value in job.config.flat().items():
+            logger.info("  %s = %s", key, value)
+        result = _fit(job, manifest, run, request, initial)
+        checkpoints.delete_orphans(filesystem, run_path)
+        outcome = Outcome(**result.return_value)
+        if outcome.nonfinite_step is not None:
+            raise RunError(_about_nonfinite(job, outcome.nonfinite_step))
+        if outcome.was_asked_to_stop:
+            print(f"stopped at step {outcome.step} with a checkpoint; the same command goes on from there", flush=True)
+            raise SystemExit(128 + signal.SIGTERM)
+        location, model = _finish(job, preset, manifest, result, run, record)
+    except BaseException as error:
+        run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+        raise
+    run.end("FINISHED")
+    print(f"generator: {location}")
+    print(f"model: {model}")
+    print(f"tracking: {tracking_uri}")
 
-    validates = validation.validates_beside(job, use_gpu=use_gpu)
+
+def _require_resumable(job: TrainJob, manifest: Manifest, begun: dict[str, Any]) -> AnyNetwork | None:
+    """The network to begin with where a run that was begun has no checkpoint yet.
+
+    Raises InputError where the run is past its end, or that network is not the one that it was begun with.
+    """
+    filesystem, root = storage.open_storage(job.storage)
+    reached = checkpoints.committed(filesystem, f"{root}/{job.run_name}")
+    if reached is not None:
+        if reached.step > job.config.num_steps:
+            raise InputError(
+                f"run {job.run_name} has taken {reached.step} steps already, more than num_steps {job.config.num_steps}; "
+                f"choose another --run-name, or as many steps at least"
+            )
+        return None
+    _, initial = warmed(job, manifest)
+    if initial is not None and weight_hash(initial) != begun.get("init_sha256"):
+        raise InputError(
+            f"--init-from {job.init_from} is not the network that run {job.run_name} was begun with (its weights have "
+            f"changed); choose another --run-name"
+        )
+    return initial
+
+
+def _fit(
+    job: TrainJob, manifest: Manifest, run: tracking.Run, request: ActorHandle, initial: AnyNetwork | None
+) -> Result:
+    """Runs the workers to their end. Raises RunError where they failed too often, InputError where input was at fault."""
+    assert job.use_gpu is not None
+    filesystem, root = storage.open_storage(job.storage)
+    validates = validation.validates_beside(job, use_gpu=job.use_gpu)
     task = WorkerTask(
         job=job,
-        tracking_uri=tracking_uri,
+        tracking_uri=run.tracking_uri,
         run_id=run.run_id,
         stop_request=request,
         initial=None if initial is None else ray.put(initial),
-        step_flops=step_flops(job.config, **network_sizes(manifest)),
+        step_flops=step_flops(job.config, **manifest.network_sizes),
         code=tracking.code_identity(),
         validates=validates,
     )
-    num_workers = job.num_workers if job.min_workers is None else (job.min_workers, job.num_workers)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=use_gpu,
+            num_workers=job.num_workers if job.min_workers is None else (job.min_workers, job.num_workers),
+            use_gpu=job.use_gpu,
             elastic_resize_monitor_interval_s=job.resize_interval_seconds,
         ),
         run_config=RunConfig(
@@ -246,79 +346,93 @@ def train(preset: str, job: TrainJob) -> None:
             callbacks=[checkpoints.SpareRecord(f"{job.storage}/{job.run_name}")],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-        validation_config=validation.config(job, tracking_uri, run.run_id, use_gpu=use_gpu) if validates else None,
+        validation_config=validation.config(job, run.tracking_uri, run.run_id, use_gpu=job.use_gpu)
+        if validates
+        else None,
     )
     try:
         with notices.stop_on_sigterm(request):
-            result = trainer.fit()
-        outcome = Outcome(**result.return_value)
-        _require_end(job, outcome, filesystem, f"{root}/{job.run_name}")
-        location, model = _finish(job, preset, manifest, result, run, validates=validates)
+            return trainer.fit()
     except TrainingFailedError as error:
-        run.end("FAILED")
         logger.error("training failed", exc_info=error)
-        where = _last_checkpoint(filesystem, f"{root}/{job.run_name}")
-        raise RunError(
-            f"training failed: {_first_cause(error)}; {where}; the same command goes on from there"
-        ) from error
-    except BaseException as error:
-        run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
-        raise
-    finally:
-        checkpoints.delete_orphans(filesystem, f"{root}/{job.run_name}")
-    run.end("FINISHED")
-    print(f"generator: {location}")
-    print(f"model: {model}")
-    print(f"tracking: {tracking_uri}")
+        rank, cause = _first_cause(error)
+        if isinstance(cause, InputError):
+            raise InputError(str(cause)) from error
+        first_line = (str(cause).strip().splitlines() or [""])[0]
+        where = "" if rank is None else f"worker {rank}: "
+        raise RunError(f"training failed: {where}{type(cause).__name__}: {first_line}; {_way_on(job)}") from error
 
 
-def _last_checkpoint(filesystem: fs.FileSystem, run_path: str) -> str:
-    last = checkpoints.committed(filesystem, run_path)
+def _way_on(job: TrainJob) -> str:
+    """Where the same command would begin; never an error of its own."""
+    filesystem, root = storage.open_storage(job.storage)
+    try:
+        last = checkpoints.committed(filesystem, f"{root}/{job.run_name}")
+    except (InputError, OSError) as error:
+        return f"its checkpoints cannot be read now ({error})"
     if last is None:
-        return "there is no checkpoint yet"
-    return f"the last good checkpoint is of step {last.step}, {last.latest.path}"
+        return "there is no checkpoint yet: the same command begins anew"
+    return f"the last good checkpoint is of step {last.step}, {last.latest.path}: the same command goes on from there"
 
 
-def _first_cause(error: TrainingFailedError) -> str:
-    """What went wrong, in a line: the first worker's error, else the controller's."""
-    failures = getattr(error, "worker_failures", None) or {None: getattr(error, "controller_failure", error)}
-    rank, failure = next(iter(failures.items()))
-    failure = getattr(failure, "_base_exc", failure)
-    last_line = (str(failure).strip().splitlines() or [""])[-1]
-    return f"{'' if rank is None else f'worker {rank}: '}{type(failure).__name__}: {last_line}"
+def _about_nonfinite(job: TrainJob, step: int) -> str:
+    return (
+        f"the gradient of step {step} is not finite; {_way_on(job)}, and would end the same. --skip-nonfinite "
+        f"{job.skip_nonfinite + 1} skips such a step; else begin a run with a smaller optimizer.learning_rate or with "
+        f"optimizer.max_gradient_norm"
+    )
 
 
-def _require_end(job: TrainJob, outcome: Outcome, filesystem: fs.FileSystem, run_path: str) -> None:
-    """Raises RunError or SystemExit where training ended before its last step."""
-    if outcome.nonfinite_step is not None:
-        raise RunError(
-            f"the gradient of step {outcome.nonfinite_step} is not finite; {_last_checkpoint(filesystem, run_path)}. "
-            f"Running again would end the same: --skip-nonfinite {job.skip_nonfinite + 1} skips such a step; else begin "
-            f"anew with a smaller optimizer.learning_rate or with optimizer.max_gradient_norm"
-        )
-    if outcome.was_asked_to_stop:
-        print(f"stopped at step {outcome.step} with a checkpoint; the same command goes on from there", flush=True)
-        raise SystemExit(128 + signal.SIGTERM)
+def _first_cause(error: TrainingFailedError) -> tuple[int | None, BaseException]:
+    """The worker whose error was the cause and not its echo, and the error; else the controller's."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return None, getattr(error, "controller_failure", error)
+    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
+    # A worker that dies breaks the others' connections.
+    echoes = ("connection", "nccl", "gloo", "timed out")
+    own = {
+        rank: cause
+        for rank, cause in causes.items()
+        if isinstance(cause, RayError) or not any(word in str(cause).lower() for word in echoes)
+    }
+    return next(iter((own or causes).items()))
 
 
 def _finish(
-    job: TrainJob, preset: str, manifest: Manifest, result: Result, run: tracking.Run, *, validates: bool
+    job: TrainJob, preset: str, manifest: Manifest, result: Result, run: tracking.Run, record: dict[str, Any]
 ) -> tuple[str, str]:
-    """Writes and registers the generator; its location and the model's name."""
+    """Writes and registers the generator, once for a step; its location and the model's name."""
     assert result.checkpoint is not None, "the last step always has a checkpoint"
-    if job.validation_data is not None and not validates:
+    assert job.use_gpu is not None
+    step = int((result.metrics or {})["step"])
+    published = record.get("published", {})
+    if published.get("step") == step:
+        logger.info("the generator of step %d was made and registered before", step)
+        return published["generator"], published["model"]
+    if job.validation_data is not None and not validation.validates_beside(job, use_gpu=job.use_gpu):
         logger.info("no spare resources to validate on during training: validating the last checkpoint now")
         validation.validate(result.checkpoint, job, run.tracking_uri, run.run_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "generator"
         build_generator(job, manifest, result.checkpoint, folder)
         location = _publish(job, folder)
-        return location, run.register_generator(folder, job.model_name or f"meanflow-{preset}")
+        try:
+            model = run.register_generator(folder, job.model_name or f"meanflow-{preset}")
+        except Exception as error:
+            raise RunError(
+                f"training is done and the generator lies in {location}, but MLflow did not take it: {error}; the same "
+                f"command registers it"
+            ) from error
+    _write_record(job, {**record, "published": {"step": step, "generator": location, "model": model}})
+    return location, model
 
 
 def dry_run(preset: str, job: TrainJob) -> str:
     """What would be trained, and what it costs. Raises InputError as training would."""
-    job, manifest, _ = prepared(job)
+    job, manifest, begun = prepared(job)
+    if begun is None:
+        job, _ = warmed(job, manifest)
     share = -(-job.config.global_batch_size // job.num_workers)
     fewest = job.min_workers or job.num_workers
     try:

@@ -35,7 +35,8 @@ class TrainJob:
     num_workers: int = 1
     """Training processes: one per GPU, or on CPUs any number."""
     min_workers: int | None = None
-    """Fewest workers to go on with when machines are lost; more join again as machines come. num_workers unless given."""
+    """Fewest workers to go on with when machines are lost; more join again as machines come, and all then go back to the
+    last checkpoint. num_workers unless given."""
     resize_interval_seconds: float = 60.0
     """How often to look whether more workers could join, where there are fewer than num_workers."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
@@ -58,8 +59,10 @@ class TrainJob:
     """Where the public checkpoint of --init-from comes from, as pipelines.convert names them."""
     validation_data: str | None = None
     """Latent dataset of held-out images: the moving average's errors on it are measured at every checkpoint."""
+    deterministic: bool = False
+    """On GPUs, compute so that the same step gives the same bits, as CPUs do anyway; slower."""
     use_gpu: bool | None = None
-    """Train on GPUs; where the cluster has some, unless said."""
+    """Train on GPUs; unless said, where the cluster has some, and a resumed run as it began."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
     """Folder on each node's own disk for its memory-mapped copy of the latents; "none" maps mounted storage itself."""
     mirror: bool = True
@@ -82,6 +85,8 @@ class TrainJob:
                 raise ValueError(f"{name} must be at least 1, but got {value}")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers must be at most num_workers {self.num_workers}, but got {self.min_workers}")
+        if self.resize_interval_seconds <= 0:
+            raise ValueError(f"resize_interval_seconds must be above 0, but got {self.resize_interval_seconds}")
         if self.skip_nonfinite < 0:
             raise ValueError(f"skip_nonfinite must be at least 0, but got {self.skip_nonfinite}")
         if self.max_failures < -1:

@@ -22,16 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import build_pipeline
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import Network, meanflow_loss
+from meanflow_core.loss import Network
 from meanflow_core.networks import AnyNetwork
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import (
     SUMS,
-    Batch,
     StepMetrics,
     TrainState,
     build_train_state,
+    rehearse,
     relative_ema_distance,
     train_step,
 )
@@ -79,8 +79,6 @@ class Outcome:
 
     step: int
     """Steps taken."""
-    figures: dict[str, float]
-    """The last interval's."""
     was_asked_to_stop: bool = False
     """It left a checkpoint and went, as it was asked to."""
     nonfinite_step: int | None = None
@@ -259,12 +257,6 @@ def pipeline_of(
     )
 
 
-def network_sizes(manifest: Manifest) -> dict[str, int]:
-    """What a network's size has from the data."""
-    channels, size, _ = manifest.latent_shape
-    return {"sample_size": size, "in_channels": channels, "num_classes": len(manifest.class_names)}
-
-
 def _wrapped(state: TrainState, job: TrainJob) -> tuple[Network, Callable[[], AbstractContextManager[None]]]:
     """The network whose backward reduces gradients, and what passes but the last run in. Both average over workers."""
     if job.parallelism == "fsdp2":
@@ -273,21 +265,6 @@ def _wrapped(state: TrainState, job: TrainJob) -> tuple[Network, Callable[[], Ab
         return state.network, nullcontext
     wrapper = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return wrapper, wrapper.no_sync
-
-
-def _rehearse(graded_network: Network, state: TrainState, batch: Batch, config: TrainingConfig) -> None:
-    """One backward whose gradient is thrown away.
-
-    After its first one DDP arranges its buckets anew, and a sum over more than two workers depends on where in a
-    bucket a number lies: without this, the step after a resume would round otherwise than in a run that went on.
-    """
-    loss = meanflow_loss(
-        graded_network, state.network, torch.zeros_like(batch.record.noise), batch.labels, batch.record,
-        config.loss_at(state.step), null_label=state.network.config.num_classes,
-        global_num_rows=config.global_batch_size, separate_derivative=True,
-    ).loss  # fmt: skip
-    loss.backward()
-    state.optimizer.zero_grad(set_to_none=True)
 
 
 def train_worker(given: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +284,9 @@ class TrainingWorker:
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
         if device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        elif self._job.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
         checkpoints.delete_scratch()
 
         dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._job.mirror)
@@ -314,7 +294,7 @@ class TrainingWorker:
         is_fresh = ray.train.get_checkpoint() is None
         self._state = build_train_state(
             self._config,
-            **network_sizes(self._manifest),
+            **self._manifest.network_sizes,
             device=device,
             initial=ray.get(task.initial) if is_fresh and task.initial is not None else None,
             shard=shard_network if self._job.parallelism == "fsdp2" else None,
@@ -325,6 +305,13 @@ class TrainingWorker:
         if restored is not None:
             self._figures.restore(restored["figures"], self._rank)
             logger.info("resumed at step %d", self._state.step)
+            arrangement = self._arrangement()
+            if self._rank == 0 and restored["arrangement"] != arrangement:
+                logger.warning(
+                    "the checkpoint was made by %s, this is %s: sums are rounded in another order",
+                    restored["arrangement"],
+                    arrangement,
+                )
         logger.info("one of %d workers", self._world_size)
 
         run = tracking.Run(task.tracking_uri, task.run_id)
@@ -352,7 +339,7 @@ class TrainingWorker:
         self._source = Prefetcher(source, self._config.num_steps)
         self._graded_network, self._accumulating = _wrapped(self._state, self._job)
         if self._state.step < self._config.num_steps and self._job.parallelism == "ddp":
-            _rehearse(self._graded_network, self._state, source.batches(self._state.step)[0], self._config)
+            rehearse(self._state, self._graded_network, source.batches(self._state.step)[0], self._config)
         self._notices, self._watch = Notices(task.stop_request, self._rank), FiniteWatch()
 
     def run(self) -> Outcome:
@@ -377,14 +364,18 @@ class TrainingWorker:
             if samples and self._observer is not None:
                 self._observer.show_samples(step)
             if saves:
-                self._save(wait=is_urgent)
+                # A run that stops does not wait for a validation.
+                self._save(wait=is_urgent, validates=self._task.validates and not shall_stop)
             self._figures.exclude(time.monotonic() - began)
             if shall_stop and not is_last:
                 ending = {"was_asked_to_stop": True}
         self._notices.close()
         if self._observer is not None:
             self._observer.close()
-        return Outcome(step=self._state.step, figures=self._last_figures, **ending)
+        return Outcome(step=self._state.step, **ending)
+
+    def _arrangement(self) -> str:
+        return f"{self._world_size} workers with {torch.get_num_threads()} threads, {self._job.parallelism}"
 
     def _take_step(self) -> None:
         began = time.monotonic()
@@ -412,13 +403,12 @@ class TrainingWorker:
         if self._observer is not None:
             self._observer.show_figures(self._last_figures, self._state.step)
 
-    def _save(self, *, wait: bool) -> None:
+    def _save(self, *, wait: bool, validates: bool) -> None:
         extra = {
             "figures": self._figures.state(),
             "unlogged": [] if self._observer is None else self._observer.unlogged(),
+            "arrangement": self._arrangement(),
             "identity": self._job.identity(self._manifest),
             "code": self._task.code,
         }
-        checkpoints.report(
-            self._state, self._config, self._last_figures, extra, wait=wait, validate=self._task.validates
-        )
+        checkpoints.report(self._state, self._config, self._last_figures, extra, wait=wait, validate=validates)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
-from ray.train import Checkpoint, ValidationConfig
+from ray.train import Checkpoint, ValidationConfig, ValidationTaskConfig
 
 from meanflow_core.checkpoint import load_average, read_state_file
 from meanflow_core.config import TrainingConfig
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 SEED = 20_250_519  # of the draws, whatever the training's
 MAX_ROWS = 4096
+MAX_SECONDS = 1800.0  # for a checkpoint; the next ones wait
+MLFLOW_PATIENCE_SECONDS = 600.0
 ROWS_AT_ONCE = 64
 
 
@@ -59,6 +61,7 @@ def config(job: TrainJob, tracking_uri: str, run_id: str, *, use_gpu: bool) -> V
     """What Ray Train runs on every checkpoint, as a task of its own."""
     return ValidationConfig(
         functools.partial(validate, job=job, tracking_uri=tracking_uri, run_id=run_id),
+        task_config=ValidationTaskConfig(timeout_s=MAX_SECONDS),
         ray_remote_kwargs={"num_cpus": 1, "num_gpus": 1 if use_gpu else 0},
     )
 
@@ -68,10 +71,7 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
     set_up_logging()
     assert job.validation_data is not None
     dataset = open_latents(job.validation_data, job.cache_dir, mirrored=False)
-    channels, size, _ = dataset.manifest.latent_shape
-    network = build_network(
-        job.config.network, sample_size=size, in_channels=channels, num_classes=len(dataset.manifest.class_names)
-    )
+    network = build_network(job.config.network, **dataset.manifest.network_sizes)
     with checkpoint.as_directory() as folder:
         step = int(read_state_file(Path(folder))["step"])
         load_average(network, job.config.ema_decays[0], Path(folder))
@@ -80,7 +80,7 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
     figures = held_out_errors(network.eval().to(device), dataset, normalization, job.config)
     run = tracking.Run(tracking_uri, run_id)
     run.log_metrics(figures, step)
-    run.flush()
+    run.flush(MLFLOW_PATIENCE_SECONDS)
     logger.info("step %d on held-out images: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
     return figures
 

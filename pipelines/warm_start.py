@@ -41,9 +41,8 @@ def initial_network(location: str, source: str | None, config: NetworkConfig, da
     says at 0, its velocity, and can learn to say more. Raises InputError where there is none, or it is not of the
     configured kind and size, or knows latents of another normalisation.
     """
-    channels, size, _ = manifest.latent_shape
     with torch.device("meta"):
-        wanted = build_network(config, sample_size=size, in_channels=channels, num_classes=len(manifest.class_names))
+        wanted = build_network(config, **manifest.network_sizes)
     if source is None and Path(location).is_file():
         raise InputError(
             f"--init-from {location} is a file; say with --init-source where the checkpoint comes from, or name a "
@@ -61,7 +60,9 @@ def initial_network(location: str, source: str | None, config: NetworkConfig, da
         else:
             is_flow_matching = find_source(source).is_flow_matching
             state = read_checkpoint(Path(location))
-            network = convert_checkpoint(source, state, sample_size=size, num_heads=config.num_heads)
+            network = convert_checkpoint(
+                source, state, sample_size=manifest.latent_shape[1], num_heads=config.num_heads
+            )
             require_same_kind(network, wanted)
     except ValueError as error:
         raise InputError(f"--init-from {location}: {error}") from error

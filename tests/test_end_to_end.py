@@ -241,7 +241,6 @@ def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same
     with s3_bucket() as bucket:
         train[train.index("--storage") + 1] = f"{bucket}/runs"
         filesystem, run_folder = storage.open_storage(f"{bucket}/runs/killed")
-        storage.write_bytes(filesystem, f"{run_folder}/checkpoint_of_a_crash/state.json", b"{")
         with open(log, "wb") as output:
             driver = subprocess.Popen(
                 [*train, "--model-name", "killed"], cwd=workspace.folder, stdout=output, stderr=output,
@@ -260,6 +259,8 @@ def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same
                 if any("RayTrainWorker" in word for word in process.cmdline())
             ]
             assert len(workers) == 2
+            orphan = "checkpoint_2026-01-01_00-00-00.000000"
+            storage.write_bytes(filesystem, f"{run_folder}/{orphan}/state.json", b"{")
             random.choice(workers).kill()
             assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
         finally:

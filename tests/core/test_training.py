@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from meanflow_core import checkpoint
 from meanflow_core.checkpoint import load_average, load_train_state, save_train_state
 from meanflow_core.config import GuidanceConfig, OptimizerConfig
 from meanflow_core.latents import LatentNormalization
@@ -396,6 +397,26 @@ def test_one_average_is_read_out_of_a_checkpoint(tmp_path):
     network = fresh_state(replace(debug(), seed=4)).network
     load_average(network, 0.5, tmp_path)
     assert torch.equal(parameters(network), parameters(state.ema_networks[0.5]))
+
+
+def test_large_state_is_written_in_several_files_and_read_back(tmp_path, monkeypatch):
+    state = fresh_state()
+    take_steps(state, debug(), 1)
+    monkeypatch.setattr(checkpoint, "BYTES_PER_FILE", 100_000)
+    save_train_state(state, debug(), tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    assert len(files) >= size // 300_000 > 3
+    assert json.loads((tmp_path / "state.json").read_text())["files"].keys() == {path.name for path in files}
+    restored = fresh_state(replace(debug(), seed=3))
+    load_train_state(restored, tmp_path)
+    assert torch.equal(parameters(restored.network), parameters(state.network))
+    assert torch.equal(parameters(restored.ema_network), parameters(state.ema_network))
+    (tmp_path / "shard-00009-model-00001-of-00001.safetensors").write_bytes(files[0].read_bytes())
+    with pytest.raises(
+        ValueError, match="is a mixture: shard-00009-model-00001-of-00001.safetensors is of another one"
+    ):
+        load_train_state(restored, tmp_path)
 
 
 def test_torn_checkpoint_is_refused_by_name(tmp_path):

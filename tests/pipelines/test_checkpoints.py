@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -34,7 +35,12 @@ def write_record(run, names):
     }
     for name in names:
         (run / name).mkdir(parents=True, exist_ok=True)
+        (run / name / "shard-1.safetensors").write_bytes(b"12345")
+        (run / name / "state.json").write_text(json.dumps({"files": {"shard-1.safetensors": 5}}))
     (run / checkpoints.RECORD).write_text(json.dumps(content))
+
+
+A, B, C = (f"checkpoint_2026-11-25_20-00-0{number}.123456" for number in range(3))
 
 
 def test_last_checkpoint_is_the_records_and_not_the_youngest_folder(tmp_path):
@@ -42,50 +48,103 @@ def test_last_checkpoint_is_the_records_and_not_the_youngest_folder(tmp_path):
     assert checkpoints.committed(LOCAL, str(run)) is None
     run.mkdir()
     assert checkpoints.committed(LOCAL, str(run)) is None
-    write_record(run, ["checkpoint_a", "checkpoint_b"])
-    (run / "checkpoint_z").mkdir()
+    write_record(run, [A, B])
+    (run / C).mkdir()
     found = checkpoints.committed(LOCAL, str(run))
-    assert Path(found.latest.path).name == "checkpoint_b"
+    assert Path(found.latest.path).name == B
     assert found.step == 20
-    assert found.names == {"checkpoint_a", "checkpoint_b"}
+    assert found.names == {A, B}
 
 
 def test_orphans_of_a_crash_are_deleted_and_nothing_else(tmp_path):
     run = tmp_path / "run"
     assert checkpoints.delete_orphans(LOCAL, str(run)) == []
-    write_record(run, ["checkpoint_a", "checkpoint_b"])
-    for name in ("checkpoint_z", "generator"):
+    write_record(run, [A, B])
+    for name in (C, "generator", "checkpoint_mine"):
         (run / name).mkdir()
         (run / name / "file").write_text("x")
-    assert checkpoints.delete_orphans(LOCAL, str(run)) == ["checkpoint_z"]
-    assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoint_a", "checkpoint_b", checkpoints.RECORD, "generator",
-    ]  # fmt: skip
+    assert checkpoints.delete_orphans(LOCAL, str(run)) == [C]
+    assert {path.name for path in run.iterdir()} == {A, B, checkpoints.RECORD, "generator", "checkpoint_mine"}
 
 
-def test_torn_record_is_replaced_by_that_of_the_checkpoint_before(tmp_path, caplog):
+def spare_of(run, names):
+    write_record(run, names)
+    checkpoints.SpareRecord(str(run)).after_report(None, [], Checkpoint(str(run / names[-1])))
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "missing"])
+def test_record_that_cannot_be_read_is_replaced_by_that_of_the_checkpoint_before(tmp_path, caplog, damage):
     run = tmp_path / "run"
     checkpoints.mend_record(LOCAL, str(run))  # nothing there yet
-    write_record(run, ["checkpoint_0", "checkpoint_a"])
-    spare = checkpoints.SpareRecord(str(run))
-    spare.after_report(None, [], None)
-    assert not (run / checkpoints.SPARE_RECORD).exists()
-    spare.after_report(None, [], Checkpoint(str(run / "checkpoint_a")))
+    spare_of(run, [A, B])
     checkpoints.mend_record(LOCAL, str(run))
-    assert "torn" not in caplog.text
-    (run / checkpoints.RECORD).write_text((run / checkpoints.RECORD).read_text()[:40])
-    (run / "checkpoint_0").rmdir()
+    assert caplog.text == ""
+    record = run / checkpoints.RECORD
+    if damage == "missing":
+        record.unlink()
+    else:
+        record.write_text(record.read_text()[:40] if damage == "torn" else "")
     checkpoints.mend_record(LOCAL, str(run))
-    assert "torn" in caplog.text
+    assert "going on with the spare one" in caplog.text
     found = checkpoints.committed(LOCAL, str(run))
-    assert Path(found.latest.path).name == "checkpoint_a"
-    assert found.names == {"checkpoint_a"}
+    assert (Path(found.latest.path).name, found.names) == (B, {A, B})
 
 
-def test_torn_record_without_a_spare_is_refused(tmp_path):
+@pytest.mark.parametrize("damage", ["a shorter file", "no file", "no state.json", "half of state.json", "no folder"])
+def test_checkpoint_that_is_not_whole_is_left_out_for_the_one_before(tmp_path, caplog, damage):
+    run = tmp_path / "run"
+    spare_of(run, [A, B])
+    if damage == "a shorter file":
+        (run / B / "shard-1.safetensors").write_bytes(b"1234")
+    elif damage == "no file":
+        (run / B / "shard-1.safetensors").unlink()
+    elif damage == "no state.json":
+        (run / B / "state.json").unlink()
+    elif damage == "half of state.json":
+        (run / B / "state.json").write_text('{"files": {"sh')
+    else:
+        shutil.rmtree(run / B)
+    checkpoints.mend_record(LOCAL, str(run))
+    assert "going on without it" in caplog.text
+    found = checkpoints.committed(LOCAL, str(run))
+    assert (Path(found.latest.path).name, found.step, found.names) == (A, 10, {A})
+    assert (run / checkpoints.SPARE_RECORD).read_text() == (run / checkpoints.RECORD).read_text()
+
+
+def test_validation_of_a_checkpoint_that_is_left_out_is_forgotten(tmp_path):
+    run = tmp_path / "run"
+    write_record(run, [A, B])
+    content = json.loads((run / checkpoints.RECORD).read_text())
+    content |= {
+        "pending_training_results": list(content["checkpoint_results"]),
+        "pending_validation_specs": [True, True],
+    }
+    (run / checkpoints.RECORD).write_text(json.dumps(content))
+    shutil.rmtree(run / B)
+    checkpoints.mend_record(LOCAL, str(run))
+    mended = json.loads((run / checkpoints.RECORD).read_text())
+    assert [result["checkpoint_dir_name"] for result in mended["pending_training_results"]] == [A]
+    assert mended["pending_validation_specs"] == [True]
+    assert checkpoints.committed(LOCAL, str(run)).names == {A}
+
+
+def test_run_without_anything_whole_is_refused(tmp_path):
     (tmp_path / checkpoints.RECORD).write_text("")
-    with pytest.raises(InputError, match="is torn, and no checkpoint was ever committed; remove it"):
+    with pytest.raises(InputError, match="is torn, and there is no spare; choose another --run-name"):
         checkpoints.mend_record(LOCAL, str(tmp_path))
+    write_record(tmp_path / "run", [A])
+    shutil.rmtree(tmp_path / "run" / A)
+    with pytest.raises(InputError, match="none of the 1 checkpoints in .* is whole"):
+        checkpoints.mend_record(LOCAL, str(tmp_path / "run"))
+
+
+def test_record_of_another_release_of_ray_is_an_input_error(tmp_path):
+    write_record(tmp_path, [A])
+    content = json.loads((tmp_path / checkpoints.RECORD).read_text())
+    content.pop("pending_training_results")
+    (tmp_path / checkpoints.RECORD).write_text(json.dumps(content | {"ray_version": "1.0"}))
+    with pytest.raises(InputError, match="Ray cannot read .*1.0"):
+        checkpoints.committed(LOCAL, str(tmp_path))
 
 
 def test_scratch_of_dead_workers_alone_is_deleted(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayActorError
+from ray.train import WorkerGroupError
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import save_generator
@@ -13,7 +15,7 @@ from pipelines.batches import BatchSource, Prefetcher
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.latent_store import LatentDataset
-from pipelines.train import begin_or_resume_run, parse_arguments
+from pipelines.train import begin_or_resume_run, parse_arguments, read_record, require_same
 from pipelines.training_worker import sample_grid
 from tests.manifests import make_manifest
 
@@ -155,7 +157,10 @@ def test_latents_of_another_autoencoder_than_the_named_one_are_refused(tmp_path,
 
 def begin(folder, *options, of=None):
     _, job = parse_arguments(["debug", "--data", "d", "--storage", str(folder), "--run-name", "r", *options])
-    return begin_or_resume_run(job, "debug", of or manifest(5), f"sqlite:///{folder}/mlflow.db")
+    begun = read_record(job)
+    if begun is not None:
+        require_same(job, of or manifest(5), begun)
+    return begin_or_resume_run(job, "debug", of or manifest(5), f"sqlite:///{folder}/mlflow.db", begun)[0]
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +207,42 @@ def test_run_on_other_data_is_refused_by_name(begun):
         begin(begun[0], of=replace(manifest(5), shard_sha256=["2" * 64]))
     with pytest.raises(InputError, match="vae_sha256 was 0+, is 3+"):
         begin(begun[0], of=replace(manifest(5), recipe=replace(manifest(5).recipe, vae_sha256="3" * 64)))
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", ".hidden", "a/b"])
+def test_name_that_is_no_folder_of_its_own_is_refused(name):
+    _, job = parse_arguments(["debug", "--data", "d", "--storage", "s", f"--run-name={name}"])
+    with pytest.raises(InputError, match="--run-name must be a name without slashes and no dot first"):
+        train.prepared(job)
+
+
+def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "r/checkpoint_1000").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"r holds something else than a run of pipelines.train"):
+        begin(tmp_path)
+    assert (tmp_path / "r/checkpoint_1000").is_dir()
+
+
+def test_decision_about_guidance_is_kept_when_the_run_becomes_longer(tmp_path):
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "manifest.json").write_text(manifest(400).to_json())
+    places = ["--data", str(tmp_path / "latents"), "--storage", str(tmp_path / "runs")]
+    _, job = parse_arguments(["debug", *places, "--run-name", "r"])
+    decided = replace(job, config=replace(job.config, guidance_after_steps=15))
+    begin_or_resume_run(decided, "debug", manifest(400), f"sqlite:///{tmp_path}/mlflow.db")
+    longer = replace(job, config=replace(job.config, num_steps=1000))
+    again, _, begun = train.prepared(longer)
+    assert again.config.guidance_after_steps == 15
+    assert begun["num_steps"] == 30
+
+
+def test_cause_of_a_failure_is_the_error_that_is_no_echo_of_it():
+    broken = RuntimeError("Connection closed by peer [10.0.0.1]")
+    own = OSError(28, "No space left on device")
+    assert train._first_cause(WorkerGroupError("", {0: broken, 3: own})) == (3, own)
+    assert train._first_cause(WorkerGroupError("", {0: broken})) == (0, broken)
+    died = RayActorError()
+    assert train._first_cause(WorkerGroupError("", {0: broken, 1: died})) == (1, died)
 
 
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatch, capsys):

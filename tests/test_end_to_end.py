@@ -268,10 +268,10 @@ def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same
         step, ours = state_of_last_checkpoint(f"{bucket}/runs/killed")
         names = [info.base_name for info in filesystem.get_file_info(fs.FileSelector(run_folder))]
     assert log.read_text().count("one of 2 workers") == 4  # both, twice
-    assert sorted(name for name in names if not name.startswith("checkpoint_2")) == [
-        "checkpoint_manager_snapshot.json", "checkpoint_manager_snapshot.spare.json", "generator", "training.json",
-    ]  # fmt: skip
-    assert len(names) == 6  # the last two checkpoints, and no orphan
+    kept = [name for name in names if name.startswith("checkpoint_2")]
+    assert len(kept) == 2
+    assert orphan not in kept
+    assert {"checkpoint_manager_snapshot.json", "generator", "training.json"} < set(names)
     _, straight = state_of_last_checkpoint(build / "runs/first")
     assert step == 30
     assert set(ours) == set(straight)

@@ -8,7 +8,6 @@ in the storage folder. At the end stands a generator: a diffusers pipeline folde
 model registry.
 """
 
-import json
 import logging
 import signal
 import sys
@@ -54,6 +53,7 @@ from pipelines.latent_cache import NO_CACHE
 from pipelines.latent_store import Manifest
 from pipelines.plan import describe
 from pipelines.training_job import TrainJob
+from pipelines.training_record import begin_or_resume_run, read_record, require_same, write_record
 from pipelines.training_worker import Outcome, WorkerTask, pipeline_of, train_worker
 
 logger = logging.getLogger(__name__)
@@ -73,106 +73,6 @@ def _check_vae(job: TrainJob, manifest: Manifest) -> None:
             f"(sha256 {manifest.recipe.vae_sha256[:12]}), not with {job.vae} ({named[:12]}); "
             f"encode again with it, or leave out --vae"
         )
-
-
-def read_record(job: TrainJob) -> dict[str, Any] | None:
-    """A run's training.json: what it is, and which MLflow run tracks it; None where no run of this name was begun.
-
-    Raises InputError where its folder holds something else.
-    """
-    filesystem, root = storage.open_storage(job.storage)
-    folder = f"{root}/{job.run_name}"
-    if filesystem.get_file_info(f"{folder}/{tracking.TRAINING_RECORD}").type == fs.FileType.File:
-        return dict(json.loads(storage.read_bytes(filesystem, f"{folder}/{tracking.TRAINING_RECORD}")))
-    if filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
-        raise InputError(
-            f"{job.storage}/{job.run_name} holds something else than a run of pipelines.train (it has no "
-            f"{tracking.TRAINING_RECORD}); choose another --run-name or --storage"
-        )
-    return None
-
-
-def _write_record(job: TrainJob, content: dict[str, Any]) -> None:
-    filesystem, root = storage.open_storage(job.storage)
-    path = f"{root}/{job.run_name}/{tracking.TRAINING_RECORD}"
-    storage.write_bytes(filesystem, path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def require_same(job: TrainJob, manifest: Manifest, begun: dict[str, Any]) -> None:
-    """Raises InputError where a run was begun with another experiment; warns of other code."""
-    then, now = _flat(begun["identity"]), _flat(json.loads(json.dumps(job.identity(manifest))))
-    different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    if different:
-        changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in different)
-        raise InputError(
-            f"run {job.run_name} in {job.storage} is another experiment ({changes}); choose another --run-name"
-        )
-    code = begun.get("code", {})
-    changed = [
-        f"{name} was {code.get(name)}, is {value}"
-        for name, value in tracking.code_identity().items()
-        if code.get(name) != value
-    ]
-    if changed:
-        logger.warning("the run was begun with other code, and may not repeat itself: %s", "; ".join(changed))
-    if job.config.optimizer.cooldown_steps and begun.get("num_steps") != job.config.num_steps:
-        logger.warning(
-            "num_steps was %s, is %d: the last steps' falling rate moves with it",
-            begun.get("num_steps"),
-            job.config.num_steps,
-        )
-
-
-def begin_or_resume_run(
-    job: TrainJob,
-    preset: str,
-    manifest: Manifest,
-    tracking_uri: str,
-    begun: dict[str, Any] | None = None,
-    init_sha256: str | None = None,
-) -> tuple[tracking.Run, dict[str, Any]]:
-    """The training's MLflow run and its record, both new where no run of this name was begun."""
-    if begun is not None:
-        run = tracking.Run(tracking_uri, begun["mlflow_run_id"])
-        run.resume()
-        return run, begun
-    parameters = {
-        "preset": preset,
-        **job.config.flat(),
-        "data": job.data,
-        "data.num_samples": manifest.num_samples,
-        "data.sha256": manifest.content_sha256,
-        "data.mirror": job.mirror,
-        "data.vae": manifest.recipe.vae_id,
-        "data.vae_sha256": manifest.recipe.vae_sha256,
-        "num_workers": job.num_workers,
-        "parallelism": job.parallelism,
-        "rows_per_pass": job.rows_per_pass,
-        "init_from": job.init_from,
-    }
-    code = tracking.code_identity()
-    run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code)
-    record = {
-        "identity": job.identity(manifest),
-        "preset": preset,
-        "num_steps": job.config.num_steps,
-        "init_sha256": init_sha256,
-        "use_gpu": job.use_gpu,
-        "mlflow_run_id": run.run_id,
-        "tracking_uri": tracking_uri,
-        "code": code,
-    }
-    _write_record(job, record)
-    run.log_dict(job.config.flat(), "configuration.json")
-    run.log_dict(json.loads(manifest.to_json()), "data_manifest.json")
-    return run, record
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> None:
@@ -424,7 +324,7 @@ def _finish(
                 f"training is done and the generator lies in {location}, but MLflow did not take it: {error}; the same "
                 f"command registers it"
             ) from error
-    _write_record(job, {**record, "published": {"step": step, "generator": location, "model": model}})
+    write_record(job, {**record, "published": {"step": step, "generator": location, "model": model}})
     return location, model
 
 

@@ -15,7 +15,8 @@ from pipelines.batches import BatchSource, Prefetcher
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.latent_store import LatentDataset
-from pipelines.train import begin_or_resume_run, parse_arguments, read_record, require_same
+from pipelines.train import parse_arguments
+from pipelines.training_record import begin_or_resume_run, read_record, require_same
 from pipelines.training_worker import sample_grid
 from tests.manifests import make_manifest
 

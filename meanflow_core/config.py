@@ -269,8 +269,9 @@ class TrainingConfig:
     which guidance from the first step on makes unstable, 20 epochs or half the run."""
     ema_decays: tuple[float, ...] = (0.9999,)
     """Decays per step of moving averages of the parameters; the first one is what samples."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the network under autocast; parameters, averages and the optimiser stay in float32."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """tf32: matrix products with 10 bits on tensor cores, du/dt's too; float32 where there are none. bfloat16 runs the
+    network under autocast. Parameters, averages and the optimiser stay in float32."""
     float32_derivative: bool = True
     """Under bfloat16, take du/dt in float32 in a pass of its own; else beside the graded pass, in bfloat16."""
     activation_checkpointing: bool = False
@@ -299,8 +300,8 @@ class TrainingConfig:
             len(set(self.ema_decays)) == len(self.ema_decays), f"ema_decays must differ, but got {self.ema_decays}"
         )
         _require(
-            self.precision in ("float32", "bfloat16"),
-            f"precision must be float32 or bfloat16, but got {self.precision!r}",
+            self.precision in ("float32", "tf32", "bfloat16"),
+            f"precision must be float32, tf32 or bfloat16, but got {self.precision!r}",
         )
         _require(
             (self.loss.objective == "improved_meanflow") == (self.network.architecture == "imf_dit"),

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from ray.actor import ActorHandle
 from torch.nn.parallel import DistributedDataParallel
 
+from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import build_pipeline
 from meanflow_core.latents import LatentNormalization
@@ -287,6 +288,8 @@ class TrainingWorker:
         elif self._job.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
+        if self._config.precision == "tf32":
+            allow_tf32()
         checkpoints.delete_scratch()
 
         dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._job.mirror)

@@ -29,7 +29,7 @@ from meanflow_core.presets import PRESETS, imf_network
         (lambda: TrainingConfig(ema_decays=()), "one or more numbers"),
         (lambda: TrainingConfig(ema_decays=(0.9, 1.0)), r"in \[0, 1\), but got \(0.9, 1.0\)"),
         (lambda: TrainingConfig(ema_decays=(0.9, 0.9)), "must differ"),
-        (lambda: TrainingConfig(precision="float16"), "float32 or bfloat16, but got 'float16'"),
+        (lambda: TrainingConfig(precision="float16"), "float32, tf32 or bfloat16, but got 'float16'"),
         (lambda: TrainingConfig(network=imf_network("B")), "go together"),
         (lambda: NetworkConfig(architecture="unet"), "dit or imf_dit, but got 'unet'"),
         (lambda: NetworkConfig(architecture="imf_dit", depth=4), r"\[0, depth = 4\], but got 8"),

@@ -21,7 +21,7 @@ from tests.readme import REPOSITORY
 NUM_IMAGES, ROWS_PER_SHARD = 2000, 32
 OPTIONS = ["--image-size", "64", "--rows-per-shard", str(ROWS_PER_SHARD), "--num-encoders", "2"]
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.soak]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,6 @@ def test_driver_that_is_killed_goes_on_where_it_stopped(cluster, drawn, tmp_path
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # what was done was not done again
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(2))
 def test_driver_workers_and_node_killed_at_random_moments_lose_and_repeat_no_image(cluster, drawn, tmp_path, seed):

@@ -21,6 +21,8 @@ from pipelines import tracking, tracking_outbox
 from pipelines.command import InputError
 from pipelines.tracking_outbox import Outbox
 
+pytestmark = pytest.mark.soak  # the server alone takes half a minute to start
+
 
 class Line:
     """A port of 127.0.0.1 that leads to another one; cut, it refuses connections.

@@ -1,23 +1,28 @@
+import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from ray.exceptions import RayActorError
-from ray.train import WorkerGroupError
+from ray.train import Checkpoint, ControllerError, Result, WorkerGroupError
 
 from meanflow_core.autoencoder import weight_hash
-from meanflow_core.generator import save_generator
+from meanflow_core.checkpoint import save_train_state
+from meanflow_core.generator import load_network, save_generator
+from meanflow_core.loss import draw_step_record
 from meanflow_core.presets import PRESETS
-from pipelines import train
+from meanflow_core.training import build_train_state
+from pipelines import tracking, train
 from pipelines.batches import BatchSource, Prefetcher
 from pipelines.command import InputError, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.latent_store import LatentDataset
+from pipelines.latent_store import LatentDataset, rows_of_step
 from pipelines.train import parse_arguments
 from pipelines.training_record import begin_or_resume_run, read_record, require_same
 from pipelines.training_worker import sample_grid
+from tests.conftest import perturbed
 from tests.manifests import make_manifest
 
 
@@ -61,6 +66,10 @@ def test_help_lists_presets_with_what_they_are(capsys):
         ("--num-steps", "0", "num_steps must be at least 1"),
         ("--rows-per-pass", "0", "rows_per_pass must be at least 1, but got 0"),
         ("--min-workers", "2", "min_workers must be at most num_workers 1, but got 2"),
+        ("--num-workers", "0", "num_workers must be at least 1, but got 0"),
+        ("--min-workers", "0", "min_workers must be at least 1, but got 0"),
+        ("--keep-checkpoints", "0", "keep_checkpoints must be at least 1, but got 0"),
+        ("--resize-interval-seconds", "0", "resize_interval_seconds must be above 0, but got 0"),
         ("--skip-nonfinite", "-1", "skip_nonfinite must be at least 0, but got -1"),
         ("--max-failures", "-2", "max_failures must be at least 0, or -1"),
         ("--init-source", "sit", "init_source says what --init-from is"),
@@ -73,6 +82,11 @@ def test_impossible_override_is_refused(option, value, words, monkeypatch, capsy
         run_command(train.main)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_as_few_workers_as_all_and_failures_without_end_may_be_asked_for():
+    _, job = parse_arguments(["debug", *REQUIRED, "--num-workers", "2", "--min-workers", "2", "--max-failures", "-1"])
+    assert (job.num_workers, job.min_workers, job.max_failures) == (2, 2, -1)
 
 
 def test_missing_dataset_is_refused_before_anything_is_written(tmp_path):
@@ -99,8 +113,10 @@ def test_grid_of_samples_has_a_row_per_class(pipeline):
     picture = sample_grid(pipeline)
     assert picture.dtype == np.uint8
     assert picture.shape == (10 * 66 - 2, 8 * 66 - 2, 3)
-    expected = pipeline.images_from_seeds([0], [0], 1)[0]
-    assert (torch.from_numpy(picture[:64, :64]).int() - expected.int()).abs().max() <= 1
+    for num_steps, (row, column) in ((1, (0, 0)), (1, (3, 5)), (2, (3, 5))):
+        [expected] = pipeline.images_from_seeds([row], [column], num_steps)
+        found = torch.from_numpy(sample_grid(pipeline, num_steps)[66 * row :, 66 * column :][:64, :64])
+        assert (found.int() - expected.int()).abs().max() <= 1
 
 
 def dataset_of(num_samples):
@@ -128,6 +144,17 @@ def test_shares_of_a_step_are_the_whole_step_cut_in_order(rows_per_pass):
     assert torch.equal(rows < 0, whole.record.mirrored & (rows != 0))  # mirrored rows come from the mirrored column
     assert torch.equal(whole.labels, rows.abs().long() % 7)
     assert len(rows.abs().unique()) == 16
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 2), (4, 2), (0, 5)])
+def test_rows_and_draws_of_a_step_are_those_of_its_seed_and_its_objective(seed, step):
+    config = replace(PRESETS["debug"](), seed=seed, guidance_after_steps=3)
+    [batch] = BatchSource(dataset_of(50), config, rank=0, world_size=1, device=torch.device("cpu")).batches(step)
+    loss = config.loss_at(step)
+    wanted = draw_step_record(loss, seed=seed, step=step, num_rows=16, latent_shape=(4, 8, 8)).rows(0, 16, loss)
+    for part in fields(wanted):
+        torch.testing.assert_close(getattr(batch.record, part.name), getattr(wanted, part.name), rtol=0, atol=0)
+    assert batch.labels.tolist() == [row % 7 for row in rows_of_step(seed, step, 16, 50)]
 
 
 def test_prefetched_batches_are_those_asked_for_and_none_past_the_end(monkeypatch):
@@ -183,6 +210,11 @@ def test_run_goes_on_where_only_what_may_change_has_changed(begun):
         "4",
         "--rows-per-pass",
         "2",
+        "--checkpoint-interval-steps",
+        "3",
+        "--sample-interval-steps",
+        "3",
+        "--activation-checkpointing",
     ]
     assert begin(folder, "--data", "elsewhere", *options).run_id == run.run_id
 
@@ -235,6 +267,8 @@ def test_decision_about_guidance_is_kept_when_the_run_becomes_longer(tmp_path):
     again, _, begun = train.prepared(longer)
     assert again.config.guidance_after_steps == 15
     assert begun["num_steps"] == 30
+    with pytest.raises(InputError, match="config.guidance_after_steps was 15, is 3"):
+        train.prepared(replace(job, config=replace(job.config, guidance_after_steps=3)))
 
 
 def test_cause_of_a_failure_is_the_error_that_is_no_echo_of_it():
@@ -244,6 +278,7 @@ def test_cause_of_a_failure_is_the_error_that_is_no_echo_of_it():
     assert train._first_cause(WorkerGroupError("", {0: broken})) == (0, broken)
     died = RayActorError()
     assert train._first_cause(WorkerGroupError("", {0: broken, 1: died})) == (1, died)
+    assert train._first_cause(ControllerError(own)) == (None, own)
 
 
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -266,7 +301,111 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatc
     assert "2: 8 rows each, in 3 passes" in text
     assert "an epoch      25.0 steps" in text
     assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run", "--num-workers", "2", "--rows-per-pass", "99"])
+    run_command(train.main)
+    assert "2: 8 rows each" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run", "--num-workers", "17"])
     with pytest.raises(SystemExit):
         run_command(train.main)
     assert "global_batch_size 16 is less than num_workers 17" in capsys.readouterr().err
+
+
+def test_record_and_mlflow_say_what_was_begun_and_that_it_goes_on(tmp_path):
+    _, job = parse_arguments(
+        ["debug", "--data", "d", "--storage", str(tmp_path), "--run-name", "r", "--use-gpu", "False"]
+    )
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run, record = begin_or_resume_run(job, "debug", manifest(5), uri, None, "abc")
+    told = {"preset": "debug", "num_steps": 30, "init_sha256": "abc", "use_gpu": False, "tracking_uri": uri}
+    assert told.items() <= record.items()
+    assert record["mlflow_run_id"] == run.run_id
+    assert read_record(job) == json.loads(json.dumps(record))
+    run.end("KILLED")
+    client = tracking.MlflowClient(uri)
+    files = {file.path for file in client.list_artifacts(run.run_id)}
+    assert {"configuration.json", "data_manifest.json"} <= files
+    assert client.get_run(run.run_id).data.params["data.num_samples"] == "5"
+    assert client.get_run(run.run_id).info.status == "KILLED"
+    begin_or_resume_run(job, "debug", manifest(5), uri, read_record(job))
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("cooldown_steps", [0, 5])
+def test_other_code_and_a_moved_cool_down_are_told(caplog, cooldown_steps):
+    _, job = parse_arguments(["debug", *REQUIRED, "--optimizer.cooldown-steps", str(cooldown_steps)])
+    code = tracking.code_identity()
+    then = json.loads(json.dumps({"identity": job.identity(manifest(5)), "num_steps": 30, "code": code}))
+    require_same(job, manifest(5), then)
+    assert caplog.text == ""
+    require_same(replace(job, config=replace(job.config, num_steps=99)), manifest(5), then)
+    assert ("num_steps was 30, is 99: the last steps' falling rate moves" in caplog.text) == (cooldown_steps > 0)
+    assert "other code" not in caplog.text
+    require_same(job, manifest(5), then | {"code": code | {"torch": "1.0"}})
+    assert "begun with other code, and may not repeat itself: torch was 1.0, is" in caplog.text
+
+
+@pytest.fixture
+def job_here(tmp_path, monkeypatch):
+    """A job on a dataset's manifest in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents/manifest.json").write_text(manifest(400).to_json())
+    return parse_arguments(["debug", "--data", "latents", "--storage", "runs/", "--run-name", "r"])[1]
+
+
+def test_places_become_absolute_and_names_of_models_stay(job_here, tmp_path):
+    found, *_ = train.prepared(replace(job_here, cache_dir="cache", init_from="generator", validation_data="latents"))
+    assert (found.data, found.validation_data) == (f"{tmp_path}/latents", f"{tmp_path}/latents")
+    assert (found.storage, found.cache_dir) == (f"{tmp_path}/runs", f"{tmp_path}/cache")
+    assert found.init_from == f"{tmp_path}/generator"
+    for name in ("models:/meanflow-xl2@champion", "runs:/1a2b/generator"):
+        found, *_ = train.prepared(replace(job_here, cache_dir="none", init_from=name))
+        assert (found.cache_dir, found.init_from) == ("none", name)
+
+
+def test_input_that_cannot_be_trained_on_is_refused_at_the_beginning(job_here, tmp_path):
+    other = replace(manifest(4), class_names=["a", "x"])
+    (tmp_path / "held-out").mkdir()
+    (tmp_path / "held-out/manifest.json").write_text(other.to_json())
+    with pytest.raises(InputError, match="--validation-data .*held-out has another classes"):
+        train.prepared(replace(job_here, validation_data="held-out"))
+    config = replace(job_here.config, network=replace(job_here.config.network, patch_size=3))
+    with pytest.raises(InputError, match="patch_size 3 does not divide the latents' side 8"):
+        train.prepared(replace(job_here, config=config))
+
+
+def test_generator_that_is_half_published_cannot_be_opened(tmp_path, job_here):
+    (tmp_path / "runs/r/generator").mkdir(parents=True)
+    (tmp_path / "runs/r/generator/model_index.json").write_text("old")
+    (tmp_path / "runs/r/generator/vae").write_text("in the way")
+    (tmp_path / "new/vae").mkdir(parents=True)
+    for name in ("model_index.json", "vae/config.json"):
+        (tmp_path / "new" / name).write_text("new")
+    with pytest.raises(OSError, match="vae"):
+        train._publish(job_here, tmp_path / "new")
+    assert not (tmp_path / "runs/r/generator/model_index.json").exists()
+    (tmp_path / "runs/r/generator/vae").unlink()
+    assert train._publish(job_here, tmp_path / "new") == "runs//r/generator"
+    assert (tmp_path / "runs/r/generator/model_index.json").read_text() == "new"
+
+
+def test_generator_of_a_step_is_made_of_the_first_average_and_registered_once(job_here, tmp_path, vae):
+    vae.save_pretrained(tmp_path / "latents/vae")
+    job, *_ = train.prepared(replace(job_here, config=replace(job_here.config, ema_decays=(0.9, 0.5)), use_gpu=False))
+    state = build_train_state(job.config, sample_size=8, in_channels=4, num_classes=2, device=torch.device("cpu"))
+    perturbed(state.ema_network)
+    (tmp_path / "checkpoint").mkdir()
+    save_train_state(state, job.config, tmp_path / "checkpoint")
+    result = Result({"step": 20}, Checkpoint(str(tmp_path / "checkpoint")), error=None, path="")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run = tracking.Run.begin(uri, "experiment", "r", {})
+    before = {"preset": "debug", "published": {"step": 10, "generator": "old", "model": "old"}}
+    found = train._finish(job, "debug", manifest(400), result, run, before)
+    assert found == (f"{tmp_path}/runs/r/generator", "models:/meanflow-debug@champion")
+    network = load_network(tmp_path / "runs/r/generator/transformer")
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state.ema_network.state_dict()[name])
+    after = read_record(job)
+    assert after == {"preset": "debug", "published": {"step": 20, "generator": found[0], "model": found[1]}}
+    assert train._finish(job, "debug", manifest(400), result, run, after) == found
+    assert len(tracking.MlflowClient(uri).search_model_versions("name='meanflow-debug'")) == 1

@@ -2,15 +2,24 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 from pyarrow import fs
 from ray.train import Checkpoint
 
-from pipelines import checkpoints
+from meanflow_core.autoencoder import weight_hash
+from meanflow_core.generator import save_generator
+from meanflow_core.presets import debug
+from meanflow_core.training import build_train_state
+from pipelines import checkpoints, train
 from pipelines.command import InputError
+from pipelines.demo import images
+from pipelines.training_job import TrainJob
+from tests.manifests import make_manifest
 
 LOCAL = fs.LocalFileSystem()
 
@@ -60,11 +69,12 @@ def test_orphans_of_a_crash_are_deleted_and_nothing_else(tmp_path):
     run = tmp_path / "run"
     assert checkpoints.delete_orphans(LOCAL, str(run)) == []
     write_record(run, [A, B])
-    for name in (C, "generator", "checkpoint_mine"):
+    others = {"generator", "checkpoint_mine", f"{C}.kept"}
+    for name in (C, *others):
         (run / name).mkdir()
         (run / name / "file").write_text("x")
     assert checkpoints.delete_orphans(LOCAL, str(run)) == [C]
-    assert {path.name for path in run.iterdir()} == {A, B, checkpoints.RECORD, "generator", "checkpoint_mine"}
+    assert {path.name for path in run.iterdir()} == {A, B, checkpoints.RECORD, *others}
 
 
 def spare_of(run, names):
@@ -72,7 +82,7 @@ def spare_of(run, names):
     checkpoints.SpareRecord(str(run)).after_report(None, [], Checkpoint(str(run / names[-1])))
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "missing"])
+@pytest.mark.parametrize("damage", ["torn", "empty", "missing", "of another kind"])
 def test_record_that_cannot_be_read_is_replaced_by_that_of_the_checkpoint_before(tmp_path, caplog, damage):
     run = tmp_path / "run"
     checkpoints.mend_record(LOCAL, str(run))  # nothing there yet
@@ -83,14 +93,16 @@ def test_record_that_cannot_be_read_is_replaced_by_that_of_the_checkpoint_before
     if damage == "missing":
         record.unlink()
     else:
-        record.write_text(record.read_text()[:40] if damage == "torn" else "")
+        record.write_text({"torn": record.read_text()[:40], "empty": "", "of another kind": "[]"}[damage])
     checkpoints.mend_record(LOCAL, str(run))
     assert "going on with the spare one" in caplog.text
     found = checkpoints.committed(LOCAL, str(run))
     assert (Path(found.latest.path).name, found.names) == (B, {A, B})
 
 
-@pytest.mark.parametrize("damage", ["a shorter file", "no file", "no state.json", "half of state.json", "no folder"])
+@pytest.mark.parametrize(
+    "damage", ["a shorter file", "no file", "no state.json", "half of state.json", "another state.json", "no folder"]
+)
 def test_checkpoint_that_is_not_whole_is_left_out_for_the_one_before(tmp_path, caplog, damage):
     run = tmp_path / "run"
     spare_of(run, [A, B])
@@ -102,6 +114,8 @@ def test_checkpoint_that_is_not_whole_is_left_out_for_the_one_before(tmp_path, c
         (run / B / "state.json").unlink()
     elif damage == "half of state.json":
         (run / B / "state.json").write_text('{"files": {"sh')
+    elif damage == "another state.json":
+        (run / B / "state.json").write_text("{}")
     else:
         shutil.rmtree(run / B)
     checkpoints.mend_record(LOCAL, str(run))
@@ -155,3 +169,46 @@ def test_scratch_of_dead_workers_alone_is_deleted(tmp_path, monkeypatch):
         folder.mkdir()
     checkpoints.delete_scratch()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "other"])
+
+
+def test_disk_that_is_full_is_not_left_fuller(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    state = build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
+    with pytest.raises(TypeError, match="not JSON serializable"):  # as late as a full disk
+        checkpoints.report(state, debug(), {}, {"what": object()}, wait=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def job_in(folder, **changes):
+    return TrainJob(data=str(folder / "latents"), storage=str(folder), run_name="run", **{"config": debug(), **changes})
+
+
+def test_run_that_is_at_its_end_goes_on_and_one_that_is_past_it_is_refused(tmp_path):
+    write_record(tmp_path / "run", [A, B])  # 20 steps
+    manifest = make_manifest([5], moments_shape=(8, 8, 8), image_size=64)
+    at_end = job_in(tmp_path, config=replace(debug(), num_steps=20))
+    assert train._require_resumable(at_end, manifest, {}) is None
+    with pytest.raises(InputError, match="has taken 20 steps already, more than num_steps 19"):
+        train._require_resumable(job_in(tmp_path, config=replace(debug(), num_steps=19)), manifest, {})
+
+
+def test_run_without_a_checkpoint_begins_with_the_same_network_or_not_at_all(tmp_path, pipeline, vae):
+    save_generator(pipeline, tmp_path / "generator")
+    vae.save_pretrained(tmp_path / "latents/vae")
+    network = replace(debug().network, hidden_size=48, num_heads=3, patch_size=2)
+    job = job_in(tmp_path, init_from=str(tmp_path / "generator"), config=replace(debug(), network=network))
+    manifest = replace(make_manifest([5], moments_shape=(8, 8, 8), image_size=64), class_names=list(images.CLASS_NAMES))
+    wanted = weight_hash(pipeline.transformer)
+    assert weight_hash(train._require_resumable(job, manifest, {"init_sha256": wanted})) == wanted
+    with pytest.raises(InputError, match="is not the network that run run was begun with"):
+        train._require_resumable(job, manifest, {"init_sha256": "of another"})
+
+
+def test_failure_says_where_the_same_command_goes_on(tmp_path):
+    job = job_in(tmp_path, skip_nonfinite=3)
+    assert train._way_on(job) == "there is no checkpoint yet: the same command begins anew"
+    write_record(tmp_path / "run", [A, B])
+    assert train._way_on(job).startswith(f"the last good checkpoint is of step 20, {tmp_path}/run/{B}: ")
+    assert "--skip-nonfinite 4 skips such a step" in train._about_nonfinite(job, 21)
+    (tmp_path / "run" / checkpoints.RECORD).write_text("{")
+    assert "its checkpoints cannot be read now" in train._way_on(job)

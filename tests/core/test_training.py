@@ -22,6 +22,7 @@ from meanflow_core.training import (
     contiguous_share,
     learning_rate,
     num_passes,
+    rehearse,
     relative_ema_distance,
     train_step,
     update_emas,
@@ -350,6 +351,40 @@ def test_step_whose_gradient_is_not_finite_moves_nothing_where_it_may_be_skipped
     assert torch.isfinite(parameters(state.network)).all()
 
 
+def test_gradient_that_is_not_finite_moves_everything_where_it_may_not_be_skipped():
+    config, state = debug(), fresh_state()
+    broken = batch(config, 0)
+    broken.moments[3] = float("nan")
+    metrics = train_step(state, state.network, [broken], IDENTITY, config)
+    assert (metrics.skipped, state.num_skipped) == (False, 0)
+    assert not torch.isfinite(parameters(state.network)).all()
+
+
+def test_state_of_skipped_steps_alone_is_restored(tmp_path):
+    config, state = debug(), fresh_state()
+    broken = batch(config, 0)
+    broken.moments[3] = float("nan")
+    train_step(state, state.network, [broken], IDENTITY, config, may_skip=True)
+    save_train_state(state, config, tmp_path)
+    resumed = fresh_state(replace(config, seed=3))
+    load_train_state(resumed, tmp_path)
+    assert (resumed.step, resumed.num_skipped) == (1, 1)
+    for each in state, resumed:
+        take_steps(each, config, 1)
+    assert torch.equal(parameters(resumed.network), parameters(state.network))
+
+
+def test_rehearsal_leaves_nothing_behind():
+    state = fresh_state()
+    take_steps(state, debug(), 1)
+    before = parameters(state.network), parameters(state.ema_network)
+    rehearse(state, state.network, batch(debug(), 1), debug())
+    assert all(parameter.grad is None for parameter in state.network.parameters())
+    assert torch.equal(parameters(state.network), before[0])
+    assert torch.equal(parameters(state.ema_network), before[1])
+    assert state.step == 1
+
+
 def test_skipped_steps_survive_a_resume(tmp_path):
     config, straight = debug(), fresh_state()
     broken = batch(config, 0)
@@ -425,6 +460,8 @@ def test_torn_checkpoint_is_refused_by_name(tmp_path):
     [tensors] = tmp_path.glob("*.safetensors")
     content = tensors.read_bytes()
     tensors.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="is torn"):
+        load_average(state.network, 0.9, tmp_path)
     with pytest.raises(
         ValueError, match=rf"is torn: {tensors.name} has {len(content) - 1} bytes, wanted {len(content)}"
     ):
@@ -434,6 +471,9 @@ def test_torn_checkpoint_is_refused_by_name(tmp_path):
         load_train_state(state, tmp_path)
     with pytest.raises(ValueError, match="is no checkpoint"):
         load_train_state(state, tmp_path / "nothing")
+    (tmp_path / "state.json").write_text((tmp_path / "state.json").read_text()[:40])
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        load_train_state(state, tmp_path)
 
 
 def test_full_disk_while_saving_is_an_os_error(tmp_path):

@@ -71,6 +71,11 @@ from meanflow_core.presets import PRESETS, imf_network
             lambda: LossConfig(objective="improved_meanflow", times=TimeSamplingConfig(fraction_r_below_t=0.0)),
             "needs loss.times.fraction_r_below_t above 0",
         ),
+        (lambda: TrainingConfig(guidance_after_steps=-1), "guidance_after_steps must be at least 0, but got -1"),
+        (
+            lambda: dataclasses.replace(PRESETS["debug_imf"](), guidance_after_steps=5),
+            "guidance_after_steps is for meanflow; .* but got 5",
+        ),
         (lambda: TrainingConfig(global_batch_size=0), "global_batch_size must be at least 1"),
         (lambda: SamplingConfig(guidance_start=0.7, guidance_end=0.5), "guidance_start <= guidance_end"),
     ],

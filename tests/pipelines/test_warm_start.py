@@ -9,8 +9,10 @@ from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.interop import silence_step_size
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.transformer import Conditioning
+from pipelines import train
 from pipelines.command import InputError
 from pipelines.demo import images
+from pipelines.training_job import TrainJob
 from pipelines.warm_start import initial_network, staged
 from tests.conftest import perturbed
 from tests.manifests import make_manifest
@@ -47,7 +49,9 @@ def test_training_begins_with_a_generators_network(network, vae, data, tmp_path,
     found = initial_network(location, None, CONFIG, data, manifest())
     assert found.is_flow_matching == is_flow_matching
     torch.testing.assert_close(u(found.network, 0.7, 0.7), u(network, 0.7, 0.7))
-    if not is_flow_matching:
+    if is_flow_matching:  # its velocity at every t - r
+        torch.testing.assert_close(u(found.network, 0.7, 0.2), u(network, 0.7, 0.7))
+    else:
         torch.testing.assert_close(u(found.network, 0.7, 0.2), u(network, 0.7, 0.2))
 
 
@@ -72,6 +76,11 @@ def test_training_begins_with_a_public_checkpoint(network, data, tmp_path):
     found = initial_network(str(tmp_path / "checkpoint.pt"), "zhuyu-cs", CONFIG, data, manifest())
     assert not found.is_flow_matching
     torch.testing.assert_close(u(found.network, 0.7, 0.2), u(network, 0.7, 0.2))
+    with pytest.raises(InputError, match="--init-from .*depth is 2, wanted 7"):
+        initial_network(str(tmp_path / "checkpoint.pt"), "zhuyu-cs", replace(CONFIG, depth=7), data, manifest())
+    without = {name: value for name, value in state.items() if not name.startswith("r_embedder")}
+    torch.save({"ema": without}, tmp_path / "sit.pt")
+    assert initial_network(str(tmp_path / "sit.pt"), "sit", CONFIG, data, manifest()).is_flow_matching
     with pytest.raises(InputError, match="is a file; say with --init-source where the checkpoint comes from"):
         initial_network(str(tmp_path / "checkpoint.pt"), None, CONFIG, data, manifest())
     with pytest.raises(InputError, match=r"--init-from .*unknown source 'x'; known: .*zhuyu-cs"):
@@ -83,9 +92,12 @@ def test_network_that_does_not_fit_is_refused_with_the_difference(network, vae, 
     with pytest.raises(InputError, match="--init-from .*depth is 2, wanted 7"):
         initial_network(location, None, replace(CONFIG, depth=7), data, manifest())
     config = json.loads((tmp_path / "generator/vae/config.json").read_text())
+    ours, theirs = config["latents_std"][0], 2.0 * config["latents_std"][0]
     config["latents_std"] = [2.0 * value for value in config["latents_std"]]
     (tmp_path / "generator/vae/config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="--init-from .*knows latents normalised by .* but the data's are by"):
+    with pytest.raises(
+        InputError, match=rf"knows latents normalised by .*std=\({theirs}, .* but the data's are by .*std=\({ours}, "
+    ):
         initial_network(location, None, CONFIG, data, manifest())
     with pytest.raises(InputError, match="--init-from .*nowhere is no folder"):
         initial_network(str(tmp_path / "nowhere"), None, CONFIG, data, manifest())
@@ -102,3 +114,12 @@ def test_guidance_waits_twenty_epochs_after_flow_matching_unless_said_otherwise(
     unguided = replace(config, loss=replace(config.loss, guidance=GuidanceConfig()))
     assert staged(unguided, manifest(), is_flow_matching=True) == unguided
     assert staged(debug_imf(), manifest(), is_flow_matching=True) == debug_imf()
+
+
+def test_training_after_flow_matching_is_staged(network, vae, data, tmp_path):
+    location = saved(network, vae, tmp_path / "generator", is_flow_matching=True)
+    job = TrainJob(data=data, storage="s", run_name="r", config=replace(debug(), network=CONFIG))
+    assert train.warmed(job, manifest()) == (job, None)
+    found, initial = train.warmed(replace(job, init_from=location), manifest())
+    assert found.config.guidance_after_steps == 15
+    torch.testing.assert_close(u(initial, 0.7, 0.7), u(network, 0.7, 0.7))

@@ -15,10 +15,12 @@ from pipelines import encode, tracking, validation
 from pipelines.command import InputError
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.latent_cache import open_latents
-from pipelines.latent_store import read_manifest
+from pipelines.latent_store import LatentDataset, read_manifest
 from pipelines.training_job import TrainJob
 from tests.conftest import perturbed
 from tests.latents import encode_in_process
+
+CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def latents(tmp_path_factory, image_root):
 
 
 def fresh_state():
-    return build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
+    return build_train_state(CONFIG, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
 
 
 def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_step(latents, tmp_path):
@@ -50,11 +52,11 @@ def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_s
             **{name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")},
         }
     (tmp_path / "checkpoint").mkdir()
-    save_train_state(state, debug(), tmp_path / "checkpoint")
+    save_train_state(state, CONFIG, tmp_path / "checkpoint")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run = tracking.Run.begin(uri, "experiment", "name", {})
     job = TrainJob(
-        data=str(latents), storage="s", run_name="r", validation_data=str(latents), config=debug(),
+        data=str(latents), storage="s", run_name="r", validation_data=str(latents), config=CONFIG,
         cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     figures = validation.validate(Checkpoint(str(tmp_path / "checkpoint")), job, uri, run.run_id)
@@ -100,3 +102,48 @@ def test_checkpoints_are_measured_beside_training_where_there_is_room(monkeypatc
     job = TrainJob(data="d", storage="s", run_name="r", num_workers=2, validation_data="v", config=debug())
     assert validation.validates_beside(job, use_gpu=use_gpu) == beside
     assert not validation.validates_beside(replace(job, validation_data=None), use_gpu=use_gpu)
+
+
+def test_errors_are_means_over_all_images_however_many_are_taken_at_once(latents, tmp_path, monkeypatch):
+    dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
+    normalization = LatentNormalization.from_vae_config(validation.latent_store.open_autoencoder(str(latents)).config)
+    network = perturbed(fresh_state().network)
+    loss, below, equal = replace(debug().loss, label_drop_probability=0.0), [], []
+    for number, rows in enumerate(np.split(np.arange(40), [16, 32])):
+        record = draw_step_record(loss, seed=validation.SEED, step=number, num_rows=len(rows), latent_shape=(4, 8, 8))
+        moments, labels = dataset.rows(rows, np.zeros(len(rows), bool))
+        errors = meanflow_loss(
+            network, network, sample_latents(torch.from_numpy(moments), record.posterior_noise, normalization),
+            torch.from_numpy(labels), record, loss, null_label=10, global_num_rows=len(rows),
+        ).squared_error.detach()  # fmt: skip
+        below.append(errors[record.r < record.t])
+        equal.append(errors[record.r == record.t])
+    monkeypatch.setattr(validation, "ROWS_AT_ONCE", 16)
+    figures = validation.held_out_errors(network, dataset, normalization, debug())
+    assert figures["validation/squared_error_r_below_t"] == pytest.approx(float(torch.cat(below).mean()), rel=1e-4)
+    assert figures["validation/squared_error_r_equals_t"] == pytest.approx(float(torch.cat(equal).mean()), rel=1e-4)
+
+
+def test_large_set_is_measured_on_rows_from_all_of_it(latents, tmp_path, monkeypatch):
+    dataset, taken, inner = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False), [], LatentDataset.rows
+
+    def rows(self, chosen, mirrored):
+        taken.extend(chosen.tolist())
+        return inner(self, chosen, mirrored)
+
+    monkeypatch.setattr(LatentDataset, "rows", rows)
+    monkeypatch.setattr(validation, "MAX_ROWS", 4)
+    flow = replace(debug().loss, times=replace(debug().loss.times, fraction_r_below_t=0.0))
+    normalization = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
+    figures = validation.held_out_errors(fresh_state().network, dataset, normalization, replace(debug(), loss=flow))
+    assert taken == [0, 13, 26, 39]
+    assert figures.keys() == {"validation/squared_error_r_equals_t"}  # flow matching has no others
+
+
+@pytest.mark.parametrize("use_gpu", [True, False])
+def test_measuring_wants_a_gpu_where_training_does_and_has_its_time(use_gpu):
+    job = TrainJob(data="d", storage="s", run_name="r", validation_data="v", config=debug())
+    asked = validation.config(job, "sqlite:///x", "1a2b", use_gpu=use_gpu)
+    assert asked.ray_remote_kwargs == {"num_cpus": 1, "num_gpus": int(use_gpu)}
+    assert asked.task_config.timeout_s == validation.MAX_SECONDS
+    assert asked.fn.keywords == {"job": job, "tracking_uri": "sqlite:///x", "run_id": "1a2b"}

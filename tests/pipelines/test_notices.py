@@ -118,11 +118,32 @@ def test_lost_call_is_made_again(handlers, monkeypatch):
         wait_until(lambda: not failures and actor.request.is_seen())
 
 
-def test_work_that_ends_unasked_asks_nobody(handlers):
+def test_work_that_ends_before_a_worker_has_seen_the_request_ends_as_it_would(handlers):
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+    run_inside(Actor(has_worker=False), work)
+    assert now(handlers) == handlers
+
+
+def test_request_that_was_seen_has_all_the_time_that_a_checkpoint_takes(handlers, monkeypatch):
+    monkeypatch.setattr(notices, "UNSEEN_SECONDS", 0.5)
+
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.2)
+
+    run_inside(Actor(has_worker=True), work)
+    assert now(handlers) == handlers
+
+
+def test_work_that_ends_unasked_asks_nobody(handlers, caplog):
     actor = Actor(has_worker=True)
     with stop_on_sigterm(actor):
         pass
     assert not actor.request.is_asked()
+    assert "asked to stop" not in caplog.text
     assert now(handlers) == handlers
 
 
@@ -153,6 +174,10 @@ def _group(tmp_path_factory):
             del os.environ["GLOO_SOCKET_IFNAME"]
 
 
+def num_listeners():
+    return sum("_listen" in thread.name for thread in threading.enumerate())
+
+
 @pytest.fixture
 def machines(monkeypatch):
     """What Ray knows of machines that go, and when it was asked."""
@@ -171,16 +196,25 @@ def machines(monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_first_worker_tells_of_a_stop_a_step_after_it_heard(monkeypatch, rank):
     monkeypatch.setattr(notices, "ASK_SECONDS", 0.02)
-    actor, before = Actor(has_worker=True), threading.active_count()
+    actor = Actor(has_worker=True)
     found = Notices(actor, rank)
     assert found.look() == (False, False)
-    assert threading.active_count() == before + (rank == 0)  # one alone asks
+    assert num_listeners() == (rank == 0)  # one alone asks
     actor.request.ask()
     wait_until(lambda: found._stop_asked.is_set() or rank == 1)
     assert found.look() == (False, False)
     assert found.look() == (rank == 0, False)
     found.close()
-    wait_until(lambda: threading.active_count() <= before)
+    wait_until(lambda: num_listeners() == 0)
+
+
+@pytest.mark.usefixtures("_group", "machines")
+def test_run_that_ends_unasked_is_no_longer_listened_for(monkeypatch):
+    monkeypatch.setattr(notices, "ASK_SECONDS", 0.02)
+    found = Notices(Actor(has_worker=True), 0)
+    found.look()
+    found.close()
+    wait_until(lambda: num_listeners() == 0)
 
 
 @pytest.mark.usefixtures("_group")

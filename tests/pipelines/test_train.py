@@ -301,9 +301,6 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatc
     assert "2: 8 rows each, in 3 passes" in text
     assert "an epoch      25.0 steps" in text
     assert not (tmp_path / "runs").exists()
-    monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run", "--num-workers", "2", "--rows-per-pass", "99"])
-    run_command(train.main)
-    assert "2: 8 rows each" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run", "--num-workers", "17"])
     with pytest.raises(SystemExit):
         run_command(train.main)
@@ -409,3 +406,12 @@ def test_generator_of_a_step_is_made_of_the_first_average_and_registered_once(jo
     assert after == {"preset": "debug", "published": {"step": 20, "generator": found[0], "model": found[1]}}
     assert train._finish(job, "debug", manifest(400), result, run, after) == found
     assert len(tracking.MlflowClient(uri).search_model_versions("name='meanflow-debug'")) == 1
+
+
+def test_dry_run_counts_on_the_fewest_workers(job_here):
+    job = replace(job_here, num_workers=4, min_workers=2, parallelism="fsdp2", rows_per_pass=4)
+    text = train.dry_run("debug", job)
+    assert "float32, one of 2 shards" in text
+    assert "2: 8 rows each, in 2 passes of 4" in text
+    assert "shards" not in train.dry_run("debug", replace(job, parallelism="ddp"))
+    assert "float32, one of 4 shards" in train.dry_run("debug", replace(job, min_workers=None))

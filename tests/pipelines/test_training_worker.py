@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import distributed
 
+from meanflow_core.generator import build_pipeline
 from meanflow_core.presets import debug
 from meanflow_core.training import SUMS, StepMetrics, build_train_state
 from pipelines import tracking
@@ -203,6 +204,24 @@ def test_figures_that_mlflow_has_not_taken_are_told_for_a_checkpoint(pipeline):
     observer = Observer(away, pipeline, 10, 0)
     figures = {"loss": 1.0, "images_per_second": 5.0, "squared_error_r_equals_t": 2.0, "squared_error_r_below_t": 3.0}
     observer.show_figures(figures, 5)
+    assert len(observer.unlogged()) == 1
     taken = tracking.Run("http://127.0.0.1:9", "1a2b")
     taken.adopt(observer.unlogged())
-    assert taken.pending() == observer.unlogged() != []
+    assert taken.pending() == observer.unlogged()
+
+
+def test_pace_in_the_log_is_of_steps_taken_since_the_resume(pipeline, monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr("pipelines.progress.time.monotonic", lambda: now[0])
+    observer = Observer(tracking.Run("http://127.0.0.1:9", "1a2b"), pipeline, 10, 6)
+    now[0] += 2.0
+    figures = {"images_per_second": 5.0, "squared_error_r_equals_t": 2.0, "squared_error_r_below_t": 3.0}
+    with caplog.at_level(logging.INFO):
+        observer.show_figures(figures, 10)
+    assert "trained 10 of 10 steps, 2.0 steps/s" in caplog.text
+
+
+def test_grid_of_few_classes_has_a_row_for_each(vae):
+    network = state().network
+    few = type(network)(**{**{k: v for k, v in network.config.items() if not k.startswith("_")}, "num_classes": 2})
+    assert sample_grid(build_pipeline(few.eval(), vae, ["a", "b"])).shape == (2 * 66 - 2, 8 * 66 - 2, 3)

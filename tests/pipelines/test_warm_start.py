@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +124,5 @@ def test_training_after_flow_matching_is_staged(network, vae, data, tmp_path):
     found, initial = train.warmed(replace(job, init_from=location), manifest())
     assert found.config.guidance_after_steps == 15
     torch.testing.assert_close(u(initial, 0.7, 0.7), u(network, 0.7, 0.7))
+    (Path(data) / "manifest.json").write_text(manifest().to_json())
+    assert "15    (debug has None)" in train.dry_run("debug", replace(job, init_from=location))

@@ -108,6 +108,8 @@ def test_errors_are_means_over_all_images_however_many_are_taken_at_once(latents
     dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
     normalization = LatentNormalization.from_vae_config(validation.latent_store.open_autoencoder(str(latents)).config)
     network = perturbed(fresh_state().network)
+    with torch.no_grad():  # so that a label that is dropped is seen
+        network.y_embedder.embedding_table.weight.mul_(100.0)
     loss, below, equal = replace(debug().loss, label_drop_probability=0.0), [], []
     for number, rows in enumerate(np.split(np.arange(40), [16, 32])):
         record = draw_step_record(loss, seed=validation.SEED, step=number, num_rows=len(rows), latent_shape=(4, 8, 8))

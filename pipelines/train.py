@@ -333,7 +333,6 @@ def dry_run(preset: str, job: TrainJob) -> str:
     job, manifest, begun = prepared(job)
     if begun is None:
         job, _ = warmed(job, manifest)
-    share = -(-job.config.global_batch_size // job.num_workers)
     fewest = job.min_workers or job.num_workers
     try:
         return describe(
@@ -344,7 +343,7 @@ def dry_run(preset: str, job: TrainJob) -> str:
             num_classes=len(manifest.class_names),
             num_workers=job.num_workers,
             min_workers=job.min_workers,
-            rows_per_pass=min(job.rows_per_pass or share, share),
+            rows_per_pass=job.rows_per_pass or job.config.global_batch_size,
             num_shards=fewest if job.parallelism == "fsdp2" else 1,
         )
     except ValueError as error:

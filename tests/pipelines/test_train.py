@@ -415,3 +415,6 @@ def test_dry_run_counts_on_the_fewest_workers(job_here):
     assert "2: 8 rows each, in 2 passes of 4" in text
     assert "shards" not in train.dry_run("debug", replace(job, parallelism="ddp"))
     assert "float32, one of 4 shards" in train.dry_run("debug", replace(job, min_workers=None))
+    at_once = train.dry_run("debug", replace(job, rows_per_pass=None))  # the fewest workers take most rows
+    assert "2: 8 rows each, at once" in at_once
+    assert "of 8 rows in float32" in at_once

@@ -284,6 +284,7 @@ def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same
 
 
 @pytest.mark.cluster
+@pytest.mark.soak
 def test_training_again_under_the_same_name_resumes_and_another_experiment_is_refused(trained, workspace):
     build, _ = trained
     train = workspace.documented("python -m pipelines.train")

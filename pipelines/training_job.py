@@ -59,6 +59,9 @@ class TrainJob:
     """Where the public checkpoint of --init-from comes from, as pipelines.convert names them."""
     validation_data: str | None = None
     """Latent dataset of held-out images: the moving average's errors on it are measured at every checkpoint."""
+    cpu_threads: int | None = None
+    """Threads of a worker on CPUs. Unless given, its machine's cores over the workers there; given, the same bits come
+    out wherever workers are placed."""
     deterministic: bool = False
     """On GPUs, compute so that the same step gives the same bits, as CPUs do anyway; slower."""
     use_gpu: bool | None = None
@@ -79,7 +82,7 @@ class TrainJob:
     """The experiment."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "min_workers", "rows_per_pass", "keep_checkpoints"):
+        for name in ("num_workers", "min_workers", "rows_per_pass", "keep_checkpoints", "cpu_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}")

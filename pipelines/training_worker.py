@@ -284,7 +284,8 @@ class TrainingWorker:
         context, device = ray.train.get_context(), ray.train.torch.get_device()
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
         if device.type == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+            share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+            torch.set_num_threads(self._job.cpu_threads or share)
         elif self._job.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)

@@ -2,15 +2,15 @@
 
     python tests/benchmarks/train_overhead.py --json train_overhead.json
 
-The trainer: `python -m pipelines.train demo` with one worker, its rows and draws made for every step, DDP, the moving
-average, figures in MLflow (sqlite) every 25 steps, system metrics, a checkpoint every 200. Its pace is that between
-the times of the figures of step 25 and of the last, checkpoints included. The bare loop: network, loss, backward and
-Adam on the same number of rows, drawn beforehand; no average, no wrapper, no figures. They take turns.
+The trainer: `python -m pipelines.train demo` with one worker of one thread, its rows and draws made for every step,
+DDP, the moving average, figures in MLflow (sqlite) every 25 steps, system metrics, a checkpoint every 200. Its pace is
+that between the times of the figures of step 25 and of the last, checkpoints included. The bare loop: network, loss,
+backward and Adam on the same number of rows, drawn beforehand, with one thread; no average, no wrapper, no figures. They
+take turns. With --threads 2 on two cores, Ray's own processes and the steps want the same cores.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -51,8 +51,8 @@ def make_latents(folder: Path, count: int) -> Path:
 class BareLoop:
     """The step alone, on batches that lie ready."""
 
-    def __init__(self, latents: Path, folder: Path) -> None:
-        torch.set_num_threads(os.cpu_count() or 1)
+    def __init__(self, latents: Path, folder: Path, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
         self._config = replace(demo(), num_steps=10**6)
         dataset = open_latents(str(latents), str(folder / "cache"))
         device = torch.device("cpu")
@@ -71,11 +71,11 @@ class BareLoop:
         return (time.perf_counter() - began) / num_steps
 
 
-def train(latents: Path, folder: Path, name: str, num_steps: int) -> float:
+def train(latents: Path, folder: Path, name: str, num_steps: int, num_threads: int) -> float:
     """Seconds per step of the whole trainer."""
     subprocess.run(
         [sys.executable, "-m", "pipelines.train", "demo", "--data", str(latents), "--storage", str(folder / "runs"),
-         "--run-name", name, "--num-workers", "1", "--cache-dir", str(folder / "cache"),
+         "--run-name", name, "--num-workers", "1", "--cpu-threads", str(num_threads), "--cache-dir", str(folder / "cache"),
          "--num-steps", str(num_steps), "--log-interval-steps", str(INTERVAL),
          "--checkpoint-interval-steps", str(CHECKPOINT_INTERVAL), "--sample-interval-steps", "100000"],
         check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -105,11 +105,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         latents = make_latents(folder, 1000)
-        bare = BareLoop(latents, folder)
+        bare = BareLoop(latents, folder, arguments.threads)
         bare.seconds_per_step(20)
         loops, runs = [bare.seconds_per_step(100)], []
         for repeat in range(arguments.repeats):
-            runs.append(train(latents, folder, f"run-{repeat}", num_steps))
+            runs.append(train(latents, folder, f"run-{repeat}", num_steps, arguments.threads))
             loops.append(bare.seconds_per_step(100))
             print(f"turn {repeat + 1} of {arguments.repeats}: trainer {runs[-1]:.4f} s a step, "
                   f"bare loop {loops[-1]:.4f}", file=sys.stderr)  # fmt: skip
@@ -128,4 +128,5 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=3, help="turns of trainer and bare loop")
+    parser.add_argument("--threads", type=int, default=1, help="threads that compute, in both")
     main(measure, {"trainer_over_bare_loop": (">=", 0.93)}, parser)

@@ -6,7 +6,7 @@ processes reads the same values back, sharded or not.
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -89,16 +89,23 @@ def read_state_file(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no checkpoint: {error}") from error
-    for name, size in content["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            is_what = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(f"the checkpoint in {folder} is torn: {name} {is_what}, wanted {size} bytes")
-    strangers = sorted({path.name for path in folder.glob("*.safetensors")} - set(content["files"]))
+    found = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    damage = damage_of(content["files"], found)
+    if damage is not None:
+        raise ValueError(f"the checkpoint in {folder} is torn: {damage}")
+    strangers = sorted(set(found) - set(content["files"]))
     if strangers:
         raise ValueError(f"the checkpoint in {folder} is a mixture: {', '.join(strangers)} is of another one")
     return content
+
+
+def damage_of(wanted: Mapping[str, int], found: Mapping[str, int]) -> str | None:
+    """What is wrong with a checkpoint's files, {name: bytes} as its state has them and as they lie there; None if nothing."""
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            is_what = f"has {found[name]} bytes" if name in found else "is missing"
+            return f"{name} {is_what}, wanted {size} bytes"
+    return None
 
 
 def _num_updates(state: TrainState) -> int:

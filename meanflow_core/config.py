@@ -331,6 +331,12 @@ class TrainingConfig:
         ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, but got {getattr(self, name)}")
 
+    @property
+    def takes_derivative_apart(self) -> bool:
+        """True where du/dt has a pass of its own: in float32 under bfloat16; and under checkpointing, which would compute
+        it again with the activations."""
+        return (self.precision == "bfloat16" and self.float32_derivative) or self.activation_checkpointing
+
     def loss_at(self, step: int) -> LossConfig:
         """The objective of 0-based step `step`: without guidance before it sets in."""
         if step >= (self.guidance_after_steps or 0):
@@ -339,14 +345,15 @@ class TrainingConfig:
 
     def flat(self) -> dict[str, Any]:
         """{"network.patch_size": 2, "loss.times.logit_mean": -0.4, ...}: for parameters in a tracker."""
-        return _flatten(asdict(self), "")
+        return flatten(asdict(self))
 
 
-def _flatten(nested: dict[str, Any], prefix: str) -> dict[str, Any]:
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, its keys joined by dots."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value
     return flat

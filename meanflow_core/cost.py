@@ -277,7 +277,6 @@ def _traced_bytes(config: TrainingConfig, record: StepRecord, sizes: Mapping[str
 
     Parameters, buffers and gradients are not counted, though a layer's gradient is until it is added to the others.
     """
-    in_bfloat16 = config.precision == "bfloat16"
     # Tensors that pretend to be a CPU's: its fused attention keeps what a GPU's does, and meta tensors have none.
     with FakeTensorMode():
         network = build_network(config.network, **sizes).train()
@@ -287,14 +286,8 @@ def _traced_bytes(config: TrainingConfig, record: StepRecord, sizes: Mapping[str
             parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         with _LiveBytes([*network.parameters(), *network.buffers(), *gradients]) as live:
-            with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
-                loss = _loss(
-                    network,
-                    config.loss,
-                    record,
-                    # As `training.train_step` has it.
-                    separate_derivative=(in_bfloat16 and config.float32_derivative) or config.activation_checkpointing,
-                )
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+                loss = _loss(network, config.loss, record, separate_derivative=config.takes_derivative_apart)
             kept, forward_peak = live.now, live.peak
             live.peak = live.now
             loss.backward()

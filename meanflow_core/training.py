@@ -247,8 +247,7 @@ def _graded_pass(
     """Adds these rows' share of the gradient; their sums."""
     record = batch.record
     latents = sample_latents(batch.moments, record.posterior_noise, normalization)
-    in_bfloat16 = config.precision == "bfloat16"
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=in_bfloat16):
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         output = meanflow_loss(
             graded_network,
             state.network,
@@ -258,8 +257,7 @@ def _graded_pass(
             config.loss_at(state.step),
             null_label=state.network.config.num_classes,
             global_num_rows=config.global_batch_size,
-            # Checkpointing would compute the derivative again with the activations.
-            separate_derivative=(in_bfloat16 and config.float32_derivative) or config.activation_checkpointing,
+            separate_derivative=config.takes_derivative_apart,
         )
     (output.loss * gradient_scale).backward()
     below = output.squared_error[record.rows_below]

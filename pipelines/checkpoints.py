@@ -19,7 +19,7 @@ import ray.train
 from pyarrow import fs
 from ray.train import Checkpoint, CheckpointUploadMode, Result, UserCallback
 
-from meanflow_core.checkpoint import STATE_FILE, load_train_state, save_train_state
+from meanflow_core.checkpoint import STATE_FILE, damage_of, load_train_state, save_train_state
 from meanflow_core.config import TrainingConfig
 from meanflow_core.training import TrainState
 from pipelines import storage
@@ -160,11 +160,8 @@ def _damage(filesystem: fs.FileSystem, path: str) -> str | None:
         files = json.loads(storage.read_bytes(filesystem, state_file))["files"]
     except (ValueError, KeyError):
         return f"{state_file} is torn"
-    infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
-    for info, size in zip(infos, files.values(), strict=True):
-        if info.type != fs.FileType.File or info.size != size:
-            return f"{info.path} has {info.size} bytes, wanted {size}"
-    return None
+    listing = filesystem.get_file_info(fs.FileSelector(path))
+    return damage_of(files, {info.base_name: info.size for info in listing})
 
 
 @dataclass(frozen=True)

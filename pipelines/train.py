@@ -87,8 +87,9 @@ def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, f
 
 def _publish(job: TrainJob, folder: Path) -> str:
     """Puts a generator's files into the run's folder, model_index.json last, and returns its location."""
-    filesystem, root = storage.open_storage(job.storage)
-    stale = f"{root}/{job.run_name}/generator/model_index.json"
+    location = f"{job.run_location}/generator"
+    filesystem, target = storage.open_storage(location)
+    stale = f"{target}/model_index.json"
     if filesystem.get_file_info(stale).type == fs.FileType.File:
         filesystem.delete_file(stale)  # nobody may open a mixture of the old generator and the new
     files = sorted(
@@ -96,8 +97,8 @@ def _publish(job: TrainJob, folder: Path) -> str:
     )
     for path in files:
         relative = path.relative_to(folder).as_posix()
-        storage.write_bytes(filesystem, f"{root}/{job.run_name}/generator/{relative}", path.read_bytes())
-    return f"{job.storage}/{job.run_name}/generator"
+        storage.write_bytes(filesystem, f"{target}/{relative}", path.read_bytes())
+    return location
 
 
 def prepared(job: TrainJob) -> tuple[TrainJob, Manifest, dict[str, Any] | None]:
@@ -156,11 +157,11 @@ def train(preset: str, job: TrainJob) -> None:
         job, initial = warmed(job, manifest)
     start_ray(needed_cpus=job.num_workers)
     wanted = begun.get("use_gpu") if begun is not None and job.use_gpu is None else job.use_gpu
-    job = replace(job, use_gpu=choose_gpus(wanted, job.min_workers or job.num_workers))
+    use_gpu = choose_gpus(wanted, job.min_workers or job.num_workers)
+    job = replace(job, use_gpu=use_gpu)
     tracking_uri = tracking.resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
-    filesystem, root = storage.open_storage(job.storage)
-    run_path = f"{root}/{job.run_name}"
-    request = notices.claim_run(f"{job.storage}/{job.run_name}")
+    filesystem, run_path = storage.open_storage(job.run_location)
+    request = notices.claim_run(job.run_location)
     if begun is not None:
         checkpoints.mend_record(filesystem, run_path)
         checkpoints.delete_orphans(filesystem, run_path)
@@ -171,15 +172,16 @@ def train(preset: str, job: TrainJob) -> None:
         logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
         for key, value in job.config.flat().items():
             logger.info("  %s = %s", key, value)
-        result = _fit(job, manifest, run, request, initial)
+        validates = validation.validates_beside(job, use_gpu=use_gpu)
+        result = _fit(job, manifest, run, request, initial, validates=validates)
         checkpoints.delete_orphans(filesystem, run_path)
-        outcome = Outcome(**result.return_value)
+        outcome: Outcome = result.return_value
         if outcome.nonfinite_step is not None:
             raise RunError(_about_nonfinite(job, outcome.nonfinite_step))
         if outcome.was_asked_to_stop:
             print(f"stopped at step {outcome.step} with a checkpoint; the same command goes on from there", flush=True)
             raise SystemExit(128 + signal.SIGTERM)
-        location, model = _finish(job, preset, manifest, result, run, record)
+        location, model = _finish(job, preset, manifest, result, run, record, validates=validates)
     except BaseException as error:
         run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
         raise
@@ -194,8 +196,7 @@ def _require_resumable(job: TrainJob, manifest: Manifest, begun: dict[str, Any])
 
     Raises InputError where the run is past its end, or that network is not the one that it was begun with.
     """
-    filesystem, root = storage.open_storage(job.storage)
-    reached = checkpoints.committed(filesystem, f"{root}/{job.run_name}")
+    reached = checkpoints.committed(*storage.open_storage(job.run_location))
     if reached is not None:
         if reached.step > job.config.num_steps:
             raise InputError(
@@ -213,12 +214,17 @@ def _require_resumable(job: TrainJob, manifest: Manifest, begun: dict[str, Any])
 
 
 def _fit(
-    job: TrainJob, manifest: Manifest, run: tracking.Run, request: ActorHandle, initial: AnyNetwork | None
+    job: TrainJob,
+    manifest: Manifest,
+    run: tracking.Run,
+    request: ActorHandle,
+    initial: AnyNetwork | None,
+    *,
+    validates: bool,
 ) -> Result:
     """Runs the workers to their end. Raises RunError where they failed too often, InputError where input was at fault."""
     assert job.use_gpu is not None
     filesystem, root = storage.open_storage(job.storage)
-    validates = validation.validates_beside(job, use_gpu=job.use_gpu)
     task = WorkerTask(
         job=job,
         tracking_uri=run.tracking_uri,
@@ -243,7 +249,7 @@ def _fit(
             storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=job.keep_checkpoints),
             failure_config=FailureConfig(max_failures=job.max_failures),
-            callbacks=[checkpoints.SpareRecord(f"{job.storage}/{job.run_name}")],
+            callbacks=[checkpoints.SpareRecord(job.run_location)],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
         validation_config=validation.config(job, run.tracking_uri, run.run_id, use_gpu=job.use_gpu)
@@ -265,9 +271,8 @@ def _fit(
 
 def _way_on(job: TrainJob) -> str:
     """Where the same command would begin; never an error of its own."""
-    filesystem, root = storage.open_storage(job.storage)
     try:
-        last = checkpoints.committed(filesystem, f"{root}/{job.run_name}")
+        last = checkpoints.committed(*storage.open_storage(job.run_location))
     except (InputError, OSError) as error:
         return f"its checkpoints cannot be read now ({error})"
     if last is None:
@@ -300,17 +305,23 @@ def _first_cause(error: TrainingFailedError) -> tuple[int | None, BaseException]
 
 
 def _finish(
-    job: TrainJob, preset: str, manifest: Manifest, result: Result, run: tracking.Run, record: dict[str, Any]
+    job: TrainJob,
+    preset: str,
+    manifest: Manifest,
+    result: Result,
+    run: tracking.Run,
+    record: dict[str, Any],
+    *,
+    validates: bool,
 ) -> tuple[str, str]:
     """Writes and registers the generator, once for a step; its location and the model's name."""
     assert result.checkpoint is not None, "the last step always has a checkpoint"
-    assert job.use_gpu is not None
     step = int((result.metrics or {})["step"])
     published = record.get("published", {})
     if published.get("step") == step:
         logger.info("the generator of step %d was made and registered before", step)
         return published["generator"], published["model"]
-    if job.validation_data is not None and not validation.validates_beside(job, use_gpu=job.use_gpu):
+    if job.validation_data is not None and not validates:
         logger.info("no spare resources to validate on during training: validating the last checkpoint now")
         validation.validate(result.checkpoint, job, run.tracking_uri, run.run_id)
     with tempfile.TemporaryDirectory() as scratch:

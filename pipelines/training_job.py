@@ -97,6 +97,11 @@ class TrainJob:
         if self.init_source is not None and self.init_from is None:
             raise ValueError("init_source says what --init-from is; give both, or neither")
 
+    @property
+    def run_location(self) -> str:
+        """The run's folder: a path or URI."""
+        return f"{self.storage}/{self.run_name}"
+
     def identity(self, manifest: Manifest) -> dict[str, Any]:
         """What a run may not change on the way: the experiment, the data, what it began with. JSON-able, nested."""
         config = {name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE}

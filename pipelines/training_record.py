@@ -6,6 +6,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from meanflow_core.config import flatten
 from pipelines import storage, tracking
 from pipelines.command import InputError
 from pipelines.latent_store import Manifest
@@ -19,13 +20,12 @@ def read_record(job: TrainJob) -> dict[str, Any] | None:
 
     Raises InputError where its folder holds something else.
     """
-    filesystem, root = storage.open_storage(job.storage)
-    folder = f"{root}/{job.run_name}"
+    filesystem, folder = storage.open_storage(job.run_location)
     if filesystem.get_file_info(f"{folder}/{tracking.TRAINING_RECORD}").type == fs.FileType.File:
         return dict(json.loads(storage.read_bytes(filesystem, f"{folder}/{tracking.TRAINING_RECORD}")))
     if filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
         raise InputError(
-            f"{job.storage}/{job.run_name} holds something else than a run of pipelines.train (it has no "
+            f"{job.run_location} holds something else than a run of pipelines.train (it has no "
             f"{tracking.TRAINING_RECORD}); choose another --run-name or --storage"
         )
     return None
@@ -33,14 +33,15 @@ def read_record(job: TrainJob) -> dict[str, Any] | None:
 
 def write_record(job: TrainJob, content: dict[str, Any]) -> None:
     """Writes a run's record, whole or not at all."""
-    filesystem, root = storage.open_storage(job.storage)
-    path = f"{root}/{job.run_name}/{tracking.TRAINING_RECORD}"
-    storage.write_bytes(filesystem, path, (json.dumps(content, indent=2) + "\n").encode())
+    filesystem, folder = storage.open_storage(job.run_location)
+    storage.write_bytes(
+        filesystem, f"{folder}/{tracking.TRAINING_RECORD}", (json.dumps(content, indent=2) + "\n").encode()
+    )
 
 
 def require_same(job: TrainJob, manifest: Manifest, begun: dict[str, Any]) -> None:
     """Raises InputError where a run was begun with another experiment; warns of other code."""
-    then, now = _flat(begun["identity"]), _flat(json.loads(json.dumps(job.identity(manifest))))
+    then, now = flatten(begun["identity"]), flatten(json.loads(json.dumps(job.identity(manifest))))
     different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if different:
         changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in different)
@@ -106,10 +107,3 @@ def begin_or_resume_run(
     run.log_dict(job.config.flat(), "configuration.json")
     run.log_dict(json.loads(manifest.to_json()), "data_manifest.json")
     return run, record
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -268,11 +268,11 @@ def _wrapped(state: TrainState, job: TrainJob) -> tuple[Network, Callable[[], Ab
     return wrapper, wrapper.no_sync
 
 
-def train_worker(given: dict[str, Any]) -> dict[str, Any]:
-    """One worker's training, from the run's last checkpoint to its end; returns an Outcome as a dictionary."""
+def train_worker(given: dict[str, Any]) -> Outcome:
+    """One worker's training, from the run's last checkpoint to its end."""
     set_up_logging()
     with ExitStack() as stack:
-        return asdict(TrainingWorker(given["task"], stack).run())
+        return TrainingWorker(given["task"], stack).run()
 
 
 class TrainingWorker:

@@ -397,14 +397,14 @@ def test_generator_of_a_step_is_made_of_the_first_average_and_registered_once(jo
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run = tracking.Run.begin(uri, "experiment", "r", {})
     before = {"preset": "debug", "published": {"step": 10, "generator": "old", "model": "old"}}
-    found = train._finish(job, "debug", manifest(400), result, run, before)
+    found = train._finish(job, "debug", manifest(400), result, run, before, validates=False)
     assert found == (f"{tmp_path}/runs/r/generator", "models:/meanflow-debug@champion")
     network = load_network(tmp_path / "runs/r/generator/transformer")
     for name, value in network.state_dict().items():
         assert torch.equal(value, state.ema_network.state_dict()[name])
     after = read_record(job)
     assert after == {"preset": "debug", "published": {"step": 20, "generator": found[0], "model": found[1]}}
-    assert train._finish(job, "debug", manifest(400), result, run, after) == found
+    assert train._finish(job, "debug", manifest(400), result, run, after, validates=False) == found
     assert len(tracking.MlflowClient(uri).search_model_versions("name='meanflow-debug'")) == 1
 
 

@@ -4,10 +4,11 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from pyarrow import fs
 
-from pipelines import latent_store, storage
+from pipelines import encode, latent_store, storage
 from pipelines.encode import EncodeJob, EncodeShard, Plan, decode_shard, write_shard
 from pipelines.latent_store import Shard
 
@@ -21,6 +22,14 @@ def encode_in_process(job: EncodeJob, plan: Plan, shards: list[int]):
         batch = {"shard": np.array([shard]), "images": [pickle.dumps(plan.images(shard))]}
         write_shard(worker(decode_shard(batch, image_size=job.image_size)), output=job.output)
     torch.set_num_threads(threads)
+
+
+def encode_here(job: EncodeJob):
+    """Encodes in this process; returns the manifest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_encode_shards", encode_in_process)
+        patch.setattr(encode, "start_ray", lambda needed_cpus: None)
+        return encode.encode(job)
 
 
 def read_shards(output: str | Path) -> list[Shard]:

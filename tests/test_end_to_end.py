@@ -26,18 +26,18 @@ from mlflow import MlflowClient
 from PIL import Image
 from pyarrow import fs
 
-from meanflow_core.checkpoint import load_train_state
 from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
-from pipelines import checkpoints, storage
+from pipelines import storage
 from pipelines.batches import BatchSource
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
 from pipelines.latent_cache import open_latents
 from tests.latents import read_shards
 from tests.object_store import s3_bucket
 from tests.readme import REPOSITORY, commands
+from tests.training_checkpoints import last_checkpoint
 
 SMALLER = {
     "pipelines.demo.images": ["--num-train", "200", "--num-val", "60"],
@@ -206,24 +206,6 @@ def test_evaluate_writes_table_grid_plot_and_report(trained):
     }
 
 
-def state_of(checkpoint):
-    """Everything in a checkpoint, by name."""
-    config = PRESETS["debug"]()
-    state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
-    load_train_state(state, checkpoint)
-    found = {f"network/{name}": value for name, value in state.network.state_dict().items()}
-    found |= {f"ema/{name}": value for name, value in state.ema_network.state_dict().items()}
-    for name, parameter in state.network.named_parameters():
-        found |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
-    return state.step, found
-
-
-def state_of_last_checkpoint(location):
-    filesystem, path = storage.open_storage(str(location))
-    with checkpoints.committed(filesystem, path).latest.as_directory() as folder:
-        return state_of(Path(folder))
-
-
 def logged(client, record, name):
     return [(metric.step, metric.value) for metric in client.get_metric_history(record["mlflow_run_id"], name)]
 
@@ -265,14 +247,14 @@ def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same
             assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
         finally:
             driver.kill()
-        step, ours = state_of_last_checkpoint(f"{bucket}/runs/killed")
+        step, ours = last_checkpoint(f"{bucket}/runs/killed")
         names = [info.base_name for info in filesystem.get_file_info(fs.FileSelector(run_folder))]
     assert log.read_text().count("one of 2 workers") == 4  # both, twice
     kept = [name for name in names if name.startswith("checkpoint_2")]
     assert len(kept) == 2
     assert orphan not in kept
     assert {"checkpoint_manager_snapshot.json", "generator", "training.json"} < set(names)
-    _, straight = state_of_last_checkpoint(build / "runs/first")
+    _, straight = last_checkpoint(build / "runs/first")
     assert step == 30
     assert set(ours) == set(straight)
     assert [name for name, value in straight.items() if not torch.equal(ours[name], value)] == []

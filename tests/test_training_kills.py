@@ -22,7 +22,6 @@ from mlflow import MlflowClient
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from meanflow_core.checkpoint import load_train_state
 from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import debug
@@ -30,13 +29,15 @@ from meanflow_core.training import build_train_state, train_step
 from pipelines import checkpoints, storage
 from pipelines.batches import BatchSource
 from pipelines.demo import images
-from pipelines.demo.__main__ import free_port
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode import EncodeJob
 from pipelines.latent_cache import open_latents
 from tests.clusters import cluster_of_two, processes_of
-from tests.latents import encode_in_process
+from tests.core.test_world_sizes import without_key_bias
+from tests.latents import encode_here
+from tests.mlflow_server import Server
 from tests.readme import REPOSITORY
+from tests.training_checkpoints import last_checkpoint
 
 NUM_STEPS = 240
 OPTIONS = [
@@ -46,40 +47,6 @@ OPTIONS = [
 FIGURES = ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm")
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(1500)]
-
-
-class Server:
-    """A real MLflow server on sqlite, on a port of its own; it can go and come back."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._port = folder, free_port(0)
-        self.uri = f"http://127.0.0.1:{self._port}"
-        self._process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        log = open(self._folder / "server.log", "ab")  # noqa: SIM115  # closed with the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db",
-             "--artifacts-destination", str(self._folder / "artifacts"), "--host", "127.0.0.1",
-             "--port", str(self._port), "--workers", "1"],
-            cwd=self._folder, stdout=log, stderr=log, start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"},  # no part of a cluster
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(Exception):
-                MlflowClient(self.uri).search_experiments()
-                return
-            assert self._process.poll() is None, (self._folder / "server.log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-
-    def stop(self) -> None:
-        everyone = psutil.Process(self._process.pid).children(recursive=True)
-        for process in [psutil.Process(self._process.pid), *everyone]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +63,15 @@ def server(tmp_path_factory):
 def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     images.write_folder(root / "images", num_train=200, num_val=10)
-    job = EncodeJob(
-        images=str(root / "images/train"), output=str(root / "latents"), vae=str(SHIPPED_AUTOENCODER),
-        image_size=64, rows_per_shard=64,
-    )  # fmt: skip
-    from pipelines import encode
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "_encode_shards", encode_in_process)
-        patch.setattr(encode, "start_ray", lambda needed_cpus: None)
-        encode.encode(job)
+    encode_here(
+        EncodeJob(
+            images=str(root / "images/train"),
+            output=str(root / "latents"),
+            vae=str(SHIPPED_AUTOENCODER),
+            image_size=64,
+            rows_per_shard=64,
+        )
+    )
     return root / "latents"
 
 
@@ -176,14 +142,8 @@ class Training:
 
     def tensors(self, num_steps: int = NUM_STEPS) -> dict[str, torch.Tensor]:
         """Everything in the last checkpoint, by name."""
-        known = checkpoints.committed(*storage.open_storage(str(self.folder)))
-        assert known.step == num_steps
-        state = build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
-        load_train_state(state, Path(known.latest.path))
-        found = {f"network/{name}": value for name, value in state.network.state_dict().items()}
-        found |= {f"ema/{name}": value for name, value in state.ema_network.state_dict().items()}
-        for name, parameter in state.network.named_parameters():
-            found |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
+        step, found = last_checkpoint(self.folder)
+        assert step == num_steps
         return found
 
     def figures(self) -> dict[str, list[tuple[int, float]]]:
@@ -368,21 +328,13 @@ def test_number_of_workers_may_change_on_the_way(cluster, server, latents, root,
     assert 2 in sizes[sizes.index(1) :]
     config = replace(debug(), global_batch_size=4000, num_steps=50)
     ours, (theirs, norms) = training.tensors(50), in_one_process(latents, config)
-    whole = [torch.cat([_without_key_bias(name, of[name]).flatten() for name in theirs]) for of in (ours, theirs)]
+    whole = [torch.cat([without_key_bias(name, of[name]).flatten() for name in theirs]) for of in (ours, theirs)]
     error = float((whole[0] - whole[1]).norm() / whole[1].norm())
     print(f"{parallelism}: 2, 1 and 2 workers against one process, relative difference after 50 steps: {error:.2g}")
     assert error < 1e-5
     check_history(training, list(range(1, 51)))
     logged = [value for _, value in training.figures()["gradient_norm"]]
     assert logged == pytest.approx(norms, rel=1e-4)
-
-
-def _without_key_bias(name: str, value: torch.Tensor) -> torch.Tensor:
-    # The key's part of the qkv bias has no gradient but rounding, which Adam makes steps of: see test_world_sizes.
-    if not name.endswith("attn.qkv.bias"):
-        return value
-    query, _, rest = value.chunk(3)
-    return torch.cat([query, rest])
 
 
 def test_gradient_that_is_not_finite_ends_the_run_with_its_step_and_the_last_good_checkpoint(

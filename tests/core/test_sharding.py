@@ -3,11 +3,7 @@
 import copy
 import functools
 import itertools
-import os
-import sys
-import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,6 +25,7 @@ from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, TrainState, compile_blocks, train_step, update_emas
 from meanflow_core.transformer import Conditioning, MeanFlowDiT
 from tests.core.test_loss import NULL, OBJECTIVES, draw_batch, relative
+from tests.processes import join_group, run_processes
 
 NUM_ROWS = 16
 CONFIGS = {
@@ -259,16 +256,7 @@ def derivatives(network, config):
 
 
 def work(rank, kind, folder):
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=GRACE_SECONDS),
-    )
+    join_group(rank, 2, f"{folder}/meeting", GRACE_SECONDS)
     results = {"ddp": run_ddp, "fsdp2": run_fsdp2}[kind](rank)
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
@@ -276,19 +264,8 @@ def work(rank, kind, folder):
 
 
 def run_two_processes(kind, folder):
-    """What the first process saved; neither may fail or outlast its time."""
-    context = torch.multiprocessing.start_processes(
-        work, (kind, str(folder)), nprocs=2, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + 5 * GRACE_SECONDS
-    try:
-        while not context.join(timeout=1.0):
-            assert time.monotonic() < deadline, "the two processes wait for ever: has one made a call less?"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
-    assert [process.exitcode for process in context.processes] == [0, 0]
+    """What the first process saved."""
+    run_processes(work, (kind, str(folder)), 2, 5 * GRACE_SECONDS)
     return torch.load(folder / "results.pt")
 
 

@@ -1,11 +1,7 @@
 """One, two and four processes on this machine, DDP and FSDP2, in whole shares and in passes: the same fifty steps."""
 
-import os
-import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,6 +25,7 @@ from meanflow_core.training import (
     relative_ema_distance,
     train_step,
 )
+from tests.processes import join_group, run_processes
 
 NUM_STEPS, HALF, LITTLE_LATER = 50, 25, 30
 NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
@@ -131,13 +128,7 @@ def run_four(rank, folder):
 
 
 def work(rank, world_size, folder):
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting-{world_size}", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=GRACE_SECONDS),
-    )  # fmt: skip
+    join_group(rank, world_size, f"{folder}/meeting-{world_size}", GRACE_SECONDS)
     results = {2: run_two, 4: run_four}[world_size](rank, Path(folder))
     if rank == 0:
         torch.save(results, Path(folder) / f"results-{world_size}.pt")
@@ -145,19 +136,9 @@ def work(rank, world_size, folder):
     distributed.destroy_process_group()
 
 
-def run_processes(world_size, folder):
-    """What the first process saved; none may fail or outlast its time."""
-    context = torch.multiprocessing.start_processes(
-        work, (world_size, str(folder)), nprocs=world_size, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + 3 * GRACE_SECONDS
-    try:
-        while not context.join(timeout=1.0):
-            assert time.monotonic() < deadline, "the processes wait for ever: has one made a call less?"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
+def run_group(world_size, folder):
+    """What the first process saved."""
+    run_processes(work, (world_size, str(folder)), world_size, 3 * GRACE_SECONDS)
     return torch.load(folder / f"results-{world_size}.pt")
 
 
@@ -167,13 +148,13 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world-sizes")
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes
-    two = run_processes(2, folder)
+    two = run_group(2, folder)
     for kind in ("fsdp2", "ddp"):  # as Ray Train does with the files of all workers
         (folder / kind).mkdir()
         for rank in range(2):
             for path in (folder / f"{kind}-{rank}").iterdir():
                 path.rename(folder / kind / path.name)
-    four = run_processes(4, folder)
+    four = run_group(4, folder)
     found = {"one": tensors(take_steps(fresh(), NUM_STEPS))}
     found["one in passes"] = tensors(take_steps(fresh(), NUM_STEPS, rows_per_pass=5))
     for kind in ("fsdp2", "ddp"):

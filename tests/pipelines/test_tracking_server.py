@@ -3,23 +3,19 @@
 import contextlib
 import json
 import logging
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 
 import mlflow
 import numpy as np
-import psutil
 import pytest
 from mlflow import MlflowClient
 
 from pipelines import tracking, tracking_outbox
 from pipelines.command import InputError
 from pipelines.tracking_outbox import Outbox
+from tests.mlflow_server import Server
 
 pytestmark = pytest.mark.soak  # the server alone takes half a minute to start
 
@@ -88,29 +84,12 @@ class Line:
 
 @pytest.fixture(scope="module")
 def server_port(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
-               "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port),
-               "--workers", "1"]  # fmt: skip
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    server = Server(tmp_path_factory.mktemp("server"))
     try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.1)
-        yield port
+        server.start()
+        yield server.port
     finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            member.kill()
-        psutil.wait_procs(family, timeout=10)
+        server.stop()
 
 
 @pytest.fixture

@@ -26,6 +26,14 @@ def _group(tmp_path_factory):
     distributed.destroy_process_group()
 
 
+@pytest.fixture
+def now(monkeypatch):
+    """The seconds that the clock shows, in a list."""
+    seconds = [100.0]
+    monkeypatch.setattr("pipelines.training_worker.time.monotonic", lambda: seconds[0])
+    return seconds
+
+
 def metrics(seed, *, norm=1.5, skipped=False):
     sums = torch.rand(len(SUMS), generator=torch.Generator().manual_seed(seed))
     sums[2], sums[4] = 12.0, 4.0  # rows
@@ -128,9 +136,7 @@ def test_worker_goes_on_with_its_own_sums(monkeypatch):
     assert second.state() == {"num_steps": 2, "sums": saved["sums"][1:]}
 
 
-def test_pace_is_of_this_interval_and_of_steps_taken_here_skipped_ones_too(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("pipelines.training_worker.time.monotonic", lambda: now[0])
+def test_pace_is_of_this_interval_and_of_steps_taken_here_skipped_ones_too(now):
     figures = Figures(CPU)
     figures.add(metrics(0), data_seconds=7.0)
     now[0] += 50.0
@@ -148,9 +154,7 @@ def test_pace_is_of_this_interval_and_of_steps_taken_here_skipped_ones_too(monke
     assert resumed.read(debug(), state(), 1.0)["images_per_second"] == pytest.approx(16 / 4.0)
 
 
-def test_pace_is_without_what_was_excluded(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("pipelines.training_worker.time.monotonic", lambda: now[0])
+def test_pace_is_without_what_was_excluded(now):
     figures = Figures(CPU)
     figures.add(metrics(0), data_seconds=0.5)
     now[0] += 12.0

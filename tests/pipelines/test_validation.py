@@ -11,14 +11,15 @@ from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.loss import draw_step_record, meanflow_loss
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
-from pipelines import encode, tracking, validation
+from pipelines import tracking, validation
 from pipelines.command import InputError
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.encode import EncodeJob
 from pipelines.latent_cache import open_latents
 from pipelines.latent_store import LatentDataset, read_manifest
 from pipelines.training_job import TrainJob
 from tests.conftest import perturbed
-from tests.latents import encode_in_process
+from tests.latents import encode_here
 
 CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 
@@ -27,14 +28,9 @@ CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 def latents(tmp_path_factory, image_root):
     """Forty held-out images."""
     output = tmp_path_factory.mktemp("validation") / "latents"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "_encode_shards", encode_in_process)
-        patch.setattr(encode, "start_ray", lambda needed_cpus: None)
-        encode.encode(
-            encode.EncodeJob(
-                images=str(image_root / "val"), output=str(output), vae=str(SHIPPED_AUTOENCODER), image_size=64
-            )
-        )
+    encode_here(
+        EncodeJob(images=str(image_root / "val"), output=str(output), vae=str(SHIPPED_AUTOENCODER), image_size=64)
+    )
     return output
 
 

@@ -1,9 +1,14 @@
-"""Statistics of features that can be merged across workers, and distances between them.
+"""Statistics of features that can be merged across workers, and what they measure: distances, scores, precision, recall.
 
 N samples, D features, P pixels. All sums are float64: the order of merging changes results by rounding alone.
 """
 
+import functools
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -32,6 +37,10 @@ class FeatureStatistics:
     def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
         return FeatureStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
 
+    def __sub__(self, other: "FeatureStatistics") -> "FeatureStatistics":
+        """The statistics without those of a part."""
+        return FeatureStatistics(self.count - other.count, self.total - other.total, self.outer - other.outer)
+
     @property
     def mean(self) -> torch.Tensor:
         """(D,) float64."""
@@ -45,19 +54,166 @@ class FeatureStatistics:
         return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
-def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+@dataclass(frozen=True)
+class Gaussian:
+    """The two moments that a reference file holds of a set of features."""
+
+    mean: torch.Tensor
+    """(D,) float64."""
+    covariance: torch.Tensor
+    """(D, D) float64."""
+
+
+class Moments(Protocol):
+    """What a Frechet distance needs of a set: FeatureStatistics has it, and so has Gaussian."""
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(D,) float64."""
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """(D, D) float64."""
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
     """Squared Frechet distance between the Gaussians of two sets of features.
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace by the eigenvalues of S1^(1/2) S2 S1^(1/2), which is
-    symmetric: no general matrix square root is needed. Source: Dowson and Landau 1982; Heusel et al. 2017.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace by the eigenvalues of S2^(1/2) S1 S2^(1/2), which is
+    symmetric: no general matrix square root is needed. In Inception's features it is FID. Raises ValueError where the
+    numbers of features differ. Source: Dowson and Landau 1982; Heusel et al. 2017.
     """
-    s1, s2 = first.covariance, second.covariance
-    values, vectors = torch.linalg.eigh(s1)
+    return frechet_distances([first], second)[0]
+
+
+def frechet_distances(sets: Iterable[Moments], reference: Moments) -> list[float]:
+    """The Frechet distance of each set to one reference, whose square root is taken once."""
+    covariance = reference.covariance
+    values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    product = root @ s2 @ root
-    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    difference = first.mean - second.mean
-    return float(difference @ difference + s1.trace() + s2.trace() - 2.0 * trace_root)
+    distances = []
+    for moments in sets:
+        if moments.mean.shape != reference.mean.shape:
+            raise ValueError(
+                f"features must be the reference's {len(reference.mean)} numbers, but are {len(moments.mean)}"
+            )
+        product = root @ moments.covariance @ root
+        trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+        difference = moments.mean - reference.mean
+        traces = moments.covariance.trace() + covariance.trace()
+        distances.append(float(difference @ difference + traces - 2.0 * trace_root))
+    return distances
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, and how far another draw of as many samples would move it."""
+
+    value: float
+    """Of all samples."""
+    standard_error: float
+    """Of the value, over draws of the samples; the reference is held fixed."""
+
+
+def frechet_estimate(groups: Sequence[FeatureStatistics], reference: Moments) -> Estimate:
+    """The Frechet distance of all groups together, with its standard error by a delete-a-group jackknife.
+
+    groups: disjoint parts of the samples, 20 or more for an error that is itself known to a sixth; their sizes may differ.
+    The error is that of resampling N samples: the distance's bias, which falls with N, is no part of it. Raises
+    ValueError for fewer than two groups. Source: Busing, Meijer and van der Leeden 1999, Eq. 5 (groups of any size).
+    """
+    if len(groups) < 2:
+        raise ValueError(f"a jackknife needs at least 2 groups, but got {len(groups)}")
+    whole = merged(groups)
+    value, *without = frechet_distances(
+        [whole, *(whole - group for group in groups)],  # the sums of all but one, without adding 19 of them up
+        reference,
+    )
+    shares = [whole.count / group.count for group in groups]
+    pseudo = [share * value - (share - 1.0) * one for share, one in zip(shares, without, strict=True)]
+    centre = len(groups) * value - sum((1.0 - 1.0 / share) * one for share, one in zip(shares, without, strict=True))
+    variance = sum((one - centre) ** 2 / (share - 1.0) for one, share in zip(pseudo, shares, strict=True)) / len(groups)
+    return Estimate(value, variance**0.5)
+
+
+def merged(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
+    """The statistics of all parts together."""
+    return functools.reduce(operator.add, parts)
+
+
+@dataclass(frozen=True)
+class ScoreSums:
+    """What the Inception Score needs of a set of class probabilities p (N, K); addable."""
+
+    count: int
+    """N."""
+    total: torch.Tensor
+    """(K,) float64: sum of p."""
+    negative_entropy: float
+    """Sum of p log p over samples and classes."""
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> "ScoreSums":
+        """The sums of logits (N, K), any float dtype."""
+        log_p = torch.log_softmax(logits.double(), dim=1)
+        p = log_p.exp()
+        # Where a probability underflows to 0 its term is 0, though its logarithm may be minus infinity.
+        return cls(len(p), p.sum(dim=0), float(torch.where(p > 0, p * log_p, 0.0).sum()))
+
+    def __add__(self, other: "ScoreSums") -> "ScoreSums":
+        return ScoreSums(
+            self.count + other.count, self.total + other.total, self.negative_entropy + other.negative_entropy
+        )
+
+    @property
+    def score(self) -> float:
+        """exp of the mean KL divergence of a sample's probabilities from their mean; from 1 to K."""
+        mean = self.total / self.count
+        marginal = float(torch.special.xlogy(mean, mean).sum())
+        return math.exp(self.negative_entropy / self.count - marginal)
+
+
+def inception_score(splits: Sequence[ScoreSums]) -> tuple[float, float]:
+    """Mean and standard deviation (over N) of the splits' scores.
+
+    Ten splits in the field, and the score of a split falls with its size. In Inception's 1,008 logits without bias it is
+    the Inception Score. Source: Salimans et al. 2016.
+    """
+    scores = torch.tensor([split.score for split in splits], dtype=torch.float64)
+    return float(scores.mean()), float(scores.std(correction=0))
+
+
+def precision_and_recall(
+    samples: torch.Tensor, reference: torch.Tensor, num_neighbours: int = 3, chunk: int = 1024
+) -> tuple[float, float]:
+    """Share of samples (N, D) inside the reference's manifold, and of the reference (M, D) inside the samples'.
+
+    A manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour. Computed in
+    float64, `chunk` rows of distances at a time. Raises ValueError where a set has no k-th neighbour. Source:
+    Kynkaanniemi et al. 2019; k = 3 as in ADM's evaluation.
+    """
+    for name, points in (("samples", samples), ("reference", reference)):
+        if len(points) <= num_neighbours:
+            raise ValueError(f"{name} must have more than {num_neighbours} rows, but got {len(points)}")
+    samples, reference = samples.double(), reference.double()
+
+    def radii(points: torch.Tensor) -> torch.Tensor:
+        # Each point's nearest is itself, at no distance.
+        return torch.cat(
+            [
+                torch.cdist(rows, points).kthvalue(num_neighbours + 1, dim=1).values.clamp(min=0.0)
+                for rows in points.split(chunk)
+            ]
+        )
+
+    sample_radii, reference_radii = radii(samples), radii(reference)
+    is_inside = []
+    reference_covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    for rows, row_radii in zip(samples.split(chunk), sample_radii.split(chunk), strict=True):
+        distances = torch.cdist(rows, reference)
+        is_inside.append((distances <= reference_radii).any(dim=1))
+        reference_covered |= (distances <= row_radii[:, None]).any(dim=0)
+    return float(torch.cat(is_inside).double().mean()), float(reference_covered.double().mean())
 
 
 def mean_pairwise_distance(vectors: torch.Tensor) -> float:

@@ -1,15 +1,22 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from meanflow_core.metrics import (
     FeatureStatistics,
+    Gaussian,
+    ScoreSums,
     frechet_distance,
+    frechet_distances,
+    frechet_estimate,
+    inception_score,
     mean_pairwise_distance,
     mean_within_class_distance,
     nearest_distances,
     peak_signal_to_noise,
+    precision_and_recall,
 )
 
 
@@ -106,3 +113,111 @@ def test_a_copy_is_at_no_distance():
     near[:, 0] += 3.0
     assert torch.equal(nearest_distances(images, images), torch.zeros(64))
     torch.testing.assert_close(nearest_distances(near, images), torch.full((64,), 3.0))
+
+
+def test_statistics_without_a_part_are_those_of_the_rest():
+    features = normal(90, 6)
+    whole, part, rest = (FeatureStatistics.of(rows) for rows in (features, features[:20], features[20:]))
+    left = whole - part
+    assert left.count == 70
+    torch.testing.assert_close(left.mean, rest.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(left.covariance, rest.covariance, rtol=1e-10, atol=1e-12)
+
+
+def test_distance_to_two_moments_is_that_to_the_statistics():
+    first, second = FeatureStatistics.of(normal(80, 7)), FeatureStatistics.of(normal(80, 8, mean=0.5))
+    expected = frechet_distance(first, second)
+    moments = Gaussian(second.mean, second.covariance)
+    assert frechet_distance(first, moments) == expected
+    assert frechet_distances([second, first], moments)[1] == expected
+    assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="the reference's 6 numbers, but are 4"):
+        frechet_distance(FeatureStatistics.of(normal(80, 7, size=4)), moments)
+
+
+def groups_of(features, num_groups):
+    return [FeatureStatistics.of(rows) for rows in features.tensor_split(num_groups)]
+
+
+def test_error_bar_covers_the_distance_of_another_draw():
+    # The jackknife of 20 groups has 19 degrees of freedom: 2.093 errors are 95 % of a normal estimate's draws.
+    size, num_samples, repeats = 8, 1000, 150
+    reference = Gaussian(torch.full((size,), 0.3).double(), 1.5 * torch.eye(size, dtype=torch.float64))
+    estimates = [
+        frechet_estimate(groups_of(normal(num_samples, 100 + seed, size=size), 20), reference)
+        for seed in range(repeats)
+    ]
+    values = torch.tensor([estimate.value for estimate in estimates])
+    errors = torch.tensor([estimate.standard_error for estimate in estimates])
+    covered = ((values - values.mean()).abs() <= 2.093 * errors).double().mean()
+    print(f"coverage {covered:.3f}, mean error {errors.mean():.4f}, spread {values.std():.4f}")
+    assert 0.90 <= covered <= 0.99
+    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.15)
+
+
+def test_error_bar_takes_groups_of_any_size():
+    reference = Gaussian(torch.zeros(6).double(), torch.eye(6, dtype=torch.float64))
+    features = normal(2000, 3, mean=0.2)
+    even = frechet_estimate(groups_of(features, 40), reference)
+    uneven = frechet_estimate(
+        [FeatureStatistics.of(rows) for rows in features.split([20, 30, 50, 60] * 12 + [80])], reference
+    )
+    assert uneven.value == pytest.approx(even.value, rel=1e-9)
+    assert uneven.standard_error == pytest.approx(even.standard_error, rel=0.4)
+    with pytest.raises(ValueError, match="at least 2 groups, but got 1"):
+        frechet_estimate(groups_of(features, 1), reference)
+
+
+def test_inception_score_is_that_of_its_definition():
+    logits = 3.0 * normal(60, 9, size=7)
+
+    def score(rows):  # exp(E KL(p(y|x) || p(y))), term by term
+        p = np.exp(rows.numpy()) / np.exp(rows.numpy()).sum(axis=1, keepdims=True)
+        return math.exp(
+            np.mean([sum(q * math.log(q / m) for q, m in zip(row, p.mean(axis=0), strict=True)) for row in p])
+        )
+
+    whole = ScoreSums.of(logits[:13]) + ScoreSums.of(logits[13:])
+    assert whole.score == pytest.approx(score(logits), rel=1e-12)
+    expected = [score(rows) for rows in logits.split(20)]
+    mean, deviation = inception_score([ScoreSums.of(rows) for rows in logits.split(20)])
+    assert (mean, deviation) == (pytest.approx(np.mean(expected)), pytest.approx(np.std(expected)))
+
+
+def test_inception_score_runs_from_one_to_the_number_of_classes():
+    sure = 1e4 * torch.eye(5).repeat(8, 1)  # probabilities of 0 and 1, whose logarithms are infinite
+    assert ScoreSums.of(sure).score == pytest.approx(5.0)
+    assert ScoreSums.of(sure[:1].repeat(40, 1)).score == pytest.approx(1.0)
+
+
+def test_precision_and_recall_are_those_of_their_definition():
+    samples, reference = normal(70, 10, mean=0.4, size=3), normal(50, 11, size=3)
+
+    def share_inside(points, manifold, k):
+        def radius(index):
+            return sorted((manifold[index] - other).norm().item() for other in manifold)[k]  # itself comes first
+
+        radii = [radius(index) for index in range(len(manifold))]
+        inside = [
+            any((point - centre).norm().item() <= r for centre, r in zip(manifold, radii, strict=True))
+            for point in points
+        ]
+        return sum(inside) / len(inside)
+
+    for k in (1, 3):
+        ours = precision_and_recall(samples, reference, k, chunk=16)
+        expected = share_inside(samples, reference, k), share_inside(reference, samples, k)
+        assert ours == pytest.approx(expected)
+        assert 0.1 < expected[0] < 0.98
+
+
+def test_precision_and_recall_of_the_same_and_of_far_sets():
+    points = normal(40, 12)
+    assert precision_and_recall(points, points) == (1.0, 1.0)
+    assert precision_and_recall(points, points + 100.0) == (0.0, 0.0)
+    one_mode = points[:1] + 1e-3 * normal(40, 13)
+    precision, recall = precision_and_recall(one_mode, points)
+    assert precision == 1.0
+    assert recall < 0.1
+    with pytest.raises(ValueError, match="more than 3 rows, but got 3"):
+        precision_and_recall(points[:3], points)

@@ -1,6 +1,8 @@
-"""A small classifier whose eyes measure generated images: its features give a Frechet distance, its answers an accuracy.
+"""A small network whose eyes measure generated images: its features give a Frechet distance, its answers an accuracy.
 
-It is not Inception, and its distance is not FID: it knows the classes of one small data set and nothing else.
+It is not Inception, and its distance is not FID: it knows one small data set and nothing else. A network that learns the
+classes alone forgets what varies within them, and its distance then sees no difference between a class and one image of
+it; so a judge learns the factors of variation too, where they are known.
 """
 
 import itertools
@@ -22,15 +24,23 @@ class Judgement:
 
     features: torch.Tensor
     """(N, 64) float32."""
-    predictions: torch.Tensor
-    """(N,) int64: class ids."""
+    logits: torch.Tensor
+    """(N, classes) float32, before softmax."""
+
+    @property
+    def predictions(self) -> torch.Tensor:
+        """(N,) int64: class ids."""
+        return self.logits.argmax(dim=1)
 
 
 class Judge(ModelMixin, ConfigMixin):
-    """Four strided convolutions, a global mean, and a linear layer: images of any size to 64 features and classes."""
+    """Four strided convolutions and a linear layer: images to 64 features, and from these the classes and the factors.
+
+    image_size: a multiple of 16. num_factors: numbers that describe an image beside its class.
+    """
 
     @register_to_config
-    def __init__(self, class_names: tuple[str, ...], image_size: int = 64) -> None:
+    def __init__(self, class_names: tuple[str, ...], image_size: int = 64, num_factors: int = 0) -> None:
         super().__init__()
         widths = (3, 24, 48, 64, 64)
         layers: list[nn.Module] = []
@@ -38,12 +48,15 @@ class Judge(ModelMixin, ConfigMixin):
             layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
             layers += [nn.Conv2d(wide, wide, 3, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], len(class_names))
+        self.neck = nn.Linear(widths[-1] * (image_size // 16) ** 2, 64)
+        self.head = nn.Linear(64, len(class_names))
+        self.factor_head = nn.Linear(64, num_factors)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float (B, 3, H, W) in [-1, 1] -> features (B, 64) and logits (B, classes)."""
-        features = self.trunk(images).mean(dim=(2, 3))
-        return features, self.head(features)
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """float (B, 3, H, W) in [-1, 1] -> features (B, 64), logits (B, classes), factors (B, num_factors)."""
+        features = self.neck(self.trunk(images).flatten(1))
+        seen = nn.functional.silu(features)
+        return features, self.head(seen), self.factor_head(seen)
 
     @torch.no_grad()
     def look_at(self, images: torch.Tensor, batch_size: int = 250) -> Judgement:
@@ -51,8 +64,8 @@ class Judge(ModelMixin, ConfigMixin):
         size = self.config.image_size
         if images.shape[1:3] != (size, size):
             raise InputError(f"the judge sees images of {size}x{size}, but got {images.shape[1]}x{images.shape[2]}")
-        features, logits = zip(*(self(to_float_images(batch)) for batch in images.split(batch_size)), strict=True)
-        return Judgement(torch.cat(features), torch.cat(logits).argmax(dim=1))
+        features, logits, _ = zip(*(self(to_float_images(batch)) for batch in images.split(batch_size)), strict=True)
+        return Judgement(torch.cat(features), torch.cat(logits))
 
 
 def load_judge(folder: Path) -> Judge:

@@ -38,6 +38,7 @@ SPLITS = ("train", "val", "autoencoder", "judge")
 RADIUS = (0.42, 0.52)
 MAX_SHIFT = 0.15  # of the half width, along each axis
 MAX_ROTATION_DEGREES = 20.0
+SATURATION = (0.45, 0.8)
 
 Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -125,41 +126,91 @@ def _gradient(
     return np.asarray(first) * (1.0 - share) + np.asarray(second) * share
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What varies within a class: none of it tells the class."""
+
+    shift_x: float
+    """Of the shape's centre, in half image widths."""
+    shift_y: float
+    """The same, upwards."""
+    rotation: float
+    """Radians."""
+    radius: float
+    """Of the disc of the shape's area, in half image widths."""
+    hue: float
+    """Of the shape, in turns."""
+    hue_change: float
+    """Along the shape's gradient."""
+    saturation: float
+    """Of the shape."""
+    angle: float
+    """Direction of the shape's gradient in radians."""
+    background_hue: float
+    """In turns."""
+    background_hue_change: float
+    """Along the background's gradient."""
+    background_angle: float
+    """Direction of the background's gradient in radians."""
+
+    def as_targets(self) -> np.ndarray:
+        """float32 (13,), each of mean 0 and of the order of 1; circular ones as cosine and sine. For a judge to learn."""
+        turns = np.array([2 * np.pi * self.hue, 2 * np.pi * self.background_hue, self.angle, self.background_angle])
+        middle, half = (RADIUS[0] + RADIUS[1]) / 2, (RADIUS[1] - RADIUS[0]) / 2
+        plain = [
+            self.shift_x / MAX_SHIFT,
+            self.shift_y / MAX_SHIFT,
+            self.rotation / np.deg2rad(MAX_ROTATION_DEGREES),
+            (self.radius - middle) / half,
+            (self.saturation - sum(SATURATION) / 2) / ((SATURATION[1] - SATURATION[0]) / 2),
+        ]
+        return np.concatenate([plain, np.cos(turns), np.sin(turns)]).astype(np.float32)
+
+
+def factors(split: str, index: int) -> Factors:
+    """The factors of image `index` of a split. Raises ValueError for an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    random = np.random.default_rng([SPLITS.index(split), index])
+    shift_x, shift_y = random.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
+    rotation = np.deg2rad(random.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES))
+    radius = random.uniform(*RADIUS)
+    hue, background_hue = random.uniform(0.0, 1.0, 2)
+    angle, background_angle = random.uniform(0.0, 2.0 * np.pi, 2)
+    saturation = random.uniform(*SATURATION)
+    return Factors(
+        shift_x=shift_x, shift_y=shift_y, rotation=rotation, radius=radius, hue=hue, saturation=saturation, angle=angle,
+        background_hue=background_hue, background_angle=background_angle,
+        background_hue_change=random.uniform(-0.1, 0.1), hue_change=random.uniform(-0.08, 0.08),
+    )  # fmt: skip
+
+
 def draw(split: str, index: int) -> tuple[np.ndarray, int]:
     """Draws image `index` of a split: uint8 RGB (64, 64, 3), and its label, which is index mod 10.
 
     Raises ValueError for an unknown split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     label = index % len(CLASS_NAMES)
     name = CLASS_NAMES[label]
-    random = np.random.default_rng([SPLITS.index(split), index])
-
-    shift_x, shift_y = random.uniform(-MAX_SHIFT, MAX_SHIFT, 2)
-    rotation = np.deg2rad(random.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES))
-    radius = random.uniform(*RADIUS)
-    hue, background_hue = random.uniform(0.0, 1.0, 2)
-    shape_angle, background_angle = random.uniform(0.0, 2.0 * np.pi, 2)
-    saturation = random.uniform(0.45, 0.8)
+    of = factors(split, index)
 
     half_pixel = 1.0 / IMAGE_SIZE
     axis = np.linspace(-1.0 + half_pixel, 1.0 - half_pixel, IMAGE_SIZE)
     x, y = np.meshgrid(axis, -axis)  # y upwards
     background = _gradient(
-        colorsys.hsv_to_rgb(background_hue, 0.55, 0.34),
-        colorsys.hsv_to_rgb(background_hue + random.uniform(-0.1, 0.1), 0.65, 0.10),
-        background_angle, x, y,
+        colorsys.hsv_to_rgb(of.background_hue, 0.55, 0.34),
+        colorsys.hsv_to_rgb(of.background_hue + of.background_hue_change, 0.65, 0.10),
+        of.background_angle, x, y,
     )  # fmt: skip
     fill = _gradient(
-        colorsys.hsv_to_rgb(hue, saturation, 1.0),
-        colorsys.hsv_to_rgb(hue + random.uniform(-0.08, 0.08), saturation, 0.78),
-        shape_angle, 2 * x, 2 * y,
+        colorsys.hsv_to_rgb(of.hue, of.saturation, 1.0),
+        colorsys.hsv_to_rgb(of.hue + of.hue_change, of.saturation, 0.78),
+        of.angle, 2 * x, 2 * y,
     )  # fmt: skip
 
-    scale = radius * shape_scale(name)
-    dx, dy = (x - shift_x) / scale, (y - shift_y) / scale
-    cos, sin = np.cos(rotation), np.sin(rotation)
+    scale = of.radius * shape_scale(name)
+    dx, dy = (x - of.shift_x) / scale, (y - of.shift_y) / scale
+    cos, sin = np.cos(of.rotation), np.sin(of.rotation)
     distance = SHAPES[name](cos * dx + sin * dy, cos * dy - sin * dx) * scale
     coverage = np.clip(0.5 - distance / (2.0 * half_pixel), 0.0, 1.0)[..., None]  # one pixel of antialiasing
     image = background * (1.0 - coverage) + fill * coverage

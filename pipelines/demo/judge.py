@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -45,11 +46,27 @@ class JudgeTraining:
     """Of the initialisation and the order."""
 
 
-def train(config: JudgeTraining) -> tuple[Judge, float]:
-    """Trains and returns the judge and its held-out accuracy."""
+def _factors(split: str, count: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack([images.factors(split, index).as_targets() for index in range(count)]))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How well a judge knows images that it has not seen."""
+
+    accuracy: float
+    """Share of right classes."""
+    explained: float
+    """Share of the factors' variance that it reads off."""
+
+
+def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
+    """Trains and returns the judge and what it knows of held-out images."""
     torch.manual_seed(config.seed)
     pixels, labels = (torch.from_numpy(array) for array in images.draw_many("judge", 0, config.num_images))
-    judge = Judge(class_names=images.CLASS_NAMES, image_size=images.IMAGE_SIZE).to(memory_format=torch.channels_last)
+    factors = _factors("judge", config.num_images)
+    judge = Judge(class_names=images.CLASS_NAMES, image_size=images.IMAGE_SIZE, num_factors=factors.shape[1])
+    judge = judge.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
@@ -58,10 +75,9 @@ def train(config: JudgeTraining) -> tuple[Judge, float]:
     for step in range(config.num_steps):
         rows = torch.randint(len(pixels), (config.batch_size,))
         x = to_float_images(pixels[rows]).to(memory_format=torch.channels_last)
-        _, logits = judge(
-            x + 0.03 * torch.randn_like(x)
-        )  # a little noise, or it would read JPEG's and decoders' traces
-        loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
+        # A little noise, or it would read JPEG's and decoders' traces.
+        _, logits, guesses = judge(x + 0.03 * torch.randn_like(x))
+        loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05) + F.mse_loss(guesses, factors[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -69,7 +85,11 @@ def train(config: JudgeTraining) -> tuple[Judge, float]:
         progress.update(step + 1, f"loss {loss.item():.3f}")
     judge = judge.to(memory_format=torch.contiguous_format).eval()
     held_out, truth = (torch.from_numpy(array) for array in images.draw_many("val", 0, config.num_held_out))
-    return judge, float((judge.look_at(held_out).predictions == truth).double().mean())
+    wanted = _factors("val", config.num_held_out)
+    with torch.no_grad():
+        _, logits, guesses = judge(to_float_images(held_out))
+    accuracy = float((logits.argmax(dim=1) == truth).double().mean())
+    return judge, HeldOut(accuracy, 1.0 - float((guesses - wanted).square().mean() / wanted.var(dim=0).mean()))
 
 
 def main() -> None:
@@ -77,24 +97,29 @@ def main() -> None:
     config = parse_command_line(JudgeTraining, __doc__)
     storage.output_location(str(config.output), "--output")
     began = time.monotonic()
-    judge, accuracy = train(config)
+    judge, held_out = train(config)
     seconds = time.monotonic() - began
     judge.save_pretrained(config.output)
     num_parameters = sum(parameter.numel() for parameter in judge.parameters())
     (config.output / "README.md").write_text(f"""# The demo's judge
 
-A classifier of this project's synthetic demo images, {num_parameters:,} parameters. Its 64 features measure a Frechet
-distance on the demo (not FID), its answers a class accuracy.
+Knows the classes of this project's synthetic demo images, and what varies within them (place, size, rotation, colours,
+gradients); {num_parameters:,} parameters. Its 64 features measure a Frechet distance on the demo (not FID), its answers a
+class accuracy.
 
 | | |
 |---|---|
 | made by | `python -m pipelines.demo.judge --output DIR --num-steps {config.num_steps}` |
 | trained on | {config.num_images:,} drawn images of the `judge` split, which no other stage sees |
 | time | {format_seconds(seconds)} on 2 CPU cores |
-| held-out accuracy | {accuracy:.4f} over {config.num_held_out:,} images of the `val` split |
+| held-out accuracy | {held_out.accuracy:.4f} over {config.num_held_out:,} images of the `val` split |
+| variance of the factors explained there | {held_out.explained:.3f} |
 | licence | Apache-2.0, as the project |
 """)
-    logger.info("held-out accuracy %.4f after %s; wrote %s", accuracy, format_seconds(seconds), config.output)
+    logger.info(
+        "held-out accuracy %.4f, %.3f of the factors' variance, after %s; wrote %s",
+        held_out.accuracy, held_out.explained, format_seconds(seconds), config.output,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

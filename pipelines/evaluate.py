@@ -1,359 +1,608 @@
-"""Stage 3: what a generator is worth: samples at several numbers of steps, drawn on every device, and measured.
+"""Stage 3: what a generator is worth: samples drawn and measured on every device, under a protocol that is written down.
 
     python -m pipelines.evaluate --model models:/meanflow-demo@champion --tracking-uri sqlite:////runs/mlflow.db \\
-        --train-images demo/train --held-out-images demo/val --output report
+        --train-images demo/train --held-out-images demo/val --num-samples 1000 --output report
+    python -m pipelines.evaluate --model runs/xl2/generator --reference VIRTUAL_imagenet256_labeled.npz \\
+        --extractor inception --labels random --steps 1 2 --output report
 
-The measures are a judge's (pipelines/judge.py), beside their floor: what held-out real images score. The Frechet
-distance is in the judge's features and is not FID. Writes report.json, table.md, samples.png and
-quality_against_steps.png, and logs them to the MLflow run that trained the model.
+Frechet distance with its standard error, Inception Score, precision and recall, sFID; and beside real images, what
+those score themselves, how much the samples vary, and whether they copy. The distance is FID in the features of
+`inception` alone. Writes report.json, table.md and pictures, and logs them to the MLflow run that trained the model.
 """
 
+import itertools
 import json
 import logging
 import os
+import platform
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-import matplotlib
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
 from PIL import Image
 
-from meanflow_core.autoencoder import decode_latents, encode_moments
+from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import load_pipeline
-from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import (
-    FeatureStatistics,
     frechet_distance,
-    mean_within_class_distance,
-    nearest_distances,
+    frechet_estimate,
+    inception_score,
     peak_signal_to_noise,
+    precision_and_recall,
 )
 from meanflow_core.pipeline import MeanFlowPipeline
-from pipelines import storage, tracking
-from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
+from pipelines import averages, measuring, storage, tracking
+from pipelines.command import InputError, choose_gpus, parse_command_line, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
+from pipelines.evaluation_report import plot, plot_guidance, slug, table
+from pipelines.extractors import INCEPTION, Extractor, describe, open_extractor
 from pipelines.grids import image_grid
-from pipelines.image_reading import read_pixels
-from pipelines.image_sources import find_images
-from pipelines.judge import Judge, Judgement, load_judge
-from pipelines.progress import Progress
+from pipelines.image_reading import decode_image
+from pipelines.image_sources import ImageIndex, ImageSlice, find_images
+from pipelines.measuring import NUM_GROUPS, NUM_SPLITS, Chunk, Drawn, Labels, Measured, SampleRule, Setting
+from pipelines.pixel_distances import PixelDistances
+from pipelines.progress import format_seconds
+from pipelines.reference import (
+    UINT8_RULE,
+    Reference,
+    absolute_extractor,
+    default_workers,
+    image_chunks,
+    protocol_of,
+    read_reference,
+    reference_bytes,
+    require_same_rules,
+)
+from pipelines.sample_files import SampleFile, open_sample_file
 
 logger = logging.getLogger(__name__)
 
 GRID_COLUMNS = 8
-REPORT_FILES = ("report.json", "table.md", "samples.png", "quality_against_steps.png")
+GRID_CLASSES = 10
+NUM_NEIGHBOURS = 3  # of precision and recall, as in ADM's evaluation
+NUM_PIXEL_SAMPLES = 1000  # images that come back for the pixel distances
+NUM_PIXEL_TRAIN = 10_000  # training images that samples are held against
+FIELD_NUM_SAMPLES = 50_000
+MEASURES = (
+    "frechet", "frechet_standard_error", "inception_score", "precision", "recall", "spatial_frechet", "accuracy",
+    "diversity", "nearest_train_ratio",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob:
     """Sample a generator and measure it."""
 
-    model: str
-    """Generator: a folder, models:/name@alias or runs:/id/name."""
-    train_images: str
-    """Folder of class folders: the real images that the generator learnt from."""
-    held_out_images: str
-    """Folder of class folders: real images that it did not see."""
     output: Path
     """Folder for the report."""
+    model: str | None = None
+    """Generator: a folder, models:/name@alias or runs:/id/name."""
+    samples: Path | None = None
+    """Samples of somebody else in place of a generator: an .npz with arr_0, uint8 (N, H, W, 3), as ADM's suite has it."""
+    reference: str | None = None
+    """Statistics of real images, .npz: of pipelines.reference, ADM's, or the authors'. Made of --train-images unless
+    given, and kept beside the report."""
+    train_images: str | None = None
+    """The real images that the generator learnt from, in any form that pipelines.encode reads."""
+    held_out_images: str | None = None
+    """Real images that it did not see: the floor, and what diversity is held against."""
     tracking_uri: str | None = None
     """MLflow address; MLFLOW_TRACKING_URI unless given. Without either, nothing is logged there."""
-    judge: Path = SHIPPED_JUDGE
-    """Folder of the classifier that measures; the demo's unless given."""
+    extractor: str = str(SHIPPED_JUDGE)
+    """inception, dinov2-vit-l-14 (extra `fid`), a TorchScript file, or a judge's folder: the demo's unless given."""
+    extractor_weights: Path | None = None
+    """File of the extractor's weights, where it is not to be downloaded."""
+    ema_decay: float | None = None
+    """Sample with the moving average of this decay, of the last checkpoint beside the generator's folder."""
     steps: tuple[int, ...] = (1, 2, 4)
-    """Numbers of network calls to sample with."""
-    num_samples: int = 1000
-    """Samples per number of steps, sample i of class i mod num_classes."""
+    """Numbers of equal steps to sample in."""
+    guidance_scales: tuple[float, ...] = ()
+    """omegas to sample with, for improved MeanFlow and flow matching; the generator's own unless given."""
+    guidance_intervals: tuple[tuple[float, float], ...] = ()
+    """Intervals "start end" to guide in; the generator's own unless given."""
+    solvers: tuple[Literal["euler", "heun"], ...] = ("euler",)
+    """How flow matching's equation is integrated."""
+    num_samples: int = FIELD_NUM_SAMPLES
+    """Samples per setting."""
+    labels: Labels = "balanced"
+    """balanced: sample i of class i mod num_classes; random: uniform, as MeanFlow's and DiT's figures are (FID some 0.1
+    higher)."""
     seed: int = 0
     """Base seed: sample i's noise is that of seed * 2^32 + i, whatever the number of devices."""
+    num_precision_recall: int = 10_000
+    """Samples and reference images for precision and recall, which need every pair; 0 leaves them out."""
+    save_samples: Path | None = None
+    """Folder for an .npz of every setting's samples (arr_0, uint8 NHWC), for another evaluation suite."""
     batch_size: int = 50
-    """Samples per call."""
-    num_samplers: int | None = None
-    """Processes that sample; one per GPU, or one on a machine without."""
+    """Images per call of network, decoder and extractor."""
+    num_workers: int | None = None
+    """Processes that sample and measure; one per GPU, or one per CPU of a machine without."""
     use_gpu: bool | None = None
     """Sample on GPUs; where the cluster has some, unless said."""
+    cpu_threads: int = 1
+    """Threads of a process on a CPU."""
 
     def __post_init__(self) -> None:
+        if (self.model is None) == (self.samples is None):
+            raise ValueError("give either --model or --samples")
+        if self.reference is None and self.train_images is None:
+            raise ValueError("give --reference, or --train-images to make one of")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps must name numbers of at least 1, but got {self.steps}")
-        if self.num_samples < 2 or self.batch_size < 1:
+        if self.num_samples < 2 or min(self.batch_size, self.cpu_threads) < 1 or self.num_precision_recall < 0:
             raise ValueError(
-                f"num_samples must be at least 2 and batch_size 1, but got {self.num_samples}, {self.batch_size}"
+                f"num_samples must be at least 2, batch_size and cpu_threads 1, num_precision_recall 0, but got "
+                f"{self.num_samples}, {self.batch_size}, {self.cpu_threads}, {self.num_precision_recall}"
             )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must lie in [0, 2^31 - 1], but got {self.seed}")
+        if not self.solvers:
+            raise ValueError("solvers must name one of euler, heun, but got none")
+
+    @property
+    def rule(self) -> SampleRule:
+        """Which image sample i is."""
+        return SampleRule(self.seed, self.labels)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """All ways of sampling that were asked for."""
+        return [
+            Setting(num_steps=steps, guidance_scale=scale, guidance_interval=interval, solver=solver)
+            for solver, scale, interval, steps in itertools.product(
+                self.solvers, self.guidance_scales or (None,), self.guidance_intervals or (None,), self.steps
+            )
+        ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """One set of images measured."""
-
-    accuracy: float
-    """Share whose class the judge sees."""
-    frechet: float
-    """Frechet distance to the training images in the judge's features."""
-    diversity: float
-    """Mean pairwise pixel distance within a class, over that of held-out images."""
-    nearest_train_ratio: float
-    """Median pixel distance to the nearest training image, over that of held-out images; far below 1 is copying."""
-
-
-class Reference:
-    """The real images, and what the measures need of them."""
-
-    def __init__(
-        self, judge: Judge, train: torch.Tensor, held_out: torch.Tensor, held_out_labels: torch.Tensor
-    ) -> None:
-        self._judge = judge
-        self._train = train.flatten(1).float()
-        self._train_statistics = FeatureStatistics.of(judge.look_at(train).features)
-        self._held_out_diversity = mean_within_class_distance(held_out, held_out_labels)
-        self._held_out_nearest = float(nearest_distances(held_out.flatten(1), self._train).median())
-
-    def measure(self, images: torch.Tensor, labels: torch.Tensor) -> Quality:
-        """Measures uint8 images (N, H, W, 3) that ought to be of classes (N,)."""
-        seen: Judgement = self._judge.look_at(images)
-        nearest = float(nearest_distances(images.flatten(1), self._train).median())
-        return Quality(
-            accuracy=float((seen.predictions == labels).double().mean()),
-            frechet=frechet_distance(FeatureStatistics.of(seen.features), self._train_statistics),
-            diversity=mean_within_class_distance(images, labels) / self._held_out_diversity,
-            nearest_train_ratio=nearest / self._held_out_nearest,
-        )
+def figures(measured: Measured, reference: Reference, num_precision_recall: int) -> dict[str, float]:
+    """What a set of images scores, as far as extractor and reference go."""
+    estimate = frechet_estimate([measured.groups[group] for group in sorted(measured.groups)], reference.moments)
+    found = {"frechet": estimate.value, "frechet_standard_error": estimate.standard_error}
+    if measured.scores:
+        found["inception_score"], found["inception_score_deviation"] = inception_score(measured.splits)
+    if measured.spatial is not None and reference.spatial is not None:
+        found["spatial_frechet"] = frechet_distance(measured.spatial, reference.spatial)
+    if measured.features and reference.features is not None:
+        ours, theirs = torch.cat(measured.features), reference.features[:num_precision_recall]
+        if min(len(ours), len(theirs)) > NUM_NEIGHBOURS:
+            found["precision"], found["recall"] = precision_and_recall(ours, theirs, NUM_NEIGHBOURS)
+    if measured.num_right is not None:
+        found["accuracy"] = measured.num_right / measured.num_rows
+    return found
 
 
-class Sampler:
-    """Draws samples by their indices on one device. A plain callable: it needs no cluster."""
-
-    def __init__(self, model: str, tracking_uri: str | None, base_seed: int, num_threads: int) -> None:
-        torch.set_num_threads(num_threads)
-        self._pipeline = load_pipeline(
-            tracking.fetch_generator(model, tracking_uri), "cuda" if torch.cuda.is_available() else "cpu"
-        )
-        self._base_seed = base_seed
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """{"index", "steps"}, each (B,), one number of steps -> also "image" uint8 (B, H, W, 3) and "seconds" each."""
-        began = time.perf_counter()
-        indices, steps = batch["index"], int(batch["steps"][0])
-        assert (batch["steps"] == steps).all(), "a block must hold one number of steps"
-        labels = sample_labels(indices, self._pipeline.transformer.config.num_classes)
-        seeds = [self._base_seed * 2**32 + int(index) for index in indices]
-        images = self._pipeline.images_from_seeds(labels.tolist(), seeds, steps).cpu().numpy()
-        seconds = (time.perf_counter() - began) / len(indices)
-        return {**batch, "image": images, "seconds": np.full(len(indices), seconds)}
+RealImages = tuple[Any, Any, ImageIndex]
 
 
-def sample_labels(indices: np.ndarray, num_classes: int) -> np.ndarray:
-    """The balanced labels of sample indices: i mod num_classes."""
-    return indices % num_classes
+def find_real_images(location: str, class_names: Sequence[str]) -> RealImages:
+    """A source of real images whose classes are the generator's.
 
-
-@dataclass(frozen=True)
-class Samples:
-    """All samples at one number of steps."""
-
-    images: torch.Tensor
-    """(N, H, W, 3) uint8, by sample index."""
-    seconds_per_image: float
-    """Of one sampler: network and decoder."""
-
-
-def draw_samples(job: EvaluateJob, image_size: int) -> dict[int, Samples]:
-    """The samples of every number of steps, drawn on every device."""
-    num_samplers = job.num_samplers or max(1, num_gpus())
-    use_gpu = choose_gpus(job.use_gpu, num_samplers)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    chunks = [(steps, start) for steps in job.steps for start in range(0, job.num_samples, job.batch_size)]
-    rows = [
-        pa.table({"index": index, "steps": np.full(len(index), steps)})
-        for steps, start in chunks
-        for index in [np.arange(start, min(start + job.batch_size, job.num_samples))]
-    ]
-    samples = ray.data.from_arrow(rows).map_batches(  # a table, a block, a call of the sampler
-        Sampler,
-        batch_size=None,
-        fn_constructor_kwargs={
-            "model": job.model,
-            "tracking_uri": job.tracking_uri,
-            "base_seed": job.seed,
-            "num_threads": max(1, (os.cpu_count() or 1) // num_samplers),
-        },
-        compute=ray.data.ActorPoolStrategy(size=num_samplers),
-        num_gpus=1 if use_gpu else 0,
-        num_cpus=0 if use_gpu else 1,
-    )
-    images = {steps: np.empty((job.num_samples, image_size, image_size, 3), np.uint8) for steps in job.steps}
-    seconds = dict.fromkeys(job.steps, 0.0)
-    progress, done = Progress(logger, "sampled", "images", job.num_samples * len(job.steps)), 0
-    for batch in samples.iter_batches(batch_size=None):
-        steps = int(batch["steps"][0])
-        images[steps][batch["index"]] = batch["image"]  # blocks come in any order
-        seconds[steps] += float(batch["seconds"].sum())
-        done += len(batch["index"])
-        progress.update(done, f"now at {steps} step{'s' * (steps > 1)}")
-    assert done == job.num_samples * len(job.steps)
-    return {steps: Samples(torch.from_numpy(images[steps]), seconds[steps] / job.num_samples) for steps in job.steps}
-
-
-def reconstruct(pipeline: MeanFlowPipeline, images: torch.Tensor, batch_size: int = 100) -> torch.Tensor:
-    """What the autoencoder alone makes of uint8 images (N, H, W, 3): the best that a generator can look like."""
-    normalization = LatentNormalization.from_vae_config(pipeline.vae.config)
-    decoded = []
-    for batch in images.split(batch_size):
-        mean, _ = encode_moments(pipeline.vae, batch).chunk(2, dim=1)
-        decoded.append(decode_latents(pipeline.vae, normalization.normalize(mean)))
-    return torch.cat(decoded)
-
-
-def table(report: dict) -> str:
-    """The report as a Markdown table."""
-    lines = [
-        f"{report['num_samples']} samples of `{report['model']}`; distances to {report['num_train_images']} training images.",
-        "The Fréchet distance is in the features of the demo's judge; it is not FID.",
-        "",
-        "| images | accuracy | Fréchet distance | diversity | nearest-train ratio |",
-        "|---|---|---|---|---|",
-    ]
-    rows = [
-        ("held-out real (the floor)", report["held_out"]),
-        ("autoencoder's reconstructions", report["reconstruction"]),
-    ]
-    rows += [(f"{entry['steps']}-step samples", entry) for entry in report["samples"]]
-    for name, entry in rows:
-        lines.append(
-            f"| {name} | {entry['accuracy']:.3f} | {entry['frechet']:.3f} | {entry['diversity']:.3f} "
-            f"| {entry['nearest_train_ratio']:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def plot(report: dict, path: Path) -> None:
-    """Fréchet distance and accuracy against the number of network calls, with what real images score."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [entry["steps"] for entry in report["samples"]]
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, key, title in zip(
-        axes, ("frechet", "accuracy"), ("Fréchet distance (the judge's; not FID)", "class accuracy"), strict=True
-    ):
-        axis.plot(steps, [entry[key] for entry in report["samples"]], "o-", label="samples")
-        axis.axhline(report["reconstruction"][key], ls=":", color="tab:orange", label="autoencoder's reconstructions")
-        axis.axhline(report["held_out"][key], ls="--", color="tab:green", label="held-out real images")
-        axis.set(title=title, xlabel="network calls per image", xscale="log", xticks=steps)
-        axis.set_xticks(steps, [str(count) for count in steps])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(0.0, 1.03)
-    axes[1].legend(loc="lower right")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def read_real_images(location: str, class_names: list[str], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real images uint8 (N, size, size, 3) and their classes (N,).
-
-    Raises InputError where the folder's classes are not the generator's, or a class has fewer than two images.
+    Raises InputError where they are not, or a class has fewer than two images.
     """
-    filesystem, listing, index = find_images(location)
-    if index.class_names != class_names:
+    found = find_images(location)
+    index = found[2]
+    if index.class_names != list(class_names):
         raise InputError(
             f"the classes in {location} are {', '.join(index.class_names)}, but the generator's are "
             f"{', '.join(class_names)}; every class needs images"
         )
-    pixels, labels = (torch.from_numpy(array) for array in read_pixels(filesystem, listing, index, size))
-    counts = torch.bincount(labels, minlength=len(class_names))
-    if int(counts.min()) < 2:
+    counts = np.bincount(index.entries["label"].to_numpy(), minlength=len(class_names))
+    if counts.min() < 2:
         few = class_names[int(counts.argmin())]
-        raise InputError(f"{location} has {int(counts.min())} readable images of class {few}, but 2 are needed of each")
-    return pixels, labels
+        raise InputError(f"{location} has {counts.min()} images of class {few}, but 2 are needed of each")
+    return found
+
+
+def read_evenly(images: RealImages, size: int, num_images: int) -> torch.Tensor:
+    """At most `num_images` readable images spread evenly over a source: uint8 (N, size, size, 3)."""
+    count = len(images[2])
+    kept = min(num_images, count)
+    rows = np.arange(kept) * count // kept
+    pixels = []
+    for content in ImageSlice.of(*images, rows).read():
+        try:
+            if isinstance(content, Exception):
+                raise content
+            pixels.append(decode_image(content, size))
+        except Exception as error:  # Pillow raises many kinds; one bad file must not end an evaluation
+            logger.warning("left out an unreadable training image: %s", error)
+    if not pixels:
+        raise InputError("none of the training images can be read")
+    return torch.from_numpy(np.stack(pixels))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    pipeline: MeanFlowPipeline | None
+    """The generator; None for a file of samples."""
+    samples: np.ndarray | None
+    """The file's images."""
+    image_size: int
+    class_names: list[str]
+
+    @property
+    def num_classes(self) -> int:
+        """Of the generator's network."""
+        assert self.pipeline is not None
+        return int(self.pipeline.transformer.config.num_classes)
+
+
+def open_subject(job: EvaluateJob) -> Subject:
+    """The generator, or the file of samples. Raises InputError where there is none."""
+    if job.samples is not None:
+        samples = open_sample_file(job.samples)
+        return Subject(None, samples, samples.shape[1], [])
+    assert job.model is not None
+    pipeline = load_pipeline(tracking.fetch_generator(job.model, job.tracking_uri))
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return Subject(pipeline, None, pipeline.latent_shape[1] * factor, list(pipeline.class_names.values()))
+
+
+def _require_fit(job: EvaluateJob, subject: Subject, extractor: Extractor) -> None:
+    if subject.pipeline is None:
+        if job.held_out_images is not None or job.ema_decay is not None or job.save_samples is not None:
+            raise InputError("--held-out-images, --ema-decay and --save-samples need a generator, --model")
+        return
+    if extractor.class_names is not None and list(extractor.class_names) != subject.class_names:
+        raise InputError(
+            f"the judge in {job.extractor} knows the classes {', '.join(extractor.class_names)}, but the generator's are "
+            f"{', '.join(subject.class_names)}; name an --extractor that was trained on them, or inception"
+        )
+    if job.labels == "balanced" and job.num_samples < 2 * subject.num_classes:
+        raise InputError(
+            f"--num-samples must be at least 2 for each of {subject.num_classes} classes, but got {job.num_samples}"
+        )
+    own_guidance = job.guidance_scales or job.guidance_intervals
+    if own_guidance and not subject.pipeline.takes_guidance:
+        raise InputError("this generator's guidance is in its weights; leave --guidance-scales and -intervals out")
+    if "heun" in job.solvers and subject.pipeline.config.prediction != "velocity":
+        raise InputError("--solvers heun integrates a velocity, but this generator gives average velocities")
+
+
+def _sample_name(number: int) -> str:
+    return f"samples {number}"
+
+
+def _grid_indices(job: EvaluateJob, num_classes: int) -> np.ndarray:
+    """Sample indices for the grid: a row for each of up to GRID_CLASSES classes spread evenly."""
+    labels = job.rule.labels_of(np.arange(job.num_samples), num_classes)
+    shown = np.arange(min(num_classes, GRID_CLASSES)) * num_classes // min(num_classes, GRID_CLASSES)
+    columns = min(GRID_COLUMNS, *(int((labels == label).sum()) for label in shown))
+    return np.concatenate([np.flatnonzero(labels == label)[: max(columns, 1)] for label in shown])
+
+
+def _stored_chunks(name: str, path: Path, num_rows: int, num_features: int) -> list[Chunk]:
+    return measuring.cut(
+        name,
+        measuring.spans(num_rows),
+        lambda start, stop: measuring.Stored(path, slice(start, stop)),
+        num_features=num_features,
+    )
+
+
+def plan_chunks(
+    job: EvaluateJob, subject: Subject, reference: Reference | None, train: RealImages | None, held_out: RealImages | None
+) -> list[Chunk]:  # fmt: skip
+    """All that is to be measured, in order: the real images first."""
+    num_features, size = job.num_precision_recall, subject.image_size
+    chunks: list[Chunk] = []
+    if reference is None:
+        assert train is not None
+        chunks += image_chunks("training images", train, size, num_features=num_features)
+    elif reference.has_images and reference.features is None and num_features and storage.is_local(reference.where):
+        kept = min(num_features, len(open_sample_file(Path(reference.where))))
+        chunks += _stored_chunks("reference images", Path(reference.where), kept, num_features)
+    if held_out is not None:
+        real = image_chunks("held-out images", held_out, size, num_features=num_features, num_images=NUM_PIXEL_SAMPLES)
+        chunks += real
+        if subject.pipeline is not None:
+            chunks += [
+                replace(chunk, set_name="reconstructions", source=replace(chunk.source, through_autoencoder=True))
+                for chunk in real
+                if isinstance(chunk.source, measuring.Read)
+            ]
+    if subject.samples is not None:
+        assert job.samples is not None
+        return chunks + _stored_chunks(_sample_name(0), job.samples, len(subject.samples), num_features)
+    num_images = NUM_PIXEL_SAMPLES if held_out is not None and train is not None else 0
+    for number, setting in enumerate(job.settings):
+
+        def drawn(start: int, stop: int, setting: Setting = setting) -> Drawn:
+            return Drawn(setting, job.rule, np.arange(start, stop))
+
+        chunks += measuring.cut(
+            _sample_name(number),
+            measuring.spans(job.num_samples),
+            drawn,
+            num_features=num_features,
+            num_images=job.num_samples if job.save_samples is not None else num_images,
+        )
+    indices = _grid_indices(job, subject.num_classes)
+    grid = Drawn(job.settings[0], job.rule, indices)
+    return [*chunks, Chunk("grid", 0, len(indices), grid, num_images=len(indices))]
+
+
+class ImageKeeper:
+    """Writes every setting's samples to its file as they come, and leaves as many as the pixel distances want."""
+
+    def __init__(self, job: EvaluateJob, size: int) -> None:
+        self._files: dict[str, SampleFile] = {}
+        self.paths: list[Path] = []
+        if job.save_samples is not None:
+            for number, setting in enumerate(job.settings):
+                path = job.save_samples / f"samples-{slug(setting)}.npz"
+                self.paths.append(path)
+                self._files[_sample_name(number)] = SampleFile(path, job.num_samples, size)
+        self._kept: dict[str, int] = {}
+
+    def __call__(self, measured: Measured) -> None:
+        """Takes a chunk's images."""
+        file = self._files.get(measured.set_name)
+        if file is None:
+            return
+        images = torch.cat(measured.images)
+        file.write(images.numpy())
+        left = max(0, NUM_PIXEL_SAMPLES - self._kept.get(measured.set_name, 0))
+        self._kept[measured.set_name] = self._kept.get(measured.set_name, 0) + min(left, len(images))
+        measured.images = [images[:left].clone()]
+        measured.labels = [torch.cat(measured.labels)[:left].clone()]
+
+    def close(self) -> None:
+        """Finishes the files: until then they are not there under their names."""
+        for file in self._files.values():
+            file.close()
+
+
+def flags(
+    job: EvaluateJob, reference: Reference, extractor: Mapping[str, str], num_features: int, count: int
+) -> list[str]:
+    """What a reader must know before comparing these figures with others."""
+    found = []
+    if reference.protocol is None:
+        found.append(
+            f"{reference.where} does not say with which extractor, crop and size it was made: figures against it hold "
+            f"only if those are the same"
+        )
+    if extractor["name"] == INCEPTION and count != FIELD_NUM_SAMPLES:
+        found.append(f"{count} samples: FID falls with their number, and the field's is of {FIELD_NUM_SAMPLES}")
+    if count <= num_features:
+        found.append(f"{count} samples for {num_features} features: their covariance is singular, the distance biased")
+    return found
+
+
+def _absolute(location: str | None) -> str | None:
+    return None if location is None else storage.absolute(location)
+
+
+def _prepared(job: EvaluateJob) -> tuple[EvaluateJob, tracking.Run | None]:
+    """The job with places that mean the same in every process, and the run that trained the model."""
+    model = job.model
+    if model is not None and not model.startswith(tracking.REGISTRY_SCHEMES):
+        model = storage.absolute(model)
+    output = Path(storage.output_location(str(job.output), "--output"))
+    save = job.save_samples
+    job = replace(
+        job,
+        model=model,
+        output=output,
+        samples=None if job.samples is None else job.samples.absolute(),
+        save_samples=None if save is None else Path(storage.output_location(str(save), "--save-samples")),
+        extractor=absolute_extractor(job.extractor),
+        extractor_weights=None if job.extractor_weights is None else job.extractor_weights.absolute(),
+        reference=_absolute(job.reference),
+        train_images=_absolute(job.train_images),
+        held_out_images=_absolute(job.held_out_images),
+    )
+    run = tracking.find_run(model, job.tracking_uri) if model is not None else None
+    return replace(job, tracking_uri=job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")), run
 
 
 def evaluate(job: EvaluateJob) -> dict:
     """Measures, writes the report's files, logs them, and returns the report. Raises InputError for unfit input."""
-    model = job.model if job.model.startswith(tracking.REGISTRY_SCHEMES) else storage.absolute(job.model)
-    output = Path(storage.output_location(str(job.output), "--output"))
-    job = replace(job, model=model, output=output)
-    run = tracking.find_run(job.model, job.tracking_uri)
-    job = replace(job, tracking_uri=job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
-    judge = load_judge(job.judge)
-    folder = tracking.fetch_generator(job.model, job.tracking_uri)
-    pipeline = load_pipeline(folder)
-    names = list(pipeline.class_names.values())
-    if names != list(judge.config.class_names):
-        raise InputError(
-            f"the judge in {job.judge} knows the classes {', '.join(judge.config.class_names)}, but the generator's are "
-            f"{', '.join(names)}; name a --judge that was trained on them"
-        )
-    if job.num_samples < 2 * len(names):
-        raise InputError(
-            f"--num-samples must be at least 2 for each of {len(names)} classes, but got {job.num_samples}"
-        )
-    size = judge.config.image_size
-    train, _ = read_real_images(job.train_images, names, size)
-    held_out, held_out_labels = read_real_images(job.held_out_images, names, size)
-    logger.info("read %d training and %d held-out images", len(train), len(held_out))
+    job, run = _prepared(job)
+    if job.ema_decay is not None:
+        assert job.model is not None
+        job = replace(job, model=str(averages.generator_of(job.model, job.ema_decay, job.output)))
+    extractor = open_extractor(job.extractor, job.extractor_weights, "cpu")
+    subject = open_subject(job)
+    _require_fit(job, subject, extractor)
+    size = subject.image_size
+    seen = extractor(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    num_features = seen.pooled.shape[1]
+    reference = None if job.reference is None else read_reference(job.reference)
+    if reference is not None:
+        require_same_rules(reference, extractor.identity, size, num_features)
+    names = subject.class_names
+    train = None if job.train_images is None else find_real_images(job.train_images, names)
+    held_out = None if job.held_out_images is None else find_real_images(job.held_out_images, names)
+    chunks = plan_chunks(job, subject, reference, train, held_out)
 
-    start_ray(needed_cpus=(job.num_samplers or 1) + 1)
-    drawn = draw_samples(job, size)
-    labels = torch.from_numpy(sample_labels(np.arange(job.num_samples), len(names)))
-    logger.info("measuring")
-    reference = Reference(judge, train, held_out, held_out_labels)
-    reconstructions = reconstruct(pipeline, held_out)
-    report = {
-        "model": job.model,
-        "num_samples": job.num_samples,
-        "num_train_images": len(train),
-        "seed": job.seed,
-        "autoencoder_psnr": peak_signal_to_noise(reconstructions, held_out),
-        "held_out": asdict(reference.measure(held_out, held_out_labels)),
-        "reconstruction": asdict(reference.measure(reconstructions, held_out_labels)),
-        "samples": [
-            {
-                "steps": steps,
-                **asdict(reference.measure(samples.images, labels)),
-                "seconds_per_image": samples.seconds_per_image,
-            }
-            for steps, samples in drawn.items()
-        ],
-    }
-    first_images = drawn[min(job.steps)].images
-    columns = min(GRID_COLUMNS, job.num_samples // len(names)) or 1
-    by_class = [
-        index for label in range(len(names)) for index in (labels == label).nonzero().flatten()[:columns].tolist()
-    ]
+    start_ray(needed_cpus=(job.num_workers or os.cpu_count() or 1) + 1)
+    num_workers = default_workers(job.num_workers, job.use_gpu)
+    use_gpu = choose_gpus(job.use_gpu, num_workers)
+    keeper = ImageKeeper(job, size)
+    began = time.monotonic()
+    sets = measuring.measure_sets(
+        chunks,
+        measuring.MeasuringPlan(
+            extractor=job.extractor,
+            extractor_weights=job.extractor_weights,
+            model=job.model,
+            tracking_uri=job.tracking_uri,
+            batch_size=job.batch_size,
+            cpu_threads=job.cpu_threads,
+        ),
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        on_chunk=keeper,
+    )
+    keeper.close()
+    seconds = time.monotonic() - began
+    num_measured = sum(measured.num_rows for measured in sets.values())
+    logger.info("%d images in %s; computing the figures", num_measured, format_seconds(seconds))
+
     job.output.mkdir(parents=True, exist_ok=True)
-    grid = image_grid(first_images[by_class].numpy(), columns)
-    Image.fromarray(grid).save(job.output / "samples.png")
-    plot(report, job.output / "quality_against_steps.png")
-    (job.output / "table.md").write_text(table(report))
-    (job.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    _log(job, run, report)
+    if reference is None:
+        reference = _own_reference(job, sets["training images"], extractor.identity, size)
+    elif "reference images" in sets:
+        reference = replace(reference, features=torch.cat(sets["reference images"].features))
+    report = _report(job, subject, extractor.identity, reference, sets, num_features)
+    report["images_per_second"] = num_measured / seconds
+    report["machine"] = {
+        "workers": num_workers,
+        "device": _device_name(use_gpu),
+        "cpu_threads": job.cpu_threads,
+    }
+    if held_out is not None and train is not None and subject.pipeline is not None:
+        _add_pixel_distances(report, sets, read_evenly(train, size, NUM_PIXEL_TRAIN))
+    report["num_unreadable"] = {
+        name: measured.num_unreadable for name, measured in sets.items() if measured.num_unreadable
+    }
+    for name, count in report["num_unreadable"].items():
+        logger.warning("left out %d unreadable %s", count, name)
+    files = _write(job, subject, report, sets)
+    _log(job, run, report, files)
     return report
 
 
-def _log(job: EvaluateJob, run: tracking.Run | None, report: dict) -> None:
-    if run is None and job.tracking_uri is not None:
+def _own_reference(job: EvaluateJob, measured: Measured, extractor: Mapping[str, str], size: int) -> Reference:
+    """Of the training images that were measured beside, kept in the report's folder for the next evaluation."""
+    source = {"images": str(job.train_images)}
+    content = reference_bytes(measured, protocol_of(extractor, source, size, measured.num_rows))
+    path = job.output / "reference.npz"
+    filesystem, place = storage.open_storage(str(path))
+    storage.write_bytes(filesystem, place, content)
+    return read_reference(str(path))
+
+
+def _device_name(use_gpu: bool) -> str:
+    if not use_gpu:
+        return f"CPU ({platform.processor() or platform.machine()})"
+    name = ray.remote(num_gpus=1)(lambda: torch.cuda.get_device_name())
+    return str(ray.get(name.remote()))
+
+
+def _report(
+    job: EvaluateJob, subject: Subject, extractor: Mapping[str, str], reference: Reference,
+    sets: Mapping[str, Measured], num_features: int,
+) -> dict:  # fmt: skip
+    settings = job.settings if subject.pipeline is not None else []
+    count = job.num_samples if subject.samples is None else len(subject.samples)
+    report: dict[str, Any] = {
+        "model": job.model or str(job.samples),
+        "protocol": {
+            "distance": describe(extractor),
+            "num_samples": count,
+            "labels": job.labels if subject.pipeline is not None else "the file's",
+            "base_seed": job.seed,
+            "sample_rule": "sample i: noise of torch's CPU generator seeded with base_seed * 2^32 + i",
+            "uint8_rule": UINT8_RULE,
+            "image_size": subject.image_size,
+            "batch_size": job.batch_size,
+            "precision": "float32",
+            "extractor": dict(extractor),
+            "reference": {
+                "where": reference.where,
+                "sha256": reference.sha256,
+                "num_images": None if reference.protocol is None else reference.protocol["num_images"],
+                "protocol": reference.protocol,
+            },
+            "precision_recall": {"num_neighbours": NUM_NEIGHBOURS, "num_at_most": job.num_precision_recall},
+            "inception_score_splits": NUM_SPLITS,
+            "jackknife_groups": NUM_GROUPS,
+            "code": tracking.code_identity(),
+        },
+        "flags": flags(job, reference, extractor, num_features, count),
+    }
+    if subject.pipeline is not None:
+        report["protocol"]["generator"] = {
+            "transformer_sha256": weight_hash(subject.pipeline.transformer),
+            "vae_sha256": weight_hash(subject.pipeline.vae),
+            "prediction": subject.pipeline.config.prediction,
+            "ema_decay": job.ema_decay,
+        }
+    for name, key in (("held-out images", "held_out"), ("reconstructions", "reconstruction")):
+        if name in sets:
+            report[key] = figures(sets[name], reference, job.num_precision_recall)
+    if "reconstructions" in sets:
+        rebuilt, real = (torch.cat(sets[name].images) for name in ("reconstructions", "held-out images"))
+        report["autoencoder_psnr"] = peak_signal_to_noise(rebuilt, real)
+    report["samples"] = []
+    for number, setting in enumerate(settings):
+        measured = sets[_sample_name(number)]
+        assert subject.pipeline is not None
+        report["samples"].append(
+            {
+                "title": setting.title,
+                **asdict(setting),
+                "network_calls": setting.network_calls(subject.pipeline),
+                **figures(measured, reference, job.num_precision_recall),
+                "seconds_per_image": measured.seconds / measured.num_rows,
+            }
+        )
+    if subject.samples is not None:
+        report["samples"].append(
+            {"title": "of the file", **figures(sets[_sample_name(0)], reference, job.num_precision_recall)}
+        )
+    return report
+
+
+def _add_pixel_distances(report: dict, sets: Mapping[str, Measured], train: torch.Tensor) -> None:
+    held_out = sets["held-out images"]
+    pixels = PixelDistances(train, torch.cat(held_out.images), torch.cat(held_out.labels))
+    named = [("held-out images", report["held_out"]), ("reconstructions", report["reconstruction"])]
+    named += [(_sample_name(number), entry) for number, entry in enumerate(report["samples"])]
+    for name, entry in named:
+        entry.update(pixels.measure(torch.cat(sets[name].images), torch.cat(sets[name].labels)))
+
+
+def _write(job: EvaluateJob, subject: Subject, report: dict, sets: Mapping[str, Measured]) -> list[Path]:
+    """Writes the report's files, and names those that belong to it."""
+    files = [job.output / "samples.png"]
+    if subject.samples is not None:
+        shown, columns = subject.samples[: GRID_COLUMNS**2], GRID_COLUMNS
+    else:
+        shown = torch.cat(sets["grid"].images).numpy()
+        columns = len(shown) // min(subject.num_classes, GRID_CLASSES)
+    Image.fromarray(image_grid(shown, columns)).save(files[0])
+    if subject.pipeline is not None:
+        files.append(job.output / "quality_against_steps.png")
+        plot(report, files[-1])
+        if len(job.guidance_scales) > 1:
+            files.append(job.output / "quality_against_guidance.png")
+            plot_guidance(report, files[-1])
+    for name, content in (("table.md", table(report)), ("report.json", json.dumps(report, indent=2) + "\n")):
+        files.append(job.output / name)
+        files[-1].write_text(content)
+    return files
+
+
+def _log(job: EvaluateJob, run: tracking.Run | None, report: dict, files: Sequence[Path]) -> None:
+    if run is None and job.tracking_uri is not None and job.model is not None:
         run = tracking.find_run(job.model, job.tracking_uri)
     if run is None and job.tracking_uri is None:
         logger.info("no MLflow address given, so the report is in %s alone", job.output)
         return
     trained_here = run is not None
     if run is None:
-        parameters = {"model": job.model, "num_samples": job.num_samples, "seed": job.seed}
+        parameters = {"model": report["model"], "num_samples": report["protocol"]["num_samples"], "seed": job.seed}
         run = tracking.Run.begin(str(job.tracking_uri), "meanflow-ray", "evaluate", parameters)
-    keys = ("accuracy", "frechet", "diversity", "nearest_train_ratio")
-    for entry in report["samples"]:  # the number of steps is the metric's step: MLflow draws the curve
-        run.log_metrics({f"evaluate/{key}": entry[key] for key in keys}, entry["steps"])
-    for name in REPORT_FILES:
-        run.log_file(job.output / name, "evaluate")
+    settings = job.settings if job.model is not None else [Setting(num_steps=1)]
+    for setting, entry in zip(settings, report["samples"], strict=True):
+        way = slug(replace(setting, num_steps=1)).removeprefix("1step").removeprefix("-")
+        family = f"evaluate/{way}/" if way else "evaluate/"
+        found = {f"{family}{key}": entry[key] for key in MEASURES if key in entry}
+        run.log_metrics(found, setting.num_steps)  # the number of steps is the metric's step: MLflow draws the curve
+    for path in files:
+        run.log_file(path, "evaluate")
     run.flush()
     if not trained_here:
         run.end("FINISHED")

@@ -190,13 +190,13 @@ def test_two_workers_trained_what_one_process_trains(trained, tmp_path):
 def test_evaluate_writes_table_grid_plot_and_report(trained):
     build, output = trained
     report = json.loads((build / "report/report.json").read_text())
-    assert [entry["steps"] for entry in report["samples"]] == [1, 2]
+    assert [entry["num_steps"] for entry in report["samples"]] == [1, 2]
     assert report["autoencoder_psnr"] > 30
     assert report["held_out"]["accuracy"] >= 0.97
     assert report["held_out"]["frechet"] < report["samples"][0]["frechet"]  # thirty steps learn nothing
     assert Image.open(build / "report/samples.png").size == (4 * 66 - 2, 10 * 66 - 2)  # a row per class
     assert (build / "report/quality_against_steps.png").stat().st_size > 5000
-    assert "| 1-step samples |" in output["pipelines.evaluate"].stdout
+    assert "| samples, 1 step | 1 |" in output["pipelines.evaluate"].stdout
     client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")  # found through the run's folder
     run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
     assert [metric.step for metric in client.get_metric_history(run_id, "evaluate/accuracy")] == [1, 2]

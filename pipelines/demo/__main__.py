@@ -258,7 +258,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
 
 def summarize(evaluation: dict, results: list[StageResult]) -> dict:
     """The demo's report: the evaluation's main figures and the seconds of each stage."""
-    samples = {entry["steps"]: entry for entry in evaluation["samples"]}
+    samples = {entry["num_steps"]: entry for entry in evaluation["samples"]}
     return {
         "stage_seconds": {result.stage: round(result.seconds, 1) for result in results},
         "autoencoder_psnr": evaluation["autoencoder_psnr"],

@@ -6,10 +6,12 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -35,6 +37,23 @@ def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int,
             if round_index >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
+    """The largest sum of PSS over a process and its descendants, in GB."""
+    peak.append(0.0)
+    while not stop.wait(0.5):
+        total = 0
+        try:
+            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in family:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+        peak[0] = max(peak[0], total / 1e9)
 
 
 def machine() -> dict[str, object]:

@@ -22,9 +22,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
-from _harness import main
+from _harness import main, watch_memory
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -71,7 +70,7 @@ def run_stage(arguments: list[str], peak: list[float] | None = None) -> list[tup
         [sys.executable, "-c", LAUNCHER, *arguments], env=environment, stderr=subprocess.PIPE, text=True
     )
     stop = threading.Event()
-    watcher = threading.Thread(target=_watch_memory, args=(job.pid, peak, stop)) if peak is not None else None
+    watcher = threading.Thread(target=watch_memory, args=(job.pid, peak, stop)) if peak is not None else None
     if watcher is not None:
         watcher.start()
     assert job.stderr is not None
@@ -100,23 +99,6 @@ ray.init = functools.partial(ray.init, object_store_memory=300 * 2**20)
 sys.argv[0] = "encode"
 run_command(encode.main)
 """
-
-
-def _watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
-    """The largest sum of PSS over a process and its descendants, in GB."""
-    peak.append(0.0)
-    while not stop.wait(0.5):
-        total = 0
-        try:
-            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
-        for process in family:
-            try:
-                total += process.memory_full_info().pss
-            except psutil.Error:
-                continue
-        peak[0] = max(peak[0], total / 1e9)
 
 
 def bare_images_per_second(vae: AutoencoderKL, pixels: np.ndarray, batch_size: int, batches: int) -> float:

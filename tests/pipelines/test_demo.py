@@ -112,7 +112,7 @@ def test_report_has_the_figures_that_are_asked_about():
         "autoencoder_psnr": 35.0,
         "held_out": quality,
         "reconstruction": quality,
-        "samples": [{"steps": 2, **quality, "accuracy": 0.99}, {"steps": 1, **quality}],
+        "samples": [{"num_steps": 2, **quality, "accuracy": 0.99}, {"num_steps": 1, **quality}],
     }
     report = summarize(evaluation, [])
     assert report["one_step_accuracy"] == 0.9

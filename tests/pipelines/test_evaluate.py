@@ -1,105 +1,208 @@
+import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from meanflow_core.generator import build_pipeline
+from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from pipelines.command import InputError
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate import (
-    EvaluateJob,
-    Reference,
-    Sampler,
-    evaluate,
-    read_real_images,
-    reconstruct,
-    table,
-)
+from pipelines.evaluate import EvaluateJob, evaluate, figures, find_real_images, flags, read_evenly
+from pipelines.evaluation_report import slug, table
 from pipelines.judge import load_judge
+from pipelines.measuring import Measured
+from pipelines.pixel_distances import PixelDistances, shrunk
+from pipelines.reference import Reference
+from pipelines.sample_files import open_sample_file
+
+JUDGE = {"name": "judge", "weights_sha256": "abc"}
+
+
+def drawn(split, count):
+    return tuple(torch.from_numpy(array) for array in images.draw_many(split, 0, count))
 
 
 @pytest.fixture(scope="module")
-def reference():
-    train, _ = images.draw_many("train", 0, 600)
-    held_out, labels = images.draw_many("val", 0, 300)
-    tensors = [torch.from_numpy(array) for array in (train, held_out, labels)]
-    return Reference(load_judge(SHIPPED_JUDGE), *tensors), tensors
+def judge():
+    return load_judge(SHIPPED_JUDGE)
 
 
-def test_judge_knows_held_out_images():
-    pixels, labels = (torch.from_numpy(array) for array in images.draw_many("val", 0, 1000))
-    assert (load_judge(SHIPPED_JUDGE).look_at(pixels).predictions == labels).double().mean() >= 0.97
+@pytest.fixture(scope="module")
+def held_out():
+    return drawn("val", 1000)
 
 
-def test_held_out_images_are_the_floor_and_worse_images_score_worse(reference, pipeline):
-    measure, (_, held_out, labels) = reference
-    floor = measure.measure(held_out, labels)
-    assert floor.diversity == pytest.approx(1.0)
-    assert floor.nearest_train_ratio == pytest.approx(1.0)
-    reconstruction = measure.measure(reconstruct(pipeline, held_out), labels)
-    noise = torch.randint(0, 256, held_out.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    noisy = measure.measure(noise, labels)
-    assert floor.frechet < noisy.frechet / 10
-    assert reconstruction.frechet < noisy.frechet / 10
-    assert reconstruction.accuracy > 0.95 > 0.3 > noisy.accuracy
+def test_judge_knows_held_out_images(judge, held_out):
+    pixels, labels = held_out
+    assert (judge.look_at(pixels).predictions == labels).double().mean() >= 0.97
 
 
-def test_copies_and_repeats_are_caught(reference):
-    measure, (train, held_out, labels) = reference
-    assert measure.measure(train[:300], labels).nearest_train_ratio < 0.01
-    repeated = held_out[:10].repeat(30, 1, 1, 1)
-    assert measure.measure(repeated, labels).diversity < 0.05
-    assert measure.measure(held_out, (labels + 1) % 10).accuracy < 0.1
+def test_distance_rises_from_held_out_to_half_the_classes_to_one(judge, held_out):
+    reference = FeatureStatistics.of(judge.look_at(drawn("train", 2000)[0]).features)
+    pixels, labels = held_out
+
+    def distance(chosen):
+        return frechet_distance(FeatureStatistics.of(judge.look_at(pixels[chosen]).features), reference)
+
+    ladder = [distance(labels >= 0), distance(labels < 5), distance(labels == 3)]
+    print("held-out, half the classes, one class:", [round(value, 3) for value in ladder])
+    assert ladder[0] < ladder[1] / 5 < ladder[2] / 10
 
 
-def test_samples_do_not_depend_on_how_they_are_cut(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
-    sampler = Sampler(str(tmp_path), None, base_seed=3, num_threads=1)
-    whole = sampler({"index": np.arange(12), "steps": np.full(12, 2)})
-    part = sampler({"index": np.array([11, 4]), "steps": np.array([2, 2])})
-    difference = np.abs(whole["image"][[11, 4]].astype(int) - part["image"].astype(int))
-    assert difference.max() <= 1
-    expected = pipeline.images_from_seeds([4], [3 * 2**32 + 4], 2)[0].numpy()
-    assert np.abs(expected.astype(int) - part["image"][1].astype(int)).max() <= 1
+def test_distance_sees_a_class_shrink_to_one_image(judge, held_out):
+    # A judge of classes alone does not: its features of a class lie close together.
+    reference = FeatureStatistics.of(judge.look_at(drawn("train", 2000)[0]).features)
+    pixels, _ = held_out
+    floor = frechet_distance(FeatureStatistics.of(judge.look_at(pixels).features), reference)
+    repeated = FeatureStatistics.of(judge.look_at(pixels[:10]).features.repeat(100, 1))
+    assert frechet_distance(repeated, reference) > 20 * floor
 
 
-def test_generator_of_other_classes_is_refused(pipeline, tmp_path, image_root):
-    pipeline.register_to_config(id2label={str(label): f"other {label}" for label in range(10)})
-    pipeline.save_pretrained(tmp_path / "generator")
-    job = EvaluateJob(
-        model=str(tmp_path / "generator"),
-        train_images=str(image_root / "train"),
-        held_out_images=str(image_root / "val"),
-        output=tmp_path / "report",
-    )
-    with pytest.raises(InputError, match="knows the classes arrow, circle"):
-        evaluate(job)
-    assert not (tmp_path / "report").exists()
+def test_copies_and_repeats_are_caught(held_out):
+    train, _ = drawn("train", 600)
+    pixels, labels = (tensor[:300] for tensor in held_out)
+    distances = PixelDistances(train, pixels, labels)
+    own = distances.measure(pixels, labels)
+    assert own == {"diversity": pytest.approx(1.0), "nearest_train_ratio": pytest.approx(1.0)}
+    assert distances.measure(train[:300], labels)["nearest_train_ratio"] < 0.01
+    assert distances.measure(pixels[:10].repeat(30, 1, 1, 1), labels)["diversity"] < 0.05
+
+
+def test_large_images_are_averaged_down_for_pixel_distances():
+    small = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
+    assert torch.equal(shrunk(small), small)
+    assert torch.equal(shrunk(small.repeat_interleave(4, 1).repeat_interleave(4, 2)), small)
+
+
+def as_measured(features):
+    groups = {group: FeatureStatistics.of(rows) for group, rows in enumerate(features.tensor_split(20))}
+    return Measured("x", groups=groups, features=[features.float()], num_rows=len(features))
+
+
+def as_reference(features, protocol=None):
+    return Reference(
+        moments=FeatureStatistics.of(features), spatial=None, features=features.float(), protocol=protocol,
+        where="somewhere.npz", sha256="",
+    )  # fmt: skip
+
+
+def test_figures_are_those_that_extractor_and_reference_allow():
+    features = torch.randn(400, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    reference = as_reference(features)
+    same = figures(as_measured(features), reference, 400)
+    assert set(same) == {"frechet", "frechet_standard_error", "precision", "recall"}
+    assert same["frechet"] == pytest.approx(0.0, abs=1e-9)
+    assert (same["precision"], same["recall"]) == (1.0, 1.0)
+    moved = figures(as_measured(features + 50.0), reference, 400)
+    assert moved["frechet"] == pytest.approx(6 * 50.0**2)
+    assert (moved["precision"], moved["recall"]) == (0.0, 0.0)
+    assert "precision" not in figures(as_measured(features), replace(reference, features=None), 400)
+
+
+def test_reader_is_told_what_does_not_compare(tmp_path):
+    job = EvaluateJob(model="m", train_images="t", output=tmp_path)
+    silent, telling = as_reference(torch.randn(9, 6)), as_reference(torch.randn(9, 6), {"extractor": JUDGE})
+    assert flags(job, telling, JUDGE, 64, 1000) == []
+    assert "does not say with which extractor" in flags(job, silent, JUDGE, 64, 1000)[0]
+    assert "covariance is singular" in flags(job, telling, JUDGE, 64, 64)[0]
+    inception = {"name": "inception"}
+    assert "the field's is of 50000" in flags(job, telling, inception, 2048, 10_000)[0]
+    assert flags(job, telling, inception, 2048, 50_000) == []
 
 
 def test_real_images_of_other_or_too_few_classes_are_refused(image_root, tmp_path):
     shutil.copytree(image_root / "val", tmp_path / "val")
     names = [path.name for path in sorted((tmp_path / "val").iterdir())]
-    assert read_real_images(str(tmp_path / "val"), names, 64)[0].shape == (40, 64, 64, 3)
+    found = find_real_images(str(tmp_path / "val"), names)
+    assert read_evenly(found, 64, 1000).shape == (40, 64, 64, 3)
+    few = read_evenly(found, 64, 20)
+    assert torch.equal(few[3], read_evenly(found, 64, 1000)[6])
     for path in sorted((tmp_path / "val" / names[4]).iterdir())[1:]:
         path.unlink()
-    with pytest.raises(InputError, match=f"1 readable images of class {names[4]}, but 2 are needed"):
-        read_real_images(str(tmp_path / "val"), names, 64)
+    with pytest.raises(InputError, match=f"1 images of class {names[4]}, but 2 are needed"):
+        find_real_images(str(tmp_path / "val"), names)
     shutil.rmtree(tmp_path / "val" / names[4])
     with pytest.raises(InputError, match="every class needs images"):
-        read_real_images(str(tmp_path / "val"), names, 64)
+        find_real_images(str(tmp_path / "val"), names)
 
 
-def test_table_says_that_it_is_not_fid():
-    quality = {"accuracy": 0.5, "frechet": 1.0, "diversity": 1.0, "nearest_train_ratio": 1.0}
-    report = {
-        "model": "m",
-        "num_samples": 10,
-        "num_train_images": 20,
-        "held_out": quality,
-        "reconstruction": quality,
-        "samples": [{"steps": 1, **quality}],
-    }
-    assert "it is not FID" in table(report)
-    assert "| 1-step samples | 0.500 | 1.000 |" in table(report)
+@pytest.fixture
+def job(pipeline, tmp_path, image_root):
+    pipeline.save_pretrained(tmp_path / "generator")
+    return EvaluateJob(
+        model=str(tmp_path / "generator"),
+        train_images=str(image_root / "train"),
+        held_out_images=str(image_root / "val"),
+        output=tmp_path / "report",
+        steps=(1, 2),
+        num_samples=40,
+        num_workers=1,
+    )
+
+
+def test_generator_of_other_classes_is_refused(job, pipeline, tmp_path):
+    pipeline.register_to_config(id2label={str(label): f"other {label}" for label in range(10)})
+    pipeline.save_pretrained(tmp_path / "generator")
+    with pytest.raises(InputError, match="knows the classes arrow, circle"):
+        evaluate(job)
+    assert not (tmp_path / "report").exists()
+
+
+def test_what_a_generator_cannot_do_is_refused_before_anything_starts(job):
+    with pytest.raises(InputError, match="guidance is in its weights"):
+        evaluate(replace(job, guidance_scales=(2.0,)))
+    with pytest.raises(InputError, match="gives average velocities"):
+        evaluate(replace(job, solvers=("heun",)))
+    with pytest.raises(InputError, match="at least 2 for each of 10 classes, but got 19"):
+        evaluate(replace(job, num_samples=19))
+    with pytest.raises(InputError, match="no checkpoints beside"):
+        evaluate(replace(job, ema_decay=0.9))
+    with pytest.raises(ValueError, match="either --model or --samples"):
+        replace(job, samples=job.output)
+    with pytest.raises(ValueError, match="give --reference, or --train-images"):
+        replace(job, train_images=None)
+
+
+@pytest.mark.cluster
+def test_guided_samples_are_saved_reported_and_measured_again_from_their_file(job, network, vae, tmp_path):
+    velocity = build_pipeline(network, vae, images.CLASS_NAMES, is_flow_matching=True)
+    velocity.save_pretrained(tmp_path / "generator")
+    asked = replace(
+        job, steps=(2,), guidance_scales=(1.0, 3.0), guidance_intervals=((0.2, 0.9),), solvers=("euler", "heun"),
+        labels="random", save_samples=tmp_path / "saved",
+    )  # fmt: skip
+    report = evaluate(asked)
+    titles = [entry["title"] for entry in report["samples"]]
+    assert titles[3] == "2 steps, omega 3, in [0.2, 0.9], Heun"
+    # Euler is asked at t = 1 and 0.5, Heun at 0.5 and 0 besides; guidance has a second answer where t is in the interval.
+    assert [entry["network_calls"] for entry in report["samples"]] == [2, 3, 4, 6]
+    for setting in asked.settings:
+        saved = open_sample_file(tmp_path / "saved" / f"samples-{slug(setting)}.npz")
+        assert saved.shape == (40, 64, 64, 3)
+    labels = asked.rule.labels_of(np.arange(40), 10)
+    expected = velocity.images_from_seeds(
+        labels.tolist(), list(range(40)), 2, guidance_scale=3.0, guidance_interval=(0.2, 0.9), solver="heun"
+    )
+    assert np.abs(saved.astype(int) - expected.numpy().astype(int)).max() <= 1
+    for name in (
+        "samples.png",
+        "quality_against_steps.png",
+        "quality_against_guidance.png",
+        "table.md",
+        "reference.npz",
+    ):
+        assert (job.output / name).stat().st_size > 500, name
+    assert json.loads((job.output / "report.json").read_text())["protocol"]["labels"] == "random"
+    assert "| samples, 2 steps, omega 3, in [0.2, 0.9], Heun | 6 |" in table(report)
+    assert "is not FID" in table(report)
+
+    file = tmp_path / "saved" / f"samples-{slug(setting)}.npz"
+    own_reference = str(job.output / "reference.npz")
+    again = evaluate(EvaluateJob(samples=file, reference=own_reference, output=tmp_path / "again", num_workers=1))
+    ours, theirs = again["samples"][0], report["samples"][3]
+    for key in ("frechet", "frechet_standard_error", "inception_score", "precision", "recall"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key  # the images' strides differ

@@ -1,0 +1,472 @@
+"""Sets of images, drawn or read, and measured on every device of the cluster in chunks that nothing else decides.
+
+A set is cut into groups and chunks by its size alone; a chunk's sums are a function of the chunk, and are added up in
+the chunks' order. So neither the number of workers nor the death of one changes a figure. No image need leave its
+worker: what comes back are sums, and so many features and images as were asked for.
+"""
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from meanflow_core.autoencoder import decode_latents, encode_moments
+from meanflow_core.generator import load_pipeline
+from meanflow_core.latents import LatentNormalization
+from meanflow_core.metrics import FeatureStatistics, ScoreSums, merged
+from meanflow_core.pipeline import MeanFlowPipeline
+from pipelines import latent_store, storage, tracking
+from pipelines.command import InputError
+from pipelines.extractors import Extractor, Features, open_extractor
+from pipelines.image_reading import decode_image
+from pipelines.image_sources import ImageSlice
+from pipelines.progress import Progress
+from pipelines.sample_files import open_sample_file
+
+logger = logging.getLogger(__name__)
+
+NUM_GROUPS = 20  # of the jackknife: its error is then known to a sixth
+NUM_SPLITS = 10  # of the Inception Score, as in the field
+CHUNK_SIZE = 500  # rows whose sums travel together: 34 MB in Inception's features
+SEEDS_PER_BASE = 2**32
+
+Labels = Literal["balanced", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How to sample."""
+
+    num_steps: int
+    """Equal steps from noise to image."""
+    guidance_scale: float | None = None
+    """omega; the generator's own where None."""
+    guidance_interval: tuple[float, float] | None = None
+    """Times between which it guides; the generator's own where None."""
+    solver: Literal["euler", "heun"] = "euler"
+    """Of flow matching's equation."""
+
+    @property
+    def title(self) -> str:
+        """ "2 steps, omega 4, in [0.2, 0.8], Heun"."""
+        words = [f"{self.num_steps} step{'s' * (self.num_steps > 1)}"]
+        if self.guidance_scale is not None:
+            words.append(f"omega {self.guidance_scale:g}")
+        if self.guidance_interval is not None:
+            words.append("in [{:g}, {:g}]".format(*self.guidance_interval))
+        if self.solver == "heun":
+            words.append("Heun")
+        return ", ".join(words)
+
+    def network_calls(self, pipeline: MeanFlowPipeline) -> int:
+        """Evaluations of the network for one image: Heun's method has two a step, and so has guidance by two answers."""
+        evaluations = self.num_steps * (2 if self.solver == "heun" else 1)
+        if pipeline.config.prediction != "velocity":
+            return evaluations
+        scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        if scale == 1.0:
+            return evaluations
+        own = (pipeline.config.guidance_start, pipeline.config.guidance_end)
+        start, end = self.guidance_interval or own
+        times = torch.linspace(1.0, 0.0, self.num_steps + 1, dtype=torch.float64).tolist()
+        asked = times[:-1] + (times[1:] if self.solver == "heun" else [])
+        return evaluations + sum(start <= time <= end for time in asked)
+
+
+@dataclass(frozen=True)
+class SampleRule:
+    """Which image sample i is: the same in every job, on any number of devices."""
+
+    base_seed: int
+    """Sample i's noise is that of base_seed * 2^32 + i."""
+    labels: Labels
+    """balanced: i mod the number of classes; random: uniform, a function of (base_seed, i)."""
+
+    def labels_of(self, indices: np.ndarray, num_classes: int) -> np.ndarray:
+        """The classes of sample indices, int64 (B,)."""
+        if self.labels == "balanced":
+            return indices % num_classes
+        draws = [np.random.default_rng((self.base_seed, int(index))).integers(num_classes) for index in indices]
+        return np.array(draws, dtype=np.int64)
+
+    def seeds_of(self, indices: np.ndarray) -> list[int]:
+        """The seeds of sample indices."""
+        return [self.base_seed * SEEDS_PER_BASE + int(index) for index in indices]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images of a chunk, with what is known of them."""
+
+    pixels: torch.Tensor
+    """uint8 (B, H, W, 3)."""
+    labels: torch.Tensor | None
+    """int64 (B,), where there are classes."""
+    seconds: float = 0.0
+    """Of network and decoder."""
+    num_unreadable: int = 0
+    """Left out."""
+
+
+class Source(Protocol):
+    """Where a chunk's images come from: pickled to the worker, and asked there."""
+
+    def batches(self, worker: "Measurer", batch_size: int) -> Iterator[Images]:
+        """The chunk's images in their order."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of the worker's generator, by index."""
+
+    setting: Setting
+    rule: SampleRule
+    indices: np.ndarray
+
+    def batches(self, worker: "Measurer", batch_size: int) -> Iterator[Images]:
+        """As Source."""
+        pipeline = worker.pipeline
+        for start in range(0, len(self.indices), batch_size):
+            rows = self.indices[start : start + batch_size]
+            labels = self.rule.labels_of(rows, pipeline.transformer.config.num_classes)
+            began = time.perf_counter()
+            pixels = pipeline.images_from_seeds(
+                labels.tolist(),
+                self.rule.seeds_of(rows),
+                self.setting.num_steps,
+                guidance_scale=self.setting.guidance_scale,
+                guidance_interval=self.setting.guidance_interval,
+                solver=self.setting.solver,
+            )
+            if pixels.is_cuda:
+                torch.cuda.synchronize()
+            yield Images(pixels, torch.from_numpy(labels), time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Image files."""
+
+    images: ImageSlice
+    size: int
+    """Side of the square that they are cropped to."""
+    through_autoencoder: bool = False
+    """Encoded by the worker's autoencoder, at the mean, and decoded again."""
+
+    def batches(self, worker: "Measurer", batch_size: int) -> Iterator[Images]:
+        """As Source; what cannot be read is left out and counted."""
+        entries = self.images.entries["label"].to_pylist()
+        pixels: list[np.ndarray] = []
+        labels: list[int] = []
+        unreadable = 0
+        for row, (content, label) in enumerate(zip(self.images.read(), entries, strict=True)):
+            try:
+                if isinstance(content, Exception):
+                    raise content
+                pixels.append(decode_image(content, self.size))
+                labels.append(label)
+            except Exception:  # Pillow raises many kinds; one bad file must not end an evaluation
+                unreadable += 1
+            if len(pixels) == batch_size or (row + 1 == len(entries) and (pixels or unreadable)):
+                read = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+                if self.through_autoencoder and pixels:
+                    read = worker.reconstruct(read)
+                yield Images(read, torch.tensor(labels, dtype=torch.int64), num_unreadable=unreadable)
+                pixels, labels, unreadable = [], [], 0
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A shard of a latent dataset, decoded at the posterior's mean by the worker's autoencoder."""
+
+    dataset: str
+    shard: int
+
+    def batches(self, worker: "Measurer", batch_size: int) -> Iterator[Images]:
+        """As Source."""
+        filesystem, root = storage.open_storage(self.dataset)
+        shard = latent_store.read_shard(filesystem, f"{root}/{latent_store.shard_name(self.shard)}")
+        means = np.split(shard.moments, 2, axis=1)[0]
+        for start in range(0, len(means), batch_size):
+            rows = slice(start, start + batch_size)
+            yield Images(worker.decode_raw(means[rows]), torch.from_numpy(shard.labels[rows].astype(np.int64)))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows of a file of samples, on a disk that the workers share."""
+
+    path: Path
+    rows: slice
+
+    def batches(self, worker: "Measurer", batch_size: int) -> Iterator[Images]:
+        """As Source."""
+        images = open_sample_file(self.path)[self.rows]
+        for start in range(0, len(images), batch_size):
+            yield Images(torch.from_numpy(np.array(images[start : start + batch_size])), None)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of work: what a worker does in one call, and what is lost when it dies."""
+
+    set_name: str
+    group: int
+    num_rows: int
+    source: Source
+    """Where its images come from."""
+    num_features: int = 0
+    """First rows whose features come back."""
+    num_images: int = 0
+    """First rows that come back as images."""
+
+
+@dataclass
+class Measured:
+    """The sums of a chunk, or of a whole set."""
+
+    set_name: str
+    group: int = 0
+    groups: dict[int, FeatureStatistics] = field(default_factory=dict)
+    """By group."""
+    scores: dict[int, ScoreSums] = field(default_factory=dict)
+    """By group, where the extractor classifies."""
+    spatial: FeatureStatistics | None = None
+    num_right: int | None = None
+    """Images whose class the extractor saw, where its classes are theirs."""
+    features: list[torch.Tensor] = field(default_factory=list)
+    """(n, D) each, of the rows that were asked for."""
+    images: list[torch.Tensor] = field(default_factory=list)
+    """uint8 (n, H, W, 3) each."""
+    labels: list[torch.Tensor] = field(default_factory=list)
+    """int64 (n,) each, of the images that came back."""
+    seconds: float = 0.0
+    num_rows: int = 0
+    num_unreadable: int = 0
+
+    def add(self, other: "Measured") -> None:
+        """Adds the sums of a later chunk."""
+        for group, statistics in other.groups.items():
+            self.groups[group] = self.groups[group] + statistics if group in self.groups else statistics
+        for group, score in other.scores.items():
+            self.scores[group] = self.scores[group] + score if group in self.scores else score
+        if other.spatial is not None:
+            self.spatial = other.spatial if self.spatial is None else self.spatial + other.spatial
+        if other.num_right is not None:
+            self.num_right = other.num_right + (self.num_right or 0)
+        self.features += other.features
+        self.images += other.images
+        self.labels += other.labels
+        self.seconds += other.seconds
+        self.num_rows += other.num_rows
+        self.num_unreadable += other.num_unreadable
+
+    @property
+    def statistics(self) -> FeatureStatistics:
+        """Of the whole set."""
+        return merged([self.groups[group] for group in sorted(self.groups)])
+
+    @property
+    def splits(self) -> list[ScoreSums]:
+        """The scores' sums in NUM_SPLITS parts by order of the samples; fewer where there are fewer groups."""
+        per_split: dict[int, ScoreSums] = {}
+        for group in sorted(self.scores):
+            split = group * NUM_SPLITS // NUM_GROUPS
+            per_split[split] = per_split[split] + self.scores[group] if split in per_split else self.scores[group]
+        return list(per_split.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringPlan:
+    """What a worker opens."""
+
+    extractor: str
+    extractor_weights: Path | None
+    model: str | None
+    """Generator, for samples and reconstructions."""
+    tracking_uri: str | None
+    autoencoder: str | None = None
+    """Folder of the autoencoder that decodes moments, where there is no generator."""
+    batch_size: int
+    """Images per call of network, decoder and extractor. Part of the protocol: rounding depends on it."""
+    cpu_threads: int
+    """Threads of a worker on a CPU: as the batch size."""
+
+
+class Measurer:
+    """Draws or reads a chunk's images on one device, and sums up their features. A plain callable: it needs no cluster."""
+
+    def __init__(self, plan: MeasuringPlan, device: str) -> None:
+        torch.set_num_threads(plan.cpu_threads)
+        self._plan = plan
+        self._device = torch.device(device)
+        self._extractor: Extractor = open_extractor(plan.extractor, plan.extractor_weights, self._device)
+        self._pipeline: MeanFlowPipeline | None = None
+        if plan.model is not None:
+            self._pipeline = load_pipeline(tracking.fetch_generator(plan.model, plan.tracking_uri), self._device)
+        self._autoencoder = self._pipeline.vae if self._pipeline is not None else None
+        if plan.autoencoder is not None:
+            self._autoencoder = latent_store.open_autoencoder(plan.autoencoder).to(self._device)
+
+    @property
+    def pipeline(self) -> MeanFlowPipeline:
+        """The generator."""
+        assert self._pipeline is not None
+        return self._pipeline
+
+    @torch.no_grad()
+    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+        """What the autoencoder alone makes of uint8 images (B, H, W, 3): the best that a generator can look like."""
+        assert self._autoencoder is not None
+        normalization = LatentNormalization.from_vae_config(self._autoencoder.config)
+        mean, _ = encode_moments(self._autoencoder, images.to(self._device)).chunk(2, dim=1)
+        return decode_latents(self._autoencoder, normalization.normalize(mean))
+
+    @torch.no_grad()
+    def decode_raw(self, means: np.ndarray) -> torch.Tensor:
+        """Unscaled means (B, C, H, W) -> images uint8 (B, H, W, 3)."""
+        assert self._autoencoder is not None
+        normalization = LatentNormalization.from_vae_config(self._autoencoder.config)
+        raw = torch.from_numpy(means).float().to(self._device)
+        return decode_latents(self._autoencoder, normalization.normalize(raw))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """{"chunk": [a pickled Chunk]} -> {"measured": [a pickled Measured]}."""
+        chunk: Chunk = pickle.loads(batch["chunk"][0])  # our own, from this job's driver
+        return {"measured": np.array([pickle.dumps(self.measure(chunk))], dtype=object)}
+
+    def measure(self, chunk: Chunk) -> Measured:
+        """The sums of a chunk."""
+        measured = Measured(chunk.set_name)
+        for images in chunk.source.batches(self, self._plan.batch_size):
+            measured.num_unreadable += images.num_unreadable
+            measured.seconds += images.seconds
+            if len(images.pixels) == 0:
+                continue
+            seen = self._extractor(images.pixels)
+            measured.add(self._sums(chunk, images, seen))
+            wanted = max(0, chunk.num_features - sum(map(len, measured.features)))
+            if wanted:
+                measured.features.append(seen.pooled[:wanted].float().cpu())
+            wanted = max(0, chunk.num_images - sum(map(len, measured.images)))
+            if wanted:
+                measured.images.append(images.pixels[:wanted].cpu())
+                if images.labels is not None:
+                    measured.labels.append(images.labels[:wanted])
+        return measured
+
+    def _sums(self, chunk: Chunk, images: Images, seen: Features) -> Measured:
+        sums = Measured(chunk.set_name, num_rows=len(images.pixels))
+        # In float64 on the CPU: an accelerator's is slow, or not there.
+        sums.groups[chunk.group] = FeatureStatistics.of(seen.pooled.cpu())
+        if seen.logits is not None:
+            logits = seen.logits.cpu()
+            sums.scores[chunk.group] = ScoreSums.of(logits)
+            if self._extractor.class_names is not None and images.labels is not None:
+                sums.num_right = int((logits.argmax(dim=1) == images.labels).sum())
+        if seen.spatial is not None:
+            sums.spatial = FeatureStatistics.of(seen.spatial.cpu())
+        return sums
+
+
+def spans(num_rows: int) -> list[tuple[int, int, int]]:
+    """(group, start, stop) of a set's chunks: NUM_GROUPS equal groups, each in chunks of at most CHUNK_SIZE rows."""
+    edges = [
+        (group, group * num_rows // NUM_GROUPS, (group + 1) * num_rows // NUM_GROUPS) for group in range(NUM_GROUPS)
+    ]
+    return [
+        (group, start, min(start + CHUNK_SIZE, last))
+        for group, first, last in edges
+        for start in range(first, last, CHUNK_SIZE)
+    ]
+
+
+def cut(
+    set_name: str,
+    parts: Sequence[tuple[int, int, int]],
+    source: Callable[[int, int], Source],
+    *,
+    num_features: int = 0,
+    num_images: int = 0,
+) -> list[Chunk]:
+    """The chunks of a set, of `parts` (group, start, stop) that follow each other from row 0 on.
+
+    source: of the rows [start, stop). num_features, num_images: how many come back, spread evenly over the chunks.
+    """
+    num_rows = parts[-1][2] if parts else 0
+
+    def share(wanted: int, start: int, stop: int) -> int:
+        kept = min(wanted, num_rows)
+        return stop * kept // num_rows - start * kept // num_rows
+
+    return [
+        Chunk(
+            set_name,
+            group,
+            stop - start,
+            source(start, stop),
+            num_features=share(num_features, start, stop),
+            num_images=share(num_images, start, stop),
+        )
+        for group, start, stop in parts
+    ]
+
+
+def measure_sets(
+    chunks: Sequence[Chunk],
+    plan: MeasuringPlan,
+    *,
+    num_workers: int,
+    use_gpu: bool,
+    on_chunk: Callable[[Measured], None] = lambda measured: None,
+) -> dict[str, Measured]:
+    """Measures all chunks on the cluster; the sums of each set, added up in the order of its chunks.
+
+    on_chunk sees every chunk's result in that order, and may take its images away. Raises InputError as the extractor
+    and the generator do.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = None  # one chunk, one block
+    rows = [pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())}) for chunk in chunks]
+    results = ray.data.from_arrow(rows).map_batches(
+        Measurer,
+        batch_size=None,
+        fn_constructor_args=(plan, "cuda" if use_gpu else "cpu"),
+        compute=ray.data.ActorPoolStrategy(size=min(num_workers, len(chunks))),
+        num_gpus=1 if use_gpu else 0,
+        num_cpus=0 if use_gpu else 1,
+    )
+    total = sum(chunk.num_rows for chunk in chunks)
+    progress, done = Progress(logger, "measured", "images", total), 0
+    sets: dict[str, Measured] = {}
+    try:
+        for row in results.iter_rows():
+            measured: Measured = pickle.loads(row["measured"])  # our own, from this job's workers
+            on_chunk(measured)
+            done += measured.num_rows + measured.num_unreadable
+            sets.setdefault(measured.set_name, Measured(measured.set_name)).add(measured)
+            progress.update(done, f"now at {measured.set_name}")
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from error
+    assert done == total
+    return sets
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a worker raised of ours, where that is what ended the job."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, InputError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error

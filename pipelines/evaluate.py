@@ -451,7 +451,10 @@ def evaluate(job: EvaluateJob) -> dict:
 
     job.output.mkdir(parents=True, exist_ok=True)
     if reference is None:
-        reference = _own_reference(job, sets["training images"], extractor.identity, size)
+        assert train is not None
+        source = {"images": str(job.train_images), "sha256": train[1].sha256}
+        measured = sets["training images"]
+        reference = _own_reference(job, measured, protocol_of(extractor.identity, source, size, measured.num_rows))
     elif "reference images" in sets:
         reference = replace(reference, features=torch.cat(sets["reference images"].features))
     report = _report(job, subject, extractor.identity, reference, sets, num_features)
@@ -473,13 +476,11 @@ def evaluate(job: EvaluateJob) -> dict:
     return report
 
 
-def _own_reference(job: EvaluateJob, measured: Measured, extractor: Mapping[str, str], size: int) -> Reference:
+def _own_reference(job: EvaluateJob, measured: Measured, protocol: Mapping[str, Any]) -> Reference:
     """Of the training images that were measured beside, kept in the report's folder for the next evaluation."""
-    source = {"images": str(job.train_images)}
-    content = reference_bytes(measured, protocol_of(extractor, source, size, measured.num_rows))
     path = job.output / "reference.npz"
     filesystem, place = storage.open_storage(str(path))
-    storage.write_bytes(filesystem, place, content)
+    storage.write_bytes(filesystem, place, reference_bytes(measured, protocol))
     return read_reference(str(path))
 
 

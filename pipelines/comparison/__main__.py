@@ -11,19 +11,57 @@ features of a judge (pipelines/judge.py), and not FID.
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import latent_store, storage
+import numpy as np
+import ray
+import torch
+
+from meanflow_core.generator import load_pipeline
+from meanflow_core.metrics import FeatureStatistics
+from pipelines import latent_store, storage, tracking
 from pipelines.command import InputError, choose_gpus, parse_command_line, run_command, start_ray
-from pipelines.comparison.training import BUDGETS, Budget, Data, methods, planned_runs, step_costs, steps_of, train_all
+from pipelines.comparison.measuring import (
+    TIMED_IMAGES,
+    Point,
+    draw_images,
+    hardware,
+    is_measured,
+    measure,
+    measure_all,
+    points_of,
+    read_quality,
+    time_sampling,
+    time_training,
+)
+from pipelines.comparison.pictures import BUDGET_TITLES, draw_grid, plot_comparison, plot_losses, spread, table
+from pipelines.comparison.planar import draw_figure
+from pipelines.comparison.training import (
+    BUDGETS,
+    Budget,
+    Data,
+    Run,
+    is_trained,
+    methods,
+    planned_runs,
+    read_record,
+    step_costs,
+    steps_of,
+    train_all,
+)
 from pipelines.demo.judge import SHIPPED_JUDGE
+from pipelines.evaluate import read_real_images, reconstruct
+from pipelines.judge import Judge, load_judge
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 METHODS = tuple(methods(1))
+EXPERIMENT = "meanflow-ray-comparison"
+REPORT_FILES = ("report.json", "table.md", "comparison.png", "loss_curves.png", "samples.png", "paths.png")
+GRID_IMAGES, GRID_COLUMNS = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +94,8 @@ class CompareJob:
     """Folder of the classifier that measures; the demo's unless given."""
     cache_dir: str = "none"
     """Folder on each node's own disk for its copy of the latents; "none" maps mounted storage itself."""
+    timed_rounds: int = 7
+    """Turns that every method has when times are taken, which are medians."""
     use_gpu: bool | None = None
     """Train on GPUs, one each; where the cluster has some, unless said."""
     tracking_uri: str | None = None
@@ -75,6 +115,8 @@ class CompareJob:
             raise ValueError(f"calls must be at least 1, but got {self.calls}")
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, but got {self.num_steps}")
+        if self.timed_rounds < 1:
+            raise ValueError(f"timed_rounds must be at least 1, but got {self.timed_rounds}")
         if self.num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, but got {self.num_samples}")
 
@@ -114,22 +156,228 @@ def begin_or_continue(output: Path, wanted: dict[str, Any]) -> None:
         raise InputError(f"--output {output} was begun with other settings ({changes}); choose another --output")
 
 
-def compare(job: CompareJob) -> None:
-    """Trains what is missing. Raises InputError for unfit input."""
+@dataclass(frozen=True, kw_only=True)
+class RealImages:
+    """The real images, as far as the measures need them."""
+
+    num_train: int
+    """Training images."""
+    train: FeatureStatistics
+    """Of their features."""
+    held_out: torch.Tensor
+    """(N, H, W, 3) uint8."""
+    labels: torch.Tensor
+    """(N,): the held-out images' classes."""
+
+
+def look_at_real_images(job: CompareJob, judge: Judge) -> RealImages:
+    """Reads the real images.
+
+    Raises InputError where the images, the latents and the judge do not know the same classes, or are of other sizes.
+    """
+    names = list(latent_store.read_manifest(job.data).class_names)
+    if names != list(judge.config.class_names):
+        raise InputError(
+            f"the judge in {job.judge} knows the classes {', '.join(judge.config.class_names)}, but the latents' are "
+            f"{', '.join(names)}; name a --judge that was trained on them"
+        )
+    train, _ = read_real_images(job.train_images, names, judge.config.image_size)
+    held_out, labels = read_real_images(job.held_out_images, names, judge.config.image_size)
+    logger.info("looking at %d training and %d held-out images", len(train), len(held_out))
+    statistics = FeatureStatistics.of(judge.look_at(train).features)
+    return RealImages(num_train=len(train), train=statistics, held_out=held_out, labels=labels)
+
+
+def results(job: CompareJob, steps: dict[Budget, dict[str, int]], runs_folder: Path) -> list[dict[str, Any]]:
+    """A line for each budget, method, solver and number of calls: what all seeds measured, each and together."""
+    lines = []
+    for budget, by_method in steps.items():
+        for method in job.methods:
+            runs = [Run(method=method, seed=seed, num_steps=by_method[method]) for seed in job.seeds]
+            for point in points_of(runs[0].config, job.calls):
+                found = [read_quality(runs_folder / run.name, point) for run in runs]
+                measured = [quality for quality in found if quality is not None]
+                assert len(measured) == len(runs)
+                lines.append(
+                    {
+                        "budget": budget,
+                        "method": method,
+                        "num_steps": by_method[method],
+                        "solver": point.solver,
+                        "calls": point.calls,
+                        "frechet": spread([quality.frechet for quality in measured]),
+                        "accuracy": spread([quality.accuracy for quality in measured]),
+                        "by_seed": [
+                            {"seed": seed, **asdict(quality)} for seed, quality in zip(job.seeds, measured, strict=True)
+                        ],
+                    }
+                )
+    return lines
+
+
+def ratios(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fréchet distances of each MeanFlow in one call over flow matching's by Euler in the most calls, and in one.
+
+    The ratio of seed k is that of both methods' seed k. Nothing where flow matching or one call was not measured.
+    """
+    euler = {
+        (line["budget"], line["method"], line["calls"]): [entry["frechet"] for entry in line["by_seed"]]
+        for line in lines
+        if line["solver"] == "euler"
+    }
+    most = max(calls for _, _, calls in euler)
+    found = []
+    for (budget, method, calls), mine in euler.items():
+        bases = [euler.get((budget, "flow_matching", count)) for count in (most, 1)]
+        if calls != 1 or method == "flow_matching" or bases[0] is None or bases[1] is None:
+            continue
+        over = [spread([a / b for a, b in zip(mine, base, strict=True)]) for base in bases if base is not None]
+        found.append({"budget": budget, "method": method, "over_most_calls": over[0], "over_one_call": over[1]})
+    return found
+
+
+def sample_blocks(
+    job: CompareJob, steps: dict[str, int], runs_folder: Path, num_images: int
+) -> dict[str, dict[int, np.ndarray]]:
+    """{method's title: {calls: the first images of its first seed's generator}}, drawn anew."""
+    blocks = {}
+    for method in job.methods:
+        run = Run(method=method, seed=job.seeds[0], num_steps=steps[method])
+        pipeline = load_pipeline(runs_folder / run.name / "generator")
+        # Every third class: ten in a row of four by two would show the same two in every column.
+        indices = [3 * number for number in range(num_images)]
+        blocks[methods(1)[method].title] = {
+            calls: draw_images(pipeline, Point(solver="euler", calls=calls), indices).numpy() for calls in job.calls
+        }
+    return blocks
+
+
+def compare(job: CompareJob) -> dict[str, Any]:
+    """Trains and measures what is missing, writes the report's files, and returns the report.
+
+    Raises InputError for unfit input.
+    """
     output = Path(storage.output_location(str(job.output), "--output"))
+    runs_folder = output / "runs"
     data = Data(latents=storage.absolute(job.data), cache_dir=job.cache_dir)
-    begin_or_continue(output, settings(job))
+    wanted = settings(job)
+    judge = load_judge(job.judge)
+    real = look_at_real_images(job, judge)
+    begin_or_continue(output, wanted)
     costs = step_costs(data.network_sizes)
     steps = {budget: steps_of(budget, job.num_steps, costs, job.flops_of) for budget in job.budgets}
     runs = planned_runs(steps.values(), job.methods, job.seeds, costs)
-    start_ray(needed_cpus=1)
-    train_all(runs, data, output / "runs", costs, use_gpu=choose_gpus(job.use_gpu))
+    draw_figure(output / "paths.png")
+
+    if not all(is_trained(run, runs_folder) and is_measured(run, runs_folder, job.calls) for run in runs):
+        start_ray(needed_cpus=1)
+        use_gpu = choose_gpus(job.use_gpu)
+        train_all(runs, data, runs_folder, costs, use_gpu=use_gpu)
+        measure_all(runs, runs_folder, job.calls, job.judge.absolute(), real.train, job.num_samples, use_gpu=use_gpu)
+        ray.shutdown()  # so that nothing else runs here while times are taken
+
+    lines = results(job, steps, runs_folder)
+    reconstructions = reconstruct(load_pipeline(runs_folder / runs[0].name / "generator"), real.held_out)
+    report = {
+        "num_train_images": real.num_train,
+        "held_out": asdict(measure(judge, real.train, real.held_out, real.labels)),
+        "reconstruction": asdict(measure(judge, real.train, reconstructions, real.labels)),
+        "num_steps": job.num_steps,
+        "num_samples": job.num_samples,
+        "seeds": job.seeds,
+        "calls": sorted(job.calls),
+        "budgets": job.budgets,
+        "flops_of": job.flops_of,
+        "results": lines,
+        "ratios": ratios(lines),
+        "runs": [
+            {
+                **read_record(run, runs_folder),
+                "budgets": [b for b in job.budgets if steps[b][run.method] == run.num_steps],
+            }
+            for run in runs
+        ],
+        **costs_of(job, data, steps[job.budgets[0]], runs_folder),
+    }
+    report = json.loads(json.dumps(report))
+    title = BUDGET_TITLES[job.budgets[0]]
+    draw_grid(
+        sample_blocks(job, steps[job.budgets[0]], runs_folder, GRID_IMAGES),
+        output / "samples.png",
+        num_columns=GRID_COLUMNS,
+        subtitle=f"the same {GRID_IMAGES} seeds and classes in every cell, not selected; Euler's steps; {title}",
+    )
+    plot_comparison(report, output / "comparison.png")
+    plot_losses(report, output / "loss_curves.png")
+    (output / "table.md").write_text(table(report))
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    _log(job, report)
+    return report
+
+
+def costs_of(job: CompareJob, data: Data, steps: dict[str, int], runs_folder: Path) -> dict[str, Any]:
+    """What each method's training and sampling cost here, in turns, so that it is this process's to have the machine.
+
+    One thread, as the trainings have; the first GPU where there is one.
+    """
+    logger.info("taking times")
+    device = torch.device("cuda" if torch.cuda.is_available() and job.use_gpu is not False else "cpu")
+    timed_calls = sorted({min(job.calls), max(job.calls)})
+    records = {
+        method: read_record(Run(method=method, seed=job.seeds[0], num_steps=steps[method]), runs_folder)
+        for method in job.methods
+    }
+    generators = {method: runs_folder / record["run"] / "generator" for method, record in records.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = time_training(job.methods, data, device, job.timed_rounds)
+        milliseconds, decoder = time_sampling(generators, timed_calls, device, job.timed_rounds)
+        machine = hardware(device)
+    finally:
+        torch.set_num_threads(threads)
+    kept = ("step_flops", "num_parameters", "num_parameters_sampling")
+    return {
+        "hardware": machine,
+        "timed_calls": timed_calls,
+        "timed_images": TIMED_IMAGES,
+        "decoder_milliseconds_per_image": decoder,
+        "methods": [
+            {
+                "name": method,
+                "title": methods(1)[method].title,
+                **{key: record[key] for key in kept},
+                "seconds_per_step": seconds[method],
+                "milliseconds_per_image": {str(calls): milliseconds[calls][method] for calls in timed_calls},
+            }
+            for method, record in records.items()
+        ],
+    }
+
+
+def _log(job: CompareJob, report: dict[str, Any]) -> None:
+    tracking_uri = job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not tracking_uri:
+        logger.info("no MLflow address given, so the report is in %s alone", job.output)
+        return
+    kept = ("num_steps", "num_samples", "seeds", "budgets", "flops_of")
+    parameters = {"data": job.data, "methods": job.methods, **{key: report[key] for key in kept}}
+    run = tracking.Run.begin(tracking_uri, EXPERIMENT, job.output.absolute().name, parameters, tracking.code_identity())
+    for line in report["results"]:  # the number of calls is the metric's step: MLflow draws the curve
+        name = f"evaluate/{line['budget']}/{line['method']}/{line['solver']}"
+        figures = {f"{name}/{key}": line[key]["mean"] for key in ("frechet", "accuracy")}
+        run.log_metrics(figures, line["calls"])
+    for file in REPORT_FILES:
+        run.log_file(job.output / file, "comparison")
+    run.end("FINISHED")
+    logger.info("logged to MLflow run %s at %s", run.run_id, run.tracking_uri)
 
 
 def main() -> None:
     """The command."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    compare(parse_command_line(CompareJob, __doc__))
+    job = parse_command_line(CompareJob, __doc__)
+    print(table(compare(job)), end="")
+    print(f"report: {job.output}")
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def train_run(run: Run, data: Data, output: Path, device: torch.device | None = 
         if not is_trained(run, output):
             raise
         shutil.rmtree(partial)
-    return record
+    return read_record(run, output)
 
 
 def _num_parameters(network: AnyNetwork) -> int:

@@ -1,0 +1,113 @@
+"""The instantaneous and the average velocity on two-dimensional data, in closed form: no network, no training.
+
+    z_t = (1 - t) x + t e,  x from a mixture of Gaussians N(m_k, s^2 I), e from N(0, I)
+    v(z, t) = E[e - x | z_t = z]                          instantaneous velocity: tangent to the paths
+    u(z, r, t) = 1 / (t - r) integral of v over [r, t]    average velocity along the path that is at z at time t
+
+Source: Geng et al. 2025, Figures 1 to 3 and Eq. 3, in its notation: data at t = 0, noise at t = 1.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+# N points, K Gaussians
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Gaussians of equal weight and one width in the plane."""
+
+    means: np.ndarray
+    """(K, 2)."""
+    std: float
+    """s."""
+
+    def sample(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """(count, 2)."""
+        chosen = self.means[generator.integers(len(self.means), size=count)]
+        return chosen + self.std * generator.standard_normal((count, 2))
+
+    def velocity(self, z: np.ndarray, t: float) -> np.ndarray:
+        """v(z, t) of points (N, 2), exactly: (N, 2).
+
+        Given k, z_t is N((1 - t) m_k, ((1 - t)^2 s^2 + t^2) I), and x and e are linear in z_t on average.
+        """
+        variance = (1.0 - t) ** 2 * self.std**2 + t**2
+        offsets = z[:, None, :] - (1.0 - t) * self.means  # (N, K, 2)
+        exponents = -np.square(offsets).sum(axis=2) / (2.0 * variance)  # (N, K)
+        shares = np.exp(exponents - exponents.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        noise = t / variance * offsets  # E[e | z, k]
+        data = self.means + (1.0 - t) * self.std**2 / variance * offsets  # E[x | z, k]
+        return (shares[:, :, None] * (noise - data)).sum(axis=1)
+
+    def path(self, z: np.ndarray, t: float, r: float, num_steps: int = 200) -> np.ndarray:
+        """The paths of points (N, 2) from time t to r by Runge-Kutta's method of fourth order: (num_steps + 1, N, 2)."""
+        step = (r - t) / num_steps
+        places = [z]
+        for now in np.linspace(t, r, num_steps + 1)[:-1]:
+            z = places[-1]
+            k1 = self.velocity(z, now)
+            k2 = self.velocity(z + step / 2 * k1, now + step / 2)
+            k3 = self.velocity(z + step / 2 * k2, now + step / 2)
+            k4 = self.velocity(z + step * k3, now + step)
+            places.append(z + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
+        return np.stack(places)
+
+    def average_velocity(self, z: np.ndarray, r: float, t: float, num_steps: int = 200) -> np.ndarray:
+        """u(z, r, t) of points (N, 2): the displacement along their paths over t - r; v where r = t."""
+        if r == t:
+            return self.velocity(z, t)
+        return (z - self.path(z, t, r, num_steps)[-1]) / (t - r)
+
+
+# To the right of the noise, so that paths do not run into each other: one bends up, one down, one goes far.
+EXAMPLE = Mixture(means=np.array([[5.0, 2.6], [7.2, 0.1], [4.6, -2.5]]), std=0.35)
+
+
+def draw_figure(path: Path, mixture: Mixture = EXAMPLE) -> None:
+    """Three panels: velocities along paths, average velocities along chords, and one step by each of them."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    generator = np.random.default_rng(4)
+    data = mixture.sample(600, generator)
+    noise = generator.standard_normal((600, 2))
+    angles = np.linspace(0.0, 2.0 * np.pi, 7, endpoint=False) + 0.35
+    few = 1.25 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    few_paths = mixture.path(few, 1.0, 0.0)  # (T, N, 2)
+    many = generator.standard_normal((300, 2))
+    figure, axes = pyplot.subplots(1, 3, figsize=(13.5, 4.3), layout="constrained", sharex=True, sharey=True)
+    for axis in axes:
+        axis.scatter(*noise.T, s=3, color="0.80", linewidths=0)
+        axis.scatter(*data.T, s=3, color="#9ecae1", linewidths=0)
+        axis.set(aspect="equal", xticks=[], yticks=[], xlim=(-3.2, 8.6), ylim=(-4.0, 4.4))
+        axis.text(0.0, -3.7, "noise, t = 1", ha="center", color="0.45")
+        axis.text(5.4, -3.7, "data, t = 0", ha="center", color="#3182bd")
+
+    axes[0].set_title("instantaneous velocity v(z, t): tangent to the path")
+    axes[1].set_title("average velocity u(z, 0, t): straight to its end")
+    for axis in axes[:2]:
+        axis.plot(*few_paths.transpose(2, 0, 1), color="0.45", lw=1.0, zorder=2)
+    arrows = {"angles": "xy", "scale_units": "xy", "scale": 1.0, "width": 0.005, "zorder": 3}
+    for share in (0.0, 0.4, 0.75):
+        index = round(share * (len(few_paths) - 1))
+        places, t = few_paths[index], 1.0 - share
+        axes[0].scatter(*places.T, s=14, color="black", zorder=4)
+        axes[0].quiver(*places.T, *(-0.22 * mixture.velocity(places, t)).T, color="tab:orange", **arrows)
+    axes[1].scatter(*few.T, s=14, color="black", zorder=4)
+    axes[1].quiver(*few.T, *(-mixture.average_velocity(few, 0.0, 1.0)).T, color="tab:green", **arrows)
+
+    axes[2].set_title("one step from t = 1")
+    by_velocity = many - mixture.velocity(many, 1.0)
+    by_average = many - mixture.average_velocity(many, 0.0, 1.0)
+    axes[2].scatter(*by_average.T, s=9, color="tab:green", zorder=3, label="by u: on the data")
+    axes[2].scatter(
+        *by_velocity.T, s=60, marker="X", color="tab:orange", zorder=4, label="by v: all on the data's mean"
+    )
+    axes[2].legend(loc="upper left", framealpha=1.0)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -305,7 +305,7 @@ def compare(job: CompareJob) -> dict[str, Any]:
         sample_blocks(job, steps[job.budgets[0]], runs_folder, GRID_IMAGES),
         output / "samples.png",
         num_columns=GRID_COLUMNS,
-        subtitle=f"the same {GRID_IMAGES} seeds and classes in every cell, not selected; Euler's steps; {title}",
+        subtitle=f"the same {GRID_IMAGES} seeds and classes in every cell, not selected; {title}",
     )
     plot_comparison(report, output / "comparison.png")
     plot_losses(report, output / "loss_curves.png")

@@ -1,6 +1,7 @@
 """The comparison's table and plots, made of its report, and its grid of samples."""
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"Fréchet distance of {report['num_samples']} samples to {report['num_train_images']} training images in the "
         f"features of the demo's judge (not FID): mean over {seeds} seed{'s' * (seeds > 1)}, and the range.",
-        f"Held-out real images (the floor) {report['held_out']['frechet']:.3f}, the autoencoder's reconstructions "
-        f"{report['reconstruction']['frechet']:.3f}; their class accuracies {report['held_out']['accuracy']:.3f} and "
+        f"Held-out real images (the floor) {report['held_out']['frechet']:.4f}, the autoencoder's reconstructions "
+        f"{report['reconstruction']['frechet']:.4f}; their class accuracies {report['held_out']['accuracy']:.3f} and "
         f"{report['reconstruction']['accuracy']:.3f}.",
     ]
     for budget in report["budgets"]:
@@ -153,6 +154,8 @@ def plot_losses(report: dict[str, Any], path: Path) -> None:
                 _plot_curves(panels[row][column], curves, key, per_step, COLORS[entry["name"]], entry["title"])
         for row, what in enumerate(("r = t", "r < t")):
             panels[row][column].set(title=f"squared error where {what}, {BUDGET_TITLES[budget]}", yscale="log")
+            panels[row][column].yaxis.set_major_formatter("{x:g}")
+            panels[row][column].yaxis.set_minor_formatter("{x:g}")
             panels[row][column].grid(alpha=0.3, which="both")
         panels[1][column].set_xlabel("training step" if budget == "steps" else "training operations (teraflop)")
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -195,8 +198,8 @@ def draw_grid(blocks: dict[str, dict[int, np.ndarray]], path: Path, *, num_colum
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if count in images:
-                axis.imshow(image_grid(images[count], num_columns), interpolation="nearest")
-        row[0].set_ylabel(title.replace(", ", ",\n"))
+                axis.imshow(image_grid(images[count], num_columns))
+        row[0].set_ylabel(textwrap.fill(title, 14))
     for axis, count in zip(panels[0], calls, strict=True):
         axis.set_title(f"{count} call{'s' * (count > 1)}")
     figure.suptitle(subtitle, fontsize="medium")

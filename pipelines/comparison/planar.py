@@ -84,9 +84,10 @@ def draw_figure(path: Path, mixture: Mixture = EXAMPLE) -> None:
     for axis in axes:
         axis.scatter(*noise.T, s=3, color="0.80", linewidths=0)
         axis.scatter(*data.T, s=3, color="#9ecae1", linewidths=0)
-        axis.set(aspect="equal", xticks=[], yticks=[], xlim=(-3.2, 8.6), ylim=(-4.0, 4.4))
-        axis.text(0.0, -3.7, "noise, t = 1", ha="center", color="0.45")
-        axis.text(5.4, -3.7, "data, t = 0", ha="center", color="#3182bd")
+        axis.set(aspect="equal", xticks=[], yticks=[], xlim=(-3.2, 8.6), ylim=(-4.2, 4.4))
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 2.0}
+        axis.text(0.0, -3.8, "noise, t = 1", ha="center", color="0.45", bbox=box)
+        axis.text(5.4, -3.8, "data, t = 0", ha="center", color="#3182bd", bbox=box)
 
     axes[0].set_title("instantaneous velocity v(z, t): tangent to the path")
     axes[1].set_title("average velocity u(z, 0, t): straight to its end")

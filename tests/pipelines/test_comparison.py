@@ -23,6 +23,7 @@ from pipelines.comparison.training import (
     planned_runs,
     read_record,
     steps_of,
+    train_all,
     train_run,
 )
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
@@ -199,8 +200,15 @@ def test_trained_run_is_whole_and_neither_trained_nor_measured_again(data, tmp_p
     assert found[0] != found[1]
     shutil.rmtree(folder / "generator")  # what is known needs no generator
     measure_run(folder, points, judge, statistics, 20)
-    assert train_run(run, data, tmp_path) == record
+    assert train_run(run, Data(latents="nowhere"), tmp_path) == record
     assert [read_quality(folder, point) for point in points] == found
+
+
+def test_what_a_killed_run_left_is_deleted_and_whole_runs_stay(tmp_path):
+    for name in ("meanflow-2-steps-seed-0", "meanflow-2-steps-seed-1.0a1b.partial"):
+        (tmp_path / name / "generator").mkdir(parents=True)
+    train_all([], Data(latents="none"), tmp_path, COSTS, use_gpu=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["meanflow-2-steps-seed-0"]
 
 
 @pytest.mark.parametrize(
@@ -220,13 +228,20 @@ def test_samples_have_their_own_seeds_and_classes(pipeline):
     assert (expected.int() - drawn.int()).abs().max() <= 1
 
 
-def test_turns_are_taken_in_time_measurements():
-    turns = []
-    names = ("a", "b")
-    actions = {name: (lambda name=name: turns.append(name)) for name in names}
-    medians = interleaved_medians(actions, torch.device("cpu"), 2)
-    assert "".join(turns) == "ababab"
-    assert list(medians) == ["a", "b"]
+def test_times_are_medians_of_turns_without_the_first(monkeypatch):
+    now, turns = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def action(name, seconds):
+        def take():
+            turns.append(name)
+            now[0] += seconds.pop(0)
+
+        return take
+
+    actions = {"a": action("a", [90.0, 1.0, 3.0, 2.0]), "b": action("b", [80.0, 7.0, 7.0, 5.0])}
+    assert interleaved_medians(actions, torch.device("cpu"), 3) == {"a": 2.0, "b": 7.0}
+    assert "".join(turns) == "abababab"
 
 
 def test_ratios_are_between_runs_of_the_same_seed():

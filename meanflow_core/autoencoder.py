@@ -76,3 +76,13 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3)."""
     raw = LatentNormalization.from_vae_config(vae.config).denormalize(latents.float())
     return to_uint8_images(vae.decode(raw.to(vae.dtype)).sample)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """What the autoencoder alone makes of images uint8 (B, 8H, 8W, 3), at the posterior's mean; the same shape.
+
+    The best that a generator on its latents can look like.
+    """
+    mean, _ = encode_moments(vae, images).chunk(2, dim=1)
+    return decode_latents(vae, LatentNormalization.from_vae_config(vae.config).normalize(mean))

@@ -199,22 +199,24 @@ def find_real_images(location: str, class_names: Sequence[str]) -> RealImages:
     return found
 
 
-def read_evenly(images: RealImages, size: int, num_images: int) -> torch.Tensor:
-    """At most `num_images` readable images spread evenly over a source: uint8 (N, size, size, 3)."""
+def read_evenly(images: RealImages, size: int, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most `num_images` readable images spread evenly over a source: uint8 (N, size, size, 3), and their classes."""
     count = len(images[2])
     kept = min(num_images, count)
     rows = np.arange(kept) * count // kept
-    pixels = []
-    for content in ImageSlice.of(*images, rows).read():
+    found = ImageSlice.of(*images, rows)
+    pixels, labels = [], []
+    for content, label in zip(found.read(), found.entries["label"].to_pylist(), strict=True):
         try:
             if isinstance(content, Exception):
                 raise content
             pixels.append(decode_image(content, size))
+            labels.append(label)
         except Exception as error:  # Pillow raises many kinds; one bad file must not end an evaluation
-            logger.warning("left out an unreadable training image: %s", error)
+            logger.warning("left out an unreadable image: %s", error)
     if not pixels:
-        raise InputError("none of the training images can be read")
-    return torch.from_numpy(np.stack(pixels))
+        raise InputError(f"none of {kept} images in {images[1].location} can be read")
+    return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 
 
 @dataclass(frozen=True)
@@ -465,7 +467,7 @@ def evaluate(job: EvaluateJob) -> dict:
         "cpu_threads": job.cpu_threads,
     }
     if held_out is not None and train is not None and subject.pipeline is not None:
-        _add_pixel_distances(report, sets, read_evenly(train, size, NUM_PIXEL_TRAIN))
+        _add_pixel_distances(report, sets, read_evenly(train, size, NUM_PIXEL_TRAIN)[0])
     report["num_unreadable"] = {
         name: measured.num_unreadable for name, measured in sets.items() if measured.num_unreadable
     }

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from diffusers import AutoencoderKL
 
-from meanflow_core.autoencoder import decode_latents, encode_moments
+from meanflow_core.autoencoder import decode_latents, reconstruct
 from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, ScoreSums, merged
@@ -178,7 +179,7 @@ class Read:
             if len(pixels) == batch_size or (row + 1 == len(entries) and (pixels or unreadable)):
                 read = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
                 if self.through_autoencoder and pixels:
-                    read = worker.reconstruct(read)
+                    read = reconstruct(worker.autoencoder, read.to(worker.device))
                 yield Images(read, torch.tensor(labels, dtype=torch.int64), num_unreadable=unreadable)
                 pixels, labels, unreadable = [], [], 0
 
@@ -307,14 +308,14 @@ class Measurer:
     def __init__(self, plan: MeasuringPlan, device: str) -> None:
         torch.set_num_threads(plan.cpu_threads)
         self._plan = plan
-        self._device = torch.device(device)
-        self._extractor: Extractor = open_extractor(plan.extractor, plan.extractor_weights, self._device)
+        self.device = torch.device(device)
+        self._extractor: Extractor = open_extractor(plan.extractor, plan.extractor_weights, self.device)
         self._pipeline: MeanFlowPipeline | None = None
         if plan.model is not None:
-            self._pipeline = load_pipeline(tracking.fetch_generator(plan.model, plan.tracking_uri), self._device)
+            self._pipeline = load_pipeline(tracking.fetch_generator(plan.model, plan.tracking_uri), self.device)
         self._autoencoder = self._pipeline.vae if self._pipeline is not None else None
         if plan.autoencoder is not None:
-            self._autoencoder = latent_store.open_autoencoder(plan.autoencoder).to(self._device)
+            self._autoencoder = latent_store.open_autoencoder(plan.autoencoder).to(self.device)
 
     @property
     def pipeline(self) -> MeanFlowPipeline:
@@ -322,21 +323,18 @@ class Measurer:
         assert self._pipeline is not None
         return self._pipeline
 
-    @torch.no_grad()
-    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        """What the autoencoder alone makes of uint8 images (B, H, W, 3): the best that a generator can look like."""
+    @property
+    def autoencoder(self) -> AutoencoderKL:
+        """The generator's, or the one that was named."""
         assert self._autoencoder is not None
-        normalization = LatentNormalization.from_vae_config(self._autoencoder.config)
-        mean, _ = encode_moments(self._autoencoder, images.to(self._device)).chunk(2, dim=1)
-        return decode_latents(self._autoencoder, normalization.normalize(mean))
+        return self._autoencoder
 
     @torch.no_grad()
     def decode_raw(self, means: np.ndarray) -> torch.Tensor:
         """Unscaled means (B, C, H, W) -> images uint8 (B, H, W, 3)."""
-        assert self._autoencoder is not None
-        normalization = LatentNormalization.from_vae_config(self._autoencoder.config)
-        raw = torch.from_numpy(means).float().to(self._device)
-        return decode_latents(self._autoencoder, normalization.normalize(raw))
+        normalization = LatentNormalization.from_vae_config(self.autoencoder.config)
+        raw = torch.from_numpy(means).float().to(self.device)
+        return decode_latents(self.autoencoder, normalization.normalize(raw))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"chunk": [a pickled Chunk]} -> {"measured": [a pickled Measured]}."""

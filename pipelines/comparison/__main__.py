@@ -19,6 +19,7 @@ import numpy as np
 import ray
 import torch
 
+from meanflow_core.autoencoder import reconstruct, weight_hash
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import FeatureStatistics
 from pipelines import latent_store, storage, tracking
@@ -52,7 +53,7 @@ from pipelines.comparison.training import (
     train_all,
 )
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate import read_real_images, reconstruct
+from pipelines.evaluate import find_real_images, read_evenly
 from pipelines.judge import Judge, load_judge
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,12 @@ class CompareJob:
     """What to compare."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the trainings: initial parameters, order of the data, draws."""
-    num_steps: int = 600
+    num_steps: int = 1200
     """Optimiser steps of every method, at equal steps."""
     budgets: tuple[Budget, ...] = BUDGETS
     """steps: as many steps for each; flops: as many operations for each."""
-    flops_of: str | None = None
-    """Method whose num_steps are the operations that each may spend; the dearest unless named."""
+    flops_of: str | None = "flow_matching"
+    """Method whose num_steps are the operations that each may spend; the dearest where none."""
     calls: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Numbers of network calls to sample with."""
     num_samples: int = 1000
@@ -129,7 +130,7 @@ def settings(job: CompareJob) -> dict[str, Any]:
         "data.sha256": latent_store.read_manifest(job.data).content_sha256,
         "train_images": storage.absolute(job.train_images),
         "held_out_images": storage.absolute(job.held_out_images),
-        "judge": str(job.judge.absolute()),
+        "judge_sha256": weight_hash(load_judge(job.judge)),
         "num_samples": job.num_samples,
         "flops_of": job.flops_of,
     }
@@ -181,8 +182,9 @@ def look_at_real_images(job: CompareJob, judge: Judge) -> RealImages:
             f"the judge in {job.judge} knows the classes {', '.join(judge.config.class_names)}, but the latents' are "
             f"{', '.join(names)}; name a --judge that was trained on them"
         )
-    train, _ = read_real_images(job.train_images, names, judge.config.image_size)
-    held_out, labels = read_real_images(job.held_out_images, names, judge.config.image_size)
+    size = judge.config.image_size
+    sources = [find_real_images(location, names) for location in (job.train_images, job.held_out_images)]
+    (train, _), (held_out, labels) = (read_evenly(source, size, len(source[2])) for source in sources)
     logger.info("looking at %d training and %d held-out images", len(train), len(held_out))
     statistics = FeatureStatistics.of(judge.look_at(train).features)
     return RealImages(num_train=len(train), train=statistics, held_out=held_out, labels=labels)
@@ -277,7 +279,8 @@ def compare(job: CompareJob) -> dict[str, Any]:
         ray.shutdown()  # so that nothing else runs here while times are taken
 
     lines = results(job, steps, runs_folder)
-    reconstructions = reconstruct(load_pipeline(runs_folder / runs[0].name / "generator"), real.held_out)
+    vae = latent_store.open_autoencoder(data.latents)
+    reconstructions = torch.cat([reconstruct(vae, batch) for batch in real.held_out.split(100)])
     report = {
         "num_train_images": real.num_train,
         "held_out": asdict(measure(judge, real.train, real.held_out, real.labels)),

@@ -31,15 +31,16 @@ from pipelines import latent_store, storage
 from pipelines.batches import BatchSource
 from pipelines.command import set_up_logging
 from pipelines.comparison.training import Data, Run, methods
-from pipelines.evaluate import sample_labels
 from pipelines.judge import Judge, load_judge
 from pipelines.latent_cache import open_latents
+from pipelines.measuring import SampleRule
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 50
 TIMED_IMAGES = 10
+RULE = SampleRule(base_seed=0, labels="balanced")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,9 @@ def measure(judge: Judge, train: FeatureStatistics, images: torch.Tensor, labels
 
 def draw_images(pipeline: MeanFlowPipeline, point: Point, indices: Sequence[int]) -> torch.Tensor:
     """Samples by their indices, uint8 (N, H, W, 3) on the CPU: sample i of class i mod num_classes, from seed i."""
-    labels = sample_labels(np.asarray(indices), pipeline.transformer.config.num_classes).tolist()
-    seeds = [int(index) for index in indices]
+    rows = np.asarray(indices)
+    labels = RULE.labels_of(rows, pipeline.transformer.config.num_classes).tolist()
+    seeds = RULE.seeds_of(rows)
     batches = [
         pipeline.images_from_seeds(
             labels[start : start + BATCH_SIZE],
@@ -130,7 +132,7 @@ def measure_run(
         return
     pipeline = load_pipeline(folder / "generator", device or torch.device("cpu"))
     indices = np.arange(num_samples)
-    labels = torch.from_numpy(sample_labels(indices, pipeline.transformer.config.num_classes))
+    labels = torch.from_numpy(RULE.labels_of(indices, pipeline.transformer.config.num_classes))
     for point in missing:
         quality = measure(judge, train, draw_images(pipeline, point, indices.tolist()), labels)
         content = (json.dumps(asdict(quality)) + "\n").encode()

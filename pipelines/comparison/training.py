@@ -62,19 +62,19 @@ class Method:
 
 def methods(num_steps: int) -> dict[str, Method]:
     """The methods by name, each trained for num_steps: every number of the comparison stands here."""
-    cooldown_share, fraction_r_below_t, kappa = 0.25, 0.25, 0.5
+    cooldown_share, fraction_r_below_t, kappa = 0.3, 0.5, 0.5
     base = replace(
         presets.demo(),
-        network=NetworkConfig(patch_size=2, hidden_size=128, depth=5, num_heads=4),
+        network=NetworkConfig(patch_size=2, hidden_size=96, depth=5, num_heads=4),
         loss=LossConfig(
             times=TimeSamplingConfig(fraction_r_below_t=fraction_r_below_t),
             guidance=GuidanceConfig(omega=1.0, kappa=kappa),
         ),
         optimizer=OptimizerConfig(
-            learning_rate=6e-3, warmup_steps=100, cooldown_steps=round(cooldown_share * num_steps)
+            learning_rate=4e-3, warmup_steps=100, cooldown_steps=round(cooldown_share * num_steps)
         ),
         ema_decays=(0.99,),
-        global_batch_size=128,
+        global_batch_size=64,
         num_steps=num_steps,
     )
     flow_matching = replace(base, loss=replace(base.loss, times=TimeSamplingConfig(fraction_r_below_t=0.0)))

@@ -118,9 +118,12 @@ def test_real_images_of_other_or_too_few_classes_are_refused(image_root, tmp_pat
     shutil.copytree(image_root / "val", tmp_path / "val")
     names = [path.name for path in sorted((tmp_path / "val").iterdir())]
     found = find_real_images(str(tmp_path / "val"), names)
-    assert read_evenly(found, 64, 1000).shape == (40, 64, 64, 3)
-    few = read_evenly(found, 64, 20)
-    assert torch.equal(few[3], read_evenly(found, 64, 1000)[6])
+    pixels, labels = read_evenly(found, 64, 1000)
+    assert pixels.shape == (40, 64, 64, 3)
+    assert labels.bincount().tolist() == [4] * 10
+    few, few_labels = read_evenly(found, 64, 20)
+    assert torch.equal(few, pixels[::2])
+    assert torch.equal(few_labels, labels[::2])
     for path in sorted((tmp_path / "val" / names[4]).iterdir())[1:]:
         path.unlink()
     with pytest.raises(InputError, match=f"1 images of class {names[4]}, but 2 are needed"):

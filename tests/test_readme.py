@@ -1,4 +1,5 @@
 import shlex
+import tomllib
 
 import pytest
 import tyro
@@ -9,6 +10,9 @@ from pipelines.convert import ConvertJob
 from pipelines.encode import EncodeJob
 from pipelines.evaluate import EvaluateJob
 from pipelines.latent_cache import CacheJob
+from pipelines.measuring import Setting
+from pipelines.reference import ReferenceJob
+from pipelines.side_by_side import SideBySideJob
 from pipelines.train import parse_arguments
 from tests.readme import REPOSITORY, commands
 
@@ -53,11 +57,29 @@ def test_conversion_commands_are_understood_by_the_real_parsers():
     assert (job.init_from, job.init_source) == (str(converted.checkpoint), converted.source)
 
 
+def test_evaluation_commands_are_understood_by_the_real_parsers():
+    install, *lines = (shlex.split(line, comments=True) for line in commands("evaluate"))
+    jobs = {
+        "pipelines.reference": ReferenceJob,
+        "pipelines.evaluate": EvaluateJob,
+        "pipelines.side_by_side": SideBySideJob,
+    }
+    reference, plain, guided, other_average, file, both = (tyro.cli(jobs[words[2]], args=words[3:]) for words in lines)
+    assert {words[1] for words in lines} == {"-m"}
+    assert plain.reference == str(reference.output)
+    assert (plain.num_samples, plain.labels, len(plain.settings), len(guided.settings)) == (50_000, "random", 2, 18)
+    assert guided.settings[-1] == Setting(num_steps=4, guidance_scale=12.0, guidance_interval=(0.3, 0.7))
+    assert (other_average.ema_decay, file.model) == (0.9995, None)
+    assert both.reports == (str(plain.output), str(other_average.output))
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert install[-1] == f".[{next(name for name in extras if name == 'fid')}]"
+
+
 def test_options_that_the_table_of_training_names_exist():
     import re
 
     text = (REPOSITORY / "README.md").read_text()
-    section = text[text.index("### A training that survives") : text.index("### What the stages hand")]
+    section = text[text.index("### A training that survives") : text.index("### An evaluation that")]
     options = re.findall(r"`(--[^`]+)`", section)
     assert len(options) >= 7
     for option in options:

@@ -30,7 +30,7 @@ from meanflow_core.training import build_train_state, train_step
 from pipelines import latent_store, storage
 from pipelines.batches import BatchSource
 from pipelines.command import set_up_logging
-from pipelines.comparison.training import Data, Run, methods
+from pipelines.comparison.training import Data, Run, as_they_finish, methods
 from pipelines.judge import Judge, load_judge
 from pipelines.latent_cache import open_latents
 from pipelines.measuring import SampleRule
@@ -175,9 +175,8 @@ def measure_all(
     reference = ray.put(train)
     waiting = [task.remote(run, runs_folder, points[run], judge, reference, num_samples) for run in missing]
     done: list[str] = []
-    while waiting:
-        finished, waiting = ray.wait(waiting)
-        done += ray.get(finished)
+    for name in as_they_finish(waiting):
+        done.append(name)
         progress.update(sum(network_calls[name] for name in done), f"{len(done)} of {len(missing)} runs")
 
 

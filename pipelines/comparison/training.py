@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from meanflow_core.networks import AnyNetwork
 from meanflow_core.training import SUMS, build_train_state, train_step
 from pipelines import latent_store
 from pipelines.batches import BatchSource
-from pipelines.command import set_up_logging
+from pipelines.command import RunError, set_up_logging
 from pipelines.latent_cache import open_latents
 from pipelines.progress import Progress
 
@@ -294,7 +294,19 @@ def train_all(runs: Iterable[Run], data: Data, output: Path, costs: dict[str, fl
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=5)(_train_remotely)
     waiting = [task.remote(run, data, output) for run in missing]
     done: list[str] = []
+    for name in as_they_finish(waiting):
+        done.append(name)
+        progress.update(round(sum(gigaflops[name] for name in done)), f"{len(done)} of {len(missing)} runs")
+
+
+def as_they_finish(waiting: list[ray.ObjectRef]) -> Iterator[str]:
+    """What tasks return, in the order in which they end. Raises RunError where one fails."""
     while waiting:
         finished, waiting = ray.wait(waiting)
-        done += ray.get(finished)
-        progress.update(round(sum(gigaflops[name] for name in done)), f"{len(done)} of {len(missing)} runs")
+        try:
+            names = ray.get(finished)
+        except ray.exceptions.RayError as error:
+            logger.error("%s", error)
+            reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+            raise RunError(f"a run failed: {reason}; what is done is kept, and the same command goes on") from error
+        yield from names

@@ -328,6 +328,7 @@ def test_wrong_jobs_are_refused(job, wrong, message):
         replace(job, **wrong)
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_comparison_is_made_once_and_continued(job):
     report = compare(job)

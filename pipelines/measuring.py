@@ -344,35 +344,43 @@ class Measurer:
     def measure(self, chunk: Chunk) -> Measured:
         """The sums of a chunk."""
         measured = Measured(chunk.set_name)
+        seen: list[Features] = []
         for images in chunk.source.batches(self, self._plan.batch_size):
             measured.num_unreadable += images.num_unreadable
             measured.seconds += images.seconds
             if len(images.pixels) == 0:
                 continue
-            seen = self._extractor(images.pixels)
-            measured.add(self._sums(chunk, images, seen))
-            wanted = max(0, chunk.num_features - sum(map(len, measured.features)))
-            if wanted:
-                measured.features.append(seen.pooled[:wanted].float().cpu())
+            seen.append(self._extractor(images.pixels))
+            measured.num_rows += len(images.pixels)
+            logits = seen[-1].logits
+            if logits is not None and self._extractor.class_names is not None and images.labels is not None:
+                right = int((logits.argmax(dim=1).cpu() == images.labels).sum())
+                measured.num_right = right + (measured.num_right or 0)
             wanted = max(0, chunk.num_images - sum(map(len, measured.images)))
             if wanted:
                 measured.images.append(images.pixels[:wanted].cpu())
                 if images.labels is not None:
                     measured.labels.append(images.labels[:wanted])
+        if seen:
+            self._add_sums(measured, chunk, seen)
         return measured
 
-    def _sums(self, chunk: Chunk, images: Images, seen: Features) -> Measured:
-        sums = Measured(chunk.set_name, num_rows=len(images.pixels))
-        # In float64 on the CPU: an accelerator's is slow, or not there.
-        sums.groups[chunk.group] = FeatureStatistics.of(seen.pooled.cpu())
-        if seen.logits is not None:
-            logits = seen.logits.cpu()
-            sums.scores[chunk.group] = ScoreSums.of(logits)
-            if self._extractor.class_names is not None and images.labels is not None:
-                sums.num_right = int((logits.argmax(dim=1) == images.labels).sum())
-        if seen.spatial is not None:
-            sums.spatial = FeatureStatistics.of(seen.spatial.cpu())
-        return sums
+    def _add_sums(self, measured: Measured, chunk: Chunk, seen: Sequence[Features]) -> None:
+        # On the extractor's device: on a GPU, the products of 2,048 features would keep a CPU's thread longer than it.
+        pooled = torch.cat([features.pooled for features in seen])
+        measured.groups[chunk.group] = _on_cpu(FeatureStatistics.of(pooled))
+        if chunk.num_features:
+            measured.features.append(pooled[: chunk.num_features].cpu())
+        logits = [features.logits for features in seen if features.logits is not None]
+        if logits:
+            measured.scores[chunk.group] = ScoreSums.of(torch.cat(logits).cpu())
+        spatial = [features.spatial for features in seen if features.spatial is not None]
+        if spatial:
+            measured.spatial = _on_cpu(FeatureStatistics.of(torch.cat(spatial)))
+
+
+def _on_cpu(statistics: FeatureStatistics) -> FeatureStatistics:
+    return FeatureStatistics(statistics.count, statistics.total.cpu(), statistics.outer.cpu())
 
 
 def spans(num_rows: int) -> list[tuple[int, int, int]]:

@@ -26,9 +26,8 @@ INCEPTION_OTHER_WEIGHTS = "inception-other-weights"
 DINOV2 = ("dinov2-vit-s-14", "dinov2-vit-b-14", "dinov2-vit-l-14", "dinov2-vit-g-14")
 SCRIPT_SUFFIXES = (".pt", ".ts")
 
-# Of weights-inception-2015-12-05-6726825d.pth, TensorFlow's graph of 2015-12-05, converted by torch-fidelity: the first
-# eight digits of the file's sha256 stand in its name, as torch.hub has it.
-PUBLISHED_WEIGHTS_SHA256 = "6726825d"
+# Of weights-inception-2015-12-05-6726825d.pth: TensorFlow's graph of 2015-12-05, converted by torch-fidelity.
+PUBLISHED_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 # sFID takes the first 7 channels, height x width x channel: 17 * 17 * 7 = 2023 values. Source: guided-diffusion's
 # evaluator, mixed_6/conv:0 and [..., :7]; torch-fidelity's conversion calls that node Mixed_6d.branch1x1.
@@ -101,11 +100,10 @@ class _Inception:
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, weights: Path | None, device: torch.device) -> None:
+        path = _published_weights() if weights is None else weights
         # Opened here, because the library unpickles a file in full, code and all; what it gets is written afresh.
-        library = None if weights is not None else _torch_fidelity()
-        path = weights if weights is not None else _published_weights(library)
         state = _tensors(path)
-        library = library or _torch_fidelity()
+        library = _torch_fidelity()
         rewritten = io.BytesIO()
         torch.save(state, rewritten)
         rewritten.seek(0)
@@ -119,7 +117,7 @@ class _Inception:
                 "weights-inception-2015-12-05-6726825d.pth"
             ) from error
         self._device = device
-        published = _file_hash(path).startswith(PUBLISHED_WEIGHTS_SHA256)
+        published = _file_hash(path) == PUBLISHED_WEIGHTS_SHA256
         self.identity = {
             "name": INCEPTION if published else INCEPTION_OTHER_WEIGHTS,
             "weights_sha256": weight_hash(self._network),
@@ -176,14 +174,12 @@ class _Script:
         if not path.is_file():
             raise InputError(f"no file {path} to take the extractor from")
         try:
-            self._network = torch.jit.load(str(path), map_location=device)
+            self._network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"{path} is not TorchScript, or is damaged; wanted is a file of torch.jit.save that takes uint8 images "
                 "(B, 3, H, W)"
             ) from error
-        if hasattr(self._network, "training"):  # a frozen script has no such switch
-            self._network.eval()
         self._arguments = {argument.name for argument in self._network.forward.schema.arguments}
         self._path = path
         self._device = device
@@ -204,7 +200,7 @@ class _Script:
         # Without the bias, as the Inception Score was first computed.
         no_bias = {"no_output_bias": True} if "no_output_bias" in self._arguments else {}
         probabilities = self._run(pixels, no_bias)
-        if bool((probabilities < 0).any()) or bool(((probabilities.sum(dim=1) - 1).abs() > 1e-3).any()):
+        if bool(((probabilities.sum(dim=1) - 1).abs() > 1e-3).any()):
             raise InputError(
                 f"{self._path} must give class probabilities without return_features, but gave other values"
             )
@@ -270,9 +266,9 @@ def _torch_fidelity() -> ModuleType:
     return torch_fidelity
 
 
-def _published_weights(library: Any) -> Path:
+def _published_weights() -> Path:
     """Where torch.hub keeps Inception's published weights, downloaded unless they lie there."""
-    url = library.feature_extractor_inceptionv3.URL_INCEPTION_V3
+    url = _torch_fidelity().feature_extractor_inceptionv3.URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     try:
         if not path.exists():

@@ -358,7 +358,7 @@ class Measurer:
                 measured.num_right = right + (measured.num_right or 0)
             wanted = max(0, chunk.num_images - sum(map(len, measured.images)))
             if wanted:
-                measured.images.append(images.pixels[:wanted].cpu())
+                measured.images.append(_on_cpu_alone(images.pixels[:wanted]))
                 if images.labels is not None:
                     measured.labels.append(images.labels[:wanted])
         if seen:
@@ -370,13 +370,18 @@ class Measurer:
         pooled = torch.cat([features.pooled for features in seen])
         measured.groups[chunk.group] = _on_cpu(FeatureStatistics.of(pooled))
         if chunk.num_features:
-            measured.features.append(pooled[: chunk.num_features].cpu())
+            measured.features.append(_on_cpu_alone(pooled[: chunk.num_features]))
         logits = [features.logits for features in seen if features.logits is not None]
         if logits:
             measured.scores[chunk.group] = ScoreSums.of(torch.cat(logits).cpu())
         spatial = [features.spatial for features in seen if features.spatial is not None]
         if spatial:
             measured.spatial = _on_cpu(FeatureStatistics.of(torch.cat(spatial)))
+
+
+def _on_cpu_alone(rows: torch.Tensor) -> torch.Tensor:
+    # A pickled view takes all that it is a view of along, and keeps it where it arrives.
+    return rows.to("cpu", copy=True)
 
 
 def _on_cpu(statistics: FeatureStatistics) -> FeatureStatistics:

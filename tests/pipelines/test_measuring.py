@@ -1,4 +1,5 @@
 import contextlib
+import pickle
 import random
 from dataclasses import replace
 
@@ -75,6 +76,15 @@ def test_images_and_sums_are_those_of_the_sample_indices(generator, pipeline):
     assert (measured.num_rows, len(measured.groups), len(measured.splits)) == (30, 20, 10)
     assert sum(split.count for split in measured.splits) == 30
     assert measured.seconds > 0
+
+
+def test_a_chunk_sends_no_more_than_it_was_asked_for(generator):
+    (chunk, *_) = sample_chunks(400, Setting(num_steps=1), num_features=20, num_images=20)
+    measured = Measurer(replace(PLAN, model=generator, batch_size=20), "cpu").measure(chunk)
+    assert (measured.num_rows, measured.features[0].shape, measured.images[0].shape) == (20, (1, 64), (1, 64, 64, 3))
+    sent = pickle.loads(pickle.dumps(measured))
+    for rows in (sent.features[0], sent.images[0]):
+        assert rows.untyped_storage().nbytes() == rows.nbytes
 
 
 def test_random_labels_are_a_function_of_seed_and_index():

@@ -224,9 +224,16 @@ def mean_pairwise_distance(vectors: torch.Tensor) -> float:
 
 
 def mean_within_class_distance(images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over classes of the mean pairwise Euclidean pixel distance: images (N, ...) in any dtype, labels (N,)."""
+    """Mean over classes of the mean pairwise Euclidean pixel distance: images (N, ...) in any dtype, labels (N,).
+
+    A class with one image has no pair, and is left out. Raises ValueError where no class has two.
+    """
     flat = images.flatten(1).float()
-    return sum(mean_pairwise_distance(flat[labels == label]) for label in labels.unique()) / len(labels.unique())
+    classes, counts = labels.unique(return_counts=True)
+    classes = classes[counts > 1]
+    if len(classes) == 0:
+        raise ValueError(f"a class must have at least 2 images, but none of {len(counts)} has")
+    return sum(mean_pairwise_distance(flat[labels == label]) for label in classes) / len(classes)
 
 
 def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: int = 256) -> torch.Tensor:

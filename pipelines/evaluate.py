@@ -333,7 +333,7 @@ def plan_chunks(
 
 
 class ImageKeeper:
-    """Writes every setting's samples to its file as they come, and leaves as many as the pixel distances want."""
+    """Writes every setting's samples to its file as they come, and leaves those that come back without a file."""
 
     def __init__(self, job: EvaluateJob, size: int) -> None:
         self._files: dict[str, SampleFile] = {}
@@ -343,7 +343,8 @@ class ImageKeeper:
                 path = job.save_samples / f"samples-{slug(setting)}.npz"
                 self.paths.append(path)
                 self._files[_sample_name(number)] = SampleFile(path, job.num_samples, size)
-        self._kept: dict[str, int] = {}
+        self._num_samples = job.num_samples
+        self._written: dict[str, int] = {}
 
     def __call__(self, measured: Measured) -> None:
         """Takes a chunk's images."""
@@ -352,10 +353,11 @@ class ImageKeeper:
             return
         images = torch.cat(measured.images)
         file.write(images.numpy())
-        left = max(0, NUM_PIXEL_SAMPLES - self._kept.get(measured.set_name, 0))
-        self._kept[measured.set_name] = self._kept.get(measured.set_name, 0) + min(left, len(images))
-        measured.images = [images[:left].clone()]
-        measured.labels = [torch.cat(measured.labels)[:left].clone()]
+        start = self._written.get(measured.set_name, 0)
+        stop = self._written[measured.set_name] = start + len(images)
+        kept = measuring.share(NUM_PIXEL_SAMPLES, self._num_samples, start, stop)
+        measured.images = [images[:kept].clone()]
+        measured.labels = [torch.cat(measured.labels)[:kept].clone()]
 
     def close(self) -> None:
         """Finishes the files: until then they are not there under their names."""

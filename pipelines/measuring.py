@@ -413,22 +413,23 @@ def cut(
     source: of the rows [start, stop). num_features, num_images: how many come back, spread evenly over the chunks.
     """
     num_rows = parts[-1][2] if parts else 0
-
-    def share(wanted: int, start: int, stop: int) -> int:
-        kept = min(wanted, num_rows)
-        return stop * kept // num_rows - start * kept // num_rows
-
     return [
         Chunk(
             set_name,
             group,
             stop - start,
             source(start, stop),
-            num_features=share(num_features, start, stop),
-            num_images=share(num_images, start, stop),
+            num_features=share(num_features, num_rows, start, stop),
+            num_images=share(num_images, num_rows, start, stop),
         )
         for group, start, stop in parts
     ]
+
+
+def share(wanted: int, num_rows: int, start: int, stop: int) -> int:
+    """How many of the rows [start, stop) are kept where `wanted` of `num_rows` are, spread evenly over the chunks."""
+    kept = min(wanted, num_rows)
+    return stop * kept // num_rows - start * kept // num_rows
 
 
 def measure_sets(

@@ -13,7 +13,7 @@ class PixelDistances:
 
     def __init__(self, train: torch.Tensor, held_out: torch.Tensor, held_out_labels: torch.Tensor) -> None:
         self._train = shrunk(train).flatten(1).float()
-        self._held_out_diversity = mean_within_class_distance(shrunk(held_out), held_out_labels)
+        self._held_out_diversity = _variety(shrunk(held_out), held_out_labels)
         self._held_out_nearest = float(nearest_distances(shrunk(held_out).flatten(1), self._train).median())
 
     def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -21,14 +21,21 @@ class PixelDistances:
 
         diversity: mean pairwise distance within a class, over that of held-out images; 0 is one image only.
         nearest_train_ratio: median distance to the nearest training image, over that of held-out images; far below 1 is
-        copying.
+        copying. What cannot be told is left out: diversity without a class of two images, either figure where held-out
+        images score 0.
         """
-        small = shrunk(images)
-        nearest = float(nearest_distances(small.flatten(1), self._train).median())
-        return {
-            "diversity": mean_within_class_distance(small, labels) / self._held_out_diversity,
-            "nearest_train_ratio": nearest / self._held_out_nearest,
-        }
+        small, found = shrunk(images), {}
+        variety = _variety(small, labels)
+        if variety is not None and self._held_out_diversity:
+            found["diversity"] = variety / self._held_out_diversity
+        if self._held_out_nearest:
+            nearest = float(nearest_distances(small.flatten(1), self._train).median())
+            found["nearest_train_ratio"] = nearest / self._held_out_nearest
+        return found
+
+
+def _variety(images: torch.Tensor, labels: torch.Tensor) -> float | None:
+    return mean_within_class_distance(images, labels) if bool((labels.bincount() > 1).any()) else None
 
 
 def shrunk(images: torch.Tensor) -> torch.Tensor:

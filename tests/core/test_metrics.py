@@ -100,6 +100,10 @@ def test_within_class_distance_is_the_mean_over_classes():
     points = torch.tensor([[0.0], [2.0], [10.0], [16.0], [13.0]])
     labels = torch.tensor([7, 7, 3, 3, 3])
     assert mean_within_class_distance(points, labels) == pytest.approx((2.0 + 4.0) / 2)
+    labels[:2] = torch.tensor([1, 2])  # of one image each: a thousand random samples of a thousand classes have such
+    assert mean_within_class_distance(points, labels) == pytest.approx(4.0)
+    with pytest.raises(ValueError, match="at least 2 images, but none of 5 has"):
+        mean_within_class_distance(points, torch.arange(5))
 
 
 def test_one_row_has_no_pairwise_distance():

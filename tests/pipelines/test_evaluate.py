@@ -8,10 +8,11 @@ import torch
 
 from meanflow_core.generator import build_pipeline
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
+from pipelines import measuring
 from pipelines.command import InputError
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate import EvaluateJob, evaluate, figures, find_real_images, flags, read_evenly
+from pipelines.evaluate import EvaluateJob, ImageKeeper, evaluate, figures, find_real_images, flags, read_evenly
 from pipelines.evaluation_report import slug, table
 from pipelines.judge import load_judge
 from pipelines.measuring import Measured
@@ -70,6 +71,31 @@ def test_copies_and_repeats_are_caught(held_out):
     assert own == {"diversity": pytest.approx(1.0), "nearest_train_ratio": pytest.approx(1.0)}
     assert distances.measure(train[:300], labels)["nearest_train_ratio"] < 0.01
     assert distances.measure(pixels[:10].repeat(30, 1, 1, 1), labels)["diversity"] < 0.05
+
+
+def test_figures_that_pixels_cannot_tell_are_left_out(held_out):
+    pixels, labels = (tensor[:100] for tensor in held_out)
+    train, _ = drawn("train", 100)
+    assert set(PixelDistances(train, pixels, labels).measure(pixels[:3], torch.arange(3))) == {"nearest_train_ratio"}
+    assert set(PixelDistances(pixels, pixels, labels).measure(train, labels)) == {"diversity"}
+
+
+def test_saved_samples_leave_the_images_that_come_back_without_a_file(job, tmp_path):
+    job = replace(job, steps=(1, 2), num_samples=2000, save_samples=tmp_path / "saved")
+    keeper = ImageKeeper(job, 1)
+    for number in range(2):
+        kept = []
+        for chunk in measuring.cut(f"samples {number}", measuring.spans(2000), range, num_images=1000):
+            rows = torch.tensor(chunk.source)
+            images = (rows % 256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3)
+            measured = Measured(chunk.set_name, images=[images], labels=[rows], num_rows=len(rows))
+            keeper(measured)
+            assert torch.cat(measured.labels).tolist() == list(chunk.source[: chunk.num_images])
+            kept += measured.images
+        assert len(torch.cat(kept)) == 1000
+    keeper.close()
+    for path in keeper.paths:
+        assert open_sample_file(path)[:, 0, 0, 0].tolist() == [index % 256 for index in range(2000)]
 
 
 def test_large_images_are_averaged_down_for_pixel_distances():

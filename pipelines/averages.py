@@ -4,10 +4,10 @@ import logging
 from pathlib import Path
 
 from meanflow_core.checkpoint import load_average, read_state_file
-from meanflow_core.generator import find_generator, load_pipeline, save_generator
+from meanflow_core.generator import load_pipeline, save_generator
 from pipelines import checkpoints, storage
 from pipelines.command import InputError
-from pipelines.tracking import REGISTRY_SCHEMES
+from pipelines.tracking import REGISTRY_SCHEMES, fetch_generator
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def generator_of(model: str, decay: float, output: Path) -> Path:
             f"--ema-decay reads the checkpoints beside a generator, and {model} has none; name the folder, "
             f"STORAGE/RUN/generator"
         )
-    generator = find_generator(Path(model))
+    generator = fetch_generator(model, None)
     filesystem, run_path = storage.open_storage(str(generator.parent))
     found = checkpoints.committed(filesystem, run_path)
     if found is None:

@@ -169,7 +169,7 @@ def figures(measured: Measured, reference: Reference, num_precision_recall: int)
     if measured.spatial is not None and reference.spatial is not None:
         found["spatial_frechet"] = frechet_distance(measured.spatial, reference.spatial)
     if measured.features and reference.features is not None:
-        ours, theirs = torch.cat(measured.features), reference.features[:num_precision_recall]
+        ours, theirs = torch.cat(measured.features), spread(reference.features, num_precision_recall)
         if min(len(ours), len(theirs)) > NUM_NEIGHBOURS:
             found["precision"], found["recall"] = precision_and_recall(ours, theirs, NUM_NEIGHBOURS)
     if measured.num_right is not None:
@@ -177,16 +177,24 @@ def figures(measured: Measured, reference: Reference, num_precision_recall: int)
     return found
 
 
+def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` rows, evenly from all of them: those of a reference stand class by class."""
+    count = min(count, len(rows))
+    return rows[torch.arange(count) * len(rows) // max(count, 1)]
+
+
 RealImages = tuple[Any, Any, ImageIndex]
 
 
-def find_real_images(location: str, class_names: Sequence[str]) -> RealImages:
-    """A source of real images whose classes are the generator's.
+def find_real_images(location: str, class_names: Sequence[str] | None) -> RealImages:
+    """A source of real images whose classes are the generator's; any classes where there is none.
 
     Raises InputError where they are not, or a class has fewer than two images.
     """
     found = find_images(location)
     index = found[2]
+    if class_names is None:
+        return found
     if index.class_names != list(class_names):
         raise InputError(
             f"the classes in {location} are {', '.join(index.class_names)}, but the generator's are "
@@ -274,11 +282,16 @@ def _sample_name(number: int) -> str:
 
 
 def _grid_indices(job: EvaluateJob, num_classes: int) -> np.ndarray:
-    """Sample indices for the grid: a row for each of up to GRID_CLASSES classes spread evenly."""
+    """Sample indices for the grid: a row, all of one length, for each of up to GRID_CLASSES classes spread evenly.
+
+    Random labels may leave classes without samples: the rows are of those that have some.
+    """
     labels = job.rule.labels_of(np.arange(job.num_samples), num_classes)
-    shown = np.arange(min(num_classes, GRID_CLASSES)) * num_classes // min(num_classes, GRID_CLASSES)
-    columns = min(GRID_COLUMNS, *(int((labels == label).sum()) for label in shown))
-    return np.concatenate([np.flatnonzero(labels == label)[: max(columns, 1)] for label in shown])
+    drawn, counts = np.unique(labels, return_counts=True)
+    num_rows = min(len(drawn), GRID_CLASSES)
+    shown = np.arange(num_rows) * len(drawn) // num_rows
+    columns = min(GRID_COLUMNS, int(counts[shown].min()))
+    return np.concatenate([np.flatnonzero(labels == label)[:columns] for label in drawn[shown]])
 
 
 def _stored_chunks(name: str, path: Path, num_rows: int, num_features: int) -> list[Chunk]:
@@ -424,7 +437,7 @@ def evaluate(job: EvaluateJob) -> dict:
     reference = None if job.reference is None else read_reference(job.reference)
     if reference is not None:
         require_same_rules(reference, extractor.identity, size, num_features)
-    names = subject.class_names
+    names = None if subject.pipeline is None else subject.class_names
     train = None if job.train_images is None else find_real_images(job.train_images, names)
     held_out = None if job.held_out_images is None else find_real_images(job.held_out_images, names)
     chunks = plan_chunks(job, subject, reference, train, held_out)
@@ -576,7 +589,7 @@ def _write(job: EvaluateJob, subject: Subject, report: dict, sets: Mapping[str, 
         shown, columns = subject.samples[: GRID_COLUMNS**2], GRID_COLUMNS
     else:
         shown = torch.cat(sets["grid"].images).numpy()
-        columns = len(shown) // min(subject.num_classes, GRID_CLASSES)
+        columns = len(shown) // len(torch.cat(sets["grid"].labels).unique())
     Image.fromarray(image_grid(shown, columns)).save(files[0])
     if subject.pipeline is not None:
         files.append(job.output / "quality_against_steps.png")
@@ -600,14 +613,16 @@ def _log(job: EvaluateJob, run: tracking.Run | None, report: dict, files: Sequen
     if run is None:
         parameters = {"model": report["model"], "num_samples": report["protocol"]["num_samples"], "seed": job.seed}
         run = tracking.Run.begin(str(job.tracking_uri), "meanflow-ray", "evaluate", parameters)
+    # Another average's figures must not stand where the generator's own are looked for.
+    place = "evaluate" if job.ema_decay is None else f"evaluate-ema-{job.ema_decay:g}"
     settings = job.settings if job.model is not None else [Setting(num_steps=1)]
     for setting, entry in zip(settings, report["samples"], strict=True):
         way = slug(replace(setting, num_steps=1)).removeprefix("1step").removeprefix("-")
-        family = f"evaluate/{way}/" if way else "evaluate/"
+        family = f"{place}/{way}/" if way else f"{place}/"
         found = {f"{family}{key}": entry[key] for key in MEASURES if key in entry}
         run.log_metrics(found, setting.num_steps)  # the number of steps is the metric's step: MLflow draws the curve
     for path in files:
-        run.log_file(path, "evaluate")
+        run.log_file(path, place)
     run.flush()
     if not trained_here:
         run.end("FINISHED")

@@ -12,7 +12,16 @@ from pipelines import measuring
 from pipelines.command import InputError
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate import EvaluateJob, ImageKeeper, evaluate, figures, find_real_images, flags, read_evenly
+from pipelines.evaluate import (
+    EvaluateJob,
+    ImageKeeper,
+    _grid_indices,
+    evaluate,
+    figures,
+    find_real_images,
+    flags,
+    read_evenly,
+)
 from pipelines.evaluation_report import slug, table
 from pipelines.judge import load_judge
 from pipelines.measuring import Measured
@@ -98,6 +107,24 @@ def test_saved_samples_leave_the_images_that_come_back_without_a_file(job, tmp_p
         assert open_sample_file(path)[:, 0, 0, 0].tolist() == [index % 256 for index in range(2000)]
 
 
+@pytest.mark.parametrize("num_classes", [3, 10, 1000])
+def test_grid_has_rows_of_one_length_whatever_classes_random_labels_drew(num_classes):
+    job = EvaluateJob(model="m", train_images="t", output="o", labels="random", num_samples=1000)
+    indices = _grid_indices(job, num_classes)
+    labels = job.rule.labels_of(indices, num_classes)
+    _, counts = np.unique(labels, return_counts=True)
+    assert len(counts) == min(num_classes, 10)
+    assert len(set(counts)) == 1
+    assert (np.diff(labels) >= 0).all()
+
+
+def test_precision_and_recall_see_all_of_a_reference_that_stands_class_by_class():
+    near, far = torch.randn(200, 4), torch.randn(200, 4) + 100.0
+    seen = figures(as_measured(far.double()), as_reference(torch.cat([near, far])), 200)
+    assert seen["precision"] > 0.9
+    assert seen["recall"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_large_images_are_averaged_down_for_pixel_distances():
     small = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
     assert torch.equal(shrunk(small), small)
@@ -155,6 +182,7 @@ def test_real_images_of_other_or_too_few_classes_are_refused(image_root, tmp_pat
     with pytest.raises(InputError, match=f"1 images of class {names[4]}, but 2 are needed"):
         find_real_images(str(tmp_path / "val"), names)
     shutil.rmtree(tmp_path / "val" / names[4])
+    assert len(find_real_images(str(tmp_path / "val"), None)[1].files) == 36
     with pytest.raises(InputError, match="every class needs images"):
         find_real_images(str(tmp_path / "val"), names)
 

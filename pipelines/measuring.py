@@ -333,7 +333,7 @@ class Measurer:
     def decode_raw(self, means: np.ndarray) -> torch.Tensor:
         """Unscaled means (B, C, H, W) -> images uint8 (B, H, W, 3)."""
         normalization = LatentNormalization.from_vae_config(self.autoencoder.config)
-        raw = torch.from_numpy(means).float().to(self.device)
+        raw = torch.tensor(means, dtype=torch.float32, device=self.device)
         return decode_latents(self.autoencoder, normalization.normalize(raw))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ from meanflow_core.metrics import FeatureStatistics, Gaussian
 from pipelines import latent_store, measuring, storage
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.extractors import describe, open_extractor
+from pipelines.extractors import DINOV2, INCEPTION, describe, open_extractor
 from pipelines.image_sources import Format, ImageIndex, ImageSlice, Listing, find_images
 from pipelines.latent_store import Manifest
 
@@ -43,8 +43,8 @@ KEYS = {"adm": ("mu", "sigma"), "meanflow": ("ref_mu", "ref_sigma")}
 class ReferenceJob:
     """Compute reference statistics of real images, or of a latent dataset's decoded ones."""
 
-    output: Path
-    """File to write, .npz."""
+    output: str
+    """File to write, .npz: a path or a URI."""
     images: str | None = None
     """Images in any form that pipelines.encode reads."""
     data: str | None = None
@@ -230,8 +230,8 @@ def _decoded_chunks(data: str, manifest: Manifest, num_features: int) -> list[me
 
 def make_reference(job: ReferenceJob) -> dict[str, Any]:
     """Measures, writes the file, and returns its protocol. Raises InputError for input that cannot be."""
-    output = storage.absolute(str(job.output))
-    storage.output_location(str(job.output.parent), "--output")
+    storage.output_location(job.output.rpartition("/")[0] or ".", "--output")
+    output = storage.absolute(job.output)
     job = replace(
         job,
         images=None if job.images is None else storage.absolute(job.images),
@@ -283,7 +283,8 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
 
 def absolute_extractor(name: str) -> str:
     """An extractor's name, or its path as other processes find it."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+    is_known = name in (INCEPTION, *DINOV2)  # whatever folder of that name happens to lie here
+    return str(Path(name).absolute()) if not is_known and Path(name).exists() else name
 
 
 def main() -> None:

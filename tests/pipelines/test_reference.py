@@ -1,20 +1,31 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
+from meanflow_core.autoencoder import reconstruct
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
-from pipelines import measuring
+from pipelines import measuring, reference
 from pipelines.command import InputError
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.demo.judge import SHIPPED_JUDGE
+from pipelines.encode import EncodeJob
+from pipelines.evaluate import read_evenly
+from pipelines.image_sources import find_images
+from pipelines.judge import load_judge
 from pipelines.reference import (
     ReferenceJob,
+    absolute_extractor,
     disagreements,
+    make_reference,
     protocol_of,
     read_reference,
     reference_bytes,
     require_same_rules,
 )
+from tests.latents import encode_here
 
 EXTRACTOR = {"name": "judge", "weights_sha256": "abc"}
 
@@ -80,12 +91,12 @@ def test_other_files_are_refused(tmp_path):
 def test_reference_of_other_rules_is_refused_and_one_that_says_nothing_is_not(measured, tmp_path):
     path = tmp_path / "reference.npz"
     path.write_bytes(reference_bytes(measured, protocol_of(EXTRACTOR, {}, 64, 60)))
-    reference = read_reference(str(path))
-    require_same_rules(reference, EXTRACTOR, 64, 5)
+    opened = read_reference(str(path))
+    require_same_rules(opened, EXTRACTOR, 64, 5)
     with pytest.raises(InputError, match="weights_sha256: abc in the reference, other here"):
-        require_same_rules(reference, {**EXTRACTOR, "weights_sha256": "other"}, 64, 5)
+        require_same_rules(opened, {**EXTRACTOR, "weights_sha256": "other"}, 64, 5)
     with pytest.raises(InputError, match="image size: 64 in the reference, 256 here"):
-        require_same_rules(reference, EXTRACTOR, 256, 5)
+        require_same_rules(opened, EXTRACTOR, 256, 5)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(5), sigma=np.eye(5))
     silent = read_reference(str(tmp_path / "adm.npz"))
     assert disagreements(silent, EXTRACTOR, 256) == []
@@ -93,8 +104,56 @@ def test_reference_of_other_rules_is_refused_and_one_that_says_nothing_is_not(me
         require_same_rules(silent, EXTRACTOR, 256, 2048)
 
 
-def test_job_wants_one_source(tmp_path):
+def test_job_wants_one_source():
     with pytest.raises(ValueError, match="either --images or --data"):
-        ReferenceJob(output=tmp_path / "x.npz")
+        ReferenceJob(output="x.npz")
     with pytest.raises(ValueError, match="either --images or --data"):
-        ReferenceJob(output=tmp_path / "x.npz", images="a", data="b")
+        ReferenceJob(output="x.npz", images="a", data="b")
+
+
+def test_known_extractors_are_no_folders_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("inception", "judge"):
+        (tmp_path / name).mkdir()
+    assert absolute_extractor("inception") == "inception"
+    assert absolute_extractor("judge") == str(tmp_path / "judge")
+
+
+def measure_here(chunks, plan, **_):
+    """In place of `measuring.measure_sets`: the same callable, without a cluster."""
+    worker = measuring.Measurer(plan, "cpu")
+    whole = measuring.Measured("reference")
+    for chunk in chunks:
+        whole.add(worker.measure(pickle.loads(pickle.dumps(chunk))))
+    return {"reference": whole}
+
+
+def test_references_of_images_and_of_their_latents_on_any_storage(image_root, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "measure_sets", measure_here)
+    monkeypatch.setattr(reference, "start_ray", lambda needed_cpus: None)
+    monkeypatch.setattr(reference, "choose_gpus", lambda *_: False)
+    source = {"image_size": 64, "num_workers": 1, "num_features": 12}
+    made = make_reference(ReferenceJob(output="memory://made/images.npz", images=str(image_root / "val"), **source))
+    assert (made["num_images"], made["image_size"], made["extractor"]["name"]) == (40, 64, "judge")
+    opened = read_reference("memory://made/images.npz")
+    assert opened.protocol == made
+    pixels, _ = read_evenly(find_images(str(image_root / "val")), 64, 40)
+    judge = load_judge(SHIPPED_JUDGE)
+    torch.testing.assert_close(
+        opened.moments.mean, judge.look_at(pixels).features.double().mean(0), atol=1e-4, rtol=1e-4
+    )
+    assert len(opened.features) == 12
+
+    encoding = EncodeJob(
+        images=str(image_root / "val"), output=str(tmp_path / "latents"), vae=str(SHIPPED_AUTOENCODER), image_size=64,
+        rows_per_shard=9, precision="float32",
+    )  # fmt: skip
+    encode_here(encoding)
+    made = make_reference(ReferenceJob(output=str(tmp_path / "decoded.npz"), data=str(tmp_path / "latents"), **source))
+    assert (made["num_images"], made["image_size"]) == (40, 64)
+    assert set(made["source"]) == {"latents", "sha256", "autoencoder_sha256", "uint8"}
+    opened = read_reference(str(tmp_path / "decoded.npz"))
+    rebuilt = judge.look_at(reconstruct(vae, pixels)).features.double()
+    torch.testing.assert_close(opened.moments.mean, rebuilt.mean(0), atol=0.03, rtol=0.01)
+    assert len(opened.features) == 12
+    assert not (tmp_path / "memory:").exists()

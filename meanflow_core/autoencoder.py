@@ -33,6 +33,12 @@ def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> A
     return vae.eval().requires_grad_(False)
 
 
+def forbid_tf32() -> None:
+    """For the whole process: products and convolutions in full float32, where torch rounds convolutions' by itself."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def allow_tf32() -> None:
     """Lets this process multiply float32 on tensor cores, with 10 bits of mantissa: several times faster on GPUs."""
     torch.backends.cuda.matmul.allow_tf32 = True

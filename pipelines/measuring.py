@@ -19,7 +19,7 @@ import ray
 import torch
 from diffusers import AutoencoderKL
 
-from meanflow_core.autoencoder import decode_latents, reconstruct
+from meanflow_core.autoencoder import decode_latents, forbid_tf32, reconstruct
 from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, ScoreSums, merged
@@ -307,6 +307,7 @@ class Measurer:
 
     def __init__(self, plan: MeasuringPlan, device: str) -> None:
         torch.set_num_threads(plan.cpu_threads)
+        forbid_tf32()  # the protocol says float32
         self._plan = plan
         self.device = torch.device(device)
         self._extractor: Extractor = open_extractor(plan.extractor, plan.extractor_weights, self.device)

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.generator import build_pipeline
 from meanflow_core.metrics import FeatureStatistics
 from pipelines import measuring
@@ -85,6 +86,13 @@ def test_a_chunk_sends_no_more_than_it_was_asked_for(generator):
     sent = pickle.loads(pickle.dumps(measured))
     for rows in (sent.features[0], sent.images[0]):
         assert rows.untyped_storage().nbytes() == rows.nbytes
+
+
+def test_gpus_measure_in_the_float32_that_the_protocol_names():
+    allow_tf32()
+    Measurer(PLAN, "cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_random_labels_are_a_function_of_seed_and_index():

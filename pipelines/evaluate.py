@@ -134,15 +134,24 @@ class EvaluateJob:
             raise ValueError("give --reference, or --train-images to make one of")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps must name numbers of at least 1, but got {self.steps}")
-        if self.num_samples < 2 or min(self.batch_size, self.cpu_threads) < 1 or self.num_precision_recall < 0:
+        if self.num_samples < 3 or min(self.batch_size, self.cpu_threads) < 1 or self.num_precision_recall < 0:
             raise ValueError(
-                f"num_samples must be at least 2, batch_size and cpu_threads 1, num_precision_recall 0, but got "
+                f"num_samples must be at least 3, batch_size and cpu_threads 1, num_precision_recall 0, but got "
                 f"{self.num_samples}, {self.batch_size}, {self.cpu_threads}, {self.num_precision_recall}"
             )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must lie in [0, 2^31 - 1], but got {self.seed}")
         if not self.solvers:
             raise ValueError("solvers must name one of euler, heun, but got none")
+        if not all(1.0 <= scale < float("inf") for scale in self.guidance_scales):
+            raise ValueError(f"guidance_scales must be at least 1 (no guidance), but got {self.guidance_scales}")
+        if not all(0.0 <= start <= end <= 1.0 for start, end in self.guidance_intervals):
+            raise ValueError(
+                f"guidance_intervals must be (start, end), 0 <= start <= end <= 1, but got {self.guidance_intervals}"
+            )
+        names = [slug(setting) for setting in self.settings]  # those of files and metrics
+        if len(set(names)) < len(names):
+            raise ValueError(f"steps, guidance and solvers must give settings that differ, but got {', '.join(names)}")
 
     @property
     def rule(self) -> SampleRule:
@@ -260,6 +269,9 @@ def _require_fit(job: EvaluateJob, subject: Subject, extractor: Extractor) -> No
     if subject.pipeline is None:
         if job.held_out_images is not None or job.ema_decay is not None or job.save_samples is not None:
             raise InputError("--held-out-images, --ema-decay and --save-samples need a generator, --model")
+        assert subject.samples is not None
+        if len(subject.samples) < 3:
+            raise InputError(f"{job.samples} must hold at least 3 images, but holds {len(subject.samples)}")
         return
     if extractor.class_names is not None and list(extractor.class_names) != subject.class_names:
         raise InputError(
@@ -390,6 +402,8 @@ def flags(
         )
     if extractor["name"] == INCEPTION and count != FIELD_NUM_SAMPLES:
         found.append(f"{count} samples: FID falls with their number, and the field's is of {FIELD_NUM_SAMPLES}")
+    if reference.has_images and reference.features is None and job.num_precision_recall:
+        found.append("no precision and recall: the reference's images are read from a local disk alone")
     if count <= num_features:
         found.append(f"{count} samples for {num_features} features: their covariance is singular, the distance biased")
     return found

@@ -165,6 +165,26 @@ def test_reader_is_told_what_does_not_compare(tmp_path):
     inception = {"name": "inception"}
     assert "the field's is of 50000" in flags(job, telling, inception, 2048, 10_000)[0]
     assert flags(job, telling, inception, 2048, 50_000) == []
+    far = replace(telling, features=None, has_images=True, where="s3://bucket/adm.npz")
+    assert "read from a local disk alone" in flags(job, far, JUDGE, 64, 1000)[0]
+    assert flags(replace(job, num_precision_recall=0), far, JUDGE, 64, 1000) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"steps": (1, 2, 1)}, "settings that differ, but got 1step, 2steps, 1step"),
+        ({"guidance_scales": (0.5,)}, "at least 1"),
+        ({"guidance_intervals": ((0.8, 0.2),)}, "0 <= start <= end <= 1"),
+        ({"num_samples": 2}, "num_samples must be at least 3"),
+        ({"steps": ()}, "steps must name"),
+        ({"solvers": ()}, "solvers must name"),
+        ({"seed": 2**31}, "seed must lie"),
+    ],
+)
+def test_what_no_generator_can_do_is_refused(asked, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        EvaluateJob(model="m", train_images="t", output=tmp_path, **asked)
 
 
 def test_real_images_of_other_or_too_few_classes_are_refused(image_root, tmp_path):

@@ -225,3 +225,21 @@ def test_precision_and_recall_of_the_same_and_of_far_sets():
     assert recall < 0.1
     with pytest.raises(ValueError, match="more than 3 rows, but got 3"):
         precision_and_recall(points[:3], points)
+
+
+def test_jackknife_weighs_groups_by_their_sizes():
+    reference, parts = FeatureStatistics.of(normal(300, 7)), normal(120, 8, mean=0.4).split([10, 30, 80])
+    value = frechet_distance(FeatureStatistics.of(torch.cat(parts)), reference)
+    shares = [120 / len(part) for part in parts]
+    left = [
+        frechet_distance(FeatureStatistics.of(torch.cat([*parts[:i], *parts[i + 1 :]])), reference) for i in range(3)
+    ]
+    pseudo = [share * value - (share - 1) * one for share, one in zip(shares, left, strict=True)]
+    centre = sum(one / share for one, share in zip(pseudo, shares, strict=True))
+    variance = sum((one - centre) ** 2 / (share - 1) for one, share in zip(pseudo, shares, strict=True)) / 3
+    found = frechet_estimate([FeatureStatistics.of(part) for part in parts], reference)
+    assert found.standard_error == pytest.approx(variance**0.5, rel=1e-6)
+
+
+def test_impossible_classes_leave_the_score_a_number():
+    assert ScoreSums.of(torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]])).score == pytest.approx(2.0)

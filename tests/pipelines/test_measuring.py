@@ -1,7 +1,7 @@
 import contextlib
 import pickle
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
@@ -15,9 +15,10 @@ from pipelines import measuring
 from pipelines.command import start_ray
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
+from pipelines.extractors import Features
 from pipelines.image_sources import find_images
 from pipelines.judge import load_judge
-from pipelines.measuring import Drawn, Measurer, MeasuringPlan, SampleRule, Setting
+from pipelines.measuring import Drawn, Images, Measurer, MeasuringPlan, SampleRule, Setting, Stored
 from pipelines.reference import image_chunks
 
 RULE = SampleRule(base_seed=3, labels="balanced")
@@ -86,6 +87,44 @@ def test_a_chunk_sends_no_more_than_it_was_asked_for(generator):
     sent = pickle.loads(pickle.dumps(measured))
     for rows in (sent.features[0], sent.images[0]):
         assert rows.untyped_storage().nbytes() == rows.nbytes
+
+
+def test_spatial_features_are_summed_over_batches_and_chunks_and_splits_follow_the_order():
+    def extractor(images):
+        rows = images[:, 0, 0].float()
+        return Features(rows, rows, rows * 2)
+
+    extractor.class_names = None
+    worker = Measurer(replace(PLAN, batch_size=4), "cpu")
+    worker._extractor = extractor
+    pixels = torch.randint(256, (120, 1, 1, 3), dtype=torch.uint8).expand(-1, 2, 2, 3)
+
+    @dataclass(frozen=True)
+    class Given:
+        rows: torch.Tensor
+
+        def batches(self, worker, batch_size):
+            return (Images(part, None) for part in self.rows.split(batch_size))
+
+    chunks = measuring.cut("samples", measuring.spans(120), lambda start, stop: Given(pixels[start:stop]))
+    measured = measured_whole(worker, chunks)
+    rows = pixels[:, 0, 0].double()
+    torch.testing.assert_close(measured.spatial.outer, 4 * rows.T @ rows)
+    assert measured.spatial.count == 120
+    for split, part in zip(measured.splits, rows.split(12), strict=True):
+        torch.testing.assert_close(split.total, part.softmax(dim=1).sum(dim=0))
+
+
+def test_rows_of_a_file_are_measured_once(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    np.savez(tmp_path / "samples.npz", pixels)
+    chunks = measuring.cut(
+        "samples", measuring.spans(40), lambda start, stop: Stored(tmp_path / "samples.npz", slice(start, stop)),
+        num_images=40,
+    )  # fmt: skip
+    measured = measured_whole(Measurer(PLAN, "cpu"), chunks)
+    assert measured.num_rows == 40
+    np.testing.assert_array_equal(torch.cat(measured.images), pixels)
 
 
 def test_gpus_measure_in_the_float32_that_the_protocol_names():

@@ -283,3 +283,12 @@ def test_guided_samples_are_saved_reported_and_measured_again_from_their_file(jo
     ours, theirs = again["samples"][0], report["samples"][3]
     for key in ("frechet", "frechet_standard_error", "inception_score", "precision", "recall"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key  # the images' strides differ
+
+
+def test_accuracy_is_a_share_and_spatial_distance_is_to_the_reference():
+    features = torch.randn(400, 6, dtype=torch.float64)
+    measured = replace(as_measured(features), spatial=FeatureStatistics.of(features), num_right=100)
+    reference = replace(as_reference(features), spatial=FeatureStatistics.of(features + 3.0))
+    found = figures(measured, reference, 0)
+    assert found["accuracy"] == 0.25
+    assert found["spatial_frechet"] == pytest.approx(6 * 9.0)

@@ -420,6 +420,11 @@ def _prepared(job: EvaluateJob) -> tuple[EvaluateJob, tracking.Run | None]:
         model = storage.absolute(model)
     output = Path(storage.output_location(str(job.output), "--output"))
     save = job.save_samples
+    for option, place in (("--output", job.output), ("--save-samples", save)):
+        if place is not None and str(place).startswith(("s3:", "gs:", "gcs:", "abfs:", "hdfs:")):
+            raise InputError(
+                f"{option} must be a folder on a mounted disk, but got {place}; MLflow has a copy of the report"
+            )
     job = replace(
         job,
         model=model,
@@ -476,6 +481,11 @@ def evaluate(job: EvaluateJob) -> dict:
         on_chunk=keeper,
     )
     keeper.close()
+    for name, measured in sets.items():
+        if name != "grid" and measured.num_rows < 3:
+            raise InputError(
+                f"{measured.num_rows} of the {name} can be read, {measured.num_unreadable} cannot; at least 3 are needed"
+            )
     seconds = time.monotonic() - began
     num_measured = sum(measured.num_rows for measured in sets.values())
     logger.info("%d images in %s; computing the figures", num_measured, format_seconds(seconds))
@@ -566,7 +576,8 @@ def _report(
             report[key] = figures(sets[name], reference, job.num_precision_recall)
     if "reconstructions" in sets:
         rebuilt, real = (torch.cat(sets[name].images) for name in ("reconstructions", "held-out images"))
-        report["autoencoder_psnr"] = peak_signal_to_noise(rebuilt, real)
+        if len(rebuilt) == len(real):  # else storage failed for one of them, and which one is not known
+            report["autoencoder_psnr"] = peak_signal_to_noise(rebuilt, real)
     report["samples"] = []
     for number, setting in enumerate(settings):
         measured = sets[_sample_name(number)]

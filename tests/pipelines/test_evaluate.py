@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,6 +237,8 @@ def test_what_a_generator_cannot_do_is_refused_before_anything_starts(job):
         evaluate(replace(job, solvers=("heun",)))
     with pytest.raises(InputError, match="at least 2 for each of 10 classes, but got 19"):
         evaluate(replace(job, num_samples=19))
+    with pytest.raises(InputError, match="--output must be a folder on a mounted disk, but got s3:"):
+        evaluate(replace(job, output=Path("s3://bucket/report")))
     with pytest.raises(InputError, match="no checkpoints beside"):
         evaluate(replace(job, ema_decay=0.9))
     with pytest.raises(ValueError, match="either --model or --samples"):

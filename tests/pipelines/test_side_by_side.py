@@ -66,7 +66,7 @@ def test_references_are_the_same_by_what_they_are_of(write):
     second["protocol"]["reference"]["protocol"]["source"]["images"] = "/b/train"
     assert rule_differences({"first": first, "second": second}) == []
     other = copy.deepcopy(second)
-    other["protocol"]["reference"]["protocol"]["source"]["sha256"] = "bb"
+    other["protocol"]["reference"]["protocol"]["source"]["autoencoder_sha256"] = "bb"
     assert rule_differences({"first": first, "second": other}) == [
         "reference: /a/reference.npz in first, /b/reference.npz in second"
     ]

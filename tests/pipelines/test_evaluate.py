@@ -247,6 +247,7 @@ def test_what_a_generator_cannot_do_is_refused_before_anything_starts(job):
         replace(job, train_images=None)
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_guided_samples_are_saved_reported_and_measured_again_from_their_file(job, network, vae, tmp_path):
     velocity = build_pipeline(network, vae, images.CLASS_NAMES, is_flow_matching=True)

@@ -183,36 +183,42 @@ def inception_score(splits: Sequence[ScoreSums]) -> tuple[float, float]:
     return float(scores.mean()), float(scores.std(correction=0))
 
 
-def precision_and_recall(
-    samples: torch.Tensor, reference: torch.Tensor, num_neighbours: int = 3, chunk: int = 1024
-) -> tuple[float, float]:
-    """Share of samples (N, D) inside the reference's manifold, and of the reference (M, D) inside the samples'.
+@dataclass(frozen=True)
+class Manifold:
+    """The union of balls around points, each reaching to its point's k-th nearest neighbour."""
 
-    A manifold is the union of balls around its points, each reaching to the point's k-th nearest neighbour. Computed in
-    float64, `chunk` rows of distances at a time. Raises ValueError where a set has no k-th neighbour. Source:
-    Kynkaanniemi et al. 2019; k = 3 as in ADM's evaluation.
-    """
-    for name, points in (("samples", samples), ("reference", reference)):
+    points: torch.Tensor
+    """(N, D) float64."""
+    radii: torch.Tensor
+    """(N,) float64."""
+
+    @classmethod
+    def of(cls, points: torch.Tensor, num_neighbours: int = 3, chunk: int = 1024) -> "Manifold":
+        """Of points (N, D) of any float dtype, `chunk` rows of distances at a time.
+
+        k = 3 as in ADM's evaluation. Raises ValueError where no point has a k-th neighbour.
+        """
         if len(points) <= num_neighbours:
-            raise ValueError(f"{name} must have more than {num_neighbours} rows, but got {len(points)}")
-    samples, reference = samples.double(), reference.double()
+            raise ValueError(f"a manifold must have more than {num_neighbours} points, but got {len(points)}")
+        points = points.double()
+        radii = [  # each point's nearest is itself, at no distance
+            torch.cdist(rows, points).topk(num_neighbours + 1, dim=1, largest=False).values[:, -1]
+            for rows in points.split(chunk)
+        ]
+        return cls(points, torch.cat(radii))
 
-    def radii(points: torch.Tensor) -> torch.Tensor:
-        # Each point's nearest is itself, at no distance.
-        return torch.cat(
-            [
-                torch.cdist(rows, points).kthvalue(num_neighbours + 1, dim=1).values.clamp(min=0.0)
-                for rows in points.split(chunk)
-            ]
-        )
 
-    sample_radii, reference_radii = radii(samples), radii(reference)
+def precision_and_recall(samples: Manifold, reference: Manifold, chunk: int = 1024) -> tuple[float, float]:
+    """Share of the samples inside the reference's manifold, and of the reference inside the samples'.
+
+    In float64, `chunk` rows of distances at a time. Source: Kynkaanniemi et al. 2019.
+    """
     is_inside = []
-    reference_covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    for rows, row_radii in zip(samples.split(chunk), sample_radii.split(chunk), strict=True):
-        distances = torch.cdist(rows, reference)
-        is_inside.append((distances <= reference_radii).any(dim=1))
-        reference_covered |= (distances <= row_radii[:, None]).any(dim=0)
+    reference_covered = torch.zeros(len(reference.points), dtype=torch.bool, device=reference.points.device)
+    for rows, radii in zip(samples.points.split(chunk), samples.radii.split(chunk), strict=True):
+        distances = torch.cdist(rows, reference.points)
+        is_inside.append((distances <= reference.radii).any(dim=1))
+        reference_covered |= (distances <= radii[:, None]).any(dim=0)
     return float(torch.cat(is_inside).double().mean()), float(reference_covered.double().mean())
 
 

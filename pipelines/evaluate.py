@@ -29,6 +29,7 @@ from PIL import Image
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import (
+    Manifold,
     frechet_distance,
     frechet_estimate,
     inception_score,
@@ -169,21 +170,28 @@ class EvaluateJob:
         ]
 
 
-def figures(measured: Measured, reference: Reference, num_precision_recall: int) -> dict[str, float]:
-    """What a set of images scores, as far as extractor and reference go."""
+def figures(measured: Measured, reference: Reference, manifold: Manifold | None) -> dict[str, float]:
+    """What a set of images scores, as far as extractor and reference go. manifold: `manifold_of` the reference."""
     estimate = frechet_estimate([measured.groups[group] for group in sorted(measured.groups)], reference.moments)
     found = {"frechet": estimate.value, "frechet_standard_error": estimate.standard_error}
     if measured.scores:
         found["inception_score"], found["inception_score_deviation"] = inception_score(measured.splits)
     if measured.spatial is not None and reference.spatial is not None:
         found["spatial_frechet"] = frechet_distance(measured.spatial, reference.spatial)
-    if measured.features and reference.features is not None:
-        ours, theirs = torch.cat(measured.features), spread(reference.features, num_precision_recall)
-        if min(len(ours), len(theirs)) > NUM_NEIGHBOURS:
-            found["precision"], found["recall"] = precision_and_recall(ours, theirs, NUM_NEIGHBOURS)
+    if measured.features and manifold is not None:
+        features = torch.cat(measured.features)
+        if len(features) > NUM_NEIGHBOURS:
+            found["precision"], found["recall"] = precision_and_recall(Manifold.of(features, NUM_NEIGHBOURS), manifold)
     if measured.num_right is not None:
         found["accuracy"] = measured.num_right / measured.num_rows
     return found
+
+
+def manifold_of(reference: Reference, num_points: int) -> Manifold | None:
+    """The manifold of at most `num_points` of a reference's images; None where there are too few, or no features."""
+    if reference.features is None or min(num_points, len(reference.features)) <= NUM_NEIGHBOURS:
+        return None
+    return Manifold.of(spread(reference.features, num_points), NUM_NEIGHBOURS)
 
 
 def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -571,9 +579,10 @@ def _report(
             "prediction": subject.pipeline.config.prediction,
             "ema_decay": job.ema_decay,
         }
+    manifold = manifold_of(reference, job.num_precision_recall)
     for name, key in (("held-out images", "held_out"), ("reconstructions", "reconstruction")):
         if name in sets:
-            report[key] = figures(sets[name], reference, job.num_precision_recall)
+            report[key] = figures(sets[name], reference, manifold)
     if "reconstructions" in sets:
         rebuilt, real = (torch.cat(sets[name].images) for name in ("reconstructions", "held-out images"))
         if len(rebuilt) == len(real):  # else storage failed for one of them, and which one is not known
@@ -587,14 +596,12 @@ def _report(
                 "title": setting.title,
                 **asdict(setting),
                 "network_calls": setting.network_calls(subject.pipeline),
-                **figures(measured, reference, job.num_precision_recall),
+                **figures(measured, reference, manifold),
                 "seconds_per_image": measured.seconds / measured.num_rows,
             }
         )
     if subject.samples is not None:
-        report["samples"].append(
-            {"title": "of the file", **figures(sets[_sample_name(0)], reference, job.num_precision_recall)}
-        )
+        report["samples"].append({"title": "of the file", **figures(sets[_sample_name(0)], reference, manifold)})
     return report
 
 

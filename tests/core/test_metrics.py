@@ -7,6 +7,7 @@ import torch
 from meanflow_core.metrics import (
     FeatureStatistics,
     Gaussian,
+    Manifold,
     ScoreSums,
     frechet_distance,
     frechet_distances,
@@ -209,7 +210,7 @@ def test_precision_and_recall_are_those_of_their_definition():
         return sum(inside) / len(inside)
 
     for k in (1, 3):
-        ours = precision_and_recall(samples, reference, k, chunk=16)
+        ours = precision_and_recall(Manifold.of(samples, k, chunk=16), Manifold.of(reference, k), chunk=16)
         expected = share_inside(samples, reference, k), share_inside(reference, samples, k)
         assert ours == pytest.approx(expected)
         assert 0.1 < expected[0] < 0.98
@@ -217,14 +218,15 @@ def test_precision_and_recall_are_those_of_their_definition():
 
 def test_precision_and_recall_of_the_same_and_of_far_sets():
     points = normal(40, 12)
-    assert precision_and_recall(points, points) == (1.0, 1.0)
-    assert precision_and_recall(points, points + 100.0) == (0.0, 0.0)
-    one_mode = points[:1] + 1e-3 * normal(40, 13)
-    precision, recall = precision_and_recall(one_mode, points)
+    manifold = Manifold.of(points)
+    assert precision_and_recall(manifold, manifold) == (1.0, 1.0)
+    assert precision_and_recall(manifold, Manifold.of(points + 100.0)) == (0.0, 0.0)
+    one_mode = Manifold.of(points[:1] + 1e-3 * normal(40, 13))
+    precision, recall = precision_and_recall(one_mode, manifold)
     assert precision == 1.0
     assert recall < 0.1
-    with pytest.raises(ValueError, match="more than 3 rows, but got 3"):
-        precision_and_recall(points[:3], points)
+    with pytest.raises(ValueError, match="more than 3 points, but got 3"):
+        Manifold.of(points[:3])
 
 
 def test_jackknife_weighs_groups_by_their_sizes():

@@ -21,6 +21,7 @@ from pipelines.evaluate import (
     figures,
     find_real_images,
     flags,
+    manifold_of,
     read_evenly,
 )
 from pipelines.evaluation_report import slug, table
@@ -121,7 +122,8 @@ def test_grid_has_rows_of_one_length_whatever_classes_random_labels_drew(num_cla
 
 def test_precision_and_recall_see_all_of_a_reference_that_stands_class_by_class():
     near, far = torch.randn(200, 4), torch.randn(200, 4) + 100.0
-    seen = figures(as_measured(far.double()), as_reference(torch.cat([near, far])), 200)
+    near_and_far = as_reference(torch.cat([near, far]))
+    seen = figures(as_measured(far.double()), near_and_far, manifold_of(near_and_far, 200))
     assert seen["precision"] > 0.9
     assert seen["recall"] == pytest.approx(0.5, abs=0.05)
 
@@ -147,14 +149,17 @@ def as_reference(features, protocol=None):
 def test_figures_are_those_that_extractor_and_reference_allow():
     features = torch.randn(400, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     reference = as_reference(features)
-    same = figures(as_measured(features), reference, 400)
+    manifold = manifold_of(reference, 400)
+    same = figures(as_measured(features), reference, manifold)
     assert set(same) == {"frechet", "frechet_standard_error", "precision", "recall"}
     assert same["frechet"] == pytest.approx(0.0, abs=1e-9)
     assert (same["precision"], same["recall"]) == (1.0, 1.0)
-    moved = figures(as_measured(features + 50.0), reference, 400)
+    moved = figures(as_measured(features + 50.0), reference, manifold)
     assert moved["frechet"] == pytest.approx(6 * 50.0**2)
     assert (moved["precision"], moved["recall"]) == (0.0, 0.0)
-    assert "precision" not in figures(as_measured(features), replace(reference, features=None), 400)
+    assert "precision" not in figures(
+        as_measured(features), reference, manifold_of(replace(reference, features=None), 400)
+    )
 
 
 def test_reader_is_told_what_does_not_compare(tmp_path):
@@ -293,6 +298,6 @@ def test_accuracy_is_a_share_and_spatial_distance_is_to_the_reference():
     features = torch.randn(400, 6, dtype=torch.float64)
     measured = replace(as_measured(features), spatial=FeatureStatistics.of(features), num_right=100)
     reference = replace(as_reference(features), spatial=FeatureStatistics.of(features + 3.0))
-    found = figures(measured, reference, 0)
+    found = figures(measured, reference, None)
     assert found["accuracy"] == 0.25
     assert found["spatial_frechet"] == pytest.approx(6 * 9.0)

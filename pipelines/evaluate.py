@@ -336,7 +336,9 @@ def plan_chunks(
         kept = min(num_features, len(open_sample_file(Path(reference.where))))
         chunks += _stored_chunks("reference images", Path(reference.where), kept, num_features)
     if held_out is not None:
-        real = image_chunks("held-out images", held_out, size, num_features=num_features, num_images=NUM_PIXEL_SAMPLES)
+        real = image_chunks(
+            "held-out images", held_out, size, mixed=True, num_features=num_features, num_images=NUM_PIXEL_SAMPLES
+        )
         chunks += real
         if subject.pipeline is not None:
             chunks += [

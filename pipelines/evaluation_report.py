@@ -75,6 +75,8 @@ def plot(report: dict, path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_yscale("log")
+    for place in (axes[0][0].yaxis.set_major_formatter, axes[0][0].yaxis.set_minor_formatter):
+        place("{x:g}")
     if second == "accuracy":
         axes[0][1].set_ylim(0.0, 1.03)
     axes[0][-1].legend(loc="best", fontsize="small")

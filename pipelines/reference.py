@@ -207,14 +207,27 @@ def default_workers(num_workers: int | None, use_gpu: bool | None) -> int:
 
 
 def image_chunks(
-    set_name: str, images: tuple[fs.FileSystem, Listing, ImageIndex], size: int, **kept: int
+    set_name: str,
+    images: tuple[fs.FileSystem, Listing, ImageIndex],
+    size: int,
+    *,
+    mixed: bool = False,
+    num_features: int = 0,
+    num_images: int = 0,
 ) -> list[measuring.Chunk]:
-    """The chunks of a source of images, cropped to `size`. kept: num_features and num_images, as `measuring.cut` has."""
+    """The chunks of a source of images, cropped to `size`; what is kept as `measuring.cut` has it.
+
+    mixed: class folders are read in a fixed random order, so that groups are alike and not of a class each, which a
+    jackknife and the splits of a score need. Parquet and tars have their own order, and are only quick to read in it.
+    """
+    count = len(images[2])
+    order = np.random.default_rng(0).permutation(count) if mixed and images[1].format == "folders" else np.arange(count)
     return measuring.cut(
         set_name,
-        measuring.spans(len(images[2])),
-        lambda start, stop: measuring.Read(ImageSlice.of(*images, np.arange(start, stop)), size),
-        **kept,
+        measuring.spans(count),
+        lambda start, stop: measuring.Read(ImageSlice.of(*images, order[start:stop]), size),
+        num_features=num_features,
+        num_images=num_images,
     )
 
 

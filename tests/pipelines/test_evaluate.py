@@ -25,10 +25,11 @@ from pipelines.evaluate import (
     read_evenly,
 )
 from pipelines.evaluation_report import slug, table
+from pipelines.image_sources import find_images
 from pipelines.judge import load_judge
 from pipelines.measuring import Measured
 from pipelines.pixel_distances import PixelDistances, shrunk
-from pipelines.reference import Reference
+from pipelines.reference import Reference, image_chunks
 from pipelines.sample_files import open_sample_file
 
 JUDGE = {"name": "judge", "weights_sha256": "abc"}
@@ -132,6 +133,15 @@ def test_large_images_are_averaged_down_for_pixel_distances():
     small = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
     assert torch.equal(shrunk(small), small)
     assert torch.equal(shrunk(small.repeat_interleave(4, 1).repeat_interleave(4, 2)), small)
+
+
+def test_groups_of_real_images_are_alike(image_root):
+    found = find_images(str(image_root / "val"))
+    rows = [chunk.source.images.entries["label"].to_pylist() for chunk in image_chunks("x", found, 64, mixed=True)]
+    assert sorted(label for labels in rows for label in labels) == sorted(found[2].entries["label"].to_pylist())
+    assert sum(len(set(labels)) > 1 for labels in rows) > len(rows) / 2  # and not of a class each
+    ordered = image_chunks("x", found, 64)
+    assert ordered[0].source.images.entries["label"].to_pylist() == [0, 0]
 
 
 def as_measured(features):

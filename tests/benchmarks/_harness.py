@@ -4,8 +4,12 @@ import argparse
 import json
 import os
 import platform
+import re
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -54,6 +58,55 @@ def watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
             except psutil.Error:
                 continue
         peak[0] = max(peak[0], total / 1e9)
+
+
+# A stage's own command, with every piece of its progress logged, and a fixed object store.
+LAUNCHER = """
+import functools, importlib, sys, ray
+from pipelines.command import run_command
+stage, progress = (importlib.import_module(name) for name in sys.argv[1:3])
+progress.Progress = functools.partial(progress.Progress, interval_seconds=0.0)
+ray.init = functools.partial(ray.init, object_store_memory=300 * 2**20)
+sys.argv[:3] = [stage.__name__]
+run_command(stage.main)
+"""
+
+
+def run_stage(
+    module: str, progress_module: str, verb: str, arguments: list[str], peak: list[float] | None = None
+) -> list[tuple[float, int]]:
+    """Runs a stage as a job; returns (time, images done) at each line of its progress, "VERB 512 of 9000 images, ...".
+
+    progress_module: whose Progress it is. peak: gets the largest sum of PSS over the job's processes, in GB.
+    """
+    from pipelines.command import FAST_MALLOC  # here: other benchmarks run where there is no Ray
+
+    ray_folder = tempfile.mkdtemp(prefix="mfb-", dir="/tmp")
+    environment = {
+        **os.environ, **FAST_MALLOC, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_folder, "RAY_USAGE_STATS_ENABLED": "0",
+    }  # fmt: skip
+    job = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, module, progress_module, *arguments],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    stop = threading.Event()
+    watcher = threading.Thread(target=watch_memory, args=(job.pid, peak, stop)) if peak is not None else None
+    if watcher is not None:
+        watcher.start()
+    assert job.stderr is not None
+    seen, lines = [], []
+    for line in job.stderr:
+        lines.append(line)
+        found = re.search(rf"{verb} (\d+) of", line)
+        if found:
+            seen.append((time.monotonic(), int(found[1])))
+    stop.set()
+    if watcher is not None:
+        watcher.join()
+    if job.wait() != 0:
+        raise SystemExit("".join(lines[-30:]))
+    shutil.rmtree(ray_folder, ignore_errors=True)
+    return seen
 
 
 def machine() -> dict[str, object]:

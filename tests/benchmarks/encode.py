@@ -11,24 +11,19 @@
 
 import argparse
 import os
-import re
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from _harness import main, watch_memory
+from _harness import main
+from _harness import run_stage as run_job
 from diffusers import AutoencoderKL
 from PIL import Image
 
 from meanflow_core.autoencoder import encode_moments
-from pipelines.command import FAST_MALLOC
 from pipelines.demo import images as demo_images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.image_reading import decode_image
@@ -61,44 +56,8 @@ def draw_photographs(folder: Path, count: int) -> None:
 
 
 def run_stage(arguments: list[str], peak: list[float] | None = None) -> list[tuple[float, int]]:
-    """Runs the stage as a job; returns (time, images done) at each line of its progress."""
-    ray_folder = tempfile.mkdtemp(prefix="mfb-", dir="/tmp")
-    environment = {
-        **os.environ, **FAST_MALLOC, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_folder, "RAY_USAGE_STATS_ENABLED": "0",
-    }  # fmt: skip
-    job = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, *arguments], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    stop = threading.Event()
-    watcher = threading.Thread(target=watch_memory, args=(job.pid, peak, stop)) if peak is not None else None
-    if watcher is not None:
-        watcher.start()
-    assert job.stderr is not None
-    seen, lines = [], []
-    for line in job.stderr:
-        lines.append(line)
-        found = re.search(r"encoded (\d+) of", line)
-        if found:
-            seen.append((time.monotonic(), int(found[1])))
-    stop.set()
-    if watcher is not None:
-        watcher.join()
-    if job.wait() != 0:
-        raise SystemExit("".join(lines[-30:]))
-    shutil.rmtree(ray_folder, ignore_errors=True)
-    return seen
-
-
-# The stage's own command, with every shard logged and a fixed object store.
-LAUNCHER = """
-import functools, sys, ray
-from pipelines import encode
-from pipelines.command import run_command
-encode.Progress = functools.partial(encode.Progress, interval_seconds=0.0)
-ray.init = functools.partial(ray.init, object_store_memory=300 * 2**20)
-sys.argv[0] = "encode"
-run_command(encode.main)
-"""
+    """(time, images done) at each shard of the stage's own command."""
+    return run_job("pipelines.encode", "pipelines.encode", "encoded", arguments, peak)
 
 
 def bare_images_per_second(vae: AutoencoderKL, pixels: np.ndarray, batch_size: int, batches: int) -> float:

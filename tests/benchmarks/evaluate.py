@@ -13,40 +13,24 @@ The demo's network, autoencoder and judge, random weights: the smaller the gener
 import argparse
 import json
 import multiprocessing
-import os
-import re
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from _harness import main, watch_memory
+from _harness import main
+from _harness import run_stage as run_job
 
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, load_pipeline, save_generator
 from meanflow_core.networks import build_network
 from meanflow_core.presets import demo
-from pipelines.command import FAST_MALLOC
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.images import CLASS_NAMES
 
 BATCH = 50
-# The stage's own command, with every chunk logged and a fixed object store.
-LAUNCHER = """
-import functools, sys, ray
-from pipelines import evaluate, measuring
-from pipelines.command import run_command
-measuring.Progress = functools.partial(measuring.Progress, interval_seconds=0.0)
-ray.init = functools.partial(ray.init, object_store_memory=300 * 2**20)
-sys.argv[0] = "evaluate"
-run_command(evaluate.main)
-"""
 
 
 def write_generator(folder: Path) -> None:
@@ -83,31 +67,8 @@ def bare_images_per_second(generator: Path, num_processes: int, num_batches: int
 
 
 def run_stage(arguments: list[str], peak: list[float] | None = None) -> list[tuple[float, int]]:
-    """Runs the stage as a job; returns (time, images done) at each line of its progress."""
-    ray_folder = tempfile.mkdtemp(prefix="mfb-", dir="/tmp")
-    environment = {
-        **os.environ, **FAST_MALLOC, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_folder, "RAY_USAGE_STATS_ENABLED": "0",
-    }  # fmt: skip
-    job = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, *arguments], env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    stop = threading.Event()
-    watcher = threading.Thread(target=watch_memory, args=(job.pid, peak if peak is not None else [], stop))
-    watcher.start()
-    assert job.stderr is not None
-    seen, lines = [], []
-    for line in job.stderr:
-        lines.append(line)
-        found = re.search(r"measured (\d+) of", line)
-        if found:
-            seen.append((time.monotonic(), int(found[1])))
-    stop.set()
-    watcher.join()
-    if job.wait() != 0:
-        raise SystemExit("".join(lines[-30:]))
-    shutil.rmtree(ray_folder, ignore_errors=True)
-    return seen
+    """(time, images done) at each chunk of the stage's own command."""
+    return run_job("pipelines.evaluate", "pipelines.measuring", "measured", arguments, peak)
 
 
 def stage_arguments(work: Path, count: int, num_workers: int) -> list[str]:

@@ -32,14 +32,13 @@ from pyarrow import fs
 from meanflow_core.autoencoder import allow_tf32, encode_moments, load_autoencoder, weight_hash
 from pipelines import latent_store, storage
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
-from pipelines.image_reading import decode_image
+from pipelines.image_reading import CROP, decode_images
 from pipelines.image_sources import Format, ImageIndex, ImageSlice, Listing, index_images, list_images
 from pipelines.latent_store import EncodingRecipe, Manifest
 from pipelines.progress import Progress, format_seconds
 
 logger = logging.getLogger(__name__)
 
-CROP = "adm_center_crop"
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOOTER_READERS = 16  # threads: an object store answers slowly, and many at once
 
@@ -97,13 +96,11 @@ def decode_shard(batch: dict[str, np.ndarray], *, image_size: int) -> dict[str, 
     count = len(images.entries)
     pixels = np.zeros((count, image_size, image_size, 3), dtype=np.uint8)
     errors = [""] * count
-    for row, content in enumerate(images.read()):
-        try:
-            if isinstance(content, Exception):
-                raise content
-            pixels[row] = decode_image(content, image_size)
-        except Exception as error:  # Pillow raises many kinds; whatever it is, it belongs to this one image
-            errors[row] = f"{type(error).__name__}: {error}"
+    for row, image in enumerate(decode_images(images, image_size)):
+        if isinstance(image, Exception):
+            errors[row] = f"{type(image).__name__}: {image}"
+        else:
+            pixels[row] = image
     return {
         "shard": np.full(count, batch["shard"][0]),
         "pixels": pixels,

@@ -40,11 +40,11 @@ from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import averages, measuring, storage, tracking
 from pipelines.command import InputError, choose_gpus, parse_command_line, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluation_report import plot, plot_guidance, slug, table
+from pipelines.evaluation_report import plot, plot_guidance, slug, table, way_slug
 from pipelines.extractors import INCEPTION, Extractor, describe, open_extractor
 from pipelines.grids import image_grid
-from pipelines.image_reading import decode_image
-from pipelines.image_sources import ImageIndex, ImageSlice, find_images
+from pipelines.image_reading import read_pixels
+from pipelines.image_sources import ImageIndex, find_images
 from pipelines.measuring import NUM_GROUPS, NUM_SPLITS, Chunk, Drawn, Labels, Measured, SampleRule, Setting
 from pipelines.pixel_distances import PixelDistances
 from pipelines.progress import format_seconds
@@ -226,22 +226,8 @@ def find_real_images(location: str, class_names: Sequence[str] | None) -> RealIm
 
 def read_evenly(images: RealImages, size: int, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
     """At most `num_images` readable images spread evenly over a source: uint8 (N, size, size, 3), and their classes."""
-    count = len(images[2])
-    kept = min(num_images, count)
-    rows = np.arange(kept) * count // kept
-    found = ImageSlice.of(*images, rows)
-    pixels, labels = [], []
-    for content, label in zip(found.read(), found.entries["label"].to_pylist(), strict=True):
-        try:
-            if isinstance(content, Exception):
-                raise content
-            pixels.append(decode_image(content, size))
-            labels.append(label)
-        except Exception as error:  # Pillow raises many kinds; one bad file must not end an evaluation
-            logger.warning("left out an unreadable image: %s", error)
-    if not pixels:
-        raise InputError(f"none of {kept} images in {images[1].location} can be read")
-    return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
+    pixels, labels = read_pixels(*images, size, num_images)
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 @dataclass(frozen=True)
@@ -651,7 +637,7 @@ def _log(job: EvaluateJob, run: tracking.Run | None, report: dict, files: Sequen
     place = "evaluate" if job.ema_decay is None else f"evaluate-ema-{job.ema_decay:g}"
     settings = job.settings if job.model is not None else [Setting(num_steps=1)]
     for setting, entry in zip(settings, report["samples"], strict=True):
-        way = slug(replace(setting, num_steps=1)).removeprefix("1step").removeprefix("-")
+        way = way_slug(setting)
         family = f"{place}/{way}/" if way else f"{place}/"
         found = {f"{family}{key}": entry[key] for key in MEASURES if key in entry}
         run.log_metrics(found, setting.num_steps)  # the number of steps is the metric's step: MLflow draws the curve

@@ -116,12 +116,18 @@ def way_of(entry: Mapping[str, Any]) -> str:
         guidance_interval=None if entry["guidance_interval"] is None else tuple(entry["guidance_interval"]),
         solver=entry["solver"],
     )
-    return setting.title.removeprefix("1 step").removeprefix(", ")
+    return setting.way
 
 
 def slug(setting: Setting) -> str:
-    """A setting as part of a file's or a metric's name: "2steps-omega4-0.2to0.8-heun"."""
-    words = [f"{setting.num_steps}step{'s' * (setting.num_steps > 1)}"]
+    """A setting as part of a file's name: "2steps-omega4-0.2to0.8-heun"."""
+    steps, way = f"{setting.num_steps}step{'s' * (setting.num_steps > 1)}", way_slug(setting)
+    return f"{steps}-{way}" if way else steps
+
+
+def way_slug(setting: Setting) -> str:
+    """`Setting.way` as part of a file's or a metric's name: "omega4-0.2to0.8-heun"; empty where it is."""
+    words = []
     if setting.guidance_scale is not None:
         words.append(f"omega{setting.guidance_scale:g}")
     if setting.guidance_interval is not None:

@@ -3,6 +3,7 @@
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -12,6 +13,8 @@ from pipelines.command import InputError
 from pipelines.image_sources import ImageIndex, ImageSlice, Listing
 
 logger = logging.getLogger(__name__)
+
+CROP = "adm_center_crop"  # what `center_crop` does, as recipes and protocols name it
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -46,20 +49,40 @@ def decode_image(content: bytes, size: int) -> np.ndarray:
             return np.array(center_crop(image.convert("RGB"), size))  # a copy: Pillow's own is read-only
 
 
-def read_pixels(
-    filesystem: fs.FileSystem, listing: Listing, index: ImageIndex, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """All readable images of a source: uint8 (N, size, size, 3), and labels int64 (N,); the others are logged."""
-    pixels, labels = [], []
-    images = ImageSlice.of(filesystem, listing, index).read()
-    for content, entry in zip(images, index.entries.to_pylist(), strict=True):
+def decode_images(images: ImageSlice, size: int) -> Iterator[np.ndarray | Exception]:
+    """Every image of a slice in its order: uint8 RGB (size, size, 3), or why it cannot be read.
+
+    Raises what storage raises where it fails: that says nothing of an image.
+    """
+    for content in images.read():
+        if isinstance(content, Exception):
+            yield content
+            continue
         try:
-            if isinstance(content, Exception):
-                raise content
-            pixels.append(decode_image(content, size))
+            pixels = decode_image(content, size)
+        except Exception as error:  # Pillow raises many kinds; whatever it is, it belongs to this one image
+            yield error
+        else:
+            yield pixels
+
+
+def read_pixels(
+    filesystem: fs.FileSystem, listing: Listing, index: ImageIndex, size: int, num_images: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Readable images of a source: uint8 (N, size, size, 3), and labels int64 (N,); the others are logged.
+
+    num_images: as many at most, spread evenly over the source; all of them unless given.
+    """
+    count = len(index)
+    kept = min(count if num_images is None else num_images, count)
+    images = ImageSlice.of(filesystem, listing, index, np.arange(kept) * count // max(kept, 1))
+    pixels, labels = [], []
+    for image, entry in zip(decode_images(images, size), images.entries.to_pylist(), strict=True):
+        if isinstance(image, Exception):
+            logger.warning("left out unreadable %s: %s", entry["sample_id"], image)
+        else:
+            pixels.append(image)
             labels.append(entry["label"])
-        except Exception as error:  # Pillow raises many kinds; one bad file must not end an evaluation
-            logger.warning("left out unreadable %s: %s", entry["sample_id"], error)
     if not pixels:
-        raise InputError(f"none of the {len(index)} images in {listing.location} can be read")
+        raise InputError(f"none of the {kept} images in {listing.location} can be read")
     return np.stack(pixels), np.asarray(labels, dtype=np.int64)

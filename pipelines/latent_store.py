@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +84,14 @@ class EncodingRecipe:
     """Of the moments."""
 
 
+class NetworkSizes(TypedDict):
+    """What a network's size has from the data, by the core's names."""
+
+    sample_size: int
+    in_channels: int
+    num_classes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A complete latent dataset."""
@@ -119,7 +127,7 @@ class Manifest:
         return channels // 2, height, width
 
     @property
-    def network_sizes(self) -> dict[str, int]:
+    def network_sizes(self) -> NetworkSizes:
         """What a network's size has from the data: sample_size, in_channels, num_classes."""
         channels, size, _ = self.latent_shape
         return {"sample_size": size, "in_channels": channels, "num_classes": len(self.class_names)}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import latent_store, storage, tracking
 from pipelines.command import InputError
 from pipelines.extractors import Extractor, Features, open_extractor
-from pipelines.image_reading import decode_image
+from pipelines.image_reading import decode_images
 from pipelines.image_sources import ImageSlice
 from pipelines.progress import Progress
 from pipelines.sample_files import open_sample_file
@@ -40,6 +40,7 @@ CHUNK_SIZE = 500  # rows whose sums travel together: 34 MB in Inception's featur
 SEEDS_PER_BASE = 2**32
 
 Labels = Literal["balanced", "random"]
+Sums = TypeVar("Sums", FeatureStatistics, ScoreSums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,9 @@ class Setting:
     """Of flow matching's equation."""
 
     @property
-    def title(self) -> str:
-        """ "2 steps, omega 4, in [0.2, 0.8], Heun"."""
-        words = [f"{self.num_steps} step{'s' * (self.num_steps > 1)}"]
+    def way(self) -> str:
+        """How, the number of steps aside: "omega 4, in [0.2, 0.8], Heun"; empty where nothing was asked for."""
+        words = []
         if self.guidance_scale is not None:
             words.append(f"omega {self.guidance_scale:g}")
         if self.guidance_interval is not None:
@@ -66,6 +67,12 @@ class Setting:
         if self.solver == "heun":
             words.append("Heun")
         return ", ".join(words)
+
+    @property
+    def title(self) -> str:
+        """ "2 steps, omega 4, in [0.2, 0.8], Heun"."""
+        steps = f"{self.num_steps} step{'s' * (self.num_steps > 1)}"
+        return f"{steps}, {self.way}" if self.way else steps
 
     def network_calls(self, pipeline: MeanFlowPipeline) -> int:
         """Evaluations of the network for one image: Heun's method has two a step, and so has guidance by two answers."""
@@ -168,14 +175,12 @@ class Read:
         pixels: list[np.ndarray] = []
         labels: list[int] = []
         unreadable = 0
-        for row, (content, label) in enumerate(zip(self.images.read(), entries, strict=True)):
-            try:
-                if isinstance(content, Exception):
-                    raise content
-                pixels.append(decode_image(content, self.size))
-                labels.append(label)
-            except Exception:  # Pillow raises many kinds; one bad file must not end an evaluation
+        for row, (image, label) in enumerate(zip(decode_images(self.images, self.size), entries, strict=True)):
+            if isinstance(image, Exception):
                 unreadable += 1
+            else:
+                pixels.append(image)
+                labels.append(label)
             if len(pixels) == batch_size or (row + 1 == len(entries) and (pixels or unreadable)):
                 read = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
                 if self.through_autoencoder and pixels:
@@ -230,12 +235,15 @@ class Chunk:
     """First rows that come back as images."""
 
 
+def _add_to(sums: dict[int, Sums], key: int, part: Sums) -> None:
+    sums[key] = sums[key] + part if key in sums else part
+
+
 @dataclass
 class Measured:
     """The sums of a chunk, or of a whole set."""
 
     set_name: str
-    group: int = 0
     groups: dict[int, FeatureStatistics] = field(default_factory=dict)
     """By group."""
     scores: dict[int, ScoreSums] = field(default_factory=dict)
@@ -256,9 +264,9 @@ class Measured:
     def add(self, other: "Measured") -> None:
         """Adds the sums of a later chunk."""
         for group, statistics in other.groups.items():
-            self.groups[group] = self.groups[group] + statistics if group in self.groups else statistics
+            _add_to(self.groups, group, statistics)
         for group, score in other.scores.items():
-            self.scores[group] = self.scores[group] + score if group in self.scores else score
+            _add_to(self.scores, group, score)
         if other.spatial is not None:
             self.spatial = other.spatial if self.spatial is None else self.spatial + other.spatial
         if other.num_right is not None:
@@ -280,8 +288,7 @@ class Measured:
         """The scores' sums in NUM_SPLITS parts by order of the samples; fewer where there are fewer groups."""
         per_split: dict[int, ScoreSums] = {}
         for group in sorted(self.scores):
-            split = group * NUM_SPLITS // NUM_GROUPS
-            per_split[split] = per_split[split] + self.scores[group] if split in per_split else self.scores[group]
+            _add_to(per_split, group * NUM_SPLITS // NUM_GROUPS, self.scores[group])
         return list(per_split.values())
 
 

@@ -13,8 +13,9 @@ class PixelDistances:
 
     def __init__(self, train: torch.Tensor, held_out: torch.Tensor, held_out_labels: torch.Tensor) -> None:
         self._train = shrunk(train).flatten(1).float()
-        self._held_out_diversity = _variety(shrunk(held_out), held_out_labels)
-        self._held_out_nearest = float(nearest_distances(shrunk(held_out).flatten(1), self._train).median())
+        small = shrunk(held_out)
+        self._held_out_diversity = _variety(small, held_out_labels)
+        self._held_out_nearest = float(nearest_distances(small.flatten(1), self._train).median())
 
     def measure(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         """Of uint8 images (N, H, W, 3) that ought to be of classes (N,).

@@ -29,12 +29,12 @@ from pipelines import latent_store, measuring, storage
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.extractors import DINOV2, INCEPTION, describe, open_extractor
+from pipelines.image_reading import CROP
 from pipelines.image_sources import Format, ImageIndex, ImageSlice, Listing, find_images
 from pipelines.latent_store import Manifest
 
 logger = logging.getLogger(__name__)
 
-CROP = "adm_center_crop"
 UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"
 KEYS = {"adm": ("mu", "sigma"), "meanflow": ("ref_mu", "ref_sigma")}
 

@@ -205,14 +205,7 @@ def time_training(names: Sequence[str], data: Data, device: torch.device, num_ro
     normalization = LatentNormalization.from_vae_config(latent_store.open_autoencoder(data.latents).config)
 
     def step_of(config: TrainingConfig) -> Callable[[], object]:
-        sizes = dataset.manifest.network_sizes
-        state = build_train_state(
-            config,
-            sample_size=sizes["sample_size"],
-            in_channels=sizes["in_channels"],
-            num_classes=sizes["num_classes"],
-            device=device,
-        )
+        state = build_train_state(config, **dataset.manifest.network_sizes, device=device)
         batches = BatchSource(dataset, config, rank=0, world_size=1, device=device).batches(0)
         return lambda: train_step(state, state.network, batches, normalization, config)
 

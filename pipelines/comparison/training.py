@@ -38,6 +38,7 @@ from pipelines import latent_store
 from pipelines.batches import BatchSource
 from pipelines.command import RunError, set_up_logging
 from pipelines.latent_cache import open_latents
+from pipelines.latent_store import NetworkSizes
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -128,12 +129,12 @@ class Data:
     """Where each node keeps its copy; "none" maps mounted storage itself."""
 
     @property
-    def network_sizes(self) -> dict[str, int]:
+    def network_sizes(self) -> NetworkSizes:
         """What networks take from the data."""
         return latent_store.read_manifest(self.latents).network_sizes
 
 
-def step_costs(sizes: dict[str, int]) -> dict[str, float]:
+def step_costs(sizes: NetworkSizes) -> dict[str, float]:
     """{method: floating-point operations of one of its steps}, as `meanflow_core.cost` counts them."""
     return {name: step_flops(method.config, **sizes) for name, method in methods(1).items()}
 
@@ -213,13 +214,7 @@ def train_run(run: Run, data: Data, output: Path, device: torch.device | None = 
     vae = latent_store.open_autoencoder(data.latents)
     normalization = LatentNormalization.from_vae_config(vae.config)
     sizes = dataset.manifest.network_sizes
-    state = build_train_state(
-        config,
-        sample_size=sizes["sample_size"],
-        in_channels=sizes["in_channels"],
-        num_classes=sizes["num_classes"],
-        device=device,
-    )
+    state = build_train_state(config, **sizes, device=device)
     source = BatchSource(dataset, config, rank=0, world_size=1, device=device)
     curve = LossCurve(config.num_steps)
     progress = Progress(logger, f"{run.name}: trained", "steps", config.num_steps, interval_seconds=30.0)

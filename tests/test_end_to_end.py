@@ -226,7 +226,10 @@ def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same
         with open(log, "wb") as output:
             driver = subprocess.Popen(
                 [*train, "--model-name", "killed"], cwd=workspace.folder, stdout=output, stderr=output,
-                env={**os.environ, **workspace.environment, "MLFLOW_TRACKING_URI": tracking_uri},
+                env={
+                    **os.environ, **workspace.environment, "MLFLOW_TRACKING_URI": tracking_uri,
+                    "RAY_DEDUP_LOGS": "0",  # or Ray writes one line for two workers' that come close to each other
+                },
             )  # fmt: skip
         try:
             record = None

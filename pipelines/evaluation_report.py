@@ -1,10 +1,12 @@
 """What an evaluation's report looks like: the table, and the plots against network calls and guidance."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from pipelines.measuring import Setting
 
@@ -69,19 +71,25 @@ def plot(report: dict, path: Path) -> None:
             if key in report.get(name, {}):
                 axis.axhline(report[name][key], ls=style, color=colour, label=label)
         title = report["protocol"]["distance"] if key == "frechet" else COLUMNS[key][0]
-        ticks = sorted({entry["network_calls"] for entry in entries})
-        axis.set(title=title, xlabel="network calls per image", xscale="log")
-        axis.set_xticks(ticks, [str(count) for count in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_yscale("log")
-    for place in (axes[0][0].yaxis.set_major_formatter, axes[0][0].yaxis.set_minor_formatter):
-        place("{x:g}")
+        axis.set_title(title)
+        scale_by_calls(axis, {entry["network_calls"] for entry in entries}, is_distance=key == "frechet")
     if second == "accuracy":
         axes[0][1].set_ylim(0.0, 1.03)
     axes[0][-1].legend(loc="best", fontsize="small")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def scale_by_calls(axis: Axes, calls: Collection[int], *, is_distance: bool) -> None:
+    """Numbers of network calls along the axis, each with its tick; a distance upwards on a logarithmic scale."""
+    axis.set(xlabel="network calls per image", xscale="log")
+    if is_distance:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_xticks(sorted(calls), [str(count) for count in sorted(calls)])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
 
 
 def plot_guidance(report: dict, path: Path) -> None:

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from pipelines import storage, tracking
 from pipelines.command import InputError, parse_command_line, run_command
-from pipelines.evaluation_report import COLUMNS
+from pipelines.evaluation_report import COLUMNS, scale_by_calls
 
 logger = logging.getLogger(__name__)
 
@@ -152,10 +152,8 @@ def plot(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     first = next(iter(reports.values()))
     if "held_out" in first:
         axis.axhline(first["held_out"]["frechet"], ls="--", color="black", lw=1, label="held-out real images")
-    axis.set(xlabel="network calls per image", ylabel=first["protocol"]["distance"], xscale="log", yscale="log")
-    axis.set_xticks(sorted(ticks), [str(count) for count in sorted(ticks)])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
+    axis.set_ylabel(first["protocol"]["distance"])
+    scale_by_calls(axis, ticks, is_distance=True)
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from meanflow_core.latents import LatentNormalization
 
@@ -31,6 +31,26 @@ def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> A
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot load an autoencoder from {id_or_folder!r}, as folder or hub id: {reason}") from error
     return vae.eval().requires_grad_(False)
+
+
+def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
+    """Loads an AutoencoderTiny ("madebyollin/taesd" for the latents of Stable Diffusion), by hub id or from a folder.
+
+    Raises ValueError where there is none, saying what was looked for.
+    """
+    try:
+        tiny = AutoencoderTiny.from_pretrained(
+            id_or_folder,
+            dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+        )
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"cannot load an AutoencoderTiny from {id_or_folder!r}, as folder or hub id: {reason}"
+        ) from error
+    return tiny.eval().requires_grad_(False)
 
 
 def forbid_tf32() -> None:
@@ -92,3 +112,15 @@ def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """
     mean, _ = encode_moments(vae, images).chunk(2, dim=1)
     return decode_latents(vae, LatentNormalization.from_vae_config(vae.config).normalize(mean))
+
+
+@torch.no_grad()
+def decode_preview(tiny: AutoencoderTiny, vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3) by a small decoder: quick, and a little off.
+
+    vae: the autoencoder that the latents are of. The small one takes its latents scaled as its maker published them,
+    shift and scale for all channels alike, whatever normalisation this generator uses.
+    """
+    raw = LatentNormalization.from_vae_config(vae.config).denormalize(latents.float())
+    scaled = (raw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return to_uint8_images(tiny.decode(scaled.to(tiny.dtype)).sample)

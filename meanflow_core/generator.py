@@ -24,10 +24,11 @@ def build_pipeline(
     vae: AutoencoderKL,
     class_names: Sequence[str],
     *,
+    wnids: Sequence[str] = (),
     is_flow_matching: bool = False,
     sampling: SamplingConfig | None = None,
 ) -> MeanFlowPipeline:
-    """A pipeline around a network and its autoencoder, class i carrying the i-th name.
+    """A pipeline around a network and its autoencoder, class i carrying the i-th name, and WordNet id if there are any.
 
     is_flow_matching: the network learnt velocities alone. sampling: its guidance unless asked otherwise.
     """
@@ -37,6 +38,7 @@ def build_pipeline(
         vae,
         FlowMapEulerDiscreteScheduler(),
         id2label={str(label): name for label, name in enumerate(class_names)},
+        wnids={str(label): wnid for label, wnid in enumerate(wnids)},
         prediction="velocity" if is_flow_matching else "average_velocity",
         guidance_scale=sampling.guidance_scale,
         guidance_start=sampling.guidance_start,
@@ -96,7 +98,7 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
         if not (folder / name).is_dir():
             raise ValueError(f"no {name}/ in {folder}; a generator is a folder that save_pretrained wrote whole")
     settings = json.loads(index.read_text())
-    known = ("id2label", "prediction", "guidance_scale", "guidance_start", "guidance_end")
+    known = ("id2label", "wnids", "prediction", "guidance_scale", "guidance_start", "guidance_end")
     pipeline = MeanFlowPipeline(
         load_network(folder / "transformer"),
         load_autoencoder(str(folder / "vae")),

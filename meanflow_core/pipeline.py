@@ -5,6 +5,7 @@ throughout. The latent normalisation stands in vae/config.json. Open it with `Me
 """
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,10 @@ PREDICTIONS = ("average_velocity", "velocity")
 SOLVERS = ("euler", "heun")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+# One for all images, or one per image.
+Scales = float | Sequence[float]
+Intervals = tuple[float, float] | Sequence[tuple[float, float]]
+
 
 def noise_from_seeds(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> torch.Tensor:
     """One standard normal (C, H, W) per seed, float32 (B, C, H, W), on the CPU: the same on every device and batch.
@@ -35,6 +40,24 @@ def noise_from_seeds(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seeds must lie in [0, {MAX_SEED}], but got {seed}")
     return torch.stack([torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def noise_between(start: torch.Tensor, end: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Noise on the way from `start` (weight 0) to `end` (weight 1), all (B, C, H, W), a weight in [0, 1] per image.
+
+    cos(w pi / 2) start + sin(w pi / 2) end: of independent standard normals again one, as the network knows it, where
+    a straight line would pass through noise of half the variance.
+    Raises ValueError where shapes or weights do not fit.
+    """
+    if start.shape != end.shape or len(weights) != len(start):
+        raise ValueError(
+            f"wanted two noises of one shape and a weight per image, but got {tuple(start.shape)}, {tuple(end.shape)} "
+            f"and {len(weights)} weights"
+        )
+    if not all(0.0 <= weight <= 1.0 for weight in weights):
+        raise ValueError(f"weights must lie in [0, 1], but got {list(weights)}")
+    angle = torch.tensor(weights, dtype=torch.float64, device=start.device).mul(math.pi / 2.0).view(-1, 1, 1, 1)
+    return angle.cos().to(start.dtype) * start + angle.sin().to(start.dtype) * end
 
 
 def _as_output(pixels: torch.Tensor, output_type: str) -> object:
@@ -65,9 +88,10 @@ class MeanFlowPipeline(DiffusionPipeline):
     """Class-conditional images in one network call, or in several.
 
     id2label: {class id: name}, the id as a string because JSON has no other keys; a name may list synonyms, separated
-    by commas, and each of them finds the class. prediction: "average_velocity" of MeanFlow, or "velocity" of flow
-    matching, which is integrated by Euler's or Heun's method. guidance_scale, guidance_start, guidance_end: how to
-    sample unless asked otherwise, for a network that is told its guidance, and for flow matching.
+    by commas, and each of them finds the class. wnids: {class id: WordNet id}, likewise, where there are any.
+    prediction: "average_velocity" of MeanFlow, or "velocity" of flow matching, which is integrated by Euler's or Heun's
+    method. guidance_scale, guidance_start, guidance_end: how to sample unless asked otherwise, for a network that is told
+    its guidance, and for flow matching.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -78,6 +102,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         scheduler: FlowMapEulerDiscreteScheduler,
         id2label: dict[str, str] | None = None,
+        wnids: dict[str, str] | None = None,
         prediction: str = "average_velocity",
         guidance_scale: float = 1.0,
         guidance_start: float = 0.0,
@@ -89,6 +114,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(
             id2label=dict(id2label or {}),
+            wnids=dict(wnids or {}),
             prediction=prediction,
             guidance_scale=guidance_scale,
             guidance_start=guidance_start,
@@ -150,7 +176,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         return self.config.prediction == "velocity" or self.transformer.takes_guidance
 
     def _guidance(
-        self, num_rows: int, scale: float | Sequence[float] | None, interval: tuple[float, float] | None
+        self, num_rows: int, scale: Scales | None, interval: Intervals | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """omega, t_min and t_max, float32 (B,). Raises ValueError where they do not fit."""
         scales = torch.as_tensor(
@@ -165,10 +191,17 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale must be one number, or one per image, {num_rows}, but got {scale}")
         if not bool((torch.isfinite(scales) & (scales >= 1.0)).all()):
             raise ValueError(f"guidance_scale must be at least 1 (no guidance), but got {scales.tolist()}")
-        start, end = (self.config.guidance_start, self.config.guidance_end) if interval is None else interval
-        if not 0.0 <= start <= end <= 1.0:
-            raise ValueError(f"guidance_interval must be (start, end), 0 <= start <= end <= 1, but got {start}, {end}")
-        t_min, t_max = torch.full((num_rows,), float(start)), torch.full((num_rows,), float(end))
+        own = (self.config.guidance_start, self.config.guidance_end)
+        intervals = torch.as_tensor(own if interval is None else interval, dtype=torch.float32, device="cpu")
+        if intervals.shape not in ((2,), (num_rows, 2)):
+            raise ValueError(
+                f"guidance_interval must be (start, end), or one per image, {num_rows}, but got {interval}"
+            )
+        t_min, t_max = intervals.expand(num_rows, 2).clone().unbind(dim=1)
+        if not bool(((t_min >= 0.0) & (t_min <= t_max) & (t_max <= 1.0)).all()):
+            raise ValueError(
+                f"guidance_interval must be (start, end), 0 <= start <= end <= 1, but got {interval or own}"
+            )
         return scales.expand(num_rows).clone(), t_min, t_max
 
     @torch.no_grad()
@@ -178,8 +211,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         noise: torch.Tensor,
         num_inference_steps: int = 1,
         timesteps: Sequence[float] | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
+        guidance_scale: Scales | None = None,
+        guidance_interval: Intervals | None = None,
         solver: str = "euler",
     ) -> torch.Tensor:
         """Carries noise (B, C, H, W) at t = 1 to normalised latents, float32, at t = 0.
@@ -202,10 +235,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
         omega, t_min, t_max = self._guidance(len(labels), guidance_scale, guidance_interval)
-        if learns_velocity:
-            answer = self._velocity(labels, omega, (float(t_min[0]), float(t_max[0])))
-        else:
-            answer = self._average_velocity(labels, omega.to(device), t_min.to(device), t_max.to(device))
+        make_answer = self._velocity if learns_velocity else self._average_velocity
+        answer = make_answer(labels, omega.to(device), t_min.to(device), t_max.to(device))
 
         z = noise.to(device, torch.float32)
         self.scheduler.set_timesteps(sigmas=times[:-1])
@@ -236,15 +267,15 @@ class MeanFlowPipeline(DiffusionPipeline):
         return answer
 
     def _velocity(
-        self, labels: torch.Tensor, omega: torch.Tensor, interval: tuple[float, float]
+        self, labels: torch.Tensor, omega: torch.Tensor, t_min: torch.Tensor, t_max: torch.Tensor
     ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
-        """v(z, t) of these images by classifier-free guidance inside its interval, float32 (B, C, H, W)."""
-        is_wanted = bool((omega != 1.0).any())
+        """v(z, t) of these images, each by classifier-free guidance inside its interval, float32 (B, C, H, W)."""
         null = torch.full_like(labels, self.transformer.config.num_classes)
-        scale = omega.to(labels.device).view(-1, 1, 1, 1)
+        scale = omega.view(-1, 1, 1, 1)
 
         def answer(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
-            is_guided = is_wanted and interval[0] <= t <= interval[1]
+            guided_rows = (omega != 1.0) & (t_min <= t) & (t <= t_max)
+            is_guided = bool(guided_rows.any())
             asked = torch.cat([labels, null]) if is_guided else labels
             time = torch.full((len(asked),), t, device=z.device)
             z = torch.cat([z, z]) if is_guided else z
@@ -253,7 +284,8 @@ class MeanFlowPipeline(DiffusionPipeline):
             if not is_guided:
                 return velocity
             conditional, unconditional = velocity.chunk(2)
-            return unconditional + scale * (conditional - unconditional)
+            guided = unconditional + scale * (conditional - unconditional)
+            return torch.where(guided_rows.view(-1, 1, 1, 1), guided, conditional)
 
         return answer
 
@@ -269,8 +301,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         seeds: Sequence[int],
         num_inference_steps: int = 1,
         timesteps: Sequence[float] | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
+        guidance_scale: Scales | None = None,
+        guidance_interval: Intervals | None = None,
         solver: str = "euler",
     ) -> torch.Tensor:
         """Images uint8 (B, H, W, 3) on the pipeline's device, image i a function of (weights, class, seed, steps) alone.
@@ -292,8 +324,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         seeds: Sequence[int] | None = None,
         latents: torch.Tensor | None = None,
         timesteps: Sequence[float] | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
+        guidance_scale: Scales | None = None,
+        guidance_interval: Intervals | None = None,
         solver: str = "euler",
         output_type: str = "pil",
         return_dict: bool = True,
@@ -303,7 +335,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         The noise comes from `latents` (B, C, H, W), or from `seeds`, one per image, so that an image is a function of
         (weights, class, seed, steps) and not of its batch, or from `generator` as elsewhere in diffusers.
         num_inference_steps: equal steps from t = 1 to 0; timesteps, e.g. (1.0, 0.4, 0.0), takes the place of them.
-        guidance_scale, one or one per image, and guidance_interval (start, end): for improved MeanFlow, which is told
+        guidance_scale and guidance_interval (start, end), one or one per image: for improved MeanFlow, which is told
         them, and for flow matching, at twice the calls; the generator's own unless given. solver: "euler", or "heun"
         for flow matching, at two calls a step. output_type: "pil", "np" (float [0, 1] (B, H, W, 3)), "pt" (float
         [0, 1] (B, 3, H, W)), or "latent" (normalised latents (B, C, H, W)).

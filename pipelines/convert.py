@@ -9,6 +9,7 @@ none is opened in a way that could run code in it.
 
 import logging
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ class ConvertJob:
     vae: str
     """Autoencoder whose latents the network knows: a hub id or folder."""
     class_names: Path | None = None
-    """File of class names, a line each, in the order of the ids; "class 0" and so on unless given."""
+    """File of class names, a line each, in the order of the ids; each may begin with its WordNet id, as in ImageNet's
+    LOC_synset_mapping.txt. "class 0" and so on unless given."""
     use_ema: bool = True
     """Of a whole training state, take the moving average; else the parameters that the optimiser had."""
     sample_size: int | None = None
@@ -52,10 +54,13 @@ class ConvertJob:
     """Write the generator with its code, to open with diffusers alone (trust_remote_code=True)."""
 
 
-def read_class_names(path: Path | None, num_classes: int) -> list[str]:
-    """One name a class. Raises InputError where the file cannot be read, or has another number of names."""
+def read_class_names(path: Path | None, num_classes: int) -> tuple[list[str], list[str]]:
+    """One name a class, and one WordNet id where every line begins with one.
+
+    Raises InputError where the file cannot be read, or has another number of names.
+    """
     if path is None:
-        return [f"class {label}" for label in range(num_classes)]
+        return [f"class {label}" for label in range(num_classes)], []
     try:
         names = [line.strip() for line in path.expanduser().read_text().rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -65,7 +70,11 @@ def read_class_names(path: Path | None, num_classes: int) -> list[str]:
             f"{path} must have one name a line for each of the network's {num_classes} classes, "
             f"but has {len(names)} lines, {names.count('')} of them empty"
         )
-    return names
+    with_wnid = [re.fullmatch(r"(n\d{8})\s+(.*)", name) for name in names]
+    found = [match for match in with_wnid if match]
+    if len(found) < len(names):
+        return names, []
+    return [match[2] for match in found], [match[1] for match in found]
 
 
 def published_sampling(network: AnyNetwork, architecture: str) -> SamplingConfig:
@@ -145,13 +154,14 @@ def convert(job: ConvertJob) -> int:
             f"the network is for latents of {size.in_channels} channels, but those of {job.vae} have "
             f"{vae.config.latent_channels}"
         )
-    names = read_class_names(job.class_names, size.num_classes)
+    names, wnids = read_class_names(job.class_names, size.num_classes)
     normalization = set_normalization(vae, source.architecture)
     logger.info("latents are normalised by mean %s and deviation %s", normalization.mean, normalization.std)
     pipeline = build_pipeline(
         network.eval(),
         vae,
         names,
+        wnids=wnids,
         is_flow_matching=source.is_flow_matching,
         sampling=published_sampling(network, source.architecture),
     )

@@ -28,6 +28,7 @@ from PIL import Image
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import load_pipeline
+from meanflow_core.grids import image_grid
 from meanflow_core.metrics import (
     Manifold,
     frechet_distance,
@@ -42,7 +43,6 @@ from pipelines.command import InputError, choose_gpus, parse_command_line, run_c
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.evaluation_report import plot, plot_guidance, slug, table, way_slug
 from pipelines.extractors import INCEPTION, Extractor, describe, open_extractor
-from pipelines.grids import image_grid
 from pipelines.image_reading import read_pixels
 from pipelines.image_sources import ImageIndex, find_images
 from pipelines.measuring import NUM_GROUPS, NUM_SPLITS, Chunk, Drawn, Labels, Measured, SampleRule, Setting

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import build_pipeline
+from meanflow_core.grids import image_grid
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import Network
 from meanflow_core.networks import AnyNetwork
@@ -39,7 +40,6 @@ from meanflow_core.training import (
 from pipelines import checkpoints, latent_store, tracking
 from pipelines.batches import BatchSource, Prefetcher
 from pipelines.command import set_up_logging
-from pipelines.grids import image_grid
 from pipelines.latent_cache import open_latents
 from pipelines.latent_store import Manifest
 from pipelines.notices import Notices
@@ -253,6 +253,7 @@ def pipeline_of(
         network,
         vae,
         manifest.class_names,
+        wnids=manifest.wnids,
         is_flow_matching=config.loss.is_flow_matching,
         sampling=config.sampling,
     )

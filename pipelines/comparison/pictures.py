@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from pipelines.grids import image_grid
+from meanflow_core.grids import image_grid
 
 COLORS = {
     "flow_matching": "tab:gray",

@@ -246,6 +246,7 @@ def train_run(run: Run, data: Data, output: Path, device: torch.device | None = 
         network,
         vae,
         dataset.manifest.class_names,
+        wnids=dataset.manifest.wnids,
         is_flow_matching=config.loss.is_flow_matching,
         sampling=config.sampling,
     )

@@ -1,10 +1,13 @@
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from meanflow_core.autoencoder import (
     decode_latents,
+    decode_preview,
     encode_moments,
     load_autoencoder,
+    load_preview_decoder,
     to_float_images,
     to_uint8_images,
     weight_hash,
@@ -95,3 +98,26 @@ def test_autoencoder_without_weights_names_what_was_looked_for(vae, tmp_path):
 def test_half_precision_latents_are_scaled_in_float32(vae):
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
     assert torch.equal(decode_latents(vae, latents), decode_latents(vae, latents.float()))
+
+
+def test_preview_decoder_takes_latents_scaled_as_its_maker_does_whatever_the_generator_normalises_by(tmp_path):
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4,
+    )  # fmt: skip
+    tiny.save_pretrained(tmp_path / "tiny")
+    opened = load_preview_decoder(str(tmp_path / "tiny"))
+    plain = AutoencoderKL(block_out_channels=(32,), scaling_factor=0.2, shift_factor=0.5)
+    per_channel = AutoencoderKL(
+        block_out_channels=(32,), scaling_factor=0.2, shift_factor=0.5, latents_mean=[0.0, 1.0, 2.0, 3.0],
+        latents_std=[1.0, 2.0, 3.0, 4.0],
+    )  # fmt: skip
+    raw = torch.randn(2, 4, 8, 8)
+    expected = to_uint8_images(tiny.decode((raw - 0.5) * 0.2).sample)
+    for vae in (plain, per_channel):
+        latents = LatentNormalization.from_vae_config(vae.config).normalize(raw)
+        images = decode_preview(opened, vae, latents)
+        assert images.shape == (2, 16, 16, 3)
+        assert (images.int() - expected.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="cannot load an AutoencoderTiny from"):
+        load_preview_decoder(str(tmp_path / "none"))

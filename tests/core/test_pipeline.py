@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 
 from meanflow_core.config import SamplingConfig
 from meanflow_core.generator import build_pipeline, find_generator, for_sampling, load_pipeline, save_generator
-from meanflow_core.pipeline import MeanFlowPipeline, noise_from_seeds, time_grid
+from meanflow_core.pipeline import MeanFlowPipeline, noise_between, noise_from_seeds, time_grid
 from meanflow_core.transformer import Conditioning
 from pipelines.demo import images
 
@@ -263,6 +263,8 @@ def test_wrong_calls_are_refused_with_the_reason(pipeline, arguments, words):
         ({"guidance_interval": (0.5, 1.1)}, "0 <= start <= end <= 1"),
         ({"guidance_scale": [1.0, 2.0, 3.0]}, "one per image, 2"),
         ({"guidance_interval": (0.8, 0.2)}, "0 <= start <= end <= 1"),
+        ({"guidance_interval": [(0.1, 0.2), (0.8, 0.2)]}, "0 <= start <= end <= 1"),
+        ({"guidance_interval": [(0.1, 0.2)] * 3}, "or one per image, 2"),
     ],
 )
 def test_wrong_guidance_is_refused_with_the_reason(imf_pipeline, arguments, words):
@@ -431,3 +433,37 @@ def test_generator_without_a_part_is_refused_and_not_looked_for_elsewhere(pipeli
     shutil.rmtree(tmp_path / part)
     with pytest.raises(ValueError, match=f"no {part}/ in .*; a generator is a folder that save_pretrained wrote whole"):
         load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["imf_pipeline", "flow_pipeline"])
+def test_each_image_has_its_guidance_and_interval_whatever_shares_its_batch(request, kind):
+    pipeline = request.getfixturevalue(kind)
+    rows = [(3.0, (0.0, 1.0)), (3.0, (0.6, 1.0)), (1.0, (0.0, 1.0)), (5.0, (0.0, 0.4))]
+    labels, noise = [2, 3, 4, 5], noise_from_seeds(range(4), (4, 8, 8))
+    scales, intervals = zip(*rows, strict=True)
+    together = pipeline.sample_latents(labels, noise, 2, guidance_scale=scales, guidance_interval=list(intervals))
+    for row, (scale, interval) in enumerate(rows):
+        alone = pipeline.sample_latents(
+            labels[row : row + 1], noise[row : row + 1], 2, guidance_scale=scale, guidance_interval=interval
+        )
+        torch.testing.assert_close(together[row : row + 1], alone, atol=3e-6, rtol=1e-6)
+    everywhere = pipeline.sample_latents(labels, noise, 2, guidance_scale=scales, guidance_interval=(0.0, 1.0))
+    moved = (everywhere - together).flatten(1).abs().amax(dim=1) > 3e-5
+    assert moved.tolist() == [False, True, False, True]
+
+
+def test_noise_between_two_seeds_begins_and_ends_with_them_and_keeps_its_variance():
+    start, end = noise_from_seeds([1] * 3, (4, 64, 64)), noise_from_seeds([2] * 3, (4, 64, 64))
+    way = noise_between(start, end, [0.0, 0.5, 1.0])
+    assert torch.equal(way[0], start[0])
+    torch.testing.assert_close(way[2], end[2], atol=1e-6, rtol=0.0)
+    assert way.flatten(1).std(dim=1) == pytest.approx(torch.ones(3), abs=0.03)
+    with pytest.raises(ValueError, match=r"weights must lie in \[0, 1\], but got \[0.0, 1.5, 1.0\]"):
+        noise_between(start, end, [0.0, 1.5, 1.0])
+    with pytest.raises(ValueError, match="a weight per image"):
+        noise_between(start, end, [0.5])
+
+
+def test_wordnet_ids_are_kept(network, vae, tmp_path):
+    save_generator(build_pipeline(network, vae, ["cat", "dog"], wnids=["n02121808", "n02084071"]), tmp_path / "g")
+    assert load_pipeline(tmp_path / "g").config.wnids == {"0": "n02121808", "1": "n02084071"}

@@ -16,7 +16,7 @@ from meanflow_core.presets import PRESETS, imf_network
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines import convert
 from pipelines.command import run_command
-from pipelines.convert import published_sampling
+from pipelines.convert import published_sampling, read_class_names
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 
 CLASSES = 5
@@ -240,3 +240,13 @@ def test_failure_while_writing_leaves_nothing(monkeypatch, capsys, folder, tmp_p
     monkeypatch.setattr(convert, "save_generator", half)
     assert "no space left on device" in refusal(monkeypatch, capsys, folder, tmp_path / "output")
     assert os.listdir(tmp_path) == []
+
+
+def test_names_that_begin_with_wordnet_ids_are_told_apart_from_them(tmp_path):
+    (tmp_path / "mapping.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n")
+    assert read_class_names(tmp_path / "mapping.txt", 2) == (
+        ["tench, Tinca tinca", "goldfish, Carassius auratus"],
+        ["n01440764", "n01443537"],
+    )
+    (tmp_path / "names.txt").write_text("n01440764 tench\ngoldfish\n")
+    assert read_class_names(tmp_path / "names.txt", 2) == (["n01440764 tench", "goldfish"], [])

@@ -1,7 +1,7 @@
 # make demo    from nothing to a served one-step image, on a laptop
 # make test    lint, types, import contracts, tests
 # make compare flow matching, MeanFlow and improved MeanFlow side by side; about an hour on 2 cores
-# make env     the environment alone;   make lint, make soak, make bench, make lock: see README.md
+# make env     the environment alone;   make lint, make soak, make soak-deps, make bench, make lock: see README.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ COMPARISON := build/compare
 FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \
     MALLOC_ARENA_MAX=1
 
-.PHONY: demo compare test env lint soak bench lock clean
+.PHONY: demo compare test env lint soak soak-deps bench lock clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -50,6 +50,11 @@ test: lint
 
 soak: $(STAMP)
 	$(FAST_MALLOC) $(BIN)/python -m pytest -m soak --timeout 3600
+
+# What soak tests want beyond Python: a browser, from Debian's packages, and what drives it. Wants root.
+soak-deps: $(STAMP)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev,browser]"
+	apt-get update && apt-get install --yes --no-install-recommends chromium
 
 bench: $(STAMP)
 	@mkdir -p build/bench

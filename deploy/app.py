@@ -1,193 +1,143 @@
-"""Stage 4: the one-step generator over HTTP, with Ray Serve.
+"""Stage 4: the one-step generator over HTTP, on Ray Serve.
 
-    serve run deploy.app:build_app model=runs/demo/generator        # http://127.0.0.1:8000
+    serve run deploy.app:build_app model=runs/demo/generator        # http://127.0.0.1:8000, with a page to try it
     curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
 
-An ingress answers HTTP and encodes PNGs; the generator, a deployment of its own, gathers the images of all requests
-that arrive together into one network call. An image is a function of (class, seed, steps), whatever shares its batch.
+Two deployments: Api answers HTTP and encodes images (`deploy.http`); ImageGenerator holds the model and makes the images
+of all requests that arrive together in one network call (`deploy.generator`).
 """
 
-import asyncio
-import base64
-import io
 import logging
 import os
-import secrets
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from fastapi import FastAPI, HTTPException, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from PIL import Image
+from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError, RayError
 from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request
 
-from deploy.models import fetch_generator, is_registered
-from deploy.schema import MAX_SEED, Arguments, ClassEntry, GeneratedImage, GenerateRequest, GenerateResponse, Health
-from meanflow_core.generator import load_pipeline
-from meanflow_core.pipeline import MeanFlowPipeline
+from deploy.generator import GeneratorService
+from deploy.http import ApiService, build_http_app
+from deploy.metrics import RayRecorder
+from deploy.models import resolve_model
+from deploy.schema import Arguments, ClassEntry, Made, ModelCard, Order, Refusal
 
 logger = logging.getLogger(__name__)
 
-api = FastAPI(title="meanflow-ray", description="Class-conditional images in one network call.")
+KV_NAMESPACE = b"meanflow"
 
 
-@dataclass(frozen=True)
-class ImageOrder:
-    """One image to make."""
+class ClusterMemory:
+    """Which model served last, in the cluster's own store, which outlives replicas."""
 
-    label: int
-    seed: int
-    num_inference_steps: int
+    def __init__(self, app_name: str) -> None:
+        self._key = f"last-model:{app_name}".encode()
 
+    def recall(self) -> str | None:
+        """The last model that served, or None."""
+        from ray.experimental.internal_kv import _internal_kv_get
 
-def make_images(pipeline: MeanFlowPipeline, orders: list[ImageOrder]) -> list[np.ndarray]:
-    """Images uint8 (H, W, 3) for orders of any classes, seeds and steps: a pipeline call per number of steps."""
-    images: list[np.ndarray | None] = [None] * len(orders)
-    for steps in {order.num_inference_steps for order in orders}:
-        rows = [row for row, order in enumerate(orders) if order.num_inference_steps == steps]
-        labels, seeds = [orders[row].label for row in rows], [orders[row].seed for row in rows]
-        made = pipeline.images_from_seeds(labels, seeds, steps)
-        for row, image in zip(rows, made.cpu().numpy(), strict=True):
-            images[row] = image
-    return [image for image in images if image is not None]
+        found = _internal_kv_get(self._key, namespace=KV_NAMESPACE)
+        return found.decode() if found else None
+
+    def remember(self, model: str) -> None:
+        """Makes it this one."""
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(self._key, model.encode(), overwrite=True, namespace=KV_NAMESPACE)
 
 
 @serve.deployment
 class ImageGenerator:
-    """A generator on one device, its calls batched over requests."""
+    """A generator on one device."""
 
     def __init__(self, arguments: Arguments) -> None:
-        self._pipeline = load_pipeline(
-            fetch_generator(arguments.model, arguments.tracking_uri), "cuda" if torch.cuda.is_available() else "cpu"
-        )
-        self._class_names = self._pipeline.class_names or {
-            label: str(label) for label in range(self._pipeline.transformer.config.num_classes)
-        }
-        self.make.set_max_batch_size(arguments.max_batch_size)
-        self.make.set_batch_wait_timeout_s(arguments.batch_wait_seconds)
-        make_images(self._pipeline, [ImageOrder(0, 0, 1)])  # the first call is slow; a request should not pay for it
+        log_to_serve("deploy")
+        memory = ClusterMemory(serve.get_replica_context().app_name)
+        self._service = GeneratorService(arguments, memory, RayRecorder())
 
-    async def class_names(self) -> dict[int, str]:
-        """{class id: name}."""
-        return self._class_names
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Settings and model, changed in place; before the first request, the model is loaded here."""
+        await self._service.reconfigure(user_config)
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def make(self, orders: list[ImageOrder]) -> list[np.ndarray]:
-        """One image uint8 (H, W, 3) per order; callers hand in one order each."""
-        # Off the event loop, so that the next batch gathers meanwhile.
-        return await asyncio.to_thread(make_images, self._pipeline, orders)
+    async def generate(self, order: Order) -> Made | Refusal:
+        """The images of an order, or why there are none."""
+        return await self._service.generate(order)
 
+    async def describe(self) -> tuple[ModelCard | None, str | None]:
+        """The model that serves, and what is wrong."""
+        return await self._service.describe()
 
-def find_class(wanted: int | str, class_names: dict[int, str]) -> int:
-    """The id of a class given by id or by name. Raises ValueError for an unknown one, or a name that several share."""
-    if isinstance(wanted, int):
-        if wanted not in class_names:
-            raise ValueError(f"class ids lie in [0, {len(class_names) - 1}], but got {wanted}")
-        return wanted
-    name = wanted.strip().lower()
-    found = [
-        label
-        for label, names in class_names.items()
-        if name in (synonym.strip().lower() for synonym in names.split(","))
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"class name {wanted!r} is shared by the ids {found}; name the id")
-    raise ValueError(f"unknown class {wanted!r}; GET /classes lists the {len(class_names)} known ones")
+    async def list_classes(self) -> list[ClassEntry]:
+        """The classes, by id."""
+        return await self._service.list_classes()
 
 
-def to_png(image: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) -> a PNG file's bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
+class RemoteGenerator:
+    """The generator's replicas, with what may befall them told as refusals."""
 
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
 
-@api.exception_handler(RequestValidationError)
-async def explain_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-    """422 with one readable sentence per fault."""
-    faults = [
-        f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'body'}: {fault['msg']}" for fault in error.errors()
-    ]
-    return JSONResponse({"detail": "; ".join(faults)}, status_code=422)
+    async def generate(self, order: Order) -> Made | Refusal:
+        """The images of an order, or why there are none."""
+        try:
+            return await self._handle.generate.remote(order)
+        except BackPressureError as error:
+            return Refusal(
+                status=429, code="overloaded", message=f"too many requests wait: {error}", retry_after_seconds=1.0
+            )
+        except RayActorError:
+            logger.exception("a replica died with a request")
+            return Refusal(
+                status=503, code="replica_died", message="the replica that held this request died; send it again",
+                retry_after_seconds=1.0,
+            )  # fmt: skip
+        except DeploymentUnavailableError as error:
+            return Refusal(status=503, code="not_ready", message=str(error), retry_after_seconds=5.0)
+
+    async def describe(self) -> tuple[ModelCard | None, str | None]:
+        """The model that serves, and what is wrong."""
+        try:
+            return await self._handle.describe.remote()
+        except (RayError, RayServeException) as error:
+            return None, f"no replica answers: {type(error).__name__}"
+
+    async def list_classes(self) -> list[ClassEntry]:
+        """The classes, by id."""
+        return await self._handle.list_classes.remote()
 
 
 @serve.deployment
-@serve.ingress(api)
+@serve.ingress()
 class Api:
-    """The HTTP side: checks requests, asks the generator, encodes images."""
+    """The HTTP side."""
 
     def __init__(self, generator: DeploymentHandle, arguments: Arguments) -> None:
-        self._generator = generator
-        self._arguments = arguments
-        self._class_names: dict[int, str] = {}
+        from ray.serve.context import _get_global_client  # where else Serve tells its own HTTP host is its config file
 
-    async def _known_classes(self) -> dict[int, str]:
-        if not self._class_names:
-            self._class_names = await self._generator.class_names.remote()
-        return self._class_names
+        log_to_serve("deploy", "meanflow.access")
+        client = _get_global_client()
+        http_host = None if client is None else client.http_config.host
+        self._service = ApiService(RemoteGenerator(generator), arguments, RayRecorder(), http_host)
 
-    @api.get("/healthz")
-    async def healthz(self) -> Health:
-        """200 once the generator answers."""
-        return Health(
-            status="ok", model=self._arguments.model, num_classes=len(await self._generator.class_names.remote())
-        )
+    def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Settings, changed in place. Raises ValueError at the start where the endpoint would be open to everybody."""
+        self._service.reconfigure(user_config)
 
-    @api.get("/classes")
-    async def classes(self) -> list[ClassEntry]:
-        """The classes, by id."""
-        return [ClassEntry(id=label, name=name) for label, name in sorted((await self._known_classes()).items())]
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
+        return build_http_app(self._service)
 
-    @api.post(
-        "/generate",
-        response_model=GenerateResponse,
-        responses={
-            200: {"content": {"image/png": {}}},
-            422: {"description": "A field is wrong; `detail` says which and why."},
-        },
-    )
-    async def generate(self, request: GenerateRequest) -> Response:
-        """Images of one class, each made in `num_inference_steps` network calls."""
-        began = time.perf_counter()
-        limits = self._arguments
-        for name, value, limit in (
-            ("num_images", request.num_images, limits.max_images),
-            ("num_inference_steps", request.num_inference_steps, limits.max_steps),
-        ):
-            if value > limit:
-                raise HTTPException(422, f"{name}: at most {limit} here, but got {value}")
-        class_names = await self._known_classes()
-        try:
-            label = find_class(request.class_, class_names)
-        except ValueError as error:
-            raise HTTPException(422, f"class: {error}") from error
-        first_seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
-        seeds = range(first_seed, first_seed + request.num_images)
-        orders = [ImageOrder(label, seed, request.num_inference_steps) for seed in seeds]
-        images = await asyncio.gather(*(self._generator.make.remote(order) for order in orders))
-        milliseconds = 1000.0 * (time.perf_counter() - began)
-        if request.response_format == "png":
-            picture = await asyncio.to_thread(to_png, np.concatenate(images, axis=1))
-            headers = {"X-Class-Id": str(label), "X-Seed": str(first_seed), "X-Milliseconds": f"{milliseconds:.1f}"}
-            return Response(picture, media_type="image/png", headers=headers)
-        pngs = await asyncio.to_thread(lambda: [base64.b64encode(to_png(image)).decode() for image in images])
-        answer = GenerateResponse(
-            class_id=label,
-            class_name=class_names[label],
-            num_inference_steps=request.num_inference_steps,
-            milliseconds=milliseconds,
-            images=[GeneratedImage(seed=seed, png_base64=png) for seed, png in zip(seeds, pngs, strict=True)],
-        )
-        return JSONResponse(answer.model_dump())
+
+def log_to_serve(*names: str) -> None:
+    """Sends these loggers' lines where Serve writes its own: the replica's log file, with request and replica named."""
+    serve_logger = logging.getLogger("ray.serve")
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = list(serve_logger.handlers), False
+        logger.setLevel(logging.INFO)
 
 
 def build_app(arguments: Arguments) -> Application:
@@ -195,14 +145,31 @@ def build_app(arguments: Arguments) -> Application:
 
     Raises ValueError where the model cannot be had.
     """
-    # Resolved once and here: replicas have another working directory, and perhaps another environment.
-    model = arguments.model if is_registered(arguments.model) else str(Path(arguments.model).expanduser().absolute())
-    tracking_uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    tracking_uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    # Once and here: replicas start at different times, in other working directories, perhaps in other environments.
+    model = resolve_model(arguments.model, tracking_uri)
     arguments = arguments.model_copy(update={"model": model, "tracking_uri": tracking_uri})
-    fetch_generator(model, tracking_uri)  # a wrong name fails at once and in plain words
+    waiting = arguments.max_queued_images + 2 * arguments.max_batch_size
+    on_device = arguments.num_gpus > 0
     generator = ImageGenerator.options(  # type: ignore[attr-defined]  # the decorator is untyped
-        ray_actor_options={"num_gpus": arguments.num_gpus, "num_cpus": 0 if arguments.num_gpus else 1},
-        max_ongoing_requests=4 * arguments.max_batch_size,  # or batches never fill (ray#43288)
+        num_replicas=arguments.num_replicas,
+        user_config={},  # so that `reconfigure`, which loads the model, is called where a config has none
+        ray_actor_options={
+            "num_gpus": arguments.num_gpus,
+            "num_cpus": 0 if on_device else arguments.cpu_threads,
+        },
+        # The replica bounds its own queue, by images; Serve's bounds, by requests, lie just above it.
+        max_ongoing_requests=waiting,
+        max_queued_requests=waiting,
+        graceful_shutdown_timeout_s=arguments.drain_seconds,
     ).bind(arguments)
-    ingress = Api.options(max_ongoing_requests=100)  # type: ignore[attr-defined]
+    ingress = Api.options(  # type: ignore[attr-defined]
+        num_replicas=arguments.num_api_replicas,
+        user_config={},
+        max_ongoing_requests=4 * waiting * arguments.num_replicas,
+        max_queued_requests=4 * waiting * arguments.num_replicas,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        graceful_shutdown_timeout_s=arguments.drain_seconds,
+        logging_config={"encoding": "JSON", "enable_access_log": False},  # its own access log names key and images
+    )
     return ingress.bind(generator, arguments)

@@ -143,18 +143,18 @@ def fetch(url: str, body: dict | None = None, timeout: float = 30.0) -> tuple[in
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen, patience_seconds: float = 180.0) -> None:
-    """Waits for /healthz. Raises InputError where the server ends or does not answer in time."""
+    """Waits for /readyz. Raises InputError where the server ends or does not answer in time."""
     began = time.monotonic()
     while time.monotonic() - began < patience_seconds:
         if server.poll() is not None:
             raise InputError(f"serve ended with exit code {server.returncode} before it answered; its output is above")
         try:
-            if fetch(f"{url}/healthz", timeout=5.0)[0] == 200:
+            if fetch(f"{url}/readyz", timeout=5.0)[0] == 200:
                 return
         except OSError:
             pass
         time.sleep(0.5)
-    raise InputError(f"{url}/healthz did not answer within {patience_seconds:.0f} s")
+    raise InputError(f"{url}/readyz did not answer within {patience_seconds:.0f} s")
 
 
 def serve_and_ask(demo: Demo, processes: Processes, model: str, tracking_uri: str) -> str:

@@ -1,0 +1,356 @@
+"""The generator's side: holds a model, makes it anew when another is asked for, and answers orders in batches.
+
+Plain asyncio and threads; `deploy.app` makes a Ray Serve deployment of it. Whatever a user_config asks for, the model
+that serves goes on until its successor is loaded and warm; where that fails, it just goes on, and says so.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from deploy.batching import Batcher, BatchLimits, BatchReport, DeadlineError, OverloadedError
+from deploy.engine import BatchTimes, Engine, Group, Row
+from deploy.metrics import Recorder
+from deploy.models import fetched_generator
+from deploy.schema import (
+    GENERATOR_SETTINGS,
+    Arguments,
+    ClassEntry,
+    Made,
+    ModelCard,
+    ModelHashes,
+    Order,
+    Refusal,
+    with_settings,
+)
+from meanflow_core.autoencoder import load_preview_decoder, weight_hash
+from meanflow_core.generator import load_pipeline
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 15.0, 600.0
+
+
+class Memory(Protocol):
+    """Remembers, for replicas to come, which model served last."""
+
+    def recall(self) -> str | None:
+        """The last model that served, or None."""
+
+    def remember(self, model: str) -> None:
+        """Makes it this one."""
+
+
+@dataclass(frozen=True, eq=False)  # one of a kind, and a key of the batcher
+class Loaded:
+    """A model that is ready to serve."""
+
+    model: str
+    engine: Engine
+    card: ModelCard
+    classes: list[ClassEntry]
+    names: dict[str, list[int]]
+    """{name, synonym or wnid, in lower case: class ids}."""
+
+
+def name_classes(class_names: dict[int, str], wnids: dict[str, str], num_classes: int) -> list[ClassEntry]:
+    """An entry per class id; a class without a name is called by its id."""
+    return [
+        ClassEntry(id=label, name=class_names.get(label, str(label)), wnid=wnids.get(str(label)))
+        for label in range(num_classes)
+    ]
+
+
+def index_names(classes: Sequence[ClassEntry]) -> dict[str, list[int]]:
+    """{what may be typed, in lower case: the ids that it may mean}: whole names, each of their synonyms, wnids."""
+    names: dict[str, list[int]] = {}
+    for entry in classes:
+        typed = {entry.name, *entry.name.split(",")} | ({entry.wnid} if entry.wnid else set())
+        for word in {word.strip().lower() for word in typed}:
+            names.setdefault(word, []).append(entry.id)
+    return names
+
+
+def find_class(wanted: int | str, classes: Sequence[ClassEntry], names: dict[str, list[int]]) -> int:
+    """The id of a class given by id, "class:207", wnid or name.
+
+    Raises ValueError for an unknown one, or a name that several share.
+    """
+    if isinstance(wanted, str) and wanted.strip().lower().startswith("class:"):
+        digits = wanted.partition(":")[2].strip()
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+            raise ValueError(f'wanted "class:" and an id such as "class:0", but got {wanted!r}')
+        wanted = int(digits)
+    if isinstance(wanted, int):
+        if not 0 <= wanted < len(classes):
+            raise ValueError(f"class ids lie in [0, {len(classes) - 1}], but got {wanted}")
+        return wanted
+    found = names.get(wanted.strip().lower(), [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        which = ", ".join(f"class:{label} ({classes[label].name})" for label in found)
+        raise ValueError(f"class name {wanted!r} means several classes: {which}; name the id")
+    raise ValueError(f"unknown class {wanted!r}; GET /classes lists the {len(classes)} known ones")
+
+
+def load_model(model: str, arguments: Arguments) -> Loaded:
+    """Loads a model and warms it up. Raises ValueError (or what torch says) where it cannot serve."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with fetched_generator(model, arguments.tracking_uri) as (folder, source):
+        pipeline = load_pipeline(folder, device)
+        hashes = ModelHashes(transformer=weight_hash(pipeline.transformer), vae=weight_hash(pipeline.vae))
+    tiny = None if arguments.preview_vae is None else load_preview_decoder(arguments.preview_vae)
+    engine = Engine(
+        pipeline,
+        precision=arguments.precision,
+        preview_decoder=tiny,
+        compiled=arguments.compile,
+        batch_sizes=arguments.batch_sizes,
+        max_batch_size=arguments.max_batch_size,
+    )
+    images, _ = engine.run(Group((1.0, 0.0)), [Row(0, 0)])
+    engine.warm_up()
+    config = pipeline.config
+    classes = name_classes(pipeline.class_names, config.wnids or {}, pipeline.transformer.config.num_classes)
+    card = ModelCard(
+        id=arguments.served_name or source.name,
+        created=int(time.time()),
+        image_size=images.shape[1],
+        num_classes=len(classes),
+        takes_guidance=pipeline.takes_guidance,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=[config.guidance_start, config.guidance_end],
+        has_previews=tiny is not None,
+        precision=arguments.precision,
+        prediction=config.prediction,
+        source=source,
+        hashes=hashes,
+    )
+    return Loaded(model, engine, card, classes, index_names(classes))
+
+
+class GeneratorService:
+    """What a replica of the generator does."""
+
+    def __init__(
+        self,
+        arguments: Arguments,
+        memory: Memory,
+        recorder: Recorder,
+        load: Callable[[str, Arguments], Loaded] = load_model,
+        first_retry_seconds: float = FIRST_RETRY_SECONDS,
+    ) -> None:
+        self._arguments = arguments
+        self._settings = arguments
+        self._memory = memory
+        self._recorder = recorder
+        self._load = load
+        self._first_retry_seconds = first_retry_seconds
+        self._loaded: Loaded | None = None
+        self._setting_problem: str | None = None
+        self._model_problem: str | None = None
+        self._change: asyncio.Task | None = None
+        # One thread, which computes; loading has another, so that the old model serves meanwhile.
+        self._computing = ThreadPoolExecutor(1, "generate", torch.set_num_threads, (arguments.cpu_threads,))
+        self._loading = ThreadPoolExecutor(1, "load", torch.set_num_threads, (arguments.cpu_threads,))
+        self._batcher: Batcher[Row, np.ndarray] = Batcher(self._run, self._limits(), self._on_batch)
+
+    def _limits(self) -> BatchLimits:
+        settings = self._settings
+        return BatchLimits(settings.max_batch_size, settings.batch_wait_seconds, settings.max_queued_images)
+
+    @property
+    def problem(self) -> str | None:
+        """Why something that was asked for is not in use; None where everything is."""
+        return "; ".join(filter(None, (self._setting_problem, self._model_problem))) or None
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Takes the settings at once; another model is loaded beside the one that serves, and takes its place when warm.
+
+        Only where no model serves yet is the loading awaited: the wanted one, else the last that served here, else that
+        of the application's arguments. Raises ValueError where none of them can be had. Nothing else raises: Serve would
+        stop the replica, whose successor would fail alike.
+        """
+        try:
+            self._settings = with_settings(self._arguments, user_config, GENERATOR_SETTINGS)
+            self._setting_problem = None
+        except (ValidationError, ValueError) as error:
+            self._setting_problem = f"settings refused, the earlier ones stay: {error}"
+            logger.error(self._setting_problem)
+        self._batcher.limits = self._limits()
+        self._report_problem()
+        if self._change is not None:
+            self._change.cancel()
+            self._change = None
+        if self._loaded is None:
+            await self._begin()
+        if self._loaded is not None and self._loaded.model != self._settings.model:
+            self._change = asyncio.create_task(self._change_model(self._settings.model))
+        else:
+            self._model_problem = None
+        self._report_problem()
+
+    async def _begin(self) -> None:
+        """The first model of this replica."""
+        wanted = self._settings.model
+        problems = []
+        for model in dict.fromkeys((wanted, self._memory.recall(), self._arguments.model)):
+            if model is None:
+                continue
+            try:
+                self._loaded = await self._load_in_thread(model)
+                break
+            except Exception as error:
+                problems.append(f"cannot serve {model}: {error}")
+                logger.exception("cannot serve %s", model)
+        if self._loaded is None:
+            raise ValueError("; ".join(problems))
+        if self._loaded.model == wanted:
+            self._memory.remember(wanted)
+        else:
+            self._model_problem = f"{problems[0]}; {self._loaded.model} serves in its place"
+
+    async def _change_model(self, wanted: str) -> None:
+        """Loads another model, as often as it takes: what failed for a while (a tracking server) comes by itself."""
+        pause = self._first_retry_seconds
+        while True:
+            try:
+                loaded = await self._load_in_thread(wanted)
+                break
+            except Exception as error:
+                assert self._loaded is not None
+                self._model_problem = f"cannot serve {wanted}: {error}; {self._loaded.model} serves on"
+                self._report_problem()
+                logger.exception("cannot serve %s; trying again in %.0f s", wanted, pause)
+                await asyncio.sleep(pause)
+                pause = min(2.0 * pause, LAST_RETRY_SECONDS)
+        self._loaded = loaded
+        self._model_problem = None
+        self._report_problem()
+        self._memory.remember(wanted)
+        logger.info("%s serves now", wanted)
+
+    async def _load_in_thread(self, model: str) -> Loaded:
+        return await asyncio.get_running_loop().run_in_executor(self._loading, self._load, model, self._settings)
+
+    def _report_problem(self) -> None:
+        self._recorder.record("meanflow_model_refused", float(self.problem is not None))
+
+    async def _run(self, key: tuple[Loaded, Group], rows: list[Row]) -> tuple[list[np.ndarray], BatchTimes]:
+        loaded, group = key
+        engine = loaded.engine
+        before = engine.num_out_of_memory
+        # Off the event loop, which gathers the next batch meanwhile.
+        images, times = await asyncio.get_running_loop().run_in_executor(self._computing, engine.run, group, rows)
+        self._recorder.record("meanflow_out_of_memory_total", engine.num_out_of_memory - before)
+        self._recorder.record("meanflow_model_seconds", times.model_seconds)
+        self._recorder.record("meanflow_decode_seconds", times.decode_seconds)
+        return list(images), times
+
+    def _on_batch(self, report: BatchReport) -> None:
+        self._recorder.record("meanflow_batch_rows", report.rows)
+        self._recorder.record("meanflow_images_total", report.rows)
+        for seconds in report.queue_wait_seconds:
+            self._recorder.record("meanflow_queue_wait_seconds", seconds)
+        self._recorder.record("meanflow_queued_images", self._batcher.num_queued)
+
+    def _check(self, order: Order, loaded: Loaded) -> int | Refusal:
+        """The class id, or what is wrong with an order for this model."""
+        card = loaded.card
+        if order.model is not None and order.model not in (card.id, card.source.model):
+            return Refusal(
+                status=404, code="model_not_found", param="model",
+                message=f"unknown model {order.model!r}; {card.id!r} serves here",
+            )  # fmt: skip
+        own_size = f"{card.image_size}x{card.image_size}"
+        if order.size not in ("auto", own_size):
+            return Refusal(
+                status=400, code="unsupported_size", param="size",
+                message=f"this model makes images of {own_size} alone, but got {order.size!r}",
+            )  # fmt: skip
+        if not card.takes_guidance and (order.guidance_scale not in (None, 1.0) or order.guidance_interval is not None):
+            return Refusal(
+                status=400, code="no_guidance",
+                param="guidance_scale" if order.guidance_interval is None else "guidance_interval",
+                message="this model's guidance is built into its weights; leave them out",
+            )  # fmt: skip
+        if order.is_preview and not card.has_previews:
+            return Refusal(status=400, code="no_previews", param="preview", message="there is no preview decoder here")
+        try:
+            return find_class(order.class_, loaded.classes, loaded.names)
+        except ValueError as error:
+            return Refusal(status=400, code="unknown_class", param="class", message=str(error))
+
+    async def generate(self, order: Order) -> Made | Refusal:
+        """The images of an order, or why there are none."""
+        loaded = self._loaded
+        if loaded is None:
+            return Refusal(status=503, code="not_ready", message="no model is loaded yet", retry_after_seconds=5.0)
+        label = self._check(order, loaded)
+        if isinstance(label, Refusal):
+            return self._refuse(label)
+        weights = None
+        if order.seed_end is not None:
+            weights = [index / (order.num_images - 1) for index in range(order.num_images)]
+        rows = [
+            Row(
+                label,
+                order.seed + (0 if weights else index),
+                order.seed_end,
+                weights[index] if weights else 0.0,
+                order.guidance_scale,
+                order.guidance_interval,
+            )
+            for index in range(order.num_images)
+        ]
+        key = (loaded, Group(order.timesteps, order.is_preview))
+        try:
+            finished = await self._batcher.submit(key, rows, order.timeout_seconds)
+        except OverloadedError as error:
+            return self._refuse(
+                Refusal(
+                    status=429, code="overloaded", message=str(error), retry_after_seconds=error.retry_after_seconds
+                )
+            )
+        except DeadlineError as error:
+            return self._refuse(Refusal(status=504, code="deadline_exceeded", message=str(error)))
+        except torch.OutOfMemoryError as error:
+            logger.exception("a single image did not fit")
+            return self._refuse(
+                Refusal(
+                    status=503, code="out_of_memory", message=f"the device's memory is full: {error}",
+                    retry_after_seconds=5.0,
+                )
+            )  # fmt: skip
+        return Made(
+            images=np.stack(finished.results),
+            class_id=label,
+            class_name=loaded.classes[label].name,
+            wnid=loaded.classes[label].wnid,
+            model=loaded.card.id,
+            weights=weights,
+            queue_seconds=finished.queue_wait_seconds,
+            model_seconds=sum(part.model_seconds for part in finished.parts),
+            decode_seconds=sum(part.decode_seconds for part in finished.parts),
+        )
+
+    def _refuse(self, refusal: Refusal) -> Refusal:
+        self._recorder.record("meanflow_refused_total", tags={"code": refusal.code or "none"})
+        return refusal
+
+    async def describe(self) -> tuple[ModelCard | None, str | None]:
+        """The model that serves, and what is wrong."""
+        return (None if self._loaded is None else self._loaded.card), self.problem
+
+    async def list_classes(self) -> list[ClassEntry]:
+        """The classes, by id."""
+        return [] if self._loaded is None else self._loaded.classes

@@ -1,0 +1,25 @@
+"""Generators on disk for the endpoint's tests."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.endpoint import write_generator
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory) -> Path:
+    """A tiny generator of 10 classes, 64 pixels, with WordNet ids."""
+    return write_generator(tmp_path_factory.mktemp("models") / "first")
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory) -> Path:
+    """Another of the same sizes."""
+    return write_generator(tmp_path_factory.mktemp("models") / "second", seed=1)
+
+
+@pytest.fixture(scope="session")
+def guided_folder(tmp_path_factory) -> Path:
+    """One that is told its guidance."""
+    return write_generator(tmp_path_factory.mktemp("models") / "guided", takes_guidance=True)

@@ -1,0 +1,349 @@
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from deploy import generator
+from deploy.generator import GeneratorService, find_class, index_names, load_model, name_classes
+from deploy.schema import Arguments, Made, Order, Refusal
+from meanflow_core.generator import load_pipeline
+from tests.endpoint import Recorded, Remembered
+
+CLASSES = name_classes({0: "arrow", 1: "circle", 2: "crane, wader", 3: "crane"}, {"1": "n00000001"}, 5)
+
+
+def test_classes_are_found_by_id_wnid_and_name():
+    names = index_names(CLASSES)
+    for wanted, label in [(1, 1), (" Circle ", 1), ("wader", 2), ("class:3", 3), ("Class: 0", 0), ("N00000001", 1),
+                          ("crane, wader", 2), ("4", 4)]:  # fmt: skip
+        assert find_class(wanted, CLASSES, names) == label, wanted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (5, r"\[0, 4\], but got 5"),
+        (-1, "but got -1"),
+        ("class:5", "but got 5"),
+        ("class:x", 'wanted "class:" and an id'),
+        ("class:٣", 'wanted "class:" and an id'),
+        ("unicorn", "unknown class 'unicorn'; GET /classes lists the 5 known ones"),
+        ("crane", r"several classes: class:2 \(crane, wader\), class:3 \(crane\); name the id"),
+    ],
+)
+def test_unknown_and_shared_classes_are_refused(wanted, words):
+    with pytest.raises(ValueError, match=words):
+        find_class(wanted, CLASSES, index_names(CLASSES))
+
+
+def order(**changes):
+    wanted = {
+        "class_": "star", "num_images": 1, "seed": 7, "seed_end": None, "timesteps": (1.0, 0.0), "guidance_scale": None,
+        "guidance_interval": None, "is_preview": False, "model": None, "size": "auto", "timeout_seconds": 30.0,
+    }  # fmt: skip
+    return Order(**{**wanted, **changes})
+
+
+def service_of(folder, memory=None, **options):
+    recorded = Recorded()
+    arguments = Arguments(model=str(folder), **{"max_batch_size": 4, **options.pop("arguments", {})})
+    service = GeneratorService(arguments, memory or Remembered(), recorded, **options)
+    service.recorded = recorded
+    return service
+
+
+def run(work):
+    return asyncio.run(work())
+
+
+def test_orders_that_arrive_together_share_a_batch_and_get_their_own_images(generator_folder):
+    service = service_of(generator_folder, arguments={"batch_wait_seconds": 0.05})
+
+    async def work():
+        await service.reconfigure({})
+        return await asyncio.gather(
+            service.generate(order(seed=7)), service.generate(order(class_=2, seed=3, num_images=2)),
+            service.generate(order(seed=7, timesteps=(1.0, 0.5, 0.0))),
+        )  # fmt: skip
+
+    one, two, other_steps = run(work)
+    assert all(isinstance(made, Made) for made in (one, two, other_steps))
+    pipeline = load_pipeline(generator_folder)
+    expected = pipeline.images_from_seeds([8, 2, 2], [7, 3, 4])
+    got = np.concatenate([one.images, two.images])
+    assert np.abs(got.astype(int) - expected.numpy().astype(int)).max() <= 1
+    twice = pipeline.images_from_seeds([8], [7], 2).numpy().astype(int)
+    assert np.abs(other_steps.images.astype(int) - twice).max() <= 1
+    assert (one.class_name, one.wnid, two.class_id) == ("star", "d0000008", 2)
+    assert service.recorded.values("meanflow_batch_rows") == [3, 1]
+    assert sum(service.recorded.values("meanflow_images_total")) == 4
+    assert min(one.queue_seconds, one.model_seconds, one.decode_seconds) > 0
+
+
+def test_images_between_two_seeds_begin_and_end_with_theirs(generator_folder):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({})
+        between = await service.generate(order(seed=1, seed_end=2, num_images=3))
+        ends = [await service.generate(order(seed=seed)) for seed in (1, 2)]
+        return between, ends
+
+    between, ends = run(work)
+    assert between.weights == [0.0, 0.5, 1.0]
+    for image, end in ((between.images[0], ends[0]), (between.images[2], ends[1])):
+        assert np.abs(image.astype(int) - end.images[0].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param", "words"),
+    [
+        ({"class_": "unicorn"}, 400, "class", "unknown class"),
+        ({"size": "256x256"}, 400, "size", "images of 64x64 alone, but got '256x256'"),
+        ({"guidance_scale": 2.0}, 400, "guidance_scale", "built into its weights"),
+        ({"guidance_interval": (0.1, 0.2)}, 400, "guidance_interval", "built into its weights"),
+        ({"is_preview": True}, 400, "preview", "no preview decoder"),
+        ({"model": "other"}, 404, "model", "'other'; 'first' serves here"),
+    ],
+)
+def test_what_this_model_cannot_do_is_refused(generator_folder, changes, status, param, words):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({})
+        return await service.generate(order(**changes))
+
+    refusal = run(work)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.status, refusal.param) == (status, param)
+    assert words in refusal.message
+
+
+def test_what_fits_this_model_is_taken(guided_folder):
+    service = service_of(guided_folder)
+
+    async def work():
+        await service.reconfigure({})
+        fitting = order(
+            model="guided", size="64x64", guidance_scale=3.0, guidance_interval=(0.2, 0.9), class_="d0000008"
+        )
+        return await service.generate(fitting)
+
+    assert isinstance(run(work), Made)
+
+
+class Loads:
+    """Loads models by name, slowly where asked to, and fails for those that are bad."""
+
+    def __init__(self, bad=(), gate=None):
+        self.bad, self.gate, self.asked = set(bad), gate, []
+
+    def __call__(self, model, arguments):
+        self.asked.append(model)
+        if self.gate is not None and len(self.asked) > 1:
+            assert self.gate.wait(10)
+        if model in self.bad:
+            raise ValueError(f"{model} is bad")
+        return load_model(model, arguments)
+
+
+async def settled(service, model):
+    """Waits until a model serves."""
+    async with asyncio.timeout(20):
+        while (await service.describe())[0].source.model != model:
+            await asyncio.sleep(0.01)
+
+
+def test_another_model_takes_over_without_a_pause(generator_folder, other_folder):
+    gate, memory = threading.Event(), Remembered()
+    service = service_of(generator_folder, memory, load=Loads(gate=gate))
+
+    async def work():
+        await service.reconfigure({})
+        assert memory.model == str(generator_folder)
+        began = time.monotonic()
+        await service.reconfigure({"model": str(other_folder)})
+        assert time.monotonic() - began < 0.5  # it does not wait for the loading
+        before = await service.generate(order())
+        gate.set()
+        await settled(service, str(other_folder))
+        return before, await service.generate(order())
+
+    before, after = run(work)
+    assert (before.model, after.model) == ("first", "second")
+    for made, folder in ((before, generator_folder), (after, other_folder)):
+        expected = load_pipeline(folder).images_from_seeds([8], [7]).numpy().astype(int)
+        assert np.abs(made.images.astype(int) - expected).max() <= 1
+    assert memory.model == str(other_folder)
+
+
+def test_a_bad_model_leaves_the_old_one_serving_and_says_so(generator_folder, tmp_path):
+    memory = Remembered()
+    service = service_of(generator_folder, memory)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(tmp_path / "none")})
+        async with asyncio.timeout(10):
+            while service.problem is None:
+                await asyncio.sleep(0.01)
+        made = await service.generate(order())
+        problem = service.problem
+        await service.reconfigure({})  # taken back
+        return made, problem
+
+    made, problem = run(work)
+    assert made.model == "first"
+    assert "none is no folder" in problem
+    assert "first serves on" in problem
+    assert service.problem is None
+    assert memory.model == str(generator_folder)
+    refused = service.recorded.values("meanflow_model_refused")
+    assert 1.0 in refused
+    assert refused[-1] == 0.0
+
+
+def test_an_alias_in_a_user_config_is_refused(generator_folder):
+    service = service_of(generator_folder, arguments={"tracking_uri": "sqlite:///nowhere.db"})
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": "models:/meanflow@champion"})
+        async with asyncio.timeout(10):
+            while service.problem is None:
+                await asyncio.sleep(0.01)
+        return service.problem
+
+    assert "may stand for another version on each replica" in run(work)
+
+
+def test_what_failed_for_a_while_is_tried_again(generator_folder, other_folder):
+    loads = Loads(bad={str(other_folder)})
+    service = service_of(generator_folder, load=loads, first_retry_seconds=0.05)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        while loads.asked.count(str(other_folder)) < 2:
+            await asyncio.sleep(0.01)
+        loads.bad.clear()
+        await settled(service, str(other_folder))
+
+    run(work)
+    assert service.problem is None
+
+
+def test_the_latest_wish_counts(generator_folder, other_folder):
+    gate = threading.Event()
+    service = service_of(generator_folder, load=Loads(gate=gate))
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await service.reconfigure({"model": str(generator_folder)})
+        gate.set()
+        await asyncio.sleep(0.5)
+        return (await service.describe())[0].id
+
+    assert run(work) == "first"
+
+
+def test_a_successor_whose_model_is_bad_serves_the_last_good_one(generator_folder, other_folder):
+    memory = Remembered(str(other_folder))
+    service = service_of(generator_folder, memory, load=Loads(bad={"broken"}))
+
+    async def work():
+        await service.reconfigure({"model": "broken"})
+        return await service.describe()
+
+    card, problem = run(work)
+    assert card.id == "second"
+    assert "broken is bad" in problem
+    assert memory.model == str(other_folder)
+
+
+def test_a_successor_goes_on_trying_for_the_model_that_is_wanted(generator_folder, other_folder):
+    loads = Loads(bad={str(other_folder)})
+    service = service_of(generator_folder, Remembered(str(generator_folder)), load=loads, first_retry_seconds=0.05)
+
+    async def work():
+        await service.reconfigure({"model": str(other_folder)})
+        assert (await service.describe())[0].id == "first"
+        loads.bad.clear()
+        await settled(service, str(other_folder))
+
+    run(work)
+
+
+def test_without_any_model_the_replica_does_not_start(generator_folder):
+    service = service_of(generator_folder, load=Loads(bad={str(generator_folder), "older"}), memory=Remembered("older"))
+    with pytest.raises(ValueError, match=r"first is bad; cannot serve older: older is bad"):
+        asyncio.run(service.reconfigure({}))
+
+
+def test_settings_change_in_place_and_bad_ones_change_nothing(generator_folder):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({"max_batch_size": 2})
+        await service.generate(order(num_images=4))
+        await service.reconfigure({"max_batch_size": 0})
+        problem = service.problem
+        await service.generate(order(num_images=4))
+        await service.reconfigure({"precision": "bfloat16"})
+        return problem, service.problem
+
+    first, second = run(work)
+    assert service.recorded.values("meanflow_batch_rows") == [2, 2, 2, 2]
+    assert "max_batch_size" in first
+    assert "but got precision too; other settings belong under args" in second
+
+
+def test_a_full_queue_and_a_deadline_are_told(generator_folder):
+    service = service_of(generator_folder, arguments={"max_queued_images": 4, "max_batch_size": 1})
+
+    async def work():
+        await service.reconfigure({})
+        many = [asyncio.create_task(service.generate(order(num_images=2))) for _ in range(6)]
+        answers = await asyncio.gather(*many)
+        late = await service.generate(order(num_images=16, timeout_seconds=0.02))
+        return answers, late
+
+    answers, late = run(work)
+    refused = [answer for answer in answers if isinstance(answer, Refusal)]
+    assert 1 <= len(refused) < 6
+    assert {(refusal.status, refusal.code) for refusal in refused} == {(429, "overloaded")}
+    assert all(refusal.retry_after_seconds > 0 for refusal in refused)
+    assert (late.status, late.code) in {(504, "deadline_exceeded"), (429, "overloaded")}
+    assert len(service.recorded.values("meanflow_refused_total")) == len(refused) + 1
+
+
+def test_a_device_that_is_full_is_told(generator_folder, monkeypatch):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({})
+
+        def full(group, rows):
+            raise torch.OutOfMemoryError("full")
+
+        monkeypatch.setattr(service._loaded.engine, "run", full)
+        return await service.generate(order())
+
+    refusal = run(work)
+    assert (refusal.status, refusal.code) == (503, "out_of_memory")
+
+
+def test_a_model_card_says_which_weights_serve(generator_folder, other_folder):
+    first, again, second = (
+        load_model(str(folder), Arguments(model="x")).card
+        for folder in (generator_folder, generator_folder, other_folder)
+    )
+    assert first.hashes == again.hashes
+    assert first.hashes.transformer != second.hashes.transformer
+    assert first.hashes.vae == second.hashes.vae
+    assert (first.id, first.image_size, first.num_classes, first.takes_guidance) == ("first", 64, 10, False)
+    assert generator.load_model(str(generator_folder), Arguments(model="x", served_name="mine")).card.id == "mine"

@@ -1,0 +1,226 @@
+"""The endpoint for tests: inside this process without Ray, or as `serve run` starts it."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from fastapi.testclient import TestClient
+
+from deploy.generator import GeneratorService
+from deploy.http import ApiService, build_http_app
+from deploy.schema import Arguments
+from meanflow_core.autoencoder import load_autoencoder
+from meanflow_core.generator import build_pipeline, for_sampling, save_generator
+from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
+from meanflow_core.transformer import MeanFlowDiT
+from pipelines.demo import images
+from pipelines.demo.__main__ import free_port
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+
+WNIDS = [images.wnid(label) for label in range(10)]
+
+
+def write_generator(folder: Path, seed: int = 0, *, takes_guidance: bool = False, class_names: Any = None) -> Path:
+    """A tiny network of random weights around the demo's autoencoder: 10 classes, 64 pixels."""
+    torch.manual_seed(seed)
+    size = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 48, "num_heads": 3}
+    if takes_guidance:
+        network = for_sampling(ImprovedMeanFlowDiT(**size, depth=3, aux_head_depth=1))
+    else:
+        network = MeanFlowDiT(**size, depth=2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    vae = load_autoencoder(str(SHIPPED_AUTOENCODER))
+    pipeline = build_pipeline(network.eval(), vae, class_names or images.CLASS_NAMES, wnids=WNIDS)
+    save_generator(pipeline, folder)
+    return folder
+
+
+class Recorded:
+    """Keeps what is recorded."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, float, dict]] = []
+
+    def record(self, name: str, value: float = 1.0, tags: Any = None) -> None:
+        self.entries.append((name, value, dict(tags or {})))
+
+    def values(self, name: str) -> list[float]:
+        return [value for recorded, value, _ in self.entries if recorded == name]
+
+
+class Remembered:
+    """A cluster's memory of the last model, in this process."""
+
+    def __init__(self, model: str | None = None) -> None:
+        self.model = model
+
+    def recall(self) -> str | None:
+        return self.model
+
+    def remember(self, model: str) -> None:
+        self.model = model
+
+
+@dataclass
+class InProcess:
+    """Both sides of the endpoint in this process, on one event loop."""
+
+    client: TestClient
+    generator: GeneratorService
+    api: ApiService
+    recorded: Recorded
+    memory: Remembered
+
+    def reconfigure(self, user_config: dict) -> None:
+        self.client.portal.call(self.generator.reconfigure, user_config)
+
+
+@contextlib.contextmanager
+def in_process(arguments: Arguments, *, http_host: str | None = None, **options: Any) -> Iterator[InProcess]:
+    """The endpoint without Ray. options: of GeneratorService."""
+    recorded, memory = Recorded(), Remembered()
+    generator = GeneratorService(arguments, memory, recorded, **options)
+    api = ApiService(generator, arguments, recorded, http_host)
+    api.reconfigure({})
+    with TestClient(build_http_app(api), raise_server_exceptions=False) as client:
+        running = InProcess(client, generator, api, recorded, memory)
+        running.reconfigure({})
+        yield running
+
+
+def fetch(url: str, body: bytes | None = None, timeout: float = 60.0) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers in lower case and content of one request; errors too are answers."""
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+
+@dataclass
+class RunningEndpoint:
+    """`serve run`, and all processes below it."""
+
+    url: str
+    server: subprocess.Popen
+    folder: Path
+    config: dict
+    environment: dict[str, str]
+    dashboard: str
+    log: Path
+    metrics_port: int
+    survivors: list[psutil.Process] = field(default_factory=list)
+
+    def family(self, word: str = "") -> list[psutil.Process]:
+        """Its processes with a word in their command line."""
+        found = []
+        for process in psutil.Process(self.server.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(word in part for part in process.cmdline()):
+                    found.append(process)
+        return found
+
+    def wait_until(self, holds: Any, seconds: float = 120.0) -> Any:
+        """What `holds(readiness)` gives once it is true."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.server.poll() is None, self.log.read_text()[-4000:]
+            with contextlib.suppress(OSError):
+                status, _, content = fetch(f"{self.url}/readyz", timeout=10.0)
+                found = holds(status, content)
+                if found:
+                    return found
+            time.sleep(0.2)
+        raise AssertionError(f"not within {seconds} s; the log ends with {self.log.read_text()[-4000:]}")
+
+    def deploy(self, config: dict) -> None:
+        """`serve deploy`: the running application takes another configuration."""
+        path = self.folder / "next.yaml"
+        path.write_text(yaml.safe_dump(config))
+        subprocess.run(
+            [str(Path(sys.executable).with_name("serve")), "deploy", str(path), "--address", self.dashboard],
+            env=self.environment, check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def running_endpoint(
+    arguments: dict | None = None, deployments: list[dict] | None = None, num_cpus: int | None = None
+) -> Iterator[RunningEndpoint]:
+    """Starts the endpoint as a user does, on a Ray of its own; in the end nothing of it is left."""
+    folder = Path(tempfile.mkdtemp(prefix="mfe-", dir="/tmp"))  # Unix sockets want short paths
+    arguments = dict(arguments or {})
+    if "model" not in arguments:
+        arguments["model"] = str(write_generator(folder / "generator"))
+    port, dashboard_port, metrics_port = free_port(0), free_port(0), free_port(0)
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "meanflow",
+                "route_prefix": "/",
+                "import_path": "deploy.app:build_app",
+                "args": arguments,
+                "deployments": deployments or [],
+            }
+        ],
+    }
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    environment = {
+        **os.environ,
+        "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    # A head of our own choosing of ports; `serve run` joins it.
+    program = (
+        "import ray, sys, runpy; "
+        f"ray.init(num_cpus={num_cpus or 4}, include_dashboard=True, dashboard_port={dashboard_port}, "
+        f"_metrics_export_port={metrics_port}, object_store_memory=150 * 2**20, log_to_driver=True); "
+        f"sys.argv = ['serve', 'run', {str(path)!r}]; "
+        "from ray.serve.scripts import cli; cli()"
+    )
+    log = folder / "log"
+    with open(log, "wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=folder, env=environment, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    running = RunningEndpoint(
+        f"http://127.0.0.1:{port}", server, folder, config, environment, f"http://127.0.0.1:{dashboard_port}", log,
+        metrics_port,
+    )  # fmt: skip
+    try:
+        running.wait_until(lambda status, _: status == 200)
+        yield running
+    finally:
+        everyone = running.family()
+        server.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=60)
+        _, alive = psutil.wait_procs(everyone, timeout=20)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        server.kill()
+        shutil.rmtree(folder, ignore_errors=True)

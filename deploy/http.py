@@ -154,6 +154,8 @@ class ApiService:
         self.recorder.record("meanflow_settings_refused", float(self.problem is not None))
         if not self._is_checked:
             require_safe_exposure(self.settings, self._http_host)
+            keys = ", ".join(self.settings.api_keys) or "none"
+            logger.info("Serve's HTTP host is %s; API keys: %s", self._http_host, keys)
             self._is_checked = True
 
     def authorize(self, request: Request, credentials: HTTPAuthorizationCredentials | None) -> str:

@@ -104,9 +104,12 @@ def in_process(arguments: Arguments, *, http_host: str | None = None, **options:
         yield running
 
 
-def fetch(url: str, body: bytes | None = None, timeout: float = 60.0) -> tuple[int, dict[str, str], bytes]:
+def fetch(
+    url: str, body: bytes | None = None, timeout: float = 60.0, key: str | None = None
+) -> tuple[int, dict[str, str], bytes]:
     """Status, headers in lower case and content of one request; errors too are answers."""
-    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, body, headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()

@@ -1,0 +1,114 @@
+"""Requests that nobody would think of: made up from the OpenAPI document, and bodies at random."""
+
+import asyncio
+import collections
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from deploy.generator import GeneratorService
+from deploy.http import ApiService, build_http_app
+from deploy.schema import Arguments
+from deploy.security import hash_key
+from pipelines.demo.__main__ import free_port
+from tests.endpoint import Recorded, Remembered, fetch, running_endpoint
+
+# Not among them: that what fits the document is answered with 200. A class name is any string to it.
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
+    "response_schema_conformance,negative_data_rejection,unsupported_method,ignored_auth"
+)
+
+
+@contextlib.contextmanager
+def over_http(arguments):
+    """The endpoint without Ray, on a port of this machine."""
+    generator = GeneratorService(arguments, Remembered(), Recorded())
+    api = ApiService(generator, arguments, Recorded())
+    api.reconfigure({})
+    app, port = build_http_app(api), free_port(0)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+
+    async def serve():
+        await generator.reconfigure({})
+        await server.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+KEY = "a-key"
+LOCKED = {"api_keys": {"tester": hash_key(KEY)}}
+
+
+def exercise(url, folder, num_examples):
+    """Schemathesis over every operation of a running endpoint."""
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", CHECKS, "--mode", "all",
+        "--max-examples", str(num_examples), "--phases", "examples,coverage,fuzzing", "--no-color",
+        "--header", f"Authorization: Bearer {KEY}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1500)
+    print(done.stdout[-1500:])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.timeout(300)
+def test_requests_made_up_from_the_document_are_answered_as_it_says(generator_folder, tmp_path):
+    arguments = Arguments(model=str(generator_folder), max_images=2, max_steps=3, **LOCKED)
+    with over_http(arguments) as url:
+        exercise(url, tmp_path, 20)
+
+
+def random_body(draw):
+    """Something that may or may not be a request."""
+    values = [None, True, 0, 1, -1, 3, 2**63, 2**70, 1e308, 0.5, "", "star", "class:3", "class:99", "x" * 300, "\u0000",
+              "\ud7ff", [], {}, [1.0, 0.0], [1, 0.5, 0], ["a"], {"a": 1}, "png", "url", "64x64"]  # fmt: skip
+    fields = ["class", "prompt", "n", "num_images", "seed", "seed_end", "num_inference_steps", "timesteps", "preview",
+              "guidance_scale", "guidance_interval", "response_format", "output_format", "size", "other"]  # fmt: skip
+    kind = draw.random()
+    if kind < 0.1:
+        return draw.randbytes(draw.randrange(200))
+    body = {field: draw.choice(values) for field in draw.sample(fields, draw.randrange(6))}
+    if kind < 0.6:
+        body[draw.choice(["class", "prompt"])] = draw.choice(["star", 3, "class:2"])
+    content = json.dumps(body).encode()
+    return content[: draw.randrange(len(content) + 1)] if kind > 0.95 else content
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_ten_thousand_random_bodies_kill_no_replica(generator_folder, tmp_path):
+    arguments = {"model": str(generator_folder), "max_images": 4, "max_steps": 4, **LOCKED}
+    with running_endpoint(arguments) as endpoint:
+        replicas = {process.pid for process in endpoint.family("ServeReplica")}
+        assert len(replicas) == 2
+        draw, kinds = random.Random(0), collections.Counter()
+        for number in range(10_000):
+            path = draw.choice(["/generate", "/v1/images/generations"])
+            status, _, content = fetch(endpoint.url + path, random_body(draw), key=KEY)
+            kinds[path, status] += 1
+            assert status < 500, content
+            if status != 200:
+                assert set(json.loads(content)["error"]) == {"message", "type", "param", "code"}
+            if number % 1000 == 999:
+                print(number + 1, dict(kinds))
+        assert {process.pid for process in endpoint.family("ServeReplica")} == replicas
+        assert {status for _, status in kinds} >= {200, 400, 422}
+        exercise(endpoint.url, tmp_path, 300)
+        assert {process.pid for process in endpoint.family("ServeReplica")} == replicas

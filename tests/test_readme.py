@@ -4,6 +4,7 @@ import tomllib
 import pytest
 import tyro
 
+from deploy.schema import API_SETTINGS, GENERATOR_SETTINGS, Arguments, GenerateRequest, ImagesRequest
 from meanflow_core.interop import SOURCES
 from pipelines.check import CheckJob
 from pipelines.convert import ConvertJob
@@ -73,6 +74,24 @@ def test_evaluation_commands_are_understood_by_the_real_parsers():
     assert both.reports == (str(plain.output), str(other_average.output))
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert install[-1] == f".[{next(name for name in extras if name == 'fid')}]"
+
+
+def test_requests_to_the_endpoint_fit_its_schema_and_its_table_names_settings_that_there_are():
+    import json
+    import re
+
+    images, file, classes, models, keys, deploy = (shlex.split(line, comments=True) for line in commands("endpoint"))
+    assert ImagesRequest.model_validate(json.loads(images[-1])).n == 4
+    assert GenerateRequest.model_validate(json.loads(file[file.index("-d") + 1])).seed_end == 2
+    assert classes == ["curl", "127.0.0.1:8000/classes?search=sta"]
+    assert (models[:3], keys[:3]) == (["python", "-m", "deploy.models"], ["python", "-m", "deploy.keys"])
+    assert (REPOSITORY / deploy[2]).is_file()
+    text = (REPOSITORY / "README.md").read_text()
+    section = text[text.index("### An endpoint that answers now") : text.index("### What the stages hand")]
+    table = section[section.index("| | how |") :]
+    named = set(re.findall(r"`(\w+)(?:=[\w.]+)?`", table)) - {"max_batch"}
+    assert named <= set(Arguments.model_fields), named - set(Arguments.model_fields)
+    assert set(Arguments.model_fields) >= GENERATOR_SETTINGS | API_SETTINGS
 
 
 def test_options_that_the_table_of_training_names_exist():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+import numpy as np
 import torch
 from fastapi import Depends, FastAPI, Query
 from fastapi.exceptions import RequestValidationError
@@ -133,6 +134,8 @@ class ApiService:
         self._limiter = RateLimiter(arguments.rate_limit)
         self._http_host = http_host
         self._is_checked = False
+        for image_format in MEDIA_TYPES:  # Pillow finds its formats at the first image, which takes half a second
+            encode_image(np.zeros((8, 8, 3), np.uint8), image_format)
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Takes settings; those that do not fit are refused, reported, and change nothing.

@@ -1,5 +1,6 @@
 """The endpoint for tests: inside this process without Ray, or as `serve run` starts it."""
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+import uvicorn
 import yaml
 from fastapi.testclient import TestClient
 
@@ -102,6 +105,30 @@ def in_process(arguments: Arguments, *, http_host: str | None = None, **options:
         running = InProcess(client, generator, api, recorded, memory)
         running.reconfigure({})
         yield running
+
+
+@contextlib.contextmanager
+def over_http(arguments: Arguments) -> Iterator[str]:
+    """The endpoint without Ray, on a port of this machine."""
+    generator = GeneratorService(arguments, Remembered(), Recorded())
+    api = ApiService(generator, arguments, Recorded())
+    api.reconfigure({})
+    app, port = build_http_app(api), free_port(0)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+
+    async def serve() -> None:
+        await generator.reconfigure({})
+        await server.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def fetch(

@@ -1,54 +1,22 @@
 """Requests that nobody would think of: made up from the OpenAPI document, and bodies at random."""
 
-import asyncio
 import collections
-import contextlib
 import json
 import random
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
-import uvicorn
 
-from deploy.generator import GeneratorService
-from deploy.http import ApiService, build_http_app
 from deploy.schema import Arguments
 from deploy.security import hash_key
-from pipelines.demo.__main__ import free_port
-from tests.endpoint import Recorded, Remembered, fetch, running_endpoint
+from tests.endpoint import fetch, over_http, running_endpoint
 
 # Not among them: that what fits the document is answered with 200. A class name is any string to it.
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
     "response_schema_conformance,negative_data_rejection,unsupported_method,ignored_auth"
 )
-
-
-@contextlib.contextmanager
-def over_http(arguments):
-    """The endpoint without Ray, on a port of this machine."""
-    generator = GeneratorService(arguments, Remembered(), Recorded())
-    api = ApiService(generator, arguments, Recorded())
-    api.reconfigure({})
-    app, port = build_http_app(api), free_port(0)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-
-    async def serve():
-        await generator.reconfigure({})
-        await server.serve()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 KEY = "a-key"

@@ -1,0 +1,13 @@
+import pytest
+
+from tests.benchmarks._serve_server import overload, write_small
+
+
+@pytest.mark.soak
+@pytest.mark.cluster
+def test_twice_the_saturation_brings_only_images_and_429s_and_memory_stays_flat(tmp_path):
+    seen = overload(write_small(tmp_path / "generator"), seconds=60)
+    assert set(seen.answers.statuses) == {"200", "429"}
+    assert seen.answers.per_second > 0.5 * seen.saturation  # refusing does not starve what was admitted
+    assert len(seen.answers.rows) / seen.answers.seconds > 1.5 * seen.saturation  # or nothing was overloaded
+    assert seen.memory.growth <= 0.05, seen.memory.samples

@@ -228,3 +228,20 @@ def test_the_log_is_structured_and_names_no_class(endpoint):
 def test_the_http_side_knows_where_serve_listens(endpoint):
     text = "".join(path.read_text() for path in (endpoint.folder / "ray").rglob("replica_meanflow_Api_*.log"))
     assert "Serve's HTTP host is 127.0.0.1; API keys: none" in text
+
+
+def test_a_new_application_replaces_the_old_one_replica_by_replica_without_a_lost_request(endpoint, expected):
+    config = json.loads(json.dumps(endpoint.config))
+    config["applications"][0]["args"]["served_name"] = "renamed"
+    with Load(endpoint.url, {**expected, "renamed": expected["first"]}, num_callers=4) as load:
+        endpoint.deploy(config)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if {generate(endpoint.url, 1)[1].get("x-model") for _ in range(12)} == {"renamed"}:
+                break
+            time.sleep(0.5)
+        time.sleep(2.0)
+    print("replaced:", dict(load.kinds), "on retry:", dict(load.retried))
+    assert load.wrong == []
+    assert load.kinds[200, "renamed"] > 0
+    assert set(load.kinds) <= {(200, "first"), (200, "second"), (200, "renamed")}

@@ -87,15 +87,19 @@ class Batcher(Generic[RowT, ResultT]):
         self,
         run: Run,
         limits: BatchLimits,
+        cost: Callable[[Any], float] = lambda group: 1.0,
         on_batch: Callable[[BatchReport], None] = lambda report: None,
     ) -> None:
+        """cost: what a row of a group takes beside a row of another; the pace is learnt."""
         self.limits = limits
         self._run = run
+        self._cost = cost
         self._on_batch = on_batch
+        # In the order of their turns: a group that ran goes to the end, so that one with much to do keeps nobody out.
         self._queues: dict[Hashable, deque[tuple[Ticket[RowT, ResultT], int]]] = {}
         self._arrival = asyncio.Event()
         self._loop_task: asyncio.Task | None = None
-        self._seconds_per_row: float | None = None
+        self._seconds_per_cost: float | None = None
 
     @property
     def num_queued(self) -> int:
@@ -105,7 +109,9 @@ class Batcher(Generic[RowT, ResultT]):
     @property
     def expected_wait_seconds(self) -> float:
         """How long the rows that wait now will take, by the pace of late."""
-        return self.num_queued * (self._seconds_per_row or 0.0)
+        return sum(len(queue) * self._cost(group) for group, queue in self._queues.items()) * (
+            self._seconds_per_cost or 0.0
+        )
 
     def _admit(self, num_rows: int, timeout_seconds: float) -> None:
         queued, wait = self.num_queued, self.expected_wait_seconds
@@ -165,18 +171,13 @@ class Batcher(Generic[RowT, ResultT]):
             del self._queues[ticket.group]
 
     def _next_group(self, now: float) -> tuple[Hashable | None, float]:
-        """The group to run now, or None and how long until there is one."""
-        ready: list[tuple[float, Hashable]] = []
+        """The group whose turn it is and that need not wait any more, or None and how long until there is one."""
         pause = float("inf")
         for group, queue in self._queues.items():
-            arrived = queue[0][0].arrived
-            waits_until = arrived + self.limits.batch_wait_seconds
-            if len(queue) >= self.limits.max_batch_size or now >= waits_until:
-                ready.append((arrived, group))
-            else:
-                pause = min(pause, waits_until - now)
-        if ready:
-            return min(ready, key=lambda entry: entry[0])[1], 0.0
+            left = queue[0][0].arrived + self.limits.batch_wait_seconds - now
+            if len(queue) >= self.limits.max_batch_size or left <= 0.0:
+                return group, 0.0
+            pause = min(pause, left)
         return None, pause
 
     async def _work(self) -> None:
@@ -196,6 +197,9 @@ class Batcher(Generic[RowT, ResultT]):
             if not queue:
                 del self._queues[group]
             await self._run_batch(group, entries)
+            left = self._queues.pop(group, None)
+            if left:
+                self._queues[group] = left
 
     async def _run_batch(self, group: Hashable, entries: list[tuple[Ticket[RowT, ResultT], int]]) -> None:
         began = time.monotonic()
@@ -210,8 +214,8 @@ class Batcher(Generic[RowT, ResultT]):
                     ticket.done.set_exception(error)
             return
         seconds = time.monotonic() - began
-        pace = seconds / len(entries)
-        self._seconds_per_row = pace if self._seconds_per_row is None else 0.8 * self._seconds_per_row + 0.2 * pace
+        pace = seconds / (len(entries) * self._cost(group))
+        self._seconds_per_cost = pace if self._seconds_per_cost is None else 0.8 * self._seconds_per_cost + 0.2 * pace
         for (ticket, index), result in zip(entries, results, strict=True):
             ticket.results[index] = result
             ticket.missing -= 1

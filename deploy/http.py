@@ -235,7 +235,12 @@ class ApiService:
         about["images"] = order.num_images
         if self.settings.log_prompts:
             about["class"] = order.class_
-        made = await self.generator.generate(order)
+        try:
+            # The replica keeps the deadline; this is for where there is none to take the order.
+            async with asyncio.timeout(order.timeout_seconds + DESCRIBE_SECONDS):
+                made = await self.generator.generate(order)
+        except TimeoutError as error:
+            raise ApiError(504, "no replica answered in time", "deadline_exceeded") from error
         if isinstance(made, Refusal):
             param = class_field if made.param == "class" else made.param
             message = made.message if param is None else f"{param}: {made.message}"

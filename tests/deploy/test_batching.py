@@ -25,8 +25,8 @@ class Worker:
         return [f"{group}:{row}" for row in rows], len(rows)
 
 
-def batcher_of(worker, size=4, wait=0.02, queued=100, on_batch=lambda report: None):
-    return Batcher(worker, BatchLimits(size, wait, queued), on_batch)
+def batcher_of(worker, size=4, wait=0.02, queued=100, **options):
+    return Batcher(worker, BatchLimits(size, wait, queued), **options)
 
 
 def test_rows_of_one_group_share_batches_and_come_back_in_their_order():
@@ -152,6 +152,38 @@ def test_what_would_miss_its_deadline_is_refused_at_once():
         with pytest.raises(OverloadedError, match="longer than a request may"):
             await batcher.submit("g", [1], 0.2)
         await waiting
+
+    asyncio.run(run())
+
+
+def test_a_request_with_much_to_do_keeps_nobody_out():
+    worker = Worker(seconds=0.01)
+
+    async def run():
+        batcher = batcher_of(worker, size=2, wait=0.0)
+        much = asyncio.create_task(batcher.submit("much", range(20), 5.0))
+        await asyncio.sleep(0.005)
+        await batcher.submit("little", [0], 5.0)
+        await batcher.submit("little", [1], 5.0)
+        assert not much.done()
+        await much
+
+    asyncio.run(run())
+    assert [group for group, _ in worker.batches[:4]] == ["much", "little", "much", "little"]
+
+
+def test_the_wait_is_estimated_by_what_rows_of_each_group_cost():
+    worker = Worker(seconds=0.04)
+
+    async def run():
+        batcher = batcher_of(worker, size=1, wait=0.0, cost=lambda group: {"cheap": 1.0, "dear": 10.0}[group])
+        await batcher.submit("dear", [0], 5.0)  # 40 ms for ten, so 4 ms for one
+        running = asyncio.create_task(batcher.submit("dear", [0, 1, 2], 5.0))
+        waiting = asyncio.create_task(batcher.submit("cheap", range(10), 5.0))
+        await asyncio.sleep(0.005)
+        assert batcher.expected_wait_seconds == pytest.approx(2 * 0.04 + 10 * 0.004, rel=0.3)
+        running.cancel()
+        waiting.cancel()
 
     asyncio.run(run())
 

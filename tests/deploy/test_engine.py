@@ -121,7 +121,9 @@ def test_bfloat16_makes_nearly_the_same_image(generator_folder):
     rows = [Row(label, label) for label in range(8)]
     exact = Engine(load_pipeline(generator_folder)).run(ONE_STEP, rows)[0].astype(int)
     rough = Engine(load_pipeline(generator_folder), precision="bfloat16").run(ONE_STEP, rows)[0].astype(int)
-    assert 0 < np.abs(exact - rough).max() <= 24  # 9 measured
+    assert (
+        0 < np.abs(exact - rough).max() <= 12
+    )  # 5 measured; 28 with the trained demo, whose images have more contrast
     assert np.abs(exact - rough).mean() < 2.0
 
 

@@ -288,6 +288,16 @@ def test_refusals_of_the_generator_reach_the_caller(endpoint, monkeypatch):
     assert response.headers["retry-after"] == "3"
 
 
+def test_without_a_replica_to_take_it_a_request_ends_after_its_deadline(endpoint, monkeypatch):
+    async def wait(order):
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(endpoint.api.generator, "generate", wait)
+    monkeypatch.setattr("deploy.http.DESCRIBE_SECONDS", 0.05)
+    monkeypatch.setattr(endpoint.api, "settings", endpoint.api.settings.model_copy(update={"deadline_seconds": 0.05}))
+    assert error_of(endpoint.client.post("/generate", json={"class": "star"}), 504)["code"] == "deadline_exceeded"
+
+
 def test_a_fault_is_a_500_without_its_details(endpoint, monkeypatch):
     async def fail(order):
         raise RuntimeError("secret")

@@ -164,6 +164,8 @@ def bare_process() -> Iterator[multiprocessing.pool.Pool]:
     os.environ.update(FAST_MALLOC)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         yield pool
+        pool.close()
+        pool.join()
 
 
 # Served.
@@ -205,38 +207,48 @@ def small_endpoint(folder: Path, arguments: argparse.Namespace) -> dict:
     )
 
 
+def _small_bare(bare: multiprocessing.pool.Pool, folder: Path, arguments: argparse.Namespace, rounds: Rounds) -> None:
+    full, single = (
+        bare.apply(_bare, (str(folder), 1, batch_size, arguments.seconds / 4))
+        for batch_size in (arguments.small_batch, 1)
+    )
+    rounds.add("small_bare_seconds_per_image", full / arguments.small_batch)
+    rounds.add("small_bare_single_ms", 1e3 * single)
+
+
+def _small_served(server: Server, arguments: argparse.Namespace, clock: Clock, rounds: Rounds) -> None:
+    noop = saturation(server, NOOP_PATH, arguments, clock, "small, no-op")
+    rounds.add("small_noop_seconds_per_request", 1.0 / noop.per_second)
+    ours = saturation(server, "/generate", arguments, clock, "small, ours")
+    rounds.add("small_images_per_second", ours.per_second)
+    rounds.add("small_saturated_p50_ms", ours.milliseconds(50))
+    rounds.add("small_answer_bytes", statistics.median(row[3] for row in ours.good))
+    for name, path in (("noop", NOOP_PATH), ("ours", "/generate")):
+        p50 = load(server.url, 1, arguments.seconds, path=path).milliseconds(50)
+        rounds.add(f"small_{name}_p50_ms", p50)
+        clock.say(f"small, {name}: one user, p50 {p50:.1f} ms")
+
+
 def small(folder: Path, arguments: argparse.Namespace, clock: Clock) -> dict[str, float]:
     """Bare, nothing and ours in turns, the latter two behind the same proxy."""
-    rounds, model = Rounds(), str(folder)
+    rounds = Rounds()
     with bare_process() as bare:
-        num_bytes = bare.apply(_png_bytes, (model, 1))
         noop = {
             "name": "noop", "route_prefix": "/noop", "import_path": "tests.benchmarks._serve_peers:build_noop",
-            "args": {"num_bytes": num_bytes},
+            "args": {"num_bytes": bare.apply(_png_bytes, (str(folder), 1))},
         }  # fmt: skip
         with serving([small_endpoint(folder, arguments), noop]) as server:
             for number in range(1, arguments.rounds + 1):
-                full = bare.apply(_bare, (model, 1, arguments.small_batch, arguments.seconds / 2))
-                rounds.add("small_bare_seconds_per_image", full / arguments.small_batch)
-                rounds.add("small_bare_single_ms", 1e3 * bare.apply(_bare, (model, 1, 1, arguments.seconds / 2)))
-                clock.say(f"small, round {number}: bare {arguments.small_batch / full:.1f} images/s")
-                best = saturation(server, NOOP_PATH, arguments, clock, f"small, round {number}, no-op")
-                rounds.add("small_noop_seconds_per_request", 1.0 / best.per_second)
-                best = saturation(server, "/generate", arguments, clock, f"small, round {number}, ours")
-                rounds.add("small_images_per_second", best.per_second)
-                rounds.add("small_saturated_p50_ms", best.milliseconds(50))
-                rounds.add("small_answer_bytes", statistics.median(row[3] for row in best.good))
-                for name, path in (("noop", NOOP_PATH), ("ours", "/generate")):
-                    p50 = load(server.url, 1, arguments.seconds, path=path).milliseconds(50)
-                    rounds.add(f"small_{name}_p50_ms", p50)
-                    clock.say(f"small, round {number}, {name}: one user, p50 {p50:.1f} ms")
+                clock.say(f"small, round {number} of {arguments.rounds}")
+                _small_bare(bare, folder, arguments, rounds)
+                _small_served(server, arguments, clock, rounds)
+                _small_bare(bare, folder, arguments, rounds)  # before and after: the machine drifts within a round
     figures = rounds.medians()
     expected = 1.0 / (figures["small_noop_seconds_per_request"] + figures["small_bare_seconds_per_image"])
-    wait_ms = 1e3 * arguments.batch_wait_seconds
+    expected_ms = figures["small_noop_p50_ms"] + figures["small_bare_single_ms"] + 1e3 * arguments.batch_wait_seconds
     return figures | {
         "small_throughput_ratio": figures["small_images_per_second"] / expected,
-        "small_p50_excess_ms": figures["small_ours_p50_ms"]
-        - (figures["small_noop_p50_ms"] + figures["small_bare_single_ms"] + wait_ms),
+        "small_p50_excess_ms": figures["small_ours_p50_ms"] - expected_ms,
     }
 
 
@@ -329,7 +341,8 @@ def against_dit(images_per_second: float, arguments: argparse.Namespace, clock: 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """The figures that were asked for."""
-    figures: dict[str, float] = {}
+    # What others ran: two threads of a bare loop beside a third process may take six times as long.
+    figures = {"load_average_before": os.getloadavg()[0]}
     if "peers" in arguments.parts and "large" not in arguments.parts:
         arguments.parts.append("large")  # whose figure DiTPipeline's are compared with
     clock = Clock(planned_seconds(arguments))

@@ -69,6 +69,7 @@ class Engine:
         exists for these alone. Without them a batch has the size that it has. compiled: torch.compile.
         """
         self.pipeline = pipeline
+        self._device = pipeline.device  # diffusers walks through all modules for it
         self.preview_decoder = preview_decoder
         self.batch_sizes = tuple(sorted(batch_sizes))
         self.max_batch_size = max_batch_size
@@ -82,7 +83,7 @@ class Engine:
         for module in (pipeline.transformer, pipeline.vae, preview_decoder):
             if module is not None:
                 # diffusers' own `to` warns of modules that none of these has.
-                torch.nn.Module.to(module, pipeline.device, dtype)
+                torch.nn.Module.to(module, self._device, dtype)
         for decoder in (pipeline.vae, preview_decoder):
             if decoder is not None:
                 # Convolutions are quicker with the channels last, on tensor cores and on CPUs.
@@ -184,5 +185,5 @@ class Engine:
         return noise
 
     def _synchronize(self) -> None:
-        if self.pipeline.device.type == "cuda":
+        if self._device.type == "cuda":
             torch.cuda.synchronize()

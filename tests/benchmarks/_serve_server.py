@@ -146,8 +146,12 @@ def serving(applications: list[dict]) -> Iterator[Server]:
 
 def endpoint(generator: Path, **settings: object) -> dict:
     """Our application, for `serving`. settings: arguments of deploy.app:build_app."""
-    arguments = {"model": str(generator), **settings}
-    return {"name": "meanflow", "route_prefix": "/", "import_path": "deploy.app:build_app", "args": arguments}
+    return {
+        "name": "meanflow", "route_prefix": "/", "import_path": "deploy.app:build_app",
+        "args": {"model": str(generator), **settings},
+        # In Ray's books alone: all share two cores, which a generator of two threads has to itself.
+        "deployments": [{"name": "Api", "ray_actor_options": {"num_cpus": 0}}],
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -308,9 +308,8 @@ def build_http_app(service: ApiService) -> FastAPI:
         response.headers.update(error.headers or {})
         return response
 
-    @api.exception_handler(Exception)
-    async def on_fault(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    def on_fault(error: Exception) -> JSONResponse:
+        logger.error("a request failed", exc_info=error)
         return error_response(500, "a fault of the server; its log says more")
 
     @api.post("/v1/images/generations", response_model=ImagesResponse, responses=OF_IMAGES, tags=["images"])
@@ -481,5 +480,6 @@ def build_http_app(service: ApiService) -> FastAPI:
         max_body_bytes=service.settings.max_body_bytes,
         recorder=service.recorder,
         access_log=logging.getLogger("meanflow.access"),
+        on_fault=on_fault,
     )
     return api

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import limits
@@ -13,6 +14,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.metrics import Recorder
@@ -104,6 +106,8 @@ class Guard:
     max_body_bytes: int
     recorder: Recorder
     access_log: logging.Logger
+    on_fault: Callable[[Exception], Response]
+    """The answer to a request that raised. Starlette's own place for it lies outside of this guard."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -139,6 +143,10 @@ class Guard:
 
         try:
             await self.app(scope, limited_receive, guarded_send)
+        except Exception as error:
+            if status:  # half an answer is out already
+                raise
+            await self.on_fault(error)(scope, receive, guarded_send)
         finally:
             seconds = time.perf_counter() - began
             # A path that is no route is the caller's text: as a tag, each would be a series of its own.

@@ -306,6 +306,9 @@ def test_a_fault_is_a_500_without_its_details(endpoint, monkeypatch):
     response = endpoint.client.post("/generate", json={"class": "star"})
     assert error_of(response, 500)["type"] == "server_error"
     assert "secret" not in response.text
+    assert response.headers["x-content-type-options"] == "nosniff"
+    tags = [tags for name, _, tags in endpoint.recorded.entries if name == "meanflow_requests_total"]
+    assert tags[-1] == {"route": "/generate", "method": "POST", "status": "500"}
 
 
 def test_the_page_and_the_docs_need_nothing_from_elsewhere(client):

@@ -212,6 +212,7 @@ class Batcher(Generic[RowT, ResultT]):
             for ticket in tickets:
                 if not ticket.done.done():
                     ticket.done.set_exception(error)
+                self._forget(ticket)  # before the next batch takes more of its rows
             return
         seconds = time.monotonic() - began
         pace = seconds / (len(entries) * self._cost(group))

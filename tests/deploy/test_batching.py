@@ -82,7 +82,7 @@ def test_a_full_batch_goes_before_an_older_row_that_still_waits():
 
 
 def test_whoever_is_cancelled_leaves_the_queue():
-    worker = Worker(seconds=0.05)
+    worker = Worker(seconds=0.3)
 
     async def run():
         batcher = batcher_of(worker, size=2, wait=0.0)
@@ -230,3 +230,76 @@ def test_each_batch_is_reported_with_the_waits_of_its_rows():
     assert [report.rows for report in reports] == [2, 1]
     assert reports[1].queue_wait_seconds[0] >= 0.03
     assert reports[0].seconds >= 0.03
+
+
+def test_a_failed_request_takes_its_other_rows_along():
+    worker = Worker()
+
+    async def run():
+        batcher = batcher_of(worker, size=2, wait=0.0)
+        with pytest.raises(RuntimeError, match="a bad row"):
+            await batcher.submit("g", ["bad", 2, 3, 4, 5], 5.0)
+        await batcher.submit("g", [6], 5.0)
+
+    asyncio.run(run())
+    assert worker.batches == [("g", ["bad", 2]), ("g", [6])]
+
+
+def test_whoever_is_cancelled_while_its_batch_runs_takes_nobody_along():
+    worker = Worker(seconds=0.05)
+
+    async def run():
+        batcher = batcher_of(worker, size=2, wait=0.0)
+        gone, beside, after = (asyncio.create_task(batcher.submit("g", [row], 1.0)) for row in range(3))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        return await asyncio.gather(beside, after)
+
+    assert [finished.results for finished in asyncio.run(run())] == [["g:1"], ["g:2"]]
+
+
+def test_the_wait_is_told_until_the_first_row_began():
+    async def run():
+        batcher = batcher_of(Worker(seconds=0.05), size=1, wait=0.0)
+        return await batcher.submit("g", range(4), 5.0)
+
+    assert asyncio.run(run()).queue_wait_seconds < 0.05
+
+
+def test_the_oldest_row_of_several_groups_is_not_kept_waiting_for_a_younger_one():
+    worker = Worker()
+
+    async def run():
+        batcher = batcher_of(worker, wait=0.2)
+        began = time.monotonic()
+        first = asyncio.create_task(batcher.submit("a", [0], 5.0))
+        await asyncio.sleep(0.15)
+        second = asyncio.create_task(batcher.submit("b", [1], 5.0))
+        await first
+        seconds = time.monotonic() - began
+        await second
+        return seconds
+
+    assert 0.2 <= asyncio.run(run()) < 0.3
+
+
+def test_times_to_come_again_follow_the_pace_of_late():
+    async def run():
+        batcher = batcher_of(Worker(), size=4, wait=0.0, queued=100)
+        batcher._run = Worker(seconds=0.4)
+        await batcher.submit("g", range(4), 5.0)  # 0.1 s a row
+        running = asyncio.create_task(batcher.submit("g", range(4), 60.0))
+        waiting = asyncio.create_task(batcher.submit("g", range(80), 60.0))
+        await asyncio.sleep(0.01)
+        refusals = []
+        for rows, timeout in ((range(30), 60.0), ([1], 4.0)):
+            with pytest.raises(OverloadedError) as refused:
+                await batcher.submit("g", rows, timeout)
+            refusals.append(refused.value.retry_after_seconds)
+        for task in (running, waiting):
+            task.cancel()
+        return refusals
+
+    full, late = asyncio.run(run())
+    assert 3.5 < full < 6.0  # half of what waits is done by then
+    assert 5.5 < late < 10.0  # what waits then is done in half of its time

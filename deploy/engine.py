@@ -96,7 +96,8 @@ class Engine:
 
     def padded_size(self, num_rows: int) -> int:
         """The size of the batch that these rows are run in."""
-        return next((size for size in self.batch_sizes if size >= num_rows), num_rows)
+        size = next((size for size in self.batch_sizes if size >= num_rows), num_rows)
+        return size if self.largest_that_fits is None or size <= self.largest_that_fits else num_rows
 
     def warm_up(self) -> None:
         """Runs every size of batch once, so that no request pays for a first call."""
@@ -124,7 +125,9 @@ class Engine:
             made = self._run_if_it_fits(group, part)
             if made is None:
                 self.num_out_of_memory += 1
-                self.largest_that_fits = max(len(part) // 2, 1)
+                half = self.padded_size(len(part)) // 2
+                # A size that the device has seen before, where there is one: compiled code exists for these alone.
+                self.largest_that_fits = max((size for size in self.batch_sizes if size <= half), default=half)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
@@ -139,15 +142,14 @@ class Engine:
         try:
             return self._run_one(group, rows)
         except torch.OutOfMemoryError:
-            if len(rows) == 1:
+            if self.padded_size(len(rows)) == 1:
                 raise
         return None
 
     @torch.no_grad()
     def _run_one(self, group: Group, rows: Sequence[Row]) -> tuple[np.ndarray, BatchTimes]:
         began = time.perf_counter()
-        size = len(rows) if self.largest_that_fits is not None else self.padded_size(len(rows))
-        padded = [*rows, *[rows[-1]] * (size - len(rows))]
+        padded = [*rows, *[rows[-1]] * (self.padded_size(len(rows)) - len(rows))]
         pipeline = self.pipeline
         scales, intervals = self._guidance(padded)
         z = pipeline.sample_latents(

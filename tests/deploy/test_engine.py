@@ -127,6 +127,23 @@ def test_bfloat16_makes_nearly_the_same_image(generator_folder):
     assert np.abs(exact - rough).mean() < 2.0
 
 
+def test_where_memory_is_short_batches_keep_to_the_sizes_that_the_device_knows(generator_folder, monkeypatch):
+    engine = Engine(load_pipeline(generator_folder), batch_sizes=(1, 4, 16))
+    sizes = small_memory(engine, monkeypatch, most=9)
+    rows = [Row(label, label) for label in range(10)]
+    assert len(engine.run(ONE_STEP, rows)[0]) == 10
+    assert sizes == [16, 4, 4, 4]
+    engine.run(ONE_STEP, rows[:3])
+    assert sizes[4:] == [4]
+
+
+def test_a_row_that_only_its_padding_makes_too_large_is_made(generator_folder, monkeypatch):
+    engine = Engine(load_pipeline(generator_folder), batch_sizes=(4,), max_batch_size=4)
+    sizes = small_memory(engine, monkeypatch, most=2)
+    assert len(engine.run(ONE_STEP, [Row(1, 1)])[0]) == 1
+    assert sizes == [4, 1]
+
+
 @pytest.mark.soak
 def test_compiled_code_makes_the_same_image(generator_folder):
     rows = [Row(label, label) for label in range(3)]

@@ -209,9 +209,13 @@ class GeneratorService:
 
     async def _begin(self) -> None:
         """The first model of this replica."""
+        last = await self._recall()
+        if self._setting_problem is not None and last is not None:
+            # What is wanted is not known. The replicas beside this one serve the last good model, and so does this.
+            self._settings = self._settings.model_copy(update={"model": last})
         wanted = self._settings.model
         problems = []
-        for model in dict.fromkeys((wanted, self._memory.recall(), self._arguments.model)):
+        for model in dict.fromkeys((wanted, last, self._arguments.model)):
             if model is None:
                 continue
             try:
@@ -223,7 +227,7 @@ class GeneratorService:
         if self._loaded is None:
             raise ValueError("; ".join(problems))
         if self._loaded.model == wanted:
-            self._memory.remember(wanted)
+            await self._remember(wanted)
         else:
             self._model_problem = f"{problems[0]}; {self._loaded.model} serves in its place"
 
@@ -244,8 +248,22 @@ class GeneratorService:
         self._loaded = loaded
         self._model_problem = None
         self._report_problem()
-        self._memory.remember(wanted)
         logger.info("%s serves now", wanted)
+        await self._remember(wanted)
+
+    async def _recall(self) -> str | None:
+        # In a thread, like `_remember`: the cluster's store may be slow, or away, and requests go on.
+        try:
+            return await asyncio.to_thread(self._memory.recall)
+        except Exception:
+            logger.exception("cannot recall which model served last")
+            return None
+
+    async def _remember(self, model: str) -> None:
+        try:
+            await asyncio.to_thread(self._memory.remember, model)
+        except Exception:
+            logger.exception("cannot remember that %s serves", model)
 
     async def _load_in_thread(self, model: str) -> Loaded:
         settings = self._settings

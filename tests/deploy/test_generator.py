@@ -278,6 +278,74 @@ def test_a_successor_goes_on_trying_for_the_model_that_is_wanted(generator_folde
     run(work)
 
 
+def test_a_successor_whose_settings_are_refused_serves_the_last_good_model(generator_folder, other_folder):
+    memory = Remembered(str(other_folder))
+    service = service_of(generator_folder, memory)
+
+    async def work():
+        await service.reconfigure({"model": "third", "max_batch_size": 0})
+        await asyncio.sleep(0.1)
+        return await service.describe()
+
+    card, problem = run(work)
+    assert card.id == "second"
+    assert "settings refused" in problem
+    assert memory.model == str(other_folder)
+
+
+class Away:
+    """A cluster's memory that takes its time, and then fails."""
+
+    def recall(self):
+        time.sleep(0.3)
+        raise ConnectionError("away")
+
+    def remember(self, model):
+        self.recall()
+
+
+def test_a_memory_that_is_away_stops_neither_the_start_nor_requests(generator_folder, other_folder):
+    service = service_of(generator_folder, Away())
+
+    async def longest_pause():
+        longest, last = 0.0, time.monotonic()
+        while (await service.describe())[0].id != "second" or time.monotonic() < changed + 0.5:
+            await asyncio.sleep(0.005)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        return longest
+
+    async def work():
+        nonlocal changed
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await settled(service, str(other_folder))
+        changed = time.monotonic()
+        return await longest_pause(), await service.generate(order())
+
+    changed = 0.0
+    pause, made = run(work)
+    assert pause < 0.25
+    assert made.model == "second"
+
+
+def test_the_event_loop_goes_on_while_models_load_and_compute(generator_folder, monkeypatch):
+    threads = []
+    service = service_of(
+        generator_folder, load=lambda *asked: threads.append(threading.get_ident()) or load_model(*asked)
+    )
+
+    async def work():
+        await service.reconfigure({})
+        engine = service._loaded.engine
+        run_engine = engine.run
+        monkeypatch.setattr(engine, "run", lambda *rows: threads.append(threading.get_ident()) or run_engine(*rows))
+        await service.generate(order())
+
+    run(work)
+    assert len(set(threads)) == 2  # one loads, so that the old model serves meanwhile
+    assert threading.get_ident() not in threads
+
+
 def test_without_any_model_the_replica_does_not_start(generator_folder):
     service = service_of(generator_folder, load=Loads(bad={str(generator_folder), "older"}), memory=Remembered("older"))
     with pytest.raises(ValueError, match=r"first is bad; cannot serve older: older is bad"):

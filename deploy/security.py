@@ -77,7 +77,8 @@ class RateLimiter:
 
     def __init__(self, rate: str | None) -> None:
         self._rates = [] if rate is None else limits.parse_many(rate)
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._storage = MemoryStorage()
+        self._limiter = SlidingWindowCounterRateLimiter(self._storage)
 
     def seconds_until_allowed(self, caller: str, num_images: int) -> float | None:
         """None where the images are within the rates, and counted; else how long until they may be.
@@ -86,13 +87,21 @@ class RateLimiter:
         """
         if any(num_images > rate.amount for rate in self._rates):
             return math.inf
-        for rate in self._rates:
-            if not self._limiter.test(rate, caller, cost=num_images):
-                reset = self._limiter.get_window_stats(rate, caller).reset_time
-                return max(reset - time.time(), 0.1)
+        full = [rate for rate in self._rates if not self._limiter.test(rate, caller, cost=num_images)]
+        if full:
+            return max(max(self._seconds_until_room(rate, caller, num_images) for rate in full), 0.1)
         for rate in self._rates:
             self._limiter.hit(rate, caller, cost=num_images)
         return None
+
+    def _seconds_until_room(self, rate: limits.RateLimitItem, caller: str, num_images: int) -> float:
+        """How long until so many fit. What a window counted fades evenly over the window after it."""
+        window, most = rate.get_expiry(), rate.amount - num_images
+        before, _, now, expires_in = self._storage.get_sliding_window(rate.key_for(caller), window)
+        fades_in = expires_in - window
+        if now <= most and before:
+            return fades_in - (most - now) * window / before
+        return fades_in + window * (1.0 - most / max(now, 1))
 
 
 @dataclass

@@ -3,6 +3,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from pydantic import ValidationError
@@ -49,6 +50,21 @@ def test_rates_are_per_caller_and_by_images():
     assert limiter.seconds_until_allowed("bob", 10) is None
     assert limiter.seconds_until_allowed("carol", 11) == math.inf
     assert RateLimiter(None).seconds_until_allowed("alice", 10**9) is None
+
+
+def test_whoever_comes_again_when_told_is_allowed():
+    limiter = RateLimiter("20/second")
+    waited = 0
+    for _ in range(12):
+        wait = limiter.seconds_until_allowed("alice", 15)
+        if wait is not None:
+            assert wait <= 2.0
+            time.sleep(wait + 0.01)
+            waited += 1
+            assert limiter.seconds_until_allowed("alice", 15) is None
+        if waited == 3:
+            break
+    assert waited == 3
 
 
 def test_settings_that_change_in_place_are_told_from_those_that_do_not():

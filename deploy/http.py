@@ -141,7 +141,8 @@ class ApiService:
         """Takes settings; those that do not fit are refused, reported, and change nothing.
 
         Nor are keys taken away altogether: that would open a closed endpoint. Raises ValueError at the first call alone,
-        for an endpoint that others reach, without keys, and without a word that this is meant.
+        for keys that do not fit, and for an endpoint that others reach, without keys, and without a word that this is
+        meant.
         """
         try:
             settings = with_settings(self._arguments, user_config, API_SETTINGS)
@@ -154,6 +155,10 @@ class ApiService:
         except (ValidationError, ValueError) as error:
             self.problem = f"settings of the HTTP side refused, the earlier ones stay: {error}"
             logger.error(self.problem)
+            if not self._is_checked:
+                # A replica that starts now has no earlier settings; without its keys it would be open to everybody.
+                only_keys = {name: value for name, value in (user_config or {}).items() if name == "api_keys"}
+                self.settings = with_settings(self._arguments, only_keys, API_SETTINGS)
         self.recorder.record("meanflow_settings_refused", float(self.problem is not None))
         if not self._is_checked:
             require_safe_exposure(self.settings, self._http_host)

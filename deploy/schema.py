@@ -23,7 +23,8 @@ class Arguments(BaseModel):
     ImageGenerator and Api; changed there, they take effect without a restart.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    # A key that stands in plain text where its hash belongs appears in no error.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: str
     """A generator: folder, models:/name@alias, or runs:/id/name. An alias is resolved once, when the app is built."""

@@ -379,6 +379,47 @@ def test_keys_are_exchanged_while_it_runs_and_never_all_taken_away(locked):
     assert "not left out" not in client.get("/readyz").json()["problem"]  # nobody else's business
 
 
+def test_no_key_in_plain_text_is_told(locked):
+    locked.api.reconfigure({"api_keys": {"carol": "a-plain-key"}})
+    problem = locked.client.get("/readyz", headers=bearer(KEYS["alice"])).json()["problem"]
+    assert "'carol' must be given as its SHA-256" in problem
+    assert "a-plain-key" not in problem
+
+
+def api_of(arguments=None, http_host=None):
+    from deploy.http import ApiService
+    from tests.endpoint import Recorded
+
+    return ApiService(None, Arguments(model="m", **(arguments or {})), Recorded(), http_host)
+
+
+def test_a_successor_whose_settings_are_refused_keeps_the_keys():
+    from deploy.security import hash_key
+
+    keys = {"alice": hash_key("one")}
+    for host in ("127.0.0.1", "0.0.0.0"):
+        api = api_of(http_host=host)
+        api.reconfigure({"api_keys": keys, "rate_limit": "much"})
+        assert api.settings.api_keys == keys
+        assert "wanted a rate" in api.problem
+    with pytest.raises(ValueError, match="must be given as its SHA-256"):
+        api_of(http_host="127.0.0.1").reconfigure({"api_keys": {"alice": "plain"}})
+
+
+def test_the_http_side_does_not_start_open_to_others():
+    with pytest.raises(ValueError, match=r"host is 0\.0\.0\.0, which others reach"):
+        api_of(http_host="0.0.0.0").reconfigure({})
+    api_of({"auth": "none"}, "0.0.0.0").reconfigure({})
+
+
+def test_a_refused_setting_shows_until_it_is_taken_back():
+    api = api_of()
+    for rate in (None, "much", None):
+        api.reconfigure({"rate_limit": rate})
+    assert api.recorder.values("meanflow_settings_refused") == [0.0, 1.0, 0.0]
+    assert api.problem is None
+
+
 def test_images_are_counted_against_a_rate_per_key(locked):
     locked.api.reconfigure({"rate_limit": "5/minute"})
     client, body = locked.client, {"class": "star", "num_images": 4}

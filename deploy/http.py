@@ -55,6 +55,10 @@ logger = logging.getLogger(__name__)
 WEB = Path(__file__).parent / "web"
 # Asking a replica how it is; one that is busy still answers at once.
 DESCRIBE_SECONDS = 5.0
+# The generator keeps the deadline itself; this much later, one that does not answer at all is given up.
+GRACE_SECONDS = 1.0
+# Of a body's faults, as many are told; each unknown field is one.
+MAX_FAULTS = 10
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": description}
@@ -273,12 +277,17 @@ def explain_validation_error(error: RequestValidationError) -> JSONResponse:
     for fault in error.errors():
         # FastAPI begins with where the field stood, and pydantic goes on into the types that a union tried.
         path = [str(part) for part in fault["loc"][1:] if not str(part).startswith(("constrained-", "function-"))]
+        if fault["type"] == "json_invalid":
+            path.clear()  # a place in the text, and no field
         while path and path[-1] in ("int", "str"):
             path.pop()
         field = ".".join(path)
         fields.append(field or None)
         faults.append(f"{field or 'body'}: {fault['msg']}")
-    return error_response(422, "; ".join(dict.fromkeys(faults)), "invalid_request", next(filter(None, fields), None))
+    told = list(dict.fromkeys(faults))
+    if len(told) > MAX_FAULTS:
+        told[MAX_FAULTS:] = [f"and {len(told) - MAX_FAULTS} more"]
+    return error_response(422, "; ".join(told), "invalid_request", next(filter(None, fields), None))
 
 
 def build_http_app(service: ApiService) -> FastAPI:

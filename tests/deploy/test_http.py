@@ -201,6 +201,10 @@ def test_what_is_no_json_no_route_or_no_method_is_answered_in_the_same_shape(cli
             "message"
         ]
     )
+    assert (
+        error_of(client.post("/generate", content=b"{", headers={"content-type": "application/json"}), 422)["param"]
+        is None
+    )
     error_of(client.get("/nothing"), 404)
     response = client.get("/generate")
     error_of(response, 405)

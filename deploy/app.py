@@ -106,8 +106,12 @@ class RemoteGenerator:
             return None, f"no replica answers: {type(error).__name__}"
 
     async def list_classes(self) -> list[ClassEntry]:
-        """The classes, by id."""
-        return await self._handle.list_classes.remote()
+        """The classes, by id; none where no model serves."""
+        try:
+            return await self._handle.list_classes.remote()
+        except (RayError, RayServeException):
+            logger.exception("no replica tells its classes")
+            return []
 
 
 @serve.deployment

@@ -90,7 +90,7 @@ class GeneratorClient(Protocol):
         """The model that serves, and what is wrong."""
 
     async def list_classes(self) -> list[ClassEntry]:
-        """The classes, by id."""
+        """The classes, by id; none where no model serves."""
 
 
 class ApiError(Exception):
@@ -203,6 +203,17 @@ class ApiService:
         limits = self.settings
         return card.model_copy(update={"max_images": limits.max_images, "max_steps": limits.max_steps})
 
+    async def classes(self) -> list[ClassEntry]:
+        """The classes, by id. Raises ApiError 503 where no model serves."""
+        try:
+            async with asyncio.timeout(DESCRIBE_SECONDS):
+                found = await self.generator.list_classes()
+        except TimeoutError:
+            found = []
+        if not found:
+            raise ApiError(503, "no replica of the generator answers yet", "not_ready", retry_after=5.0)
+        return found
+
     def order(
         self, wanted: Sampling, *, class_: int | str, num_images: int, count_field: str, model: str | None, size: str
     ) -> Order:
@@ -246,10 +257,10 @@ class ApiService:
             about["class"] = order.class_
         try:
             # The replica keeps the deadline; this is for where there is none to take the order.
-            async with asyncio.timeout(order.timeout_seconds + DESCRIBE_SECONDS):
+            async with asyncio.timeout(order.timeout_seconds + GRACE_SECONDS):
                 made = await self.generator.generate(order)
         except TimeoutError as error:
-            raise ApiError(504, "no replica answered in time", "deadline_exceeded") from error
+            raise ApiError(504, f"not done within {order.timeout_seconds:g} s", "deadline_exceeded") from error
         if isinstance(made, Refusal):
             param = class_field if made.param == "class" else made.param
             message = made.message if param is None else f"{param}: {made.message}"
@@ -439,8 +450,7 @@ def build_http_app(service: ApiService) -> FastAPI:
         limit: Annotated[int | None, Query(ge=1, le=100_000)] = None,
     ) -> list[ClassEntry]:
         """The classes, by id; with `search`, those that it may mean."""
-        await service.card()
-        found = await service.generator.list_classes()
+        found = await service.classes()
         if search is not None:
             word = search.strip().lower()
             found = [

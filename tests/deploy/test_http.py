@@ -211,6 +211,37 @@ def test_what_is_no_json_no_route_or_no_method_is_answered_in_the_same_shape(cli
     assert response.headers["allow"] == "POST"
 
 
+def test_of_many_faults_the_first_are_told(client):
+    body = {"class": "star", **{f"f{index}": 0 for index in range(150)}}
+    message = error_of(client.post("/generate", json=body), 422)["message"]
+    assert message.endswith("f9: Extra inputs are not permitted; and 140 more")
+
+
+def test_a_generator_that_does_not_answer_is_given_up(generator_folder, monkeypatch):
+    from deploy import http
+
+    async def forever(*_):
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(http, "DESCRIBE_SECONDS", 0.05)
+    monkeypatch.setattr(http, "GRACE_SECONDS", 0.05)
+    with in_process(Arguments(model=str(generator_folder), deadline_seconds=0.1)) as running:
+        for name in ("generate", "describe", "list_classes"):
+            monkeypatch.setattr(running.generator, name, forever)
+        error = error_of(running.client.post("/generate", json={"class": "star"}), 504)
+        assert (error["code"], error["message"]) == ("deadline_exceeded", "not done within 0.1 s")
+        assert running.client.get("/readyz").status_code == 503
+        for path in ("/v1/models", "/classes"):
+            assert error_of(running.client.get(path), 503)["code"] == "not_ready"
+
+
+def test_the_deadline_of_the_settings_reaches_the_generator(generator_folder):
+    with in_process(Arguments(model=str(generator_folder), batch_wait_seconds=1.0)) as running:
+        running.api.reconfigure({"deadline_seconds": 0.05})
+        error = error_of(running.client.post("/generate", json={"class": "star"}), 504)
+        assert error["message"] == "not done within 0.05 s"
+
+
 def test_an_ambiguous_name_is_answered_with_the_ids(tmp_path):
     from pipelines.demo import images
     from tests.endpoint import write_generator
@@ -481,3 +512,12 @@ def test_many_requests_at_once_share_batches(generator_folder):
 
         running.client.portal.call(many)
         assert running.recorded.values("meanflow_batch_rows") == [8]
+
+
+def test_both_endpoints_count_against_the_rate_and_other_settings_do_not_reset_it(locked):
+    locked.api.reconfigure({"rate_limit": "2/day"})
+    alice = bearer(KEYS["alice"])
+    body = {"prompt": "star", "n": 2}
+    assert locked.client.post("/v1/images/generations", json=body, headers=alice).status_code == 200
+    locked.api.reconfigure({"rate_limit": "2/day", "max_images": 3})
+    assert locked.client.post("/v1/images/generations", json=body, headers=alice).status_code == 429

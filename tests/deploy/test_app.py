@@ -1,0 +1,54 @@
+import asyncio
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from deploy.app import RemoteGenerator, build_app
+from deploy.schema import Arguments
+
+
+class Failing:
+    """A handle whose every call fails."""
+
+    def __init__(self, error):
+        self.generate = self.describe = self.list_classes = self
+        self.error = error
+
+    async def remote(self, *_):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (ActorDiedError(), 503, "replica_died"),
+        (ActorUnavailableError("away", None), 503, "replica_died"),
+        (BackPressureError(num_queued_requests=3, max_queued_requests=3), 429, "overloaded"),
+        (DeploymentUnavailableError.__new__(DeploymentUnavailableError), 503, "not_ready"),
+    ],
+)
+def test_what_befalls_a_replica_is_told_as_a_refusal(error, status, code):
+    if isinstance(error, DeploymentUnavailableError):
+        error.__dict__.update(_deployment_id="g")
+    generator = RemoteGenerator(Failing(error))
+    refusal = asyncio.run(generator.generate(None))
+    assert (refusal.status, refusal.code) == (status, code)
+    assert refusal.retry_after_seconds > 0
+    assert asyncio.run(generator.describe()) == (None, f"no replica answers: {type(error).__name__}")
+    assert asyncio.run(generator.list_classes()) == []
+
+
+def test_the_application_resolves_the_model_once_and_drains(generator_folder, monkeypatch):
+    monkeypatch.chdir(generator_folder.parent)
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        build_app(Arguments(model="nowhere"))
+    app = build_app(Arguments(model=generator_folder.name, num_replicas=3, drain_seconds=9.0))
+    ingress = app._bound_deployment
+    generator = ingress.init_args[0]._bound_deployment
+    for deployment in (generator, ingress):
+        arguments = deployment.init_args[-1]
+        assert arguments.model == str(generator_folder)
+        assert deployment.user_config == {}  # without one, Serve calls no reconfigure, which loads the model
+        assert deployment._deployment_config.graceful_shutdown_timeout_s == 9.0
+    assert generator.num_replicas == 3

@@ -122,6 +122,16 @@ def test_what_this_model_cannot_do_is_refused(generator_folder, changes, status,
     assert words in refusal.message
 
 
+def test_a_scale_of_one_is_no_guidance_and_taken_by_every_model(generator_folder):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({})
+        return await service.generate(order(guidance_scale=1.0))
+
+    assert isinstance(run(work), Made)
+
+
 def test_what_fits_this_model_is_taken(guided_folder):
     service = service_of(guided_folder)
 
@@ -344,6 +354,46 @@ def test_the_event_loop_goes_on_while_models_load_and_compute(generator_folder, 
     run(work)
     assert len(set(threads)) == 2  # one loads, so that the old model serves meanwhile
     assert threading.get_ident() not in threads
+
+
+def test_a_successor_with_nothing_to_remember_serves_the_arguments_model(generator_folder):
+    service = service_of(generator_folder, load=Loads(bad={"broken"}))
+
+    async def work():
+        await service.reconfigure({"model": "broken"})
+        return await service.describe()
+
+    card, problem = run(work)
+    assert card.id == "first"
+    assert "broken is bad" in problem
+    assert service.recorded.values("meanflow_model_refused")[-1] == 1.0
+
+
+def test_a_model_that_fails_shows_in_the_figures_and_pauses_grow(generator_folder):
+    loads = Loads(bad={"broken"})
+    service = service_of(generator_folder, load=loads, first_retry_seconds=0.05)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": "broken"})
+        await asyncio.sleep(0.6)
+        assert service.recorded.values("meanflow_model_refused")[-1] == 1.0
+        await service.reconfigure({})
+
+    run(work)
+    assert 2 <= loads.asked.count("broken") <= 5  # after 0.05, 0.1, 0.2, 0.4 s
+
+
+def test_settings_taken_back_are_no_problem_any_more(generator_folder):
+    service = service_of(generator_folder)
+
+    async def work():
+        for size in (2, 0, 2):
+            await service.reconfigure({"max_batch_size": size})
+
+    run(work)
+    assert service.problem is None
+    assert service.recorded.values("meanflow_model_refused")[-1] == 0.0
 
 
 def test_without_any_model_the_replica_does_not_start(generator_folder):

@@ -461,7 +461,7 @@ def test_images_are_counted_against_a_rate_per_key(locked):
     assert client.post("/generate", json=body, headers=bearer(KEYS["alice"])).status_code == 200
     response = client.post("/generate", json=body, headers=bearer(KEYS["alice"]))
     assert error_of(response, 429)["code"] == "rate_limit_exceeded"
-    assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert 1 <= int(response.headers["retry-after"]) <= 120  # what a window counted fades over the next
     assert client.post("/generate", json=body, headers=bearer(KEYS["bob"])).status_code == 200
     assert client.get("/classes", headers=bearer(KEYS["alice"])).status_code == 200
     response = client.post("/generate", json={**body, "num_images": 6}, headers=bearer(KEYS["bob"]))

@@ -10,6 +10,7 @@ from deploy import generator
 from deploy.generator import GeneratorService, find_class, index_names, load_model, name_classes
 from deploy.schema import Arguments, Made, Order, Refusal
 from meanflow_core.generator import load_pipeline
+from meanflow_core.pipeline import noise_between, noise_from_seeds
 from tests.endpoint import Recorded, Remembered
 
 CLASSES = name_classes({0: "arrow", 1: "circle", 2: "crane, wader", 3: "crane"}, {"1": "n00000001"}, 5)
@@ -96,6 +97,10 @@ def test_images_between_two_seeds_begin_and_end_with_theirs(generator_folder):
     assert between.weights == [0.0, 0.5, 1.0]
     for image, end in ((between.images[0], ends[0]), (between.images[2], ends[1])):
         assert np.abs(image.astype(int) - end.images[0].astype(int)).max() <= 1
+    start, end = noise_from_seeds([1], (4, 8, 8)), noise_from_seeds([2], (4, 8, 8))
+    pipeline = load_pipeline(generator_folder)
+    middle = pipeline(class_labels=[8], latents=noise_between(start, end, [0.5]), output_type="np").images[0]
+    assert np.abs(between.images[1].astype(int) - np.round(255 * middle)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -453,6 +458,26 @@ def test_a_device_that_is_full_is_told(generator_folder, monkeypatch):
 
     refusal = run(work)
     assert (refusal.status, refusal.code) == (503, "out_of_memory")
+
+
+def test_batches_that_did_not_fit_are_counted(generator_folder, monkeypatch):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({})
+        vae = service._loaded.engine.pipeline.vae
+        decode = vae.decode
+
+        def limited(z):
+            if len(z) > 2:
+                raise torch.OutOfMemoryError("full")
+            return decode(z)
+
+        monkeypatch.setattr(vae, "decode", limited)
+        return await service.generate(order(num_images=4))
+
+    assert isinstance(run(work), Made)
+    assert sum(service.recorded.values("meanflow_out_of_memory_total")) == 1
 
 
 def test_a_model_card_says_which_weights_serve(generator_folder, other_folder):

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -27,13 +27,17 @@ from deploy.schema import Arguments, ClassEntry, Made, ModelCard, Order, Refusal
 logger = logging.getLogger(__name__)
 
 KV_NAMESPACE = b"meanflow"
+# The replica bounds its own queue, by images, and answers at once beyond it. Serve's bounds, by requests, would keep the
+# questions of probes waiting behind images, and answer in a shape of their own; they lie far above.
+MANY_REQUESTS = 10_000
 
 
 class ClusterMemory:
     """Which model served last, in the cluster's own store, which outlives replicas."""
 
-    def __init__(self, app_name: str) -> None:
-        self._key = f"last-model:{app_name}".encode()
+    def __init__(self, app_name: str, first_model: str) -> None:
+        """first_model: what the application was built with; an application built with another begins anew."""
+        self._key = f"last-model:{app_name}:{first_model}".encode()
 
     def recall(self) -> str | None:
         """The last model that served, or None."""
@@ -55,12 +59,16 @@ class ImageGenerator:
 
     def __init__(self, arguments: Arguments) -> None:
         log_to_serve("deploy")
-        memory = ClusterMemory(serve.get_replica_context().app_name)
+        memory = ClusterMemory(serve.get_replica_context().app_name, arguments.model)
         self._service = GeneratorService(arguments, memory, RayRecorder())
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Settings and model, changed in place; before the first request, the model is loaded here."""
         await self._service.reconfigure(user_config)
+
+    def check_health(self) -> None:
+        """Serve replaces the replica where this raises."""
+        self._service.check_health()
 
     async def generate(self, order: Order) -> Made | Refusal:
         """The images of an order, or why there are none."""
@@ -89,14 +97,16 @@ class RemoteGenerator:
             return Refusal(
                 status=429, code="overloaded", message=f"too many requests wait: {error}", retry_after_seconds=1.0
             )
-        except RayActorError:
-            logger.exception("a replica died with a request")
+        except DeploymentUnavailableError as error:
+            return Refusal(status=503, code="not_ready", message=str(error), retry_after_seconds=5.0)
+        except (RayTaskError, TaskCancelledError):  # a fault of ours, and a caller who left
+            raise
+        except RayError:
+            logger.exception("a replica died with a request, or what it answered is lost")
             return Refusal(
                 status=503, code="replica_died", message="the replica that held this request died; send it again",
                 retry_after_seconds=1.0,
             )  # fmt: skip
-        except DeploymentUnavailableError as error:
-            return Refusal(status=503, code="not_ready", message=str(error), retry_after_seconds=5.0)
 
     async def describe(self) -> tuple[ModelCard | None, str | None]:
         """The model that serves, and what is wrong."""
@@ -124,7 +134,7 @@ class Api:
 
         log_to_serve("deploy", "meanflow.access")
         client = _get_global_client()
-        http_host = None if client is None else client.http_config.host
+        http_host = "unknown" if client is None else client.http_config.host
         self._service = ApiService(RemoteGenerator(generator), arguments, RayRecorder(), http_host)
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
@@ -153,7 +163,6 @@ def build_app(arguments: Arguments) -> Application:
     # Once and here: replicas start at different times, in other working directories, perhaps in other environments.
     model = resolve_model(arguments.model, tracking_uri)
     arguments = arguments.model_copy(update={"model": model, "tracking_uri": tracking_uri})
-    waiting = arguments.max_queued_images + 2 * arguments.max_batch_size
     on_device = arguments.num_gpus > 0
     generator = ImageGenerator.options(  # type: ignore[attr-defined]  # the decorator is untyped
         num_replicas=arguments.num_replicas,
@@ -162,16 +171,15 @@ def build_app(arguments: Arguments) -> Application:
             "num_gpus": arguments.num_gpus,
             "num_cpus": 0 if on_device else arguments.cpu_threads,
         },
-        # The replica bounds its own queue, by images; Serve's bounds, by requests, lie just above it.
-        max_ongoing_requests=waiting,
-        max_queued_requests=waiting,
+        max_ongoing_requests=MANY_REQUESTS,
+        max_queued_requests=MANY_REQUESTS,
         graceful_shutdown_timeout_s=arguments.drain_seconds,
     ).bind(arguments)
     ingress = Api.options(  # type: ignore[attr-defined]
         num_replicas=arguments.num_api_replicas,
         user_config={},
-        max_ongoing_requests=4 * waiting * arguments.num_replicas,
-        max_queued_requests=4 * waiting * arguments.num_replicas,
+        max_ongoing_requests=MANY_REQUESTS,
+        max_queued_requests=MANY_REQUESTS,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_timeout_s=arguments.drain_seconds,
         logging_config={"encoding": "JSON", "enable_access_log": False},  # its own access log names key and images

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # What the decoder costs beside one network call, for XL/2 and Stable Diffusion's: how long a queue takes is an estimate.
 DECODER_CALLS = 2.6
+FAILURES_OF_THE_SICK = 3
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 15.0, 600.0
 
 
@@ -166,6 +167,8 @@ class GeneratorService:
         self._setting_problem: str | None = None
         self._model_problem: str | None = None
         self._change: asyncio.Task | None = None
+        self._changing_to: str | None = None
+        self._failed_in_a_row = 0
         # One thread, which computes; loading has others, so that the old model serves meanwhile.
         self._computing = ThreadPoolExecutor(1, "generate", torch.set_num_threads, (arguments.cpu_threads,))
         self._batcher: Batcher[Row, np.ndarray] = Batcher(
@@ -196,12 +199,15 @@ class GeneratorService:
             logger.error(self._setting_problem)
         self._batcher.limits = self._limits()
         self._report_problem()
+        if self._change is not None and self._changing_to == self._settings.model:
+            return  # other settings; what is being loaded goes on
         if self._change is not None:
             self._change.cancel()
             self._change = None
         if self._loaded is None:
             await self._begin()
         if self._loaded is not None and self._loaded.model != self._settings.model:
+            self._changing_to = self._settings.model
             self._change = asyncio.create_task(self._change_model(self._settings.model))
         else:
             self._model_problem = None
@@ -245,7 +251,10 @@ class GeneratorService:
                 logger.exception("cannot serve %s; trying again in %.0f s", wanted, pause)
                 await asyncio.sleep(pause)
                 pause = min(2.0 * pause, LAST_RETRY_SECONDS)
+        # Two models were there while this one warmed up; from now on it has the device to itself.
+        loaded.engine.largest_that_fits = None
         self._loaded = loaded
+        self._change = None
         self._model_problem = None
         self._report_problem()
         logger.info("%s serves now", wanted)
@@ -275,6 +284,11 @@ class GeneratorService:
         # A thread of its own: one that hangs at a server that does not answer must not stand in the way of the next.
         return await asyncio.to_thread(load)
 
+    def check_health(self) -> None:
+        """Raises RuntimeError where batch after batch fails, as after a fault of the device that only a new process heals."""
+        if self._failed_in_a_row >= FAILURES_OF_THE_SICK:
+            raise RuntimeError(f"the last {self._failed_in_a_row} batches failed")
+
     def _report_problem(self) -> None:
         self._recorder.record("meanflow_model_refused", float(self.problem is not None))
 
@@ -282,8 +296,13 @@ class GeneratorService:
         loaded, group = key
         engine = loaded.engine
         before = engine.num_out_of_memory
-        # Off the event loop, which gathers the next batch meanwhile.
-        images, times = await asyncio.get_running_loop().run_in_executor(self._computing, engine.run, group, rows)
+        try:
+            # Off the event loop, which gathers the next batch meanwhile.
+            images, times = await asyncio.get_running_loop().run_in_executor(self._computing, engine.run, group, rows)
+        except Exception:
+            self._failed_in_a_row += 1
+            raise
+        self._failed_in_a_row = 0
         self._recorder.record("meanflow_out_of_memory_total", engine.num_out_of_memory - before)
         self._recorder.record("meanflow_model_seconds", times.model_seconds)
         self._recorder.record("meanflow_decode_seconds", times.decode_seconds)

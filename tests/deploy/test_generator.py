@@ -490,3 +490,67 @@ def test_a_model_card_says_which_weights_serve(generator_folder, other_folder):
     assert first.hashes.vae == second.hashes.vae
     assert (first.id, first.image_size, first.num_classes, first.takes_guidance) == ("first", 64, 10, False)
     assert generator.load_model(str(generator_folder), Arguments(model="x", served_name="mine")).card.id == "mine"
+
+
+def test_other_settings_do_not_begin_a_load_anew(generator_folder, other_folder):
+    gate = threading.Event()
+    loads = Loads(gate=gate)
+    service = service_of(generator_folder, load=loads)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await asyncio.sleep(0.05)
+        await service.reconfigure({"model": str(other_folder), "max_batch_size": 2})
+        gate.set()
+        await settled(service, str(other_folder))
+        await service.generate(order(num_images=4))
+
+    run(work)
+    assert loads.asked == [str(generator_folder), str(other_folder)]
+    assert service.recorded.values("meanflow_batch_rows") == [2, 2]
+
+
+def test_a_model_that_was_short_of_memory_beside_the_old_one_has_the_device_to_itself_afterwards(
+    generator_folder, other_folder
+):
+    def load(model, arguments):
+        loaded = load_model(model, arguments)
+        loaded.engine.largest_that_fits = 1  # as after a warm-up without enough memory
+        return loaded
+
+    service = service_of(generator_folder, load=load)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await settled(service, str(other_folder))
+
+    run(work)
+    assert service._loaded.engine.largest_that_fits is None
+
+
+def test_a_replica_whose_batches_all_fail_is_sick(generator_folder, monkeypatch):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({})
+        engine_run = service._loaded.engine.run
+
+        def fault(group, rows):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        for broken in (2, 3):
+            monkeypatch.setattr(service._loaded.engine, "run", fault)
+            for _ in range(broken):
+                service.check_health()
+                with pytest.raises(RuntimeError, match="illegal"):
+                    await service.generate(order())
+            if broken == 2:
+                monkeypatch.setattr(service._loaded.engine, "run", engine_run)
+                await service.generate(order())  # and all is well again
+                service.check_health()
+
+    run(work)
+    with pytest.raises(RuntimeError, match="the last 3 batches failed"):
+        service.check_health()

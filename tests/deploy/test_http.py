@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderTiny
 from PIL import Image
 
 from deploy.schema import MAX_SEED, Arguments, Refusal
@@ -100,6 +101,34 @@ def test_times_may_lie_on_any_grid(client, generator_folder):
     expected = load_pipeline(generator_folder)(class_labels=[8], seeds=[7], timesteps=(1.0, 0.3, 0.0)).images[0]
     got = pixels(base64.b64decode(answer["data"][0]["b64_json"]))
     assert np.abs(got - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_previews_are_flagged(generator_folder, tmp_path):
+    AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).save_pretrained(tmp_path / "tiny")  # fmt: skip
+    arguments = Arguments(model=str(generator_folder), preview_vae=str(tmp_path / "tiny"), batch_wait_seconds=0.05)
+    with in_process(arguments) as running:
+        assert running.client.get("/v1/models").json()["data"][0]["has_previews"] is True
+        body = {"prompt": "star", "seed": 7}
+        preview, image = (
+            running.client.post("/v1/images/generations", json={**body, "preview": flag}).json()
+            for flag in (True, False)
+        )
+        assert (preview["preview"], image["preview"]) == (True, False)
+        difference = (
+            pixels(base64.b64decode(preview["data"][0]["b64_json"])) - expected_images(generator_folder, [8], [7])[0]
+        )
+        assert np.abs(difference).max() > 1
+        assert (
+            np.abs(
+                pixels(base64.b64decode(image["data"][0]["b64_json"])) - expected_images(generator_folder, [8], [7])[0]
+            ).max()
+            <= 1
+        )
+        file = running.client.post("/generate", json={"class": "star", "preview": True})
+        assert file.headers["x-preview"] == "true"
 
 
 def test_without_a_seed_images_differ_and_the_seed_is_told(client):
@@ -321,16 +350,6 @@ def test_refusals_of_the_generator_reach_the_caller(endpoint, monkeypatch):
         "message": "full", "type": "rate_limit_error", "param": None, "code": "overloaded",
     }  # fmt: skip
     assert response.headers["retry-after"] == "3"
-
-
-def test_without_a_replica_to_take_it_a_request_ends_after_its_deadline(endpoint, monkeypatch):
-    async def wait(order):
-        await asyncio.sleep(30)
-
-    monkeypatch.setattr(endpoint.api.generator, "generate", wait)
-    monkeypatch.setattr("deploy.http.DESCRIBE_SECONDS", 0.05)
-    monkeypatch.setattr(endpoint.api, "settings", endpoint.api.settings.model_copy(update={"deadline_seconds": 0.05}))
-    assert error_of(endpoint.client.post("/generate", json={"class": "star"}), 504)["code"] == "deadline_exceeded"
 
 
 def test_a_fault_is_a_500_without_its_details(endpoint, monkeypatch):

@@ -211,6 +211,7 @@ def logged(client, record, name):
     return [(metric.step, metric.value) for metric in client.get_metric_history(record["mlflow_run_id"], name)]
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same_numbers(trained, workspace):

@@ -60,6 +60,7 @@ def distances(config, numbers_of_steps):
     return [distance(num_steps) for num_steps in numbers_of_steps]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_one_step_of_meanflow_is_worth_sixteen_of_flow_matching():
     # Beside each other, of one thread each: matrices this small gain nothing from two.

@@ -230,6 +230,7 @@ def test_the_http_side_knows_where_serve_listens(endpoint):
     assert "Serve's HTTP host is 127.0.0.1; API keys: none" in text
 
 
+@pytest.mark.soak
 def test_a_new_application_replaces_the_old_one_replica_by_replica_without_a_lost_request(endpoint, expected):
     config = json.loads(json.dumps(endpoint.config))
     config["applications"][0]["args"]["served_name"] = "renamed"

@@ -189,6 +189,7 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(ours_of.total, theirs_of.total, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_killing_one_of_four_workers_changes_nothing(generator, tmp_path_factory):
     chunks = sample_chunks(240, Setting(num_steps=1), num_features=240, num_images=240)

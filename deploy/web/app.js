@@ -1,450 +1,598 @@
-// The page of the endpoint. It asks the same interface as everybody else: /v1/models, /classes, /v1/images/generations.
+// The page: reads the form, asks the server, shows images with their times. No framework, nothing from elsewhere.
 
-const el = (id) => document.getElementById(id);
-const MAX_SEED = 2 ** 32;
-const HISTORY = 12;
-const STEPS_COMPARED = [1, 2, 4];
-const NOTES = {
-  generate: "Images of one class, each of its own seed.",
-  steps: "The same seed carried to an image in 1, 2 and 4 network calls.",
-  interpolate: "The way from one seed's noise to another's, image by image.",
+import { ClassCombobox } from "./combobox.js";
+import { RequestError, call, toBodies, toNumber, toSnippet } from "./requests.js";
+
+const LARGEST_SEED = 2n ** 62n;
+const MOST_RESULTS = 20; // kept in memory
+const PIXELATED_FROM = 3; // times enlarged; below it, smooth is the truer picture
+const KEY = "meanflow-ray.api-key";
+const HINTS = {
+  generate: "Image i is made from seed + i.",
+  steps: "The same noise, with more and more network calls.",
+  interpolate: "From one seed's noise to another's.",
 };
-const BUTTONS = { generate: "Generate", steps: "Compare steps", interpolate: "Interpolate" };
-// Fields of a request -> what shows their problems.
-const FIELDS = {
-  prompt: "class", seed: "seed", seed_end: "seed-end", n: "count", num_inference_steps: "steps",
-  guidance_scale: "guidance-scale", guidance_interval: "guidance-start",
+const STAGES = ["queue", "model", "decode", "encode"];
+
+const state = {
+  mode: "generate", language: "curl", model: null, version: "", key: sessionStorage.getItem(KEY) ?? "",
+  results: [], current: null, running: null, countdown: null, viewed: 0,
 };
 
-const state = { mode: "generate", model: null, classes: [], busy: false, retry: null };
+const $ = (id) => document.getElementById(id);
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+const combobox = new ClassCombobox($("class"), $("class-list"), () => { mark("class", ""); refreshSnippet(); });
+const enlarged = new ResizeObserver((entries) => entries.forEach(({ target }) => sharpen(target)));
 
-/** What went wrong, as the endpoint says it. */
-class Failure extends Error {
-  constructor(message, status = 0, param = null, retryAfter = null) {
-    super(message);
-    Object.assign(this, { status, param, retryAfter });
-  }
+/** An element with properties, and children. */
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
 }
 
-/** One request; JSON in, JSON out. Throws Failure. */
-async function ask(path, body) {
-  const headers = {};
-  if (body) headers["content-type"] = "application/json";
-  const key = sessionStorage.getItem("key");
-  if (key) headers.authorization = `Bearer ${key}`;
-  let response;
-  try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body) });
-  } catch {
-    throw new Failure("The endpoint cannot be reached. Is it running, and are you connected?");
-  }
-  const text = await response.text();
-  let content = null;
-  try { content = JSON.parse(text); } catch { /* said below */ }
-  if (response.ok && content) return content;
-  const error = content?.error ?? {};
-  const retryAfter = response.headers.get("retry-after");
-  throw new Failure(
-    error.message ?? `The endpoint answered ${response.status} ${text.slice(0, 200)}`,
-    response.status, error.param ?? null, retryAfter === null ? null : Number(retryAfter),
-  );
+/** Shows an image's own pixels once they are large enough to be seen as such. */
+function sharpen(image) {
+  image.classList.toggle("pixelated", image.clientWidth >= PIXELATED_FROM * (image.naturalWidth || Infinity));
 }
 
-// Problems.
+// ---- the form -----------------------------------------------------------------------------------------------------
 
-/** Shows a message beside a field, or below the button where it belongs to none. */
-function showProblem(message, param = null) {
-  const field = FIELDS[param?.split(".")[0]] ?? null;
-  const place = field && !el(field).closest("[hidden]") ? field : null;
-  if (!place) { el("problem").replaceChildren(message); return; }
-  el(`${place}-problem`).textContent = message.replace(/^[\w.]+: /, "");
-  el(place).setAttribute("aria-invalid", "true");
-  el(place).focus();
+/** A name that the server takes for this class alone. */
+function promptOf(entry) {
+  const name = entry.synonyms[0];
+  const isShared = combobox.classes.some((other) => other !== entry && other.synonyms.includes(name));
+  return isShared || !name ? `class:${entry.id}` : name;
 }
 
-function clearProblems() {
-  el("problem").replaceChildren();
-  for (const mark of document.querySelectorAll("p.problem")) mark.textContent = "";
-  for (const input of document.querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
-}
-
-/** A field that is being changed is no longer complained of. */
-function forgive(id) {
-  el(id)?.removeAttribute("aria-invalid");
-  const mark = el(`${id}-problem`);
-  if (mark) mark.textContent = "";
-}
-
-/** What a failure means for the person at the page. */
-function showFailure(failure) {
-  if (!(failure instanceof Failure)) { showProblem(`This page has a fault: ${failure.message}`); throw failure; }
-  if (failure.status === 401) {
-    el("key-field").hidden = false;
-    el("key-problem").textContent = sessionStorage.getItem("key") ? "This key is not known here." : "This endpoint wants an API key.";
-    el("key").setAttribute("aria-invalid", "true");
-    el("key").focus();
-    return;
-  }
-  showProblem(failure.message, failure.param);
-}
-
-// The class combobox.
-
-const combobox = { shown: [], active: -1 };
-
-/** Classes that typed text may mean, whole matches first. */
-function findClasses(text) {
-  const word = text.trim().toLowerCase();
-  if (!word) return state.classes.slice(0, 60);
-  const id = word.replace(/^class:/, "");
-  const rank = (entry) => {
-    const names = entry.name.toLowerCase();
-    if (String(entry.id) === id || entry.wnid?.toLowerCase() === word) return 0;
-    if (names.split(",").some((name) => name.trim() === word)) return 1;
-    if (names.startsWith(word)) return 2;
-    return names.includes(word) ? 3 : 9;
+/** What the form says, as it stands; a seed left empty is undefined. */
+function readForm() {
+  const entry = combobox.chosen;
+  const prompt = entry ? promptOf(entry) : $("class").value.trim();
+  const seed = (id) => ($(id).value.trim() ? toNumber($(id).value) : undefined);
+  return {
+    mode: state.mode, entry, prompt,
+    slug: (entry?.synonyms[0] ?? prompt).toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-") || "image",
+    seed: seed("seed"), seedEnd: seed("seed-end"),
+    numImages: toNumber($("num-images").value), numFrames: toNumber($("num-frames").value),
+    steps: toNumber($("steps").value), compare: all("#compare input:checked").map((box) => BigInt(box.value)),
+    guidanceScale: toNumber($("guidance-scale").value),
+    guidanceInterval: [toNumber($("guidance-start").value), toNumber($("guidance-end").value)],
+    preview: $("preview").checked,
   };
-  const ranked = state.classes.map((entry) => [rank(entry), entry]).filter(([place]) => place < 9);
-  return ranked.sort((a, b) => a[0] - b[0] || a[1].id - b[1].id).slice(0, 60).map(([, entry]) => entry);
 }
 
-function openList() {
-  combobox.shown = findClasses(el("class").value);
-  combobox.active = combobox.shown.length ? 0 : -1;
-  el("class-list").replaceChildren(...(combobox.shown.length ? combobox.shown.map(option) : [noOption()]));
-  el("class-list").hidden = false;
-  el("class").setAttribute("aria-expanded", "true");
-  markActive();
+/** Writes settings, or an earlier result's, back into the form. */
+function fillForm(settings) {
+  const write = (id, value) => { if (value !== undefined) $(id).value = String(value); };
+  setMode(settings.mode ?? "generate");
+  if (settings.entry) combobox.choose(settings.entry);
+  else if (settings.prompt !== undefined) combobox.type(settings.prompt);
+  write("seed", settings.seed);
+  write("seed-end", settings.seedEnd);
+  write("num-images", settings.numImages);
+  write("num-frames", settings.numFrames);
+  write("steps", settings.steps);
+  write("guidance-scale", settings.guidanceScale);
+  write("guidance-start", settings.guidanceInterval?.[0]);
+  write("guidance-end", settings.guidanceInterval?.[1]);
+  if (settings.compare) for (const box of all("#compare input")) box.checked = settings.compare.includes(BigInt(box.value));
+  if (settings.preview !== undefined) $("preview").checked = settings.preview;
+  all("#form input").forEach((input) => mark(input.id, ""));
+  refresh();
 }
 
-function closeList() {
-  el("class-list").hidden = true;
-  el("class").setAttribute("aria-expanded", "false");
-  el("class").removeAttribute("aria-activedescendant");
+/** The settings that a link's hash holds; what it does not name is absent. */
+function readHash() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  const text = (name) => given.get(name) ?? undefined;
+  return {
+    isRequest: given.has("class"), mode: text("mode") in HINTS ? text("mode") : "generate", prompt: text("class"),
+    entry: combobox.classes.find((entry) => String(entry.id) === text("class")),
+    seed: text("seed"), seedEnd: text("to"), numImages: text("n"), numFrames: text("frames"), steps: text("steps"),
+    compare: text("compare")?.split(",").filter((steps) => /^\d+$/.test(steps)).map(BigInt),
+    guidanceScale: text("guidance"), guidanceInterval: text("interval")?.split(","),
+    preview: given.has("preview") || undefined,
+  };
 }
 
-function option(entry, index) {
-  const item = make("li", { id: `class-${index}`, role: "option" }, make("span", {}, entry.name), make("span", { class: "id" }, String(entry.id)));
-  item.addEventListener("pointerdown", (event) => { event.preventDefault(); choose(entry); });
-  return item;
+/** Puts what makes a result again into the address, so that it can be shared as a link. */
+function writeHash(settings) {
+  const { mode } = settings;
+  const held = { mode, class: settings.entry?.id ?? settings.prompt, seed: settings.seed };
+  if (mode === "generate") held.n = settings.numImages;
+  if (mode === "interpolate") Object.assign(held, { to: settings.seedEnd, frames: settings.numFrames });
+  if (mode === "steps") held.compare = settings.compare.join(",");
+  else held.steps = settings.steps;
+  if (state.model.takes_guidance) {
+    Object.assign(held, { guidance: settings.guidanceScale, interval: settings.guidanceInterval.join(",") });
+  }
+  if (settings.preview) held.preview = 1;
+  history.replaceState(null, "", `#${new URLSearchParams(held)}`);
 }
 
-const noOption = () => make("li", { class: "none" }, state.classes.length ? "no class is called that" : "no classes yet");
+/** Shows a mode's fields. */
+function setMode(mode) {
+  state.mode = mode;
+  selectTab(`tab-${mode}`);
+  $("panel").setAttribute("aria-labelledby", `tab-${mode}`);
+  $("mode-hint").textContent = HINTS[mode];
+  for (const part of all("[data-modes]")) part.hidden = !part.dataset.modes.split(" ").includes(mode);
+  refresh();
+}
 
-function markActive() {
-  [...el("class-list").children].forEach((item, index) => {
-    item.setAttribute("aria-selected", String(index === combobox.active));
-    if (index === combobox.active) {
-      item.scrollIntoView({ block: "nearest" });
-      el("class").setAttribute("aria-activedescendant", item.id);
-    }
+/** Selects a tab among its siblings. */
+function selectTab(id) {
+  for (const tab of all("[role=tab]", $(id).parentElement)) {
+    tab.ariaSelected = String(tab.id === id);
+    tab.tabIndex = tab.id === id ? 0 : -1;
+  }
+}
+
+/** Tabs by click, arrow keys, Home and End. */
+function listenToTabs(tablist, select) {
+  const tabs = all("[role=tab]", tablist);
+  tablist.addEventListener("click", (event) => { if (event.target.role === "tab") select(event.target); });
+  tablist.addEventListener("keydown", (event) => {
+    const at = tabs.indexOf(event.target);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tabs.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    const tab = tabs[(to + tabs.length) % tabs.length];
+    tab.focus();
+    select(tab);
   });
 }
 
-/** A name that several classes share is written as its id. */
-function choose(entry) {
-  const name = entry.name.split(",")[0].trim();
-  const same = state.classes.filter((other) => other.name.split(",").some((synonym) => synonym.trim().toLowerCase() === name.toLowerCase()));
-  el("class").value = same.length > 1 ? `class:${entry.id}` : name;
-  forgive("class");
-  closeList();
-  changed();
+/** Brings what follows from the fields up to date: pressed choices, the snippet. */
+function refresh() {
+  for (const button of all("[data-steps]")) button.ariaPressed = String(button.dataset.steps === $("steps").value.trim());
+  refreshSnippet();
 }
 
-function onClassKey(event) {
-  const isOpen = !el("class-list").hidden;
-  const move = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-  if (move) {
-    event.preventDefault();
-    if (!isOpen) { openList(); return; }
-    const count = combobox.shown.length;
-    if (count) { combobox.active = (combobox.active + move + count) % count; markActive(); }
-  } else if (event.key === "Enter" && isOpen && combobox.active >= 0 && el("class").value.trim()) {
-    event.preventDefault();
-    choose(combobox.shown[combobox.active]);
-  } else if (event.key === "Escape" && isOpen) {
-    event.preventDefault();
-    closeList();
-  }
+/** Writes the request as code; seeds left to chance are those of the images in view, so that it makes these again. */
+function refreshSnippet() {
+  if (!state.model) return;
+  const settings = readForm();
+  settings.seed ??= state.current?.settings.seed;
+  if (settings.mode === "interpolate") settings.seedEnd ??= state.current?.settings.seedEnd ?? 1n;
+  if (settings.mode !== "generate") settings.seed ??= 0n;
+  $("snippet-code").textContent = toSnippet(state.language, settings, state.model, new URL("./", location.href).href, Boolean(state.key));
 }
 
-// The request.
+/** A seed to start from; small, so that it can be read and told. */
+const randomSeed = () => BigInt(crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000);
 
-/** A field's number; text that is none is sent as it is, for the endpoint to explain. */
-function number(id) {
-  const text = el(id).value.trim();
-  if (text === "") return undefined;
-  return Number.isFinite(Number(text)) ? Number(text) : text;
-}
-
-const randomSeed = () => Math.floor(Math.random() * MAX_SEED);
-
-/** The body of the request that the form describes. */
-function request() {
-  const body = { prompt: el("class").value.trim(), n: number("count"), seed: number("seed"), num_inference_steps: number("steps") };
-  if (state.mode === "steps") { body.n = 1; delete body.num_inference_steps; }
-  if (state.mode === "interpolate") body.seed_end = number("seed-end");
-  if (state.model?.takes_guidance) {
-    body.guidance_scale = number("guidance-scale");
-    const interval = [number("guidance-start"), number("guidance-end")];
-    if (interval.every((time) => time !== undefined)) body.guidance_interval = interval;
-  }
-  if (state.model?.has_previews && el("preview").checked) body.preview = true;
-  return Object.fromEntries(Object.entries(body).filter(([, value]) => value !== undefined));
-}
-
-/** Asks for images; where the endpoint is full it waits as long as it is told to, once. */
-async function images(body) {
-  const began = performance.now();
-  try {
-    return { ...(await ask("v1/images/generations", body)), roundTrip: performance.now() - began };
-  } catch (failure) {
-    if (![429, 503].includes(failure.status) || !failure.retryAfter || failure.retryAfter > 60) throw failure;
-    await countDown(failure);
-    const again = performance.now();
-    return { ...(await ask("v1/images/generations", body)), roundTrip: performance.now() - again };
-  }
-}
-
-/** Says when the next try is; may be hastened, or given up. */
-async function countDown(failure) {
-  const text = make("span", {});
-  const stop = make("button", { type: "button", id: "give-up" }, "Give up");
-  el("problem").replaceChildren(text, stop);
-  let isOver = false;
-  stop.addEventListener("click", () => { isOver = true; });
-  for (let left = Math.ceil(failure.retryAfter); left > 0; left -= 1) {
-    text.textContent = `${failure.message}. Trying again in ${left} s.`;
-    await new Promise((resume) => setTimeout(resume, 1000));
-    if (isOver) throw failure;
-  }
-  el("problem").replaceChildren();
-}
-
-/** What the button does, by mode; gives the results. */
-const WORK = {
-  async generate(body) {
-    const answer = await images(body);
-    addResult(answer, answer.data.map((image, index) => [source(answer, image), `seed ${image.seed ?? answer.seed + index}`, image.seed]));
-  },
-  async steps(body) {
-    const seed = body.seed ?? randomSeed();
-    const answers = [];
-    for (const steps of STEPS_COMPARED.filter((count) => count <= state.model.max_steps)) {
-      answers.push(await images({ ...body, seed, num_inference_steps: steps }));
+/** What is plainly wrong with a field, or "". It marks and does not block: the server has the last word. */
+function faultOf(id) {
+  const text = $(id).value.trim();
+  const value = toNumber(text);
+  const whole = (least, most) => (typeof value === "bigint" && value >= least && value <= most ? ""
+    : `A whole number from ${least} to ${most}, please.`);
+  switch (id) {
+    case "seed":
+    case "seed-end": return !text || !whole(0n, LARGEST_SEED) ? "" : "A whole number from 0 to 2^62, please.";
+    case "num-images": return whole(1n, BigInt(state.model?.max_images ?? 64));
+    case "num-frames": return whole(2n, BigInt(state.model?.max_images ?? 64));
+    case "steps": return whole(1n, BigInt(state.model?.max_steps ?? 128));
+    case "guidance-scale": return Number(value) >= 1 ? "" : "A number from 1, please.";
+    case "guidance-start":
+    case "guidance-end": {
+      const [start, end] = [Number($("guidance-start").value), Number($("guidance-end").value)];
+      return start >= 0 && start <= end && end <= 1 ? "" : "Times run from 0 to 1, the earlier first.";
     }
-    const tiles = answers.map((answer) => [source(answer, answer.data[0]), `${plural(answer.num_inference_steps, "step")} · ${milliseconds(answer.timing.total_ms)}`, seed]);
-    const counts = answers.map((answer) => answer.num_inference_steps).join(", ");
-    const network = answers.map((answer) => milliseconds(answer.timing.model_ms)).join(", ");
-    addResult(answers[0], tiles, `${answers[0].class_name} · seed ${seed} · ${counts} steps`, { timing: `network ${network}; a request each` });
-  },
-  async interpolate(body) {
-    const seeds = { seed: body.seed ?? randomSeed(), seed_end: body.seed_end ?? randomSeed() };
-    const answer = await images({ ...body, ...seeds });
-    const tiles = answer.data.map((image) => [source(answer, image), image.weight.toFixed(2), null]);
-    addResult(answer, tiles, `${answer.class_name} · from seed ${seeds.seed} to ${seeds.seed_end} · ${plural(answer.num_inference_steps, "step")}`, { isStrip: true });
-  },
-};
+    default: return "";
+  }
+}
 
-async function submit(event) {
-  event.preventDefault();
-  closeList();
-  if (state.busy) return;
-  clearProblems();
-  if (!el("key-field").hidden && el("key").value) sessionStorage.setItem("key", el("key").value.trim());
-  if (!el("class").value.trim()) { showProblem("Choose a class first.", "prompt"); return; }
+/** Writes a fault beside its field, or takes it away. */
+function mark(id, fault) {
+  const ids = id === "guidance-start" || id === "guidance-end" ? ["guidance-start", "guidance-end"] : [id];
+  const place = $(ids.length > 1 ? "guidance-interval-error" : `${id}-error`);
+  if (!place) return;
+  place.textContent = fault;
+  for (const each of ids) {
+    if (fault) $(each).setAttribute("aria-invalid", "true");
+    else $(each).removeAttribute("aria-invalid");
+  }
+}
+
+/** The field that a request's parameter was read from, or null. */
+function fieldOf(param) {
+  const name = (param ?? "").split(".").filter((part) => part !== "body" && !/^\d+$/.test(part))[0];
+  return {
+    prompt: "class", class: "class", seed: "seed", seed_end: "seed-end",
+    n: state.mode === "interpolate" ? "num-frames" : "num-images",
+    num_inference_steps: state.mode === "steps" ? "compare" : "steps",
+    guidance_scale: "guidance-scale", guidance_interval: "guidance-start", preview: "preview",
+  }[name] ?? null;
+}
+
+// ---- asking -------------------------------------------------------------------------------------------------------
+
+/** Bytes of a base64 text as an object URL. */
+function toUrl(base64, format) {
+  return URL.createObjectURL(new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type: `image/${format}` }));
+}
+
+/** One answer as a group of images that came together, with its times. */
+function toGroup(answer, roundTrip, settings, body) {
+  const { num_inference_steps: steps, output_format: format, class_name: name } = answer;
+  const images = answer.data.map((item, index) => {
+    const seed = body.seed_end === undefined ? body.seed + BigInt(index) : body.seed;
+    const way = body.seed_end === undefined ? "" : `-to-${body.seed_end}-${index}`;
+    const file = `${settings.slug}-seed-${seed}${way}-steps-${steps}.${format}`;
+    return { url: toUrl(item.b64_json, format), steps, name, seed, seedEnd: body.seed_end, weight: item.weight, file };
+  });
+  return { steps, name, images, timing: answer.timing, roundTrip };
+}
+
+/** Makes what the form, or settings read from it before, asks for and shows it. */
+async function generate(settings, isRetry = false) {
+  state.running?.abort();
+  const running = new AbortController();
+  state.running = running;
+  clearProblem();
   setBusy(true);
+  const result = { settings, groups: [] };
   try {
-    if (!state.model) await loadModel();
-    await WORK[state.mode](request());
-    el("key-field").hidden = true;
-    writeHash();
-  } catch (failure) {
-    showFailure(failure);
-  } finally {
+    if (!state.model) await load(running.signal);
+    settings ??= readForm();
+    settings.seed ??= randomSeed();
+    if (settings.mode === "interpolate") settings.seedEnd ??= randomSeed();
+    if (settings.mode === "steps" && !settings.compare.length) {
+      throw new RequestError("Choose at least one number of steps.", { param: "num_inference_steps" });
+    }
+    result.settings = settings;
+    for (const body of toBodies(settings, state.model)) { // one after another, so that they do not share their times
+      const [answer, roundTrip] = await call("v1/images/generations", { body, key: state.key, signal: running.signal });
+      if (typeof settings.seed !== "bigint") settings.seed = body.seed = BigInt(answer.seed); // the server reads more than we do
+      result.groups.push(toGroup(answer, roundTrip, settings, body));
+    }
+  } catch (error) {
+    if (state.running === running && error.name === "AbortError") announce("Cancelled.");
+    else if (state.running === running) showProblem(error, () => generate(settings, true), isRetry);
+  }
+  if (result.groups.length && state.running === running) keep(result);
+  else dispose(result);
+  if (state.running === running) {
+    state.running = null;
     setBusy(false);
   }
 }
 
 function setBusy(isBusy) {
-  state.busy = isBusy;
-  el("go").setAttribute("aria-busy", String(isBusy));
-  el("go").textContent = isBusy ? "Working…" : BUTTONS[state.mode];
+  $("generate").textContent = isBusy ? "Generating" : "Generate";
+  $("generate").classList.toggle("busy", isBusy);
+  $("cancel").hidden = !isBusy;
+  $("result").ariaBusy = String(isBusy);
 }
 
-// Results.
-
-const source = (answer, image) => `data:image/${answer.output_format};base64,${image.b64_json}`;
-const milliseconds = (value) => (value >= 1000 ? `${(value / 1000).toFixed(2)} s` : `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`);
-const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
-
-/** An element with attributes and children. */
-function make(tag, attributes, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
+/** Says what went wrong: beside its field where it has one, below the form otherwise. Calls `again` where that helps. */
+function showProblem(error, again, isRetry) {
+  if (!(error instanceof RequestError)) console.error(error);
+  if (error.status === 401) {
+    $("api-key-row").hidden = false;
+    mark("api-key", state.key ? `This key was not taken: ${error.message}` : "This server wants an API key.");
+    return $("api-key").focus();
+  }
+  const field = fieldOf(error.param);
+  if (field && !$(field).closest("[hidden]")) {
+    mark(field, error.message);
+    return ($(field).querySelector("input") ?? $(field)).focus();
+  }
+  const mayWait = (error.status === 429 || error.status === 503) && error.retryAfter && !isRetry;
+  $("form-error").textContent = mayWait ? `${error.message} Trying again in ${error.retryAfter} s.` : error.message;
+  $("retry").onclick = again;
+  $("retry").hidden = error.status >= 400 && error.status < 429;
+  $("retry").textContent = "Try again";
+  $("problem").hidden = false;
+  if (mayWait) countDown(error.retryAfter, again);
 }
 
-/** An image at a size that suits its own: small ones larger, as pixels where they are much larger. */
-function picture(url, size, shown, alt) {
-  const image = make("img", { src: url, width: shown, height: shown, alt });
-  if (shown / size > 3) image.classList.add("pixelated");
-  return image;
+/** Tries again once after some seconds, counting on the button. */
+function countDown(seconds, again) {
+  const tick = () => {
+    $("retry").textContent = `Try now (${seconds} s)`;
+    if (seconds-- <= 0) again();
+  };
+  state.countdown = setInterval(tick, 1000);
+  tick();
 }
 
-function timingLine(answer) {
-  const { queue_ms, model_ms, decode_ms, encode_ms, total_ms } = answer.timing;
-  return `${milliseconds(answer.roundTrip)} here and back, ${milliseconds(total_ms)} of it there: queue ${milliseconds(queue_ms)}, `
-    + `network ${milliseconds(model_ms)}, decoder ${milliseconds(decode_ms)}, encoding ${milliseconds(encode_ms)}`
-    + (answer.preview ? " · preview decoder" : "");
+function clearProblem() {
+  clearInterval(state.countdown);
+  $("problem").hidden = true;
+  $("form-error").textContent = "";
+  for (const input of all("#form input, #compare")) mark(input.id, "");
 }
 
-/** Adds a result above the earlier ones. tiles: [url, caption, seed or null]. */
-function addResult(answer, tiles, title, { isStrip = false, timing = timingLine(answer) } = {}) {
-  const size = Number(answer.size.split("x")[0]);
-  const shown = isStrip ? Math.min(size, 96) : size <= 96 ? 2 * size : size;
-  const name = title ?? `${answer.class_name} · ${plural(answer.num_inference_steps, "step")}`;
-  const result = make("article", { class: "result" }, make("h2", {}, name), make("p", { class: "timing" }, timing));
-  if (isStrip) result.append(scrubber(tiles, size));
-  const figures = tiles.map(([url, caption, seed]) => {
-    const alt = `${answer.class_name}, ${caption}`;
-    const button = make("button", { type: "button", "aria-label": `Enlarge: ${alt}` }, picture(url, size, shown, alt));
-    button.addEventListener("click", () => view(url, `${name} · ${caption}`, seed, size, answer));
-    return make("figure", {}, button, make("figcaption", {}, caption));
+const announce = (text) => { $("status").textContent = text; };
+
+// ---- results ------------------------------------------------------------------------------------------------------
+
+const milliseconds = (value) => (value < 9.95 ? value.toFixed(1) : value.toFixed(0));
+const plural = (count, noun) => `${count} ${noun}${Number(count) === 1 ? "" : "s"}`;
+
+/** What a result was made from, in words. */
+function describe({ settings, groups }) {
+  const count = groups[0].images.length;
+  const last = settings.seed + BigInt(count - 1);
+  const seeds = settings.mode === "interpolate" ? `seeds ${settings.seed} to ${settings.seedEnd}`
+    : count > 1 ? `seeds ${settings.seed} to ${last}` : `seed ${settings.seed}`;
+  const steps = `${groups.map((group) => group.steps).join(", ")} ${groups.at(-1).steps === 1 ? "step" : "steps"}`;
+  const extras = state.model.takes_guidance ? [`guidance ${settings.guidanceScale}`] : [];
+  if (settings.preview) extras.push("preview decoder");
+  return [seeds, steps, ...extras].join(" · ");
+}
+
+/** What an image shows, in words. */
+function caption(image) {
+  const between = image.seedEnd === undefined ? `seed ${image.seed}`
+    : `${Math.round(100 * image.weight)} % of the way from seed ${image.seed} to ${image.seedEnd}`;
+  return `${image.name}, ${between}, ${plural(image.steps, "step")}`;
+}
+
+/** An image that opens the viewer when pressed. */
+function tile(image, images, label = "") {
+  const picture = make("img", { src: image.url, alt: caption(image), decoding: "async" });
+  picture.addEventListener("load", () => sharpen(picture));
+  enlarged.observe(picture);
+  const button = make("button", { type: "button", className: "tile" }, picture);
+  button.addEventListener("click", () => view(images, images.indexOf(image)));
+  return make("figure", {}, button, ...(label ? [make("figcaption", { textContent: label })] : []));
+}
+
+/** A group's times: a bar of the server's stages and the way to it and back, and the figures. */
+function times({ timing, roundTrip }) {
+  const parts = STAGES.map((stage) => [stage, timing[`${stage}_ms`] ?? 0]);
+  const bar = make("span", { className: "bar", ariaHidden: "true" });
+  for (const [stage, value] of [...parts, ["network", Math.max(0, roundTrip - timing.total_ms)]]) {
+    const part = make("span", { className: stage });
+    part.style.flexGrow = value;
+    bar.append(part);
+  }
+  const figures = [...parts, ["server", timing.total_ms], ["round trip", roundTrip]].map(([name, value]) => make("span",
+    { className: `figure ${name.replace(" ", "-")}` }, make("span", { className: "quiet", textContent: `${name} ` }), `${milliseconds(value)} ms`));
+  return make("div", { className: "timing" }, bar, make("p", {}, ...figures.flatMap((figure) => [figure, " "])));
+}
+
+/** The same noise after 1, 2, 4... steps, side by side. */
+function columnsOf(result) {
+  const images = result.groups.flatMap((group) => group.images);
+  return make("div", { className: "steps" }, ...result.groups.map((group) => make("section", { className: "column" },
+    make("h3", { textContent: plural(group.steps, "step") }), tile(group.images[0], images), times(group))));
+}
+
+/** The images between two seeds: a large one, a slider, and the strip of all. */
+function stripOf({ groups: [group] }) {
+  const images = group.images;
+  const stage = make("div", { className: "stage" });
+  const range = { type: "range", min: 0, max: images.length - 1, step: 1, value: 0 };
+  const slider = make("input", { id: "scrub", ...range, ariaLabel: "Position between the two seeds" });
+  const readout = make("output", { id: "scrub-value", htmlFor: "scrub" });
+  const large = images.map((image) => tile(image, images));
+  stage.append(...large);
+  const strip = make("div", { className: "strip", id: "strip" }, ...images.map((image) => tile(image, images)));
+  const show = () => {
+    const at = Number(slider.value);
+    large.forEach((figure, index) => { figure.hidden = index !== at; });
+    [...strip.children].forEach((figure, index) => figure.classList.toggle("current", index === at));
+    readout.textContent = `${at + 1} of ${images.length} · weight ${images[at].weight.toFixed(2)}`;
+    slider.setAttribute("aria-valuetext", readout.textContent);
+  };
+  slider.addEventListener("input", show);
+  show();
+  return make("div", { className: "interpolation" }, stage, make("div", { className: "scrubber" }, slider, readout), strip, times(group));
+}
+
+/** The images of one class. */
+function gridOf({ groups: [group] }) {
+  const { images } = group;
+  const grid = make("div", { className: images.length === 1 ? "grid single" : "grid" },
+    ...images.map((image) => tile(image, images, images.length > 1 ? String(image.seed) : "")));
+  return make("div", {}, grid, times(group));
+}
+
+/** Shows a result in the place of the present one. */
+function show(result) {
+  state.current = result;
+  const link = make("button", { type: "button", id: "copy-link", textContent: "Copy link" });
+  link.addEventListener("click", () => copy(location.href, link));
+  const head = make("header", { className: "result-head" }, make("h2", { textContent: result.groups[0].name }),
+    make("p", { className: "quiet", textContent: describe(result) }), link);
+  const body = { generate: gridOf, steps: columnsOf, interpolate: stripOf }[result.settings.mode](result);
+  enlarged.disconnect();
+  $("result").replaceChildren(make("article", {}, head, body));
+  all("img").forEach((image) => enlarged.observe(image));
+  writeHash(result.settings);
+  refreshSnippet();
+  showHistory();
+}
+
+/** Keeps a new result, shows it, and lets the oldest go. */
+function keep(result) {
+  state.results.unshift(result);
+  state.results.splice(MOST_RESULTS).forEach(dispose);
+  show(result);
+  bringIntoView();
+  const count = result.groups.reduce((sum, group) => sum + group.images.length, 0);
+  const total = result.groups.reduce((sum, group) => sum + group.roundTrip, 0);
+  announce(`${plural(count, "image")} of ${result.groups[0].name} in ${milliseconds(total)} milliseconds.`);
+}
+
+/** Where the form stands above the images, as on a phone, scrolls to them. */
+function bringIntoView() {
+  if ($("result").getBoundingClientRect().top < window.innerHeight * 0.6) return;
+  const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  $("result").scrollIntoView({ block: "start", behavior: isCalm ? "auto" : "smooth" });
+}
+
+function dispose({ groups }) {
+  for (const group of groups) for (const image of group.images) URL.revokeObjectURL(image.url);
+}
+
+function showHistory() {
+  const earlier = state.results.filter((result) => result !== state.current);
+  $("history-section").hidden = earlier.length === 0;
+  $("history").replaceChildren(...earlier.map((result) => {
+    const images = result.groups.flatMap((group) => group.images);
+    const thumbs = make("span", { className: "thumbs" }, ...images.slice(0, 4).map((image) => make("img", { src: image.url, alt: "" })));
+    const more = images.length > 4 ? ` · ${images.length} images` : "";
+    const button = make("button", { type: "button", className: "past" }, thumbs,
+      make("span", { className: "past-name", textContent: result.groups[0].name }),
+      make("span", { className: "quiet", textContent: describe(result) + more }));
+    button.addEventListener("click", () => {
+      clearProblem();
+      fillForm(result.settings);
+      show(result);
+      $("result").scrollIntoView({ block: "nearest" });
+    });
+    return make("li", {}, button);
+  }));
+}
+
+// ---- the viewer ---------------------------------------------------------------------------------------------------
+
+/** Opens the viewer on one of several images. */
+function view(images, index) {
+  const image = images[(index + images.length) % images.length];
+  Object.assign(state, { viewed: images.indexOf(image), viewedImages: images });
+  Object.assign($("viewer-image"), { src: image.url, alt: caption(image) });
+  $("viewer-caption").textContent = caption(image);
+  Object.assign($("download"), { href: image.url, download: image.file });
+  $("viewer-previous").hidden = $("viewer-next").hidden = images.length < 2;
+  $("viewer-use").hidden = image.seedEnd !== undefined;
+  if (!$("viewer").open) $("viewer").showModal();
+}
+
+function listenToViewer() {
+  const turn = (by) => view(state.viewedImages, state.viewed + by);
+  $("viewer-previous").addEventListener("click", () => turn(-1));
+  $("viewer-next").addEventListener("click", () => turn(1));
+  $("viewer-close").addEventListener("click", () => $("viewer").close());
+  $("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
+  $("viewer").addEventListener("keydown", (event) => {
+    if (event.key === "ArrowRight") turn(1);
+    if (event.key === "ArrowLeft") turn(-1);
   });
-  result.append(make("div", { class: isStrip ? "images strip" : "images" }, ...figures));
-  el("results").prepend(result);
-  while (el("results").children.length > HISTORY) el("results").lastChild.remove();
-  el("status").textContent = `${plural(tiles.length, "image")} of ${name} in ${milliseconds(answer.roundTrip)}`;
+  $("viewer-image").addEventListener("load", () => sharpen($("viewer-image")));
+  $("viewer-use").addEventListener("click", () => {
+    $("seed").value = String(state.viewedImages[state.viewed].seed);
+    $("viewer").close();
+    refresh();
+    $("seed").focus();
+  });
 }
 
-/** A slider that goes through the images of a strip. */
-function scrubber(tiles, size) {
-  const shown = size <= 96 ? 3 * size : size;
-  const image = picture(tiles[0][0], size, shown, "image at the slider's place");
-  const slider = make("input", { type: "range", min: "0", max: String(tiles.length - 1), value: "0", "aria-label": "Place between the seeds" });
-  slider.addEventListener("input", () => { image.src = tiles[Number(slider.value)][0]; });
-  return make("div", { class: "scrub" }, image, slider);
-}
+// ---- start --------------------------------------------------------------------------------------------------------
 
-/** One image, large. */
-function view(url, caption, seed, size, answer) {
-  const shown = Math.min(512, Math.floor(0.86 * window.innerWidth));
-  Object.assign(el("viewer-image"), { src: url, width: shown, height: shown, alt: caption });
-  el("viewer-image").classList.toggle("pixelated", shown / size > 3);
-  el("viewer-caption").textContent = caption;
-  el("viewer-download").href = url;
-  el("viewer-download").download = `${answer.class_name.split(",")[0].replace(/\W+/g, "-")}-${caption.split(" · ").pop().replace(/\W+/g, "-")}.${answer.output_format}`;
-  el("viewer-use").hidden = seed === null;
-  el("viewer-use").onclick = () => { el("seed").value = String(seed); el("viewer").close(); changed(); };
-  el("viewer").showModal();
-}
-
-// Form, address, snippets.
-
-function setMode(mode) {
-  state.mode = mode;
-  for (const tab of document.querySelectorAll("[role=tab]")) {
-    const isSelected = tab.dataset.mode === mode;
-    tab.setAttribute("aria-selected", String(isSelected));
-    tab.tabIndex = isSelected ? 0 : -1;
-  }
-  for (const part of document.querySelectorAll("[data-modes]")) part.hidden = !part.dataset.modes.split(" ").includes(mode);
-  el("seed-label").textContent = mode === "interpolate" ? "From seed" : "Seed";
-  el("mode-note").textContent = NOTES[mode];
-  el("go").textContent = BUTTONS[mode];
-  if (mode === "interpolate" && Number(el("count").value) < 2) el("count").value = "8";
-  changed();
-}
-
-/** After every change of the form: the pressed step, the snippets. */
-function changed() {
-  for (const button of document.querySelectorAll("[data-steps]")) {
-    button.setAttribute("aria-pressed", String(button.dataset.steps === el("steps").value.trim()));
-  }
-  const body = request();
-  if (state.mode === "steps") body.num_inference_steps = 1;
-  const base = new URL(".", location.href).href;
-  const authorization = el("key-field").hidden && !sessionStorage.getItem("key") ? "" : ` \\\n  -H "Authorization: Bearer $KEY"`;
-  el("curl").textContent = `curl ${base}v1/images/generations${authorization} \\\n  -H 'content-type: application/json' \\\n  -d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`;
-  const { prompt, n, ...extra } = body;
-  el("python").textContent = `import openai\n\nclient = openai.OpenAI(base_url="${base}v1", api_key="${authorization ? "KEY" : "any"}")\n`
-    + `answer = client.images.generate(prompt=${JSON.stringify(prompt)}, n=${n ?? 1}, extra_body=${python(extra)})`;
-}
-
-/** A JSON object as Python writes it. */
-const python = (value) => JSON.stringify(value).replace(/:(true|false)/g, (_, word) => `:${word[0].toUpperCase()}${word.slice(1)}`).replaceAll('":', '": ').replaceAll(',"', ', "');
-
-const REMEMBERED = { class: "class", seed: "seed", "seed-end": "to", count: "n", steps: "steps", "guidance-scale": "scale", "guidance-start": "start", "guidance-end": "end" };
-
-function writeHash() {
-  const parts = new URLSearchParams({ mode: state.mode });
-  for (const [id, name] of Object.entries(REMEMBERED)) if (el(id).value.trim() && !el(id).closest("[hidden]")) parts.set(name, el(id).value.trim());
-  history.replaceState(null, "", `#${parts}`);
-}
-
-function readHash() {
-  const parts = new URLSearchParams(location.hash.slice(1));
-  for (const [id, name] of Object.entries(REMEMBERED)) if (parts.has(name)) el(id).value = parts.get(name);
-  setMode(parts.get("mode") in WORK ? parts.get("mode") : "generate");
-}
-
-async function copy(button) {
+/** Copies a text and says so on the button; works on plain http too, where browsers offer no clipboard. */
+async function copy(text, button) {
+  const label = button.dataset.label ??= button.textContent;
   try {
-    await navigator.clipboard.writeText(el(button.dataset.copy).textContent);
-    button.textContent = "Copied";
+    await navigator.clipboard.writeText(text);
   } catch {
-    button.textContent = "Select it";
+    const area = document.body.appendChild(make("textarea", { value: text, className: "visually-hidden" }));
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    button.focus();
   }
-  setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = label; }, 1500);
 }
 
-/** The model that serves, its classes, and what may be asked of it. */
-async function loadModel() {
-  const [version, classes] = await Promise.all([ask("version"), ask("classes")]);
-  const model = version.model;
-  Object.assign(state, { model, classes });
-  const registered = model.source.version ? ` version ${model.source.version}` : "";
-  el("model-line").textContent = `${model.id}${registered} · ${model.image_size} × ${model.image_size} · ${plural(model.num_classes, "class").replace("classs", "classes")} · ${model.precision} · meanflow-ray ${version.version}`;
-  el("guidance").hidden = !model.takes_guidance;
-  if (model.takes_guidance && !el("guidance-scale").value) {
-    el("guidance-scale").value = String(model.guidance_scale);
-    [el("guidance-start").value, el("guidance-end").value] = model.guidance_interval.map(String);
+/** Loads what the page needs to know of the model. Throws RequestError. */
+async function load(signal) {
+  const options = { key: state.key, signal };
+  const answers = await Promise.all(["v1/models", "classes", "version"].map((path) => call(path, options)));
+  const [[models], [classes], [version]] = answers;
+  state.model = models.data[0];
+  state.version = version.version;
+  combobox.setClasses(classes);
+  showModel();
+  const hash = readHash();
+  if (hash.isRequest) fillForm(hash);
+  else if ($("class").value.trim()) combobox.settle();
+  else combobox.choose(combobox.classes[207] ?? combobox.classes[0]);
+  refresh();
+  return hash.isRequest;
+}
+
+/** Shows the model's facts and the fields that only some models have. */
+function showModel() {
+  const { model } = state;
+  const facts = {
+    Model: model.id, Image: `${model.image_size} × ${model.image_size}`, Classes: model.num_classes,
+    Precision: model.precision, Version: state.version,
+  };
+  $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value).map(([name, value]) => make("div", {},
+    make("dt", { textContent: name }), make("dd", { id: `fact-${name.toLowerCase()}`, textContent: value }))));
+  document.title = `${model.id} · meanflow-ray`;
+  document.documentElement.style.setProperty("--native", `${model.image_size}px`);
+  document.documentElement.classList.toggle("small-images", model.image_size < 192);
+  for (const part of [...all("[data-steps]"), ...all("#compare label")]) {
+    part.hidden = Number(part.dataset.steps ?? part.firstElementChild.value) > model.max_steps;
   }
-  el("preview-field").hidden = !model.has_previews;
-  el("count").max = String(model.max_images);
-  el("steps").max = String(model.max_steps);
-  if (!el("class").value && classes.length) el("class").placeholder = `for example ${classes[classes.length > 207 ? 207 : 0].name.split(",")[0]}`;
-  changed();
+  $("guidance").hidden = !model.takes_guidance;
+  $("guidance-scale").value ||= model.guidance_scale;
+  $("guidance-start").value ||= model.guidance_interval?.[0] ?? 0;
+  $("guidance-end").value ||= model.guidance_interval?.[1] ?? 1;
+  $("preview-row").hidden = !model.has_previews;
 }
 
-function onTabKey(event) {
-  const tabs = [...document.querySelectorAll("[role=tab]")];
-  const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!move) return;
-  const next = tabs[(tabs.indexOf(event.target) + move + tabs.length) % tabs.length];
-  next.focus();
-  setMode(next.dataset.mode);
+/** Loads the model, and makes what a link asks for. */
+async function start(isRetry = false) {
+  clearProblem();
+  try {
+    if (await load()) await generate(readForm());
+  } catch (error) {
+    showProblem(error, () => start(true), isRetry);
+  }
 }
 
-function listen() {
-  el("form").addEventListener("submit", submit);
-  el("form").addEventListener("input", (event) => { forgive(event.target.id); changed(); });
-  el("class").addEventListener("input", openList);
-  el("class").addEventListener("focus", () => { if (!el("class").value) openList(); });
-  el("class").addEventListener("blur", closeList);
-  el("class").addEventListener("keydown", onClassKey);
-  for (const id of ["seed", "seed-end"]) el(`${id}-random`).addEventListener("click", () => { el(id).value = String(randomSeed()); forgive(id); changed(); });
-  for (const button of document.querySelectorAll("[data-steps]")) button.addEventListener("click", () => { el("steps").value = button.dataset.steps; forgive("steps"); changed(); });
-  for (const tab of document.querySelectorAll("[role=tab]")) { tab.addEventListener("click", () => setMode(tab.dataset.mode)); tab.addEventListener("keydown", onTabKey); }
-  for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button));
-  el("viewer-close").addEventListener("click", () => el("viewer").close());
+function listenToForm() {
+  $("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    combobox.settle();
+    combobox.close();
+    generate(state.model ? readForm() : undefined);
+  });
+  $("cancel").addEventListener("click", () => state.running?.abort());
+  $("form").addEventListener("input", (event) => { mark(event.target.id, ""); refresh(); });
+  $("form").addEventListener("change", (event) => mark(event.target.id, faultOf(event.target.id)));
+  $("compare").addEventListener("change", () => mark("compare", ""));
+  $("api-key").addEventListener("input", () => {
+    state.key = $("api-key").value.trim();
+    sessionStorage.setItem(KEY, state.key);
+  });
+  for (const button of all("[data-steps]")) {
+    button.addEventListener("click", () => { $("steps").value = button.dataset.steps; mark("steps", ""); refresh(); });
+  }
+  for (const button of all("[data-rolls]")) {
+    button.addEventListener("click", () => { $(button.dataset.rolls).value = String(randomSeed()); mark(button.dataset.rolls, ""); refresh(); });
+  }
 }
 
-listen();
-readHash();
-loadModel().catch((failure) => {
-  el("model-line").textContent = failure.status === 401 ? "locked: an API key is wanted" : "no model answers";
-  showFailure(failure);
+listenToTabs($("tab-generate").parentElement, (tab) => { clearProblem(); setMode(tab.dataset.mode); });
+listenToTabs($("tab-curl").parentElement, (tab) => {
+  state.language = tab.dataset.language;
+  selectTab(tab.id);
+  $("snippet").setAttribute("aria-labelledby", tab.id);
+  refreshSnippet();
 });
+$("copy-snippet").addEventListener("click", () => copy($("snippet-code").textContent, $("copy-snippet")));
+$("clear-history").addEventListener("click", () => {
+  state.results.filter((result) => result !== state.current).forEach(dispose);
+  state.results = state.results.filter((result) => result === state.current);
+  showHistory();
+});
+window.addEventListener("hashchange", () => {
+  clearProblem();
+  if (state.model && readHash().isRequest) { fillForm(readHash()); generate(readForm()); }
+});
+listenToForm();
+listenToViewer();
+setMode("generate");
+start();

@@ -283,7 +283,8 @@ def overload(
 ) -> Overload:
     """Starts the endpoint, finds its saturation, and sends `factor` times as much for so long, answers or none."""
     requests_per_user = 0.25  # so that a user whose answer takes up to four seconds still keeps its rate
-    with serving([endpoint(generator)]) as server:
+    # A queue of a second or two: behind a longer one those users would wait, and ask for less than was meant.
+    with serving([endpoint(generator, max_queued_images=64)]) as server:
         saturation = load(server.url, saturation_users, saturation_seconds).per_second
         users = max(1, round(factor * saturation / requests_per_user))
         memory = MemoryLog(server.pid)

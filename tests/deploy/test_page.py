@@ -1,9 +1,8 @@
-"""The page in a real browser: Debian's Chromium without a window."""
+"""The endpoint's page in a real browser, against a running endpoint."""
 
-import json
 import re
 import shutil
-import urllib.parse
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -11,240 +10,378 @@ from deploy.schema import Arguments
 from deploy.security import hash_key
 from tests.endpoint import over_http, running_endpoint
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="the page is not tested: playwright is missing; `make soak-deps` installs it"
-)
+NEEDS = "make soak-deps installs them"
+sync_api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing; {NEEDS}")
+expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 pytestmark = [
     pytest.mark.soak,
     pytest.mark.cluster,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(CHROMIUM is None, reason="the page is not tested: no Chromium; `make soak-deps` installs it"),
+    pytest.mark.skipif(CHROMIUM is None, reason=f"neither chromium nor chromium-browser is on PATH; {NEEDS}"),
 ]
+
+WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 740}
+# Chromium reports every failed request this way, also those that the page explains.
+EXPLAINED = re.compile(r"Failed to load resource: (the server responded with a status of [45]\d\d|net::ERR_FAILED)")
+PIXELS = """async (image) => {
+  const context = new OffscreenCanvas(64, 64).getContext("2d");
+  context.drawImage(await createImageBitmap(image), 0, 0);
+  return Array.from(context.getImageData(0, 0, 64, 64).data);
+}"""
+
+
+@pytest.fixture(scope="module")
+def page_url():
+    with running_endpoint() as endpoint:
+        yield f"{endpoint.url.rstrip('/')}/"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
-def url():
-    with running_endpoint({"max_images": 16, "max_steps": 16}) as endpoint:
-        yield endpoint.url
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
-def open_page(browser, url):
-    """Opens the page, and sees in the end that nothing came from elsewhere and nothing complained."""
-    contexts, requests, complaints = [], [], []
+def open_page(browser, page_url):
+    """Opens the page in a fresh context; afterwards nothing came from elsewhere and the console is clean."""
+    contexts, asked, said = [], [], []
 
-    def start(address=url, path="/", **options):
-        context = browser.new_context(viewport={"width": 1200, "height": 850}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(address + path)
+    def open_it(fragment="", *, address=None, before=None, viewport=WIDE, **options):
+        contexts.append(browser.new_context(viewport=viewport, **options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        if before:
+            before(page)
+        page.goto((address or page_url) + fragment)
         return page
 
-    yield start
+    yield open_it
     for context in contexts:
         context.close()
-    hosts = {urllib.parse.urlsplit(request).hostname for request in requests if not request.startswith("data:")}
+    hosts = {urlsplit(url).hostname for url in asked if urlsplit(url).scheme not in ("data", "blob")}
     assert hosts == {"127.0.0.1"}
-    # Chromium writes a line for each answer that is no success, or fails; those are what some tests are about.
-    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
+    assert [text for text in said if not EXPLAINED.match(text)] == []
 
 
-def choose(page, text):
-    page.fill("#class", text)
-    page.wait_for_selector("#class-list li[role=option]")
-    page.keyboard.press("Enter")
+@pytest.fixture
+def page(open_page):
+    page = open_page()
+    expect(page.locator("#fact-model")).not_to_be_empty()
+    return page
 
 
-def natural_sizes(page, selector):
-    return page.eval_on_selector_all(
-        selector, "images => images.map(image => [image.naturalWidth, image.naturalHeight])"
+def generated(page):
+    """The images in view, once the page is done."""
+    expect(page.locator("#result .tile img").first).to_be_visible()
+    expect(page.locator("#generate")).to_have_text("Generate")
+    return page.locator("#result .tile img")
+
+
+def natural_sizes(images):
+    return images.evaluate_all(
+        "images => Promise.all(images.map(image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])))"
     )
 
 
-def test_a_click_leads_to_images(open_page):
-    page = open_page()
-    page.wait_for_selector("text=64 × 64")
-    choose(page, "star")
-    page.fill("#seed", "7")
-    page.click("#go")
-    page.wait_for_selector(".result")
-    assert natural_sizes(page, ".result img") == [[64, 64]] * 4
-    assert page.inner_text(".result figcaption >> nth=3") == "seed 10"
-    timing = page.inner_text(".timing")
-    assert re.search(r"\d+ ms here and back, .* queue .* network .* decoder .* encoding", timing)
-    assert "class=star" in page.url
-    page.click(".result figure button >> nth=1")
-    assert page.is_visible("#viewer")
-    assert natural_sizes(page, "#viewer-image") == [[64, 64]]
-    page.click("#viewer-use")
-    assert page.input_value("#seed") == "8"
-
-
-def test_a_class_is_found_by_typing_and_chosen_by_the_keyboard(open_page):
-    page = open_page()
-    page.wait_for_selector("text=64 × 64")
-    page.focus("#class")
-    page.keyboard.type("ar")
-    page.wait_for_selector("#class-list li")
-    names = page.eval_on_selector_all("#class-list li span:first-child", "spans => spans.map(span => span.textContent)")
-    assert names == ["arrow", "heart", "square", "star"]
-    for _ in range(3):
-        page.keyboard.press("ArrowDown")
-    active = page.get_attribute("#class", "aria-activedescendant")
-    assert page.inner_text(f"#{active} span >> nth=0") == "star"
-    page.keyboard.press("Enter")
-    assert page.input_value("#class") == "star"
-    assert page.get_attribute("#class", "aria-expanded") == "false"
-    page.keyboard.press("Enter")  # and again sends the form
-    page.wait_for_selector(".result img")
-    choose(page, "d0000003")
-    assert page.input_value("#class") == "cross"
-    page.fill("#class", "zebra")
-    assert page.inner_text("#class-list") == "no class is called that"
-    page.keyboard.press("Escape")
-    assert page.is_hidden("#class-list")
-
-
-def test_steps_stand_side_by_side_with_their_times(open_page):
-    page = open_page(path="/#mode=steps&class=star&seed=7")
-    page.wait_for_selector("text=64 × 64")
-    page.click("#go")
-    page.wait_for_selector(".result")
-    captions = page.eval_on_selector_all(".result figcaption", "all => all.map(one => one.textContent)")
-    assert [re.fullmatch(r"(\d) steps? · [\d.]+ m?s", caption)[1] for caption in captions] == ["1", "2", "4"]
-    sources = page.eval_on_selector_all(".result img", "images => images.map(image => image.src)")
-    assert len(set(sources)) == 3
-
-
-def test_a_strip_leads_from_one_seed_to_another(open_page):
-    page = open_page()
-    page.wait_for_selector("text=64 × 64")
-    page.click("#tab-interpolate")
-    choose(page, "star")
-    page.fill("#seed", "1")
-    page.fill("#seed-end", "2")
-    page.fill("#count", "5")
-    page.click("#go")
-    page.wait_for_selector(".strip")
-    assert natural_sizes(page, ".strip img") == [[64, 64]] * 5
-    strip = page.eval_on_selector_all(".strip img", "images => images.map(image => image.src)")
-    page.focus(".scrub input")
-    for _ in range(3):
-        page.keyboard.press("ArrowRight")
-    assert page.get_attribute(".scrub img", "src") == strip[3]
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("seed", "-1", "greater than or equal to 0"),
-        ("seed", "seven", "valid integer"),
-        ("class", "unicorn", "unknown class 'unicorn'"),
-        ("count", "17", "at most 16 here"),
-        ("steps", "0", "greater than or equal to 1"),
-    ],
-)
-def test_a_bad_input_leads_to_a_message_beside_its_field_and_the_page_goes_on(open_page, field, value, words):
-    page = open_page(path="/#class=star&seed=7&n=1")
-    page.wait_for_selector("text=64 × 64")
-    good = page.input_value(f"#{field}")
-    page.fill(f"#{field}", value)
-    page.click("#go")
-    page.wait_for_selector(f"#{field}[aria-invalid=true]")
-    assert words in page.inner_text(f"#{field}-problem")
-    assert page.get_attribute(f"#{field}", "aria-describedby") == f"{field}-problem"
-    page.fill(f"#{field}", good)
-    assert page.inner_text(f"#{field}-problem") == ""
-    page.click("#go")
-    page.wait_for_selector(".result img")
-
-
-def test_no_class_no_server_and_a_full_one_are_told(open_page):
-    page = open_page()
-    page.wait_for_selector("text=64 × 64")
-    page.click("#go")
-    assert page.inner_text("#class-problem") == "Choose a class first."
-    choose(page, "star")
-    answers = [
-        {
-            "status": 429,
-            "headers": {"retry-after": "1"},
-            "body": json.dumps({"error": {"message": "full", "param": None}}),
-        }
-    ]
+def refuse_once(page, path, status, code, message, retry_after):
+    """The next request for a path is answered with an error; those after it reach the endpoint."""
+    error = {"message": message, "type": "server_error", "param": None, "code": code}
     page.route(
-        "**/v1/images/generations", lambda route: route.fulfill(**answers.pop()) if answers else route.continue_()
+        f"**/{path}",
+        lambda route: route.fulfill(status=status, headers={"Retry-After": retry_after}, json={"error": error}),
+        times=1,
     )
-    page.click("#go")
-    page.wait_for_selector("text=full. Trying again in 1 s.")
-    page.wait_for_selector(".result img")  # by itself
-    page.unroute("**/v1/images/generations")
-    page.route("**/v1/images/generations", lambda route: route.abort())
-    page.click("#go")
-    page.wait_for_selector("text=cannot be reached")
-    page.unroute("**/v1/images/generations")
 
 
-def test_a_locked_endpoint_asks_for_its_key(open_page, guided_folder):
+def test_a_click_leads_to_images_and_their_times(page, tmp_path):
+    page.fill("#seed", "7.0")  # a whole number, however it is written
+    page.fill("#num-images", "3")
+    page.click("#generate")
+    images = generated(page)
+    assert natural_sizes(images) == [[64, 64]] * 3
+    expect(page.locator(".result-head")).to_contain_text("seeds 7 to 9")
+    assert images.first.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"  # 3 times enlarged
+    for name in ("queue", "model", "decode", "encode", "server", "round trip"):
+        expect(page.locator(".timing")).to_have_text(re.compile(rf"{name} \d+(\.\d)? ms"))
+    expect(page.locator("#status")).to_have_text(re.compile(r"3 images of .+ in .+ milliseconds"))
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_a_class_is_found_by_part_of_its_name_without_a_mouse(page):
+    box = page.locator("#class")
+    box.focus()  # selects what stands there
+    page.keyboard.type("angl")
+    expect(box).to_have_attribute("aria-expanded", "true")
+    expect(page.locator("#class-list [role=option]")).to_have_count(1)
+    box.press("Enter")
+    expect(box).to_have_value("triangle (9)")
+    expect(box).to_have_attribute("aria-expanded", "false")
+    box.press("Enter")
+    assert generated(page).first.get_attribute("alt").startswith("triangle, seed ")
+
+
+def test_arrow_keys_walk_through_the_classes_and_escape_closes_them(page):
+    box = page.locator("#class")
+    box.fill("s")
+    rows = page.locator("#class-list [role=option]")
+    expect(rows.nth(0)).to_contain_text("square")
+    box.press("ArrowDown")
+    assert box.get_attribute("aria-activedescendant") == rows.nth(1).get_attribute("id")
+    box.press("Escape")
+    expect(page.locator("#class-list")).to_be_hidden()
+    box.press("ArrowDown")
+    box.press("ArrowDown")
+    box.press("Enter")
+    expect(box).to_have_value("star (8)")
+
+
+def test_steps_stand_side_by_side_each_with_its_time(page):
+    page.focus("#tab-generate")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#tab-steps")).to_have_attribute("aria-selected", "true")
+    page.fill("#seed", "7")
+    page.keyboard.press("Enter")
+    images = generated(page)
+    assert natural_sizes(images) == [[64, 64]] * 3
+    assert page.locator(".column h3").all_text_contents() == ["1 step", "2 steps", "4 steps"]
+    for column in page.locator(".column").all():
+        expect(column.locator(".figure.server")).to_have_text(re.compile(r"server \d+(\.\d)? ms"))
+    assert len({box["y"] for box in (image.bounding_box() for image in images.all())}) == 1
+
+
+def test_an_interpolation_is_a_strip_and_a_slider(page):
+    page.click("#tab-interpolate")
+    page.fill("#seed", "7")
+    page.fill("#seed-end", "9")
+    page.fill("#num-frames", "5")
+    page.click("#generate")
+    generated(page)
+    assert natural_sizes(page.locator("#strip img")) == [[64, 64]] * 5
+    shown = page.locator(".stage figure:visible img")
+    expect(page.locator("#scrub-value")).to_have_text("1 of 5 · weight 0.00")
+    first = shown.get_attribute("src")
+    page.focus("#scrub")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#scrub-value")).to_have_text("2 of 5 · weight 0.25")
+    expect(shown).to_have_count(1)
+    assert shown.get_attribute("src") != first
+
+
+def test_a_refused_seed_is_explained_beside_its_field_and_the_page_goes_on(page):
+    page.fill("#seed", "-1")
+    page.keyboard.press("Enter")
+    error = page.locator("#seed-error")
+    expect(error).to_be_visible()
+    expect(error).to_have_attribute("role", "alert")
+    expect(page.locator("#seed")).to_have_attribute("aria-invalid", "true")
+    assert "seed-error" in page.get_attribute("#seed", "aria-describedby")
+    expect(page.locator("#seed")).to_be_focused()
+    page.fill("#seed", "1")
+    page.keyboard.press("Enter")
+    generated(page)
+    expect(error).to_be_empty()
+    assert page.get_attribute("#seed", "aria-invalid") is None
+
+
+def test_no_steps_to_compare_is_said_beside_them(page):
+    page.click("#tab-steps")
+    for steps in (1, 2, 4):
+        page.uncheck(f"#compare-{steps}", force=True)
+    page.click("#generate")
+    expect(page.locator("#compare-error")).to_have_text("Choose at least one number of steps.")
+
+
+def test_an_unknown_class_is_explained_beside_its_field(page):
+    page.fill("#class", "unicorn")
+    page.keyboard.press("Enter")
+    expect(page.locator("#class-error")).to_contain_text("unicorn")
+    expect(page.locator("#class")).to_have_attribute("aria-invalid", "true")
+    page.fill("#class", "heart")
+    page.click("#generate")
+    assert generated(page).first.get_attribute("alt").startswith("heart")
+
+
+def test_a_seed_beyond_javascripts_numbers_arrives_digit_by_digit(page):
+    page.fill("#seed", str(2**62 - 1))
+    page.fill("#num-images", "1")
+    with page.expect_request("**/v1/images/generations") as sent:
+        page.click("#generate")
+    assert sent.value.post_data_json["seed"] == 2**62 - 1
+    assert str(2**62 - 1) in generated(page).first.get_attribute("alt")
+
+
+def test_a_link_brings_the_same_result(page, open_page):
+    page.fill("#class", "ring")
+    page.keyboard.press("Enter")
+    page.fill("#num-images", "2")
+    page.click("#generate")
+    generated(page)
+    fragment = f"#{urlsplit(page.url).fragment}"
+    other = open_page(fragment)
+    assert generated(other).count() == 2
+    assert generated(other).nth(1).get_attribute("alt") == generated(page).nth(1).get_attribute("alt")
+    ours, theirs = (generated(each).nth(1).evaluate(PIXELS) for each in (page, other))
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1
+
+
+def test_earlier_results_stay_and_can_be_seen_again(page):
+    page.fill("#num-images", "1")
+    for seed in ("3", "4"):
+        page.fill("#seed", seed)
+        page.click("#generate")
+        expect(page.locator(".result-head")).to_contain_text(f"seed {seed}")
+    expect(page.locator("#history li")).to_have_count(1)
+    page.click("#history button")
+    expect(page.locator(".result-head")).to_contain_text("seed 3")
+    expect(page.locator("#seed")).to_have_value("3")
+
+
+def test_an_image_can_be_enlarged_and_downloaded(page):
+    page.fill("#class", "star")
+    page.keyboard.press("Enter")
+    page.fill("#seed", "5")
+    page.fill("#num-images", "2")
+    page.click("#generate")
+    generated(page)
+    page.click("#result .tile >> nth=0")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#viewer-caption")).to_contain_text("seed 6")
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename == "star-seed-6-steps-1.png"
+    page.keyboard.press("Escape")
+    expect(page.locator("#viewer")).to_be_hidden()
+
+
+def test_a_busy_endpoint_is_asked_again_after_its_retry_after(page):
+    refuse_once(page, "v1/images/generations", 429, "overloaded", "The queue is full.", "1")
+    page.click("#generate")
+    expect(page.locator("#form-error")).to_have_text("The queue is full. Trying again in 1 s.")
+    generated(page)
+    expect(page.locator("#problem")).to_be_hidden()
+
+
+def test_an_endpoint_that_is_not_ready_is_asked_again_and_makes_nothing_unasked(open_page):
+    page = open_page(before=lambda page: refuse_once(page, "v1/models", 503, "not_ready", "The model is loading.", "1"))
+    expect(page.locator("#form-error")).to_have_text("The model is loading. Trying again in 1 s.")
+    expect(page.locator("#fact-model")).not_to_be_empty()
+    expect(page.locator("#problem")).to_be_hidden()
+    expect(page.locator("#result img")).to_have_count(0)
+
+
+def test_a_broken_connection_is_said_and_can_be_tried_again(page):
+    page.route("**/v1/images/generations", lambda route: route.abort(), times=1)
+    page.click("#generate")
+    expect(page.locator("#form-error")).to_contain_text("cannot be reached")
+    page.click("#retry")
+    generated(page)
+
+
+def test_a_key_is_asked_for_and_sent(open_page):
+    error = {"message": "An API key is wanted.", "type": "auth", "param": None, "code": "invalid_api_key"}
+
+    def guard(page):
+        def answer(route):
+            if route.request.headers.get("authorization") == "Bearer secret":
+                route.continue_()
+            else:
+                route.fulfill(status=401, json={"error": error})
+
+        page.route(re.compile("/(v1|classes|version)"), answer)
+
+    page = open_page(before=guard)
+    expect(page.locator("#api-key")).to_be_focused()
+    page.keyboard.type("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#api-key-error")).to_contain_text("An API key is wanted.")
+    page.fill("#api-key", "secret")
+    page.keyboard.press("Enter")
+    generated(page)
+
+
+def test_guidance_and_previews_are_offered_by_models_that_have_them_alone(page, open_page):
+    expect(page.locator("#guidance")).to_be_hidden()
+
+    def guided(page):
+        def answer(route):
+            listed = route.fetch().json()
+            listed["data"][0].update(takes_guidance=True, guidance_scale=1.5, has_previews=True)
+            route.fulfill(json=listed)
+
+        page.route("**/v1/models", answer)
+
+    other = open_page(before=guided)
+    expect(other.locator("#guidance-scale")).to_have_value("1.5")
+    expect(other.locator("#preview")).to_be_visible()
+    other.fill("#guidance-end", "0.7")
+    with other.expect_request("**/v1/images/generations") as sent:
+        other.click("#generate")
+    body = sent.value.post_data_json
+    assert (body["guidance_scale"], body["guidance_interval"]) == (1.5, [0, 0.7])
+
+
+def test_the_snippets_hold_the_request(page, page_url):
+    page.fill("#class", "star")
+    page.keyboard.press("Enter")
+    page.fill("#seed", "7")
+    page.click("#snippets summary")
+    code = page.locator("#snippet-code")
+    expect(code).to_contain_text(f"curl {page_url}generate")
+    expect(code).to_contain_text('"seed": 7')
+    page.click("#tab-python")
+    expect(code).to_contain_text(f'base_url="{page_url}v1"')
+    compile(code.text_content(), "snippet", "exec")
+
+
+@pytest.mark.parametrize("mode", ["generate", "steps", "interpolate"])
+def test_a_phone_scrolls_in_one_direction(open_page, mode):
+    page = open_page(f"#mode={mode}&class=8&seed=7&to=9&n=5&frames=8", viewport=PHONE)
+    generated(page)
+    page.click("#snippets summary")
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+
+
+def test_a_dark_scheme_changes_the_colours(open_page):
+    def colours(scheme):
+        page = open_page(color_scheme=scheme)
+        style = page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        )
+        return [sum(int(part) for part in re.findall(r"\d+", text)[:3]) for text in style]
+
+    (light_paper, light_ink), (dark_paper, dark_ink) = colours("light"), colours("dark")
+    assert light_paper > 600 > 200 > light_ink
+    assert dark_paper < 200 < 600 < dark_ink
+
+
+def test_a_locked_endpoint_whose_model_takes_guidance_is_unlocked_and_asked(open_page, guided_folder):
     arguments = Arguments(model=str(guided_folder), api_keys={"me": hash_key("the-key")})
     with over_http(arguments) as address:
-        page = open_page(address)
-        page.wait_for_selector("text=wants an API key")
+        page = open_page(address=f"{address}/")
+        expect(page.locator("#api-key")).to_be_focused()
+        page.keyboard.type("the-key")
+        page.keyboard.press("Enter")
+        expect(page.locator("#guidance-scale")).to_have_value("1")  # its own
         page.fill("#class", "star")
-        page.fill("#key", "wrong")
-        page.click("#go")
-        page.wait_for_selector("text=not known here")
-        page.fill("#key", "the-key")
-        page.click("#go")
-        page.wait_for_selector(".result img")
-        assert page.is_hidden("#key-field")
-        assert page.input_value("#guidance-scale") == "1"  # this model takes guidance, and says which is its own
+        page.keyboard.press("Enter")
         page.fill("#guidance-scale", "0.5")
-        page.click("#go")
-        page.wait_for_selector("#guidance-scale[aria-invalid=true]")
+        page.click("#generate")
+        expect(page.locator("#guidance-scale-error")).to_have_text("A number from 1, please.")
+        page.fill("#guidance-scale", "2.5")
+        page.click("#generate")
+        generated(page)
         page.context.close()
 
 
-def test_the_page_fits_a_phone_and_the_dark(open_page, tmp_path):
-    page = open_page(path="/#class=star&seed=7&n=8", device_scale_factor=1)
-    page.set_viewport_size({"width": 360, "height": 740})
-    page.wait_for_selector("text=64 × 64")
-    page.click("#go")
-    page.wait_for_selector(".result img")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    page.screenshot(path=tmp_path / "phone.png", full_page=True)
-    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    dark = open_page(color_scheme="dark")
-    assert dark.evaluate("getComputedStyle(document.body).backgroundColor") != light
-
-
-def test_snippets_ask_for_what_the_form_says(open_page, url):
-    page = open_page(path="/#class=star&seed=7&n=2&steps=4")
-    page.wait_for_selector("text=64 × 64")
-    page.click("#code summary")
-    curl = page.inner_text("#curl")
-    assert f"{url}/v1/images/generations" in curl
-    body = json.loads(re.search(r"-d '(.*)'", curl, re.DOTALL)[1])
-    assert body == {"prompt": "star", "n": 2, "seed": 7, "num_inference_steps": 4}
-    python = page.inner_text("#python")
-    compile(python, "snippet", "exec")
-    assert f'base_url="{url}/v1"' in python
-
-
 def test_the_interface_page_works_without_other_hosts(open_page):
-    page = open_page(path="/docs")
-    page.wait_for_selector(".opblock-post")
-    assert "/v1/images/generations" in page.inner_text(".opblock-post >> nth=0")
+    page = open_page("docs")
+    expect(page.locator(".opblock-post").first).to_contain_text("/v1/images/generations")

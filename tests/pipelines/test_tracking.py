@@ -60,7 +60,12 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
     assert tracking.find_run("models:/other@champion", uri) is None
     assert tracking.find_run(str(tmp_path / "generator"), uri) is None
     mlflow.set_tracking_uri(None)  # as in the process of another stage, which knows the address by its argument alone
-    assert (deploy.models.fetch_generator(model, uri) / "model_index.json").is_file()
+    version = deploy.models.resolve_model(model, uri)
+    assert version == "models:/small/1"
+    mlflow.set_tracking_uri(None)
+    with deploy.models.fetched_generator(version, uri) as (fetched, source):
+        assert (fetched / "model_index.json").is_file()
+    assert source.run_id == first.run_id
     mlflow.set_tracking_uri(None)
     folder = tracking.fetch_generator(model, uri)
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").is_file()

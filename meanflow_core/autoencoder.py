@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
 
 from meanflow_core.latents import LatentNormalization
 
@@ -19,8 +19,21 @@ def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> A
         raise ValueError(
             f"no config.json in {folder}; an autoencoder is a folder that AutoencoderKL.save_pretrained wrote"
         )
+    return _open_model(AutoencoderKL, id_or_folder, dtype, "an autoencoder")
+
+
+def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
+    """Loads an AutoencoderTiny ("madebyollin/taesd" for the latents of Stable Diffusion), by hub id or from a folder.
+
+    Raises ValueError where there is none, saying what was looked for.
+    """
+    return _open_model(AutoencoderTiny, id_or_folder, dtype, "an AutoencoderTiny")
+
+
+def _open_model(kind: type[ModelMixin], id_or_folder: str, dtype: torch.dtype, name: str) -> ModelMixin:
+    """From safetensors, for inference. Raises ValueError where there is none."""
     try:
-        vae = AutoencoderKL.from_pretrained(
+        model = kind.from_pretrained(
             # Without `accelerate` that option only brings a warning; these models are small beside their activations.
             id_or_folder,
             dtype=dtype,
@@ -29,28 +42,8 @@ def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> A
         )
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"cannot load an autoencoder from {id_or_folder!r}, as folder or hub id: {reason}") from error
-    return vae.eval().requires_grad_(False)
-
-
-def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
-    """Loads an AutoencoderTiny ("madebyollin/taesd" for the latents of Stable Diffusion), by hub id or from a folder.
-
-    Raises ValueError where there is none, saying what was looked for.
-    """
-    try:
-        tiny = AutoencoderTiny.from_pretrained(
-            id_or_folder,
-            dtype=dtype,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-        )
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"cannot load an AutoencoderTiny from {id_or_folder!r}, as folder or hub id: {reason}"
-        ) from error
-    return tiny.eval().requires_grad_(False)
+        raise ValueError(f"cannot load {name} from {id_or_folder!r}, as folder or hub id: {reason}") from error
+    return model.eval().requires_grad_(False)
 
 
 def forbid_tf32() -> None:

@@ -57,6 +57,8 @@ WEB = Path(__file__).parent / "web"
 DESCRIBE_SECONDS = 5.0
 # The generator keeps the deadline itself; this much later, one that does not answer at all is given up.
 GRACE_SECONDS = 1.0
+# How long a refusal for a full queue is taken to hold: a small part of any queue, so that none runs empty meanwhile.
+FULL_SECONDS = 0.1
 # Of a body's faults, as many are told; each unknown field is one.
 MAX_FAULTS = 10
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -138,6 +140,9 @@ class ApiService:
         self._limiter = RateLimiter(arguments.rate_limit)
         self._http_host = http_host
         self._is_checked = False
+        # Until when so many images or more are refused without asking the generator, and what it said.
+        self._full: Refusal | None = None
+        self._full_from, self._full_until = 0, 0.0
         for image_format in MEDIA_TYPES:  # Pillow finds its formats at the first image, which takes half a second
             encode_image(np.zeros((8, 8, 3), np.uint8), image_format)
 
@@ -249,18 +254,28 @@ class ApiService:
             timeout_seconds=limits.deadline_seconds,
         )
 
-    async def make(self, order: Order, request: Request, class_field: str) -> Made:
-        """The generator's images. Raises ApiError for a refusal."""
-        about = request.state.log
-        about["images"] = order.num_images
-        if self.settings.log_prompts:
-            about["class"] = order.class_
+    async def _ask(self, order: Order) -> Made | Refusal:
+        """The generator's answer; a refusal for a full queue holds for a moment. Raises ApiError 504."""
+        if self._full is not None and order.num_images >= self._full_from and time.monotonic() < self._full_until:
+            return self._full
         try:
             # The replica keeps the deadline; this is for where there is none to take the order.
             async with asyncio.timeout(order.timeout_seconds + GRACE_SECONDS):
                 made = await self.generator.generate(order)
         except TimeoutError as error:
             raise ApiError(504, f"not done within {order.timeout_seconds:g} s", "deadline_exceeded") from error
+        if isinstance(made, Refusal) and made.code == "overloaded":
+            self._full, self._full_from = made, order.num_images
+            self._full_until = time.monotonic() + FULL_SECONDS
+        return made
+
+    async def make(self, order: Order, request: Request, class_field: str) -> Made:
+        """The generator's images. Raises ApiError for a refusal."""
+        about = request.state.log
+        about["images"] = order.num_images
+        if self.settings.log_prompts:
+            about["class"] = order.class_
+        made = await self._ask(order)
         if isinstance(made, Refusal):
             param = class_field if made.param == "class" else made.param
             message = made.message if param is None else f"{param}: {made.message}"

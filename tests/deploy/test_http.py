@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import io
+import time
 import zipfile
 
 import numpy as np
@@ -345,11 +346,35 @@ def test_refusals_of_the_generator_reach_the_caller(endpoint, monkeypatch):
         return Refusal(status=429, code="overloaded", message="full", retry_after_seconds=2.3)
 
     monkeypatch.setattr(endpoint.api.generator, "generate", refuse)
+    monkeypatch.setattr(endpoint.api, "_full", None)  # and so again afterwards
     response = endpoint.client.post("/generate", json={"class": "star"})
     assert error_of(response, 429) == {
         "message": "full", "type": "rate_limit_error", "param": None, "code": "overloaded",
     }  # fmt: skip
     assert response.headers["retry-after"] == "3"
+
+
+def test_a_full_queue_is_told_for_a_moment_without_asking_again(endpoint, monkeypatch):
+    asked, make = [], endpoint.api.generator.generate
+
+    async def full(order):
+        asked.append(order.num_images)
+        if order.num_images == 1:
+            return await make(order)
+        return Refusal(status=429, code="overloaded", message="full", retry_after_seconds=1.0)
+
+    monkeypatch.setattr(endpoint.api.generator, "generate", full)
+    monkeypatch.setattr("deploy.http.FULL_SECONDS", 0.5)
+    monkeypatch.setattr(endpoint.api, "_full", None)
+
+    def status(num_images):
+        return endpoint.client.post("/generate", json={"class": "star", "num_images": num_images}).status_code
+
+    assert [status(2), status(2), status(4), status(1)] == [429, 429, 429, 200]  # fewer may fit
+    assert asked == [2, 1]
+    time.sleep(0.6)
+    assert status(2) == 429
+    assert asked == [2, 1, 2]
 
 
 def test_a_fault_is_a_500_without_its_details(endpoint, monkeypatch):

@@ -9,5 +9,6 @@ def test_twice_the_saturation_brings_only_images_and_429s_and_memory_stays_flat(
     seen = overload(write_small(tmp_path / "generator"), seconds=60)
     assert set(seen.answers.statuses) == {"200", "429"}
     assert seen.answers.per_second > 0.5 * seen.saturation  # refusing does not starve what was admitted
-    assert len(seen.answers.rows) / seen.answers.seconds > 1.5 * seen.saturation  # or nothing was overloaded
+    # Or nothing was overloaded. Twice the saturation is more than Serve answers on two cores even where it does nothing.
+    assert len(seen.answers.rows) / seen.answers.seconds > 1.15 * seen.saturation
     assert seen.memory.growth <= 0.05, seen.memory.samples

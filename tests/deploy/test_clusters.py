@@ -1,0 +1,153 @@
+"""The machines for `ray up`, checked by Ray's own schema, and what the stages need of them; nothing is started."""
+
+import copy
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from ray._private.label_utils import validate_node_label_syntax
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start
+
+from deploy.jobs.job_file import read_job_file
+
+REPOSITORY = Path(__file__).parents[2]
+CLOUDS = ("ray_cluster.yaml", "deploy/clusters/gcp.yaml")
+LOCAL = "deploy/clusters/local.yaml"
+ALL = (*CLOUDS, LOCAL)
+
+
+def text_of(name: str) -> str:
+    return (REPOSITORY / name).read_text()
+
+
+def prepared(text: str) -> dict:
+    config = prepare_config(copy.deepcopy(yaml.safe_load(text)))
+    validate_config(config)
+    return config
+
+
+def with_efa(text: str) -> str:
+    """The file with what it only suggests for EFA."""
+    return re.sub(r"^#efa", "    ", text, flags=re.MULTILINE)
+
+
+def start_options(commands: list[str]) -> list[str]:
+    [start] = [command for command in commands if "ray start" in command]
+    return shlex.split(start[start.index("ray start") :])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rays_own_schema_takes_every_cluster(name):
+    config = prepared(text_of(name))
+    assert config["max_workers"] >= sum(kind["min_workers"] for kind in config["available_node_types"].values())
+
+
+def test_a_misspelt_key_of_a_cluster_would_be_noticed():
+    with pytest.raises(Exception, match="idle_timeout_minuets"):
+        prepared(text_of("ray_cluster.yaml").replace("idle_timeout_minutes", "idle_timeout_minuets"))
+
+
+def test_what_is_suggested_for_efa_is_valid_too():
+    plain, fast = (prepared(text) for text in (text_of("ray_cluster.yaml"), with_efa(text_of("ray_cluster.yaml"))))
+    for kind in ("gpu", "gpu_spot"):
+        assert "NetworkInterfaces" not in plain["available_node_types"][kind]["node_config"]
+        interfaces = fast["available_node_types"][kind]["node_config"]["NetworkInterfaces"]
+        assert {card["InterfaceType"] for card in interfaces} == {"efa"}
+        options = fast["available_node_types"][kind]["docker"]["worker_run_options"]
+        assert "--device=/dev/infiniband" in options
+        assert "--device=/dev/infiniband" not in plain["available_node_types"][kind]["docker"]["worker_run_options"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_cloud_has_a_head_without_tasks_gpus_of_both_prices_and_cpus_and_scales_from_nothing(name):
+    kinds = yaml.safe_load(text_of(name))["available_node_types"]
+    assert set(kinds) == {"head", "gpu", "gpu_spot", "cpu"}
+    assert kinds["head"]["resources"]["CPU"] == 0
+    assert kinds["head"]["max_workers"] == 0
+    for kind in ("gpu", "gpu_spot", "cpu"):
+        assert (kinds[kind]["min_workers"], kinds[kind]["max_workers"] > 0) == (0, True)
+    spot, plain = (yaml.safe_dump(kinds[kind]["node_config"]) for kind in ("gpu_spot", "gpu"))
+    assert re.search("spot|preemptible", spot)
+    assert not re.search("spot|preemptible", plain)
+    assert not re.search("spot|preemptible", yaml.safe_dump(kinds["head"]))  # a job goes with its driver
+    assert kinds["gpu_spot"]["priority"] > kinds["gpu"].get("priority", 0)
+    assert len(kinds["gpu"]["docker"]["worker_run_options"]) >= 4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_machine_runs_the_same_image_and_knows_where_mlflow_is(name):
+    docker = yaml.safe_load(text_of(name))["docker"]
+    assert not {"head_image", "worker_image"} & set(docker)
+    assert "worker_image" not in text_of(name)
+    options = "\n".join(docker["run_options"])
+    assert "MLFLOW_TRACKING_URI=http" in options
+    assert "--volume /mnt/shared:/mnt/shared" in options
+    assert re.search(r"image: \S+  +# CHANGE", text_of(name))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nobody_reaches_a_dashboard_from_outside_and_every_node_wants_the_token(name):
+    config = yaml.safe_load(text_of(name))
+    # Ray's own commands for AWS and Google Cloud open the dashboard, which executes code, to every interface.
+    assert "--dashboard-host=127.0.0.1" in start_options(config["head_start_ray_commands"])
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_secret_stands_in_a_cluster_file(name):
+    assert not re.search(r"(SECRET|ACCESS_KEY|PASSWORD|TOKEN)\w*\s*[=:]\s*\S", text_of(name))
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_jobs_ask_for_labels_that_machines_of_the_cluster_have(name):
+    kinds = yaml.safe_load(text_of(name))["available_node_types"]
+    labels = [kind["labels"] for kind in kinds.values()]
+    for given in labels:
+        validate_node_label_syntax(given)
+    for path in sorted((REPOSITORY / "deploy" / "jobs").glob("*.yaml")):
+        asked = read_job_file(path).entrypoint_label_selector
+        assert any(asked.items() <= given.items() for given in labels), path
+
+
+def test_jobs_ask_for_labels_that_machines_at_hand_are_started_with():
+    config = yaml.safe_load(text_of(LOCAL))
+    given = [
+        dict(option.removeprefix("--labels=").split("=") for option in start_options(commands) if "--labels=" in option)
+        for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"])
+    ]
+    for labels in given:
+        validate_node_label_syntax(labels)
+    for path in sorted((REPOSITORY / "deploy" / "jobs").glob("*.yaml")):
+        asked = read_job_file(path).entrypoint_label_selector
+        assert any(asked.items() <= labels.items() for labels in given), path
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_start_commands_are_understood_by_rays_own_command_line(name):
+    config = prepared(text_of(name))
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        words = start_options(commands)
+        start.make_context("ray start", words[2:])
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_folders_that_containers_mount_are_made_on_every_machine(name):
+    config = yaml.safe_load(text_of(name))
+    mounted = [
+        option.split()[1].split(":")[0] for option in config["docker"]["run_options"] if option.startswith("--volume")
+    ]
+    assert len(mounted) == 2
+    own = [
+        kind["initialization_commands"]
+        for kind in config["available_node_types"].values()
+        if "initialization_commands" in kind
+    ]
+    for commands in (config["initialization_commands"], *own):
+        for folder in mounted:
+            assert any(f"mkdir -p {folder}" in command or f" {folder} " in command for command in commands), folder
+        for command in commands:
+            assert shlex.split(command)

@@ -1,12 +1,16 @@
 """The stages' job files, and the command that submits, follows and stops them, as far as that goes without a cluster."""
 
+import json
+import os
 import shlex
 import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import ray
@@ -269,25 +273,70 @@ def test_an_address_is_wanted_and_the_one_given_counts():
     assert environment["RAY_API_SERVER_ADDRESS"] == address
 
 
-class _Unauthorized(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(401)
+class Answers(BaseHTTPRequestHandler):
+    """Ray's dashboard as far as a submission asks it; to whoever brings no token where one is wanted, 401."""
+
+    wants_token = False
+    received: ClassVar[list[dict]] = []
+
+    def answer(self, content):
+        self.send_response(401 if self.wants_token else 200)
         self.end_headers()
-        self.wfile.write(b"Unauthorized: Missing authentication token")
+        self.wfile.write(
+            b"Unauthorized: Missing authentication token" if self.wants_token else json.dumps(content).encode()
+        )
+
+    def do_GET(self):
+        earlier = {"type": "SUBMISSION", "submission_id": "train-xl2", "status": "STOPPED", "entrypoint": "python x"}
+        self.answer(
+            [earlier] if self.path.startswith("/api/jobs") else {"version": "4", "ray_version": ray.__version__}
+        )
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.received.append(body)
+        self.answer({"job_id": body["submission_id"], "submission_id": body["submission_id"]})
 
     def log_message(self, format, *args):
         pass
 
 
-def test_the_command_as_a_process_tells_what_is_missing():
-    with HTTPServer(("127.0.0.1", 0), _Unauthorized) as server:
+def run_command(*arguments: str, wants_token: bool = False) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    """`python -m deploy.jobs` with Ray's own client, and what arrived at the other end."""
+    handler = type("Handler", (Answers,), {"wants_token": wants_token, "received": []})
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
         asked = subprocess.run(
-            [sys.executable, "-m", "deploy.jobs", "list", "--address", address],
-            cwd=REPOSITORY, capture_output=True, text=True, check=False,
+            [sys.executable, "-m", "deploy.jobs", *arguments, "--address", f"http://127.0.0.1:{server.server_port}"],
+            cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         server.shutdown()
+    return asked, handler.received
+
+
+def test_rays_own_client_sends_what_the_file_says():
+    asked, [body] = run_command("submit", "deploy/jobs/train.yaml")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout == "train-xl2-2: submitted\n"  # an earlier one was stopped
+    assert body["submission_id"] == "train-xl2-2"
+    assert body["runtime_env"]["env_vars"]["STORAGE"] == ENVIRONMENT["STORAGE"]
+    _, [body] = run_command("submit", "deploy/jobs/evaluate.yaml")
+    assert body["entrypoint_label_selector"] == {"meanflow/pool": "cpu"}
+    assert (body["entrypoint_num_cpus"], body["entrypoint_memory"]) == (4, 16 * 2**30)
+
+
+def test_a_cluster_that_wants_a_token_is_told_as_such():
+    asked, _ = run_command("list", wants_token=True)
     assert asked.returncode == 2
     assert asked.stderr.splitlines()[-1].startswith("error: the cluster wants its token: export RAY_AUTH_MODE=token")
     assert "Traceback" not in asked.stderr
+
+
+def test_job_and_cluster_files_are_part_of_the_installed_package():
+    patterns = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "deploy"
+    ]
+    files = [path.relative_to(REPOSITORY / "deploy") for path in (REPOSITORY / "deploy").rglob("*.yaml")]
+    assert len(files) >= 6
+    for path in files:
+        assert any(path.match(pattern) for pattern in patterns if "/" in pattern or len(path.parts) == 1), path

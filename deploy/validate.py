@@ -10,7 +10,6 @@ CEL are left to the API server.
 """
 
 import argparse
-import copy
 import re
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,11 @@ KUBERAY = Path(__file__).with_name("kuberay")
 SETTINGS = {"ImageGenerator": GENERATOR_SETTINGS, "Api": API_SETTINGS}
 KUSTOMIZATION_FIELDS = {"apiVersion", "kind", "resources", "images", "patches"}
 MAX_NAME = 47  # of a RayJob or RayService, beyond which KubeRay refuses it
+# Strings for the schemas, and checked by the operator alone.
+CHOICES = {
+    "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
+    "upgradeStrategy.type": ("NewCluster", "NewClusterWithIncrementalUpgrade", "None"),
+}
 FREE_FORM = ("x-kubernetes-preserve-unknown-fields", "x-kubernetes-embedded-resource")
 
 Document = dict[str, Any]
@@ -67,7 +71,7 @@ def render(folder: Path) -> list[Document]:
         found = folder / resource
         if not found.exists():
             raise ValueError(f"{path}: resource {resource} does not exist")
-        documents += render(found) if found.is_dir() else copy.deepcopy(read_documents(found))
+        documents += render(found) if found.is_dir() else [unshared(one) for one in read_documents(found)]
     for patch in content.get("patches", []):
         _apply_patch(folder, patch, documents)
     for image in content.get("images", []):
@@ -75,6 +79,13 @@ def render(folder: Path) -> list[Document]:
             if container.get("image") == image["name"]:
                 container["image"] = f"{image.get('newName', image['name'])}:{image['newTag']}"
     return documents
+
+
+def unshared(value: Any) -> Any:
+    """A copy in which what a YAML alias repeats is an object of its own, so that a patch of one place changes no other."""
+    if isinstance(value, dict):
+        return {key: unshared(inner) for key, inner in value.items()}
+    return [unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def containers_of(value: Any) -> Iterator[dict[str, Any]]:
@@ -130,7 +141,7 @@ def _apply_operation(document: Document, operation: Document, where: str) -> Non
     elif kind == "remove":
         del value[last]
     else:
-        value[last] = copy.deepcopy(operation["value"])
+        value[last] = operation["value"]
 
 
 def _child(value: Any, part: str, operation: Document, where: str) -> Any:
@@ -203,6 +214,12 @@ def operator_problems(document: Document) -> list[str]:
         found.append(f"$.metadata.name: must be a DNS label of at most {MAX_NAME} characters, but got {name!r}")
     if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
         found.append("$.spec.ttlSecondsAfterFinished: wants shutdownAfterJobFinishes")
+    for path, allowed in CHOICES.items():
+        value: Any = spec
+        for part in path.split("."):
+            value = value.get(part, {})
+        if value and value not in allowed:
+            found.append(f"$.spec.{path}: must be one of {', '.join(allowed)}, but got {value!r}")
     key = "rayClusterSpec" if document["kind"] == "RayJob" else "rayClusterConfig"
     cluster = spec.get(key)
     if cluster is None:

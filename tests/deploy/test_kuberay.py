@@ -38,10 +38,10 @@ OVERLAYS = ("small", "eight-nodes")
 STAGES = ("encode", "train", "evaluate", "serve")
 
 
-@pytest.fixture(scope="module", params=OVERLAYS)
+@pytest.fixture(scope="module", params=("base", *(f"overlays/{name}" for name in OVERLAYS)))
 def overlay(request) -> list[dict]:
-    """The documents of an overlay."""
-    return validate.render(KUBERAY / "overlays" / request.param)
+    """The documents of the base and of an overlay, each of which must be coherent alone."""
+    return validate.render(KUBERAY / request.param)
 
 
 def of_kind(documents: list[dict], kind: str) -> list:
@@ -184,12 +184,26 @@ def test_a_kustomization_that_names_what_is_not_there_is_refused(tmp_path, chang
         validate.render(path.parent)
 
 
-def test_a_patch_of_a_place_that_is_not_there_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new"), [("Specs/1/replicas", "Specs/2/replicas"), ("Specs/1/minReplicas", "Specs/1/minReplica")]
+)
+def test_a_patch_of_a_place_that_is_not_there_is_refused(tmp_path, old, new):
     shutil.copytree(KUBERAY, tmp_path / "kuberay")
     path = tmp_path / "kuberay" / "overlays" / "small" / "encode.yaml"
-    path.write_text(path.read_text().replace("workerGroupSpecs/1/replicas", "workerGroupSpecs/2/replicas"))
-    with pytest.raises(ValueError, match=r"encode.yaml, on RayJob encode: there is no .*Specs/2"):
-        validate.render(path.parent.parent / "small")
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=rf"encode.yaml, on RayJob encode: there is no .*{new}"):
+        validate.render(path.parent)
+
+
+def test_a_patch_changes_its_own_place_and_none_that_shares_an_anchor_with_it(tmp_path):
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    path = tmp_path / "kuberay" / "overlays" / "small" / "train.yaml"
+    place = "/spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/env/0/value"
+    path.write_text(f"- {{op: replace, path: {place}, value: http://other:5000}}\n")
+    train = one(validate.render(path.parent), "RayJob", "train").spec.ray_cluster_spec
+    head, worker = train.head_group_spec.template.spec, train.worker_group_specs[0].template.spec
+    assert head.containers[0].env[0].value == "http://other:5000"
+    assert worker.containers[0].env[0].value == "http://mlflow.mlflow.svc.cluster.local:5000"
 
 
 def test_one_image_serves_all_stages(overlay):
@@ -417,8 +431,6 @@ def test_as_many_gpus_may_come_as_replicas_are_wanted_and_a_replica_may_finish(o
 
 
 def test_probes_ask_the_application_on_workers_alone(overlay):
-    from deploy.http import ApiService, build_http_app  # noqa: F401  # the paths below are this module's
-
     paths = set(re.findall(r'@api\.get\("(/\w+)"', (REPOSITORY / "deploy" / "http.py").read_text()))
     cluster = clusters(overlay)["serve"]
     head, worker = cluster.head_group_spec.template.spec, cluster.worker_group_specs[0].template.spec
@@ -538,6 +550,9 @@ def test_the_network_lets_nothing_else_through(overlay):
     for source in (STRANGER, at("train gpu"), at("serve gpu"), Place("mlflow")):
         assert not allows(policies, source, at("mlflow-postgres"), 5432)
     assert not allows(policies, at("train gpu"), STRANGER, 443)
+    for target in (at("shell"), at("train submitter")):
+        for source in (STRANGER, INGRESS, at("train gpu"), at("serve gpu")):
+            assert not allows(policies, source, target, 8000)
 
 
 def test_what_goes_out_goes_to_the_internet_and_no_private_address(overlay):
@@ -738,6 +753,10 @@ def problems_of(crds: Path, change, kind: str, name: str) -> list[str]:
             lambda spec: spec["rayClusterSpec"]["workerGroupSpecs"][0].update(replicas=9),
             "$.spec.rayClusterSpec.workerGroupSpecs[0]: must have minReplicas <= replicas <= maxReplicas, but got 1, 9, 1",
         ),
+        (
+            lambda spec: spec.update(submissionMode="HttpMode"),
+            "$.spec.submissionMode: must be one of K8sJobMode, HTTPMode",
+        ),
         (lambda spec: spec["rayClusterSpec"].pop("rayVersion"), "$.spec.rayClusterSpec.authOptions: wants rayVersion"),
     ],
 )
@@ -770,8 +789,8 @@ def test_a_serve_config_that_is_wrong_is_told_where(old, new, told):
 def test_the_command_ends_well_for_what_is_well_and_badly_for_what_is_not(crds, tmp_path, monkeypatch, capsys):
     shutil.copytree(KUBERAY, tmp_path / "kuberay")
     # Encode and evaluate have what train's small schema does not know: a group more, an environment less.
-    for base in (tmp_path / "kuberay" / "base" / "kustomization.yaml",):
-        base.write_text(re.sub(r"  - (encode|evaluate).yaml\n", "", base.read_text()))
+    base = tmp_path / "kuberay" / "base" / "kustomization.yaml"
+    base.write_text(re.sub(r"  - (encode|evaluate).yaml\n", "", base.read_text()))
     for name in OVERLAYS:
         shutil.rmtree(tmp_path / "kuberay" / "overlays" / name)
     arguments = ["validate", "--crds", str(crds), "--manifests", str(tmp_path / "kuberay")]
@@ -863,10 +882,3 @@ def test_the_pages_own_commands_are_understood_by_their_parsers():
     ).read_text()
     assert '"/mlflow/users/create"' in routes
     assert "/api/2.0/mlflow/users/create" in users
-
-
-def test_the_page_says_that_nothing_of_it_ran():
-    text = (REPOSITORY / "docs" / "kubernetes.md").read_text()
-    assert "**Nothing here has been run on a real cluster.**" in text
-    for stage in STAGES:
-        assert f"-l meanflow.stage={stage}" in text

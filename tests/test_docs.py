@@ -203,8 +203,14 @@ def test_a_misspelt_command_would_be_noticed(line, capsys):
         understand(line)
 
 
+# tests/deploy/test_kuberay.py reads this one; it names files of deploy/kuberay/base by their last names.
+ELSEWHERE = "kubernetes.md"
+
+
 def test_no_block_of_commands_in_the_documents_goes_unparsed():
     for path in sorted((REPOSITORY / "docs").glob("*.md")):
+        if path.name == ELSEWHERE:
+            continue
         text = path.read_text()
         marked = len(re.findall(r"<!-- [\w-]+: parsed by tests/test_docs.py -->\n```bash\n", text))
         assert marked == text.count("```bash"), path
@@ -220,6 +226,8 @@ def test_files_that_the_documents_name_exist():
     named = set()
     for path in documents:
         named |= set(re.findall(r"`((?:meanflow_core|pipelines|deploy|tests|docs)/[\w./-]+)`", path.read_text()))
+        if path.name == ELSEWHERE:
+            continue
         named |= set(re.findall(r"`([A-Z]\w+\.md|[\w-]+\.(?:txt|yaml|toml))`", path.read_text())) - {"table.md"}
     assert len(named) >= 20
     missing = {name for name in named if not (REPOSITORY / name).exists()}

@@ -1,0 +1,142 @@
+"""A Ray of several nodes by `ray start`, as a cluster has it: each node a process group of its own, on this machine."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from pipelines.demo.__main__ import free_port
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Node:
+    """One `ray start --block`."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def kill(self) -> None:
+        """SIGKILL to all of it, as when a machine goes."""
+        family = [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
+        for pid in reversed(family):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class RealCluster:
+    """A head without CPUs, and workers."""
+
+    folder: Path
+    environment: dict[str, str]
+    head_port: int
+    dashboard_port: int
+    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def dashboard(self) -> str:
+        """Where jobs and Serve configs are sent."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def command(self, *words: str) -> list[str]:
+        """A command of this environment, by its name."""
+        return [str(BIN / words[0]), *words[1:]]
+
+    def run(self, *words: str, timeout: float = 300.0, cwd: Path | None = None) -> subprocess.CompletedProcess:
+        """Runs a command to its end, as a user of the cluster."""
+        return subprocess.run(
+            self.command(*words), env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=cwd
+        )
+
+    def start_node(self, *options: str) -> Node:
+        """One more node; returns once its process runs, not once it has joined."""
+        log = self.folder / f"node{len(self.nodes)}.log"
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                self.command("ray", "start", "--block", "--node-ip-address", "127.0.0.1", "--object-store-memory",
+                             str(150 * 2**20), "--dashboard-agent-listen-port", str(free_port(0)), *options),
+                env=self.environment, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+        node = Node(process, log)
+        self.nodes.append(node)
+        return node
+
+    def start_worker(self, num_cpus: int) -> Node:
+        """A worker node."""
+        return self.start_node("--address", f"127.0.0.1:{self.head_port}", "--num-cpus", str(num_cpus))
+
+    def nodes_alive(self) -> int:
+        """How many nodes the head knows."""
+        headers = {}
+        if self.environment.get("RAY_AUTH_TOKEN"):
+            headers["Authorization"] = f"Bearer {self.environment['RAY_AUTH_TOKEN']}"
+        request = urllib.request.Request(f"{self.dashboard}/nodes?view=summary", headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            summary = json.load(answer)["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+
+    def wait_for_nodes(self, count: int, seconds: float = 90.0) -> None:
+        """Until so many are there."""
+        deadline, seen = time.monotonic() + seconds, -1
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, KeyError, ValueError):
+                seen = self.nodes_alive()
+                if seen == count:
+                    return
+            time.sleep(0.3)
+        logs = "".join(node.log.read_text()[-1500:] for node in self.nodes)
+        raise AssertionError(f"wanted {count} nodes, but {seen} are there after {seconds} s: {logs}")
+
+
+@contextlib.contextmanager
+def real_cluster(num_workers: int, cpus_each: int, token: str | None = None) -> Iterator[RealCluster]:
+    """A head and workers; in the end, by pid, nothing of it is left. token: Ray's authentication, off unless given."""
+    folder = Path(tempfile.mkdtemp(prefix="mfk-", dir="/tmp"))  # Unix sockets want short paths
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {
+        "RAY_TMPDIR": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token" if token else "disabled",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        # A node that is gone is noticed in seconds instead of half a minute.
+        "RAY_health_check_initial_delay_ms": "1000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    if token:
+        environment["RAY_AUTH_TOKEN"] = token
+    cluster = RealCluster(folder, environment, free_port(0), free_port(0))
+    try:
+        cluster.start_node(
+            "--head", "--port", str(cluster.head_port), "--num-cpus", "0", "--dashboard-port", str(cluster.dashboard_port),
+            "--ray-client-server-port", str(free_port(0)),
+        )  # fmt: skip
+        cluster.wait_for_nodes(1)
+        for number in range(num_workers):  # one after the other: beside each other on two cores, one gives up
+            cluster.start_worker(cpus_each)
+            cluster.wait_for_nodes(2 + number)
+        yield cluster
+    finally:
+        for node in cluster.nodes:
+            if node.process.poll() is None:
+                node.kill()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RAY_TMPDIR") == str(folder):
+                    process.kill()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,6 @@ class RunningEndpoint:
     dashboard: str
     log: Path
     metrics_port: int
-    survivors: list[psutil.Process] = field(default_factory=list)
 
     def family(self, word: str = "") -> list[psutil.Process]:
         """Its processes with a word in their command line."""

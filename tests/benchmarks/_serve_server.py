@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.networks import build_network
 from meanflow_core.presets import demo
 from pipelines.command import FAST_MALLOC
+from pipelines.demo.__main__ import free_port
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.images import CLASS_NAMES
 
@@ -50,13 +50,6 @@ class Server:
 
     url: str
     pid: int
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def post(url: str, body: dict) -> bytes:
@@ -128,7 +121,7 @@ def serve_config(port: int, applications: list[dict]) -> dict:
 def serving(applications: list[dict]) -> Iterator[Server]:
     """A Ray of its own that serves applications (as in serve_config), once all of them answer /generate."""
     folder = tempfile.mkdtemp(prefix="mfs-", dir="/tmp")  # Unix sockets want short paths
-    port = free_port()
+    port = free_port(0)
     config = Path(folder, "serve.yaml")
     config.write_text(yaml.safe_dump(serve_config(port, applications)))
     environment = {

@@ -44,11 +44,11 @@ from meanflow_core.networks import build_network
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.presets import dit_network
 from pipelines.command import FAST_MALLOC
+from pipelines.demo.__main__ import free_port
 from tests.benchmarks._serve_server import (
     Answers,
     Server,
     endpoint,
-    free_port,
     load,
     overload,
     running,
@@ -298,7 +298,7 @@ def overloaded(folder: Path, arguments: argparse.Namespace, clock: Clock) -> dic
 @contextlib.contextmanager
 def plain_fastapi(folder: Path) -> Iterator[Server]:
     """The small model behind one process of uvicorn."""
-    port = free_port()
+    port = free_port(0)
     command = [
         sys.executable, "-m", "uvicorn", "tests.benchmarks._serve_peers:build_plain", "--factory",
         "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning",

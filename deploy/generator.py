@@ -120,14 +120,13 @@ def load_model(model: str, arguments: Arguments) -> Loaded:
         batch_sizes=arguments.batch_sizes,
         max_batch_size=arguments.max_batch_size,
     )
-    images, _ = engine.run(Group((1.0, 0.0)), [Row(0, 0)])
     engine.warm_up()
     config = pipeline.config
     classes = name_classes(pipeline.class_names, config.wnids or {}, pipeline.transformer.config.num_classes)
     card = ModelCard(
         id=arguments.served_name or source.name,
         created=int(time.time()),
-        image_size=images.shape[1],
+        image_size=pipeline.image_size,
         num_classes=len(classes),
         takes_guidance=pipeline.takes_guidance,
         guidance_scale=config.guidance_scale,

@@ -46,6 +46,11 @@ def _open_model(kind: type[ModelMixin], id_or_folder: str, dtype: torch.dtype, n
     return model.eval().requires_grad_(False)
 
 
+def downsampling_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent along a side: 8 for Stable Diffusion's."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def forbid_tf32() -> None:
     """For the whole process: products and convolutions in full float32, where torch rounds convolutions' by itself."""
     torch.backends.cuda.matmul.allow_tf32 = False

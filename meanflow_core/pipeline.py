@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 import meanflow_core.imf_transformer  # noqa: F401  # diffusers opens networks of imported modules alone
-from meanflow_core.autoencoder import decode_latents
+from meanflow_core.autoencoder import decode_latents, downsampling_factor
 from meanflow_core.transformer import Conditioning
 
 MAX_SEED = 2**63 - 1
@@ -169,6 +169,11 @@ class MeanFlowPipeline(DiffusionPipeline):
         """(C, H, W) of the latents that the network sees."""
         config = self.transformer.config
         return config.in_channels, config.sample_size, config.sample_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.latent_shape[1] * downsampling_factor(self.vae)
 
     @property
     def takes_guidance(self) -> bool:

@@ -29,7 +29,7 @@ import torch
 from diffusers import AutoencoderKL
 from pyarrow import fs
 
-from meanflow_core.autoencoder import allow_tf32, encode_moments, load_autoencoder, weight_hash
+from meanflow_core.autoencoder import allow_tf32, downsampling_factor, encode_moments, load_autoencoder, weight_hash
 from pipelines import latent_store, storage
 from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
 from pipelines.image_reading import CROP, decode_images
@@ -210,7 +210,7 @@ def write_shard(batch: dict[str, np.ndarray], *, output: str) -> dict[str, np.nd
 
 
 def _recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> EncodingRecipe:
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = downsampling_factor(vae)
     if job.image_size % factor:
         raise InputError(f"--image-size must be a multiple of {factor} for this autoencoder, but got {job.image_size}")
     side = job.image_size // factor

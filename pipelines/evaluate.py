@@ -255,8 +255,7 @@ def open_subject(job: EvaluateJob) -> Subject:
         return Subject(None, samples, samples.shape[1], [])
     assert job.model is not None
     pipeline = load_pipeline(tracking.fetch_generator(job.model, job.tracking_uri))
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    return Subject(pipeline, None, pipeline.latent_shape[1] * factor, list(pipeline.class_names.values()))
+    return Subject(pipeline, None, pipeline.image_size, list(pipeline.class_names.values()))
 
 
 def _require_fit(job: EvaluateJob, subject: Subject, extractor: Extractor) -> None:

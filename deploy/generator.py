@@ -245,19 +245,40 @@ class GeneratorService:
                 break
             except Exception as error:
                 assert self._loaded is not None
+                logger.exception("cannot serve %s; trying again in %.0f s", wanted, pause)
+                await self._follow_the_others(wanted)
+                assert self._loaded is not None
                 self._model_problem = f"cannot serve {wanted}: {error}; {self._loaded.model} serves on"
                 self._report_problem()
-                logger.exception("cannot serve %s; trying again in %.0f s", wanted, pause)
                 await asyncio.sleep(pause)
                 pause = min(2.0 * pause, LAST_RETRY_SECONDS)
-        # Two models were there while this one warmed up; from now on it has the device to itself.
-        loaded.engine.largest_that_fits = None
-        self._loaded = loaded
+        self._take(loaded)
         self._change = None
         self._model_problem = None
         self._report_problem()
-        logger.info("%s serves now", wanted)
         await self._remember(wanted)
+
+    async def _follow_the_others(self, wanted: str) -> None:
+        """Loads the last good model where it is not the one that serves here.
+
+        Told of a bad model while it still loaded the good one before it, a replica would serve an even older one for
+        ever, beside others that are further.
+        """
+        last = await self._recall()
+        assert self._loaded is not None
+        if last is None or last in (wanted, self._loaded.model):
+            return
+        try:
+            self._take(await self._load_in_thread(last))
+        except Exception:
+            logger.exception("cannot serve %s, the last good model, either", last)
+
+    def _take(self, loaded: Loaded) -> None:
+        """Another model serves from now on."""
+        # Two models were there while this one warmed up; from now on it has the device to itself.
+        loaded.engine.largest_that_fits = None
+        self._loaded = loaded
+        logger.info("%s serves now", loaded.model)
 
     async def _recall(self) -> str | None:
         # In a thread, like `_remember`: the cluster's store may be slow, or away, and requests go on.

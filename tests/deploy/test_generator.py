@@ -280,6 +280,33 @@ def test_a_successor_whose_model_is_bad_serves_the_last_good_one(generator_folde
     assert memory.model == str(other_folder)
 
 
+def test_told_of_a_bad_model_before_it_had_the_good_one_a_replica_serves_what_the_others_do(
+    generator_folder, other_folder
+):
+    gate = threading.Event()
+    memory = Remembered()
+    loads = Loads(bad={"broken"}, gate=gate)
+    service = service_of(generator_folder, memory, load=loads)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        while len(loads.asked) < 2:
+            await asyncio.sleep(0.01)
+        memory.model = str(other_folder)  # the replica beside this one has it
+        await service.reconfigure({"model": "broken"})
+        gate.set()
+        await settled(service, str(other_folder))
+        async with asyncio.timeout(10):
+            while service.problem is None:
+                await asyncio.sleep(0.01)
+
+    run(work)
+    assert "broken is bad" in service.problem
+    assert f"{other_folder} serves on" in service.problem
+    assert memory.model == str(other_folder)
+
+
 def test_a_successor_goes_on_trying_for_the_model_that_is_wanted(generator_folder, other_folder):
     loads = Loads(bad={str(other_folder)})
     service = service_of(generator_folder, Remembered(str(generator_folder)), load=loads, first_retry_seconds=0.05)

@@ -151,6 +151,13 @@ def test_a_replica_killed_under_load_loses_at_most_what_it_held(endpoint, expect
     assert len(endpoint.family("ImageGenerator")) == 2
 
 
+def wait_until_all_serve(endpoint, name):
+    deadline = time.monotonic() + 60
+    while {generate(endpoint.url, 1)[1].get("x-model") for _ in range(20)} != {name}:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def with_user_config(endpoint, name, user_config):
     config = json.loads(json.dumps(endpoint.config))
     config["applications"][0]["deployments"] = [{"name": name, "user_config": user_config}]
@@ -163,11 +170,7 @@ def test_models_change_under_load_without_a_lost_request_and_a_broken_one_change
     (broken / "model_index.json").write_text("{}")
     with Load(endpoint.url, expected) as load:
         endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(models["second"])}))
-        began = time.monotonic()
-        while time.monotonic() - began < 60:  # until both replicas have it
-            answers = [generate(endpoint.url, 1)[1].get("x-model") for _ in range(12)]
-            if set(answers) == {"second"}:
-                break
+        wait_until_all_serve(endpoint, "second")
         endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(broken)}))
         problem = endpoint.wait_until(lambda _, content: json.loads(content)["problem"], 60)
         # The successor of a replica that dies now is asked for the broken model too, and takes the last good one.
@@ -186,8 +189,8 @@ def test_models_change_under_load_without_a_lost_request_and_a_broken_one_change
     assert load.kinds[200, "second"] > 100
     assert load.kinds[503, None] <= 6  # of the kill; the changes lose none
     assert set(load.retried) <= {200}
-    for _ in range(20):
-        assert generate(endpoint.url, 1)[1]["x-model"] == "second"
+    # A replica that was told of the broken model before it had the second one catches up.
+    wait_until_all_serve(endpoint, "second")
     endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(models["first"]), "max_batch_size": 4}))
     endpoint.wait_until(lambda _, content: json.loads(content)["model"] == "first", 60)
 

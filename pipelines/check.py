@@ -109,7 +109,7 @@ def _read_everything(location: str, manifest: Manifest) -> tuple[list[str], np.n
     statistics = ChannelStatistics(manifest.latent_shape[0])
     progress, done = Progress(logger, "checked", "latents", manifest.num_samples), 0
     for number, num_rows in enumerate(manifest.shard_rows):
-        name = latent_store.shard_name(number)
+        name = manifest.shard_name(number)
         try:
             shard = latent_store.read_shard(filesystem, f"{root}/{name}")
         except (OSError, InputError) as error:
@@ -157,7 +157,7 @@ def _find_rows(
     edges = np.cumsum([0, *manifest.shard_rows])
     ids, moments, mirrored = [], [], []
     for number in np.unique(np.searchsorted(edges, wanted, side="right") - 1):
-        shard = latent_store.read_shard(filesystem, f"{root}/{latent_store.shard_name(int(number))}")
+        shard = latent_store.read_shard(filesystem, f"{root}/{manifest.shard_name(int(number))}")
         rows = wanted[(wanted >= edges[number]) & (wanted < edges[number + 1])] - edges[number]
         ids += [shard.sample_ids[row] for row in rows]
         moments.append(shard.moments[rows])

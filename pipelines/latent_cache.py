@@ -5,7 +5,8 @@
 
 Training wants rows in any order, which no object store gives. A copy is made once per node: shard by shard, each checked
 against the manifest and whole under its name or not there, so that a copy cut short goes on where it stopped and the
-next run finds it. Nothing in a copy is decoded again: a shard is mapped as it lies.
+next run finds it. Nothing in a copy is decoded again: a shard is mapped as it lies. Of a dataset of an older schema
+version, the copy is of this one.
 """
 
 import json
@@ -21,7 +22,7 @@ from pyarrow import fs
 
 from pipelines import latent_store, storage
 from pipelines.command import InputError, parse_command_line, run_command
-from pipelines.latent_store import LatentDataset, Manifest
+from pipelines.latent_store import LatentDataset, Manifest, Shard
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,11 @@ def open_latents(location: str, cache_dir: str, *, mirrored: bool = True) -> Lat
                 f"--cache-dir none maps the latents where they lie, and {location} is no mounted folder; name a folder "
                 f"on each node's own disk"
             )
+        if manifest.schema_version < latent_store.SCHEMA_VERSION:
+            raise InputError(
+                f"--cache-dir none maps the latents where they lie, and {location} is of schema version "
+                f"{manifest.schema_version}, which cannot be mapped; name a folder on each node's own disk"
+            )
         return LatentDataset.map(Path(storage.absolute(location)), manifest, mirrored=mirrored)
     mirrored = mirrored and manifest.recipe.mirrored
     folder = Path(cache_dir).expanduser() / f"{manifest.content_sha256[:16]}{'' if mirrored else '-unmirrored'}"
@@ -71,9 +77,9 @@ def _copy(location: str, manifest: Manifest, folder: Path, *, mirrored: bool) ->
     (folder / ABOUT).write_text(json.dumps(about) + "\n")
 
     def copy(number: int) -> int:
-        content = _checked_shard(filesystem, f"{root}/{latent_store.shard_name(number)}", manifest, number)
-        if manifest.recipe.mirrored and not mirrored:
-            content = latent_store.without_mirror(content)
+        content, shard = _checked_shard(filesystem, f"{root}/{manifest.shard_name(number)}", manifest, number)
+        if manifest.recipe.mirrored != mirrored or manifest.schema_version < latent_store.SCHEMA_VERSION:
+            content = latent_store.rewritten(shard, mirrored=mirrored)
         storage.write_bytes(fs.LocalFileSystem(), str(folder / latent_store.shard_name(number)), content)
         return manifest.shard_rows[number]
 
@@ -89,7 +95,8 @@ def _copy(location: str, manifest: Manifest, folder: Path, *, mirrored: bool) ->
             raise
 
 
-def _checked_shard(filesystem: fs.FileSystem, path: str, manifest: Manifest, number: int) -> bytes:
+def _checked_shard(filesystem: fs.FileSystem, path: str, manifest: Manifest, number: int) -> tuple[bytes, Shard]:
+    """A shard's file, and what is in it."""
     try:
         content = storage.read_bytes(filesystem, path)
     except FileNotFoundError as error:
@@ -104,7 +111,7 @@ def _checked_shard(filesystem: fs.FileSystem, path: str, manifest: Manifest, num
         raise InputError(f"{path}: {problem}; run pipelines.encode again into another folder")
     if shard.content_sha256() != manifest.shard_sha256[number]:
         raise InputError(f"{path} is not what its manifest says; see python -m pipelines.check")
-    return content
+    return content, shard
 
 
 def _require_room(location: str, manifest: Manifest, folder: Path, num_missing: int, *, mirrored: bool) -> None:

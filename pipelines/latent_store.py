@@ -14,6 +14,8 @@ int32 and `sample_id` string. Plain pyarrow maps it into memory with shape and d
 
 Why not Parquet: it has no random access, which is what training wants, and keeps tensors as lists whose every value is
 decoded (`tests/benchmarks/layout.py`). A node maps a copy of its own (`latent_cache`).
+
+Schema version 1 had the same columns in Parquet, shards/shard-00000.parquet: it is read, and a node's copy of it is Arrow.
 """
 
 import contextlib
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
+READ_VERSIONS = (1, SCHEMA_VERSION)
+PARQUET_MAGIC = b"PAR1"
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 INDEX = "index.parquet"
@@ -115,6 +119,10 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     """Of this layout."""
 
+    def shard_name(self, index: int) -> str:
+        """Path of shard `index` in the dataset itself; in a node's copy it is `shard_name(index)`."""
+        return shard_name(index) if self.schema_version > 1 else f"shards/shard-{index:05d}.parquet"
+
     @property
     def content_sha256(self) -> str:
         """Hash of everything that training reads."""
@@ -138,14 +146,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
-        """Reads manifest.json. Raises InputError for another schema version or a damaged file."""
+        """Reads manifest.json. Raises InputError for a schema version that is not read, or a damaged file."""
         try:
             content = json.loads(text)
             version = content["schema_version"]
-            if version != SCHEMA_VERSION:
+            if version not in READ_VERSIONS:
                 raise InputError(
-                    f"{where} has schema version {version}, but this release reads version {SCHEMA_VERSION}; "
-                    f"encode again, or use the release that wrote it"
+                    f"{where} has schema version {version}, but this release reads versions "
+                    f"{' and '.join(map(str, READ_VERSIONS))}; install the release that wrote it, or encode again"
                 )
             recipe = content.pop("recipe")
             recipe["moments_shape"] = tuple(recipe["moments_shape"])
@@ -254,18 +262,27 @@ def map_shard(path: Path) -> Shard:
 def shard_summary(filesystem: fs.FileSystem, path: str) -> ShardSummary:
     """Reads what a shard says of itself, and none of its rows. Raises InputError for a file that is none."""
     with filesystem.open_input_file(path) as stream, _open_shard(stream, path) as reader:
-        return _summary(reader)
+        metadata = reader.schema.metadata
+        return _summary(metadata, int(metadata[NUM_ROWS_KEY]))
 
 
-def without_mirror(content: bytes) -> bytes:
-    """A shard's file without the mirror images."""
-    shard = read_shard_bytes(content, "a shard")
-    return shard_bytes(shard.moments, None, shard.labels, shard.sample_ids, shard.summary.rejected)
+def rewritten(shard: Shard, *, mirrored: bool) -> bytes:
+    """A shard's file in this schema version, with its mirror images or without."""
+    moments_mirrored = shard.moments_mirrored if mirrored else None
+    return shard_bytes(shard.moments, moments_mirrored, shard.labels, shard.sample_ids, shard.summary.rejected)
 
 
 def _read(stream: pa.NativeFile, where: str) -> Shard:
-    with _open_shard(stream, where) as reader:
-        summary, table = _summary(reader), reader.read_all()
+    if stream.size() >= len(PARQUET_MAGIC) and stream.read_at(len(PARQUET_MAGIC), 0) == PARQUET_MAGIC:
+        try:
+            table = pq.read_table(stream).combine_chunks()
+        except pa.ArrowException as error:
+            raise InputError(f"{where} is damaged ({error}); put it back from a copy") from error
+        summary = _summary(table.schema.metadata, table.num_rows)
+    else:
+        with _open_shard(stream, where) as reader:
+            table = reader.read_all()
+        summary = _summary(table.schema.metadata, int(table.schema.metadata[NUM_ROWS_KEY]))
     tensors = {
         name: table[name].chunk(0).to_numpy_ndarray()
         for name in ("moments", "moments_mirrored")
@@ -284,9 +301,7 @@ def _open_shard(stream: pa.NativeFile, where: str) -> Iterator[pa.ipc.RecordBatc
         raise InputError(f"{where} is damaged ({error}); delete it and run pipelines.encode again") from error
 
 
-def _summary(reader: pa.ipc.RecordBatchFileReader) -> ShardSummary:
-    metadata = reader.schema.metadata
-    num_rows = int(metadata[NUM_ROWS_KEY])
+def _summary(metadata: dict[bytes, bytes], num_rows: int) -> ShardSummary:
     return ShardSummary(num_rows, metadata[SHA256_KEY].decode(), json.loads(metadata[REJECTED_KEY]))
 
 
@@ -353,7 +368,7 @@ class LatentDataset:
 
     @classmethod
     def map(cls, folder: Path, manifest: Manifest, *, mirrored: bool = True) -> "LatentDataset":
-        """Maps the shards below a local folder. Raises InputError for one that is none."""
+        """Maps the shards below a local folder, which are of this schema version. Raises InputError for one that is none."""
         shards = [map_shard(folder / shard_name(number)) for number in range(len(manifest.shard_rows))]
         has_mirrored = mirrored and manifest.recipe.mirrored
         return cls(

@@ -191,15 +191,15 @@ class Read:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A shard of a latent dataset, decoded at the posterior's mean by the worker's autoencoder."""
+    """A shard of a latent dataset, by its path there, decoded at the posterior's mean by the worker's autoencoder."""
 
     dataset: str
-    shard: int
+    shard: str
 
     def batches(self, worker: "Measurer", batch_size: int) -> Iterator[Images]:
         """As Source."""
         filesystem, root = storage.open_storage(self.dataset)
-        shard = latent_store.read_shard(filesystem, f"{root}/{latent_store.shard_name(self.shard)}")
+        shard = latent_store.read_shard(filesystem, f"{root}/{self.shard}")
         means = np.split(shard.moments, 2, axis=1)[0]
         for start in range(0, len(means), batch_size):
             rows = slice(start, start + batch_size)

@@ -237,7 +237,10 @@ def _decoded_chunks(data: str, manifest: Manifest, num_features: int) -> list[me
     parts = [(number * measuring.NUM_GROUPS // len(shards), start, stop) for number, (start, stop) in enumerate(shards)]
     number_of = {start: number for number, (start, _) in enumerate(shards)}
     return measuring.cut(
-        "reference", parts, lambda start, _: measuring.Decoded(data, number_of[start]), num_features=num_features
+        "reference",
+        parts,
+        lambda start, _: measuring.Decoded(data, manifest.shard_name(number_of[start])),
+        num_features=num_features,
     )
 
 

@@ -58,7 +58,7 @@ def test_newer_schema_is_refused_and_a_damaged_one_too(dataset):
     path = dataset / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "schema_version": 3}))
-    with pytest.raises(InputError, match="schema version 3, but this release reads version 2"):
+    with pytest.raises(InputError, match="schema version 3, but this release reads versions 1 and 2; install"):
         latent_store.read_manifest(str(dataset))
     path.write_text(path.read_text()[:-20])
     with pytest.raises(InputError, match="damaged"):

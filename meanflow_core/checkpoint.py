@@ -22,6 +22,7 @@ from meanflow_core.config import TrainingConfig
 from meanflow_core.networks import AnyNetwork
 from meanflow_core.training import TrainState
 
+FORMAT_VERSION = 1  # 0 had no number
 STATE_FILE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch names them
 # A file is made up in memory before it is written: as much more than the state itself.
@@ -50,6 +51,7 @@ def save_train_state(
         files = {name: size for part in parts for name, size in part.items()}
     if rank == 0:
         content = {
+            "format_version": FORMAT_VERSION,
             "step": state.step,
             "num_skipped": state.num_skipped,
             "config": asdict(config),
@@ -84,11 +86,15 @@ def load_average(network: AnyNetwork, decay: float, folder: Path) -> None:
 
 
 def read_state_file(folder: Path) -> dict[str, Any]:
-    """The state's JSON: step, num_skipped, config, files, extra. Raises ValueError where a file is missing or torn."""
+    """The state's JSON: step, num_skipped, config, files, extra.
+
+    Raises ValueError where a file is missing or torn, or a later release wrote it.
+    """
     try:
         content = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no checkpoint: {error}") from error
+    require_known_format(content, str(folder))
     found = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     damage = damage_of(content["files"], found)
     if damage is not None:
@@ -97,6 +103,16 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     if strangers:
         raise ValueError(f"the checkpoint in {folder} is a mixture: {', '.join(strangers)} is of another one")
     return content
+
+
+def require_known_format(content: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where a state's JSON is of a format that a later release wrote."""
+    version = content.get("format_version", 0)
+    if version not in range(FORMAT_VERSION + 1):
+        raise ValueError(
+            f"the checkpoint in {where} has format version {version}, but this release reads versions up to "
+            f"{FORMAT_VERSION}; install the release that wrote it"
+        )
 
 
 def damage_of(wanted: Mapping[str, int], found: Mapping[str, int]) -> str | None:

@@ -6,6 +6,7 @@ Networks are opened by name from this package's list, whatever code a folder may
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
@@ -15,7 +16,7 @@ from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.networks import NETWORKS, AnyNetwork, without_velocity_head
-from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.pipeline import MeanFlowPipeline, require_known_format
 from meanflow_core.portable import add_code
 
 
@@ -89,15 +90,15 @@ def load_network(folder: Path) -> AnyNetwork:
 def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowPipeline:
     """Opens a generator's folder, portable or not, in float32 on a device: safetensors only, gradients off.
 
-    Raises ValueError where it is no generator of this package.
+    Raises ValueError where it is no generator of this package, or one that a later release wrote.
     """
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"no model_index.json in {folder}; a generator is a folder that save_pretrained wrote")
+    settings = _read_settings(folder)
     for name in ("vae", "scheduler"):
         if not (folder / name).is_dir():
             raise ValueError(f"no {name}/ in {folder}; a generator is a folder that save_pretrained wrote whole")
-    settings = json.loads(index.read_text())
     known = ("id2label", "wnids", "prediction", "guidance_scale", "guidance_start", "guidance_end")
     pipeline = MeanFlowPipeline(
         load_network(folder / "transformer"),
@@ -109,15 +110,25 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
     return pipeline.to(device)
 
 
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """What a generator's model_index.json says. Raises ValueError where it is damaged, or of a later release."""
+    try:
+        settings = dict(json.loads((folder / "model_index.json").read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model_index.json in {folder} is damaged: {error}") from error
+    require_known_format(settings.get("format_version", 0), str(folder))
+    return settings
+
+
 def find_generator(folder: Path) -> Path:
     """The generator in a folder: the folder itself, or the one below it that has a model_index.json.
 
     A model downloaded from a registry holds the generator among its other files. Raises ValueError where there is
-    none, or several.
+    none, or several, or a later release wrote it.
     """
     found = [path.parent for path in sorted(folder.rglob("model_index.json"))]
-    if (folder / "model_index.json").is_file():
-        return folder
+    if folder in found:
+        found = [folder]
     if len(found) != 1:
         which = "".join(
             f"{', ' if number else ': '}{path.relative_to(folder)}" for number, path in enumerate(found[:5])
@@ -126,4 +137,5 @@ def find_generator(folder: Path) -> Path:
             f"wanted a generator, a folder with a model_index.json, in {folder}, but found {len(found)}{which}; "
             f"pipelines.train writes one and prints its place"
         )
+    _read_settings(found[0])
     return found[0]

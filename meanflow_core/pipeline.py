@@ -19,6 +19,7 @@ import meanflow_core.imf_transformer  # noqa: F401  # diffusers opens networks o
 from meanflow_core.autoencoder import decode_latents, downsampling_factor
 from meanflow_core.transformer import Conditioning
 
+FORMAT_VERSION = 1  # of a generator's folder; 0 had no number
 MAX_SEED = 2**63 - 1
 PREDICTIONS = ("average_velocity", "velocity")
 SOLVERS = ("euler", "heun")
@@ -84,6 +85,15 @@ def time_grid(num_inference_steps: int, timesteps: Sequence[float] | None = None
     return times
 
 
+def require_known_format(version: int, where: str) -> None:
+    """Raises ValueError for a generator's format that a later release wrote."""
+    if version not in range(FORMAT_VERSION + 1):
+        raise ValueError(
+            f"the generator in {where} has format version {version}, but this release reads versions up to "
+            f"{FORMAT_VERSION}; install the release that wrote it"
+        )
+
+
 class MeanFlowPipeline(DiffusionPipeline):
     """Class-conditional images in one network call, or in several.
 
@@ -91,7 +101,10 @@ class MeanFlowPipeline(DiffusionPipeline):
     by commas, and each of them finds the class. wnids: {class id: WordNet id}, likewise, where there are any.
     prediction: "average_velocity" of MeanFlow, or "velocity" of flow matching, which is integrated by Euler's or Heun's
     method. guidance_scale, guidance_start, guidance_end: how to sample unless asked otherwise, for a network that is told
-    its guidance, and for flow matching.
+    its guidance, and for flow matching. format_version: of the folder that it was opened from; it is written in this
+    release's.
+
+    Raises ValueError for a folder that a later release wrote.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -107,8 +120,10 @@ class MeanFlowPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
+        format_version: int = FORMAT_VERSION,
     ) -> None:
         super().__init__()
+        require_known_format(format_version, "the folder")
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, but got {prediction!r}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -119,6 +134,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_start=guidance_start,
             guidance_end=guidance_end,
+            format_version=FORMAT_VERSION,
         )
 
     @property

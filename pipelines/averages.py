@@ -29,7 +29,10 @@ def generator_of(model: str, decay: float, output: Path) -> Path:
     if found is None:
         raise InputError(f"no checkpoints beside {generator}, which --ema-decay reads: name the run's own generator")
     with found.latest.as_directory() as checkpoint:
-        known = read_state_file(Path(checkpoint))["config"]["ema_decays"]
+        try:
+            known = read_state_file(Path(checkpoint))["config"]["ema_decays"]
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if decay not in known:
             raise InputError(
                 f"the run of {generator} has averages of decay {', '.join(f'{one:g}' for one in known)}, but "

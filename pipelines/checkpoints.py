@@ -19,7 +19,7 @@ import ray.train
 from pyarrow import fs
 from ray.train import Checkpoint, CheckpointUploadMode, Result, UserCallback
 
-from meanflow_core.checkpoint import STATE_FILE, damage_of, load_train_state, save_train_state
+from meanflow_core.checkpoint import STATE_FILE, damage_of, load_train_state, require_known_format, save_train_state
 from meanflow_core.config import TrainingConfig
 from meanflow_core.training import TrainState
 from pipelines import storage
@@ -101,7 +101,8 @@ def mend_record(filesystem: fs.FileSystem, run_path: str) -> None:
     """Makes Ray's record of a run one of whole checkpoints alone, for Ray does not start with any other.
 
     A torn or missing record is replaced by the spare one, and checkpoints that are missing or torn, which a machine
-    that died may leave, are taken out of it. Nobody may train the run. Raises InputError where nothing whole is left.
+    that died may leave, are taken out of it. Nobody may train the run. Raises InputError where nothing whole is left, or
+    a later release wrote a checkpoint.
     """
     record, is_mended = _read_record(filesystem, f"{run_path}/{RECORD}"), False
     spare = _read_record(filesystem, f"{run_path}/{SPARE_RECORD}")
@@ -152,16 +153,25 @@ def _read_record(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
 
 
 def _damage(filesystem: fs.FileSystem, path: str) -> str | None:
-    """What is wrong with a checkpoint's files, by their sizes; None where they are whole."""
+    """What is wrong with a checkpoint's files, by their sizes; None where they are whole.
+
+    Raises InputError for one that a later release wrote: it must not be taken for a torn one, and deleted.
+    """
     state_file = f"{path}/{STATE_FILE}"
     if filesystem.get_file_info(state_file).type != fs.FileType.File:
         return f"{state_file} is missing"
     try:
-        files = json.loads(storage.read_bytes(filesystem, state_file))["files"]
-    except (ValueError, KeyError):
+        content = json.loads(storage.read_bytes(filesystem, state_file))
+    except ValueError:
+        return f"{state_file} is torn"
+    try:
+        require_known_format(content, path)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if "files" not in content:
         return f"{state_file} is torn"
     listing = filesystem.get_file_info(fs.FileSelector(path))
-    return damage_of(files, {info.base_name: info.size for info in listing})
+    return damage_of(content["files"], {info.base_name: info.size for info in listing})
 
 
 @dataclass(frozen=True)

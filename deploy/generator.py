@@ -6,6 +6,7 @@ that serves goes on until its successor is loaded and warm; where that fails, it
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from deploy.batching import Batcher, BatchLimits, BatchReport, DeadlineError, OverloadedError
 from deploy.engine import BatchTimes, Engine, Group, Row
 from deploy.metrics import Recorder
-from deploy.models import fetched_generator
+from deploy.models import announce, fetched_generator
 from deploy.schema import (
     GENERATOR_SETTINGS,
     Arguments,
@@ -29,6 +30,7 @@ from deploy.schema import (
     ModelHashes,
     Order,
     Refusal,
+    Source,
     with_settings,
 )
 from meanflow_core.autoencoder import load_preview_decoder, weight_hash
@@ -155,12 +157,14 @@ class GeneratorService:
         recorder: Recorder,
         load: Callable[[str, Arguments], Loaded] = load_model,
         first_retry_seconds: float = FIRST_RETRY_SECONDS,
+        announce: Callable[[Source, str], None] = announce,
     ) -> None:
         self._arguments = arguments
         self._settings = arguments
         self._memory = memory
         self._recorder = recorder
         self._load = load
+        self._announce = announce
         self._first_retry_seconds = first_retry_seconds
         self._loaded: Loaded | None = None
         self._setting_problem: str | None = None
@@ -224,7 +228,7 @@ class GeneratorService:
             if model is None:
                 continue
             try:
-                self._loaded = await self._load_in_thread(model)
+                self._take(await self._load_in_thread(model))
                 break
             except Exception as error:
                 problems.append(f"cannot serve {model}: {error}")
@@ -279,6 +283,14 @@ class GeneratorService:
         loaded.engine.largest_that_fits = None
         self._loaded = loaded
         logger.info("%s serves now", loaded.model)
+        # A thread that nobody waits for: a tracking server that is away holds up neither requests nor the next model.
+        threading.Thread(target=self._tell, args=(loaded.card,), daemon=True).start()
+
+    def _tell(self, card: ModelCard) -> None:
+        try:
+            self._announce(card.source, card.id)
+        except Exception:
+            logger.exception("the tracking server does not know that %s serves", card.source.model)
 
     async def _recall(self) -> str | None:
         # In a thread, like `_remember`: the cluster's store may be slow, or away, and requests go on.

@@ -8,6 +8,7 @@ replicas are told a version.
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -84,6 +85,25 @@ def _source(model: str, tracking_uri: str | None) -> Source:
     return Source(model=model, name=model.rpartition("/")[2], run_id=run[1] if run else None, tracking_uri=tracking_uri)
 
 
+def announce(source: Source, served_as: str) -> None:
+    """Tells MLflow that a registered version serves, as its tag endpoint.NAME: the moment, in UTC.
+
+    Raises what MLflow says where it does not take it. Folders and runs' files are no versions: nothing is told.
+    """
+    if source.version is None:
+        return
+    moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    client = _client(source.model, source.tracking_uri)
+    client.set_model_version_tag(source.name, source.version, f"endpoint.{served_as}", moment)
+
+
+def _tags(source: Source) -> dict[str, str]:
+    """Of a registered version: what it was trained on, how it was measured, where it serves."""
+    if source.version is None:
+        return {}
+    return dict(_client(source.model, source.tracking_uri).get_model_version(source.name, source.version).tags)
+
+
 def _run_of_folder(folder: Path) -> str | None:
     """The MLflow run whose folder a generator still lies in."""
     try:
@@ -119,7 +139,7 @@ def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Pa
 
 
 def main() -> None:
-    """The command: prints a model without aliases, and where it came from."""
+    """The command: prints a model without aliases, where it came from, and what became of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder, models:/name@alias, models:/name/version or runs:/id/name")
     parser.add_argument("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"))
@@ -127,7 +147,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         resolved = resolve_model(arguments.model, arguments.tracking_uri)
-        about = _source(resolved, arguments.tracking_uri).model_dump() if arguments.json else None
+        source = _source(resolved, arguments.tracking_uri) if arguments.json else None
+        about = source and {**source.model_dump(), "tags": _tags(source)}
     except (ValueError, *FETCH_ERRORS) as error:
         raise SystemExit(f"error: {error}") from error
     print(resolved if about is None else json.dumps(about, indent=2))

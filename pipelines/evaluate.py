@@ -631,7 +631,9 @@ def _log(job: EvaluateJob, run: tracking.Run | None, report: dict, files: Sequen
     trained_here = run is not None
     if run is None:
         parameters = {"model": report["model"], "num_samples": report["protocol"]["num_samples"], "seed": job.seed}
-        run = tracking.Run.begin(str(job.tracking_uri), "meanflow-ray", "evaluate", parameters)
+        weights = report["protocol"].get("generator", {}).get("transformer_sha256")
+        tags = {} if weights is None else {tracking.WEIGHTS_TAG: weights}
+        run = tracking.Run.begin(str(job.tracking_uri), "meanflow-ray", "evaluate", parameters, tags)
     # Another average's figures must not stand where the generator's own are looked for.
     place = "evaluate" if job.ema_decay is None else f"evaluate-ema-{job.ema_decay:g}"
     settings = job.settings if job.model is not None else [Setting(num_steps=1)]
@@ -643,9 +645,32 @@ def _log(job: EvaluateJob, run: tracking.Run | None, report: dict, files: Sequen
     for path in files:
         run.log_file(path, place)
     run.flush()
+    if trained_here and job.model is not None:
+        run.tag_generator(
+            report["protocol"]["generator"]["transformer_sha256"],
+            _version_tags(report, settings, f"runs:/{run.run_id}/{place}/report.json"),
+        )
     if not trained_here:
         run.end("FINISHED")
     logger.info("logged to MLflow run %s at %s", run.run_id, run.tracking_uri)
+
+
+def _version_tags(report: dict, settings: Sequence[Setting], where: str) -> dict[str, str]:
+    """What a model's version says of its last evaluation: where the report is, and each setting's distance."""
+    protocol = report["protocol"]
+    tags = {
+        "evaluate.report": where,
+        "evaluate.distance": protocol["distance"],
+        "evaluate.num_samples": str(protocol["num_samples"]),
+        "evaluate.reference_sha256": protocol["reference"]["sha256"],
+    }
+    for setting, entry in zip(settings, report["samples"], strict=True):
+        way = way_slug(setting)
+        steps = f"{setting.num_steps}-step{'' if setting.num_steps == 1 else 's'}"
+        tags[f"evaluate.frechet.{steps}{f'.{way}' if way else ''}"] = (
+            f"{entry['frechet']:.4g} +- {entry['frechet_standard_error']:.2g}"
+        )
+    return tags
 
 
 def main() -> None:

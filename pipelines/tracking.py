@@ -9,7 +9,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -27,6 +27,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from meanflow_core.generator import find_generator
 from pipelines import storage
 from pipelines.command import InputError
+from pipelines.latent_store import Manifest
 from pipelines.tracking_outbox import (
     MetricRow,
     Outbox,
@@ -50,6 +51,8 @@ MODEL_FILE = Path(__file__).with_name("mlflow_generator.py")
 REGISTRY_SCHEMES = ("models:/", "runs:/")
 # In a training's folder: what it is, and which MLflow run at which address tracks it.
 TRAINING_RECORD = "training.json"
+# Tag of a model's version: the hash of its network's weights, which an endpoint and a report state too.
+WEIGHTS_TAG = "transformer_sha256"
 
 
 def resolve_tracking_uri(storage_location: str, num_nodes: int) -> str:
@@ -106,14 +109,20 @@ class Run:
         name: str,
         parameters: Mapping[str, Any],
         tags: Mapping[str, str] = MappingProxyType({}),
+        datasets: Sequence[DatasetInput] = (),
     ) -> "Run":
-        """A new run with its parameters and tags. Raises InputError where MLflow cannot be reached or refuses them."""
+        """A new run with its parameters, tags and data sets.
+
+        Raises InputError where MLflow cannot be reached or refuses them.
+        """
         try_requests_once()
         client = MlflowClient(tracking_uri)
         try:
             run_id = client.create_run(_experiment_id(client, experiment), run_name=name, tags=dict(tags)).info.run_id
             try:
                 client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
+                if datasets:
+                    client.log_inputs(run_id, datasets=list(datasets))
             except MlflowException:
                 with contextlib.suppress(MlflowException):
                     client.set_terminated(run_id, "FAILED")
@@ -198,10 +207,11 @@ class Run:
         """
         return SystemMetrics(self._outbox, self.run_id, self.tracking_uri, node_id)
 
-    def register_generator(self, folder: Path, name: str) -> str:
+    def register_generator(self, folder: Path, name: str, tags: Mapping[str, str] = MappingProxyType({})) -> str:
         """Registers a generator folder as the model's next version, gives it the alias, and returns its URI.
 
-        The run's status stays as it is. Raises InputError where MLflow cannot be reached for five minutes.
+        tags: of the version; WEIGHTS_TAG among them lets `tag_generator` find it. The run's status stays as it is.
+        Raises InputError where MLflow cannot be reached for five minutes.
         """
         # For the whole process: a database's registry looks the model up at the global address.
         mlflow.set_tracking_uri(self.tracking_uri)
@@ -242,11 +252,22 @@ class Run:
                 raise
         version = self._insist(
             lambda: self._client.create_model_version(
-                name, logged.model_uri, run_id=self.run_id, model_id=logged.model_id
+                name, logged.model_uri, run_id=self.run_id, model_id=logged.model_id, tags=dict(tags)
             )
         )
         self._insist(lambda: self._client.set_registered_model_alias(name, ALIAS, str(version.version)))
         return f"models:/{name}@{ALIAS}"
+
+    def tag_generator(self, transformer_sha256: str, tags: Mapping[str, str]) -> None:
+        """Tags the registered versions of this run whose network has these weights; a warning where MLflow is away."""
+        try_requests_once()
+        try:
+            for version in self._client.search_model_versions(f"run_id = '{self.run_id}'"):
+                if version.tags.get(WEIGHTS_TAG) == transformer_sha256:
+                    for key, value in tags.items():
+                        self._client.set_model_version_tag(version.name, version.version, key, value)
+        except MlflowException as error:
+            logger.warning("the model's versions of run %s have no tags of this: %s", self.run_id, brief(error))
 
     def _insist(self, request: Callable[[], T]) -> T:
         """A request's result, tried again for five minutes."""
@@ -320,6 +341,19 @@ def code_identity() -> dict[str, str]:
         **{name: _version(name) for name in ("torch", "ray", "diffusers", "mlflow")},
         "python": platform.python_version(),
     }
+
+
+def latents_used(location: str, manifest: Manifest, context: str) -> DatasetInput:
+    """A latent dataset as MLflow lists a run's data sets. context: "training" or "validation"."""
+    about = {"num_samples": manifest.num_samples, "num_classes": len(manifest.class_names), "images": manifest.source}
+    dataset = Dataset(
+        name="latents",
+        digest=manifest.content_sha256[:36],  # MLflow takes no longer ones; the parameter data.sha256 has it whole
+        source_type="latents",
+        source=json.dumps({"uri": location}),
+        profile=json.dumps(about),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
 def _git(*arguments: str) -> str | None:

@@ -51,6 +51,7 @@ from pipelines.command import (
 )
 from pipelines.latent_cache import NO_CACHE
 from pipelines.latent_store import Manifest
+from pipelines.model_card import write_card
 from pipelines.plan import describe
 from pipelines.training_job import TrainJob
 from pipelines.training_record import begin_or_resume_run, read_record, require_same, write_record
@@ -75,14 +76,18 @@ def _check_vae(job: TrainJob, manifest: Manifest) -> None:
         )
 
 
-def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the generator of a checkpoint: the moving average, the autoencoder, the scheduler, the class names."""
+def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Writes the generator of a checkpoint: the moving average, the autoencoder, the scheduler, the class names.
+
+    Returns {"transformer_sha256", "vae_sha256"}: the hashes of its weights.
+    """
     with torch.random.fork_rng(devices=[]):
         network = build_network(job.config.network, **manifest.network_sizes).eval()
     with checkpoint.as_directory() as source:
         load_average(network, job.config.ema_decays[0], Path(source))
     pipeline = pipeline_of(for_sampling(network), latent_store.open_autoencoder(job.data), manifest, job.config)
     save_generator(pipeline, folder, portable=job.portable)
+    return {tracking.WEIGHTS_TAG: weight_hash(pipeline.transformer), "vae_sha256": weight_hash(pipeline.vae)}
 
 
 def _publish(job: TrainJob, folder: Path) -> str:
@@ -326,10 +331,29 @@ def _finish(
         validation.validate(result.checkpoint, job, run.tracking_uri, run.run_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "generator"
-        build_generator(job, manifest, result.checkpoint, folder)
+        hashes = build_generator(job, manifest, result.checkpoint, folder)
+        write_card(
+            folder,
+            name=job.model_name or f"meanflow-{preset}",
+            preset=preset,
+            step=step,
+            config=job.config,
+            manifest=manifest,
+            data=job.data,
+            init_from=job.init_from,
+            run_id=run.run_id,
+        )
         location = _publish(job, folder)
+        tags = {
+            **hashes,
+            "data": job.data,
+            "data.sha256": manifest.content_sha256,
+            "preset": preset,
+            "step": str(step),
+            "generator": location,
+        }
         try:
-            model = run.register_generator(folder, job.model_name or f"meanflow-{preset}")
+            model = run.register_generator(folder, job.model_name or f"meanflow-{preset}", tags)
         except Exception as error:
             raise RunError(
                 f"training is done and the generator lies in {location}, but MLflow did not take it: {error}; the same "

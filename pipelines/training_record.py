@@ -7,7 +7,7 @@ from typing import Any
 from pyarrow import fs
 
 from meanflow_core.config import flatten
-from pipelines import storage, tracking
+from pipelines import latent_store, storage, tracking
 from pipelines.command import InputError
 from pipelines.latent_store import Manifest
 from pipelines.training_job import TrainJob
@@ -92,7 +92,11 @@ def begin_or_resume_run(
         "init_from": job.init_from,
     }
     code = tracking.code_identity()
-    run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code)
+    datasets = [tracking.latents_used(job.data, manifest, "training")]
+    if job.validation_data is not None:
+        held_out = latent_store.read_manifest(job.validation_data)
+        datasets.append(tracking.latents_used(job.validation_data, held_out, "validation"))
+    run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code, datasets=datasets)
     record = {
         "identity": job.identity(manifest),
         "preset": preset,

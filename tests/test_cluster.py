@@ -169,6 +169,10 @@ def test_a_new_user_gets_from_images_to_an_endpoint_by_the_readmes_commands(
         assert (status, headers["content-type"]) == (200, "image/png")
         assert png.startswith(b"\x89PNG")
 
+        deadline = time.monotonic() + 60
+        while "endpoint.meanflow-debug" not in client.get_model_version("meanflow-debug", version.version).tags:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
         # A newer version, trained on, goes live by its name in the user_config.
         succeeded(user.submit("pipelines.train", *train, "--num-steps", "35"))
         newer = client.get_model_version_by_alias("meanflow-debug", "champion").version

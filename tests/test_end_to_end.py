@@ -26,11 +26,12 @@ from mlflow import MlflowClient
 from PIL import Image
 from pyarrow import fs
 
+from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
-from pipelines import storage
+from pipelines import latent_store, storage
 from pipelines.batches import BatchSource
 from pipelines.demo import images
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
@@ -157,7 +158,19 @@ def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
     assert run.data.tags["torch"] == torch.__version__
     files = {file.path for file in client.list_artifacts(run_id)}
     assert {"configuration.json", "data_manifest.json"} <= files
-    assert client.get_model_version_by_alias("meanflow-debug", "champion").run_id == run_id
+    manifest = latent_store.read_manifest(str(build / "latents"))
+    [used] = run.inputs.dataset_inputs
+    assert manifest.content_sha256.startswith(used.dataset.digest)
+    assert json.loads(used.dataset.source) == {"uri": str(build / "latents")}
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+    version = client.get_model_version_by_alias("meanflow-debug", "champion")
+    assert version.run_id == run_id
+    assert version.tags["data.sha256"] == run.data.params["data.sha256"] == manifest.content_sha256
+    assert version.tags["transformer_sha256"] == weight_hash(pipeline.transformer)
+    assert (version.tags["step"], version.tags["generator"]) == ("30", f"{build}/runs/first/generator")
+    card = (build / "runs/first/generator/README.md").read_text()
+    assert f"MLflow run {run_id}" in card
+    assert manifest.content_sha256 in card
 
 
 @pytest.mark.cluster
@@ -205,6 +218,10 @@ def test_evaluate_writes_table_grid_plot_and_report(trained):
         "evaluate/report.json",
         "evaluate/samples.png",
     }
+    tags = client.get_model_version_by_alias("meanflow-debug", "champion").tags
+    assert tags["evaluate.report"] == f"runs:/{run_id}/evaluate/report.json"
+    assert tags["evaluate.reference_sha256"] == report["protocol"]["reference"]["sha256"]
+    assert tags["evaluate.frechet.2-steps"].startswith(f"{report['samples'][1]['frechet']:.4g} +- ")
 
 
 def logged(client, record, name):

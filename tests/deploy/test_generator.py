@@ -195,6 +195,29 @@ def test_another_model_takes_over_without_a_pause(generator_folder, other_folder
     assert memory.model == str(other_folder)
 
 
+def test_each_model_that_serves_is_announced_and_a_failure_of_that_stops_nothing(generator_folder, other_folder):
+    told = []
+
+    def announce(source, name):
+        told.append((source.model, name))
+        raise OSError("the server is away")
+
+    service = service_of(generator_folder, announce=announce)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await settled(service, str(other_folder))
+        async with asyncio.timeout(10):
+            while len(told) < 2:
+                await asyncio.sleep(0.01)
+        return await service.generate(order())
+
+    assert isinstance(run(work), Made)
+    assert told == [(str(generator_folder), "first"), (str(other_folder), "second")]
+    assert service.problem is None
+
+
 def test_a_bad_model_leaves_the_old_one_serving_and_says_so(generator_folder, tmp_path):
     memory = Remembered()
     service = service_of(generator_folder, memory)

@@ -1,10 +1,11 @@
+import datetime
 import json
 
 import pytest
 from mlflow import MlflowClient
 
 from deploy import models
-from deploy.models import fetched_generator, is_alias, resolve_model
+from deploy.models import announce, fetched_generator, is_alias, resolve_model
 from pipelines.tracking import ALIAS
 
 
@@ -23,7 +24,9 @@ def registry(tmp_path_factory, generator_folder, other_folder):
     for source in (generator_folder, other_folder):
         run = client.create_run(experiment)
         client.log_artifacts(run.info.run_id, str(source), "generator")
-        client.create_model_version("stars", f"runs:/{run.info.run_id}/generator", run.info.run_id)
+        client.create_model_version(
+            "stars", f"runs:/{run.info.run_id}/generator", run.info.run_id, tags={"data.sha256": f"d{len(runs)}"}
+        )
         runs.append(run.info.run_id)
     client.set_registered_model_alias("stars", ALIAS, "2")
     return uri, runs
@@ -99,7 +102,20 @@ def test_the_command_tells_what_an_alias_stands_for(registry, monkeypatch, capsy
     assert capsys.readouterr().out == "models:/stars/2\n"
     monkeypatch.setattr("sys.argv", ["models", f"models:/stars@{ALIAS}", "--tracking-uri", uri, "--json"])
     models.main()
-    assert json.loads(capsys.readouterr().out)["run_id"] == runs[1]
+    about = json.loads(capsys.readouterr().out)
+    assert (about["run_id"], about["tags"]) == (runs[1], {"data.sha256": "d1"})
     monkeypatch.setattr("sys.argv", ["models", "models:/none@x", "--tracking-uri", uri])
     with pytest.raises(SystemExit, match="error: cannot find models:/none@x"):
         models.main()
+
+
+def test_a_version_that_serves_says_so_in_mlflow(registry, generator_folder):
+    uri, _ = registry
+    with fetched_generator("models:/stars/1", uri) as (_, source):
+        announce(source, "the-stars")
+    client = MlflowClient(uri)
+    moment = datetime.datetime.fromisoformat(client.get_model_version("stars", "1").tags["endpoint.the-stars"])
+    assert datetime.timedelta(0) <= datetime.datetime.now(datetime.UTC) - moment < datetime.timedelta(minutes=1)
+    assert "endpoint.the-stars" not in client.get_model_version("stars", "2").tags
+    with fetched_generator(str(generator_folder), None) as (_, source):
+        announce(source, "the-stars")  # nothing to be told

@@ -207,6 +207,20 @@ def test_registering_reads_no_history_and_runs_no_model(run, pipeline, tmp_path,
     assert info.saved_input_example_info["artifact_path"] == "input_example.json"
 
 
+def test_tags_reach_the_versions_of_these_weights_alone(run, tmp_path, pipeline, caplog):
+    pipeline.save_pretrained(tmp_path / "generator")
+    for weights in ("1a", "2b"):
+        run.register_generator(tmp_path / "generator", "tagged", {tracking.WEIGHTS_TAG: weights, "step": "7"})
+    run.tag_generator("1a", {"evaluate.report": "runs:/x/evaluate/report.json"})
+    client = MlflowClient(run.tracking_uri)
+    first, second = (client.get_model_version("tagged", str(number)) for number in (1, 2))
+    assert first.tags == {"transformer_sha256": "1a", "step": "7", "evaluate.report": "runs:/x/evaluate/report.json"}
+    assert second.tags == {"transformer_sha256": "2b", "step": "7"}
+    away = tracking.Run("http://127.0.0.1:9", run.run_id)
+    away.tag_generator("1a", {"evaluate.report": "x"})
+    assert "have no tags of this" in caplog.text
+
+
 def test_the_code_says_its_commit_and_whether_it_was_changed(tmp_path, monkeypatch):
     def git(*arguments):
         command = ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments]

@@ -59,3 +59,17 @@ def test_the_dashboard_asks_for_metrics_that_there_are():
 def test_metrics_are_recorded_under_the_names_and_tags_of_the_table():
     source = "".join(path.read_text() for path in (REPOSITORY / "deploy").glob("*.py"))
     assert set(re.findall(r'record\(\s*"(meanflow_\w+)"', source)) == set(METRICS)
+
+
+def test_every_yaml_in_the_repository_is_of_a_kind_that_a_test_validates():
+    """Serve's config here; clusters, jobs, and Kubernetes with MLflow's compose file in the tests of those names."""
+    skipped = {"build", "shared", "node_modules"}
+    found = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in REPOSITORY.rglob("*.y*ml")
+        if not any(part.startswith(".") or part in skipped for part in path.relative_to(REPOSITORY).parts)
+    }
+    validated = {"ray_cluster.yaml", "deploy/clusters/gcp.yaml", "deploy/clusters/local.yaml", "deploy/serve.yaml"}
+    validated |= {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "deploy/jobs").glob("*.yaml")}
+    validated |= {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "deploy/kuberay").rglob("*.yaml")}
+    assert found == validated | {"deploy/mlflow/compose.yaml"}

@@ -129,9 +129,7 @@ class Run:
                 raise
         except MlflowException as error:
             if may_pass(error):
-                raise InputError(
-                    f"cannot reach MLflow at {tracking_uri}; start it, or set MLFLOW_TRACKING_URI ({brief(error)})"
-                ) from error
+                raise InputError(_unreachable(tracking_uri, error)) from error
             raise InputError(f"MLflow at {tracking_uri} refuses the run {name}: {brief(error)}") from error
         return cls(tracking_uri, run_id)
 
@@ -149,7 +147,7 @@ class Run:
                     f"{self.tracking_uri} does not know MLflow run {self.run_id}, which this training began; "
                     f"set MLFLOW_TRACKING_URI to where it was"
                 ) from error
-            logger.warning("going on without MLflow at %s, to be told later", self.tracking_uri)
+            logger.warning("going on without MLflow at %s, to be told later (%s)", self.tracking_uri, brief(error))
             self._outbox.put(Status("RUNNING"))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -279,14 +277,26 @@ class Run:
                 if not may_pass(error):
                     raise
                 if time.monotonic() > deadline:
-                    raise InputError(
-                        f"cannot reach MLflow at {self.tracking_uri}; start it, or set MLFLOW_TRACKING_URI "
-                        f"({brief(error)})"
-                    ) from error
+                    raise InputError(_unreachable(self.tracking_uri, error)) from error
                 if not has_warned:
                     logger.warning("MLflow at %s does not register for now: %s", self.tracking_uri, brief(error))
                 has_warned = True
             time.sleep(1.0)
+
+
+def _unreachable(tracking_uri: str, error: Exception) -> str:
+    """What to do about a request that may succeed later, or for somebody else."""
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else None
+    if status == 401:
+        said = f"MLflow at {tracking_uri} does not know who asks; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    elif status == 403:
+        said = (
+            f"MLflow at {tracking_uri} refuses this host name or this user; name the host in the server's --allowed-hosts, "
+            f"or give the user the permission"
+        )
+    else:
+        said = f"cannot reach MLflow at {tracking_uri}; start it, or set MLFLOW_TRACKING_URI"
+    return f"{said} ({brief(error)})"
 
 
 class SystemMetrics(SystemMetricsMonitor):

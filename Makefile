@@ -51,10 +51,10 @@ test: lint
 soak: $(STAMP)
 	$(FAST_MALLOC) $(BIN)/python -m pytest -m soak --timeout 3600
 
-# What soak tests want beyond Python: a browser, from Debian's packages, and what drives it. Wants root.
+# What soak tests want beyond Python: a browser and PostgreSQL, from Debian's packages, and what drives them. Wants root.
 soak-deps: $(STAMP)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev,browser]"
-	apt-get update && apt-get install --yes --no-install-recommends chromium
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev,browser,server]"
+	apt-get update && apt-get install --yes --no-install-recommends chromium postgresql
 
 bench: $(STAMP)
 	@mkdir -p build/bench

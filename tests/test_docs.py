@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import tyro
 from mlflow.cli import cli as mlflow_command_line
 from ray.scripts.scripts import cli as ray_command_line
 from ray.serve.scripts import cli as serve_command_line
+from sqlalchemy.engine import make_url
 
 from deploy.jobs.__main__ import parse_arguments as parse_jobs
 from deploy.jobs.job_file import read_job_file
@@ -175,6 +177,14 @@ def test_every_command_is_understood_by_what_would_run_it(name):
             understand(line)
         except SystemExit as error:
             raise AssertionError(f"not understood: {line}") from error
+
+
+def test_the_servers_database_is_reached_by_the_driver_that_is_installed():
+    (line,) = [line for line in commands("runbook") if line.startswith("mlflow server")]
+    (address,) = re.findall(r"--backend-store-uri (\S+)", line)
+    driver = make_url(address).get_dialect().driver
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    assert f"{driver}-binary" in extras["server"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A real MLflow server on sqlite, which can go and come back."""
+"""A real MLflow server, on sqlite unless told otherwise, which can go and come back."""
 
 import contextlib
 import os
@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -14,25 +16,43 @@ from pipelines.demo.__main__ import free_port
 
 
 class Server:
-    """On a port of its own of 127.0.0.1; what it is told lies in its folder."""
+    """On a port of its own of 127.0.0.1; what it is told lies in its folder, unless the options say where.
 
-    def __init__(self, folder: Path) -> None:
+    options: all but the host and the port. environment: beside the test's own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Sequence[str] | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._folder, self.port = folder, free_port(0)
         self.uri = f"http://127.0.0.1:{self.port}"
+        self._options = options or [
+            f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/artifacts",
+            "--workers=1",
+        ]  # fmt: skip
+        self._environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
         self._process: subprocess.Popen | None = None
 
-    def start(self) -> None:
-        """Starts it, and waits until it answers."""
+    def launch(self) -> None:
+        """Starts it, and waits for nothing."""
         # Not a part of any Ray cluster, whose processes tests know by this variable.
         environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
         with open(self._folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db",
-                 "--artifacts-destination", str(self._folder / "artifacts"), "--host", "127.0.0.1",
-                 "--port", str(self.port), "--workers", "1"],
-                cwd=self._folder, stdout=log, stderr=log, start_new_session=True,
-                env={**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                [sys.executable, "-m", "mlflow", "server", *self._options, "--host=127.0.0.1", f"--port={self.port}"],
+                cwd=self._folder, stdout=log, stderr=log, start_new_session=True, env={**environment, **self._environment},
             )  # fmt: skip
+
+    def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        self.launch()
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits until it answers."""
         deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(OSError):

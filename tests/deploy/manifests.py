@@ -1,5 +1,7 @@
 """What deploy/kuberay and deploy/mlflow may say: the fields in use, and no others."""
 
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -507,3 +509,14 @@ def parse(document: dict[str, Any]) -> Any:
     if kind not in KINDS:
         raise ValueError(f"known kinds are {', '.join(KINDS)}, but got {kind!r}")
     return KINDS[kind].model_validate(document)
+
+
+def filled_in(words: Iterable[str], values: Mapping[str, str]) -> list[str]:
+    """The words with $(NAME), ${NAME:-default} and ${NAME:?message} replaced."""
+
+    def value(match):
+        name, sign, rest = match.groups()
+        assert values.get(name) or sign == ":-", f"{name} is nowhere"
+        return values.get(name) or rest
+
+    return [re.sub(r"\$[({](\w+)(?:(:[-?])([^)}]*))?[)}]", value, word) for word in words]

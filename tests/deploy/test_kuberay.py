@@ -30,7 +30,7 @@ from pipelines.encode import EncodeJob
 from pipelines.evaluate import EvaluateJob
 from pipelines.train import parse_arguments
 from tests.deploy import manifests
-from tests.deploy.manifests import Container, Operation, PodSpec, RayClusterSpec, parse
+from tests.deploy.manifests import Container, Operation, PodSpec, RayClusterSpec, filled_in, parse
 
 REPOSITORY = Path(__file__).parents[2]
 KUBERAY, MLFLOW = REPOSITORY / "deploy" / "kuberay", REPOSITORY / "deploy" / "mlflow"
@@ -582,17 +582,6 @@ def server_options(words: list[str]) -> dict:
     return mlflow.cli.server.make_context("server", words[1:]).params
 
 
-def filled_in(words: list[str], values: dict[str, str]) -> list[str]:
-    """The words with $(NAME), ${NAME:-default} and ${NAME:?message} replaced."""
-
-    def value(match):
-        name, sign, rest = match.groups()
-        assert values.get(name) or sign == ":-", f"{name} is nowhere"
-        return values.get(name) or rest
-
-    return [re.sub(r"\$[({](\w+)(?:(:[-?])([^)}]*))?[)}]", value, word) for word in words]
-
-
 def test_mlflow_understands_its_options_and_answers_to_the_name_that_the_stages_call(overlay):
     settings = one(overlay, "ConfigMap", "mlflow-settings").data
     (container,) = one(overlay, "Deployment", "mlflow").spec.template.spec.containers
@@ -681,6 +670,8 @@ def test_authentication_is_set_up_as_mlflow_reads_it_and_alike_in_both_places(mo
     assert f"--backend-store-uri={config.database_uri}" in words
     args = one(overlay, "Deployment", "mlflow").spec.template.spec.containers[0].args
     assert f"--backend-store-uri={config.database_uri}" in args
+    # Those of the compose file are tried against a real PostgreSQL by tests/test_mlflow_server.py.
+    assert {word.split("=")[0] for word in args[1:]} == {word.split("=")[0] for word in words[2:]}
     address = urlsplit(config.database_uri)
     assert (address.password, address.hostname) == (None, "mlflow-postgres")
     assert address.hostname in compose().services

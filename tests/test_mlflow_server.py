@@ -1,0 +1,349 @@
+"""The MLflow server of deploy/mlflow by the options of its compose file, on a real PostgreSQL and an S3 server."""
+
+import base64
+import contextlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import boto3
+import mlflow
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+import deploy.models
+from pipelines import checkpoints, storage, tracking
+from pipelines.command import InputError
+from pipelines.demo import images
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.encode import EncodeJob
+from tests.clusters import processes_of
+from tests.deploy.manifests import ComposeFile, filled_in
+from tests.latents import encode_here
+from tests.mlflow_server import Server
+from tests.object_store import s3_bucket
+from tests.postgres import Postgres, missing_programs
+from tests.readme import REPOSITORY
+
+MISSING = [*missing_programs(), *(name for name in ("psycopg2", "flask_wtf") if importlib.util.find_spec(name) is None)]
+COMPOSE = REPOSITORY / "deploy" / "mlflow"
+SEARCH = "/api/2.0/mlflow/experiments/search?max_results=5"
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.soak,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} missing; make soak-deps installs them"),
+]
+
+
+class Deployment:
+    """What the compose file would start, on this machine's processes."""
+
+    def __init__(self, postgres: Postgres, folder: Path, bucket: str) -> None:
+        self.postgres = postgres
+        self.passwords = {name: secrets.token_hex(24) for name in ("admin", "meanflow", "reader")}
+        dotenv = {
+            "POSTGRES_PASSWORD": postgres.password,
+            "MLFLOW_ADMIN_PASSWORD": self.passwords["admin"],
+            "MLFLOW_FLASK_SECRET_KEY": secrets.token_hex(24),
+            "MLFLOW_ARTIFACTS": f"{bucket}/mlflow",
+            **{name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")},
+        }
+        service = ComposeFile.model_validate(yaml.safe_load((COMPOSE / "compose.yaml").read_text())).services["mlflow"]
+        assert service.command[:2] == ["mlflow", "server"]
+        options = [word for word in service.command[2:] if not word.startswith(("--host=", "--port="))]
+        settings = folder / "basic_auth.ini"
+        settings.write_text(self._here((COMPOSE / "basic_auth.ini").read_text()))
+        environment = dict(zip(service.environment, filled_in(service.environment.values(), dotenv), strict=True))
+        self.server = Server(
+            folder,
+            [self._here(word) for word in filled_in(options, dotenv)],
+            {**environment, "MLFLOW_AUTH_CONFIG_PATH": str(settings), "HOME": str(folder)},
+        )
+
+    def _here(self, text: str) -> str:
+        assert "@mlflow-postgres:5432/" in text or "@" not in text
+        return text.replace("@mlflow-postgres:5432/", f"@127.0.0.1:{self.postgres.port}/")
+
+    def environment(self, user: str | None) -> dict[str, str]:
+        """What a stage knows of the server, by environment."""
+        address = {"MLFLOW_TRACKING_URI": self.server.uri}
+        if user is None:
+            return address
+        return {**address, "MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": self.passwords[user]}
+
+    def ask(
+        self, path: str, user: str | None = None, host: str | None = None, content: object = None
+    ) -> tuple[int, str]:
+        """A request's status and text."""
+        request = urllib.request.Request(
+            self.server.uri + path,
+            data=None if content is None else json.dumps(content).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        if user is not None:
+            token = base64.b64encode(f"{user}:{self.passwords[user]}".encode()).decode()
+            request.add_header("Authorization", f"Basic {token}")
+        if host is not None:
+            request.add_header("Host", host)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with s3_bucket() as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def deployment(bucket, tmp_path_factory):
+    """With two users who are no administrators, made as docs/kubernetes.md makes one."""
+    with contextlib.ExitStack() as stack:
+        postgres = Postgres()
+        stack.callback(postgres.remove)
+        started = Deployment(postgres, tmp_path_factory.mktemp("server"), bucket)
+        stack.callback(started.server.stop)
+        began = time.monotonic()
+        started.server.start()
+        print(f"the server answers after {time.monotonic() - began:.0f} s")
+        for user in ("meanflow", "reader"):
+            user_and_password = {"username": user, "password": started.passwords[user]}
+            status, said = started.ask("/api/2.0/mlflow/users/create", "admin", content=user_and_password)
+            assert status == 200, said
+        yield started
+
+
+@pytest.fixture
+def as_user(deployment, monkeypatch):
+    """Has this process ask as the user who trains."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    def become(name: str) -> MlflowClient:
+        for variable, value in deployment.environment(name).items():
+            monkeypatch.setenv(variable, value)
+        return MlflowClient(deployment.server.uri)
+
+    return become
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    root = tmp_path_factory.mktemp("latents")
+    images.write_folder(root / "images", num_train=200, num_val=10, num_processes=1)
+    encode_here(
+        EncodeJob(
+            images=str(root / "images/train"),
+            output=str(root / "latents"),
+            vae=str(SHIPPED_AUTOENCODER),
+            image_size=64,
+            rows_per_shard=64,
+        )
+    )
+    return root / "latents"
+
+
+@pytest.fixture
+def start(deployment, latents, tmp_path):
+    """Starts trainings, each a process of its own that knows the server alone, and neither its store nor its keys."""
+    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets want short paths
+
+    def start_it(name: str, environment: dict[str, str], *options: str) -> "Training":
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "MLFLOW_"))}
+        return Training(
+            [
+                sys.executable, "-m", "pipelines.train", "debug", "--data", str(latents), "--storage",
+                str(tmp_path / "runs"), "--run-name", name, "--cache-dir", str(tmp_path / "cache"), "--model-name", name,
+                "--log-interval-steps", "5", "--checkpoint-interval-steps", "20", *options,
+            ],
+            {**inherited, **environment, "RAY_TMPDIR": ray_folder},
+            tmp_path / "runs" / name,
+            tmp_path / f"{name}.log",
+        )  # fmt: skip
+
+    yield start_it
+    for process in processes_of(ray_folder):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+class Training:
+    """A training in a process of its own."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
+        self.folder, self._log = folder, log
+        with open(log, "wb") as output:
+            self._process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def finish(self, code: int = 0) -> str:
+        """What it said, after it ended with this code."""
+        assert self._process.wait(timeout=500) == code, self.log()[-6000:]
+        return self.log()
+
+    def wait_until(self, holds, seconds: float = 200.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert self._process.poll() is None, self.log()[-6000:]
+            assert time.monotonic() < deadline, self.log()[-6000:]
+            time.sleep(0.1)
+
+    def run_id(self) -> str:
+        return json.loads((self.folder / "training.json").read_text())["mlflow_run_id"]
+
+    def committed_step(self) -> int:
+        known = checkpoints.committed(*storage.open_storage(str(self.folder)))
+        return 0 if known is None else known.step
+
+
+def test_the_database_wants_a_password_and_so_does_the_server(deployment):
+    import psycopg2
+
+    with pytest.raises(psycopg2.OperationalError, match="no password supplied"):
+        psycopg2.connect(host="127.0.0.1", port=deployment.postgres.port, user="mlflow", dbname="mlflow")
+    assert deployment.ask("/health") == (200, "OK")
+    assert deployment.ask(SEARCH)[0] == 401
+    assert deployment.ask(SEARCH, "meanflow")[0] == 200
+    another = {"username": "another", "password": "a" * 24}
+    assert deployment.ask("/api/2.0/mlflow/users/create", "meanflow", content=another)[0] == 403
+
+
+def test_a_host_name_that_is_not_allowed_gets_403_and_the_error_says_what_to_do(deployment, as_user):
+    port = deployment.server.port
+    for host in (f"127.0.0.1:{port}", "mlflow:5000", "localhost:1"):
+        assert deployment.ask(SEARCH, "meanflow", host)[0] == 200, host
+    for host in ("evil.example", "mlflow:5001", f"127.0.0.1.evil.example:{port}"):
+        status, said = deployment.ask(SEARCH, "meanflow", host)
+        assert (status, "Invalid Host header" in said) == (403, True), host
+        assert deployment.ask("/health", host=host) == (200, "OK")  # why a healthcheck does not notice
+    as_user("meanflow")
+    with pytest.raises(InputError, match=r"refuses this host name .*--allowed-hosts.*Invalid Host header"):
+        tracking.Run.begin(f"http://127.1:{port}", "experiment", "name", {})  # another name of the same address
+
+
+@pytest.mark.parametrize("password", [None, "another"])
+def test_training_without_the_password_is_refused_before_anything_is_begun(deployment, start, as_user, password):
+    environment = deployment.environment(None)
+    if password is not None:
+        environment |= {"MLFLOW_TRACKING_USERNAME": "meanflow", "MLFLOW_TRACKING_PASSWORD": password}
+    training = start("refused", environment)
+    said = training.finish(code=2)
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"{deployment.server.uri} does not know who asks; set MLFLOW_TRACKING_USERNAME" in error
+    assert "Traceback" not in said
+    assert not training.folder.exists()
+    experiment = as_user("admin").get_experiment_by_name("meanflow-ray")
+    assert experiment is None or not as_user("admin").search_runs(
+        [experiment.experiment_id], "attributes.run_name = 'refused'"
+    )
+
+
+def test_a_training_leaves_its_figures_and_a_model_that_loads_through_the_server(
+    deployment, start, as_user, bucket, monkeypatch, tmp_path
+):
+    training = start("first", deployment.environment("meanflow"), "--num-steps", "40")
+    assert "model: models:/first@champion" in training.finish()
+    client = as_user("meanflow")
+    run = client.get_run(training.run_id())
+    assert run.info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == list(range(5, 41, 5))
+    assert (run.data.params["preset"], run.data.params["num_steps"]) == ("debug", "40")
+    version = client.get_model_version_by_alias("first", "champion")
+    assert (version.version, version.run_id, version.status) == ("1", run.info.run_id, "READY")
+    stored = boto3.client("s3").list_objects_v2(Bucket=bucket.removeprefix("s3://"), Prefix="mlflow/")["Contents"]
+    assert [entry["Key"] for entry in stored if entry["Key"].endswith("model_index.json")]
+
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)  # what follows is through the server
+    command = [sys.executable, "-m", "deploy.models", "models:/first@champion"]
+    resolved = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert resolved.stdout.strip() == "models:/first/1", resolved.stderr
+    with deploy.models.fetched_generator("models:/first/1", deployment.server.uri) as (folder, source):
+        assert (folder / "model_index.json").is_file()
+    assert source.run_id == run.info.run_id
+    monkeypatch.chdir(tmp_path)
+    rows = mlflow.pyfunc.load_model("models:/first@champion").predict(pd.DataFrame({"class_label": [3], "seed": [7]}))
+    assert rows["image_png"][0].startswith(b"\x89PNG")
+
+    reader = as_user("reader")
+    assert reader.get_run(run.info.run_id).info.status == "FINISHED"
+    assert deploy.models.resolve_model("models:/first@champion", deployment.server.uri) == "models:/first/1"
+    for change in (
+        lambda: reader.log_metric(run.info.run_id, "loss", 0.0, step=99),
+        lambda: reader.set_registered_model_alias("first", "champion", "1"),
+        lambda: reader.log_text(run.info.run_id, "mine", "note.txt"),
+    ):
+        with pytest.raises(MlflowException, match=r"(?i)permission denied|403"):
+            change()
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1
+    assert "error: cannot find models:/first@champion" in refused.stderr
+    assert "401" in refused.stderr
+
+
+def test_training_goes_on_while_database_and_server_die_and_every_step_is_there_once(deployment, start, as_user):
+    num_steps = 1000
+    postgres, server = deployment.postgres, deployment.server
+    training = start("outages", deployment.environment("meanflow"), "--num-steps", str(num_steps))
+    client = as_user("meanflow")
+
+    def logged_step() -> int:
+        data = client.get_run(training.run_id()).data.to_proto()
+        return max([metric.step for metric in data.metrics if metric.key == "loss"], default=0)
+
+    def goes_on() -> None:
+        step = training.committed_step()
+        training.wait_until(lambda: training.committed_step() >= step + 40)
+
+    training.wait_until(lambda: (training.folder / "training.json").is_file() and logged_step() >= 10)
+    postgres.crash()
+    assert deployment.ask("/health") == (200, "OK")
+    assert deployment.ask(SEARCH, "meanflow")[0] == 503
+    goes_on()
+    assert "cannot write to MLflow run" in training.log()
+    postgres.start()
+    began, step = time.monotonic(), training.committed_step()
+    training.wait_until(lambda: logged_step() >= step)
+    print(f"PostgreSQL back: figures of step {step} after {time.monotonic() - began:.1f} s, at step {logged_step()}")
+
+    server.stop()
+    postgres.crash()
+    goes_on()
+    server.launch()  # before its database, as after a power cut
+    time.sleep(5)
+    began = time.monotonic()
+    postgres.start()
+    server.wait()
+    print(f"both back after {time.monotonic() - began:.1f} s, at step {training.committed_step()}")
+    said = training.finish()
+    assert "caught up" in said
+    run = client.get_run(training.run_id())
+    assert run.info.status == "FINISHED"
+    for name in ("loss", "gradient_norm"):
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+        assert steps == list(range(5, num_steps + 1, 5)), name
+    assert deploy.models.resolve_model("models:/outages@champion", server.uri) == "models:/outages/1"
+    with deploy.models.fetched_generator("models:/outages/1", server.uri) as (folder, _):
+        assert (folder / "model_index.json").is_file()

@@ -34,7 +34,7 @@ from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 
 logger = logging.getLogger(__name__)
 
-REPOSITORY = Path(__file__).parents[2]
+SERVE_CONFIG = Path(__file__).parents[2] / "deploy" / "serve.yaml"  # beside this package, in a checkout and installed
 MARKER = ".meanflow-demo"
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -110,7 +110,7 @@ class Processes:
     def start(self, command: list[str]) -> subprocess.Popen:
         """Starts a command in a session of its own, so that a terminal's interrupt reaches this process first."""
         logger.info("$ %s", shlex.join(command))
-        return subprocess.Popen(command, cwd=REPOSITORY, env=self._environment, start_new_session=True)
+        return subprocess.Popen(command, env=self._environment, start_new_session=True)
 
     def run(self, command: list[str]) -> None:
         """Runs a command to its end. Raises InputError where it fails."""
@@ -160,7 +160,7 @@ def wait_until_healthy(url: str, server: subprocess.Popen, patience_seconds: flo
 def serve_and_ask(demo: Demo, processes: Processes, model: str, tracking_uri: str) -> str:
     """Serves the model, asks for an image, checks the answer, stops the server; says what happened."""
     port = free_port(demo.port)
-    config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
+    config = yaml.safe_load(SERVE_CONFIG.read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": port}
     config["applications"][0]["args"] = {"model": model, "tracking_uri": tracking_uri}  # a GPU, if any, unreserved
     config_path = demo.work.absolute() / "serve.yaml"

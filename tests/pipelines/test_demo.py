@@ -1,3 +1,4 @@
+import os
 import socket
 import subprocess
 import sys
@@ -99,9 +100,13 @@ print("none left")
     assert result.stdout.strip() == "none left", result.stderr
 
 
-def test_failing_stage_stops_the_demo():
-    import os
+def test_stages_run_where_the_demo_was_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # beside the code, an installed demo would write among the packages
+    Processes(dict(os.environ)).run([sys.executable, "-c", "open('made', 'w')"])
+    assert (tmp_path / "made").is_file()
 
+
+def test_failing_stage_stops_the_demo():
     with pytest.raises(InputError, match="ended with exit code 3"):
         Processes(dict(os.environ)).run([sys.executable, "-c", "raise SystemExit(3)"])
 

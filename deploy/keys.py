@@ -11,7 +11,9 @@ from deploy.security import hash_key
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", help="whose key it is; appears in the access log")
     name = parser.parse_args().name
     key = f"mf-{secrets.token_urlsafe(32)}"

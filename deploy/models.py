@@ -140,7 +140,9 @@ def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Pa
 
 def main() -> None:
     """The command: prints a model without aliases, where it came from, and what became of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="folder, models:/name@alias, models:/name/version or runs:/id/name")
     parser.add_argument("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"))
     parser.add_argument("--json", action="store_true", help="everything that is known of it")

@@ -336,7 +336,9 @@ def problems(schemas: dict[tuple[str, str], dict[str, Any]], folder: Path = KUBE
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--crds", type=Path, required=True, help="folder with KubeRay's ray.io_*.yaml")
     parser.add_argument("--manifests", type=Path, default=KUBERAY, help="folder of kustomizations; the project's own")
     arguments = parser.parse_args()

@@ -51,10 +51,16 @@ def run_command(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
+def command_name() -> str | None:
+    """What starts the running module, as one types it; None for what was not started by `python -m`."""
+    specification = sys.modules["__main__"].__spec__
+    return None if specification is None else f"python -m {specification.name.removesuffix('.__main__')}"
+
+
 def parse_command_line(kind: type[T], description: str | None, **options: Any) -> T:
     """The command line as a dataclass, by tyro; what the dataclass itself refuses becomes an InputError."""
     try:
-        return tyro.cli(kind, description=description, **options)
+        return tyro.cli(kind, description=description, **{"prog": command_name(), **options})
     except ValueError as error:
         raise InputError(str(error)) from error
 

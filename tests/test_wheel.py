@@ -136,7 +136,7 @@ def test_every_command_of_the_installed_wheel_tells_its_usage(installed, module)
 def test_the_installed_wheel_imports_and_opens_all_that_it_brings(installed):
     installed.run("python", "-m", "pip", "check")
     assert installed.uses_everything().startswith(str(installed.folder / "venv"))
-    assert "--learning-rate" in installed.run("python", "-m", "pipelines.train", "demo", "--help")
+    assert "--num-steps" in installed.run("python", "-m", "pipelines.train", "demo", "--help")
 
 
 @pytest.mark.soak

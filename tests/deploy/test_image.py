@@ -1,11 +1,20 @@
-"""The image's Dockerfile and its constraints, read line by line: nothing here builds it."""
+"""The image's Dockerfile and its constraints: read line by line, and (long) done without Docker. Nothing here builds it."""
 
+import json
+import os
+import platform
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from tests.environments import PACKAGES, Environment, command_modules, copy_files, tracked_files
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -109,7 +118,137 @@ def test_requirements_that_the_image_installs_are_the_projects(capsys):
     assert capsys.readouterr().out.splitlines() == project["dependencies"] + project["optional-dependencies"]["fid"]
 
 
-def test_the_image_has_the_versions_of_every_other_install():
-    assert pins("constraints-gpu.txt") == pins("constraints.txt")
-    header = (REPOSITORY / "constraints-gpu.txt").read_text().split("\n", 6)
-    assert "neither resolved afresh nor run" in " ".join(header)
+def parts_of_the_image_constraints() -> tuple[list[str], list[str]]:
+    """The pins of what torch's CUDA build brings, and the others."""
+    cuda, others = (REPOSITORY / "constraints-gpu.txt").read_text().split("# The pins of constraints.txt:\n")
+    return [line for line in cuda.splitlines() if not line.startswith("#")], others.splitlines()
+
+
+def test_the_image_has_the_versions_of_every_other_install_but_for_cuda():
+    cuda, others = parts_of_the_image_constraints()
+    assert others == [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    assert "nvidia-nccl-cu13" in {line.split("==")[0] for line in cuda}
+    for line in cuda:
+        assert re.fullmatch(r"(cuda-|nvidia-|triton)[a-z0-9-]*==[0-9.]+", line), line
+    assert "neither installed nor run" in " ".join((REPOSITORY / "constraints-gpu.txt").read_text().splitlines()[:5])
+
+
+def test_every_direct_requirement_is_pinned_within_its_range():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    pinned = pins("constraints-gpu.txt")
+    for line in [*project["dependencies"], *(line for extra in extras.values() for line in extra)]:
+        requirement = Requirement(line)
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{line} is pinned to {version}"
+    [python] = re.findall(r"-py3(\d+)-", of("FROM")[0])
+    assert SpecifierSet(project["requires-python"]).contains(f"3.{python}")
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_as_docker_does(instruction: str, context: Path, workdir: Path) -> None:
+    """COPY of files into a folder, or of one folder's content to another, without what .dockerignore keeps back."""
+    *sources, target = [word for word in shlex.split(instruction) if not word.startswith("--")]
+    for source in sources:
+        if (context / source).is_dir():
+            [name] = sources
+            for file in (
+                name for name in files_below(context) if name.startswith(f"{source}/") and reaches_docker(name)
+            ):
+                destination = workdir / target / Path(file).relative_to(name)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                destination.write_bytes((context / file).read_bytes())
+        elif reaches_docker(source):
+            (workdir / target / source).write_bytes((context / source).read_bytes())
+
+
+def test_copying_takes_the_packages_whole_and_nothing_that_git_has_not(tmp_path):
+    context, workdir = tmp_path / "context", tmp_path / "workdir"
+    copy_files(tracked_files(), context)
+    for rubbish in ("deploy/mlflow/.env", "pipelines/__pycache__/train.pyc", "meanflow_ray.egg-info/PKG-INFO"):
+        (context / rubbish).parent.mkdir(exist_ok=True)
+        (context / rubbish).touch()
+    workdir.mkdir()
+    for rest in of("COPY"):
+        copy_as_docker_does(rest, context, workdir)
+    top = {"pyproject.toml", "constraints-gpu.txt", "LICENSE", "NOTICE", "README.md"}
+    assert files_below(workdir) == top | {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Environment:
+    """The Dockerfile's steps, done in a new environment.
+
+    It stands for the Python of the base image, whose Ray is thus installed, too; the image's folders lie below a folder of
+    the test; who runs it is not changed; and torch is the build that pip takes here, whose CUDA part the pins merely allow.
+    """
+    folder = tmp_path_factory.mktemp("image")
+    environment = Environment.create(folder)
+    context, workdir = folder / "context", folder
+    copy_files(tracked_files(), context)
+    (folder / "tmp").mkdir()
+    for kind, rest in instructions():
+        here = re.sub(r"(?<=\s)/(home|tmp)(?=/)", rf"{folder}/\1", f" {rest}").strip()
+        if kind == "WORKDIR":
+            workdir = Path(here)
+        elif kind == "COPY":
+            copy_as_docker_does(rest, context, workdir)
+        elif kind == "RUN":
+            environment.run("sh", "-c", here, cwd=workdir if workdir.is_dir() else folder, patience_seconds=1800)
+        else:
+            assert kind in ("FROM", "USER"), f"{kind} is not acted on here"
+    return environment
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(2400)
+def test_the_dockerfiles_steps_make_an_environment_in_which_every_command_runs(image):
+    workdir = image.folder / "home" / "ray" / "meanflow-ray"
+    assert image.uses_everything() == str(workdir)
+    assert not list((image.folder / "tmp").iterdir())
+    image.run("python", "-m", "pip", "check")
+    for module in command_modules():
+        assert f"python -m {module} " in image.help_of(module)
+    frozen = image.run("python", "-m", "pip", "freeze", "--exclude-editable").lower().replace("_", "-")
+    found = dict(line.split("+")[0].split("==") for line in frozen.splitlines() if "==" in line)
+    found |= {line.split(" @ ")[0]: re.findall(r"-([0-9.]+)", line)[0] for line in frozen.splitlines() if " @ " in line}
+    pinned = pins("constraints-gpu.txt")
+    assert {name: version for name, version in found.items() if pinned.get(name) != version} == {}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(
+    (sys.platform, platform.machine(), sys.version_info[:2]) != ("linux", "x86_64", (3, 11)),
+    reason="resolves for the image's own Linux, processor and Python",
+)
+def test_the_images_pins_are_to_be_had_and_fit_torchs_cuda_build(tmp_path):
+    environment = Environment.create(tmp_path)
+    # A pip that reads packages' metadata alone: older ones download the gigabytes of CUDA even for a dry run.
+    environment.run("python", "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    constraints = str(REPOSITORY / "constraints-gpu.txt")
+
+    def resolve(*arguments: str) -> dict[str, str]:
+        # The public index alone: this machine's settings may lead to a CPU build of torch. No file of a gigabyte.
+        limited = 'ulimit -f 400000; unset PIP_FIND_LINKS PIP_EXTRA_INDEX_URL; exec "$@"'
+        pip = ("python", "-m", "pip", "install", "--dry-run", "--ignore-installed", "--only-binary", ":all:", "--quiet")
+        environment.run(
+            "bash", "-c", limited, "bash", *pip, "--no-cache-dir", "--report", "report.json", *arguments,
+            PIP_CONFIG_FILE=os.devnull,
+        )  # fmt: skip
+        installed = json.loads((environment.empty / "report.json").read_text())["install"]
+        return {canonicalize_name(entry["metadata"]["name"]): entry["metadata"]["version"] for entry in installed}
+
+    pinned = {canonicalize_name(name): version for name, version in pins("constraints-gpu.txt").items()}
+    assert resolve("--no-deps", "--requirement", constraints) == pinned
+    needed = resolve("--constraint", constraints, *project["dependencies"], *project["optional-dependencies"]["fid"])
+    assert "nvidia-nccl-cu13" in needed
+    unpinned = sorted(f"{name}=={version}" for name, version in needed.items() if name not in pinned)
+    assert not unpinned, "these lines belong into the first part of constraints-gpu.txt"
+    cuda, _ = parts_of_the_image_constraints()
+    unused = {line.split("==")[0] for line in cuda} - set(needed)
+    assert not unused, "nothing brings these any more"

@@ -227,19 +227,19 @@ def test_the_dockerfiles_steps_make_an_environment_in_which_every_command_runs(i
 )
 def test_the_images_pins_are_to_be_had_and_fit_torchs_cuda_build(tmp_path):
     environment = Environment.create(tmp_path)
-    # A pip that reads packages' metadata alone: older ones download the gigabytes of CUDA even for a dry run.
+    # A pip that asks for nothing but a wheel's metadata: CUDA's wheels are gigabytes.
     environment.run("python", "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     constraints = str(REPOSITORY / "constraints-gpu.txt")
 
     def resolve(*arguments: str) -> dict[str, str]:
-        # The public index alone: this machine's settings may lead to a CPU build of torch. No file of a gigabyte.
-        limited = 'ulimit -f 400000; unset PIP_FIND_LINKS PIP_EXTRA_INDEX_URL; exec "$@"'
-        pip = ("python", "-m", "pip", "install", "--dry-run", "--ignore-installed", "--only-binary", ":all:", "--quiet")
+        # The public index alone: this machine's settings may lead to a CPU build of torch.
         environment.run(
-            "bash", "-c", limited, "bash", *pip, "--no-cache-dir", "--report", "report.json", *arguments,
+            *("env", "--unset=PIP_FIND_LINKS", "--unset=PIP_EXTRA_INDEX_URL", "python", "-m", "pip", "install"),
+            *("--dry-run", "--use-feature=fast-deps", "--ignore-installed", "--only-binary", ":all:", "--quiet"),
+            *("--no-cache-dir", "--report", "report.json", *arguments),
             PIP_CONFIG_FILE=os.devnull,
-        )  # fmt: skip
+        )
         installed = json.loads((environment.empty / "report.json").read_text())["install"]
         return {canonicalize_name(entry["metadata"]["name"]): entry["metadata"]["version"] for entry in installed}
 

@@ -178,12 +178,18 @@ def test_copying_takes_the_packages_whole_and_nothing_that_git_has_not(tmp_path)
     assert files_below(workdir) == top | {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
 
 
+def leave_out_what_wants_cuda(environment: Environment) -> None:
+    if environment.run("python", "-c", "import torch; print(torch.version.cuda)").split()[-1] == "None":
+        environment.run("python", "-m", "pip", "uninstall", "--yes", "torchvision", "torch-fidelity")
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory) -> Environment:
     """The Dockerfile's steps, done in a new environment.
 
     It stands for the Python of the base image, whose Ray is thus installed, too; the image's folders lie below a folder of
-    the test; who runs it is not changed; and torch is the build that pip takes here, whose CUDA part the pins merely allow.
+    the test; who runs it is not changed; and torch is the build that pip takes here. Beside a CPU build the extra `fid` is
+    taken out again, because the public torchvision does not import there.
     """
     folder = tmp_path_factory.mktemp("image")
     environment = Environment.create(folder)
@@ -198,6 +204,8 @@ def image(tmp_path_factory) -> Environment:
             copy_as_docker_does(rest, context, workdir)
         elif kind == "RUN":
             environment.run("sh", "-c", here, cwd=workdir if workdir.is_dir() else folder, patience_seconds=1800)
+            if "--requirement" in here:
+                leave_out_what_wants_cuda(environment)
         else:
             assert kind in ("FROM", "USER"), f"{kind} is not acted on here"
     return environment

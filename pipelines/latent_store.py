@@ -56,6 +56,12 @@ REJECTED = "rejected.parquet"
 NUM_ROWS_KEY = b"meanflow.num_rows"
 REJECTED_KEY = b"meanflow.rejected"
 SHA256_KEY = b"meanflow.sha256"
+# Encode leaves a dataset with a manifest alone. A shard that is made anew may have other bits, and a run that was begun
+# refuses those.
+SHARD_REMEDY = (
+    f"put it back from a node's copy or the storage's older version; else delete it and {MANIFEST} and run pipelines.encode "
+    f"again, which makes what is missing"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +165,7 @@ class Manifest:
             recipe["moments_shape"] = tuple(recipe["moments_shape"])
             return cls(recipe=EncodingRecipe(**recipe), **content)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"{where} is damaged ({error}); run pipelines.encode again") from error
+            raise InputError(f"{where} is damaged ({error}); delete it and run pipelines.encode again") from error
 
 
 def shard_name(index: int) -> str:
@@ -298,7 +304,7 @@ def _open_shard(stream: pa.NativeFile, where: str) -> Iterator[pa.ipc.RecordBatc
         with pa.ipc.open_file(stream) as reader:
             yield reader
     except pa.ArrowInvalid as error:
-        raise InputError(f"{where} is damaged ({error}); delete it and run pipelines.encode again") from error
+        raise InputError(f"{where} is damaged ({error}); {SHARD_REMEDY}") from error
 
 
 def _summary(metadata: dict[bytes, bytes], num_rows: int) -> ShardSummary:

@@ -2,6 +2,7 @@ import json
 import pickle
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -181,8 +182,35 @@ def test_shard_of_another_number_of_images_is_no_part_of_the_dataset(image_root,
     with pytest.raises(InputError, match=r"shard-00001\.arrow is of 8 images, but of 16 in the plan"):
         encode.encode(job(image_root / "val", output, rows_per_shard=16))
     (output / latent_store.shard_name(1)).write_bytes(b"")
-    with pytest.raises(InputError, match=r"shard-00001\.arrow is damaged .*; delete it and run"):
+    with pytest.raises(InputError, match=r"shard-00001\.arrow is damaged .*; else delete it and"):
         encode.encode(job(image_root / "val", output, rows_per_shard=16))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"torn")], ids=["missing", "torn"])
+def test_what_a_node_says_of_a_corrupt_shard_mends_the_dataset(image_root, tmp_path, without_ray, damage):
+    output, wanted = tmp_path / "latents", job(image_root / "val", tmp_path / "latents", rows_per_shard=16)
+    whole = encode.encode(wanted)
+    damage(output / latent_store.shard_name(1))
+    with pytest.raises(
+        InputError, match=r"shard-00001\.arrow .*delete it and manifest\.json and run pipelines\.encode"
+    ):
+        open_latents(str(output), str(tmp_path / "cache"))
+    kept = (output / latent_store.shard_name(0)).stat().st_mtime_ns
+    (output / latent_store.shard_name(1)).unlink(missing_ok=True)
+    (output / "manifest.json").unlink()
+    assert encode.encode(wanted) == whole
+    assert (output / latent_store.shard_name(0)).stat().st_mtime_ns == kept
+    assert len(open_latents(str(output), str(tmp_path / "cache"))) == 40
+
+
+def test_a_damaged_manifest_is_made_again_once_it_is_deleted(image_root, tmp_path, without_ray):
+    output, wanted = tmp_path / "latents", job(image_root / "val", tmp_path / "latents")
+    whole = encode.encode(wanted)
+    (output / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest\.json is damaged .*; delete it and run pipelines\.encode again"):
+        encode.encode(wanted)
+    (output / "manifest.json").unlink()
+    assert encode.encode(wanted) == whole
 
 
 def test_unreadable_images_are_listed_and_the_rest_is_encoded(image_root, tmp_path, without_ray):

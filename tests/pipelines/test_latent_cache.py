@@ -149,7 +149,7 @@ def test_disk_without_room_is_noticed_before_anything_is_copied(dataset, tmp_pat
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda path: path.unlink(), "shard-00001.arrow is missing; run pipelines.encode again"),
+        (lambda path: path.unlink(), "shard-00001.arrow is missing; put it back"),
         (lambda path: path.write_bytes(path.read_bytes()[:-30]), "shard-00001.arrow is damaged"),
         (lambda path: shutil.copy(path.with_name("shard-00002.arrow"), path), "has 1 rows, but its manifest says 3"),
         (lambda path: shutil.copy(path.with_name("shard-00000.arrow"), path), "is not what its manifest says"),
@@ -157,7 +157,7 @@ def test_disk_without_room_is_noticed_before_anything_is_copied(dataset, tmp_pat
 )
 def test_shards_that_are_not_what_the_manifest_says_are_refused(dataset, tmp_path, damage, words):
     damage(dataset / latent_store.shard_name(1))
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=f"{words}.*; else delete it and manifest.json and run pipelines.encode again"):
         open_latents(str(dataset), str(tmp_path / "cache"))
 
 

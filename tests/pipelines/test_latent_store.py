@@ -61,7 +61,7 @@ def test_newer_schema_is_refused_and_a_damaged_one_too(dataset):
     with pytest.raises(InputError, match="schema version 3, but this release reads versions 1 and 2; install"):
         latent_store.read_manifest(str(dataset))
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="damaged .*; delete it and run pipelines.encode again"):
         latent_store.read_manifest(str(dataset))
 
 
@@ -116,5 +116,5 @@ def test_shard_says_what_it_is_without_its_rows_being_read(tmp_path):
     assert shard.content_sha256() == summary.sha256
     assert shard.moments.shape == (0, 8, 2, 2)
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-40])
-    with pytest.raises(InputError, match="is damaged .*; delete it and run pipelines.encode again"):
+    with pytest.raises(InputError, match="is damaged .*; else delete it and manifest.json and run pipelines.encode"):
         latent_store.read_shard(fs.LocalFileSystem(), str(tmp_path / "s"))

@@ -12,6 +12,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
 from deploy.jobs.job_file import read_job_file
+from deploy.spot_notice import parse_arguments
 
 REPOSITORY = Path(__file__).parents[2]
 CLOUDS = ("ray_cluster.yaml", "deploy/clusters/gcp.yaml")
@@ -132,6 +133,20 @@ def test_start_commands_are_understood_by_rays_own_command_line(name):
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         words = start_options(commands)
         start.make_context("ray start", words[2:])
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_every_worker_of_a_cloud_listens_for_the_notice_that_it_goes_and_tells_the_head_that_it_joined(name):
+    config = prepared(text_of(name))
+    [listening] = [command for command in config["worker_start_ray_commands"] if "spot_notice" in command]
+    command, redirection = listening.split(" > ")
+    detached, *module = shlex.split(command)[:4]
+    assert (detached, module) == ("setsid", ["python", "-m", "deploy.spot_notice"])
+    assert redirection.endswith("2>&1 < /dev/null &")  # or it would end with the shell that starts it
+    job = parse_arguments(shlex.split(command)[4:])
+    assert job.cloud == config["provider"]["type"]
+    assert f"--address={job.address}" in start_options(config["worker_start_ray_commands"])
+    assert not any("spot_notice" in command for command in config["head_start_ray_commands"])
 
 
 @pytest.mark.parametrize("name", CLOUDS)

@@ -1,0 +1,107 @@
+"""The cloud's notice that a machine goes, from a metadata service of this test's own to a real Ray."""
+
+import re
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from ray._raylet import GcsClient
+
+from deploy import spot_notice
+from deploy.spot_notice import drain, is_told
+from tests.clusters import cluster_of_two
+
+TOKEN = "of-this-session"
+
+
+class Metadata:
+    """Answers as AWS's and Google's services do; `notice` says whether the machine goes."""
+
+    def __init__(self):
+        self.notice, self.status = False, 200
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self, status, text):
+                self.send_response(service.status if service.status != 200 else status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def do_PUT(self):
+                asks = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+                self.answer(200 if asks else 400, TOKEN)
+
+            def do_GET(self):
+                if self.path == "/latest/meta-data/spot/instance-action":
+                    if self.headers["X-aws-ec2-metadata-token"] != TOKEN:
+                        self.answer(401, "")
+                    elif service.notice:
+                        self.answer(200, '{"action": "terminate", "time": "2026-11-26T08:22:00Z"}')
+                    else:
+                        self.answer(404, "not found")
+                elif self.path == "/computeMetadata/v1/instance/preempted":
+                    allowed = self.headers["Metadata-Flavor"] == "Google"
+                    self.answer(200 if allowed else 403, str(service.notice).upper())
+                else:
+                    self.answer(404, "")
+
+            def log_message(self, *words):
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def metadata():
+    service = Metadata()
+    yield service
+    service.stop()
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_a_notice_is_heard_and_none_is_none(metadata, cloud):
+    assert not is_told(cloud, metadata.address)
+    metadata.notice = True
+    assert is_told(cloud, metadata.address)
+    metadata.status = 503  # no answer is no notice either way
+    with pytest.raises(OSError, match="503"):
+        is_told(cloud, metadata.address)
+
+
+@pytest.mark.cluster
+def test_ray_learns_of_the_notice_on_the_machine_that_has_it(metadata, monkeypatch, caplog):
+    monkeypatch.setattr(spot_notice, "POLL_SECONDS", 0.1)
+    with cluster_of_two(num_cpus=1) as cluster:
+        client = GcsClient(address=cluster.address)
+        words = ["--cloud", "aws", "--address", cluster.address, "--metadata", metadata.address]
+        monkeypatch.setattr(sys, "argv", ["spot_notice", *words])
+        metadata.status = 503
+        listener = threading.Thread(target=spot_notice.main, daemon=True)
+        listener.start()
+        wait_until(lambda: caplog.text.count("503") >= 2)  # goes on asking
+        metadata.status = 200
+        assert all(info.state == info.ALIVE for info in client.get_all_node_info().values())
+        metadata.notice = True
+        listener.join(timeout=30)
+        assert not listener.is_alive()
+        # Both nodes of this test are one machine, and idle: Ray needs no more time for them.
+        wait_until(lambda: all(info.state == info.DEAD for info in client.get_all_node_info().values()))
+        deaths = [info.death_info for info in client.get_all_node_info().values()]
+        assert [death.reason for death in deaths] == [deaths[0].AUTOSCALER_DRAIN_PREEMPTED] * 2
+        with pytest.raises(RuntimeError, match=re.escape("has no node 192.0.2.1")):
+            drain(cluster.address, "192.0.2.1", 30)
+
+
+def wait_until(holds, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

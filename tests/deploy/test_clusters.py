@@ -166,3 +166,32 @@ def test_folders_that_containers_mount_are_made_on_every_machine(name):
             assert any(f"mkdir -p {folder}" in command or f" {folder} " in command for command in commands), folder
         for command in commands:
             assert shlex.split(command)
+
+
+def test_gpus_of_google_cloud_have_their_driver_before_the_container_starts():
+    config = yaml.safe_load(text_of("deploy/clusters/gcp.yaml"))
+    for kind, settings in config["available_node_types"].items():
+        has_gpus = kind.startswith("gpu")
+        items = settings["node_config"].get("metadata", {}).get("items", [])
+        assert ({"key": "install-nvidia-driver", "value": "True"} in items) == has_gpus
+        assert settings["node_config"].get("scheduling", {}).get("onHostMaintenance") == (
+            "TERMINATE" if has_gpus else None
+        )
+        assert settings["resources"].get("GPU", 0) == (8 if has_gpus else 0)
+        commands = settings.get("initialization_commands", config["initialization_commands"])
+        assert ("nvidia-smi" in commands[0]) == has_gpus  # Ray looks for it when it starts the container
+        zone = config["provider"]["availability_zone"]
+        assert all(
+            disk["initializeParams"].get("diskType", f"zones/{zone}/").startswith(f"zones/{zone}/")
+            for disk in settings["node_config"]["disks"]
+        )
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_machines_may_pull_from_the_clouds_own_registry(name):
+    config = yaml.safe_load(text_of(name))
+    region = config["provider"]["region"]
+    for settings in config["available_node_types"].values():
+        commands = settings.get("initialization_commands", config["initialization_commands"])
+        [login] = [command for command in commands if "docker login" in command or "configure-docker" in command]
+        assert region in login

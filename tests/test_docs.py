@@ -19,23 +19,36 @@ from sqlalchemy.engine import make_url
 
 from deploy.jobs.__main__ import parse_arguments as parse_jobs
 from deploy.jobs.job_file import read_job_file
-from deploy.schema import Arguments, GenerateRequest
+from deploy.schema import Arguments, GenerateRequest, ImagesRequest
 from meanflow_core.cost import checkpoint_bytes, forward_flops, memory_estimate, num_parameters, step_flops
 from meanflow_core.presets import PRESETS
 from pipelines.check import CheckJob
+from pipelines.convert import ConvertJob
+from pipelines.demo.images import DrawImages
 from pipelines.encode import EncodeJob
 from pipelines.evaluate import EvaluateJob
 from pipelines.latent_cache import CacheJob
 from pipelines.reference import ReferenceJob
+from pipelines.side_by_side import SideBySideJob
 from pipelines.train import parse_arguments as parse_training
+from tests.aws import understand_aws
 
 REPOSITORY = Path(__file__).parents[1]
+# "start" is the first block of the README, read with all others of it.
 DOCUMENTS = {"runbook": "docs/runbook.md", "own-images": "docs/own-images.md", "upgrading": "docs/upgrading.md"}
 SIZES = {"sample_size": 32, "in_channels": 4, "num_classes": 1000}
 
 
 def text_of(name: str) -> str:
     return (REPOSITORY / name).read_text()
+
+
+PAGES = (
+    "README.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")),
+)
 
 
 def commands(name: str) -> list[str]:
@@ -64,7 +77,10 @@ MODULES: dict[str, Callable[[list[str]], object]] = {
     "pipelines.check": of_class(CheckJob),
     "pipelines.encode": of_class(EncodeJob),
     "pipelines.evaluate": of_class(EvaluateJob),
+    "pipelines.convert": of_class(ConvertJob),
+    "pipelines.demo.images": of_class(DrawImages),
     "pipelines.latent_cache": of_class(CacheJob),
+    "pipelines.side_by_side": of_class(SideBySideJob),
     "pipelines.reference": of_class(ReferenceJob),
     "pipelines.train": parse_training,
     "deploy.jobs": parse_jobs,
@@ -119,15 +135,40 @@ def understand_serve(words: list[str]) -> None:
 
 
 def understand_curl(words: list[str]) -> None:
+    [address] = [word for word in words if re.match(r"(https?://)?[\w.-]+:\d+/", word)]
+    path = "/" + address.split("?")[0].removeprefix("http://").split("/", 1)[1]
     if "-d" in words:
-        GenerateRequest.model_validate(json.loads(words[words.index("-d") + 1]))
+        schemas = {"/generate": GenerateRequest, "/v1/images/generations": ImagesRequest}
+        schemas[path].model_validate(json.loads(words[words.index("-d") + 1]))
+    else:
+        assert path in ("/health", "/readyz", "/classes"), path
 
 
 def understand_docker(words: list[str]) -> None:
-    assert words[0] in ("build", "push", "run")
+    image = "REGISTRY/meanflow-ray:" + tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
     if words[0] == "build":
         assert (REPOSITORY / words[words.index("--file") + 1]).is_file()
+        assert words[words.index("--tag") + 1] == image
         assert words[-1] == "."
+    elif words[0] == "push":
+        assert words[1:] == [image]
+    elif words[0] == "login":
+        assert words[1:] == ["--username", "AWS", "--password-stdin", image.split("/")[0]]
+    else:
+        assert words[0] == "run"
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        for switch in ("--rm", "--detach"):
+            parser.add_argument(switch, action="store_true")
+        for option in ("--gpus", "--restart", "--name", "--publish", "--volume"):
+            parser.add_argument(option)
+        parser.add_argument("--env", action="append")
+        parser.add_argument("image", choices=[image, "postgres:17"])
+        parser.add_argument("command", nargs=argparse.REMAINDER)
+        command = parser.parse_args(words[1:]).command
+        if command[:2] == ["python", "-c"]:
+            compile(command[2], "-c", "exec")
+        else:
+            assert command in ([], ["pip", "freeze"])
 
 
 def understand_make(words: list[str]) -> None:
@@ -136,12 +177,47 @@ def understand_make(words: list[str]) -> None:
 
 
 def understand_pip(words: list[str]) -> None:
-    assert (REPOSITORY / words[words.index("--constraint") + 1]).is_file()
+    assert words[0] == "install"
+    if "--constraint" in words:
+        assert (REPOSITORY / words[words.index("--constraint") + 1]).is_file()
+    for word in words[1:]:
+        if "==" in word:
+            assert word in text_of("constraints.txt").splitlines()
+        elif word.startswith(".["):
+            project = tomllib.loads(text_of("pyproject.toml"))["project"]
+            assert word[2:-1] in project["optional-dependencies"]
 
 
-def understand_nothing_of_ours(words: list[str]) -> None:
-    """A tool of a cloud, or the shell's own: there is nothing of this project to check."""
+def understand_ssh(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("-i", required=True)
+    parser.add_argument("-N", action="store_true", required=True)
+    parser.add_argument("-L", type=re.compile(r"\d+:localhost:\d+").fullmatch, required=True)
+    parser.add_argument("host", type=re.compile(r"ubuntu@.+").fullmatch)
+    assert None not in vars(parser.parse_args(words)).values()
 
+
+def understand_export(words: list[str]) -> None:
+    """Variables that Ray, MLflow, AWS's tools or PostgreSQL read, or a job's file hands on."""
+    known = {"RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "AWS_DEFAULT_REGION", "PGPASSWORD"}
+    for path in (REPOSITORY / "deploy" / "jobs").glob("*.yaml"):
+        known |= set(read_job_file(path).env_from)
+    for word in words:
+        name, value = word.split("=", 1)
+        assert name in known, name
+        assert value
+
+
+def understand_openssl(words: list[str]) -> None:
+    assert words == ["rand", "-hex", "24"]
+
+
+def understand_source(words: list[str]) -> None:
+    assert words == [".venv/bin/activate"]
+
+
+# What earlier lines of the runbook keep in the shell.
+IDS = {"$GROUP": "sg-0123456789abcdef0", "$SUBNET": "subnet-0123456789abcdef0", "$FILES": "fs-0123456789abcdef0"}
 
 TOOLS: dict[str, Callable[[list[str]], object]] = {
     "python": understand_python,
@@ -152,13 +228,26 @@ TOOLS: dict[str, Callable[[list[str]], object]] = {
     "docker": understand_docker,
     "make": understand_make,
     "pip": understand_pip,
-    **dict.fromkeys(("aws", "export", "source"), understand_nothing_of_ours),
+    "aws": lambda words: understand_aws([IDS.get(word, word) for word in words]),
+    "export": understand_export,
+    "openssl": understand_openssl,
+    "source": understand_source,
+    "ssh": understand_ssh,
 }
 
 
 def understand(line: str) -> object:
     """What a line would run, by its real parser. Raises whatever that raises, or KeyError for an unknown command."""
+    if line.startswith("export ") and "$(" in line:
+        name, inner = re.fullmatch(r"export (\w+)=\$\((.*)\)", line).groups()
+        understand(f"export {name}=x")
+        return understand(inner)
+    if assigned := re.fullmatch(r"[A-Z]+=\$\((.*)\)", line):
+        return understand(assigned.group(1))
     words = shlex.split(line, comments=True)
+    if "|" in words:
+        understand(shlex.join(words[: words.index("|")]))
+        words = words[words.index("|") + 1 :]
     return TOOLS[words[0]](words[1:])
 
 
@@ -205,6 +294,19 @@ def test_the_servers_database_is_reached_by_the_driver_that_is_installed():
         "make everything",
         """curl x -d '{"klass": "a"}'""",
         "docker build --file Dockerfile .",
+        "docker push REGISTRY/meanflow-ray:9.9.9",
+        "docker run --rm --gpu all REGISTRY/meanflow-ray:0.1.0",
+        "aws ec2 create-security-group --group-name g",
+        "aws ec2 create-security-groups --group-name g --description d",
+        "aws ec2 create-security-group --group-nam g --description d",
+        "aws ec2 describe-subnets --filters Nam=availability-zone,Values=a",
+        "aws iam creat-role --role-name r --assume-role-policy-document {}",
+        "aws s3 cp a b",
+        "G=$(aws ec2 create-security-grup --group-name g --description d)",
+        "aws ecr get-login-password | docker login --username AWS REGISTRY",
+        "export RAY_API_SERVER_ADRESS=x",
+        "pip install mlflow==3.17.1",
+        "curl localhost:5000/healthy",
         "rm -rf /",
     ],
 )
@@ -217,15 +319,88 @@ def test_a_misspelt_command_would_be_noticed(line, capsys):
 ELSEWHERE = "kubernetes.md"
 
 
-def test_no_block_of_commands_in_the_documents_goes_unparsed():
-    for path in sorted((REPOSITORY / "docs").glob("*.md")):
-        if path.name == ELSEWHERE:
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(kind, text) of a page's fenced blocks."""
+    parts = re.split(r"^```", text_of(page), flags=re.MULTILINE)
+    assert len(parts) % 2, f"{page}: a block that does not end"
+    return [tuple(block.split("\n", 1)) for block in parts[1::2]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_of_a_page_goes_unread(page):
+    text = text_of(page)
+    for kind, block in blocks(page):
+        assert kind in ("bash", "python", "markdown", ""), kind
+        if kind == "python":
+            compile(block, page, "exec")
+        # What is told to be no command has none.
+        assert kind == "bash" or not any(line.split(" ")[0] in TOOLS for line in block.splitlines() if line), block
+    if page == f"docs/{ELSEWHERE}":
+        return
+    marked = re.findall(r"<!-- ([\w-]+): (?:run|parsed) by (tests/[\w.]+) -->\n```bash\n", text)
+    assert len(marked) == sum(kind == "bash" for kind, _ in blocks(page))
+    for name, reader in marked:
+        assert re.search(rf'["\']{name}["\']', text_of(reader)), (name, reader)
+    if page.startswith("docs/") and marked:
+        assert page in DOCUMENTS.values()
+
+
+def test_every_command_of_the_readme_is_understood_by_what_would_run_it():
+    lines = [line for kind, block in blocks("README.md") if kind == "bash" for line in block.splitlines() if line]
+    assert len(lines) >= 30
+    for line in lines:
+        try:
+            understand(line)
+        except SystemExit as error:
+            raise AssertionError(f"not understood: {line}") from error
+
+
+def is_known(words: list[str]) -> bool:
+    """Whether a command within a sentence is one, though what it wants may be left out."""
+    if words[:2] == ["python", "-m"]:
+        return (REPOSITORY / f"{words[2].replace('.', '/')}.py").is_file() or (
+            REPOSITORY / words[2].replace(".", "/") / "__main__.py"
+        ).is_file()
+    if words[0] == "python":
+        return (REPOSITORY / words[1]).is_file()
+    group: click.Command = {"ray": ray_command_line, "serve": serve_command_line, "mlflow": mlflow_command_line}[
+        words[0]
+    ]
+    rest = words[1:]
+    while isinstance(group, click.Group) and rest:
+        _, group, rest = group.resolve_command(click.Context(group), rest)
+    options = {option for parameter in group.params for option in parameter.opts}
+    return {word.split("=")[0] for word in rest if word.startswith("--")} <= options
+
+
+def test_commands_within_sentences_are_commands():
+    seen = 0
+    for page in PAGES:
+        if page == f"docs/{ELSEWHERE}":
             continue
-        text = path.read_text()
-        marked = len(re.findall(r"<!-- [\w-]+: parsed by tests/test_docs.py -->\n```bash\n", text))
-        assert marked == text.count("```bash"), path
-        if marked:
-            assert f"docs/{path.name}" in DOCUMENTS.values()
+        prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"`([^`]+)`", prose):
+            words = code.replace("\n", " ").split()
+            if len(words) > 1 and words[0] in ("python", "ray", "serve", "mlflow"):
+                assert is_known(words), (page, code)
+                seen += 1
+            elif len(words) > 1 and words[0] == "make":
+                understand_make(words[1:])
+    assert seen >= 20
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
 
 
 def test_files_that_the_documents_name_exist():
@@ -277,6 +452,25 @@ def test_counted_figures_of_the_runbook_are_what_the_code_counts():
     assert f"{latents / 1e9:.1f} GB in {-(-1_281_167 // 512):,} shards" in text
 
 
+def trial_words() -> list[str]:
+    """The runbook's trial of training."""
+    [line] = [line for line in commands("runbook") if "--submission-id trial " in line]
+    words = shlex.split(line)
+    return words[words.index("python") :]
+
+
+def test_the_trial_of_training_can_be_stopped_and_goes_on():
+    [encode, submit, stop] = [line for line in commands("runbook") if "trial" in line]
+    context = understand_click(ray_command_line, shlex.split(submit)[1:])
+    variables = json.loads(context.params["runtime_env_json"])["env_vars"]
+    job_file = read_job_file(REPOSITORY / "deploy/jobs/train.yaml")
+    assert job_file.env_vars.items() <= variables.items()  # time for a checkpoint when it is stopped
+    assert stop.split()[-1] == context.params["submission_id"]
+    _, job = parse_training(trial_words()[3:])
+    assert job.config.checkpoint_interval_steps < job.config.num_steps
+    assert job.data in shlex.split(encode)
+
+
 def test_estimates_of_the_runbook_follow_from_its_assumptions():
     text = text_of("docs/runbook.md")
     sustained, price, spot = 50e12, 22.0, 10.0
@@ -284,10 +478,13 @@ def test_estimates_of_the_runbook_follow_from_its_assumptions():
     assert f"**{price:.0f} dollars an hour**, {spot:.0f} as a spot machine" in text
     config = PRESETS["xl2"]()
     step = step_flops(config, **SIZES)
-    hours = {gpus: step * config.num_steps / gpus / sustained / 3600 for gpus in (8, 32)}
-    assert f"{hours[8]:.0f} h: {hours[8] / 24:.1f} days | {hours[32]:.1f} h: {hours[32] / 24:.1f} days" in text
+    hours = {gpus: step * config.num_steps / gpus / sustained / 3600 for gpus in (8, 32, 64)}
+    assert (
+        f"{hours[8]:.0f} h: {hours[8] / 24:.1f} days | {hours[32]:.1f} h: {hours[32] / 24:.1f} days | {hours[64]:.1f} h |"
+        in text
+    )
     assert f"{round(hours[8] * price, -1):,.0f}; spot {round(hours[8] * spot, -1):,.0f}" in text
-    seconds = {gpus: step / gpus / sustained for gpus in (8, 32)}
+    seconds = {gpus: step / gpus / sustained for gpus in (8, 32, 64)}
     assert f"{seconds[32]:.3f} s on 32 GPUs" in text
     assert f"One node of 8: {seconds[8]:.3f} s a step" in text
     gradient = 4 * num_parameters(config.network, **SIZES)
@@ -296,6 +493,14 @@ def test_estimates_of_the_runbook_follow_from_its_assumptions():
     assert f"{ring / 1e9:.1f} GB a step at 32" in text
     assert f"**{round(8 * ring / seconds[32] / 1e9, -1):.0f} Gbit/s a node**" in text
     assert f"{ring / 12.5e9:.2f} s a step" in text
+    wide = 2 * 63 / 64 * gradient  # over a p4d's 400 Gbit/s it takes longer than the step computes
+    assert f"{256 // 64} rows a GPU: {seconds[64]:.3f} s a step" in text
+    assert f"**{round(8 * wide / seconds[64] / 1e9, -1):.0f} Gbit/s a node**" in text
+    bound = 8 * wide / 400e9 * config.num_steps / 3600
+    assert f"{int(bound)} h instead of {hours[64]:.0f} at best" in text
+    trial = parse_training(trial_words()[3:])[1].config.num_steps * seconds[8]
+    assert 5 * 60 < trial < 15 * 60  # an hour with the machine's start, the encode and a stop
+    assert "| an hour | | | 22 |" in text
     interval = parse_training(shlex.split(read_job_file(REPOSITORY / "deploy/jobs/train.yaml").entrypoint)[3:])[1]
     steps = interval.config.checkpoint_interval_steps
     assert (

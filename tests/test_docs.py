@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import tyro
+import yaml
 from mlflow.cli import cli as mlflow_command_line
 from ray.scripts.scripts import cli as ray_command_line
 from ray.serve.scripts import cli as serve_command_line
@@ -542,3 +543,82 @@ def test_jobs_of_the_runbook_and_of_the_job_files_train_the_same_run():
     assert replace(early.config, num_steps=whole.config.num_steps) == whole.config
     assert (early.run_name, early.mirror, early.init_from) == (whole.run_name, whole.mirror, whole.init_from)
     assert early.config.num_steps == 40 * 5004
+
+
+def job_of(stage: str) -> list[str]:
+    """The words of a job file's command, its storage as the runbook has it."""
+    entrypoint = read_job_file(REPOSITORY / f"deploy/jobs/{stage}.yaml").entrypoint
+    return shlex.split(entrypoint.replace("$STORAGE", "s3://BUCKET/imagenet"))
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_steps_of_the_runbook_take_what_the_steps_before_left():
+    lines = commands("runbook")
+
+    def line_with(part: str) -> list[str]:
+        [line] = [line for line in lines if part in line]
+        return shlex.split(line)
+
+    encode, train, evaluate = (job_of(stage) for stage in ("encode", "train", "evaluate"))
+    images = option(encode, "--images")
+    assert line_with("aws s3 sync")[-1] == images
+    # Beside Data/, where it is when the images are unpacked; pipelines/image_sources.py looks there.
+    assert line_with("aws s3 cp")[-1] == images.removesuffix("Data/CLS-LOC/train") + "LOC_synset_mapping.txt"
+    assert "STORAGE=s3://BUCKET/imagenet" in line_with("STORAGE=")
+    assert option(line_with("pipelines.check"), "--data") == option(encode, "--output") == option(train, "--data")
+    reference = line_with("pipelines.reference")
+    assert (option(reference, "--images"), option(reference, "--output")) == (images, option(evaluate, "--reference"))
+    assert option(reference, "--extractor") == option(evaluate, "--extractor")
+    for line in lines:
+        if "pipelines.train" in line and "trial" not in line:
+            words = shlex.split(line)
+            assert option(words, "--data") == option(train, "--data")
+            assert option(words, "--storage") == option(train, "--storage")
+        if "latent_cache" in line:
+            assert option(shlex.split(line), "--cache-dir") == option(train, "--cache-dir")
+    jobs = {read_job_file(path).submission_id for path in (REPOSITORY / "deploy/jobs").glob("*.yaml")}
+    for command in ("deploy.jobs follow", "deploy.jobs stop train", "ray job logs"):
+        assert line_with(command)[-1] in jobs
+    served = yaml.safe_load(text_of("deploy/serve.yaml"))
+    model = served["applications"][0]["args"]["model"]
+    assert model == option(evaluate, "--model") == shlex.split(line_with("deploy.models")[-1])[-1]
+    port = str(served["http_options"]["port"])
+    tunnel = line_with("--remote-port")
+    assert option(tunnel, "--remote-port") == option(tunnel, "--port") == port
+    assert f"127.0.0.1:{port}/generate" in line_with("/generate")
+
+
+def test_addresses_of_the_runbook_are_those_of_the_cluster():
+    lines = commands("runbook")
+    [server] = [shlex.split(line) for line in lines if line.startswith("mlflow server")]
+    uri = "http://MLFLOW:5000"
+    assert f"MLFLOW_TRACKING_URI={uri}" in text_of("ray_cluster.yaml")
+    assert f"MLFLOW:{option(server, '--port')},localhost:5000" == option(server, "--allowed-hosts")
+    assert all(uri in line for line in lines if "MLFLOW_TRACKING_URI" in line)
+    [exported] = [line for line in lines if "RAY_API_SERVER_ADDRESS" in line]
+    assert exported == "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 RAY_AUTH_MODE=token"  # Ray's, by the tunnel
+    region = yaml.safe_load(text_of("ray_cluster.yaml"))["provider"]["region"]
+    assert f"export AWS_DEFAULT_REGION={region}" in lines
+    # P machines, on demand and spot, as AWS names these quotas.
+    assert {code for line in lines for code in re.findall(r"--quota-code (\S+)", line)} == {"L-417A185B", "L-7212CCBC"}
+
+
+def test_the_walk_through_for_own_images_takes_what_it_made():
+    lines = [shlex.split(line) for line in commands("own-images")]
+    made = {option(words, "--output") for words in lines if "pipelines.encode" in words}
+    trained = [words for words in lines if "pipelines.train" in words]
+    for words in trained:
+        if not option(words, "--data").startswith("more-"):
+            assert option(words, "--data") in made
+        if "--validation-data" in words:
+            assert option(words, "--validation-data") in made
+    generators = {f"{option(words, '--storage')}/{option(words, '--run-name')}/generator" for words in trained}
+    taken = [option(words, name) for words in lines for name in ("--model", "--init-from") if name in words]
+    taken += [word.removeprefix("model=") for words in lines for word in words if word.startswith("model=")]
+    assert len(taken) == 3
+    assert set(taken) <= generators
+    [uri] = [option(words, "--backend-store-uri") for words in lines if words[0] == "mlflow"]
+    assert uri == f"sqlite:///{option(trained[0], '--storage')}/mlflow.db"

@@ -76,6 +76,12 @@ def test_a_cloud_has_a_head_without_tasks_gpus_of_both_prices_and_cpus_and_scale
     assert not re.search("spot|preemptible", yaml.safe_dump(kinds["head"]))  # a job goes with its driver
     assert kinds["gpu_spot"]["priority"] > kinds["gpu"].get("priority", 0)
     assert len(kinds["gpu"]["docker"]["worker_run_options"]) >= 4
+    config = yaml.safe_load(text_of(name))
+    assert config["upscaling_speed"] >= kinds["gpu"]["max_workers"]  # or a training waits for them in several turns
+    assert 5 <= config["idle_timeout_minutes"] <= 30  # a job that follows another finds its machines; forgotten ones go
+    assert (
+        config["provider"].get("cache_stopped_nodes", False) is False
+    )  # a stopped one costs its disk, and keeps its latents
 
 
 @pytest.mark.parametrize("name", ALL)

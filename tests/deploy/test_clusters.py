@@ -201,3 +201,80 @@ def test_machines_may_pull_from_the_clouds_own_registry(name):
         commands = settings.get("initialization_commands", config["initialization_commands"])
         [login] = [command for command in commands if "docker login" in command or "configure-docker" in command]
         assert region in login
+
+
+def container_options(config: dict, kind: str) -> list[str]:
+    """What Docker is told on a worker of a kind."""
+    own = config.get("available_node_types", {}).get(kind, {}).get("docker", {})
+    return config["docker"]["run_options"] + own.get("worker_run_options", [])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_containers_of_gpu_machines_have_what_training_needs(name):
+    config = yaml.safe_load(text_of(name))
+    assert config["docker"]["pull_before_run"] is True  # or a machine at hand goes on with an older image of the tag
+    for kind in ("gpu", "gpu_spot"):
+        options = container_options(config, kind)
+        assert {"--ulimit nofile=65536:65536", "--ulimit memlock=-1:-1"} <= set(options)
+        variables = dict(
+            option.removeprefix("--env ").split("=", 1) for option in options if option.startswith("--env")
+        )
+        assert variables["NCCL_SOCKET_IFNAME"] == "^lo,docker"
+        assert int(variables["TORCH_FR_BUFFER_SIZE"]) > 0
+        assert variables["HF_HOME"].startswith("/mnt/shared/")  # once for all machines
+        mounts = dict(
+            option.removeprefix("--volume ").split(":")[:2] for option in options if option.startswith("--vol")
+        )
+        train = shlex.split(read_job_file(REPOSITORY / "deploy/jobs/train.yaml").entrypoint)
+        cache = train[train.index("--cache-dir") + 1]
+        assert mounts["/mnt/local"] == str(Path(cache).parent)  # the copy of the latents lies on the machine's own disk
+        evaluate = shlex.split(read_job_file(REPOSITORY / "deploy/jobs/evaluate.yaml").entrypoint)
+        assert evaluate[evaluate.index("--output") + 1].startswith(mounts["/mnt/shared"] + "/")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_workers_join_the_head_and_the_head_scales(name):
+    config = prepared(text_of(name))
+    head, worker = (start_options(config[f"{kind}_start_ray_commands"]) for kind in ("head", "worker"))
+    [port] = [option.removeprefix("--port=") for option in head if option.startswith("--port=")]
+    assert f"--address=$RAY_HEAD_IP:{port}" in worker
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head  # where Ray puts it
+    assert config["auth"]["ssh_user"] == "ubuntu"  # of the images that the files name
+
+
+def test_the_head_of_machines_at_hand_takes_no_tasks():
+    config = yaml.safe_load(text_of(LOCAL))
+    assert {"--num-cpus=0", "--num-gpus=0"} <= set(start_options(config["head_start_ray_commands"]))
+
+
+def test_aws_machines_have_the_disks_and_the_network_that_the_runbook_says():
+    config = yaml.safe_load(with_efa(text_of("ray_cluster.yaml")))
+    kinds = config["available_node_types"]
+    for kind in ("gpu", "gpu_spot"):
+        node = kinds[kind]["node_config"]
+        assert node["InstanceType"] == "p4d.24xlarge"
+        # One card after the other; the first is the machine's own interface. Source: AWS's page on several network cards.
+        cards = [(card["NetworkCardIndex"], card["DeviceIndex"]) for card in node["NetworkInterfaces"]]
+        assert cards == [(0, 0), (1, 1), (2, 1), (3, 1)]
+        options = kinds[kind]["docker"]["worker_run_options"]
+        assert {"--volume /opt/amazon:/opt/amazon:ro", "--env FI_PROVIDER=efa"} <= set(options)
+        [disk] = [command for command in kinds[kind]["initialization_commands"] if "/mnt/local" in command]
+        assert "mount --bind /opt/dlami/nvme /mnt/local" in disk
+    for settings in kinds.values():
+        [disk] = settings["node_config"]["BlockDeviceMappings"]
+        assert disk["Ebs"]["VolumeSize"] >= 150  # the image, its layers, and a checkpoint under way
+    assert "GPU" not in kinds["cpu"]["resources"]
+    assert not kinds["cpu"]["node_config"]["InstanceType"].startswith(("p", "g"))
+
+
+def test_google_machines_read_the_bucket_by_an_account_and_have_room_for_the_latents():
+    kinds = yaml.safe_load(text_of("deploy/clusters/gcp.yaml"))["available_node_types"]
+    for kind in ("gpu", "gpu_spot", "cpu"):
+        node = kinds[kind]["node_config"]
+        [account] = node["serviceAccounts"]
+        assert account["email"].endswith("iam.gserviceaccount.com")
+        assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
+        if kind != "cpu":
+            assert node["machineType"] == "a2-highgpu-8g"
+            assert node["disks"][0]["initializeParams"]["diskSizeGb"] >= 200
+    assert kinds["gpu_spot"]["node_config"]["scheduling"]["preemptible"] is True

@@ -145,3 +145,8 @@ def test_quotas_and_the_placement_group_fit_what_the_cluster_may_grow_to():
     assert config["max_workers"] >= gpu["max_workers"] == config["available_node_types"]["gpu_spot"]["max_workers"]
     [placement] = calls("create-placement-group")
     assert placement == {"GroupName": gpu["node_config"]["Placement"]["GroupName"], "Strategy": "cluster"}
+
+
+def test_the_account_may_have_spot_machines():
+    # A new account lacks this role, and the head, which asks for the first spot machine, may not make it.
+    assert calls("create-service-linked-role") == [{"AWSServiceName": "spot.amazonaws.com"}]

@@ -13,6 +13,7 @@ from ray.scripts.scripts import start
 
 from deploy.jobs.job_file import read_job_file
 from deploy.spot_notice import parse_arguments
+from tests.aws import understand_aws
 
 REPOSITORY = Path(__file__).parents[2]
 CLOUDS = ("ray_cluster.yaml", "deploy/clusters/gcp.yaml")
@@ -201,6 +202,12 @@ def test_machines_may_pull_from_the_clouds_own_registry(name):
         commands = settings.get("initialization_commands", config["initialization_commands"])
         [login] = [command for command in commands if "docker login" in command or "configure-docker" in command]
         assert region in login
+        if name == "ray_cluster.yaml":
+            words = shlex.split(login)
+            asked = understand_aws(words[1 : words.index("|")])
+            assert asked is not None
+            assert asked.operation == "GetAuthorizationToken"
+    assert "project_id" in config["provider"] or config["provider"]["type"] != "gcp"  # Ray's schema does not ask for it
 
 
 def container_options(config: dict, kind: str) -> list[str]:

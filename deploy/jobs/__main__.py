@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
+import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -27,6 +28,7 @@ from deploy.jobs.job_file import JobError, JobFile, read_job_file
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 EXIT_CODES = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 1, JobStatus.STOPPED: 143}  # 128 + SIGTERM, as the stages' own
 POLL_SECONDS = 1.0
+LOGS_FOLLOW = ", last available logs"  # in a failed job's message, before the end of the log
 
 
 class JobClient(Protocol):
@@ -61,13 +63,23 @@ def free_id(client: JobClient, wanted: str) -> str:
     return name
 
 
+def find(client: JobClient, name: str) -> Any:
+    """What the cluster knows of a job. Raises JobError where it knows none of this name."""
+    try:
+        return client.get_job_info(name)
+    except RuntimeError as error:
+        if "status code 404" not in str(error):
+            raise
+        raise JobError(f"the cluster has no job {name}; python -m deploy.jobs list shows those that it has") from error
+
+
 def submit(
     client: JobClient, job: JobFile, environment: Mapping[str, str], *, name: str, working_dir: str | None
 ) -> str:
     """Submits a job; its id. Raises JobError for a job that cannot be."""
     runtime_env = job.runtime_env(environment, working_dir)
     return client.submit_job(
-        entrypoint=" ".join(job.entrypoint.split()),
+        entrypoint=job.entrypoint,
         submission_id=free_id(client, name),
         runtime_env=runtime_env,
         **job.placement(),
@@ -81,7 +93,7 @@ def follow(client: JobClient, name: str) -> int:
         async for lines in client.tail_job_logs(name):
             print(lines, end="", flush=True)
 
-    client.get_job_info(name)  # a job that is not there is told as such, and not as a lost connection
+    find(client, name)  # a job that is not there is told as such, and not as a lost connection
     try:
         asyncio.run(_print_log())
         info = client.get_job_info(name)
@@ -96,15 +108,19 @@ def follow(client: JobClient, name: str) -> int:
 
 def stop(client: JobClient, name: str, *, pause: Callable[[float], None] = time.sleep) -> int:
     """Asks a job to stop and waits for its end; 0, or 1 where it failed all the same."""
-    client.stop_job(name)
-    print(f"{name}: asked to stop; a training writes a checkpoint first", flush=True)
-    while not (info := client.get_job_info(name)).status.is_terminal():
+    info = find(client, name)
+    if not info.status.is_terminal():
+        client.stop_job(name)
+        print(f"{name}: asked to stop; a training writes a checkpoint first", flush=True)
+    while not info.status.is_terminal():
         pause(POLL_SECONDS)
+        info = client.get_job_info(name)
     return 1 if _report(name, info) == 1 else 0
 
 
 def _report(name: str, info: Any) -> int:
-    print(f"{name}: {info.status.value.lower()}" + (f": {info.message}" if info.status == JobStatus.FAILED else ""))
+    reason = f": {info.message.split(LOGS_FOLLOW)[0]}" if info.status == JobStatus.FAILED and info.message else ""
+    print(f"{name}: {info.status.value.lower()}{reason}")
     return EXIT_CODES[info.status]
 
 
@@ -114,7 +130,9 @@ def list_jobs(client: JobClient) -> None:
     width = max((len(job.submission_id) for job in jobs), default=0)
     for job in jobs:
         began = time.strftime("%Y-%m-%d %H:%M", time.localtime((job.start_time or 0) / 1000))  # Ray's are milliseconds
-        print(f"{job.submission_id:{width}}  {job.status.value:9}  {began}  {job.entrypoint}")
+        print(f"{job.submission_id:{width}}  {job.status.value:9}  {began}  {' '.join(job.entrypoint.split())}")
+    if not jobs:
+        print("no job was submitted yet")
 
 
 def connect(address: str | None, environment: dict[str, str] | os._Environ) -> JobClient:
@@ -125,7 +143,12 @@ def connect(address: str | None, environment: dict[str, str] | os._Environ) -> J
     if not address.startswith(("http://", "https://")):
         raise JobError(f"the address must be like http://HEAD:8265, the dashboard's, but got {address}")
     environment[ADDRESS] = address  # Ray prefers the variable to what it is told
-    return JobSubmissionClient(address)
+    try:
+        return JobSubmissionClient(address)
+    except requests.JSONDecodeError as error:
+        raise JobError(
+            f"{address} answers, but not as Ray's dashboard does; its port is 8265 unless changed"
+        ) from error
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -165,20 +188,27 @@ def run(arguments: argparse.Namespace, connect: Callable[[], JobClient], environ
     return follow(client, arguments.id) if arguments.command == "follow" else stop(client, arguments.id)
 
 
+def _without_traceback(message: str) -> str:
+    """A message, or where the cluster sent its traceback, what that ends with."""
+    lines = [line for line in message.splitlines() if any(letter.isalpha() for letter in line)]
+    return lines[-1] if "Traceback (most recent call last)" in message else message
+
+
 def main() -> None:
     """The command."""
     arguments = parse_arguments(sys.argv[1:])
     try:
         raise SystemExit(run(arguments, lambda: connect(arguments.address, os.environ), os.environ))
-    except ConnectionError as error:
+    except (ConnectionError, requests.ConnectionError) as error:
         message = f"{error} Is the tunnel open (ray dashboard ray_cluster.yaml), and the address right?"
-    except AuthenticationError:
+    except AuthenticationError as error:
+        wanted = "another token than this" if "nvalid" in str(error) else "its token"
         message = (
-            "the cluster wants its token: export RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or in "
-            "RAY_AUTH_TOKEN"
+            f"the cluster wants {wanted}: export RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token or in "
+            f"RAY_AUTH_TOKEN"
         )
     except (JobError, RuntimeError, ValueError, OSError) as error:
-        message = str(error)
+        message = _without_traceback(str(error))
     except KeyboardInterrupt:
         print("interrupted; a job that was submitted goes on", file=sys.stderr)
         raise SystemExit(130) from None

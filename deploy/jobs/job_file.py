@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 LOOKS_SECRET = re.compile(r"SECRET|PASSWORD|TOKEN|CREDENTIAL|(^|_)KEY", re.IGNORECASE)
+PASSWORD_IN_ADDRESS = re.compile(r"://[^\s/:@$]*:[^\s/@$]+@")
+ASSIGNMENT = re.compile(r"(?:^|[\s;&])(\w+)=[^\s$]")
 
 
 class JobError(ValueError):
@@ -24,7 +26,7 @@ class JobFile(BaseModel):
 
     submission_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The job's name on the cluster; a number is put behind it when an earlier one has it."""
-    entrypoint: str = Field(min_length=1)
+    entrypoint: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     """The command, run by a shell on the cluster: it may name variables of env_vars and env_from."""
     env_vars: dict[VariableName, str] = {}
     """Settings, with their values. Not for secrets."""
@@ -44,9 +46,20 @@ class JobFile(BaseModel):
     @field_validator("env_vars")
     @classmethod
     def _check_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if LOOKS_SECRET.search(name):
+        for name, text in value.items():
+            if LOOKS_SECRET.search(name) or PASSWORD_IN_ADDRESS.search(text):
                 raise ValueError(f"{name} looks like a secret; list its name under env_from, and export its value")
+        return value
+
+    @field_validator("entrypoint")
+    @classmethod
+    def _check_no_secrets_in_command(cls, value: str) -> str:
+        names = [name for name in ASSIGNMENT.findall(value) if LOOKS_SECRET.search(name)]
+        if names or PASSWORD_IN_ADDRESS.search(value):
+            raise ValueError(
+                f"entrypoint holds what looks like a secret ({names[0] if names else 'a password in an address'}); list a "
+                f"variable for it under env_from, export its value, and name it in the command: $VARIABLE"
+            )
         return value
 
     @model_validator(mode="after")
@@ -82,15 +95,30 @@ class JobFile(BaseModel):
         return {name: value for name, value in given.items() if value not in (None, {})}
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML, without the last of two values for a key winning in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice[0]} stands there twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_job_file(path: Path) -> JobFile:
     """Reads a job's file. Raises JobError where there is none, or for what it should not say."""
     try:
         text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise JobError(f"{path} must be text in UTF-8, but {error}") from error
     except OSError as error:
         beside = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml")))
         raise JobError(f"cannot read {path}: {error.strerror}" + (f"; there are {beside}" if beside else "")) from error
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_EachKeyOnce)
     except yaml.YAMLError as error:
         raise JobError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -109,5 +137,6 @@ def _in_words(error: Any) -> str:
         return f"{where} is missing"
     if error["type"] == "string_type" and error["loc"][0] == "env_vars":
         return f"{where} must be text, but is {error['input']!r}: put it into quotes"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where and error["type"] != "value_error" else message
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {error['msg']}, but got {error['input']!r}"

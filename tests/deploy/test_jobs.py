@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -40,12 +41,14 @@ class Cluster:
         self.submitted: list[dict] = []
         self.stopped: list[str] = []
         self.error: Exception | None = None
+        self.message = "why"
 
     def details(self, name):
         left = self.statuses[name]
         status = left.pop(0) if len(left) > 1 else left[0]
         return JobDetails(
-            type=JobType.SUBMISSION, submission_id=name, status=status, entrypoint="python x", message="why", start_time=1
+            type=JobType.SUBMISSION, submission_id=name, status=status, entrypoint="python x", message=self.message,
+            start_time=1,
         )  # fmt: skip
 
     def submit_job(self, *, entrypoint, **options):
@@ -203,9 +206,10 @@ def test_a_lost_connection_is_no_end_of_the_job():
         follow(cluster, "train")
 
 
-def test_a_job_that_is_not_there_is_told_as_such():
-    with pytest.raises(RuntimeError, match="Job other does not exist"):
-        follow(Cluster(), "other")
+@pytest.mark.parametrize("ask_for", [follow, stop])
+def test_a_job_that_is_not_there_is_told_as_such(ask_for):
+    with pytest.raises(JobError, match=r"no job other; python -m deploy.jobs list"):
+        ask_for(Cluster(), "other")
 
 
 def test_stopping_waits_for_the_jobs_end():
@@ -214,7 +218,37 @@ def test_stopping_waits_for_the_jobs_end():
     assert stop(cluster, "train", pause=pauses.append) == 0
     assert cluster.stopped == ["train"]
     assert len(pauses) == 2
-    assert stop(Cluster(train=[JobStatus.FAILED]), "train", pause=pauses.append) == 1
+    fails = [JobStatus.RUNNING, JobStatus.FAILED]
+    assert stop(Cluster(train=fails), "train", pause=pauses.append) == 1
+
+
+def test_a_job_that_has_ended_is_not_asked_to_stop(capsys):
+    cluster = Cluster(train=[JobStatus.SUCCEEDED])
+    assert stop(cluster, "train") == 0
+    assert cluster.stopped == []
+    assert capsys.readouterr().out == "train: succeeded\n"
+
+
+def test_a_failed_jobs_log_is_not_printed_again_with_its_reason(capsys):
+    cluster = Cluster(train=[JobStatus.FAILED])
+    cluster.message = "command failed with exit code 3, last available logs (truncated to 20,000 chars):\nthe log\n"
+    assert follow(cluster, "train") == 1
+    assert capsys.readouterr().out == "the log of train\ntrain: failed: command failed with exit code 3\n"
+
+
+def test_a_command_is_submitted_to_the_letter_but_for_space_around_it(tmp_path):
+    cluster = Cluster()
+    ask(
+        cluster,
+        "submit",
+        str(write(tmp_path, "submission_id: a\nentrypoint: |\n  echo 'two  spaces'\n  echo second\n")),
+    )
+    assert cluster.submitted[0]["entrypoint"] == "echo 'two  spaces'\necho second"
+
+
+def test_a_cluster_without_jobs_is_told_as_such(capsys):
+    assert ask(Cluster(), "list") == 0
+    assert capsys.readouterr().out == "no job was submitted yet\n"
 
 
 def test_jobs_are_listed(capsys):
@@ -234,7 +268,13 @@ def test_a_variable_that_is_not_set_is_named_before_anybody_is_asked():
     [
         ("{submission_id: a, entrypont: b}", "unknown key entrypont; known: submission_id, entrypoint"),
         ("{submission_id: a}", "entrypoint is missing"),
-        ("{submission_id: a b, entrypoint: b}", "submission_id: "),
+        ("{submission_id: a b, entrypoint: b}", "submission_id: .*, but got 'a b'"),
+        ("{submission_id: a, entrypoint: ' '}", "entrypoint: .* at least 1 character"),
+        ("{submission_id: a, entrypoint: [b, c]}", r"entrypoint: .* valid string, but got \['b', 'c'\]"),
+        ("{submission_id: a, submission_id: b, entrypoint: c}", "submission_id stands there twice"),
+        ("{submission_id: a, entrypoint: 'cd x; AWS_SECRET_ACCESS_KEY=abc python x'}", "secret .AWS_SECRET_ACCESS_KEY"),
+        ("{submission_id: a, entrypoint: 'x --uri http://me:abc@mlflow'}", "secret .a password in an address"),
+        ("{submission_id: a, entrypoint: b, env_vars: {MLFLOW_TRACKING_URI: 'http://me:abc@mlflow'}}", "like a secret"),
         ("{submission_id: a, entrypoint: b, env_vars: {X: 3}}", "env_vars.X must be text, but is 3: put it into quotes"),
         ("{submission_id: a, entrypoint: b, env_vars: {AWS_SECRET_ACCESS_KEY: x}}", "looks like a secret; list its name"),
         ("{submission_id: a, entrypoint: b, env_vars: {HF_TOKEN: x}}", "looks like a secret"),
@@ -250,6 +290,18 @@ def test_faults_of_a_file_are_told_in_plain_words(tmp_path, text, message):
         read_job_file(write(tmp_path, text))
     assert "job.yaml" in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+def test_a_command_may_name_secrets_of_the_environment(tmp_path):
+    path = write(tmp_path, "{submission_id: a, entrypoint: 'TOKEN=$HF_TOKEN x --uri http://$ME:$PASSWORD@mlflow:5000'}")
+    assert "$HF_TOKEN" in read_job_file(path).entrypoint
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(JobError, match=r"job.yaml must be text in UTF-8"):
+        read_job_file(path)
 
 
 def test_a_file_that_is_not_there_is_told_with_those_that_are():
@@ -274,17 +326,18 @@ def test_an_address_is_wanted_and_the_one_given_counts():
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Ray's dashboard as far as a submission asks it; to whoever brings no token where one is wanted, 401."""
+    """Ray's dashboard as far as a submission asks it, or one that refuses everything."""
 
-    wants_token = False
+    refusal: ClassVar[tuple[int, str] | None] = None
     received: ClassVar[list[dict]] = []
 
     def answer(self, content):
-        self.send_response(401 if self.wants_token else 200)
+        status, text = self.refusal or (200, json.dumps(content))
+        if status == 500 and self.path == "/api/version":  # a fault lies in what is asked, and not in the connection
+            status, text = 200, json.dumps(content)
+        self.send_response(status)
         self.end_headers()
-        self.wfile.write(
-            b"Unauthorized: Missing authentication token" if self.wants_token else json.dumps(content).encode()
-        )
+        self.wfile.write(text.encode())
 
     def do_GET(self):
         earlier = {"type": "SUBMISSION", "submission_id": "train-xl2", "status": "STOPPED", "entrypoint": "python x"}
@@ -301,9 +354,11 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
-def run_command(*arguments: str, wants_token: bool = False) -> tuple[subprocess.CompletedProcess, list[dict]]:
+def run_command(
+    *arguments: str, refusal: tuple[int, str] | None = None
+) -> tuple[subprocess.CompletedProcess, list[dict]]:
     """`python -m deploy.jobs` with Ray's own client, and what arrived at the other end."""
-    handler = type("Handler", (Answers,), {"wants_token": wants_token, "received": []})
+    handler = type("Handler", (Answers,), {"refusal": refusal, "received": []})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         asked = subprocess.run(
@@ -325,10 +380,23 @@ def test_rays_own_client_sends_what_the_file_says():
     assert (body["entrypoint_num_cpus"], body["entrypoint_memory"]) == (4, 16 * 2**30)
 
 
-def test_a_cluster_that_wants_a_token_is_told_as_such():
-    asked, _ = run_command("list", wants_token=True)
+@pytest.mark.parametrize(
+    ("status", "text", "told"),
+    [
+        (401, "Unauthorized: Missing authentication token", "the cluster wants its token: export RAY_AUTH_MODE=token"),
+        (403, "Forbidden: Invalid authentication token", "the cluster wants another token than this: export RAY_AUTH"),
+        (200, "<html>something else</html>", "http://127.0.0.1:.* answers, but not as Ray's dashboard does"),
+        (
+            500,
+            'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    raise ValueError\nValueError: in use\n.\n.',
+            "ValueError: in use$",
+        ),
+    ],
+)
+def test_what_the_cluster_refuses_is_told_in_a_line(status, text, told):
+    asked, _ = run_command("list", refusal=(status, text))
     assert asked.returncode == 2
-    assert asked.stderr.splitlines()[-1].startswith("error: the cluster wants its token: export RAY_AUTH_MODE=token")
+    assert re.match(f"error: {told}", asked.stderr.splitlines()[-1])
     assert "Traceback" not in asked.stderr
 
 

@@ -99,6 +99,14 @@ class Probe(Manifest):
     failure_threshold: int = 3
 
 
+class Handler(Manifest):
+    exec: Exec
+
+
+class Lifecycle(Manifest):
+    pre_stop: Handler
+
+
 class Resources(Manifest):
     requests: dict[str, str] = Field(min_length=1)
     limits: dict[str, str] = Field(min_length=1)
@@ -117,6 +125,7 @@ class Container(Manifest):
     command: list[str] | None = None
     args: list[str] | None = None
     env: list[Variable] = []
+    lifecycle: Lifecycle | None = None
     ports: list[ContainerPort] = []
     startup_probe: Probe | None = None
     readiness_probe: Probe | None = None
@@ -215,10 +224,16 @@ class RayClusterSpec(Manifest):
     worker_group_specs: list[WorkerGroup]
 
 
+class SubmitterConfig(Manifest):
+    backoff_limit: int
+
+
 class RayJobSpec(Manifest):
     entrypoint: str
+    job_id: str | None = None
     runtime_env_y_a_m_l: str | None = Field(default=None, alias="runtimeEnvYAML")
     submission_mode: Literal["K8sJobMode"]
+    submitter_config: SubmitterConfig
     backoff_limit: Literal[0]
     shutdown_after_job_finishes: Literal[True]
     ttl_seconds_after_finished: int = Field(ge=0)

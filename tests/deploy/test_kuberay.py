@@ -22,8 +22,10 @@ import tyro
 import yaml
 from mlflow.server.security_utils import is_allowed_host_header
 from pydantic import TypeAdapter, ValidationError
+from ray.scripts.scripts import cli as ray_commands
 
 import deploy.validate as validate
+from deploy.jobs.__main__ import parse_arguments as parse_jobs
 from deploy.schema import GenerateRequest
 from pipelines.check import CheckJob
 from pipelines.encode import EncodeJob
@@ -379,6 +381,42 @@ def test_entrypoints_are_understood_by_the_real_parsers_and_fit_each_other(overl
 def test_a_stopped_training_has_time_for_its_checkpoint():
     (document,) = validate.read_documents(KUBERAY / "base" / "train.yaml")
     assert yaml.safe_load(document["spec"]["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}
+
+
+@pytest.mark.parametrize("stage", ["train", "serve"])
+def test_ray_is_told_of_a_worker_that_is_taken_away_while_the_pod_is_still_there(overlay, stage):
+    pod = clusters(overlay)[stage].worker_group_specs[0].template.spec
+    *shell, script = pod.containers[0].lifecycle.pre_stop.exec.command
+    assert shell == ["bash", "-c"]
+    tell, wait = (shlex.split(part) for part in script.split("&&"))
+    assert tell[:2] == ["ray", "drain-node"]
+    options = ray_commands.commands["drain-node"].make_context("drain-node", tell[2:]).params
+    # Without --node-id: the node that asks. Only this reason makes Ray Train's notice.
+    assert (options["node_id"], options["reason"]) == (None, "DRAIN_NODE_REASON_PREEMPTION")
+    assert wait == ["sleep", str(options["deadline_remaining_seconds"])]
+    assert options["deadline_remaining_seconds"] >= 90
+    assert pod.termination_grace_period_seconds >= options["deadline_remaining_seconds"] + 20
+
+
+def test_a_head_that_is_taken_away_stops_its_training_first(overlay):
+    job = one(overlay, "RayJob", "train").spec
+    pod = job.ray_cluster_spec.head_group_spec.template.spec
+    words = pod.containers[0].lifecycle.pre_stop.exec.command
+    assert words[:3] == ["python", "-m", "deploy.jobs"]
+    asked = parse_jobs(words[3:])
+    assert (asked.command, asked.id) == ("stop", job.job_id)
+    assert urlsplit(asked.address).port == 8265
+    assert pod.termination_grace_period_seconds >= 120
+
+
+def test_a_lost_submitter_ends_no_job(overlay):
+    for job in of_kind(overlay, "RayJob"):
+        assert job.spec.submitter_config.backoff_limit >= 10
+
+
+def test_the_shell_outlives_a_copy_of_a_day(overlay):
+    (container,) = one(overlay, "Pod", "shell").spec.containers
+    assert container.command == ["sleep", "infinity"]
 
 
 # The endpoint.
@@ -789,7 +827,7 @@ def test_the_command_ends_well_for_what_is_well_and_badly_for_what_is_not(crds, 
     validate.main()
     assert capsys.readouterr().out == "2 Ray documents of 1 kustomizations are valid\n"
     train = tmp_path / "kuberay" / "base" / "train.yaml"
-    train.write_text(train.read_text().replace("  backoffLimit:", "  backofLimit:"))
+    train.write_text(train.read_text().replace("  backoffLimit: 0", "  backofLimit: 0"))
     with pytest.raises(SystemExit) as ended:
         validate.main()
     assert ended.value.code == 1
@@ -864,6 +902,9 @@ def test_the_pages_own_commands_are_understood_by_their_parsers():
     body = shlex.split(next(line for line in lines if "/generate" in line))
     assert GenerateRequest.model_validate(json.loads(body[body.index("-d") + 1])).seed == 7
     assert "python -m deploy.keys alice" in lines
+    stopping = shlex.split(next(line for line in lines if "deploy.jobs" in line))
+    asked = parse_jobs(stopping[stopping.index("deploy.jobs") + 1 :])
+    assert (asked.command, asked.id) == ("stop", "train")
     for line in lines:
         for name in re.findall(r"deploy/[\w./-]+", line):
             assert (REPOSITORY / name).exists() or name == "deploy/mlflow/.env", line

@@ -177,34 +177,28 @@ def read_schemas(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def schema_problems(document: Document, schema: dict[str, Any]) -> list[str]:
     """What is wrong with a document by its schema, and what the API server would drop because the schema is silent."""
-    errors = jsonschema.Draft7Validator(schema).iter_errors(document)
-    found = [f"{error.json_path}: {error.message}" for error in sorted(errors, key=lambda error: error.json_path)]
-    root = {
-        **schema,
-        "properties": {**schema["properties"], "metadata": {"x-kubernetes-preserve-unknown-fields": True}},
-    }
-    return found + [f"{path}: unknown key, which the API server drops" for path in unknown_keys(document, root, "$")]
-
-
-def unknown_keys(value: Any, schema: dict[str, Any], path: str) -> list[str]:
-    """Paths of keys that an OpenAPI schema does not name."""
-    if any(schema.get(name) for name in FREE_FORM):
-        return []
-    if isinstance(value, list):
-        of_item = schema.get("items", {})
-        return [key for i, inner in enumerate(value) for key in unknown_keys(inner, of_item, f"{path}[{i}]")]
-    if not isinstance(value, dict):
-        return []
-    properties, others = schema.get("properties", {}), schema.get("additionalProperties")
     found = []
-    for key, inner in value.items():
-        if key in properties:
-            found += unknown_keys(inner, properties[key], f"{path}.{key}")
-        elif isinstance(others, dict):
-            found += unknown_keys(inner, others, f"{path}.{key}")
-        elif not others:
-            found.append(f"{path}.{key}")
-    return found
+    for error in jsonschema.Draft7Validator(closed(schema)).iter_errors(document):
+        if error.validator == "additionalProperties":
+            unknown = [key for key in error.instance if key not in error.schema.get("properties", {})]
+            found += [f"{error.json_path}.{key}: unknown key, which the API server drops" for key in unknown]
+        else:
+            found.append(f"{error.json_path}: {error.message}")
+    return sorted(found)
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with an error for each key that it does not name."""
+    if any(schema.get(name) for name in FREE_FORM):
+        return schema
+    made = dict(schema)
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            made[name] = closed(schema[name])
+    if "properties" in schema:
+        made["properties"] = {key: closed(inner) for key, inner in schema["properties"].items()}
+        made.setdefault("additionalProperties", False)
+    return made
 
 
 def operator_problems(document: Document) -> list[str]:
@@ -224,7 +218,7 @@ def operator_problems(document: Document) -> list[str]:
     cluster = spec.get(key)
     if cluster is None:
         return [*found, f"$.spec.{key}: must be there"]
-    if "authOptions" in cluster and "rayVersion" not in cluster:
+    if cluster.get("authOptions", {}).get("mode") == "token" and "rayVersion" not in cluster:
         found.append(f"$.spec.{key}.authOptions: wants rayVersion")
     for number, group in enumerate(cluster.get("workerGroupSpecs", [])):
         fewest, most = group.get("minReplicas"), group.get("maxReplicas")

@@ -794,6 +794,34 @@ def test_the_check_against_schemas_tells_what_is_wrong_and_where(crds, change, t
     assert told in line
 
 
+def test_a_cluster_without_tokens_needs_no_version(crds):
+    def change(spec):
+        spec["rayClusterSpec"]["authOptions"]["mode"] = "disabled"
+        del spec["rayClusterSpec"]["rayVersion"]
+
+    assert problems_of(crds, change, "RayJob", "train") == []
+
+
+def test_a_key_is_known_where_the_schema_takes_any_and_unknown_in_what_such_keys_hold():
+    inner = {"type": "object", "properties": {"known": {"type": "integer"}}}
+    schema = {
+        "type": "object",
+        "properties": {
+            "labels": {"type": "object", "additionalProperties": inner},
+            "free": {"type": "object", "properties": {}, "x-kubernetes-preserve-unknown-fields": True},
+            "list": {"type": "array", "items": inner},
+            "metadata": {"type": "object"},
+        },
+    }
+    fine = {"labels": {"any": {"known": 1}}, "free": {"x": 1}, "list": [{"known": 1}], "metadata": {"name": "x"}}
+    assert validate.schema_problems(fine, schema) == []
+    wrong = {"labels": {"any": {"unknown": 1}}, "list": [{}, {"unknown": 1}]}
+    assert validate.schema_problems(wrong, schema) == [
+        "$.labels.any.unknown: unknown key, which the API server drops",
+        "$.list[1].unknown: unknown key, which the API server drops",
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [

@@ -280,7 +280,7 @@ class MatchLabels(Manifest):
 
 
 class Strategy(Manifest):
-    type: Literal["Recreate", "RollingUpdate"]
+    type: Literal["Recreate"]  # two versions at once would both migrate MLflow's tables
 
 
 class DeploymentSpec(Manifest):

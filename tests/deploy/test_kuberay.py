@@ -307,6 +307,37 @@ def test_versions_are_those_of_the_project(overlay):
     assert services["mlflow-postgres"].image == postgres
 
 
+def test_ray_pods_run_as_the_images_user_and_keep_logs_and_downloads_on_volumes(overlay):
+    (user,) = re.findall(r"^USER (\d+)$", (REPOSITORY / "deploy" / "Dockerfile").read_text(), re.MULTILINE)
+    for _, what, labels, pod in pods(overlay):
+        if not labels.keys() & {"ray.io/is-ray-node", "ray.io/originated-from-crd"}:
+            continue
+        assert pod.security_context.run_as_user == int(user), what
+        (container,) = pod.containers
+        if "ray.io/is-ray-node" in labels:
+            assert "/tmp/ray" in {mount.mount_path for mount in container.volume_mounts}, what
+            values = {variable.name: variable.value for variable in container.env}
+            assert values["HF_HOME"].startswith("/storage/"), what
+        if labels.get("ray.io/node-type") == "head":  # KubeRay's Service and its address for workers go by these names
+            ports = {port.name: port.container_port for port in container.ports}
+            assert (ports["gcs-server"], ports["dashboard"]) == (6379, 8265), what
+            assert container.resources.requests == container.resources.limits, what
+
+
+def test_storage_is_written_by_many_and_a_nodes_cache_holds_imagenet(overlay):
+    assert one(overlay, "PersistentVolumeClaim", "storage").spec.access_modes == ["ReadWriteMany"]
+    (claim,) = one(overlay, "StatefulSet", "mlflow-postgres").spec.volume_claim_templates
+    assert claim.spec.access_modes == ["ReadWriteOnce"]
+    volumes = {volume.name: volume for volume in clusters(overlay)["train"].worker_group_specs[0].template.spec.volumes}
+    assert bytes_of(volumes["cache"].empty_dir.size_limit) > 1_281_167 * 2 * 8 * 32 * 32 * 2  # moments, mirrored too
+
+
+def test_jobs_wait_for_nodes_that_are_still_to_be_started(overlay):
+    for job in of_kind(overlay, "RayJob"):
+        assert job.spec.pre_running_deadline_seconds >= 1800
+        assert job.spec.ttl_seconds_after_finished >= 300  # for a look at the pods of one that failed
+
+
 # Secrets.
 
 
@@ -475,6 +506,9 @@ def test_probes_ask_the_application_on_workers_alone(overlay):
     container: Container = worker.containers[0]
     assert (container.startup_probe.http_get.path, container.readiness_probe.http_get.path) == ("/readyz", "/healthz")
     assert {"/readyz", "/healthz"} <= paths
+    startup, readiness = container.startup_probe, container.readiness_probe
+    assert startup.period_seconds * startup.failure_threshold >= 1800  # loading, and compiling for each size of batch
+    assert readiness.period_seconds * readiness.failure_threshold <= 15
     assert container.liveness_probe is None  # KubeRay's own, of the raylet
     # KubeRay waits for the head before it hands over what these would ask for.
     assert (head.containers[0].startup_probe, head.containers[0].readiness_probe) == (None, None)
@@ -601,7 +635,14 @@ def test_what_goes_out_goes_to_the_internet_and_no_private_address(overlay):
         for peer in rule.to
         if peer.ip_block is not None
     ]
-    assert len(blocks) == 2
+    assert [block.cidr for block in blocks] == ["0.0.0.0/0"] * 2
+    ports = {
+        tuple(port.port for port in rule.ports)
+        for policy in of_kind(overlay, "NetworkPolicy")
+        for rule in policy.spec.egress
+        if not rule.to or rule.to[0].ip_block is not None
+    }
+    assert ports == {(443,), (443, 6443)}  # object stores and the hub; the API server
     for block in blocks:
         for private in ("10.1.2.3", "172.20.0.1", "192.168.1.1", "169.254.169.254"):
             assert any(ipaddress.ip_address(private) in ipaddress.ip_network(cidr) for cidr in block.except_), private
@@ -649,6 +690,36 @@ def test_mlflow_understands_its_options_and_answers_to_the_name_that_the_stages_
         assert is_allowed_host_header(allowed, host), host
     for host in ("evil.example", "mlflow.evil.example:5000", "mlflow.mlflow.svc.cluster.local.evil.example:5000"):
         assert not is_allowed_host_header(allowed, host), host
+
+
+def test_mlflows_services_lead_to_its_pods_and_its_files_lie_where_it_may_write(overlay):
+    for kind, name in (("Deployment", "mlflow"), ("StatefulSet", "mlflow-postgres")):
+        spec, service = one(overlay, kind, name).spec, one(overlay, "Service", name, "mlflow").spec
+        assert service.selector == spec.selector.match_labels == spec.template.metadata.labels
+        (container,) = spec.template.spec.containers
+        (port,) = service.ports
+        assert {one.name: one.container_port for one in container.ports} == {port.target_port: port.port}
+        assert container.security_context.read_only_root_filesystem
+    assert one(overlay, "StatefulSet", "mlflow-postgres").spec.service_name == "mlflow-postgres"
+    (container,) = one(overlay, "Deployment", "mlflow").spec.template.spec.containers
+    mounts = {mount.mount_path: mount.name for mount in container.volume_mounts}
+    values = {variable.name: variable.value for variable in container.env}
+    assert mounts[values["HOME"]] == mounts[container.working_dir] == mounts["/tmp"] == "scratch"
+    folder, file = values["MLFLOW_AUTH_CONFIG_PATH"].rsplit("/", 1)
+    volumes = {volume.name: volume for volume in one(overlay, "Deployment", "mlflow").spec.template.spec.volumes}
+    assert [item.path for item in volumes[mounts[folder]].config_map.items] == [file]
+    probe = container.startup_probe
+    assert probe.period_seconds * probe.failure_threshold >= 300
+    assert (
+        server_options(filled_in(container.args, dict.fromkeys(("ARTIFACTS_DESTINATION", "ALLOWED_HOSTS"), "x")))[
+            "port"
+        ]
+        == 5000
+    )
+    (container,) = one(overlay, "StatefulSet", "mlflow-postgres").spec.template.spec.containers
+    mounts = {mount.mount_path: mount.name for mount in container.volume_mounts}
+    values = {variable.name: variable.value for variable in container.env}
+    assert mounts[values["PGDATA"].rsplit("/", 1)[0]] == "data"
 
 
 def test_mlflow_in_compose_is_understood_and_reached_from_this_machine_alone():

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import tomllib
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import aiohttp
 import pytest
 import ray
 import tyro
@@ -42,13 +44,14 @@ class Cluster:
         self.stopped: list[str] = []
         self.error: Exception | None = None
         self.message = "why"
+        self.started: dict[str, int] = {}
 
     def details(self, name):
         left = self.statuses[name]
         status = left.pop(0) if len(left) > 1 else left[0]
         return JobDetails(
             type=JobType.SUBMISSION, submission_id=name, status=status, entrypoint="python x", message=self.message,
-            start_time=1,
+            start_time=self.started.get(name, 1),
         )  # fmt: skip
 
     def submit_job(self, *, entrypoint, **options):
@@ -197,7 +200,7 @@ def test_a_submission_that_is_followed_ends_with_its_job(tmp_path, capsys):
 
 def test_a_lost_connection_is_no_end_of_the_job():
     cluster = Cluster(train=[JobStatus.RUNNING])
-    for error in (ConnectionResetError("reset"), RuntimeError("closed unexpectedly")):
+    for error in (ConnectionResetError("reset"), RuntimeError("closed unexpectedly"), aiohttp.ClientError("gone")):
         cluster.error = error
         with pytest.raises(JobError, match="the job goes on: python -m deploy.jobs follow train"):
             follow(cluster, "train")
@@ -251,10 +254,25 @@ def test_a_cluster_without_jobs_is_told_as_such(capsys):
     assert capsys.readouterr().out == "no job was submitted yet\n"
 
 
-def test_jobs_are_listed(capsys):
-    assert ask(Cluster(first=[JobStatus.FAILED], second_one=[JobStatus.RUNNING]), "list") == 0
+def test_jobs_are_listed_the_last_one_first_with_when_they_began(capsys):
+    cluster = Cluster(second_one=[JobStatus.RUNNING], first=[JobStatus.FAILED])
+    days = {"first": 10, "second-one": 20}
+    cluster.started = {name: int(datetime(2030, 1, day, 12).timestamp() * 1000) for name, day in days.items()}
+    assert ask(cluster, "list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["first", "FAILED"], ["second-one", "RUNNING"]]
+    assert [line.split()[:4] for line in lines] == [
+        ["second-one", "RUNNING", "2030-01-20", "12:00"],
+        ["first", "FAILED", "2030-01-10", "12:00"],
+    ]
+
+
+def test_follow_follows_and_stop_stops(capsys):
+    cluster = Cluster(train=[JobStatus.RUNNING, JobStatus.STOPPED])
+    assert ask(cluster, "stop", "train") == 0
+    assert cluster.stopped == ["train"]
+    assert ask(cluster, "follow", "train") == 143
+    assert cluster.stopped == ["train"]
+    assert "the log of train\n" in capsys.readouterr().out
 
 
 def test_a_variable_that_is_not_set_is_named_before_anybody_is_asked():
@@ -314,6 +332,8 @@ def test_an_address_is_wanted_and_the_one_given_counts():
         connect(None, {})
     with pytest.raises(JobError, match="must be like http://HEAD:8265"):
         connect("head:6379", {})
+    with pytest.raises(ConnectionError):
+        connect("https://127.0.0.1:9", {})
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{nobody.getsockname()[1]}"

@@ -24,8 +24,9 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
 from ray.job_submission import JobStatus
 from ray.runtime_env import RuntimeEnv
 
-from deploy.jobs.__main__ import connect, follow, free_id, parse_arguments, run, stop
+from deploy.jobs.__main__ import connect, follow, free_id, main, parse_arguments, run, stop
 from deploy.jobs.job_file import JobError, JobFile, read_job_file
+from pipelines.demo.__main__ import free_port
 from pipelines.encode import EncodeJob
 from pipelines.evaluate import EvaluateJob
 from pipelines.train import parse_arguments as parse_training
@@ -418,6 +419,29 @@ def test_what_the_cluster_refuses_is_told_in_a_line(status, text, told):
     assert asked.returncode == 2
     assert re.match(f"error: {told}", asked.stderr.splitlines()[-1])
     assert "Traceback" not in asked.stderr
+
+
+def test_a_head_that_nobody_reaches_is_told_with_what_to_look_at(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jobs", "list", "--address", f"http://127.0.0.1:{free_port(0)}"])
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("Is the tunnel open (ray dashboard ray_cluster.yaml), and the address right?")
+
+
+def test_an_interrupt_leaves_the_job_alone_and_says_so(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["jobs", "follow", "train-xl2", "--address", "http://127.0.0.1:8265"])
+    monkeypatch.setattr("deploy.jobs.__main__.run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted; a job that was submitted goes on\n"
 
 
 def test_job_and_cluster_files_are_part_of_the_installed_package():

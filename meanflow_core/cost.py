@@ -8,6 +8,7 @@ keep is counted. The blocks of a network are alike, so two or three shallow netw
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.loss import StepRecord, draw_step_record, meanflow_loss
+from meanflow_core.loss import StepRecord, draw_step_record, meanflow_loss, total_derivative
 from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.transformer import Conditioning
 
@@ -62,6 +63,16 @@ class MemoryEstimate:
     def total(self) -> int:
         """The sum."""
         return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutedFlops:
+    """Floating-point operations that a step really runs, over the global batch."""
+
+    in_precision: float
+    """At the configured precision."""
+    in_float32: float
+    """In the float32 pass of its own that du/dt takes under bfloat16; else 0."""
 
 
 def num_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
@@ -120,8 +131,7 @@ def step_flops(
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     rows = rows or ROWS_OF_SHARES
-    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(1, 1, 1))
-    record = replace(record, rows_asked=torch.cat([record.rows_conditional, record.rows_null]))
+    record = _mean_record(config, rows)
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with torch.device("meta"):
@@ -129,6 +139,32 @@ def step_flops(
             return _count_flops(lambda: _loss(network, config.loss, record).backward())
 
     return float(_at_full_depth(config.network, count, shallow=1)[0]) * config.global_batch_size / rows
+
+
+def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> ExecutedFlops:
+    """Floating-point operations of a step as `config` arranges it, counted as `step_flops` counts.
+
+    On top of `step_flops`: the pass of its own that du/dt takes under bfloat16 and under activation checkpointing, and
+    the forward that checkpointing runs again. Rows that pad calls to a few sizes are not counted.
+    Raises ValueError where the sizes do not fit.
+    """
+    sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
+    record = _mean_record(config, ROWS_OF_SHARES)
+    apart = config.takes_derivative_apart
+
+    def count(network_config: NetworkConfig) -> np.ndarray:
+        with FakeTensorMode():  # and not meta, where there is no autocast to leave
+            network = build_network(network_config, **sizes)
+            if config.activation_checkpointing:
+                network.enable_gradient_checkpointing()
+            whole = _count_flops(lambda: _loss(network, config.loss, record, separate_derivative=apart).backward())
+            if not apart or config.loss.is_flow_matching:
+                return np.concatenate([whole, np.zeros(1)])
+            return np.concatenate([whole, _count_flops(lambda: _derivative(network, record))])
+
+    whole, derivative = _at_full_depth(config.network, count, shallow=1) * config.global_batch_size / ROWS_OF_SHARES
+    in_float32 = float(derivative) if config.precision == "bfloat16" else 0.0
+    return ExecutedFlops(in_precision=float(whole) - in_float32, in_float32=in_float32)
 
 
 def memory_estimate(
@@ -153,13 +189,7 @@ def memory_estimate(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, but got {value}")
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-    record = _heaviest_pass(config, rows_per_pass)
-
-    def trace(network_config: NetworkConfig) -> np.ndarray:
-        return _traced_bytes(replace(config, network=network_config), record, sizes)
-
-    # Deep enough that the worst moment is the same as in a deeper one.
-    kept, forward_peak, backward_peak = (int(n) for n in _at_full_depth(config.network, trace, shallow=3))
+    kept, forward_peak, backward_peak = _bytes_of_pass(config, rows_per_pass, tuple(sizes.items()))
     with torch.device("meta"):
         network = build_network(config.network, **sizes)
     share = -(-FLOAT32_BYTES * _count(network) // num_shards)
@@ -175,6 +205,21 @@ def memory_estimate(
         # Adam over lists of tensors takes the root of all its second moments at once.
         temporaries=max(temporaries, share - kept),
     )
+
+
+@lru_cache(maxsize=64)  # seconds for a deep network, and the same for any number of shards
+def _bytes_of_pass(
+    config: TrainingConfig, rows_per_pass: int, sizes: tuple[tuple[str, int], ...]
+) -> tuple[int, int, int]:
+    """`_traced_bytes` of the heaviest pass of so many rows."""
+    record = _heaviest_pass(config, rows_per_pass)
+
+    def trace(network_config: NetworkConfig) -> np.ndarray:
+        return _traced_bytes(replace(config, network=network_config), record, dict(sizes))
+
+    # Deep enough that the worst moment is the same as in a deeper one.
+    kept, forward_peak, backward_peak = (int(n) for n in _at_full_depth(config.network, trace, shallow=3))
+    return kept, forward_peak, backward_peak
 
 
 def _count(module: nn.Module) -> int:
@@ -206,6 +251,20 @@ def _at_full_depth(
             one_more = at(first[0] + (kind == 0), first[1] + (kind == 1))
             total = total + more * (one_more - base)
     return total
+
+
+def _mean_record(config: TrainingConfig, rows: int) -> StepRecord:
+    """Draws of step 0 for so many rows, none of them padding."""
+    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(1, 1, 1))
+    return replace(record, rows_asked=torch.cat([record.rows_conditional, record.rows_null]))
+
+
+def _derivative(network: AnyNetwork, record: StepRecord) -> torch.Tensor:
+    """du/dt of a record's rows with r < t in a pass of its own, on tensors without data."""
+    size = (len(record.rows_below), network.config.in_channels, network.config.sample_size, network.config.sample_size)
+    z, of_row = torch.empty(size), torch.empty(size[0])
+    guidance = {} if record.omega is None else {"omega": of_row, "t_min": of_row, "t_max": of_row}
+    return total_derivative(network, z, Conditioning(t=of_row, r=of_row, labels=of_row.long(), **guidance), z)
 
 
 def _loss(

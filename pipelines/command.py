@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 import ray
 import tyro
 
+from meanflow_core.config import TrainingConfig
+from meanflow_core.presets import PRESETS
+
 T = TypeVar("T")
 
 # glibc gives large temporaries back to the system and faults them in again at every step: 3 to 10 times slower on CPUs.
@@ -63,6 +66,29 @@ def parse_command_line(kind: type[T], description: str | None, **options: Any) -
         return tyro.cli(kind, description=description, **{"prog": command_name(), **options})
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def parse_preset_command_line(
+    kind: type[T], arguments: list[str], module: str, description: str, begin: Callable[[TrainingConfig], T]
+) -> tuple[str, T]:
+    """A command line of a preset's name, then options: the name, and the dataclass by tyro.
+
+    begin: the dataclass with a preset's configuration, which options override. Raises InputError for an unknown preset
+    and for what the dataclass refuses.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        listing = "\n".join(f"    {name:8s} {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
+        print(
+            f"usage: python -m {module} PRESET [OPTIONS]\n\n{description}\n"
+            f"Presets (PRESET --help lists the options):\n{listing}"
+        )
+        raise SystemExit(0 if arguments else 2)
+    preset = arguments[0]
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    return preset, parse_command_line(
+        kind, None, args=arguments[1:], default=begin(PRESETS[preset]()), prog=f"python -m {module} {preset}"
+    )
 
 
 def _quieten_worker() -> None:

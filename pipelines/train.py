@@ -39,20 +39,19 @@ from meanflow_core.checkpoint import load_average
 from meanflow_core.cost import step_flops
 from meanflow_core.generator import for_sampling, save_generator
 from meanflow_core.networks import AnyNetwork, build_network
-from meanflow_core.presets import PRESETS
 from pipelines import checkpoints, latent_store, notices, storage, tracking, validation, warm_start
 from pipelines.command import (
     InputError,
     RunError,
     choose_gpus,
-    parse_command_line,
+    parse_preset_command_line,
     run_command,
     start_ray,
 )
+from pipelines.description import describe
 from pipelines.latent_cache import NO_CACHE
 from pipelines.latent_store import Manifest
 from pipelines.model_card import write_card
-from pipelines.plan import describe
 from pipelines.training_job import TrainJob
 from pipelines.training_record import begin_or_resume_run, read_record, require_same, write_record
 from pipelines.training_worker import Outcome, WorkerTask, pipeline_of, train_worker
@@ -387,19 +386,12 @@ def dry_run(preset: str, job: TrainJob) -> str:
 
 def parse_arguments(arguments: list[str]) -> tuple[str, TrainJob]:
     """The command line: a preset's name, then options. Raises InputError for an unknown preset."""
-    listing = "\n".join(f"    {name:8s} {(preset.__doc__ or '').splitlines()[0]}" for name, preset in PRESETS.items())
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(
-            f"usage: python -m pipelines.train PRESET [OPTIONS]\n\n{__doc__}\n"
-            f"Presets (PRESET --help lists the options):\n{listing}"
-        )
-        raise SystemExit(0 if arguments else 2)
-    preset = arguments[0]
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    default = TrainJob(data=tyro.MISSING, storage=tyro.MISSING, run_name=tyro.MISSING, config=PRESETS[preset]())
-    return preset, parse_command_line(
-        TrainJob, None, args=arguments[1:], default=default, prog=f"python -m pipelines.train {preset}"
+    return parse_preset_command_line(
+        TrainJob,
+        arguments,
+        "pipelines.train",
+        __doc__ or "",
+        lambda config: TrainJob(data=tyro.MISSING, storage=tyro.MISSING, run_name=tyro.MISSING, config=config),
     )
 
 

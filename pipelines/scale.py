@@ -113,10 +113,6 @@ class Training:
     """N."""
     rows_at_once: int
     """Most rows that a GPU takes in a pass."""
-    memory: MemoryEstimate
-    """Of each GPU."""
-    fits: bool
-    """Whether the memory is no more than is usable."""
     compute_seconds: float
     """Of a step."""
     communication: Communication
@@ -149,6 +145,10 @@ class Estimate:
     """What a step really runs."""
     asked: Training
     """On as many GPUs as asked for."""
+    memory: MemoryEstimate
+    """Of each of these."""
+    fits: bool
+    """Whether that is no more than is usable."""
     largest_rows: int
     """Most rows of a GPU's share that fit its memory at once."""
     others: tuple[Training, ...]
@@ -250,12 +250,15 @@ def largest_rows(workload: Workload, num_gpus: int, usable_bytes: float) -> int:
     too_many, most = share, float(total(share))
     if most <= usable_bytes:
         return share
+    tries = 0
     while too_many - fitting > 1:
+        tries += 1
+        line = fitting + (too_many - fitting) * (usable_bytes - least) / (most - least)
         if fitting == 0:
-            rows = 1
-        else:
-            line = fitting + (too_many - fitting) * (usable_bytes - least) / (most - least)
-            rows = min(max(int(line), fitting + 1), too_many - 1)
+            line = 1.0
+        elif tries % 3 == 0:  # few rows lie above the line, under the optimiser's own: halve
+            line = (fitting + too_many) / 2
+        rows = min(max(int(line), fitting + 1), too_many - 1)
         if total(rows) <= usable_bytes:
             fitting, least = rows, float(total(rows))
         else:
@@ -267,7 +270,6 @@ def train_on(workload: Workload, cluster: Cluster, num_gpus: int, rows: int) -> 
     """A training on W GPUs, each taking at most so many rows at once. Raises ValueError as `Cluster.num_nodes`."""
     batch, steps = workload.config.global_batch_size, workload.config.num_steps
     nodes, at_once = cluster.num_nodes(num_gpus), largest_pass(batch, num_gpus, rows)
-    memory = _memory(workload, at_once, workload.num_shards(num_gpus))
     compute = compute_seconds(workload, cluster, num_gpus)
     sent = communication(payload_bytes(workload, num_passes(batch, num_gpus, rows)), cluster, num_gpus)
     step = (max(compute, sent.seconds), compute + sent.seconds)
@@ -278,8 +280,6 @@ def train_on(workload: Workload, cluster: Cluster, num_gpus: int, rows: int) -> 
         num_gpus=num_gpus,
         num_nodes=nodes,
         rows_at_once=at_once,
-        memory=memory,
-        fits=memory.total <= cluster.gpu.usable_bytes,
         compute_seconds=compute,
         communication=sent,
         step_seconds=step,
@@ -315,19 +315,20 @@ def estimate(
         )
     rows = workload.rows_per_pass or fitting
     asked = train_on(workload, cluster, num_gpus, rows)
+    memory = _memory(workload, asked.rows_at_once, workload.num_shards(num_gpus))
     trainings, left_out = {num_gpus: asked}, []
     for other in others:
         if other == num_gpus or (other > cluster.gpus_per_node and other % cluster.gpus_per_node):
             continue
         # With as many rows at once as here, or with fewer where larger shards leave less room.
-        there = train_on(workload, cluster, other, rows) if other <= batch else None
-        if there is not None and not there.fits and workload.rows_per_pass is None:
-            fewer = largest_rows(workload, other, usable)
-            there = train_on(workload, cluster, other, fewer) if fewer else None
-        if there is None:
+        fewer = rows
+        if other <= batch and workload.num_shards(other) < workload.num_shards(num_gpus):
+            there = _memory(workload, rows, workload.num_shards(other)).total
+            fewer = rows if there <= usable else largest_rows(workload, other, usable)
+        if other > batch or fewer == 0:
             left_out.append(other)
         else:
-            trainings[other] = there
+            trainings[other] = train_on(workload, cluster, other, fewer)
     size = checkpoint_bytes(workload.config, **workload.sizes)
     interval = workload.config.checkpoint_interval_steps
     return Estimate(
@@ -336,6 +337,8 @@ def estimate(
         flops=step_flops(workload.config, **workload.sizes),
         executed=_executed(workload),
         asked=asked,
+        memory=memory,
+        fits=memory.total <= usable,
         largest_rows=fitting,
         others=tuple(trainings[number] for number in sorted(trainings)),
         left_out=tuple(left_out),

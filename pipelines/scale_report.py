@@ -112,10 +112,10 @@ def _memory(estimate: Estimate) -> list[tuple[str, str]]:
     shards = workload.num_shards(asked.num_gpus)
     share = ceil(workload.config.global_batch_size / asked.num_gpus)
     verdict = (
-        f"{'it fits' if asked.fits else 'it does NOT fit'}; at most {estimate.largest_rows} of its {share} rows do"
+        f"{'it fits' if estimate.fits else 'it does NOT fit'}; at most {estimate.largest_rows} of its {share} rows do"
     )
     return [
-        *description.memory_lines(workload.config, asked.memory, asked.rows_at_once, shards),
+        *description.memory_lines(workload.config, estimate.memory, asked.rows_at_once, shards),
         ("to be had", f"{usable / 1e9:.2f} GB: {verdict} at once"),
     ]
 
@@ -229,7 +229,7 @@ def as_json(preset: str, estimate: Estimate, stands_on: list[Assumption]) -> str
         "usable_bytes": estimate.cluster.gpu.usable_bytes,
         "gradient_bytes": estimate.workload.gradient_bytes,
         "latent_bytes": estimate.workload.latent_bytes,
-        "memory_bytes": estimate.asked.memory.total,
+        "memory_bytes": estimate.memory.total,
         "assumptions": [asdict(entry) for entry in stands_on],
     }
     return json.dumps(content, indent=2) + "\n"

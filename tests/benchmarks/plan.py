@@ -1,0 +1,156 @@
+"""What `pipelines.plan` reckons with, against steps that are really taken on this machine.
+
+    python tests/benchmarks/plan.py --json plan.json
+
+A rate is measured on steps of one preset and put into the calculator as --teraflops; it then says how long steps of
+other presets take, and these are taken, in turns. Then two processes over gloo: each one's rate alone and the rate of an
+all-reduce go in, and a DDP step must take no less than the longer of compute and communication, and no more than both.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from _harness import interleaved_medians, main
+from step import CHANNELS, CLASSES, IDENTITY, SIZE, fresh_state, make_batch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from meanflow_core.config import TrainingConfig
+from meanflow_core.cost import step_flops
+from meanflow_core.presets import PRESETS
+from meanflow_core.training import train_step
+from pipelines.hardware import GPUS, Cluster
+from pipelines.scale import Workload, communication, compute_seconds, payload_bytes
+
+CALIBRATION = ("s4", 32)
+# Larger, of more tokens, without du/dt, and of another kind: (preset, images a step).
+PREDICTED = (("b4", 8), ("s2", 8), ("fm_b4", 8), ("imf_b2", 2))
+OF_TWO = ("s4", 8)
+
+
+def workload(preset: str, rows: int) -> Workload:
+    """Steps of a preset at another batch size, on latents of ImageNet's shape."""
+    return Workload(
+        config=replace(PRESETS[preset](), global_batch_size=rows),
+        num_images=1,
+        latent_shape=(CHANNELS, SIZE, SIZE),
+        num_classes=CLASSES,
+        mirrored=True,
+        parallelism="ddp",
+        rows_per_pass=None,
+    )
+
+
+def cluster(teraflops: float, link_gbyte: float = 1.0, processes: int = 1) -> Cluster:
+    """This machine as a node. What a GPU's data sheet says is not read where a rate is measured."""
+    return Cluster(
+        gpu=GPUS["h100"],
+        gpus_per_node=processes,
+        teraflops=teraflops,
+        link_gbyte=link_gbyte,
+        network_gbit=1.0,
+        storage_gbyte=1.0,
+        price_per_gpu_hour=None,
+    )
+
+
+def stepper(config: TrainingConfig, rows: int, *, in_group: bool = False) -> Callable[[], object]:
+    """Takes a step, of other draws each time; of this process's rows in a group, whose gradients are averaged."""
+    state = fresh_state(config, "cpu")
+    graded = state.network
+    if in_group:
+        graded = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    batches = [make_batch(config.loss, rows, "cpu", step) for step in range(8)]
+
+    def step() -> None:
+        train_step(state, graded, [batches[state.step % len(batches)]], IDENTITY, config)
+
+    return step
+
+
+def measure_steps(rounds: int) -> dict[str, float]:
+    """Predicted over measured seconds of steps, one process with all threads."""
+    steps = {name: stepper(workload(name, rows).config, rows) for name, rows in (CALIBRATION, *PREDICTED)}
+    seconds = interleaved_medians(steps, rounds, warmup=1)
+    known = workload(*CALIBRATION)
+    rate = step_flops(known.config, **known.sizes) / seconds[CALIBRATION[0]] / 1e12
+    figures = {f"{CALIBRATION[0]}_gigaflops_per_second": 1e3 * rate}
+    for name, rows in PREDICTED:
+        predicted = compute_seconds(workload(name, rows), cluster(rate), 1)
+        figures[f"{name}_step_seconds"] = seconds[name]
+        figures[f"{name}_predicted_over_measured"] = predicted / seconds[name]
+    return figures
+
+
+def work_in_group(rank: int, folder: str, rounds: int) -> None:
+    """One of two processes: seconds of its part of a step alone, of an all-reduce, and of the step."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    name, rows = OF_TWO
+    whole = workload(name, rows)
+    gradient = torch.zeros(whole.gradient_bytes // 4)
+    functions = {
+        "alone": stepper(whole.config, rows // 2),
+        "all_reduce": lambda: distributed.all_reduce(gradient),
+        "together": stepper(whole.config, rows // 2, in_group=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(2 + rounds):
+        for key, function in functions.items():
+            distributed.barrier()
+            began = time.perf_counter()
+            function()
+            distributed.barrier()  # a step is done when both are
+            if number >= 2:  # DDP arranges its buckets anew after its first step
+                seconds[key].append(time.perf_counter() - began)
+    if rank == 0:
+        medians = {key: statistics.median(values) for key, values in seconds.items()}
+        Path(folder, "seconds.json").write_text(json.dumps(medians))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def measure_group(rounds: int) -> dict[str, float]:
+    """A DDP step of two processes over the calculator's least and most."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work_in_group, (folder, rounds), nprocs=2)
+        seconds = json.loads(Path(folder, "seconds.json").read_text())
+    name, rows = OF_TWO
+    whole = workload(name, rows)
+    flops_of_each = step_flops(replace(whole.config, global_batch_size=rows // 2), **whole.sizes)
+    payload = payload_bytes(whole, 1)
+    pair = cluster(flops_of_each / seconds["alone"] / 1e12, payload / 2 / seconds["all_reduce"] / 1e9, 2)
+    compute, sent = compute_seconds(whole, pair, 2), communication(payload, pair, 2).seconds
+    return {
+        "two_processes_compute_seconds": compute,
+        "two_processes_communication_seconds": sent,
+        "two_processes_step_seconds": seconds["together"],
+        "two_processes_step_over_longer": seconds["together"] / max(compute, sent),
+        "two_processes_step_over_sum": seconds["together"] / (compute + sent),
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """All figures."""
+    return measure_steps(arguments.rounds) | measure_group(arguments.rounds)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each kind, in turns")
+    main(
+        measure,
+        {
+            **{f"{name}_predicted_over_measured": (">=", 0.6) for name, _ in PREDICTED},
+            "two_processes_step_over_longer": (">=", 0.9),
+            "two_processes_step_over_sum": ("<=", 1.1),
+        },
+        parser,
+    )

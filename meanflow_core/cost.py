@@ -149,16 +149,17 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     Raises ValueError where the sizes do not fit.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
+    if not config.takes_derivative_apart:  # nor is anything computed again
+        return ExecutedFlops(in_precision=step_flops(config, **sizes), in_float32=0.0)
     record = _mean_record(config, ROWS_OF_SHARES)
-    apart = config.takes_derivative_apart
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode():  # and not meta, where there is no autocast to leave
             network = build_network(network_config, **sizes)
             if config.activation_checkpointing:
                 network.enable_gradient_checkpointing()
-            whole = _count_flops(lambda: _loss(network, config.loss, record, separate_derivative=apart).backward())
-            if not apart or config.loss.is_flow_matching:
+            whole = _count_flops(lambda: _loss(network, config.loss, record, separate_derivative=True).backward())
+            if config.loss.is_flow_matching:
                 return np.concatenate([whole, np.zeros(1)])
             return np.concatenate([whole, _count_flops(lambda: _derivative(network, record))])
 

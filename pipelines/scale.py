@@ -186,7 +186,7 @@ def compute_seconds(workload: Workload, cluster: Cluster, num_gpus: int) -> floa
     """
     config = workload.config
     if cluster.teraflops is not None:
-        flops = step_flops(config, **workload.sizes)
+        flops = _step_flops(workload)
         return seconds_of_flops(flops, config.global_batch_size, num_gpus, cluster.teraflops)
     executed = _executed(workload)
     parts = ((executed.in_precision, config.precision), (executed.in_float32, "float32"))
@@ -229,6 +229,11 @@ def communication(payload: float, cluster: Cluster, num_gpus: int) -> Communicat
 
 def _memory(workload: Workload, rows: int, num_shards: int) -> MemoryEstimate:
     return memory_estimate(workload.config, **workload.sizes, rows_per_pass=rows, num_shards=num_shards)
+
+
+@lru_cache(maxsize=16)
+def _step_flops(workload: Workload) -> float:
+    return step_flops(workload.config, **workload.sizes)
 
 
 @lru_cache(maxsize=16)
@@ -334,7 +339,7 @@ def estimate(
     return Estimate(
         workload=workload,
         cluster=cluster,
-        flops=step_flops(workload.config, **workload.sizes),
+        flops=_step_flops(workload),
         executed=_executed(workload),
         asked=asked,
         memory=memory,

@@ -7,7 +7,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
-from meanflow_core.cost import checkpoint_bytes, forward_flops, memory_estimate, num_parameters, step_flops
+from meanflow_core.cost import (
+    checkpoint_bytes,
+    executed_flops,
+    forward_flops,
+    memory_estimate,
+    num_parameters,
+    step_flops,
+)
 from meanflow_core.loss import draw_step_record, meanflow_loss
 from meanflow_core.presets import (
     b2,
@@ -98,6 +105,34 @@ def test_operations_are_those_of_the_mathematics_whatever_the_arrangement():
     config = small()
     arranged = replace(config, precision="bfloat16", activation_checkpointing=True, compile=True)
     assert step_flops(arranged, **SMALL) == step_flops(config, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "in_float32"),
+    [
+        ({}, 0.0, 0.0),
+        ({"precision": "bfloat16", "float32_derivative": False}, 0.0, 0.0),
+        # du/dt of a quarter of the rows beside u of their own: in the graded pass only du/dt came on top.
+        ({"precision": "bfloat16"}, 0.25, 0.5),
+        ({"activation_checkpointing": True}, 1.25, 0.0),  # and a forward again
+        ({"precision": "bfloat16", "activation_checkpointing": True}, 1.25, 0.5),
+    ],
+)
+def test_what_is_run_is_the_mathematics_and_what_is_computed_again(changes, more, in_float32):
+    config = replace(b4(), **changes)
+    forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
+    found = executed_flops(config, **IMAGENET)
+    whole = found.in_precision + found.in_float32
+    assert (whole - step_flops(config, **IMAGENET)) / forward == pytest.approx(more, abs=0.03)
+    assert found.in_float32 / forward == pytest.approx(in_float32, abs=0.03)
+
+
+def test_checkpointed_flow_matching_runs_a_forward_more_and_no_derivative():
+    config = replace(fm_b4(), precision="bfloat16", activation_checkpointing=True)
+    forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
+    found = executed_flops(config, **IMAGENET)
+    assert found.in_precision / forward == pytest.approx(4.0, rel=0.005)
+    assert found.in_float32 == 0.0
 
 
 def test_a_few_rows_tell_the_operations_within_a_few_percent():

@@ -1,10 +1,7 @@
 """The calculator of scale: against arithmetic by hand, the runbook, and what is really sent, kept and written here."""
 
 import json
-import os
 import re
-import socket
-import struct
 import sys
 from dataclasses import replace
 from math import ceil
@@ -14,16 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.checkpoint import save_train_state
 from meanflow_core.config import GuidanceConfig, TrainingConfig
 from meanflow_core.cost import executed_flops, forward_flops, memory_estimate, num_parameters, step_flops
-from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import draw_step_record
 from meanflow_core.presets import debug, fm_b4, xl2
-from meanflow_core.sharding import shard_network
-from meanflow_core.training import Batch, build_train_state, num_passes, train_step
+from meanflow_core.training import build_train_state, num_passes, train_step
 from pipelines import latent_store, scale, scale_report
 from pipelines.command import InputError
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
@@ -32,7 +25,8 @@ from pipelines.hardware import GPUS, Cluster
 from pipelines.plan import PlanJob, parse_arguments, plan
 from pipelines.scale import Estimate, Workload, communication, compute_seconds, estimate, largest_rows, payload_bytes
 from tests.latents import encode_here
-from tests.processes import join_group, run_processes
+from tests.processes import run_processes
+from tests.sent_bytes import GUIDED, NORMALIZATION, batches, count_sent
 
 REPOSITORY = Path(__file__).parents[2]
 NVIDIA = GPUS["a100"]
@@ -184,81 +178,15 @@ def test_fsdp2_gathers_the_parameters_for_every_call_of_every_pass(passes):
     assert payload_bytes(workload(), passes) == 2 * workload().gradient_bytes  # DDP adds up once a step
 
 
-def batches(config: TrainingConfig, rank: int, world_size: int, passes: int) -> list[Batch]:
-    record = draw_step_record(
-        config.loss, seed=0, step=0, num_rows=config.global_batch_size, latent_shape=(4, 8, 8)
-    )  # fmt: skip
-    rows = config.global_batch_size // world_size // passes
-    starts = [rank * rows * passes + number * rows for number in range(passes)]
-    return [
-        Batch(
-            moments=torch.ones(rows, 8, 8, 8),
-            labels=torch.zeros(rows, dtype=torch.int64),
-            record=record.rows(start, start + rows, config.loss),
-        )
-        for start in starts
-    ]
-
-
-def sent_bytes() -> int:
-    """What this process has sent over TCP so far, as the kernel counts it."""
-    total = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            connection = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # closed since
-            continue
-        with connection:
-            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                [sent] = struct.unpack_from("Q", info, 200)  # tcpi_bytes_sent, since Linux 4.19
-                total += sent
-    return total
-
-
-NETWORKED = replace(debug(), loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5)))
-NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
-
-
-def count_sent(rank: int, folder: str) -> None:
-    """One of two processes: the bytes of a step that this one sends, by kind and passes."""
-    join_group(rank, 2, f"{folder}/meeting", 120)
-    found = {}
-    for kind in ("ddp", "fsdp2"):
-        state = build_train_state(
-            NETWORKED, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"),
-            shard=shard_network if kind == "fsdp2" else None,
-        )  # fmt: skip
-        graded = state.network
-        if kind == "ddp":
-            graded = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        for passes in (1, 2):
-            before = 0
-            for number in range(3):  # DDP's first step arranges its buckets
-                if number == 1:
-                    before = sent_bytes()
-                train_step(
-                    state, graded, batches(NETWORKED, rank, 2, passes), NORMALIZATION, NETWORKED,
-                    **({"accumulating": graded.no_sync} if kind == "ddp" else {}),
-                )  # fmt: skip
-            found[f"{kind} {passes}"] = (sent_bytes() - before) / 2
-    if rank == 0:
-        Path(folder, "sent.json").write_text(json.dumps(found))
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's counts of sent bytes are Linux's")
 def test_two_processes_send_the_bytes_that_were_predicted(tmp_path):
     run_processes(count_sent, (str(tmp_path),), 2, 240)
     sent = json.loads((tmp_path / "sent.json").read_text())
     for passes in (1, 2):
-        ddp = workload(NETWORKED)
+        ddp = workload(GUIDED)
         assert sent[f"ddp {passes}"] == pytest.approx(payload_bytes(ddp, passes) / 2, rel=0.02)
         # Gloo scatters a sum by adding up all of it everywhere: as many bytes as of another gathering.
-        predicted = payload_bytes(workload(NETWORKED, parallelism="fsdp2"), passes) + passes * ddp.gradient_bytes
+        predicted = payload_bytes(workload(GUIDED, parallelism="fsdp2"), passes) + passes * ddp.gradient_bytes
         assert sent[f"fsdp2 {passes}"] == pytest.approx(predicted / 2, rel=0.03)
 
 
@@ -306,10 +234,9 @@ def test_the_largest_rows_that_fit_are_the_last_before_the_memory_is_full(parall
     load = workload(replace(debug(), global_batch_size=64), parallelism=parallelism)
     shards = load.num_shards(2)
     assert shards == (2 if parallelism == "fsdp2" else 1)
-    for rows in (20, 31):  # of few, Adam's own temporaries are more than a pass takes
-        just_enough = total(load, rows, shards)
-        assert just_enough < total(load, rows + 1, shards)
-        assert largest_rows(load, 2, just_enough) == rows
+    just_enough = total(load, 20, shards)
+    assert just_enough < total(load, 21, shards)  # of fewer, Adam's own temporaries are more than a pass takes
+    assert largest_rows(load, 2, just_enough) == 20
     assert largest_rows(load, 2, 1e12) == 32  # the whole share
     assert largest_rows(load, 2, 1e6) == 0
 

@@ -1,0 +1,85 @@
+"""The bytes that a training step sends between two processes on this machine, as the kernel counts them."""
+
+import json
+import os
+import socket
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from meanflow_core.config import GuidanceConfig, TrainingConfig
+from meanflow_core.latents import LatentNormalization
+from meanflow_core.loss import draw_step_record
+from meanflow_core.presets import debug
+from meanflow_core.sharding import shard_network
+from meanflow_core.training import Batch, build_train_state, train_step
+from tests.processes import join_group
+
+GUIDED = replace(debug(), loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5)))
+NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
+
+
+def batches(config: TrainingConfig, rank: int, world_size: int, passes: int) -> list[Batch]:
+    """Equal parts of a step's rows: this process's, in so many passes."""
+    rows = config.global_batch_size
+    record = draw_step_record(config.loss, seed=0, step=0, num_rows=rows, latent_shape=(4, 8, 8))
+    part = rows // world_size // passes
+    starts = [(rank * passes + number) * part for number in range(passes)]
+    return [
+        Batch(
+            moments=torch.ones(part, 8, 8, 8),
+            labels=torch.zeros(part, dtype=torch.int64),
+            record=record.rows(start, start + part, config.loss),
+        )
+        for start in starts
+    ]
+
+
+def sent_bytes() -> int:
+    """What this process has sent over TCP so far."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            connection = socket.socket(fileno=os.dup(int(name)))
+        except OSError:  # closed since
+            continue
+        with connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                [sent] = struct.unpack_from("Q", info, 200)  # tcpi_bytes_sent, since Linux 4.19
+                total += sent
+    return total
+
+
+def count_sent(rank: int, folder: str) -> None:
+    """One of two processes: the first writes the bytes of a step that it sends, by "KIND PASSES", to sent.json."""
+    join_group(rank, 2, f"{folder}/meeting", 120)
+    found = {}
+    for kind in ("ddp", "fsdp2"):
+        state = build_train_state(
+            GUIDED, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"),
+            shard=shard_network if kind == "fsdp2" else None,
+        )  # fmt: skip
+        graded = state.network
+        if kind == "ddp":
+            graded = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        for passes in (1, 2):
+            before = 0
+            for number in range(3):  # DDP's first step arranges its buckets
+                if number == 1:
+                    before = sent_bytes()
+                train_step(
+                    state, graded, batches(GUIDED, rank, 2, passes), NORMALIZATION, GUIDED,
+                    **({"accumulating": graded.no_sync} if kind == "ddp" else {}),
+                )  # fmt: skip
+            found[f"{kind} {passes}"] = (sent_bytes() - before) / 2
+    if rank == 0:
+        Path(folder, "sent.json").write_text(json.dumps(found))
+    distributed.barrier()
+    distributed.destroy_process_group()

@@ -17,6 +17,8 @@ class Gpu:
     """In words."""
     memory_bytes: float
     """Its memory."""
+    memory_tbyte: float
+    """TB/s of its memory."""
     peak_teraflops: dict[str, float]
     """{precision: TFLOP/s} of dense products of matrices: no sparsity."""
     link_gbyte: float
@@ -32,20 +34,28 @@ class Gpu:
 _HOPPER = {"bfloat16": 989.0, "tf32": 494.0, "float32": 67.0}
 _AMPERE = {"bfloat16": 312.0, "tf32": 156.0, "float32": 19.5}
 GPUS = {
-    "h200": Gpu(name="H200 SXM", memory_bytes=141e9, peak_teraflops=_HOPPER, link_gbyte=450.0),
-    "h100": Gpu(name="H100 SXM", memory_bytes=80e9, peak_teraflops=_HOPPER, link_gbyte=450.0),
-    "a100": Gpu(name="A100 SXM, 80 GB", memory_bytes=80e9, peak_teraflops=_AMPERE, link_gbyte=300.0),
-    "a100-40": Gpu(name="A100 SXM, 40 GB", memory_bytes=40e9, peak_teraflops=_AMPERE, link_gbyte=300.0),
+    "h200": Gpu(name="H200 SXM", memory_bytes=141e9, memory_tbyte=4.8, peak_teraflops=_HOPPER, link_gbyte=450.0),
+    "h100": Gpu(name="H100 SXM", memory_bytes=80e9, memory_tbyte=3.35, peak_teraflops=_HOPPER, link_gbyte=450.0),
+    "a100": Gpu(name="A100 SXM, 80 GB", memory_bytes=80e9, memory_tbyte=2.04, peak_teraflops=_AMPERE, link_gbyte=300.0),
+    "a100-40": Gpu(
+        name="A100 SXM, 40 GB", memory_bytes=40e9, memory_tbyte=1.56, peak_teraflops=_AMPERE, link_gbyte=300.0
+    ),
     # No NVLink: PCIe 4.0 x16, and through the host's memory, so that half of its 32 GB/s are left.
     "l4": Gpu(
-        name="L4", memory_bytes=24e9, peak_teraflops={"bfloat16": 121.0, "tf32": 60.0, "float32": 30.3}, link_gbyte=16.0
+        name="L4",
+        memory_bytes=24e9,
+        memory_tbyte=0.3,
+        peak_teraflops={"bfloat16": 121.0, "tf32": 60.0, "float32": 30.3},
+        link_gbyte=16.0,
     ),
 }
 
-# Shares of the peak that training is assumed to sustain. On tensor cores: DiT-XL/2 at 1.3 steps/s of 8 x 128 images on 8
-# H800 (github.com/hpcaitech/Open-Sora, docs/speed.md at e3cb99d) is 119 TFLOP/s a GPU, of 989. In float32 the products
-# take so much longer that little else counts: a guess.
-SHARE_OF_PEAK = {"bfloat16": 0.12, "tf32": 0.12, "float32": 0.5}
+# A step is products of matrices, at a share of the peak, and all the rest, at the pace of the memory. The share is a guess.
+# The rest, in bytes per floating-point operation of the products, is what makes of it the published DiT-XL/2 in bfloat16:
+# 1.3 steps/s of 8 x 128 images on 8 H800 (github.com/hpcaitech/Open-Sora, docs/speed.md at e3cb99d), 119 TFLOP/s a GPU of a
+# peak of 989 and a memory of 3.35 TB/s.
+SHARE_OF_PEAK = 0.6
+BYTES_PER_FLOP = 3.35 * (1.0 / 119.0 - 1.0 / (SHARE_OF_PEAK * 989.0))
 # Of a link's rate, what NCCL's collectives reach: a guess.
 SHARE_OF_LINK = 0.75
 
@@ -88,5 +98,6 @@ class Cluster:
         return ceil(num_gpus / self.gpus_per_node)
 
     def sustained_teraflops(self, precision: str) -> float:
-        """TFLOP/s of a GPU as assumed from its peak."""
-        return self.gpu.peak_teraflops[precision] * SHARE_OF_PEAK[precision]
+        """TFLOP/s of a GPU as assumed from its peak and its memory."""
+        products = 1.0 / (SHARE_OF_PEAK * self.gpu.peak_teraflops[precision])
+        return 1.0 / (products + BYTES_PER_FLOP / self.gpu.memory_tbyte)

@@ -36,16 +36,16 @@ def assumptions(estimate: Estimate) -> list[Assumption]:
         found.append(Assumption("a GPU sustains", f"{cluster.teraflops:g} TFLOP/s of the model's", "--teraflops"))
     else:
         precisions = [config.precision, *(["float32"] if estimate.executed.in_float32 else [])]
-        why = {
-            "float32": "a guess: no GPU was measured here",
-            "tf32": "as in bfloat16: no GPU was measured here",
-            "bfloat16": "DiT-XL/2 at 119 TFLOP/s on 8 H800: Open-Sora's docs/speed.md; no GPU was measured here",
-        }
         for precision in dict.fromkeys(precisions):
-            peak, share = gpu.peak_teraflops[precision], SHARE_OF_PEAK[precision]
+            peak, sustained = gpu.peak_teraflops[precision], cluster.sustained_teraflops(precision)
             found += [
                 Assumption(f"peak in {precision}", f"{peak:g} TFLOP/s", f"data sheet of the {gpu.name}, dense"),
-                Assumption(f"sustained in {precision}", f"{share:g} of it: {share * peak:.1f}", why[precision]),
+                Assumption(
+                    f"sustained in {precision}",
+                    f"{sustained:.1f} TFLOP/s",
+                    f"products at {SHARE_OF_PEAK:g} of the peak (a guess), the rest at {gpu.memory_tbyte:g} TB/s of memory, "
+                    f"as much of it as a published DiT-XL/2 has (Open-Sora, 8 H800); no GPU was measured here",
+                ),
             ]
     link = "--link-gbyte"
     if cluster.link_gbyte == SHARE_OF_LINK * gpu.link_gbyte:

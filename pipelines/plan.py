@@ -41,7 +41,7 @@ class PlanJob:
     """Kind of GPU: h200, h100, a100, a100-40, l4."""
     teraflops: float | None = None
     """TFLOP/s that a GPU sustains over whole steps: MLflow's model_flops_per_second of a trial, over its GPUs and 10^12.
-    Unless given, an assumed share of the peak."""
+    Unless given, assumed from its peak and its memory."""
     link_gbyte: float | None = None
     """GB/s in one direction between the GPUs of a node (NVLink), as collectives reach; unless given, three quarters of
     the data sheet's."""

@@ -29,6 +29,7 @@ from pipelines.demo.images import DrawImages
 from pipelines.encode import EncodeJob
 from pipelines.evaluate import EvaluateJob
 from pipelines.latent_cache import CacheJob
+from pipelines.plan import parse_arguments as parse_plan
 from pipelines.reference import ReferenceJob
 from pipelines.side_by_side import SideBySideJob
 from pipelines.train import parse_arguments as parse_training
@@ -84,6 +85,7 @@ MODULES: dict[str, Callable[[list[str]], object]] = {
     "pipelines.side_by_side": of_class(SideBySideJob),
     "pipelines.reference": of_class(ReferenceJob),
     "pipelines.train": parse_training,
+    "pipelines.plan": parse_plan,
     "deploy.jobs": parse_jobs,
     "deploy.models": no_options("deploy.models"),
     "deploy.keys": no_options("deploy.keys"),

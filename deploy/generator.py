@@ -167,6 +167,7 @@ class GeneratorService:
         self._announce = announce
         self._first_retry_seconds = first_retry_seconds
         self._loaded: Loaded | None = None
+        self._is_remembered = True  # False where the cluster's store did not take the model that serves
         self._setting_problem: str | None = None
         self._model_problem: str | None = None
         self._change: asyncio.Task | None = None
@@ -214,6 +215,8 @@ class GeneratorService:
             self._change = asyncio.create_task(self._change_model(self._settings.model))
         else:
             self._model_problem = None
+            if self._loaded is not None:  # also where another model is taken back, which others may have remembered
+                await self._remember(self._loaded.model)
         self._report_problem()
 
     async def _begin(self) -> None:
@@ -235,9 +238,7 @@ class GeneratorService:
                 logger.exception("cannot serve %s", model)
         if self._loaded is None:
             raise ValueError("; ".join(problems))
-        if self._loaded.model == wanted:
-            await self._remember(wanted)
-        else:
+        if self._loaded.model != wanted:
             self._model_problem = f"{problems[0]}; {self._loaded.model} serves in its place"
 
     async def _change_model(self, wanted: str) -> None:
@@ -250,9 +251,11 @@ class GeneratorService:
             except Exception as error:
                 assert self._loaded is not None
                 logger.exception("cannot serve %s; trying again in %.0f s", wanted, pause)
+                refused = f"cannot serve {wanted}: {error}"
+                self._model_problem = f"{refused}; {self._loaded.model} serves on"
+                self._report_problem()
                 await self._follow_the_others(wanted)
-                assert self._loaded is not None
-                self._model_problem = f"cannot serve {wanted}: {error}; {self._loaded.model} serves on"
+                self._model_problem = f"{refused}; {self._loaded.model} serves on"
                 self._report_problem()
                 await asyncio.sleep(pause)
                 pause = min(2.0 * pause, LAST_RETRY_SECONDS)
@@ -268,8 +271,11 @@ class GeneratorService:
         Told of a bad model while it still loaded the good one before it, a replica would serve an even older one for
         ever, beside others that are further.
         """
-        last = await self._recall()
         assert self._loaded is not None
+        if not self._is_remembered:  # what the store has is older than what serves here
+            await self._remember(self._loaded.model)
+            return
+        last = await self._recall()
         if last is None or last in (wanted, self._loaded.model):
             return
         try:
@@ -279,8 +285,9 @@ class GeneratorService:
 
     def _take(self, loaded: Loaded) -> None:
         """Another model serves from now on."""
-        # Two models were there while this one warmed up; from now on it has the device to itself.
-        loaded.engine.largest_that_fits = None
+        if self._loaded is not None:
+            # Two models were there while this one warmed up; from now on it has the device to itself.
+            loaded.engine.largest_that_fits = None
         self._loaded = loaded
         logger.info("%s serves now", loaded.model)
         # A thread that nobody waits for: a tracking server that is away holds up neither requests nor the next model.
@@ -290,7 +297,7 @@ class GeneratorService:
         try:
             self._announce(card.source, card.id)
         except Exception:
-            logger.exception("the tracking server does not know that %s serves", card.source.model)
+            logger.exception("the tracking server was not told that %s serves", card.source.model)
 
     async def _recall(self) -> str | None:
         # In a thread, like `_remember`: the cluster's store may be slow, or away, and requests go on.
@@ -303,7 +310,9 @@ class GeneratorService:
     async def _remember(self, model: str) -> None:
         try:
             await asyncio.to_thread(self._memory.remember, model)
+            self._is_remembered = True
         except Exception:
+            self._is_remembered = False
             logger.exception("cannot remember that %s serves", model)
 
     async def _load_in_thread(self, model: str) -> Loaded:

@@ -92,9 +92,10 @@ def announce(source: Source, served_as: str) -> None:
     """
     if source.version is None:
         return
+    name = re.sub(r"[^\w.\- :]", "-", served_as)  # what MLflow takes in a tag's name
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     client = _client(source.model, source.tracking_uri)
-    client.set_model_version_tag(source.name, source.version, f"endpoint.{served_as}", moment)
+    client.set_model_version_tag(source.name, source.version, f"endpoint.{name}", moment)
 
 
 def _tags(source: Source) -> dict[str, str]:

@@ -95,6 +95,8 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no checkpoint: {error}") from error
     require_known_format(content, str(folder))
+    if not isinstance(content, dict) or "files" not in content:
+        raise ValueError(f"{folder} is no checkpoint: {STATE_FILE} says nothing of its files")
     found = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     damage = damage_of(content["files"], found)
     if damage is not None:
@@ -107,7 +109,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
 
 def require_known_format(content: Mapping[str, Any], where: str) -> None:
     """Raises ValueError where a state's JSON is of a format that a later release wrote."""
-    version = content.get("format_version", 0)
+    version = content.get("format_version", 0) if isinstance(content, dict) else 0
     if version not in range(FORMAT_VERSION + 1):
         raise ValueError(
             f"the checkpoint in {where} has format version {version}, but this release reads versions up to "

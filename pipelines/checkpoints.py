@@ -168,7 +168,7 @@ def _damage(filesystem: fs.FileSystem, path: str) -> str | None:
         require_known_format(content, path)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if "files" not in content:
+    if not isinstance(content, dict) or "files" not in content:
         return f"{state_file} is torn"
     listing = filesystem.get_file_info(fs.FileSelector(path))
     return damage_of(content["files"], {info.base_name: info.size for info in listing})
@@ -207,7 +207,8 @@ def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
 def delete_orphans(filesystem: fs.FileSystem, run_path: str) -> list[str]:
     """Deletes checkpoint folders that Ray's record does not know, and returns their names.
 
-    Only folders that Ray named, in a run that this project began; nobody may train it.
+    Only folders that Ray named, in a run that this project began; nobody may train it. Raises InputError, and deletes
+    nothing, where a later release wrote one.
     """
     known = committed(filesystem, run_path)
     kept = known.names if known is not None else frozenset()
@@ -217,6 +218,8 @@ def delete_orphans(filesystem: fs.FileSystem, run_path: str) -> list[str]:
         for info in listing
         if info.type == fs.FileType.Directory and NAME.fullmatch(info.base_name) and info.base_name not in kept
     ]
+    for name in orphans:
+        _damage(filesystem, f"{run_path}/{name}")  # refuses what a later release wrote
     for name in orphans:
         filesystem.delete_dir(f"{run_path}/{name}")
         logger.info("deleted %s, which a crash left unfinished", name)

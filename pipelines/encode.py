@@ -399,8 +399,11 @@ def _commit(job: EncodeJob, plan: Plan) -> Manifest:
             f"storage that all of them share"
         )
     paths = [f"{root}/{latent_store.shard_name(shard)}" for shard in range(plan.num_shards)]
-    with ThreadPoolExecutor(FOOTER_READERS) as readers:
-        shards = list(readers.map(lambda path: latent_store.shard_summary(filesystem, path), paths))
+    try:
+        with ThreadPoolExecutor(FOOTER_READERS) as readers:
+            shards = list(readers.map(lambda path: latent_store.shard_summary(filesystem, path), paths))
+    except InputError as error:
+        raise InputError(f"{error}; delete it and run again") from error
     for number, shard in enumerate(shards):
         found, wanted = shard.num_rows + len(shard.rejected), len(plan.rows(number))
         if found != wanted:

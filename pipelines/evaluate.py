@@ -648,6 +648,7 @@ def _log(job: EvaluateJob, run: tracking.Run | None, report: dict, files: Sequen
     if trained_here and job.model is not None:
         run.tag_generator(
             report["protocol"]["generator"]["transformer_sha256"],
+            "evaluate.",
             _version_tags(report, settings, f"runs:/{run.run_id}/{place}/report.json"),
         )
     if not trained_here:

@@ -100,17 +100,20 @@ def _checked_shard(filesystem: fs.FileSystem, path: str, manifest: Manifest, num
     try:
         content = storage.read_bytes(filesystem, path)
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; {latent_store.SHARD_REMEDY}") from error
-    shard = latent_store.read_shard_bytes(content, path)
+        raise InputError(f"{path} is missing; {manifest.shard_remedy}") from error
+    try:
+        shard = latent_store.read_shard_bytes(content, path)
+    except InputError as error:
+        raise InputError(f"{error}; {manifest.shard_remedy}") from error
     if len(shard.labels) != manifest.shard_rows[number]:
         raise InputError(
             f"{path} has {len(shard.labels)} rows, but its manifest says {manifest.shard_rows[number]}; "
-            f"{latent_store.SHARD_REMEDY}"
+            f"{manifest.shard_remedy}"
         )
     for problem in latent_store.shard_problems(shard, len(manifest.class_names)):
         raise InputError(f"{path}: {problem}; run pipelines.encode again into another folder")
     if shard.content_sha256() != manifest.shard_sha256[number]:
-        raise InputError(f"{path} is not what its manifest says; {latent_store.SHARD_REMEDY}")
+        raise InputError(f"{path} is not what its manifest says; {manifest.shard_remedy}")
     return content, shard
 
 

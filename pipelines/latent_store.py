@@ -56,12 +56,6 @@ REJECTED = "rejected.parquet"
 NUM_ROWS_KEY = b"meanflow.num_rows"
 REJECTED_KEY = b"meanflow.rejected"
 SHA256_KEY = b"meanflow.sha256"
-# Encode leaves a dataset with a manifest alone. A shard that is made anew may have other bits, and a run that was begun
-# refuses those.
-SHARD_REMEDY = (
-    f"put it back from a node's copy or the storage's older version; else delete it and {MANIFEST} and run pipelines.encode "
-    f"again, which makes what is missing"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +124,18 @@ class Manifest:
         return shard_name(index) if self.schema_version > 1 else f"shards/shard-{index:05d}.parquet"
 
     @property
+    def shard_remedy(self) -> str:
+        """What to do about a shard that is not what it should be."""
+        if self.schema_version < SCHEMA_VERSION:  # which encode does not finish
+            return "put it back from the storage's older version, or encode again into another folder"
+        # Encode leaves a dataset with a manifest alone. A shard that is made anew may have other bits, and a run that was
+        # begun refuses those.
+        return (
+            f"put it back from a node's copy or the storage's older version; else delete it and {MANIFEST} and run "
+            f"pipelines.encode again, which makes what is missing"
+        )
+
+    @property
     def content_sha256(self) -> str:
         """Hash of everything that training reads."""
         return hashlib.sha256("".join(self.shard_sha256).encode()).hexdigest()
@@ -160,6 +166,11 @@ class Manifest:
                 raise InputError(
                     f"{where} has schema version {version}, but this release reads versions "
                     f"{' and '.join(map(str, READ_VERSIONS))}; install the release that wrote it, or encode again"
+                )
+            if "shard_sha256" not in content and version == 1:
+                raise InputError(
+                    f"{where} is of an early form of schema version 1, without hashes, which is not read; encode again into "
+                    f"another folder"
                 )
             recipe = content.pop("recipe")
             recipe["moments_shape"] = tuple(recipe["moments_shape"])
@@ -282,9 +293,9 @@ def _read(stream: pa.NativeFile, where: str) -> Shard:
     if stream.size() >= len(PARQUET_MAGIC) and stream.read_at(len(PARQUET_MAGIC), 0) == PARQUET_MAGIC:
         try:
             table = pq.read_table(stream).combine_chunks()
-        except pa.ArrowException as error:
-            raise InputError(f"{where} is damaged ({error}); put it back from a copy") from error
-        summary = _summary(table.schema.metadata, table.num_rows)
+            summary = _summary(table.schema.metadata, table.num_rows)
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # damaged pages are an OSError
+            raise InputError(f"{where} is damaged or cannot be read ({' '.join(str(error).split())})") from error
     else:
         with _open_shard(stream, where) as reader:
             table = reader.read_all()
@@ -304,7 +315,7 @@ def _open_shard(stream: pa.NativeFile, where: str) -> Iterator[pa.ipc.RecordBatc
         with pa.ipc.open_file(stream) as reader:
             yield reader
     except pa.ArrowInvalid as error:
-        raise InputError(f"{where} is damaged ({error}); {SHARD_REMEDY}") from error
+        raise InputError(f"{where} is damaged ({error})") from error
 
 
 def _summary(metadata: dict[bytes, bytes], num_rows: int) -> ShardSummary:

@@ -1,4 +1,4 @@
-"""The README.md that lies in every generator: what it is, what it was made of and with, and under which terms.
+"""The README.md that training lays in every generator: what it is, what it was made of and with, and under which terms.
 
 What a card should say, and what only its author can add, stands in docs/licences.md.
 """
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from meanflow_core.config import TrainingConfig
-from pipelines import tracking
+from pipelines import storage, tracking
 from pipelines.latent_store import Manifest
 
 IMAGENET_CLASSES = 1000
@@ -55,16 +55,18 @@ from pathlib import Path
 from meanflow_core.generator import load_pipeline
 
 pipeline = load_pipeline(Path("FOLDER"))
-images = pipeline.images_from_seeds([0], [7], 1)  # class ids, seeds, network calls -> uint8 (B, H, W, 3)
+images = pipeline.images_from_seeds([0], [7], {
+        50 if config.loss.is_flow_matching else 1
+    })  # class ids, seeds, network calls -> uint8 (B, H, W, 3)
 ```
 
 - **Made with** meanflow-ray {code["meanflow_ray"]} (commit {code["git_commit"]}), preset {preset}, {step:,} steps of
   {config.global_batch_size} images; the moving average of decay {config.ema_decays[0]:g}
-- **Trained on** {manifest.num_samples:,} images from {manifest.source}; latent dataset {data}, content {
-        manifest.content_sha256
-    }
+- **Trained on** {manifest.num_samples:,} images from {storage.shown(manifest.source)}; latent dataset {
+        storage.shown(data)
+    }, content {manifest.content_sha256}
 - **Autoencoder** {manifest.recipe.vae_id}, contained in this folder; weights {manifest.recipe.vae_sha256}
-- **Begun from** {init_from or "nothing"}
+- **Begun from** {storage.shown(init_from) if init_from else "nothing"}
 - **Measured** by `python -m pipelines.evaluate`: see MLflow run {run_id} and the tags of the registered version
 
 ## Terms

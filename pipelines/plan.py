@@ -92,8 +92,8 @@ class PlanJob:
         )
         if self.epochs is None:
             return workload
-        if self.epochs <= 0:
-            raise InputError(f"epochs must be above 0, but got {self.epochs:g}")
+        if not 0 < self.epochs < float("inf"):
+            raise InputError(f"epochs must be above 0 and finite, but got {self.epochs:g}")
         return scale.with_epochs(workload, self.epochs)
 
     def cluster(self) -> Cluster:

@@ -325,15 +325,11 @@ def estimate(
     for other in others:
         if other == num_gpus or (other > cluster.gpus_per_node and other % cluster.gpus_per_node):
             continue
-        # With as many rows at once as here, or with fewer where larger shards leave less room.
-        fewer = rows
-        if other <= batch and workload.num_shards(other) < workload.num_shards(num_gpus):
-            there = _memory(workload, rows, workload.num_shards(other)).total
-            fewer = rows if there <= usable else largest_rows(workload, other, usable)
-        if other > batch or fewer == 0:
+        there = 0 if other > batch else largest_rows(workload, other, usable)
+        if there == 0:
             left_out.append(other)
         else:
-            trainings[other] = train_on(workload, cluster, other, fewer)
+            trainings[other] = train_on(workload, cluster, other, min(workload.rows_per_pass or there, there))
     size = checkpoint_bytes(workload.config, **workload.sizes)
     interval = workload.config.checkpoint_interval_steps
     return Estimate(
@@ -363,6 +359,6 @@ def _ways_to_less_memory(workload: Workload) -> str:
 
 
 def with_epochs(workload: Workload, epochs: float) -> Workload:
-    """The same for so many epochs, each a whole number of steps as in the presets."""
-    steps = max(1, round(epochs * (workload.num_images // workload.config.global_batch_size)))
+    """The same for so many epochs, which lie end to end: a batch may reach into the next."""
+    steps = max(1, round(epochs * workload.num_images / workload.config.global_batch_size))
     return replace(workload, config=replace(workload.config, num_steps=steps))

@@ -25,6 +25,15 @@ def absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
+def shown(location: str) -> str:
+    """A location as others may see it: without keys, passwords and parameters that a URI may carry."""
+    if "://" not in location:
+        return location
+    scheme, _, rest = location.partition("://")
+    place, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
+
+
 def output_location(location: str, option: str) -> str:
     """As `absolute`, for something to write.
 

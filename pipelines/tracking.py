@@ -256,14 +256,23 @@ class Run:
         self._insist(lambda: self._client.set_registered_model_alias(name, ALIAS, str(version.version)))
         return f"models:/{name}@{ALIAS}"
 
-    def tag_generator(self, transformer_sha256: str, tags: Mapping[str, str]) -> None:
-        """Tags the registered versions of this run whose network has these weights; a warning where MLflow is away."""
+    def tag_generator(self, transformer_sha256: str, family: str, tags: Mapping[str, str]) -> None:
+        """Tags the registered versions of this run whose network has these weights; a warning where MLflow is away.
+
+        Their other tags whose names begin with `family` go: what is said there is of one moment.
+        """
         try_requests_once()
         try:
-            for version in self._client.search_model_versions(f"run_id = '{self.run_id}'"):
-                if version.tags.get(WEIGHTS_TAG) == transformer_sha256:
-                    for key, value in tags.items():
-                        self._client.set_model_version_tag(version.name, version.version, key, value)
+            versions = self._client.search_model_versions(f"run_id = '{self.run_id}'")
+            same = [version for version in versions if version.tags.get(WEIGHTS_TAG) == transformer_sha256]
+            if not same:
+                logger.info("no registered version of run %s has these weights, so none is tagged", self.run_id)
+            for version in same:
+                for key in version.tags:
+                    if key.startswith(family) and key not in tags:
+                        self._client.delete_model_version_tag(version.name, version.version, key)
+                for key, value in tags.items():
+                    self._client.set_model_version_tag(version.name, version.version, key, value)
         except MlflowException as error:
             logger.warning("the model's versions of run %s have no tags of this: %s", self.run_id, brief(error))
 
@@ -355,12 +364,13 @@ def code_identity() -> dict[str, str]:
 
 def latents_used(location: str, manifest: Manifest, context: str) -> DatasetInput:
     """A latent dataset as MLflow lists a run's data sets. context: "training" or "validation"."""
-    about = {"num_samples": manifest.num_samples, "num_classes": len(manifest.class_names), "images": manifest.source}
+    place, source = storage.shown(location), storage.shown(manifest.source)
+    about = {"num_samples": manifest.num_samples, "num_classes": len(manifest.class_names), "images": source}
     dataset = Dataset(
-        name="latents",
+        name=f"{context}: {place}"[-500:],  # MLflow keeps one data set per name and digest, with its first place
         digest=manifest.content_sha256[:36],  # MLflow takes no longer ones; the parameter data.sha256 has it whole
         source_type="latents",
-        source=json.dumps({"uri": location}),
+        source=json.dumps({"uri": place}),
         profile=json.dumps(about),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])

@@ -345,11 +345,11 @@ def _finish(
         location = _publish(job, folder)
         tags = {
             **hashes,
-            "data": job.data,
+            "data": storage.shown(job.data),
             "data.sha256": manifest.content_sha256,
             "preset": preset,
             "step": str(step),
-            "generator": location,
+            "generator": storage.shown(location),
         }
         try:
             model = run.register_generator(folder, job.model_name or f"meanflow-{preset}", tags)

@@ -80,7 +80,7 @@ def begin_or_resume_run(
     parameters = {
         "preset": preset,
         **job.config.flat(),
-        "data": job.data,
+        "data": storage.shown(job.data),
         "data.num_samples": manifest.num_samples,
         "data.sha256": manifest.content_sha256,
         "data.mirror": job.mirror,
@@ -89,7 +89,7 @@ def begin_or_resume_run(
         "num_workers": job.num_workers,
         "parallelism": job.parallelism,
         "rows_per_pass": job.rows_per_pass,
-        "init_from": job.init_from,
+        "init_from": job.init_from and storage.shown(job.init_from),
     }
     code = tracking.code_identity()
     datasets = [tracking.latents_used(job.data, manifest, "training")]

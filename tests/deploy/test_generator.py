@@ -330,6 +330,73 @@ def test_told_of_a_bad_model_before_it_had_the_good_one_a_replica_serves_what_th
     assert memory.model == str(other_folder)
 
 
+def test_a_replica_whose_model_the_memory_lost_does_not_go_back_to_an_older_one(generator_folder, other_folder):
+    class Lossy(Remembered):
+        is_away = False
+
+        def remember(self, model):
+            if self.is_away:
+                raise OSError("the store is away")
+            super().remember(model)
+
+    memory = Lossy()
+    service = service_of(generator_folder, memory, load=Loads(bad={"broken"}))
+
+    async def work():
+        await service.reconfigure({})
+        memory.is_away = True
+        await service.reconfigure({"model": str(other_folder)})
+        await settled(service, str(other_folder))
+        await asyncio.sleep(0.1)
+        memory.is_away = False
+        await service.reconfigure({"model": "broken"})
+        async with asyncio.timeout(10):
+            while memory.model != str(other_folder):
+                await asyncio.sleep(0.01)
+        return (await service.describe())[0].id
+
+    assert run(work) == "second"
+
+
+def test_a_model_that_is_taken_back_is_no_longer_the_last_good_one(generator_folder, other_folder):
+    memory = Remembered()
+    service = service_of(generator_folder, memory)
+
+    async def work():
+        await service.reconfigure({})
+        memory.model = str(other_folder)  # a replica beside this one had it for a moment
+        await service.reconfigure({})
+
+    run(work)
+    assert memory.model == str(generator_folder)
+
+
+def test_a_refusal_is_told_before_the_others_model_is_loaded(generator_folder, other_folder):
+    gate = threading.Event()
+    memory = Remembered()
+    loads = Loads(bad={"broken"})
+    service = service_of(generator_folder, memory, load=loads)
+
+    async def work():
+        await service.reconfigure({})
+        memory.model = str(other_folder)
+        loads.gate = gate
+        await service.reconfigure({"model": "broken"})
+        while len(loads.asked) < 2:
+            await asyncio.sleep(0.01)
+        gate.set()
+        gate.clear()
+        async with asyncio.timeout(10):
+            while loads.asked[-1] != str(other_folder):
+                await asyncio.sleep(0.01)
+        told = service.problem
+        gate.set()
+        await settled(service, str(other_folder))
+        return told
+
+    assert "broken is bad" in run(work)
+
+
 def test_a_successor_goes_on_trying_for_the_model_that_is_wanted(generator_folder, other_folder):
     loads = Loads(bad={str(other_folder)})
     service = service_of(generator_folder, Remembered(str(generator_folder)), load=loads, first_retry_seconds=0.05)

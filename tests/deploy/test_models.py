@@ -113,9 +113,11 @@ def test_a_version_that_serves_says_so_in_mlflow(registry, generator_folder):
     uri, _ = registry
     with fetched_generator("models:/stars/1", uri) as (_, source):
         announce(source, "the-stars")
+        announce(source, "sana's (best)")
     client = MlflowClient(uri)
     moment = datetime.datetime.fromisoformat(client.get_model_version("stars", "1").tags["endpoint.the-stars"])
     assert datetime.timedelta(0) <= datetime.datetime.now(datetime.UTC) - moment < datetime.timedelta(minutes=1)
+    assert "endpoint.sana-s -best-" in client.get_model_version("stars", "1").tags
     assert "endpoint.the-stars" not in client.get_model_version("stars", "2").tags
     with fetched_generator(str(generator_folder), None) as (_, source):
         announce(source, "the-stars")  # nothing to be told

@@ -182,7 +182,7 @@ def test_shard_of_another_number_of_images_is_no_part_of_the_dataset(image_root,
     with pytest.raises(InputError, match=r"shard-00001\.arrow is of 8 images, but of 16 in the plan"):
         encode.encode(job(image_root / "val", output, rows_per_shard=16))
     (output / latent_store.shard_name(1)).write_bytes(b"")
-    with pytest.raises(InputError, match=r"shard-00001\.arrow is damaged .*; else delete it and"):
+    with pytest.raises(InputError, match=r"shard-00001\.arrow is damaged .*; delete it and run again"):
         encode.encode(job(image_root / "val", output, rows_per_shard=16))
 
 

@@ -52,6 +52,9 @@ def test_a_latent_dataset_of_the_version_before_is_what_it_was(tmp_path):
 def test_a_copy_of_the_version_before_may_leave_out_the_mirror_images(tmp_path):
     dataset = open_latents(str(LATENTS_1), str(tmp_path), mirrored=False)
     assert dataset.moments_mirrored is None
+    copies = list(tmp_path.glob("*-unmirrored/shards/*.arrow"))
+    assert len(copies) == 3
+    assert all(latent_store.map_shard(path).moments_mirrored is None for path in copies)
     assert len(dataset) == 10
 
 
@@ -68,12 +71,24 @@ def test_a_dataset_of_the_version_before_cannot_be_mapped_where_it_lies():
         open_latents(str(LATENTS_1), "none")
 
 
-def test_a_damaged_shard_of_the_version_before_is_told(tmp_path):
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-100], lambda content: content[:4] + b"\0" * 8 + content[12:]]
+)
+def test_a_damaged_shard_of_the_version_before_is_told_and_never_to_be_made_anew_there(tmp_path, damage):
     shutil.copytree(LATENTS_1, tmp_path / "latents")
     path = tmp_path / "latents/shards/shard-00001.parquet"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"shard-00001\.parquet is damaged"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(
+        InputError, match=r"shard-00001\.parquet is damaged or cannot be read .* encode again into another folder$"
+    ):
         open_latents(str(tmp_path / "latents"), str(tmp_path / "cache"))
+
+
+def test_the_first_form_of_the_version_before_is_told_as_such(tmp_path):
+    content = json.loads((LATENTS_1 / "manifest.json").read_text())
+    del content["shard_sha256"]
+    with pytest.raises(InputError, match="early form of schema version 1, without hashes"):
+        latent_store.Manifest.from_json(json.dumps(content), "here")
 
 
 def new_state():
@@ -116,6 +131,14 @@ def test_a_checkpoint_of_a_later_release_is_refused_and_never_taken_for_a_torn_o
     with pytest.raises(InputError, match="format version 2"):
         checkpoints.mend_record(fs.LocalFileSystem(), str(tmp_path))
     assert json.loads((tmp_path / checkpoints.RECORD).read_text()) == record
+    (tmp_path / checkpoints.RECORD).unlink()
+    with pytest.raises(InputError, match="format version 2"):
+        checkpoints.delete_orphans(fs.LocalFileSystem(), str(tmp_path))
+    assert later.is_dir()
+    (later / "state.json").write_text("null")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        read_state_file(later)
+    assert checkpoints.delete_orphans(fs.LocalFileSystem(), str(tmp_path)) == [name]
 
 
 @pytest.mark.parametrize("open_folder", [load_pipeline, MeanFlowPipeline.from_pretrained])

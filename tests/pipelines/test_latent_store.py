@@ -116,5 +116,5 @@ def test_shard_says_what_it_is_without_its_rows_being_read(tmp_path):
     assert shard.content_sha256() == summary.sha256
     assert shard.moments.shape == (0, 8, 2, 2)
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-40])
-    with pytest.raises(InputError, match="is damaged .*; else delete it and manifest.json and run pipelines.encode"):
+    with pytest.raises(InputError, match="s is damaged [(]Not an Arrow file[)]"):
         latent_store.read_shard(fs.LocalFileSystem(), str(tmp_path / "s"))

@@ -15,7 +15,7 @@ IMAGENET = replace(
 )
 
 
-def card_of(folder, manifest, preset="xl2", init_from=None):
+def card_of(folder, manifest, preset="xl2", init_from=None, data="s3://b/latents"):
     write_card(
         folder,
         name="mine",
@@ -23,7 +23,7 @@ def card_of(folder, manifest, preset="xl2", init_from=None):
         step=1200,
         config=PRESETS[preset](),
         manifest=manifest,
-        data="s3://b/latents",
+        data=data,
         init_from=init_from,
         run_id="0a1b",
     )
@@ -45,8 +45,18 @@ def test_a_card_says_what_the_generator_was_made_of(tmp_path):
 def test_flow_matching_takes_many_calls_and_a_beginning_keeps_its_licence(tmp_path):
     card = card_of(tmp_path, LETTERS, preset="fm_xl2", init_from="models:/sit/1")
     assert "in many network calls" in card
+    assert "images_from_seeds([0], [7], 50)" in card
     assert "**Begun from** models:/sit/1" in card
     assert "publisher's licence, and so does what the training began from." in card
+
+
+def test_no_key_of_an_address_gets_into_a_card(tmp_path):
+    place = "s3://AKIA:SECRET@b/images?endpoint_override=somewhere"
+    card = card_of(tmp_path, replace(LETTERS, source=place), data="s3://AKIA:SECRET@b/latents", init_from=place)
+    assert card.count("s3://b/images") == 2
+    assert "s3://b/latents" in card
+    assert "SECRET" not in card
+    assert "endpoint_override" not in card
 
 
 @pytest.mark.parametrize(("manifest", "is_told"), [(IMAGENET, True), (LETTERS, False)])

@@ -294,7 +294,7 @@ def test_shards_leave_room_for_more_rows_and_too_few_are_left_out_of_the_table()
         ("--rows-per-pass 0", "rows_per_pass must be at least 1, but got 0"),
         ("--teraflops 0", "teraflops must be above 0, but got 0"),
         ("--network-gbit -1", "network_gbit must be above 0, but got -1"),
-        ("--epochs 0", "epochs must be above 0, but got 0"),
+        ("--epochs 0", "epochs must be above 0 and finite, but got 0"),
         ("--latent-shape 4 8 16", "latents must be square, but got 8x16"),
         ("--latent-shape 4 6 6", "the latent size must be a multiple of the patch size, but got 6 and 4"),
         ("--data nowhere", "latent dataset nowhere does not exist"),
@@ -323,9 +323,24 @@ def test_an_unknown_preset_and_two_lengths_are_refused():
         parse_arguments(["debug", "--epochs", "2", "--num-steps", "7"])
 
 
-def test_epochs_are_whole_numbers_of_steps_as_in_the_presets():
+def test_epochs_are_as_long_as_the_presets_and_lie_end_to_end():
     _, job = parse_arguments(["xl2", "--epochs", "240"])
-    assert job.workload().config.num_steps == xl2().num_steps
+    assert job.workload().config.num_steps == pytest.approx(
+        xl2().num_steps, rel=2e-4
+    )  # a preset's epochs drop their rest
+    _, job = parse_arguments(["debug", "--epochs", "1000", "--images", "10"])
+    assert job.workload().config.num_steps == 1000 * 10 / debug().global_batch_size
+    _, job = parse_arguments(["debug", "--epochs", "inf"])
+    with pytest.raises(InputError, match="finite"):
+        job.workload()
+
+
+def test_other_numbers_of_gpus_take_as_many_rows_as_fit_there_or_fewer_than_asked():
+    for changes in ({"parallelism": "fsdp2"}, {"rows_per_pass": 4}):
+        load, machines = workload(GUIDED, **changes), cluster(gpus_per_node=2)
+        of_many = estimate(load, machines, 4, others=(1, 2))
+        for training in of_many.others:
+            assert training == estimate(load, machines, training.num_gpus, others=()).asked
 
 
 def section(text: str, title: str) -> list[str]:

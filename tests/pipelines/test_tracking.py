@@ -211,13 +211,14 @@ def test_tags_reach_the_versions_of_these_weights_alone(run, tmp_path, pipeline,
     pipeline.save_pretrained(tmp_path / "generator")
     for weights in ("1a", "2b"):
         run.register_generator(tmp_path / "generator", "tagged", {tracking.WEIGHTS_TAG: weights, "step": "7"})
-    run.tag_generator("1a", {"evaluate.report": "runs:/x/evaluate/report.json"})
+    run.tag_generator("1a", "evaluate.", {"evaluate.frechet.2-steps": "3"})
+    run.tag_generator("1a", "evaluate.", {"evaluate.report": "runs:/x/evaluate/report.json"})  # of another reference
     client = MlflowClient(run.tracking_uri)
     first, second = (client.get_model_version("tagged", str(number)) for number in (1, 2))
     assert first.tags == {"transformer_sha256": "1a", "step": "7", "evaluate.report": "runs:/x/evaluate/report.json"}
     assert second.tags == {"transformer_sha256": "2b", "step": "7"}
     away = tracking.Run("http://127.0.0.1:9", run.run_id)
-    away.tag_generator("1a", {"evaluate.report": "x"})
+    away.tag_generator("1a", "evaluate.", {"evaluate.report": "x"})
     assert "have no tags of this" in caplog.text
 
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from meanflow_core.config import TrainingConfig
+from meanflow_core.formats import require_known_format
 from meanflow_core.networks import AnyNetwork
 from meanflow_core.training import TrainState
 
@@ -94,7 +95,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no checkpoint: {error}") from error
-    require_known_format(content, str(folder))
+    require_known_state(content, str(folder))
     if not isinstance(content, dict) or "files" not in content:
         raise ValueError(f"{folder} is no checkpoint: {STATE_FILE} says nothing of its files")
     found = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
@@ -107,14 +108,10 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     return content
 
 
-def require_known_format(content: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError where a state's JSON is of a format that a later release wrote."""
+def require_known_state(content: Any, where: str) -> None:
+    """Raises ValueError where a state's JSON is of a format that a later release wrote. content: as it was parsed."""
     version = content.get("format_version", 0) if isinstance(content, dict) else 0
-    if version not in range(FORMAT_VERSION + 1):
-        raise ValueError(
-            f"the checkpoint in {where} has format version {version}, but this release reads versions up to "
-            f"{FORMAT_VERSION}; install the release that wrote it"
-        )
+    require_known_format(version, FORMAT_VERSION, f"the checkpoint in {where}")
 
 
 def damage_of(wanted: Mapping[str, int], found: Mapping[str, int]) -> str | None:

@@ -14,9 +14,10 @@ from diffusers.utils import logging as diffusers_logging
 
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
+from meanflow_core.formats import require_known_format
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.networks import NETWORKS, AnyNetwork, without_velocity_head
-from meanflow_core.pipeline import MeanFlowPipeline, require_known_format
+from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code
 
 
@@ -116,7 +117,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = dict(json.loads((folder / "model_index.json").read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"model_index.json in {folder} is damaged: {error}") from error
-    require_known_format(settings.get("format_version", 0), str(folder))
+    require_known_format(settings.get("format_version", 0), FORMAT_VERSION, f"the generator in {folder}")
     return settings
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import meanflow_core.imf_transformer  # noqa: F401  # diffusers opens networks of imported modules alone
 from meanflow_core.autoencoder import decode_latents, downsampling_factor
+from meanflow_core.formats import require_known_format
 from meanflow_core.transformer import Conditioning
 
 FORMAT_VERSION = 1  # of a generator's folder; 0 had no number
@@ -85,15 +86,6 @@ def time_grid(num_inference_steps: int, timesteps: Sequence[float] | None = None
     return times
 
 
-def require_known_format(version: int, where: str) -> None:
-    """Raises ValueError for a generator's format that a later release wrote."""
-    if version not in range(FORMAT_VERSION + 1):
-        raise ValueError(
-            f"the generator in {where} has format version {version}, but this release reads versions up to "
-            f"{FORMAT_VERSION}; install the release that wrote it"
-        )
-
-
 class MeanFlowPipeline(DiffusionPipeline):
     """Class-conditional images in one network call, or in several.
 
@@ -123,7 +115,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         format_version: int = FORMAT_VERSION,
     ) -> None:
         super().__init__()
-        require_known_format(format_version, "the folder")
+        require_known_format(format_version, FORMAT_VERSION, "the generator in the folder")
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, but got {prediction!r}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # In the order of their imports of each other.
 NETWORK_MODULES = ("dual", "transformer", "imf_transformer")
-PIPELINE_MODULES = ("latents", "dual", "transformer", "imf_transformer", "autoencoder", "pipeline")
+PIPELINE_MODULES = ("formats", "latents", "dual", "transformer", "imf_transformer", "autoencoder", "pipeline")
 NETWORK_FILE = "meanflow_network"
 
 

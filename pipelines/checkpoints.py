@@ -19,7 +19,7 @@ import ray.train
 from pyarrow import fs
 from ray.train import Checkpoint, CheckpointUploadMode, Result, UserCallback
 
-from meanflow_core.checkpoint import STATE_FILE, damage_of, load_train_state, require_known_format, save_train_state
+from meanflow_core.checkpoint import STATE_FILE, damage_of, load_train_state, require_known_state, save_train_state
 from meanflow_core.config import TrainingConfig
 from meanflow_core.training import TrainState
 from pipelines import storage
@@ -165,7 +165,7 @@ def _damage(filesystem: fs.FileSystem, path: str) -> str | None:
     except ValueError:
         return f"{state_file} is torn"
     try:
-        require_known_format(content, path)
+        require_known_state(content, path)
     except ValueError as error:
         raise InputError(str(error)) from error
     if not isinstance(content, dict) or "files" not in content:

@@ -9,6 +9,7 @@ import torch
 from pyarrow import fs
 
 from pipelines import encode, latent_store, storage
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode import EncodeJob, EncodeShard, Plan, decode_shard, write_shard
 from pipelines.latent_store import Shard
 
@@ -30,6 +31,19 @@ def encode_here(job: EncodeJob):
         patch.setattr(encode, "_encode_shards", encode_in_process)
         patch.setattr(encode, "start_ray", lambda needed_cpus: None)
         return encode.encode(job)
+
+
+def encode_drawn(images: Path, output: Path, rows_per_shard: int) -> Path:
+    """Encodes the demo's drawn images with its own autoencoder; returns the dataset's folder."""
+    job = EncodeJob(
+        images=str(images),
+        output=str(output),
+        vae=str(SHIPPED_AUTOENCODER),
+        image_size=64,
+        rows_per_shard=rows_per_shard,
+    )
+    encode_here(job)
+    return output
 
 
 def read_shards(output: str | Path) -> list[Shard]:

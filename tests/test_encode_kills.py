@@ -14,9 +14,8 @@ from ray.cluster_utils import Cluster
 from pipelines import latent_store
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob
 from tests.clusters import cluster_of_two, processes_of
-from tests.latents import assert_same, encode_here, read_shards
+from tests.latents import assert_same, encode_drawn, read_shards
 from tests.readme import REPOSITORY
 
 NUM_IMAGES, ROWS_PER_SHARD = 2000, 32
@@ -31,15 +30,7 @@ def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("kills")
     images.write_folder(root / "images", num_train=NUM_IMAGES, num_val=10)
     (root / "images/train/d0000004/d0000004_104.JPEG").write_bytes(b"torn")
-    encode_here(
-        EncodeJob(
-            images=str(root / "images/train"),
-            output=str(root / "wanted"),
-            vae=str(SHIPPED_AUTOENCODER),
-            image_size=64,
-            rows_per_shard=ROWS_PER_SHARD,
-        )
-    )
+    encode_drawn(root / "images/train", root / "wanted", ROWS_PER_SHARD)
     return root
 
 

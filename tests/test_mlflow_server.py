@@ -29,11 +29,9 @@ import deploy.models
 from pipelines import checkpoints, storage, tracking
 from pipelines.command import InputError
 from pipelines.demo import images
-from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob
 from tests.clusters import processes_of
 from tests.deploy.manifests import ComposeFile, filled_in
-from tests.latents import encode_here
+from tests.latents import encode_drawn
 from tests.mlflow_server import Server
 from tests.object_store import s3_bucket
 from tests.postgres import Postgres, missing_programs
@@ -149,16 +147,7 @@ def as_user(deployment, monkeypatch):
 def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     images.write_folder(root / "images", num_train=200, num_val=10, num_processes=1)
-    encode_here(
-        EncodeJob(
-            images=str(root / "images/train"),
-            output=str(root / "latents"),
-            vae=str(SHIPPED_AUTOENCODER),
-            image_size=64,
-            rows_per_shard=64,
-        )
-    )
-    return root / "latents"
+    return encode_drawn(root / "images/train", root / "latents", 64)
 
 
 @pytest.fixture

@@ -29,12 +29,10 @@ from meanflow_core.training import build_train_state, train_step
 from pipelines import checkpoints, storage
 from pipelines.batches import BatchSource
 from pipelines.demo import images
-from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob
 from pipelines.latent_cache import open_latents
 from tests.clusters import cluster_of_two, processes_of
 from tests.core.test_world_sizes import without_key_bias
-from tests.latents import encode_here
+from tests.latents import encode_drawn
 from tests.mlflow_server import Server
 from tests.readme import REPOSITORY
 from tests.training_checkpoints import last_checkpoint
@@ -63,16 +61,7 @@ def server(tmp_path_factory):
 def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     images.write_folder(root / "images", num_train=200, num_val=10)
-    encode_here(
-        EncodeJob(
-            images=str(root / "images/train"),
-            output=str(root / "latents"),
-            vae=str(SHIPPED_AUTOENCODER),
-            image_size=64,
-            rows_per_shard=64,
-        )
-    )
-    return root / "latents"
+    return encode_drawn(root / "images/train", root / "latents", 64)
 
 
 @pytest.fixture(scope="module")

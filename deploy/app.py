@@ -14,43 +14,50 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.experimental import internal_kv
 from ray.serve import Application
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deploy.generator import GeneratorService
 from deploy.http import ApiService, build_http_app
+from deploy.memory import ModelMemory
 from deploy.metrics import RayRecorder
 from deploy.models import resolve_model
 from deploy.schema import Arguments, ClassEntry, Made, ModelCard, Order, Refusal
 
 logger = logging.getLogger(__name__)
 
-KV_NAMESPACE = b"meanflow"
+KV_NAMESPACE = "meanflow"
 # The replica bounds its own queue, by images, and answers at once beyond it. Serve's bounds, by requests, would keep the
 # questions of probes waiting behind images, and answer in a shape of their own; they lie far above.
 MANY_REQUESTS = 10_000
 
 
-class ClusterMemory:
-    """Which model served last, in the cluster's own store, which outlives replicas."""
+class ClusterStore:
+    """Names in the cluster's own store, which outlives replicas."""
 
-    def __init__(self, app_name: str, first_model: str) -> None:
-        """first_model: what the application was built with; an application built with another begins anew."""
-        self._key = f"last-model:{app_name}:{first_model}".encode()
+    def list_names(self, prefix: str) -> list[str]:
+        """The names that begin with a prefix."""
+        return [name.decode() for name in internal_kv._internal_kv_list(prefix, namespace=KV_NAMESPACE)]
 
-    def recall(self) -> str | None:
-        """The last model that served, or None."""
-        from ray.experimental.internal_kv import _internal_kv_get
+    def add(self, name: str) -> None:
+        """Adds a name, unless it is there."""
+        internal_kv._internal_kv_put(name, b"", overwrite=True, namespace=KV_NAMESPACE)
 
-        found = _internal_kv_get(self._key, namespace=KV_NAMESPACE)
-        return found.decode() if found else None
+    def remove(self, name: str) -> None:
+        """Removes a name, if it is there."""
+        internal_kv._internal_kv_del(name, namespace=KV_NAMESPACE)
 
-    def remember(self, model: str) -> None:
-        """Makes it this one."""
-        from ray.experimental.internal_kv import _internal_kv_put
 
-        _internal_kv_put(self._key, model.encode(), overwrite=True, namespace=KV_NAMESPACE)
+def is_asked_for(user_config: dict[str, Any] | None) -> bool:
+    """Whether Serve asks this replica's deployment for a user_config by now. For use in a replica; blocks."""
+    context = serve.get_replica_context()
+    client = _get_global_client()
+    assert client is not None  # it raises where there is no controller
+    info, _ = client.get_deployment_info(context.deployment, context.app_name)
+    return info.deployment_config.user_config == user_config
 
 
 @serve.deployment
@@ -59,8 +66,8 @@ class ImageGenerator:
 
     def __init__(self, arguments: Arguments) -> None:
         log_to_serve("deploy")
-        memory = ClusterMemory(serve.get_replica_context().app_name, arguments.model)
-        self._service = GeneratorService(arguments, memory, RayRecorder())
+        memory = ModelMemory(ClusterStore(), serve.get_replica_context().app_name, arguments.model)
+        self._service = GeneratorService(arguments, memory, RayRecorder(), is_asked_for=is_asked_for)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Settings and model, changed in place; before the first request, the model is loaded here."""
@@ -130,10 +137,8 @@ class Api:
     """The HTTP side."""
 
     def __init__(self, generator: DeploymentHandle, arguments: Arguments) -> None:
-        from ray.serve.context import _get_global_client  # where else Serve tells its own HTTP host is its config file
-
         log_to_serve("deploy", "meanflow.access")
-        client = _get_global_client()
+        client = _get_global_client()  # where else Serve tells its own HTTP host is its config file
         http_host = "unknown" if client is None else client.http_config.host
         self._service = ApiService(RemoteGenerator(generator), arguments, RayRecorder(), http_host)
 

@@ -42,16 +42,17 @@ logger = logging.getLogger(__name__)
 DECODER_CALLS = 2.6
 FAILURES_OF_THE_SICK = 3
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 15.0, 600.0
+ASKING_SECONDS = 10.0
 
 
 class Memory(Protocol):
-    """Remembers, for replicas to come, which model served last."""
+    """Remembers, for replicas to come, which models served; `deploy.memory`."""
 
     def recall(self) -> str | None:
-        """The last model that served, or None."""
+        """The model that was asked for last of those that served, or None."""
 
-    def remember(self, model: str) -> None:
-        """Makes it this one."""
+    def remember(self, model: str, asked_at: float) -> None:
+        """Adds one. asked_at: when it was asked for, in seconds since 1970."""
 
 
 @dataclass(frozen=True, eq=False)  # one of a kind, and a key of the batcher
@@ -158,16 +159,19 @@ class GeneratorService:
         load: Callable[[str, Arguments], Loaded] = load_model,
         first_retry_seconds: float = FIRST_RETRY_SECONDS,
         announce: Callable[[Source, str], None] = announce,
+        is_asked_for: Callable[[dict[str, Any] | None], bool] = lambda user_config: True,
     ) -> None:
+        """is_asked_for: whether a user_config is what the cluster asks for by now. It may block, and raise."""
         self._arguments = arguments
         self._settings = arguments
         self._memory = memory
         self._recorder = recorder
         self._load = load
         self._announce = announce
+        self._is_asked_for = is_asked_for
         self._first_retry_seconds = first_retry_seconds
         self._loaded: Loaded | None = None
-        self._is_remembered = True  # False where the cluster's store did not take the model that serves
+        self._not_remembered: tuple[str, float] | None = None  # what the memory did not take, being away
         self._setting_problem: str | None = None
         self._model_problem: str | None = None
         self._change: asyncio.Task | None = None
@@ -195,6 +199,7 @@ class GeneratorService:
         of the application's arguments. Raises ValueError where none of them can be had. Nothing else raises: Serve would
         stop the replica, whose successor would fail alike.
         """
+        asked_at = time.time()
         try:
             self._settings = with_settings(self._arguments, user_config, GENERATOR_SETTINGS)
             self._setting_problem = None
@@ -209,15 +214,30 @@ class GeneratorService:
             self._change.cancel()
             self._change = None
         if self._loaded is None:
+            if not await self._is_newest(user_config):
+                logger.info("the user_config that this replica starts with is not known to be the newest")
+                asked_at = 0.0
             await self._begin()
         if self._loaded is not None and self._loaded.model != self._settings.model:
             self._changing_to = self._settings.model
-            self._change = asyncio.create_task(self._change_model(self._settings.model))
+            self._change = asyncio.create_task(self._change_model(self._settings.model, asked_at))
         else:
             self._model_problem = None
-            if self._loaded is not None:  # also where another model is taken back, which others may have remembered
-                await self._remember(self._loaded.model)
+            # Also where another model is taken back, which others may have remembered. Refused settings ask for nothing.
+            if self._loaded is not None and self._setting_problem is None:
+                await self._remember(self._loaded.model, asked_at)
         self._report_problem()
+
+    async def _is_newest(self, user_config: dict[str, Any] | None) -> bool:
+        """Whether what a starting replica was given is what is asked for by now.
+
+        Serve tells a replica that starts nothing of a change until it has started: what it was given may be minutes old.
+        """
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self._is_asked_for, user_config), ASKING_SECONDS)
+        except Exception:
+            logger.exception("cannot learn which user_config is asked for by now")
+            return False
 
     async def _begin(self) -> None:
         """The first model of this replica."""
@@ -241,7 +261,7 @@ class GeneratorService:
         if self._loaded.model != wanted:
             self._model_problem = f"{problems[0]}; {self._loaded.model} serves in its place"
 
-    async def _change_model(self, wanted: str) -> None:
+    async def _change_model(self, wanted: str, asked_at: float) -> None:
         """Loads another model, as often as it takes: what failed for a while (a tracking server) comes by itself."""
         pause = self._first_retry_seconds
         while True:
@@ -263,7 +283,7 @@ class GeneratorService:
         self._change = None
         self._model_problem = None
         self._report_problem()
-        await self._remember(wanted)
+        await self._remember(wanted, asked_at)
 
     async def _follow_the_others(self, wanted: str) -> None:
         """Loads the last good model where it is not the one that serves here.
@@ -272,9 +292,10 @@ class GeneratorService:
         ever, beside others that are further.
         """
         assert self._loaded is not None
-        if not self._is_remembered:  # what the store has is older than what serves here
-            await self._remember(self._loaded.model)
-            return
+        if self._not_remembered is not None:
+            await self._remember(*self._not_remembered)
+            if self._not_remembered is not None:  # what the memory has may be older than what serves here
+                return
         last = await self._recall()
         if last is None or last in (wanted, self._loaded.model):
             return
@@ -307,12 +328,12 @@ class GeneratorService:
             logger.exception("cannot recall which model served last")
             return None
 
-    async def _remember(self, model: str) -> None:
+    async def _remember(self, model: str, asked_at: float) -> None:
         try:
-            await asyncio.to_thread(self._memory.remember, model)
-            self._is_remembered = True
+            await asyncio.to_thread(self._memory.remember, model, asked_at)
+            self._not_remembered = None
         except Exception:
-            self._is_remembered = False
+            self._not_remembered = (model, asked_at)
             logger.exception("cannot remember that %s serves", model)
 
     async def _load_in_thread(self, model: str) -> Loaded:

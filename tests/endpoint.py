@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from fastapi.testclient import TestClient
 
 from deploy.generator import GeneratorService
 from deploy.http import ApiService, build_http_app
+from deploy.memory import ModelMemory
 from deploy.schema import Arguments
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, for_sampling, save_generator
@@ -68,17 +70,33 @@ class Recorded:
         return [value for recorded, value, _ in self.entries if recorded == name]
 
 
-class Remembered:
+class Names:
+    """A store of names in this process."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def list_names(self, prefix: str) -> list[str]:
+        return [name for name in self.names if name.startswith(prefix)]
+
+    def add(self, name: str) -> None:
+        self.names.add(name)
+
+    def remove(self, name: str) -> None:
+        self.names.discard(name)
+
+
+class Remembered(ModelMemory):
     """A cluster's memory of the last model, in this process."""
 
     def __init__(self, model: str | None = None) -> None:
-        self.model = model
+        super().__init__(Names(), "meanflow", "first")
+        if model is not None:
+            self.note(model)
 
-    def recall(self) -> str | None:
-        return self.model
-
-    def remember(self, model: str) -> None:
-        self.model = model
+    def note(self, model: str) -> None:
+        """Another replica was asked for a model just now, and serves it."""
+        self.remember(model, time.time())
 
 
 @dataclass
@@ -166,6 +184,12 @@ class RunningEndpoint:
                 if any(word in part for part in process.cmdline()):
                     found.append(process)
         return found
+
+    def running_replicas(self, deployment: str) -> list[dict]:
+        """The replicas of a deployment that Serve sends requests to: replica_id, pid and more."""
+        applications = json.loads(fetch(f"{self.dashboard}/api/serve/applications/")[2])["applications"]
+        replicas = applications["meanflow"]["deployments"][deployment]["replicas"]
+        return [replica for replica in replicas if replica["state"] == "RUNNING"]
 
     def wait_until(self, holds: Any, seconds: float = 120.0) -> Any:
         """What `holds(readiness)` gives once it is true."""

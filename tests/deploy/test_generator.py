@@ -153,12 +153,12 @@ def test_what_fits_this_model_is_taken(guided_folder):
 class Loads:
     """Loads models by name, slowly where asked to, and fails for those that are bad."""
 
-    def __init__(self, bad=(), gate=None):
-        self.bad, self.gate, self.asked = set(bad), gate, []
+    def __init__(self, bad=(), gate=None, num_free=1):
+        self.bad, self.gate, self.num_free, self.asked = set(bad), gate, num_free, []
 
     def __call__(self, model, arguments):
         self.asked.append(model)
-        if self.gate is not None and len(self.asked) > 1:
+        if self.gate is not None and len(self.asked) > self.num_free:
             assert self.gate.wait(10)
         if model in self.bad:
             raise ValueError(f"{model} is bad")
@@ -178,7 +178,7 @@ def test_another_model_takes_over_without_a_pause(generator_folder, other_folder
 
     async def work():
         await service.reconfigure({})
-        assert memory.model == str(generator_folder)
+        assert memory.recall() == str(generator_folder)
         began = time.monotonic()
         await service.reconfigure({"model": str(other_folder)})
         assert time.monotonic() - began < 0.5  # it does not wait for the loading
@@ -192,7 +192,7 @@ def test_another_model_takes_over_without_a_pause(generator_folder, other_folder
     for made, folder in ((before, generator_folder), (after, other_folder)):
         expected = load_pipeline(folder).images_from_seeds([8], [7]).numpy().astype(int)
         assert np.abs(made.images.astype(int) - expected).max() <= 1
-    assert memory.model == str(other_folder)
+    assert memory.recall() == str(other_folder)
 
 
 def test_each_model_that_serves_is_announced_and_a_failure_of_that_stops_nothing(generator_folder, other_folder):
@@ -238,7 +238,7 @@ def test_a_bad_model_leaves_the_old_one_serving_and_says_so(generator_folder, tm
     assert "none is no folder" in problem
     assert "first serves on" in problem
     assert service.problem is None
-    assert memory.model == str(generator_folder)
+    assert memory.recall() == str(generator_folder)
     refused = service.recorded.values("meanflow_model_refused")
     assert 1.0 in refused
     assert refused[-1] == 0.0
@@ -300,7 +300,7 @@ def test_a_successor_whose_model_is_bad_serves_the_last_good_one(generator_folde
     card, problem = run(work)
     assert card.id == "second"
     assert "broken is bad" in problem
-    assert memory.model == str(other_folder)
+    assert memory.recall() == str(other_folder)
 
 
 def test_told_of_a_bad_model_before_it_had_the_good_one_a_replica_serves_what_the_others_do(
@@ -316,7 +316,7 @@ def test_told_of_a_bad_model_before_it_had_the_good_one_a_replica_serves_what_th
         await service.reconfigure({"model": str(other_folder)})
         while len(loads.asked) < 2:
             await asyncio.sleep(0.01)
-        memory.model = str(other_folder)  # the replica beside this one has it
+        memory.note(str(other_folder))  # the replica beside this one has it
         await service.reconfigure({"model": "broken"})
         gate.set()
         await settled(service, str(other_folder))
@@ -327,17 +327,17 @@ def test_told_of_a_bad_model_before_it_had_the_good_one_a_replica_serves_what_th
     run(work)
     assert "broken is bad" in service.problem
     assert f"{other_folder} serves on" in service.problem
-    assert memory.model == str(other_folder)
+    assert memory.recall() == str(other_folder)
 
 
 def test_a_replica_whose_model_the_memory_lost_does_not_go_back_to_an_older_one(generator_folder, other_folder):
     class Lossy(Remembered):
         is_away = False
 
-        def remember(self, model):
+        def remember(self, model, asked_at):
             if self.is_away:
                 raise OSError("the store is away")
-            super().remember(model)
+            super().remember(model, asked_at)
 
     memory = Lossy()
     service = service_of(generator_folder, memory, load=Loads(bad={"broken"}))
@@ -351,11 +351,71 @@ def test_a_replica_whose_model_the_memory_lost_does_not_go_back_to_an_older_one(
         memory.is_away = False
         await service.reconfigure({"model": "broken"})
         async with asyncio.timeout(10):
-            while memory.model != str(other_folder):
+            while memory.recall() != str(other_folder):
                 await asyncio.sleep(0.01)
         return (await service.describe())[0].id
 
     assert run(work) == "second"
+
+
+def test_a_replica_that_starts_late_with_an_older_wish_does_not_lead_the_others_back(generator_folder, other_folder):
+    gate, memory = threading.Event(), Remembered()
+    loads = Loads(bad={"broken"}, gate=gate, num_free=0)
+    service = service_of(generator_folder, memory, load=loads)
+
+    async def work():
+        begun = asyncio.create_task(service.reconfigure({}))
+        async with asyncio.timeout(10):
+            while not loads.asked:
+                await asyncio.sleep(0.01)
+        memory.note(str(other_folder))  # a replica beside this one was told of another model meanwhile, and has it
+        gate.set()
+        await begun
+        assert (await service.describe())[0].id == "first"
+        await service.reconfigure({"model": "broken"})
+        await settled(service, str(other_folder))
+
+    run(work)
+    assert memory.recall() == str(other_folder)
+
+
+@pytest.mark.parametrize("answer", [False, ConnectionError("away")])
+def test_what_may_no_longer_be_asked_for_when_a_replica_starts_counts_as_old(generator_folder, other_folder, answer):
+    asked, memory = [], Remembered(str(other_folder))
+
+    def is_asked_for(user_config):
+        asked.append(user_config)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    service = service_of(generator_folder, memory, load=Loads(bad={"broken"}), is_asked_for=is_asked_for)
+
+    async def work():
+        await service.reconfigure({"max_batch_size": 2})
+        first = (await service.describe())[0].id
+        await service.reconfigure({"model": "broken"})
+        await settled(service, str(other_folder))
+        return first
+
+    assert run(work) == "first"
+    assert asked == [
+        {"max_batch_size": 2}
+    ]  # a replica that runs is told of every change: what it is told is the newest
+    assert memory.recall() == str(other_folder)
+
+
+def test_refused_settings_ask_for_no_model(generator_folder, other_folder):
+    memory = Remembered()
+    service = service_of(generator_folder, memory)
+
+    async def work():
+        await service.reconfigure({})
+        memory.note(str(other_folder))
+        await service.reconfigure({"max_batch_size": 0})
+
+    run(work)
+    assert memory.recall() == str(other_folder)
 
 
 def test_a_model_that_is_taken_back_is_no_longer_the_last_good_one(generator_folder, other_folder):
@@ -364,11 +424,11 @@ def test_a_model_that_is_taken_back_is_no_longer_the_last_good_one(generator_fol
 
     async def work():
         await service.reconfigure({})
-        memory.model = str(other_folder)  # a replica beside this one had it for a moment
+        memory.note(str(other_folder))  # a replica beside this one had it for a moment
         await service.reconfigure({})
 
     run(work)
-    assert memory.model == str(generator_folder)
+    assert memory.recall() == str(generator_folder)
 
 
 def test_a_refusal_is_told_before_the_others_model_is_loaded(generator_folder, other_folder):
@@ -379,7 +439,7 @@ def test_a_refusal_is_told_before_the_others_model_is_loaded(generator_folder, o
 
     async def work():
         await service.reconfigure({})
-        memory.model = str(other_folder)
+        memory.note(str(other_folder))
         loads.gate = gate
         await service.reconfigure({"model": "broken"})
         while len(loads.asked) < 2:
@@ -422,7 +482,7 @@ def test_a_successor_whose_settings_are_refused_serves_the_last_good_model(gener
     card, problem = run(work)
     assert card.id == "second"
     assert "settings refused" in problem
-    assert memory.model == str(other_folder)
+    assert memory.recall() == str(other_folder)
 
 
 class Away:
@@ -432,7 +492,7 @@ class Away:
         time.sleep(0.3)
         raise ConnectionError("away")
 
-    def remember(self, model):
+    def remember(self, model, asked_at):
         self.recall()
 
 

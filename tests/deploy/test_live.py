@@ -5,10 +5,8 @@ import collections
 import contextlib
 import io
 import json
-import os
 import random
 import re
-import signal
 import threading
 import time
 
@@ -134,28 +132,57 @@ def test_a_replica_killed_under_load_loses_at_most_what_it_held(endpoint, expect
     with Load(endpoint.url, expected) as load:
         while sum(load.kinds.values()) < 40:
             time.sleep(0.05)
-        replicas = endpoint.family("ImageGenerator")
-        assert len(replicas) == 2
-        os.kill(replicas[0].pid, signal.SIGKILL)
+        assert len(endpoint.family("ImageGenerator")) == 2
+        kill_a_replica(endpoint)
+        wait_for_replicas(endpoint)
         before = sum(load.kinds.values())
         while sum(load.kinds.values()) < before + 200:
             time.sleep(0.05)
-        deadline = time.monotonic() + 60
-        while len(endpoint.family("ImageGenerator")) < 2 and time.monotonic() < deadline:
-            time.sleep(0.2)
     print("killed:", dict(load.kinds), "on retry:", dict(load.retried))
     assert load.wrong == []
     assert set(load.kinds) <= {(200, "first"), (503, None)}
     assert load.kinds[503, None] <= 6  # one per caller at most
     assert set(load.retried) <= {200}
-    assert len(endpoint.family("ImageGenerator")) == 2
 
 
-def wait_until_all_serve(endpoint, name):
-    deadline = time.monotonic() + 60
-    while {generate(endpoint.url, 1)[1].get("x-model") for _ in range(20)} != {name}:
-        assert time.monotonic() < deadline
+def models_seen(endpoint):
+    return {generate(endpoint.url, 1)[1].get("x-model") for _ in range(20)}
+
+
+def wait_until_all_serve(endpoint, name, seconds=120):
+    deadline = time.monotonic() + seconds
+    while (seen := models_seen(endpoint)) != {name}:
+        assert time.monotonic() < deadline, seen
         time.sleep(0.2)
+
+
+def wait_for_replicas(endpoint, count=2, seconds=90):
+    deadline = time.monotonic() + seconds
+    while len(running := endpoint.running_replicas("ImageGenerator")) != count:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.2)
+    return running
+
+
+def kill_a_replica(endpoint, held=False):
+    """Ends one of two at once; its successor's process, once it is there, and stopped before it has a model if held."""
+    known = endpoint.family("ImageGenerator")
+    known[0].kill()
+    deadline = time.monotonic() + 60
+    while True:
+        successors = [process for process in endpoint.family("ImageGenerator") if process not in known]
+        if successors:
+            if held:
+                successors[0].suspend()
+            return successors[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def replica_log(endpoint, words):
+    """The generator's replicas with these words in their logs."""
+    paths = (endpoint.folder / "ray").rglob("replica_meanflow_ImageGenerator_*.log")
+    return {path.stem.rpartition("_")[2] for path in paths if words in path.read_text()}
 
 
 def with_user_config(endpoint, name, user_config):
@@ -168,31 +195,50 @@ def test_models_change_under_load_without_a_lost_request_and_a_broken_one_change
     broken = models["second"].parent / "broken"
     broken.mkdir(exist_ok=True)
     (broken / "model_index.json").write_text("{}")
-    with Load(endpoint.url, expected) as load:
+    with Load(endpoint.url, expected, num_callers=3) as load:
         endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(models["second"])}))
         wait_until_all_serve(endpoint, "second")
         endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(broken)}))
-        problem = endpoint.wait_until(lambda _, content: json.loads(content)["problem"], 60)
+        problem = endpoint.wait_until(lambda _, content: json.loads(content)["problem"], 120)
         # The successor of a replica that dies now is asked for the broken model too, and takes the last good one.
-        os.kill(endpoint.family("ImageGenerator")[0].pid, signal.SIGKILL)
-        count = sum(load.kinds.values())
-        deadline = time.monotonic() + 60
-        while sum(load.kinds.values()) < count + 100 or len(endpoint.family("ImageGenerator")) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        time.sleep(2.0)
+        kill_a_replica(endpoint)
+        wait_for_replicas(endpoint)
+        wait_until_all_serve(endpoint, "second")
     print("changed:", dict(load.kinds), "on retry:", dict(load.retried))
     assert "no vae/ in" in problem
     assert load.wrong == []
     assert set(load.kinds) <= {(200, "first"), (200, "second"), (503, None)}
     assert load.kinds[200, "first"] > 0
     assert load.kinds[200, "second"] > 100
-    assert load.kinds[503, None] <= 6  # of the kill; the changes lose none
+    assert load.kinds[503, None] <= 3  # of the kill; the changes lose none
     assert set(load.retried) <= {200}
-    # A replica that was told of the broken model before it had the second one catches up.
-    wait_until_all_serve(endpoint, "second")
     endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(models["first"]), "max_batch_size": 4}))
-    endpoint.wait_until(lambda _, content: json.loads(content)["model"] == "first", 60)
+    wait_until_all_serve(endpoint, "first")
+
+
+def test_a_replica_that_starts_late_with_an_older_model_does_not_lead_the_others_back(endpoint, models):
+    """Serve tells a starting replica nothing of changes: it comes up with what was asked for when it was made."""
+    broken = models["second"].parent / "broken too"
+    broken.mkdir(exist_ok=True)
+    (broken / "model_index.json").write_text("{}")
+    words = "is not known to be the newest"
+    assert replica_log(endpoint, "first serves now")
+    assert replica_log(endpoint, words) == set()  # each that started so far was given the newest
+    late = kill_a_replica(endpoint, held=True)
+    try:
+        endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(models["second"])}))
+        wait_until_all_serve(endpoint, "second")
+        endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(broken)}))
+        endpoint.wait_until(lambda _, content: json.loads(content)["problem"], 120)
+    finally:
+        late.resume()
+    assert late.pid in {replica["pid"] for replica in wait_for_replicas(endpoint)}
+    wait_until_all_serve(endpoint, "second")
+    time.sleep(1.0)
+    assert models_seen(endpoint) == {"second"}  # and it stays so
+    assert len(replica_log(endpoint, words)) == 1
+    endpoint.deploy(with_user_config(endpoint, "ImageGenerator", {"model": str(models["first"])}))
+    wait_until_all_serve(endpoint, "first")
 
 
 def test_prometheus_learns_what_the_dashboard_shows(endpoint):

@@ -30,12 +30,13 @@ def _interrupts_work():
 
 
 @pytest.fixture(autouse=True)
-def _untouched_tracking_address(monkeypatch):
+def _untouched_tracking_address():
     """MLflow's set_tracking_uri writes the environment; no test may inherit another's address, nor hand it to a stage."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
     mlflow.set_tracking_uri(None)
+    # Not by monkeypatch, which would put back what a fixture of the module left there, for the modules to come.
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def perturbed(network):

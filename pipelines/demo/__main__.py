@@ -9,6 +9,7 @@ import ctypes
 import json
 import logging
 import os
+import random
 import secrets
 import shlex
 import shutil
@@ -71,15 +72,25 @@ class StageResult:
     where: str
 
 
+# Above the ports of Ray's workers, below those that systems give to whoever names none, as most of Ray's processes do.
+ANY_PORT = range(20_000, 32_768)
+
+
 def free_port(wanted: int) -> int:
-    """A port that nothing listens on, on 127.0.0.1. Raises InputError where the wanted one is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError as error:
-            raise InputError(f"port {wanted} on 127.0.0.1 is in use; choose another --port, or 0 for any") from error
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, on 127.0.0.1; for 0, one that nothing else will soon take by chance.
+
+    Raises InputError where the wanted one is taken.
+    """
+    candidates = random.SystemRandom().sample(ANY_PORT, 100) if wanted == 0 else [wanted]
+    for port in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError as error:
+                refused = error
+    raise InputError(f"port {candidates[-1]} on 127.0.0.1 is in use; choose another --port, or 0 for any") from refused
 
 
 def prepare_work(work: Path) -> None:

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from pipelines.command import InputError
 from pipelines.demo import images
-from pipelines.demo.__main__ import MARKER, Processes, free_port, prepare_work, summarize
+from pipelines.demo.__main__ import ANY_PORT, MARKER, Processes, free_port, prepare_work, summarize
 
 
 def test_images_are_a_function_of_split_and_index():
@@ -63,7 +63,9 @@ def test_taken_port_is_refused_and_zero_finds_a_free_one():
         port = server.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} on 127.0.0.1 is in use; choose another"):
             free_port(port)
-    assert free_port(0) > 0
+    assert (
+        free_port(0) in ANY_PORT
+    )  # a stage that starts listens to it seconds later; nothing else may get it by chance
 
 
 def test_work_folder_replaces_an_earlier_demo_and_nothing_else(tmp_path):

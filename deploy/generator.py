@@ -171,7 +171,10 @@ class GeneratorService:
         self._is_asked_for = is_asked_for
         self._first_retry_seconds = first_retry_seconds
         self._loaded: Loaded | None = None
-        self._not_remembered: tuple[str, float] | None = None  # what the memory did not take, being away
+        self._asked_at = 0.0  # when the model of the settings was last asked for, as far as is known
+        # The newest of what the memory has not taken yet, being slow or away, and the task that tells it again.
+        self._not_remembered: tuple[str, float] | None = None
+        self._reminder: asyncio.Task | None = None
         self._setting_problem: str | None = None
         self._model_problem: str | None = None
         self._change: asyncio.Task | None = None
@@ -203,6 +206,7 @@ class GeneratorService:
         try:
             self._settings = with_settings(self._arguments, user_config, GENERATOR_SETTINGS)
             self._setting_problem = None
+            self._asked_at = asked_at
         except (ValidationError, ValueError) as error:
             self._setting_problem = f"settings refused, the earlier ones stay: {error}"
             logger.error(self._setting_problem)
@@ -213,19 +217,21 @@ class GeneratorService:
         if self._change is not None:
             self._change.cancel()
             self._change = None
+            self._model_problem = None  # of a model that is not asked for any more
         if self._loaded is None:
             if not await self._is_newest(user_config):
                 logger.info("the user_config that this replica starts with is not known to be the newest")
-                asked_at = 0.0
+                self._asked_at = 0.0
             await self._begin()
-        if self._loaded is not None and self._loaded.model != self._settings.model:
+        assert self._loaded is not None
+        if self._loaded.model != self._settings.model:
             self._changing_to = self._settings.model
-            self._change = asyncio.create_task(self._change_model(self._settings.model, asked_at))
-        else:
-            self._model_problem = None
-            # Also where another model is taken back, which others may have remembered. Refused settings ask for nothing.
-            if self._loaded is not None and self._setting_problem is None:
-                await self._remember(self._loaded.model, asked_at)
+            self._change = asyncio.create_task(self._change_model(self._settings.model))
+        elif self._setting_problem is not None:
+            self._changing_to = None
+            self._change = asyncio.create_task(self._keep_up())
+        else:  # also where another model is taken back, which others may have remembered
+            await self._remember(self._loaded.model, self._asked_at)
         self._report_problem()
 
     async def _is_newest(self, user_config: dict[str, Any] | None) -> bool:
@@ -242,10 +248,8 @@ class GeneratorService:
     async def _begin(self) -> None:
         """The first model of this replica."""
         last = await self._recall()
-        if self._setting_problem is not None and last is not None:
-            # What is wanted is not known. The replicas beside this one serve the last good model, and so does this.
-            self._settings = self._settings.model_copy(update={"model": last})
-        wanted = self._settings.model
+        # Where settings are refused, what is wanted is not known, and the replicas beside this one serve the last good model.
+        wanted = self._settings.model if self._setting_problem is None else last
         problems = []
         for model in dict.fromkeys((wanted, last, self._arguments.model)):
             if model is None:
@@ -258,35 +262,51 @@ class GeneratorService:
                 logger.exception("cannot serve %s", model)
         if self._loaded is None:
             raise ValueError("; ".join(problems))
-        if self._loaded.model != wanted:
+        if self._setting_problem is not None:
+            self._settings = self._settings.model_copy(update={"model": self._loaded.model})
+        elif self._loaded.model != wanted:
             self._model_problem = f"{problems[0]}; {self._loaded.model} serves in its place"
 
-    async def _change_model(self, wanted: str, asked_at: float) -> None:
+    async def _change_model(self, wanted: str) -> None:
         """Loads another model, as often as it takes: what failed for a while (a tracking server) comes by itself."""
+        assert self._loaded is not None
         pause = self._first_retry_seconds
         while True:
             try:
                 loaded = await self._load_in_thread(wanted)
                 break
             except Exception as error:
-                assert self._loaded is not None
                 logger.exception("cannot serve %s; trying again in %.0f s", wanted, pause)
                 refused = f"cannot serve {wanted}: {error}"
-                self._model_problem = f"{refused}; {self._loaded.model} serves on"
-                self._report_problem()
-                await self._follow_the_others(wanted)
-                self._model_problem = f"{refused}; {self._loaded.model} serves on"
-                self._report_problem()
-                await asyncio.sleep(pause)
-                pause = min(2.0 * pause, LAST_RETRY_SECONDS)
+            # Behind the handler: the error's traceback keeps alive what was loaded, and the device's memory with it.
+            self._model_problem = f"{refused}; {self._loaded.model} serves on"
+            self._report_problem()
+            await self._follow_the_others(wanted)
+            self._model_problem = f"{refused}; {self._loaded.model} serves on"
+            self._report_problem()
+            await asyncio.sleep(pause)
+            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
         self._take(loaded)
         self._change = None
         self._model_problem = None
         self._report_problem()
-        await self._remember(wanted, asked_at)
+        await self._remember(wanted, self._asked_at)
 
-    async def _follow_the_others(self, wanted: str) -> None:
-        """Loads the last good model where it is not the one that serves here.
+    async def _keep_up(self) -> None:
+        """Serves the last good model for as long as settings are refused: which one is wanted is not known.
+
+        Others may have been told of a model that this replica was not.
+        """
+        assert self._loaded is not None
+        pause = self._first_retry_seconds
+        while True:
+            await self._follow_the_others()
+            self._settings = self._settings.model_copy(update={"model": self._loaded.model})
+            await asyncio.sleep(pause)
+            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
+
+    async def _follow_the_others(self, wanted: str | None = None) -> None:
+        """Loads the last good model where it is not the one that serves here. wanted: one that cannot be loaded.
 
         Told of a bad model while it still loaded the good one before it, a replica would serve an even older one for
         ever, beside others that are further.
@@ -329,12 +349,28 @@ class GeneratorService:
             return None
 
     async def _remember(self, model: str, asked_at: float) -> None:
+        """Tells the memory that a model serves, and again later where it is away."""
+        entry = (model, asked_at)
+        # Before it is told: until it has answered, what it has may be older than what serves here.
+        if self._not_remembered is None or self._not_remembered[1] <= asked_at:
+            self._not_remembered = entry
         try:
             await asyncio.to_thread(self._memory.remember, model, asked_at)
-            self._not_remembered = None
         except Exception:
-            self._not_remembered = (model, asked_at)
             logger.exception("cannot remember that %s serves", model)
+            if self._reminder is None or self._reminder.done():
+                self._reminder = asyncio.create_task(self._remind())
+            return
+        if self._not_remembered == entry:  # and not a newer one, which was told meanwhile
+            self._not_remembered = None
+
+    async def _remind(self) -> None:
+        pause = self._first_retry_seconds
+        while self._not_remembered is not None:
+            await asyncio.sleep(pause)
+            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
+            if self._not_remembered is not None:
+                await self._remember(*self._not_remembered)
 
     async def _load_in_thread(self, model: str) -> Loaded:
         settings = self._settings
@@ -344,10 +380,19 @@ class GeneratorService:
             return self._load(model, settings)
 
         # A thread of its own: one that hangs at a server that does not answer must not stand in the way of the next.
-        return await asyncio.to_thread(load)
+        thread = ThreadPoolExecutor(1, "load")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, load)
+        finally:
+            thread.shutdown(wait=False)
 
     def check_health(self) -> None:
-        """Raises RuntimeError where batch after batch fails, as after a fault of the device that only a new process heals."""
+        """Raises RuntimeError where no model serves, or batch after batch fails, as after a fault of the device.
+
+        Only a new process heals either.
+        """
+        if self._loaded is None:
+            raise RuntimeError("no model is loaded")
         if self._failed_in_a_row >= FAILURES_OF_THE_SICK:
             raise RuntimeError(f"the last {self._failed_in_a_row} batches failed")
 

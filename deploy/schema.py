@@ -142,10 +142,10 @@ def with_settings(arguments: Arguments, changed: dict[str, Any] | None, allowed:
     Raises ValueError for a setting that may not be changed in place, or a value that does not fit.
     """
     changed = changed or {}
-    wrong = set(changed) - allowed
+    wrong = sorted(str(name) for name in set(changed) - allowed)  # YAML has names that are no words
     if wrong:
         raise ValueError(
-            f"user_config may have {', '.join(sorted(allowed))}, but got {', '.join(sorted(wrong))} too; "
+            f"user_config may have {', '.join(sorted(allowed))}, but got {', '.join(wrong)} too; "
             f"other settings belong under args"
         )
     return Arguments.model_validate({**arguments.model_dump(), **changed})

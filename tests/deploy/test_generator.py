@@ -1,6 +1,7 @@
 import asyncio
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -163,6 +164,13 @@ class Loads:
         if model in self.bad:
             raise ValueError(f"{model} is bad")
         return load_model(model, arguments)
+
+
+async def until(holds):
+    """Waits until something is so."""
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 async def settled(service, model):
@@ -358,6 +366,252 @@ def test_a_replica_whose_model_the_memory_lost_does_not_go_back_to_an_older_one(
     assert run(work) == "second"
 
 
+class Held(Remembered):
+    """A memory that takes one model late, or fails late."""
+
+    def __init__(self, model, fails=False):
+        super().__init__()
+        self.held, self.fails = model, fails
+        self.asked, self.gate = threading.Event(), threading.Event()
+
+    def remember(self, model, asked_at):
+        if model == self.held and not self.gate.is_set():
+            self.asked.set()
+            assert self.gate.wait(60)
+            if self.fails:
+                raise OSError("the store is away")
+        super().remember(model, asked_at)
+
+
+def test_told_of_a_bad_model_while_its_own_is_still_being_remembered_a_replica_does_not_go_back(
+    generator_folder, other_folder
+):
+    memory = Held(str(other_folder))
+    loads = Loads(bad={"broken"})
+    service = service_of(generator_folder, memory, load=loads, first_retry_seconds=0.05)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await until(memory.asked.is_set)
+        await service.reconfigure({"model": "broken"})
+        await until(lambda: service.problem is not None)
+        await asyncio.sleep(0.2)
+        memory.gate.set()
+        await until(lambda: loads.asked.count("broken") > 1)
+        return (await service.describe())[0].id
+
+    assert run(work) == "second"
+    assert loads.asked.count(str(generator_folder)) == 1
+    assert memory.recall() == str(other_folder)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_memory_answers_late_of_an_older_model_does_not_hide_that_it_lacks_the_newer(
+    generator_folder, other_folder, guided_folder, fails
+):
+    class Lossy(Held):
+        is_away = True
+
+        def remember(self, model, asked_at):
+            if model == str(guided_folder) and self.is_away:
+                raise OSError("the store is away")
+            super().remember(model, asked_at)
+
+    memory = Lossy(str(other_folder), fails)
+    service = service_of(generator_folder, memory, load=Loads(bad={"broken"}))
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await until(memory.asked.is_set)
+        await service.reconfigure({"model": str(guided_folder)})
+        await settled(service, str(guided_folder))
+        await asyncio.sleep(0.1)
+        memory.gate.set()
+        await asyncio.sleep(0.1)
+        memory.is_away = False
+        await service.reconfigure({"model": "broken"})
+        await until(lambda: memory.recall() == str(guided_folder))
+        return (await service.describe())[0].id
+
+    assert run(work) == "guided"
+
+
+def test_a_model_that_the_memory_did_not_take_is_told_again(generator_folder, other_folder):
+    class Lossy(Remembered):
+        failures = 3
+
+        def remember(self, model, asked_at):
+            if model == str(other_folder) and self.failures:
+                self.failures -= 1
+                raise OSError("the store is away")
+            super().remember(model, asked_at)
+
+    memory = Lossy()
+    service = service_of(generator_folder, memory, first_retry_seconds=0.02)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await until(lambda: memory.recall() == str(other_folder))
+
+    run(work)
+
+
+def test_a_bad_model_that_is_no_longer_asked_for_is_no_problem_while_the_next_one_loads(generator_folder, other_folder):
+    gate = threading.Event()
+    loads = Loads(bad={"broken"})
+    service = service_of(generator_folder, load=loads)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": "broken"})
+        await until(lambda: service.problem is not None)
+        loads.gate = gate
+        await service.reconfigure({"model": str(other_folder)})
+        await until(lambda: loads.asked[-1] == str(other_folder))
+        problem, refused = service.problem, service.recorded.values("meanflow_model_refused")[-1]
+        gate.set()
+        await settled(service, str(other_folder))
+        return problem, refused
+
+    assert run(work) == (None, 0.0)
+
+
+def test_a_wish_that_is_told_again_while_its_model_loads_is_as_new_as_that(generator_folder, other_folder):
+    memory = Remembered(str(generator_folder))
+    loads = Loads(bad={str(other_folder)})
+    service = service_of(
+        generator_folder, memory, load=loads, first_retry_seconds=0.05, is_asked_for=lambda user_config: False
+    )
+
+    async def work():
+        await service.reconfigure({"model": str(other_folder)})  # as it starts, and not the newest by now
+        await service.reconfigure({"model": str(other_folder), "max_batch_size": 2})  # which is told later
+        loads.bad.clear()
+        await until(lambda: memory.recall() == str(other_folder))
+
+    run(work)
+
+
+def test_while_settings_are_refused_a_replica_serves_what_the_others_do(generator_folder, other_folder):
+    memory = Remembered()
+    service = service_of(generator_folder, memory, first_retry_seconds=0.05)
+
+    async def work():
+        await service.reconfigure({})
+        memory.note(str(other_folder))  # those beside this one were told of it, and then of the refused settings
+        await service.reconfigure({"model": str(other_folder), "max_batch_size": 0})
+        await settled(service, str(other_folder))
+        memory.note(str(generator_folder))  # one of them had been told of another, whose loading took longer
+        await settled(service, str(generator_folder))
+        await service.reconfigure({"model": str(generator_folder), "max_batch_size": 0})
+        problem = service.problem
+        await service.reconfigure({"model": str(other_folder)})
+        await settled(service, str(other_folder))
+        await asyncio.sleep(0.2)
+        return problem, (await service.describe())[0].id
+
+    problem, model = run(work)
+    assert "settings refused" in problem
+    assert model == "second"
+    assert service.problem is None
+
+
+def test_a_successor_whose_settings_are_refused_while_the_memory_is_away_catches_up(generator_folder, other_folder):
+    class Lossy(Remembered):
+        is_away = True
+
+        def recall(self):
+            if self.is_away:
+                raise OSError("the store is away")
+            return super().recall()
+
+    memory = Lossy(str(other_folder))
+    service = service_of(generator_folder, memory, first_retry_seconds=0.05)
+
+    async def work():
+        await service.reconfigure({"max_batch_size": 0})
+        first = (await service.describe())[0].id
+        memory.is_away = False
+        await settled(service, str(other_folder))
+        return first
+
+    assert run(work) == "first"
+
+
+def test_what_is_left_of_a_model_that_failed_is_gone_before_the_others_model_is_loaded(
+    generator_folder, other_folder, monkeypatch
+):
+    monkeypatch.setattr(generator.logger, "disabled", True)  # pytest keeps what is logged, with its traceback
+    left, alive, memory = [], [], Remembered()
+
+    def load(model, arguments):
+        if model == "broken":
+            weights = torch.zeros(1)  # on the device, say
+            left.append(weakref.ref(weights))
+            raise torch.OutOfMemoryError("full")
+        alive.extend(ref() for ref in left)
+        return load_model(model, arguments)
+
+    service = service_of(generator_folder, memory, load=load)
+
+    async def work():
+        await service.reconfigure({})
+        memory.note(str(other_folder))
+        await service.reconfigure({"model": "broken"})
+        await settled(service, str(other_folder))
+
+    run(work)
+    assert alive == [None]
+
+
+def test_loads_that_hang_stand_in_no_ones_way(generator_folder, other_folder):
+    gate = threading.Event()
+    hung = [f"hung-{index}" for index in range(33)]  # more than an event loop has threads
+
+    def load(model, arguments):
+        if model in hung:
+            assert gate.wait(60)
+        return load_model(model, arguments)
+
+    service = service_of(generator_folder, load=load)
+
+    async def work():
+        await service.reconfigure({})
+        for model in hung:
+            await service.reconfigure({"model": model})
+            await asyncio.sleep(0)
+        await service.reconfigure({"model": str(other_folder)})
+        try:
+            await settled(service, str(other_folder))
+        finally:
+            gate.set()
+
+    run(work)
+
+
+@pytest.mark.parametrize("name", [1, True, None])
+def test_a_setting_whose_name_is_no_word_is_refused_like_any_other(generator_folder, name):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({name: 1, "wrong": 2})
+        return await service.generate(order())
+
+    assert isinstance(run(work), Made)
+    assert f"{name}" in service.problem
+
+
+def test_a_replica_without_a_model_is_sick(generator_folder):
+    service = service_of(generator_folder)
+    with pytest.raises(RuntimeError, match="no model is loaded"):
+        service.check_health()
+    asyncio.run(service.reconfigure({}))
+    service.check_health()
+
+
 def test_a_replica_that_starts_late_with_an_older_wish_does_not_lead_the_others_back(generator_folder, other_folder):
     gate, memory = threading.Event(), Remembered()
     loads = Loads(bad={"broken"}, gate=gate, num_free=0)
@@ -523,19 +777,21 @@ def test_a_memory_that_is_away_stops_neither_the_start_nor_requests(generator_fo
 def test_the_event_loop_goes_on_while_models_load_and_compute(generator_folder, monkeypatch):
     threads = []
     service = service_of(
-        generator_folder, load=lambda *asked: threads.append(threading.get_ident()) or load_model(*asked)
+        generator_folder, load=lambda *asked: threads.append(threading.current_thread()) or load_model(*asked)
     )
 
     async def work():
         await service.reconfigure({})
         engine = service._loaded.engine
         run_engine = engine.run
-        monkeypatch.setattr(engine, "run", lambda *rows: threads.append(threading.get_ident()) or run_engine(*rows))
+        monkeypatch.setattr(
+            engine, "run", lambda *rows: threads.append(threading.current_thread()) or run_engine(*rows)
+        )
         await service.generate(order())
 
     run(work)
     assert len(set(threads)) == 2  # one loads, so that the old model serves meanwhile
-    assert threading.get_ident() not in threads
+    assert threading.current_thread() not in threads
 
 
 def test_a_successor_with_nothing_to_remember_serves_the_arguments_model(generator_folder):

@@ -69,8 +69,11 @@ class ImageGenerator:
         memory = ModelMemory(ClusterStore(), serve.get_replica_context().app_name, arguments.model)
         self._service = GeneratorService(arguments, memory, RayRecorder(), is_asked_for=is_asked_for)
 
-    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """Settings and model, changed in place; before the first request, the model is loaded here."""
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
+        """Settings and model, changed in place; before the first request, the model is loaded here.
+
+        rank: not used. Where a config has an empty `user_config:`, Serve calls this only because it takes one.
+        """
         await self._service.reconfigure(user_config)
 
     def check_health(self) -> None:
@@ -142,8 +145,11 @@ class Api:
         http_host = "unknown" if client is None else client.http_config.host
         self._service = ApiService(RemoteGenerator(generator), arguments, RayRecorder(), http_host)
 
-    def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """Settings, changed in place. Raises ValueError at the start where the endpoint would be open to everybody."""
+    def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
+        """Settings, changed in place. Raises ValueError at the start where the endpoint would be open to everybody.
+
+        rank: not used, as in ImageGenerator.
+        """
         self._service.reconfigure(user_config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it

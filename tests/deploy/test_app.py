@@ -1,4 +1,5 @@
 import asyncio
+import inspect
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
@@ -50,5 +51,7 @@ def test_the_application_resolves_the_model_once_and_drains(generator_folder, mo
         arguments = deployment.init_args[-1]
         assert arguments.model == str(generator_folder)
         assert deployment.user_config == {}  # without one, Serve calls no reconfigure, which loads the model
+        # And where a config's `user_config:` is empty, it calls those alone that take a rank; test_live starts so.
+        assert "rank" in inspect.signature(deployment.func_or_class.reconfigure).parameters
         assert deployment._deployment_config.graceful_shutdown_timeout_s == 9.0
     assert generator.num_replicas == 3

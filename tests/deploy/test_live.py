@@ -41,7 +41,9 @@ def expected(models):
 @pytest.fixture(scope="module")
 def endpoint(models):
     arguments = {"model": str(models["first"]), "num_replicas": 2, "max_batch_size": 8, "batch_wait_seconds": 0.002}
-    with running_endpoint(arguments) as running:
+    # What a config with an empty `user_config:` says, as where every setting under it is commented out.
+    deployments = [{"name": name, "user_config": None} for name in ("ImageGenerator", "Api")]
+    with running_endpoint(arguments, deployments) as running:
         yield running
 
 

@@ -172,7 +172,8 @@ class GeneratorService:
         self._first_retry_seconds = first_retry_seconds
         self._loaded: Loaded | None = None
         self._asked_at = 0.0  # when the model of the settings was last asked for, as far as is known
-        # The newest of what the memory has not taken yet, being slow or away, and the task that tells it again.
+        self._asking: asyncio.Task | None = None
+        # What the memory has not taken yet, being slow or away, and the task that tells it again.
         self._not_remembered: tuple[str, float] | None = None
         self._reminder: asyncio.Task | None = None
         self._setting_problem: str | None = None
@@ -203,6 +204,8 @@ class GeneratorService:
         stop the replica, whose successor would fail alike.
         """
         asked_at = time.time()
+        if self._asking is not None:
+            self._asking.cancel()  # what is told now is the newest
         try:
             self._settings = with_settings(self._arguments, user_config, GENERATOR_SETTINGS)
             self._setting_problem = None
@@ -219,10 +222,13 @@ class GeneratorService:
             self._change = None
             self._model_problem = None  # of a model that is not asked for any more
         if self._loaded is None:
-            if not await self._is_newest(user_config):
+            is_newest = await self._is_newest(user_config)
+            if not is_newest:
                 logger.info("the user_config that this replica starts with is not known to be the newest")
                 self._asked_at = 0.0
             await self._begin()
+            if is_newest is None and self._setting_problem is None:
+                self._asking = asyncio.create_task(self._ask_again(user_config))
         assert self._loaded is not None
         if self._loaded.model != self._settings.model:
             self._changing_to = self._settings.model
@@ -234,8 +240,8 @@ class GeneratorService:
             await self._remember(self._loaded.model, self._asked_at)
         self._report_problem()
 
-    async def _is_newest(self, user_config: dict[str, Any] | None) -> bool:
-        """Whether what a starting replica was given is what is asked for by now.
+    async def _is_newest(self, user_config: dict[str, Any] | None) -> bool | None:
+        """Whether what a starting replica was given is what is asked for by now; None where that cannot be learnt.
 
         Serve tells a replica that starts nothing of a change until it has started: what it was given may be minutes old.
         """
@@ -243,7 +249,21 @@ class GeneratorService:
             return await asyncio.wait_for(asyncio.to_thread(self._is_asked_for, user_config), ASKING_SECONDS)
         except Exception:
             logger.exception("cannot learn which user_config is asked for by now")
-            return False
+            return None
+
+    async def _ask_again(self, user_config: dict[str, Any] | None) -> None:
+        """Learns later, and until another is told, whether what this replica started with is what is asked for."""
+        assert self._loaded is not None
+        is_newest, pause = None, self._first_retry_seconds
+        while is_newest is None:
+            await asyncio.sleep(pause)
+            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
+            asked_at = time.time()
+            is_newest = await self._is_newest(user_config)
+        if is_newest:
+            self._asked_at = asked_at
+            if self._loaded.model == self._settings.model:
+                await self._remember(self._loaded.model, asked_at)
 
     async def _begin(self) -> None:
         """The first model of this replica."""
@@ -350,10 +370,8 @@ class GeneratorService:
 
     async def _remember(self, model: str, asked_at: float) -> None:
         """Tells the memory that a model serves, and again later where it is away."""
-        entry = (model, asked_at)
         # Before it is told: until it has answered, what it has may be older than what serves here.
-        if self._not_remembered is None or self._not_remembered[1] <= asked_at:
-            self._not_remembered = entry
+        self._not_remembered = entry = (model, asked_at)
         try:
             await asyncio.to_thread(self._memory.remember, model, asked_at)
         except Exception:

@@ -26,6 +26,7 @@ from deploy.memory import ModelMemory
 from deploy.metrics import RayRecorder
 from deploy.models import resolve_model
 from deploy.schema import Arguments, ClassEntry, Made, ModelCard, Order, Refusal
+from deploy.serving_model import ServingModel
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class ImageGenerator:
     def __init__(self, arguments: Arguments) -> None:
         log_to_serve("deploy")
         memory = ModelMemory(ClusterStore(), serve.get_replica_context().app_name, arguments.model)
-        self._service = GeneratorService(arguments, memory, RayRecorder(), is_asked_for=is_asked_for)
+        recorder = RayRecorder()
+        self._service = GeneratorService(ServingModel(arguments, memory, recorder, is_asked_for=is_asked_for), recorder)
 
     async def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
         """Settings and model, changed in place; before the first request, the model is loaded here.

@@ -28,6 +28,7 @@ from deploy.generator import GeneratorService
 from deploy.http import ApiService, build_http_app
 from deploy.memory import ModelMemory
 from deploy.schema import Arguments
+from deploy.serving_model import ServingModel
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, for_sampling, save_generator
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
@@ -115,9 +116,9 @@ class InProcess:
 
 @contextlib.contextmanager
 def in_process(arguments: Arguments, *, http_host: str | None = None, **options: Any) -> Iterator[InProcess]:
-    """The endpoint without Ray. options: of GeneratorService."""
+    """The endpoint without Ray. options: of ServingModel."""
     recorded, memory = Recorded(), Remembered()
-    generator = GeneratorService(arguments, memory, recorded, **options)
+    generator = GeneratorService(ServingModel(arguments, memory, recorded, **options), recorded)
     api = ApiService(generator, arguments, recorded, http_host)
     api.reconfigure({})
     with TestClient(build_http_app(api), raise_server_exceptions=False) as client:
@@ -129,7 +130,7 @@ def in_process(arguments: Arguments, *, http_host: str | None = None, **options:
 @contextlib.contextmanager
 def over_http(arguments: Arguments) -> Iterator[str]:
     """The endpoint without Ray, on a port of this machine."""
-    generator = GeneratorService(arguments, Remembered(), Recorded())
+    generator = GeneratorService(ServingModel(arguments, Remembered(), Recorded()), Recorded())
     api = ApiService(generator, arguments, Recorded())
     api.reconfigure({})
     app, port = build_http_app(api), free_port(0)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from deploy import generator
-from deploy.generator import GeneratorService, find_class, index_names, load_model, name_classes
+from deploy import serving_model
+from deploy.generator import GeneratorService
+from deploy.loading import find_class, index_names, load_model, name_classes
 from deploy.schema import Arguments, Made, Order, Refusal
+from deploy.serving_model import ServingModel
 from meanflow_core.generator import load_pipeline
 from meanflow_core.pipeline import noise_between, noise_from_seeds
 from tests.endpoint import Recorded, Remembered
@@ -52,8 +54,9 @@ def order(**changes):
 def service_of(folder, memory=None, **options):
     recorded = Recorded()
     arguments = Arguments(model=str(folder), **{"max_batch_size": 4, **options.pop("arguments", {})})
-    service = GeneratorService(arguments, memory or Remembered(), recorded, **options)
-    service.recorded = recorded
+    model = ServingModel(arguments, memory or Remembered(), recorded, **options)
+    service = GeneratorService(model, recorded)
+    service.model, service.recorded = model, recorded
     return service
 
 
@@ -220,7 +223,7 @@ def test_each_model_that_serves_is_announced_and_a_failure_of_that_stops_nothing
 
     assert isinstance(run(work), Made)
     assert told == [(str(generator_folder), "first"), (str(other_folder), "second")]
-    assert service.problem is None
+    assert service.model.problem is None
 
 
 def test_a_bad_model_leaves_the_old_one_serving_and_says_so(generator_folder, tmp_path):
@@ -230,9 +233,9 @@ def test_a_bad_model_leaves_the_old_one_serving_and_says_so(generator_folder, tm
     async def work():
         await service.reconfigure({})
         await service.reconfigure({"model": str(tmp_path / "none")})
-        await until(lambda: service.problem is not None)
+        await until(lambda: service.model.problem is not None)
         made = await service.generate(order())
-        problem = service.problem
+        problem = service.model.problem
         await service.reconfigure({})  # taken back
         return made, problem
 
@@ -240,7 +243,7 @@ def test_a_bad_model_leaves_the_old_one_serving_and_says_so(generator_folder, tm
     assert made.model == "first"
     assert "none is no folder" in problem
     assert "first serves on" in problem
-    assert service.problem is None
+    assert service.model.problem is None
     assert memory.recall() == str(generator_folder)
     refused = service.recorded.values("meanflow_model_refused")
     assert 1.0 in refused
@@ -253,8 +256,8 @@ def test_an_alias_in_a_user_config_is_refused(generator_folder):
     async def work():
         await service.reconfigure({})
         await service.reconfigure({"model": "models:/meanflow@champion"})
-        await until(lambda: service.problem is not None)
-        return service.problem
+        await until(lambda: service.model.problem is not None)
+        return service.model.problem
 
     assert "may stand for another version on each replica" in run(work)
 
@@ -271,7 +274,7 @@ def test_what_failed_for_a_while_is_tried_again(generator_folder, other_folder):
         await settled(service, str(other_folder))
 
     run(work)
-    assert service.problem is None
+    assert service.model.problem is None
 
 
 def test_the_latest_wish_counts(generator_folder, other_folder):
@@ -319,11 +322,11 @@ def test_told_of_a_bad_model_before_it_had_the_good_one_a_replica_serves_what_th
         await service.reconfigure({"model": "broken"})
         gate.set()
         await settled(service, str(other_folder))
-        await until(lambda: service.problem is not None)
+        await until(lambda: service.model.problem is not None)
 
     run(work)
-    assert "broken is bad" in service.problem
-    assert f"{other_folder} serves on" in service.problem
+    assert "broken is bad" in service.model.problem
+    assert f"{other_folder} serves on" in service.model.problem
     assert memory.recall() == str(other_folder)
 
 
@@ -382,7 +385,7 @@ def test_told_of_a_bad_model_while_its_own_is_still_being_remembered_a_replica_d
         await service.reconfigure({"model": str(other_folder)})
         await until(memory.asked.is_set)
         await service.reconfigure({"model": "broken"})
-        await until(lambda: service.problem is not None)
+        await until(lambda: service.model.problem is not None)
         await asyncio.sleep(0.2)
         memory.gate.set()
         await until(lambda: loads.asked.count("broken") > 1)
@@ -454,11 +457,11 @@ def test_a_bad_model_that_is_no_longer_asked_for_is_no_problem_while_the_next_on
     async def work():
         await service.reconfigure({})
         await service.reconfigure({"model": "broken"})
-        await until(lambda: service.problem is not None)
+        await until(lambda: service.model.problem is not None)
         loads.gate = gate
         await service.reconfigure({"model": str(other_folder)})
         await until(lambda: loads.asked[-1] == str(other_folder))
-        problem, refused = service.problem, service.recorded.values("meanflow_model_refused")[-1]
+        problem, refused = service.model.problem, service.recorded.values("meanflow_model_refused")[-1]
         gate.set()
         await settled(service, str(other_folder))
         return problem, refused
@@ -493,7 +496,7 @@ def test_while_settings_are_refused_a_replica_serves_what_the_others_do(generato
         await settled(service, str(other_folder))
         await service.reconfigure({"max_batch_size": -1})  # refused too, and this goes back to nothing older
         await asyncio.sleep(0.2)
-        loaded, problem = list(loads.asked), service.problem
+        loaded, problem = list(loads.asked), service.model.problem
         memory.note(str(generator_folder))  # one of them had been told of another, whose loading took longer
         await settled(service, str(generator_folder))
         await service.reconfigure({"model": str(other_folder)})
@@ -505,7 +508,7 @@ def test_while_settings_are_refused_a_replica_serves_what_the_others_do(generato
     assert loaded == [str(generator_folder), str(other_folder)]
     assert "settings refused" in problem
     assert model == "second"
-    assert service.problem is None
+    assert service.model.problem is None
 
 
 def test_a_successor_whose_settings_are_refused_while_the_memory_is_away_catches_up(generator_folder, other_folder):
@@ -533,7 +536,7 @@ def test_a_successor_whose_settings_are_refused_while_the_memory_is_away_catches
 def test_what_is_left_of_a_model_that_failed_is_gone_before_the_others_model_is_loaded(
     generator_folder, other_folder, monkeypatch
 ):
-    monkeypatch.setattr(generator.logger, "disabled", True)  # pytest keeps what is logged, with its traceback
+    monkeypatch.setattr(serving_model.logger, "disabled", True)  # pytest keeps what is logged, with its traceback
     left, alive, memory = [], [], Remembered()
 
     def load(model, arguments):
@@ -590,7 +593,7 @@ def test_a_setting_whose_name_is_no_word_is_refused_like_any_other(generator_fol
         return await service.generate(order())
 
     assert isinstance(run(work), Made)
-    assert f"{name}" in service.problem
+    assert f"{name}" in service.model.problem
 
 
 def test_a_replica_without_a_model_is_sick(generator_folder):
@@ -730,7 +733,7 @@ def test_a_refusal_is_told_before_the_others_model_is_loaded(generator_folder, o
         memory.note(str(other_folder))
         await service.reconfigure({"model": "broken"})
         await until(lambda: loads.asked[-1] == str(other_folder))
-        told = service.problem
+        told = service.model.problem
         gate.set()
         await settled(service, str(other_folder))
         return told
@@ -810,7 +813,7 @@ def test_the_event_loop_goes_on_while_models_load_and_compute(generator_folder, 
 
     async def work():
         await service.reconfigure({})
-        engine = service._loaded.engine
+        engine = service.model.loaded.engine
         run_engine = engine.run
         monkeypatch.setattr(
             engine, "run", lambda *rows: threads.append(threading.current_thread()) or run_engine(*rows)
@@ -865,7 +868,7 @@ def test_settings_taken_back_are_no_problem_any_more(generator_folder):
             await service.reconfigure({"max_batch_size": size})
 
     run(work)
-    assert service.problem is None
+    assert service.model.problem is None
     assert service.recorded.values("meanflow_model_refused")[-1] == 0.0
 
 
@@ -882,10 +885,10 @@ def test_settings_change_in_place_and_bad_ones_change_nothing(generator_folder):
         await service.reconfigure({"max_batch_size": 2})
         await service.generate(order(num_images=4))
         await service.reconfigure({"max_batch_size": 0})
-        problem = service.problem
+        problem = service.model.problem
         await service.generate(order(num_images=4))
         await service.reconfigure({"precision": "bfloat16"})
-        return problem, service.problem
+        return problem, service.model.problem
 
     first, second = run(work)
     assert service.recorded.values("meanflow_batch_rows") == [2, 2, 2, 2]
@@ -921,7 +924,7 @@ def test_a_device_that_is_full_is_told(generator_folder, monkeypatch):
         def full(group, rows):
             raise torch.OutOfMemoryError("full")
 
-        monkeypatch.setattr(service._loaded.engine, "run", full)
+        monkeypatch.setattr(service.model.loaded.engine, "run", full)
         return await service.generate(order())
 
     refusal = run(work)
@@ -933,7 +936,7 @@ def test_batches_that_did_not_fit_are_counted(generator_folder, monkeypatch):
 
     async def work():
         await service.reconfigure({})
-        vae = service._loaded.engine.pipeline.vae
+        vae = service.model.loaded.engine.pipeline.vae
         decode = vae.decode
 
         def limited(z):
@@ -957,7 +960,7 @@ def test_a_model_card_says_which_weights_serve(generator_folder, other_folder):
     assert first.hashes.transformer != second.hashes.transformer
     assert first.hashes.vae == second.hashes.vae
     assert (first.id, first.image_size, first.num_classes, first.takes_guidance) == ("first", 64, 10, False)
-    assert generator.load_model(str(generator_folder), Arguments(model="x", served_name="mine")).card.id == "mine"
+    assert load_model(str(generator_folder), Arguments(model="x", served_name="mine")).card.id == "mine"
 
 
 def test_other_settings_do_not_begin_a_load_anew(generator_folder, other_folder):
@@ -995,7 +998,7 @@ def test_a_model_that_was_short_of_memory_beside_the_old_one_has_the_device_to_i
         await settled(service, str(other_folder))
 
     run(work)
-    assert service._loaded.engine.largest_that_fits is None
+    assert service.model.loaded.engine.largest_that_fits is None
 
 
 def test_a_replica_whose_batches_all_fail_is_sick(generator_folder, monkeypatch):
@@ -1003,19 +1006,19 @@ def test_a_replica_whose_batches_all_fail_is_sick(generator_folder, monkeypatch)
 
     async def work():
         await service.reconfigure({})
-        engine_run = service._loaded.engine.run
+        engine_run = service.model.loaded.engine.run
 
         def fault(group, rows):
             raise RuntimeError("an illegal memory access was encountered")
 
         for broken in (2, 3):
-            monkeypatch.setattr(service._loaded.engine, "run", fault)
+            monkeypatch.setattr(service.model.loaded.engine, "run", fault)
             for _ in range(broken):
                 service.check_health()
                 with pytest.raises(RuntimeError, match="illegal"):
                     await service.generate(order())
             if broken == 2:
-                monkeypatch.setattr(service._loaded.engine, "run", engine_run)
+                monkeypatch.setattr(service.model.loaded.engine, "run", engine_run)
                 await service.generate(order())  # and all is well again
                 service.check_health()
 

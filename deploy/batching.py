@@ -149,9 +149,12 @@ class Batcher(Generic[RowT, ResultT]):
             async with asyncio.timeout(timeout_seconds):
                 await ticket.done
         except TimeoutError as error:
-            raise DeadlineError(f"not done within {timeout_seconds:g} s") from error
-        finally:
             self._forget(ticket)
+            raise DeadlineError(f"not done within {timeout_seconds:g} s") from error
+        except BaseException:
+            self._forget(ticket)
+            del ticket  # as in `_run_batch`
+            raise
         assert ticket.started is not None
         return Finished(
             results=[result for result in ticket.results if result is not None],
@@ -213,6 +216,9 @@ class Batcher(Generic[RowT, ResultT]):
                 if not ticket.done.done():
                     ticket.done.set_exception(error)
                 self._forget(ticket)  # before the next batch takes more of its rows
+            # The error's traceback holds this frame. Through it, the error would hold itself, and what the batch had on the
+            # device, until some garbage collection.
+            del entries, tickets, ticket
             return
         seconds = time.monotonic() - began
         pace = seconds / (len(entries) * self._cost(group))

@@ -1,10 +1,13 @@
 import asyncio
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
+from deploy import generator
 from deploy.generator import GeneratorService
 from deploy.loading import load_model
 from deploy.schema import Arguments, Made, Order, Refusal
@@ -196,6 +199,31 @@ def test_a_device_that_is_full_is_told(generator_folder, monkeypatch):
 
     refusal = run(work)
     assert (refusal.status, refusal.code) == (503, "out_of_memory")
+
+
+def test_what_a_failed_batch_held_is_gone_when_its_callers_are_told(generator_folder, monkeypatch):
+    service = service_of(generator_folder)
+    monkeypatch.setattr(generator.logger, "disabled", True)  # pytest keeps what is logged, with its traceback
+    held = []
+
+    def full(group, rows):
+        activations = torch.zeros(1)  # on the device, say
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("full")
+
+    async def work():
+        await service.reconfigure({})
+        monkeypatch.setattr(service.model.loaded.engine, "run", full)
+        gc.collect()
+        gc.disable()  # a collection comes when it comes, and meanwhile the next batch would not fit either
+        try:
+            return await asyncio.gather(service.generate(order()), service.generate(order(num_images=2)))
+        finally:
+            held.extend(ref() for ref in list(held))
+            gc.enable()
+
+    assert [refusal.code for refusal in run(work)] == ["out_of_memory"] * 2
+    assert held[1:] == [None]
 
 
 def test_batches_that_did_not_fit_are_counted(generator_folder, monkeypatch):

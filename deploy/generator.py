@@ -73,8 +73,9 @@ class GeneratorService:
         except Exception:
             self._failed_in_a_row += 1
             raise
+        finally:
+            self._recorder.record("meanflow_out_of_memory_total", engine.num_out_of_memory - before)
         self._failed_in_a_row = 0
-        self._recorder.record("meanflow_out_of_memory_total", engine.num_out_of_memory - before)
         self._recorder.record("meanflow_model_seconds", times.model_seconds)
         self._recorder.record("meanflow_decode_seconds", times.decode_seconds)
         return list(images), times

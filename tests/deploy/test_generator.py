@@ -246,6 +246,22 @@ def test_batches_that_did_not_fit_are_counted(generator_folder, monkeypatch):
     assert sum(service.recorded.values("meanflow_out_of_memory_total")) == 1
 
 
+def test_batches_that_were_halved_down_to_one_that_did_not_fit_are_counted_too(generator_folder, monkeypatch):
+    service = service_of(generator_folder)
+
+    async def work():
+        await service.reconfigure({})
+
+        def full(z):
+            raise torch.OutOfMemoryError("full")
+
+        monkeypatch.setattr(service.model.loaded.engine.pipeline.vae, "decode", full)
+        return await service.generate(order(num_images=4))
+
+    assert run(work).code == "out_of_memory"
+    assert sum(service.recorded.values("meanflow_out_of_memory_total")) == 2  # of 4 and of 2
+
+
 def test_a_replica_whose_batches_all_fail_is_sick(generator_folder, monkeypatch):
     service = service_of(generator_folder)
 

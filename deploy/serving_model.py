@@ -129,7 +129,9 @@ class ServingModel:
         Serve tells a replica that starts nothing of a change until it has started: what it was given may be minutes old.
         """
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._is_asked_for, self._user_config), ASKING_SECONDS)
+            # `wait_for` would lose a cancellation that comes together with the answer.
+            async with asyncio.timeout(ASKING_SECONDS):
+                return await asyncio.to_thread(self._is_asked_for, self._user_config)
         except Exception:
             logger.exception("cannot learn which user_config is asked for by now")
             return None

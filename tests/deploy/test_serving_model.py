@@ -558,6 +558,35 @@ def test_what_a_replica_is_told_ends_its_asking_for_what_is_wanted(generator_fol
     assert len(asked) <= before + 1  # one may be on its way
 
 
+def test_what_a_replica_is_told_as_its_asking_fails_ends_the_asking_too(generator_folder, other_folder):
+    async def last_served(num_turns):
+        answered, answers = threading.Event(), [ConnectionError("away"), ConnectionError("away")]
+
+        def is_asked_for(user_config):
+            if not answers:
+                return True
+            error = answers.pop()
+            if not answers:
+                answered.set()
+            raise error
+
+        memory = Remembered()
+        service = service_of(generator_folder, memory, is_asked_for=is_asked_for, first_retry_seconds=0.02)
+        await service.reconfigure({})
+        while not answered.is_set():
+            await asyncio.sleep(0)
+        time.sleep(0.02)  # the answer lies there, and the event loop has not come to it
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        memory.note(str(other_folder))  # the replicas beside this one were told of it
+        await service.reconfigure({"max_batch_size": 0})
+        await asyncio.sleep(0.1)
+        return memory.recall()
+
+    for num_turns in range(6):
+        assert asyncio.run(last_served(num_turns)) == str(other_folder), num_turns
+
+
 def test_refused_settings_ask_for_no_model(generator_folder, other_folder):
     memory = Remembered()
     service = service_of(generator_folder, memory)

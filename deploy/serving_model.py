@@ -189,6 +189,8 @@ class ServingModel:
             await self._follow_the_others(wanted)
             self._model_problem = f"{refused}; {self.loaded.model} serves on"
             self._report_problem()
+            # What did not fit beside the model that was being loaded may fit again.
+            self.loaded.engine.largest_that_fits = None
             await asyncio.sleep(pause)
             pause = min(2.0 * pause, LAST_RETRY_SECONDS)
         self._take(loaded)

@@ -784,3 +784,24 @@ def test_a_model_that_was_short_of_memory_beside_the_old_one_has_the_device_to_i
 
     run(work)
     assert service.model.loaded.engine.largest_that_fits is None
+
+
+def test_a_model_that_did_not_fit_beside_the_old_one_leaves_it_the_whole_device_again(generator_folder):
+    service = None
+
+    def load(model, arguments):
+        if model == "large":
+            service.model.loaded.engine.largest_that_fits = 1  # a batch of the old one did not fit beside it
+            raise torch.OutOfMemoryError("full")
+        return load_model(model, arguments)
+
+    service = service_of(generator_folder, load=load)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": "large"})
+        await until(lambda: service.model.problem is not None)
+        await asyncio.sleep(0.05)
+
+    run(work)
+    assert service.model.loaded.engine.largest_that_fits is None

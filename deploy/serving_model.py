@@ -195,6 +195,9 @@ class ServingModel:
             pause = min(2.0 * pause, LAST_RETRY_SECONDS)
         self._take(loaded)
         self._change = None
+        if self._setting_problem is not None:  # since this one began to load
+            self._changing_to = None
+            self._change = asyncio.create_task(self._keep_up())
         self._model_problem = None
         self._report_problem()
         await self._remember(wanted, self._asked_at)

@@ -372,6 +372,28 @@ def test_while_settings_are_refused_a_replica_serves_what_the_others_do(generato
     assert service.model.problem is None
 
 
+def test_settings_refused_while_a_model_loads_keep_the_replica_from_nothing_that_the_others_serve(
+    generator_folder, other_folder, guided_folder
+):
+    gate, memory = threading.Event(), Remembered()
+    loads = Loads(gate=gate)
+    service = service_of(generator_folder, memory, load=loads, first_retry_seconds=0.05)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await until(lambda: len(loads.asked) == 2)
+        memory.note(str(guided_folder))  # those beside this one were told of it, and then of the refused settings
+        await service.reconfigure({"model": str(guided_folder), "max_batch_size": 0})
+        gate.set()
+        await settled(service, str(guided_folder))
+
+    run(work)
+    assert loads.asked == [str(generator_folder), str(other_folder), str(guided_folder)]
+    assert "settings refused" in service.model.problem
+    assert memory.recall() == str(guided_folder)
+
+
 def test_a_successor_whose_settings_are_refused_while_the_memory_is_away_catches_up(generator_folder, other_folder):
     class Lossy(Remembered):
         failures = 2

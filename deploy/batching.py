@@ -113,16 +113,25 @@ class Batcher(Generic[RowT, ResultT]):
             self._seconds_per_cost or 0.0
         )
 
-    def _admit(self, num_rows: int, timeout_seconds: float) -> None:
-        queued, wait = self.num_queued, self.expected_wait_seconds
+    def _seconds_until_turn(self, group: Hashable) -> float:
+        """How long a row of a group that came now would wait: between its group's turns, each other group has one."""
+        size = self.limits.max_batch_size
+        rows = (len(self._queues.get(group, ())) // size + 1) * size
+        return sum(min(len(queue), rows) * self._cost(other) for other, queue in self._queues.items()) * (
+            self._seconds_per_cost or 0.0
+        )
+
+    def _admit(self, group: Hashable, num_rows: int, timeout_seconds: float) -> None:
+        queued = self.num_queued
         if queued and queued + num_rows > self.limits.max_queued_rows:
             raise OverloadedError(
                 f"{queued} images wait already, and at most {self.limits.max_queued_rows} may; try again later",
-                max(wait / 2.0, 0.1),
+                max(self.expected_wait_seconds / 2.0, 0.1),
             )
+        wait = self._seconds_until_turn(group)
         if wait > timeout_seconds:
             raise OverloadedError(
-                f"the images that wait already take about {wait:.1f} s, longer than a request may; try again later",
+                f"the images that go first take about {wait:.1f} s, longer than a request may; try again later",
                 wait - timeout_seconds / 2.0,
             )
 
@@ -132,7 +141,7 @@ class Batcher(Generic[RowT, ResultT]):
         Raises OverloadedError at once where the queue is full, DeadlineError where the time is over first, and whatever
         the batch of one of its rows raised. Whoever cancels this takes the rows that still wait out of the queue.
         """
-        self._admit(len(rows), timeout_seconds)
+        self._admit(group, len(rows), timeout_seconds)
         if self._loop_task is None or self._loop_task.done():
             self._loop_task = asyncio.get_running_loop().create_task(self._work())
         ticket: Ticket[RowT, ResultT] = Ticket(

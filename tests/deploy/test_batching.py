@@ -172,6 +172,23 @@ def test_a_request_with_much_to_do_keeps_nobody_out():
     assert [group for group, _ in worker.batches[:4]] == ["much", "little", "much", "little"]
 
 
+def test_a_request_with_much_to_do_has_nobody_refused_for_a_wait_that_it_would_not_have():
+    worker = Worker(seconds=0.04)
+
+    async def run():
+        batcher = batcher_of(worker, size=2, wait=0.0)
+        await batcher.submit("much", [0], 5.0)  # 40 ms a row, as of now
+        much = asyncio.create_task(batcher.submit("much", range(50), 5.0))
+        await asyncio.sleep(0.01)
+        await batcher.submit("little", [0], 0.5)  # its turn is the next
+        with pytest.raises(OverloadedError, match="longer than a request may"):
+            await batcher.submit("much", [0], 0.5)
+        much.cancel()
+
+    asyncio.run(run())
+    assert [group for group, _ in worker.batches[:3]] == ["much", "much", "little"]
+
+
 def test_the_wait_is_estimated_by_what_rows_of_each_group_cost():
     worker = Worker(seconds=0.04)
 

@@ -140,8 +140,10 @@ class ApiService:
         self._limiter = RateLimiter(arguments.rate_limit)
         self._http_host = http_host
         self._is_checked = False
-        # Until when so many images or more are refused without asking the generator, and what it said.
+        # Until when so many images or more are refused without asking the generator, and what it said. Of the same steps:
+        # others have turns of their own.
         self._full: Refusal | None = None
+        self._full_group: tuple[tuple[float, ...], bool] | None = None
         self._full_from, self._full_until = 0, 0.0
         for image_format in MEDIA_TYPES:  # Pillow finds its formats at the first image, which takes half a second
             encode_image(np.zeros((8, 8, 3), np.uint8), image_format)
@@ -256,7 +258,9 @@ class ApiService:
 
     async def _ask(self, order: Order) -> Made | Refusal:
         """The generator's answer; a refusal for a full queue holds for a moment. Raises ApiError 504."""
-        if self._full is not None and order.num_images >= self._full_from and time.monotonic() < self._full_until:
+        group = (order.timesteps, order.is_preview)
+        may_fit = group != self._full_group or order.num_images < self._full_from
+        if self._full is not None and not may_fit and time.monotonic() < self._full_until:
             return self._full
         try:
             # The replica keeps the deadline; this is for where there is none to take the order.
@@ -265,7 +269,7 @@ class ApiService:
         except TimeoutError as error:
             raise ApiError(504, f"not done within {order.timeout_seconds:g} s", "deadline_exceeded") from error
         if isinstance(made, Refusal) and made.code == "overloaded":
-            self._full, self._full_from = made, order.num_images
+            self._full, self._full_group, self._full_from = made, group, order.num_images
             self._full_until = time.monotonic() + FULL_SECONDS
         return made
 

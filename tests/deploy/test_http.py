@@ -377,6 +377,26 @@ def test_a_full_queue_is_told_for_a_moment_without_asking_again(endpoint, monkey
     assert asked == [2, 1, 2]
 
 
+def test_a_full_queue_of_some_steps_is_not_told_to_those_who_ask_for_others(endpoint, monkeypatch):
+    asked, make = [], endpoint.api.generator.generate
+
+    async def full_of_two_steps(order):
+        asked.append(len(order.timesteps) - 1)
+        if len(order.timesteps) == 2:
+            return await make(order)
+        return Refusal(status=429, code="overloaded", message="full", retry_after_seconds=30.0)
+
+    monkeypatch.setattr(endpoint.api.generator, "generate", full_of_two_steps)
+    monkeypatch.setattr("deploy.http.FULL_SECONDS", 5.0)
+    monkeypatch.setattr(endpoint.api, "_full", None)
+
+    def status(steps):
+        return endpoint.client.post("/generate", json={"class": "star", "num_inference_steps": steps}).status_code
+
+    assert [status(2), status(1), status(2)] == [429, 200, 429]
+    assert asked == [2, 1]
+
+
 def test_a_fault_is_a_500_without_its_details(endpoint, monkeypatch):
     async def fail(order):
         raise RuntimeError("secret")

@@ -136,6 +136,7 @@ def test_what_failed_for_a_while_is_tried_again(generator_folder, other_folder):
 
     run(work)
     assert service.model.problem is None
+    assert service.recorded.values("meanflow_model_refused")[-1] == 0.0
 
 
 def test_the_latest_wish_counts(generator_folder, other_folder):
@@ -385,10 +386,12 @@ def test_settings_refused_while_a_model_loads_keep_the_replica_from_nothing_that
         await until(lambda: len(loads.asked) == 2)
         memory.note(str(guided_folder))  # those beside this one were told of it, and then of the refused settings
         await service.reconfigure({"model": str(guided_folder), "max_batch_size": 0})
+        refused = service.recorded.values("meanflow_model_refused")[-1]
         gate.set()
         await settled(service, str(guided_folder))
+        return refused
 
-    run(work)
+    assert run(work) == 1.0
     assert loads.asked == [str(generator_folder), str(other_folder), str(guided_folder)]
     assert "settings refused" in service.model.problem
     assert memory.recall() == str(guided_folder)
@@ -609,6 +612,60 @@ def test_what_a_replica_is_told_as_its_asking_fails_ends_the_asking_too(generato
         assert asyncio.run(last_served(num_turns)) == str(other_folder), num_turns
 
 
+def test_an_answer_that_does_not_come_holds_up_no_start(generator_folder, monkeypatch):
+    monkeypatch.setattr(serving_model, "ASKING_SECONDS", 0.05)
+    gate = threading.Event()
+    service = service_of(generator_folder, is_asked_for=lambda user_config: gate.wait(60))
+
+    async def work():
+        try:
+            async with asyncio.timeout(20):
+                await service.reconfigure({})
+        finally:
+            gate.set()
+        return await service.generate(order())
+
+    assert isinstance(run(work), Made)
+
+
+def test_whether_refused_settings_are_wanted_is_not_asked_again(generator_folder):
+    asked = []
+
+    def is_asked_for(user_config):
+        asked.append(user_config)
+        raise ConnectionError("away")
+
+    service = service_of(generator_folder, is_asked_for=is_asked_for, first_retry_seconds=0.02)
+
+    async def work():
+        await service.reconfigure({"max_batch_size": 0})
+        await asyncio.sleep(0.2)
+
+    run(work)
+    assert len(asked) == 1
+
+
+def test_an_answer_on_its_way_makes_a_model_no_newer_than_what_was_asked_for_meanwhile(generator_folder, other_folder):
+    asked, memory = [], Remembered()
+
+    def is_asked_for(user_config):
+        asked.append(user_config)
+        if len(asked) == 1:
+            raise ConnectionError("away")
+        memory.note(str(other_folder))  # the answer was given, and then another model was asked for
+        return True
+
+    service = service_of(generator_folder, memory, is_asked_for=is_asked_for, first_retry_seconds=0.02)
+
+    async def work():
+        await service.reconfigure({})
+        await until(lambda: memory.recall() == str(other_folder))
+        await asyncio.sleep(0.1)
+
+    run(work)
+    assert memory.recall() == str(other_folder)
+
+
 def test_refused_settings_ask_for_no_model(generator_folder, other_folder):
     memory = Remembered()
     service = service_of(generator_folder, memory)
@@ -633,6 +690,21 @@ def test_a_model_that_is_taken_back_is_no_longer_the_last_good_one(generator_fol
 
     run(work)
     assert memory.recall() == str(generator_folder)
+
+
+def test_a_model_that_others_serve_and_that_fails_here_is_not_loaded_twice_at_once(generator_folder):
+    memory, loads = Remembered(), Loads(bad={"broken"})
+    service = service_of(generator_folder, memory, load=loads)
+
+    async def work():
+        await service.reconfigure({})
+        memory.note("broken")
+        await service.reconfigure({"model": "broken"})
+        await until(lambda: service.model.problem is not None)
+        await asyncio.sleep(0.1)
+
+    run(work)
+    assert loads.asked == [str(generator_folder), "broken"]
 
 
 def test_a_refusal_is_told_before_the_others_model_is_loaded(generator_folder, other_folder):

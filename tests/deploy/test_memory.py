@@ -1,3 +1,5 @@
+import pytest
+
 from deploy.memory import ModelMemory
 from tests.endpoint import Names
 
@@ -34,3 +36,32 @@ def test_one_entry_stays_and_those_of_others_are_left_alone():
             memory.remember(f"{index} at {asked_at}", asked_at)
     assert [memory.recall() for memory in memories] == ["0 at 3.0", "1 at 3.0", "2 at 3.0"]
     assert len(store.names) == 3
+
+
+def test_of_two_wishes_of_one_second_the_later_counts():
+    memory = ModelMemory(Names(), "meanflow", "first")
+    memory.remember("b", 1.25)
+    memory.remember("a", 1.4)
+    assert memory.recall() == "a"
+
+
+def test_of_entries_that_a_writer_left_behind_the_newest_counts():
+    class Breaking(Names):
+        is_away = False
+
+        def remove(self, name):
+            if self.is_away:
+                raise OSError("the store is away")
+            super().remove(name)
+
+    store = Breaking()
+    memory = ModelMemory(store, "meanflow", "first")
+    memory.remember("older", 1.0)
+    store.is_away = True
+    with pytest.raises(OSError, match="away"):
+        memory.remember("newer", 2.0)
+    assert memory.recall() == "newer"
+    store.is_away = False
+    memory.remember("older", 0.0)
+    assert memory.recall() == "newer"
+    assert len(store.names) == 1

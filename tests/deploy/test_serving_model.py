@@ -218,6 +218,28 @@ def test_a_replica_whose_model_the_memory_lost_does_not_go_back_to_an_older_one(
     assert run(work) == "second"
 
 
+def test_a_replica_that_cannot_tell_the_memory_its_model_goes_by_nothing_that_is_in_it(generator_folder, other_folder):
+    class Lossy(Remembered):
+        def remember(self, model, asked_at):
+            if model == str(other_folder):
+                raise OSError("the store is away")
+            super().remember(model, asked_at)
+
+    loads = Loads(bad={"broken"})
+    service = service_of(generator_folder, Lossy(), load=loads, first_retry_seconds=0.05)
+
+    async def work():
+        await service.reconfigure({})
+        await service.reconfigure({"model": str(other_folder)})
+        await settled(service, str(other_folder))
+        await service.reconfigure({"model": "broken"})
+        await until(lambda: loads.asked.count("broken") > 1)
+        return (await service.describe())[0].id
+
+    assert run(work) == "second"
+    assert loads.asked.count(str(generator_folder)) == 1
+
+
 class Held(Remembered):
     """A memory that takes one model late, or fails late."""
 
@@ -311,6 +333,29 @@ def test_a_model_that_the_memory_did_not_take_is_told_again(generator_folder, ot
     run(work)
 
 
+def test_each_model_that_the_memory_did_not_take_is_told_again(generator_folder, other_folder, guided_folder):
+    failing = {str(other_folder), str(guided_folder)}
+
+    class Lossy(Remembered):
+        def remember(self, model, asked_at):
+            if model in failing:
+                failing.remove(model)
+                raise OSError("the store is away")
+            super().remember(model, asked_at)
+
+    memory = Lossy()
+    service = service_of(generator_folder, memory, first_retry_seconds=0.02)
+
+    async def work():
+        await service.reconfigure({})
+        for folder in (other_folder, guided_folder):
+            await service.reconfigure({"model": str(folder)})
+            await until(lambda model=str(folder): memory.recall() == model)
+            await asyncio.sleep(0.05)
+
+    run(work)
+
+
 def test_a_bad_model_that_is_no_longer_asked_for_is_no_problem_while_the_next_one_loads(generator_folder, other_folder):
     gate = threading.Event()
     loads = Loads(bad={"broken"})
@@ -389,12 +434,16 @@ def test_settings_refused_while_a_model_loads_keep_the_replica_from_nothing_that
         refused = service.recorded.values("meanflow_model_refused")[-1]
         gate.set()
         await settled(service, str(guided_folder))
-        return refused
+        told = memory.recall(), service.model.problem
+        await service.reconfigure({"model": str(other_folder)})
+        await settled(service, str(other_folder))
+        return refused, *told
 
-    assert run(work) == 1.0
-    assert loads.asked == [str(generator_folder), str(other_folder), str(guided_folder)]
-    assert "settings refused" in service.model.problem
-    assert memory.recall() == str(guided_folder)
+    refused, last, problem = run(work)
+    assert refused == 1.0
+    assert last == str(guided_folder)
+    assert "settings refused" in problem
+    assert loads.asked == [str(folder) for folder in (generator_folder, other_folder, guided_folder, other_folder)]
 
 
 def test_a_successor_whose_settings_are_refused_while_the_memory_is_away_catches_up(generator_folder, other_folder):

@@ -97,7 +97,8 @@ class Engine:
     def padded_size(self, num_rows: int) -> int:
         """The size of the batch that these rows are run in."""
         size = next((size for size in self.batch_sizes if size >= num_rows), num_rows)
-        return size if self.largest_that_fits is None or size <= self.largest_that_fits else num_rows
+        largest = self.largest_that_fits  # once: another thread may set it to None
+        return size if largest is None or size <= largest else num_rows
 
     def warm_up(self) -> None:
         """Runs every size of batch once, so that no request pays for a first call."""

@@ -130,10 +130,10 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again():
         await asyncio.sleep(0.01)
         waiting = asyncio.create_task(batcher.submit("g", range(3), 5.0))
         await asyncio.sleep(0)
-        began = time.monotonic()
+        before = len(worker.batches)
         with pytest.raises(OverloadedError, match="3 images wait already, and at most 4 may") as refused:
             await batcher.submit("g", [1, 2], 5.0)
-        assert time.monotonic() - began < 0.02
+        assert len(worker.batches) == before  # it waited for none
         assert refused.value.retry_after_seconds >= 0.03
         await batcher.submit("g", [1], 5.0)  # one more fits
         await asyncio.gather(running, waiting)
@@ -194,11 +194,13 @@ def test_the_wait_is_estimated_by_what_rows_of_each_group_cost():
 
     async def run():
         batcher = batcher_of(worker, size=1, wait=0.0, cost=lambda group: {"cheap": 1.0, "dear": 10.0}[group])
-        await batcher.submit("dear", [0], 5.0)  # 40 ms for ten, so 4 ms for one
+        began = time.monotonic()
+        await batcher.submit("dear", [0], 5.0)  # 40 ms, or what the machine makes of it, for ten; so 4 ms for one
+        dear = time.monotonic() - began
         running = asyncio.create_task(batcher.submit("dear", [0, 1, 2], 5.0))
         waiting = asyncio.create_task(batcher.submit("cheap", range(10), 5.0))
         await asyncio.sleep(0.005)
-        assert batcher.expected_wait_seconds == pytest.approx(2 * 0.04 + 10 * 0.004, rel=0.3)
+        assert batcher.expected_wait_seconds == pytest.approx(2 * dear + 10 * dear / 10, rel=0.3)
         running.cancel()
         waiting.cancel()
 
@@ -277,10 +279,10 @@ def test_whoever_is_cancelled_while_its_batch_runs_takes_nobody_along():
 
 def test_the_wait_is_told_until_the_first_row_began():
     async def run():
-        batcher = batcher_of(Worker(seconds=0.05), size=1, wait=0.0)
-        return await batcher.submit("g", range(4), 5.0)
+        batcher = batcher_of(Worker(seconds=0.2), size=1, wait=0.0)
+        return await batcher.submit("g", range(4), 60.0)
 
-    assert asyncio.run(run()).queue_wait_seconds < 0.05
+    assert asyncio.run(run()).queue_wait_seconds < 0.2
 
 
 def test_the_oldest_row_of_several_groups_is_not_kept_waiting_for_a_younger_one():

@@ -104,7 +104,7 @@ def test_whoever_is_cancelled_leaves_the_queue():
 
 
 def test_what_is_not_done_by_its_deadline_fails_and_leaves_the_queue():
-    worker = Worker(seconds=0.1)
+    worker = Worker(seconds=0.5)
 
     async def run():
         batcher = batcher_of(worker, size=1, wait=0.0)

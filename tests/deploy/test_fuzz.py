@@ -23,12 +23,22 @@ KEY = "a-key"
 LOCKED = {"api_keys": {"tester": hash_key(KEY)}}
 
 
-def exercise(url, folder, num_examples):
-    """Schemathesis over every operation of a running endpoint."""
+# To its own list of what may be answered to bad data: that there is too much of it.
+CONFIG = """
+[checks.negative_data_rejection]
+expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 428, 429]
+"""
+
+
+def exercise(url, folder, num_examples, seed=None):
+    """Schemathesis over every operation of a running endpoint; without a seed, at random, and the seed is printed."""
+    config = folder / "schemathesis.toml"
+    config.write_text(CONFIG)
     command = [
-        sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", CHECKS, "--mode", "all",
-        "--max-examples", str(num_examples), "--phases", "examples,coverage,fuzzing", "--no-color",
-        "--header", f"Authorization: Bearer {KEY}",
+        sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json",
+        "--checks", CHECKS, "--mode", "all", "--max-examples", str(num_examples),
+        "--phases", "examples,coverage,fuzzing", "--no-color", "--header", f"Authorization: Bearer {KEY}",
+        *([] if seed is None else ["--seed", str(seed)]),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1500)
     print(done.stdout[-1500:])
@@ -39,7 +49,8 @@ def exercise(url, folder, num_examples):
 def test_requests_made_up_from_the_document_are_answered_as_it_says(generator_folder, tmp_path):
     arguments = Arguments(model=str(generator_folder), max_images=2, max_steps=3, **LOCKED)
     with over_http(arguments) as url:
-        exercise(url, tmp_path, 20)
+        # Found at random: a body of more than 64 KiB that is wrong besides, and others.
+        exercise(url, tmp_path, 20, seed=263958209578772595287919339039673785419)
 
 
 def random_body(draw):

@@ -5,6 +5,7 @@ decoder), a request may bring several, those whose caller has gone leave the que
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
@@ -109,7 +110,11 @@ class Batcher(Generic[RowT, ResultT]):
     @property
     def expected_wait_seconds(self) -> float:
         """How long the rows that wait now will take, by the pace of late."""
-        return sum(len(queue) * self._cost(group) for group, queue in self._queues.items()) * (
+        return self._seconds_of_queues(math.inf)
+
+    def _seconds_of_queues(self, most: float) -> float:
+        """What at most so many rows of each group will take."""
+        return sum(min(len(queue), most) * self._cost(group) for group, queue in self._queues.items()) * (
             self._seconds_per_cost or 0.0
         )
 
@@ -117,9 +122,7 @@ class Batcher(Generic[RowT, ResultT]):
         """How long a row of a group that came now would wait: between its group's turns, each other group has one."""
         size = self.limits.max_batch_size
         rows = (len(self._queues.get(group, ())) // size + 1) * size
-        return sum(min(len(queue), rows) * self._cost(other) for other, queue in self._queues.items()) * (
-            self._seconds_per_cost or 0.0
-        )
+        return self._seconds_of_queues(rows)
 
     def _admit(self, group: Hashable, num_rows: int, timeout_seconds: float) -> None:
         queued = self.num_queued

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -76,6 +76,13 @@ class ServingModel:
         """Why something that was asked for is not in use; None where everything is."""
         return "; ".join(filter(None, (self._setting_problem, self._model_problem))) or None
 
+    def _pauses(self) -> Iterator[float]:
+        """Seconds before each next try, without end: twice as many every time, up to a limit."""
+        pause = self._first_retry_seconds
+        while True:
+            yield pause
+            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
+
     def take_settings(self, user_config: dict[str, Any] | None) -> None:
         """Takes the settings, or keeps the earlier ones and says what is wrong. `change` comes next."""
         asked_at = time.time()
@@ -139,12 +146,12 @@ class ServingModel:
     async def _ask_again(self) -> None:
         """Learns later, and until another is told, whether what this replica started with is what is asked for."""
         assert self.loaded is not None
-        is_newest, pause = None, self._first_retry_seconds
-        while is_newest is None:
+        for pause in self._pauses():
             await asyncio.sleep(pause)
-            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
             asked_at = time.time()
             is_newest = await self._is_newest()
+            if is_newest is not None:
+                break
         if is_newest:
             self._asked_at = asked_at
             if self.loaded.model == self.settings.model:
@@ -175,8 +182,7 @@ class ServingModel:
     async def _change_model(self, wanted: str) -> None:
         """Loads another model, as often as it takes: what failed for a while (a tracking server) comes by itself."""
         assert self.loaded is not None
-        pause = self._first_retry_seconds
-        while True:
+        for pause in self._pauses():
             try:
                 loaded = await self._load_in_thread(wanted)
                 break
@@ -192,7 +198,6 @@ class ServingModel:
             # What did not fit beside the model that was being loaded may fit again.
             self.loaded.engine.largest_that_fits = None
             await asyncio.sleep(pause)
-            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
         self._take(loaded)
         self._change = None
         if self._setting_problem is not None:  # since this one began to load
@@ -208,12 +213,10 @@ class ServingModel:
         Others may have been told of a model that this replica was not.
         """
         assert self.loaded is not None
-        pause = self._first_retry_seconds
-        while True:
+        for pause in self._pauses():
             await self._follow_the_others()
             self.settings = self.settings.model_copy(update={"model": self.loaded.model})
             await asyncio.sleep(pause)
-            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
 
     async def _follow_the_others(self, wanted: str | None = None) -> None:
         """Loads the last good model where it is not the one that serves here. wanted: one that cannot be loaded.
@@ -273,12 +276,12 @@ class ServingModel:
             self._not_remembered = None
 
     async def _remind(self) -> None:
-        pause = self._first_retry_seconds
-        while self._not_remembered is not None:
+        for pause in self._pauses():
             await asyncio.sleep(pause)
-            pause = min(2.0 * pause, LAST_RETRY_SECONDS)
             if self._not_remembered is not None:
                 await self._remember(*self._not_remembered)
+            if self._not_remembered is None:
+                return
 
     async def _load_in_thread(self, model: str) -> Loaded:
         settings = self.settings

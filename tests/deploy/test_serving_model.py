@@ -1,4 +1,5 @@
 import asyncio
+import math
 import threading
 import time
 import weakref
@@ -28,6 +29,20 @@ class Loads:
         if model in self.bad:
             raise ValueError(f"{model} is bad")
         return load_model(model, arguments)
+
+
+class Lossy(Remembered):
+    """A memory that fails to take some models; {model: how often}."""
+
+    def __init__(self, failures):
+        super().__init__()
+        self.failures = dict(failures)
+
+    def remember(self, model, asked_at):
+        if self.failures.get(model, 0) > 0:
+            self.failures[model] -= 1
+            raise OSError("the store is away")
+        super().remember(model, asked_at)
 
 
 async def until(holds):
@@ -193,24 +208,16 @@ def test_told_of_a_bad_model_before_it_had_the_good_one_a_replica_serves_what_th
 
 
 def test_a_replica_whose_model_the_memory_lost_does_not_go_back_to_an_older_one(generator_folder, other_folder):
-    class Lossy(Remembered):
-        is_away = False
-
-        def remember(self, model, asked_at):
-            if self.is_away:
-                raise OSError("the store is away")
-            super().remember(model, asked_at)
-
-    memory = Lossy()
+    memory = Lossy({})
     service = service_of(generator_folder, memory, load=Loads(bad={"broken"}))
 
     async def work():
         await service.reconfigure({})
-        memory.is_away = True
+        memory.failures[str(other_folder)] = math.inf
         await service.reconfigure({"model": str(other_folder)})
         await settled(service, str(other_folder))
         await asyncio.sleep(0.1)
-        memory.is_away = False
+        memory.failures.clear()
         await service.reconfigure({"model": "broken"})
         await until(lambda: memory.recall() == str(other_folder))
         return (await service.describe())[0].id
@@ -219,14 +226,9 @@ def test_a_replica_whose_model_the_memory_lost_does_not_go_back_to_an_older_one(
 
 
 def test_a_replica_that_cannot_tell_the_memory_its_model_goes_by_nothing_that_is_in_it(generator_folder, other_folder):
-    class Lossy(Remembered):
-        def remember(self, model, asked_at):
-            if model == str(other_folder):
-                raise OSError("the store is away")
-            super().remember(model, asked_at)
-
+    memory = Lossy({str(other_folder): math.inf})
     loads = Loads(bad={"broken"})
-    service = service_of(generator_folder, Lossy(), load=loads, first_retry_seconds=0.05)
+    service = service_of(generator_folder, memory, load=loads, first_retry_seconds=0.05)
 
     async def work():
         await service.reconfigure({})
@@ -240,11 +242,11 @@ def test_a_replica_that_cannot_tell_the_memory_its_model_goes_by_nothing_that_is
     assert loads.asked.count(str(generator_folder)) == 1
 
 
-class Held(Remembered):
+class Held(Lossy):
     """A memory that takes one model late, or fails late."""
 
-    def __init__(self, model, fails=False):
-        super().__init__()
+    def __init__(self, model, fails=False, failures=()):
+        super().__init__(failures)
         self.held, self.fails = model, fails
         self.asked, self.gate = threading.Event(), threading.Event()
 
@@ -284,15 +286,7 @@ def test_told_of_a_bad_model_while_its_own_is_still_being_remembered_a_replica_d
 def test_what_the_memory_answers_late_of_an_older_model_does_not_hide_that_it_lacks_the_newer(
     generator_folder, other_folder, guided_folder, fails
 ):
-    class Lossy(Held):
-        is_away = True
-
-        def remember(self, model, asked_at):
-            if model == str(guided_folder) and self.is_away:
-                raise OSError("the store is away")
-            super().remember(model, asked_at)
-
-    memory = Lossy(str(other_folder), fails)
+    memory = Held(str(other_folder), fails, {str(guided_folder): math.inf})
     service = service_of(generator_folder, memory, load=Loads(bad={"broken"}))
 
     async def work():
@@ -304,7 +298,7 @@ def test_what_the_memory_answers_late_of_an_older_model_does_not_hide_that_it_la
         await asyncio.sleep(0.1)
         memory.gate.set()
         await asyncio.sleep(0.1)
-        memory.is_away = False
+        memory.failures.clear()
         await service.reconfigure({"model": "broken"})
         await until(lambda: memory.recall() == str(guided_folder))
         return (await service.describe())[0].id
@@ -313,16 +307,7 @@ def test_what_the_memory_answers_late_of_an_older_model_does_not_hide_that_it_la
 
 
 def test_a_model_that_the_memory_did_not_take_is_told_again(generator_folder, other_folder):
-    class Lossy(Remembered):
-        failures = 3
-
-        def remember(self, model, asked_at):
-            if model == str(other_folder) and self.failures:
-                self.failures -= 1
-                raise OSError("the store is away")
-            super().remember(model, asked_at)
-
-    memory = Lossy()
+    memory = Lossy({str(other_folder): 3})
     service = service_of(generator_folder, memory, first_retry_seconds=0.02)
 
     async def work():
@@ -334,16 +319,7 @@ def test_a_model_that_the_memory_did_not_take_is_told_again(generator_folder, ot
 
 
 def test_each_model_that_the_memory_did_not_take_is_told_again(generator_folder, other_folder, guided_folder):
-    failing = {str(other_folder), str(guided_folder)}
-
-    class Lossy(Remembered):
-        def remember(self, model, asked_at):
-            if model in failing:
-                failing.remove(model)
-                raise OSError("the store is away")
-            super().remember(model, asked_at)
-
-    memory = Lossy()
+    memory = Lossy({str(other_folder): 1, str(guided_folder): 1})
     service = service_of(generator_folder, memory, first_retry_seconds=0.02)
 
     async def work():

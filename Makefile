@@ -26,7 +26,7 @@ compare: $(STAMP)
 	@test -f $(COMPARISON)/latents/manifest.json || \
 	    $(FAST_MALLOC) $(BIN)/python -m pipelines.encode --images $(COMPARISON)/images/train \
 	        --output $(COMPARISON)/latents --vae pipelines/demo/autoencoder_weights --image-size 64
-	@$(FAST_MALLOC) $(BIN)/python -m pipelines.comparison --data $(COMPARISON)/latents \
+	@$(FAST_MALLOC) $(BIN)/python -m pipelines.compare --data $(COMPARISON)/latents \
 	    --train-images $(COMPARISON)/images/train --held-out-images $(COMPARISON)/images/val \
 	    --output $(COMPARISON)/comparison
 

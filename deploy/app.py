@@ -20,13 +20,14 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deploy.generator import GeneratorService
-from deploy.http import ApiService, build_http_app
+from deploy.api.routes import ApiService, build_http_app
 from deploy.memory import ModelMemory
+from deploy.messages import ClassEntry, Made, ModelCard, Order, Refusal
 from deploy.metrics import RayRecorder
 from deploy.models import resolve_model
-from deploy.schema import Arguments, ClassEntry, Made, ModelCard, Order, Refusal
-from deploy.serving_model import ServingModel
+from deploy.replica.service import GeneratorService
+from deploy.replica.serving_model import ServingModel
+from deploy.settings import Arguments
 
 logger = logging.getLogger(__name__)
 

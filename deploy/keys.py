@@ -6,7 +6,7 @@ python -m deploy.keys alice
 import argparse
 import secrets
 
-from deploy.security import hash_key
+from deploy.api.auth import hash_key
 
 
 def main() -> None:

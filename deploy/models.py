@@ -20,7 +20,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from deploy.schema import Source
+from deploy.messages import Source
 from meanflow_core.generator import find_generator
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")

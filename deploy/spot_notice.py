@@ -4,7 +4,7 @@
 
 Runs on every machine that may be taken away (the cluster files start it) until there is a notice: two minutes before the
 end on AWS, half a minute on Google Cloud. Ray then gives the machine no more work, and a training writes a checkpoint
-at once (`pipelines/notices.py`).
+at once (`pipelines/train/stopping.py`).
 """
 
 import argparse

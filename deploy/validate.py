@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.schema import API_SETTINGS, GENERATOR_SETTINGS, Arguments, with_settings
+from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments, with_settings
 
 KUBERAY = Path(__file__).with_name("kuberay")
 SETTINGS = {"ImageGenerator": GENERATOR_SETTINGS, "Api": API_SETTINGS}

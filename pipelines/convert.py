@@ -24,7 +24,8 @@ from meanflow_core.latents import SD_SCALING_FACTOR, SD_VAE_FT_MSE_MEAN, SD_VAE_
 from meanflow_core.networks import AnyNetwork
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
-from pipelines.command import InputError, parse_command_line, run_command
+from pipelines.command_line import parse_command_line, run_command
+from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 from pyarrow import fs
 
-from pipelines.command import InputError
+from pipelines.errors import InputError
 
 PYARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs")
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets this variable in the driver of a submitted job

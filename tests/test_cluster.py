@@ -15,10 +15,10 @@ from mlflow import MlflowClient
 from pipelines.demo import images
 from pipelines.demo.__main__ import free_port
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from tests.endpoint import fetch
-from tests.mlflow_server import Server
-from tests.readme import REPOSITORY, commands
-from tests.real_cluster import RealCluster, real_cluster
+from tests.support.endpoint import fetch
+from tests.support.mlflow_server import Server
+from tests.support.readme import REPOSITORY, commands
+from tests.support.real_cluster import RealCluster, real_cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(1200)]
 

@@ -18,22 +18,23 @@ from ray.scripts.scripts import cli as ray_command_line
 from ray.serve.scripts import cli as serve_command_line
 from sqlalchemy.engine import make_url
 
+from deploy.api.schema import GenerateRequest, ImagesRequest
 from deploy.jobs.__main__ import parse_arguments as parse_jobs
 from deploy.jobs.job_file import read_job_file
-from deploy.schema import Arguments, GenerateRequest, ImagesRequest
-from meanflow_core.cost import checkpoint_bytes, forward_flops, memory_estimate, num_parameters, step_flops
+from deploy.settings import Arguments
 from meanflow_core.presets import PRESETS
-from pipelines.check import CheckJob
 from pipelines.convert import ConvertJob
 from pipelines.demo.images import DrawImages
-from pipelines.encode import EncodeJob
-from pipelines.evaluate import EvaluateJob
-from pipelines.latent_cache import CacheJob
-from pipelines.plan import parse_arguments as parse_plan
-from pipelines.reference import ReferenceJob
-from pipelines.side_by_side import SideBySideJob
-from pipelines.train import parse_arguments as parse_training
-from tests.aws import understand_aws
+from pipelines.encode.job import EncodeJob
+from pipelines.evaluate.job import EvaluateJob
+from pipelines.evaluate.reference import ReferenceJob
+from pipelines.evaluate.side_by_side import SideBySideJob
+from pipelines.latents.cache import CacheJob
+from pipelines.latents.check import CheckJob
+from pipelines.plan.__main__ import parse_arguments as parse_plan
+from pipelines.plan.cost import checkpoint_bytes, forward_flops, memory_estimate, num_parameters, step_flops
+from pipelines.train.run import parse_arguments as parse_training
+from tests.support.aws import understand_aws
 
 REPOSITORY = Path(__file__).parents[1]
 # "start" is the first block of the README, read with all others of it.
@@ -433,7 +434,7 @@ def test_options_that_the_documents_name_exist():
             parse_training(["xl2", *required, *words])
         else:
             assert words[0].removeprefix("--").replace("-", "_") in Path(
-                REPOSITORY / "pipelines/training_job.py"
+                REPOSITORY / "pipelines/train/job.py"
             ).read_text() + text_of("meanflow_core/config.py")
 
 
@@ -567,7 +568,7 @@ def test_steps_of_the_runbook_take_what_the_steps_before_left():
     encode, train, evaluate = (job_of(stage) for stage in ("encode", "train", "evaluate"))
     images = option(encode, "--images")
     assert line_with("aws s3 sync")[-1] == images
-    # Beside Data/, where it is when the images are unpacked; pipelines/image_sources.py looks there.
+    # Beside Data/, where it is when the images are unpacked; pipelines/images/sources.py looks there.
     assert line_with("aws s3 cp")[-1] == images.removesuffix("Data/CLS-LOC/train") + "LOC_synset_mapping.txt"
     assert "STORAGE=s3://BUCKET/imagenet" in line_with("STORAGE=")
     assert option(line_with("pipelines.check"), "--data") == option(encode, "--output") == option(train, "--data")

@@ -31,15 +31,16 @@ from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
-from pipelines import latent_store, storage
-from pipelines.batches import BatchSource
+from pipelines import storage
 from pipelines.demo import images
 from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
-from pipelines.latent_cache import open_latents
-from tests.latents import read_shards
-from tests.object_store import s3_bucket
-from tests.readme import REPOSITORY, commands
-from tests.training_checkpoints import last_checkpoint
+from pipelines.latents.cache import open_latents
+from pipelines.latents.manifest import read_manifest
+from pipelines.train.batches import BatchSource
+from tests.support.latents import read_shards
+from tests.support.object_store import s3_bucket
+from tests.support.readme import REPOSITORY, commands
+from tests.support.training_checkpoints import last_checkpoint
 
 SMALLER = {
     "pipelines.demo.images": ["--num-train", "200", "--num-val", "60"],
@@ -158,7 +159,7 @@ def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
     assert run.data.tags["torch"] == torch.__version__
     files = {file.path for file in client.list_artifacts(run_id)}
     assert {"configuration.json", "data_manifest.json"} <= files
-    manifest = latent_store.read_manifest(str(build / "latents"))
+    manifest = read_manifest(str(build / "latents"))
     [used] = run.inputs.dataset_inputs
     assert manifest.content_sha256.startswith(used.dataset.digest)
     assert json.loads(used.dataset.source) == {"uri": str(build / "latents")}

@@ -26,16 +26,18 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 import deploy.models
-from pipelines import checkpoints, storage, tracking
-from pipelines.command import InputError
+from pipelines import storage
 from pipelines.demo import images
-from tests.clusters import processes_of
-from tests.deploy.manifests import ComposeFile, filled_in
-from tests.latents import encode_drawn
-from tests.mlflow_server import Server
-from tests.object_store import s3_bucket
-from tests.postgres import Postgres, missing_programs
-from tests.readme import REPOSITORY
+from pipelines.errors import InputError
+from pipelines.tracking.run import Run
+from pipelines.train import checkpoints
+from tests.support.clusters import processes_of
+from tests.support.kubernetes_manifests import ComposeFile, filled_in
+from tests.support.latents import encode_drawn
+from tests.support.mlflow_server import Server
+from tests.support.object_store import s3_bucket
+from tests.support.postgres import Postgres, missing_programs
+from tests.support.readme import REPOSITORY
 
 MISSING = [*missing_programs(), *(name for name in ("psycopg2", "flask_wtf") if importlib.util.find_spec(name) is None)]
 COMPOSE = REPOSITORY / "deploy" / "mlflow"
@@ -228,7 +230,7 @@ def test_a_host_name_that_is_not_allowed_gets_403_and_the_error_says_what_to_do(
         assert deployment.ask("/health", host=host) == (200, "OK")  # why a healthcheck does not notice
     as_user("meanflow")
     with pytest.raises(InputError, match=r"refuses this host name .*--allowed-hosts.*Invalid Host header"):
-        tracking.Run.begin(f"http://127.1:{port}", "experiment", "name", {})  # another name of the same address
+        Run.begin(f"http://127.1:{port}", "experiment", "name", {})  # another name of the same address
 
 
 @pytest.mark.parametrize("password", [None, "another"])

@@ -4,18 +4,19 @@ import tomllib
 import pytest
 import tyro
 
-from deploy.schema import API_SETTINGS, GENERATOR_SETTINGS, Arguments, GenerateRequest, ImagesRequest
+from deploy.api.schema import GenerateRequest, ImagesRequest
+from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments
 from meanflow_core.interop import SOURCES
-from pipelines.check import CheckJob
 from pipelines.convert import ConvertJob
-from pipelines.encode import EncodeJob
-from pipelines.evaluate import EvaluateJob
-from pipelines.latent_cache import CacheJob
-from pipelines.measuring import Setting
-from pipelines.reference import ReferenceJob
-from pipelines.side_by_side import SideBySideJob
-from pipelines.train import parse_arguments
-from tests.readme import REPOSITORY, commands
+from pipelines.encode.job import EncodeJob
+from pipelines.evaluate.job import EvaluateJob
+from pipelines.evaluate.reference import ReferenceJob
+from pipelines.evaluate.samples import Setting
+from pipelines.evaluate.side_by_side import SideBySideJob
+from pipelines.latents.cache import CacheJob
+from pipelines.latents.check import CheckJob
+from pipelines.train.run import parse_arguments
+from tests.support.readme import REPOSITORY, commands
 
 
 def test_cluster_commands_are_understood_by_the_real_parsers():

@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.environments import PACKAGES, Environment, command_modules, copy_files, tracked_files
-from tests.readme import REPOSITORY
+from tests.support.environments import PACKAGES, Environment, command_modules, copy_files, tracked_files
+from tests.support.readme import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 LEFT_OUT = {"deploy/Dockerfile": "what it copies is the repository, so that it builds nowhere else"}
@@ -110,7 +110,7 @@ def test_every_package_that_the_code_imports_is_asked_for():
 def test_commands_are_found_by_looking():
     found = command_modules()
     assert {"pipelines.train", "pipelines.demo", "pipelines.demo.images", "deploy.jobs", "deploy.keys"} <= set(found)
-    assert "pipelines.judge" not in found
+    assert "pipelines.evaluate.judge" not in found
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from deploy.encoding import MEDIA_TYPES, encode_grid, encode_image, encode_zip
-from deploy.metrics import Recorder
-from deploy.schema import (
-    API_SETTINGS,
-    Arguments,
-    ClassEntry,
+from deploy.api.auth import Guard, RateLimiter, find_key, require_safe_exposure
+from deploy.api.encoding import MEDIA_TYPES, encode_grid, encode_image, encode_zip
+from deploy.api.schema import (
     ErrorBody,
     ErrorResponse,
     GenerateRequest,
@@ -36,23 +33,20 @@ from deploy.schema import (
     ImageData,
     ImagesRequest,
     ImagesResponse,
-    Made,
-    ModelCard,
     ModelList,
-    Order,
     Readiness,
-    Refusal,
     Sampling,
     Timing,
     Version,
-    with_settings,
 )
-from deploy.security import Guard, RateLimiter, find_key, require_safe_exposure
+from deploy.messages import ClassEntry, Made, ModelCard, Order, Refusal
+from deploy.metrics import Recorder
+from deploy.settings import API_SETTINGS, Arguments, with_settings
 from meanflow_core.pipeline import time_grid
 
 logger = logging.getLogger(__name__)
 
-WEB = Path(__file__).parent / "web"
+WEB = Path(__file__).parents[1] / "web"
 # Asking a replica how it is; one that is busy still answers at once.
 DESCRIBE_SECONDS = 5.0
 # The generator keeps the deadline itself; this much later, one that does not answer at all is given up.

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from deploy.engine import Engine
+from deploy.messages import ClassEntry, ModelCard, ModelHashes
 from deploy.models import fetched_generator
-from deploy.schema import Arguments, ClassEntry, ModelCard, ModelHashes
+from deploy.replica.engine import Engine
+from deploy.settings import Arguments
 from meanflow_core.autoencoder import load_preview_decoder, weight_hash
 from meanflow_core.generator import load_pipeline
 

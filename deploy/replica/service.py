@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from deploy.batching import Batcher, BatchLimits, BatchReport, DeadlineError, OverloadedError
-from deploy.engine import BatchTimes, Group, Row
-from deploy.loading import Loaded, find_class
+from deploy.messages import ClassEntry, Made, ModelCard, Order, Refusal
 from deploy.metrics import Recorder
-from deploy.schema import ClassEntry, Made, ModelCard, Order, Refusal
-from deploy.serving_model import ServingModel
+from deploy.replica.batching import Batcher, BatchLimits, BatchReport, DeadlineError, OverloadedError
+from deploy.replica.engine import BatchTimes, Group, Row
+from deploy.replica.loading import Loaded, find_class
+from deploy.replica.serving_model import ServingModel
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from pydantic import ValidationError
 
-from deploy.loading import Loaded, load_model
+from deploy.messages import ModelCard, Source
 from deploy.metrics import Recorder
 from deploy.models import announce
-from deploy.schema import GENERATOR_SETTINGS, Arguments, ModelCard, Source, with_settings
+from deploy.replica.loading import Loaded, load_model
+from deploy.settings import GENERATOR_SETTINGS, Arguments, with_settings
 
 logger = logging.getLogger(__name__)
 

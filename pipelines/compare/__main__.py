@@ -5,7 +5,7 @@
 
 Each is trained from several seeds, for the same number of steps and for the same number of operations, and measured at
 several numbers of network calls. The same command again does what is missing. The distance is Fréchet's in the
-features of a judge (pipelines/judge.py), and not FID.
+features of a judge (pipelines/evaluate/judge.py), and not FID.
 """
 
 import json
@@ -22,9 +22,12 @@ import torch
 from meanflow_core.autoencoder import reconstruct, weight_hash
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import FeatureStatistics
-from pipelines import latent_store, storage, tracking
-from pipelines.command import InputError, choose_gpus, parse_command_line, run_command, start_ray
-from pipelines.comparison.measuring import (
+from pipelines import storage
+from pipelines.cluster import choose_gpus, start_ray
+from pipelines.command_line import parse_command_line, run_command
+from pipelines.compare.planar import draw_figure
+from pipelines.compare.plots import BUDGET_TITLES, draw_grid, plot_comparison, plot_losses, spread, table
+from pipelines.compare.scores import (
     TIMED_IMAGES,
     Point,
     draw_images,
@@ -37,13 +40,11 @@ from pipelines.comparison.measuring import (
     time_sampling,
     time_training,
 )
-from pipelines.comparison.pictures import BUDGET_TITLES, draw_grid, plot_comparison, plot_losses, spread, table
-from pipelines.comparison.planar import draw_figure
-from pipelines.comparison.training import (
+from pipelines.compare.trainings import (
     BUDGETS,
     Budget,
     Data,
-    Run,
+    Trial,
     is_trained,
     methods,
     planned_runs,
@@ -53,8 +54,12 @@ from pipelines.comparison.training import (
     train_all,
 )
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate import find_real_images, read_evenly
-from pipelines.judge import Judge, load_judge
+from pipelines.errors import InputError
+from pipelines.evaluate.judge import Judge, load_judge
+from pipelines.evaluate.run import find_real_images, read_evenly
+from pipelines.latents.manifest import open_autoencoder, read_manifest
+from pipelines.tracking.provenance import code_identity
+from pipelines.tracking.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +132,7 @@ def settings(job: CompareJob) -> dict[str, Any]:
     configs = {name: method.config.flat() for name, method in methods(1000).items()}  # their steps vary with budgets
     fixed = {
         "num_steps": job.num_steps,
-        "data.sha256": latent_store.read_manifest(job.data).content_sha256,
+        "data.sha256": read_manifest(job.data).content_sha256,
         "train_images": storage.absolute(job.train_images),
         "held_out_images": storage.absolute(job.held_out_images),
         "judge_sha256": weight_hash(load_judge(job.judge)),
@@ -176,7 +181,7 @@ def look_at_real_images(job: CompareJob, judge: Judge) -> RealImages:
 
     Raises InputError where the images, the latents and the judge do not know the same classes, or are of other sizes.
     """
-    names = list(latent_store.read_manifest(job.data).class_names)
+    names = list(read_manifest(job.data).class_names)
     if names != list(judge.config.class_names):
         raise InputError(
             f"the judge in {job.judge} knows the classes {', '.join(judge.config.class_names)}, but the latents' are "
@@ -195,7 +200,7 @@ def results(job: CompareJob, steps: dict[Budget, dict[str, int]], runs_folder: P
     lines = []
     for budget, by_method in steps.items():
         for method in job.methods:
-            runs = [Run(method=method, seed=seed, num_steps=by_method[method]) for seed in job.seeds]
+            runs = [Trial(method=method, seed=seed, num_steps=by_method[method]) for seed in job.seeds]
             for point in points_of(runs[0].config, job.calls):
                 found = [read_quality(runs_folder / run.name, point) for run in runs]
                 measured = [quality for quality in found if quality is not None]
@@ -244,7 +249,7 @@ def sample_blocks(
     """{method's title: {calls: the first images of its first seed's generator}}, drawn anew."""
     blocks = {}
     for method in job.methods:
-        run = Run(method=method, seed=job.seeds[0], num_steps=steps[method])
+        run = Trial(method=method, seed=job.seeds[0], num_steps=steps[method])
         pipeline = load_pipeline(runs_folder / run.name / "generator")
         # Every third class: ten in a row of four by two would show the same two in every column.
         indices = [3 * number for number in range(num_images)]
@@ -279,7 +284,7 @@ def compare(job: CompareJob) -> dict[str, Any]:
         ray.shutdown()  # so that nothing else runs here while times are taken
 
     lines = results(job, steps, runs_folder)
-    vae = latent_store.open_autoencoder(data.latents)
+    vae = open_autoencoder(data.latents)
     reconstructions = torch.cat([reconstruct(vae, batch) for batch in real.held_out.split(100)])
     report = {
         "num_train_images": real.num_train,
@@ -327,7 +332,7 @@ def costs_of(job: CompareJob, data: Data, steps: dict[str, int], runs_folder: Pa
     device = torch.device("cuda" if torch.cuda.is_available() and job.use_gpu is not False else "cpu")
     timed_calls = sorted({min(job.calls), max(job.calls)})
     records = {
-        method: read_record(Run(method=method, seed=job.seeds[0], num_steps=steps[method]), runs_folder)
+        method: read_record(Trial(method=method, seed=job.seeds[0], num_steps=steps[method]), runs_folder)
         for method in job.methods
     }
     generators = {method: runs_folder / record["run"] / "generator" for method, record in records.items()}
@@ -365,7 +370,7 @@ def _log(job: CompareJob, report: dict[str, Any]) -> None:
         return
     kept = ("num_steps", "num_samples", "seeds", "budgets", "flops_of")
     parameters = {"data": job.data, "methods": job.methods, **{key: report[key] for key in kept}}
-    run = tracking.Run.begin(tracking_uri, EXPERIMENT, job.output.absolute().name, parameters, tracking.code_identity())
+    run = Run.begin(tracking_uri, EXPERIMENT, job.output.absolute().name, parameters, code_identity())
     for line in report["results"]:  # the number of calls is the metric's step: MLflow draws the curve
         name = f"evaluate/{line['budget']}/{line['method']}/{line['solver']}"
         figures = {f"{name}/{key}": line[key]["mean"] for key in ("frechet", "accuracy")}

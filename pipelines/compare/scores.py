@@ -27,14 +27,15 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.training import build_train_state, train_step
-from pipelines import latent_store, storage
-from pipelines.batches import BatchSource
-from pipelines.command import set_up_logging
-from pipelines.comparison.training import Data, Run, as_they_finish, methods
-from pipelines.judge import Judge, load_judge
-from pipelines.latent_cache import open_latents
-from pipelines.measuring import SampleRule
+from pipelines import storage
+from pipelines.command_line import set_up_logging
+from pipelines.compare.trainings import Data, Trial, as_they_finish, methods
+from pipelines.evaluate.judge import Judge, load_judge
+from pipelines.evaluate.samples import SampleRule
+from pipelines.latents.cache import open_latents
+from pipelines.latents.manifest import open_autoencoder
 from pipelines.progress import Progress
+from pipelines.train.batches import BatchSource
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def read_quality(folder: Path, point: Point) -> Quality | None:
     return Quality(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def is_measured(run: Run, runs_folder: Path, calls: Sequence[int]) -> bool:
+def is_measured(run: Trial, runs_folder: Path, calls: Sequence[int]) -> bool:
     """Whether all that will be asked of a run is known."""
     return all(read_quality(runs_folder / run.name, point) is not None for point in points_of(run.config, calls))
 
@@ -140,7 +141,7 @@ def measure_run(
 
 
 def _measure_remotely(
-    run: Run, runs_folder: Path, points: Sequence[Point], judge: Path, train: FeatureStatistics, num_samples: int
+    run: Trial, runs_folder: Path, points: Sequence[Point], judge: Path, train: FeatureStatistics, num_samples: int
 ) -> str:
     set_up_logging()
     torch.set_num_threads(1)
@@ -150,7 +151,7 @@ def _measure_remotely(
 
 
 def measure_all(
-    runs: Sequence[Run],
+    runs: Sequence[Trial],
     runs_folder: Path,
     calls: Sequence[int],
     judge: Path,
@@ -202,7 +203,7 @@ def interleaved_medians(
 def time_training(names: Sequence[str], data: Data, device: torch.device, num_rounds: int) -> dict[str, float]:
     """{method: seconds of one training step}, all on the same batch of the data."""
     dataset = open_latents(data.latents, data.cache_dir)
-    normalization = LatentNormalization.from_vae_config(latent_store.open_autoencoder(data.latents).config)
+    normalization = LatentNormalization.from_vae_config(open_autoencoder(data.latents).config)
 
     def step_of(config: TrainingConfig) -> Callable[[], object]:
         state = build_train_state(config, **dataset.manifest.network_sizes, device=device)

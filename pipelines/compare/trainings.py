@@ -29,17 +29,17 @@ from meanflow_core.config import (
     TimeSamplingConfig,
     TrainingConfig,
 )
-from meanflow_core.cost import step_flops
 from meanflow_core.generator import build_pipeline, for_sampling, save_generator
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks import AnyNetwork
 from meanflow_core.training import SUMS, build_train_state, train_step
-from pipelines import latent_store
-from pipelines.batches import BatchSource
-from pipelines.command import RunError, set_up_logging
-from pipelines.latent_cache import open_latents
-from pipelines.latent_store import NetworkSizes
+from pipelines.command_line import set_up_logging
+from pipelines.errors import RunError
+from pipelines.latents.cache import open_latents
+from pipelines.latents.manifest import NetworkSizes, open_autoencoder, read_manifest
+from pipelines.plan.cost import step_flops
 from pipelines.progress import Progress
+from pipelines.train.batches import BatchSource
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def methods(num_steps: int) -> dict[str, Method]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Trial:
     """One training. Budgets that ask a method for the same number of steps share it."""
 
     method: str
@@ -131,7 +131,7 @@ class Data:
     @property
     def network_sizes(self) -> NetworkSizes:
         """What networks take from the data."""
-        return latent_store.read_manifest(self.latents).network_sizes
+        return read_manifest(self.latents).network_sizes
 
 
 def step_costs(sizes: NetworkSizes) -> dict[str, float]:
@@ -152,13 +152,13 @@ def steps_of(budget: Budget, num_steps: int, costs: dict[str, float], flops_of: 
 
 def planned_runs(
     steps: Iterable[dict[str, int]], names: Sequence[str], seeds: Sequence[int], costs: dict[str, float]
-) -> list[Run]:
+) -> list[Trial]:
     """The runs, each once, those of most operations first: the last to end should not be a long one.
 
     steps: of each budget, as `steps_of` has them.
     """
     wanted = {
-        Run(method=name, seed=seed, num_steps=by_method[name])
+        Trial(method=name, seed=seed, num_steps=by_method[name])
         for by_method in steps
         for name in names
         for seed in seeds
@@ -166,12 +166,12 @@ def planned_runs(
     return sorted(wanted, key=lambda run: (-run.num_steps * costs[run.method], run.name))
 
 
-def is_trained(run: Run, output: Path) -> bool:
+def is_trained(run: Trial, output: Path) -> bool:
     """Whether a run lies whole in its folder."""
     return (output / run.name / RECORD).is_file()
 
 
-def read_record(run: Run, output: Path) -> dict[str, Any]:
+def read_record(run: Trial, output: Path) -> dict[str, Any]:
     """A trained run's record."""
     return dict(json.loads((output / run.name / RECORD).read_text()))
 
@@ -199,7 +199,7 @@ class LossCurve:
         self._waiting.clear()
 
 
-def train_run(run: Run, data: Data, output: Path, device: torch.device | None = None) -> dict[str, Any]:
+def train_run(run: Trial, data: Data, output: Path, device: torch.device | None = None) -> dict[str, Any]:
     """Trains in this process; writes output/<run's name>/ whole or not at all, and returns its record.
 
     The folder holds the generator, of the moving average, and training.json: the configuration, the loss curve, steps,
@@ -211,7 +211,7 @@ def train_run(run: Run, data: Data, output: Path, device: torch.device | None = 
     device = device or torch.device("cpu")
     config = run.config
     dataset = open_latents(data.latents, data.cache_dir)
-    vae = latent_store.open_autoencoder(data.latents)
+    vae = open_autoencoder(data.latents)
     normalization = LatentNormalization.from_vae_config(vae.config)
     sizes = dataset.manifest.network_sizes
     state = build_train_state(config, **sizes, device=device)
@@ -267,14 +267,14 @@ def _num_parameters(network: AnyNetwork) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _train_remotely(run: Run, data: Data, output: Path) -> str:
+def _train_remotely(run: Trial, data: Data, output: Path) -> str:
     set_up_logging()
     torch.set_num_threads(1)
     train_run(run, data, output, torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
     return run.name
 
 
-def train_all(runs: Iterable[Run], data: Data, output: Path, costs: dict[str, float], *, use_gpu: bool) -> None:
+def train_all(runs: Iterable[Trial], data: Data, output: Path, costs: dict[str, float], *, use_gpu: bool) -> None:
     """Trains what is not trained yet, each run a task of Ray with a thread of its own, and a GPU where asked.
 
     Runs begin in their order. A task whose process or machine is lost begins again.

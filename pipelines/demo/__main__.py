@@ -30,8 +30,10 @@ import torch
 import yaml
 
 from pipelines import storage
-from pipelines.command import FAST_MALLOC, InputError, parse_command_line, run_command
+from pipelines.cluster import FAST_MALLOC
+from pipelines.command_line import parse_command_line, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
 

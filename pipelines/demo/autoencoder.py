@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from meanflow_core.autoencoder import to_float_images
 from meanflow_core.metrics import peak_signal_to_noise
 from pipelines import storage
-from pipelines.command import parse_command_line, run_command
+from pipelines.command_line import parse_command_line, run_command
 from pipelines.demo import images
 from pipelines.progress import Progress, format_seconds
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines import storage
-from pipelines.command import parse_command_line, run_command
+from pipelines.command_line import parse_command_line, run_command
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)

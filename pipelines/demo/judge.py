@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from meanflow_core.autoencoder import to_float_images
 from pipelines import storage
-from pipelines.command import parse_command_line, run_command
+from pipelines.command_line import parse_command_line, run_command
 from pipelines.demo import images
-from pipelines.judge import Judge
+from pipelines.evaluate.judge import Judge
 from pipelines.progress import Progress, format_seconds
 
 logger = logging.getLogger(__name__)

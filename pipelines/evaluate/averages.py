@@ -5,9 +5,10 @@ from pathlib import Path
 
 from meanflow_core.checkpoint import load_average, read_state_file
 from meanflow_core.generator import load_pipeline, save_generator
-from pipelines import checkpoints, storage
-from pipelines.command import InputError
-from pipelines.tracking import REGISTRY_SCHEMES, fetch_generator
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.tracking.registry import REGISTRY_SCHEMES, fetch_generator
+from pipelines.train import checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from meanflow_core.autoencoder import weight_hash
-from pipelines.command import InputError
-from pipelines.judge import load_judge
+from pipelines.errors import InputError
+from pipelines.evaluate.judge import load_judge
 
 INCEPTION = "inception"
 # Another Inception than everybody's: its distance must not be called FID.
@@ -237,7 +237,7 @@ class _JudgeFeatures:
             "weights_sha256": weight_hash(self._judge),
             "resize": f"none: images must be {size}x{size}",
             "input": "uint8 RGB, x / 127.5 - 1",
-            "library": "pipelines.judge",
+            "library": "pipelines.evaluate.judge",
         }
 
     def __call__(self, images: torch.Tensor) -> Features:

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from meanflow_core.autoencoder import to_float_images
-from pipelines.command import InputError
+from pipelines.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,90 +24,25 @@ from meanflow_core.generator import load_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, ScoreSums, merged
 from meanflow_core.pipeline import MeanFlowPipeline
-from pipelines import latent_store, storage, tracking
-from pipelines.command import InputError
-from pipelines.extractors import Extractor, Features, open_extractor
-from pipelines.image_reading import decode_images
-from pipelines.image_sources import ImageSlice
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.evaluate.extractors import Extractor, Features, open_extractor
+from pipelines.evaluate.sample_files import open_sample_file
+from pipelines.evaluate.samples import SampleRule, Setting
+from pipelines.images.decoding import decode_images
+from pipelines.images.sources import ImageSlice
+from pipelines.latents.manifest import open_autoencoder
+from pipelines.latents.shards import read_shard
 from pipelines.progress import Progress
-from pipelines.sample_files import open_sample_file
+from pipelines.tracking.registry import fetch_generator
 
 logger = logging.getLogger(__name__)
 
 NUM_GROUPS = 20  # of the jackknife: its error is then known to a sixth
 NUM_SPLITS = 10  # of the Inception Score, as in the field
 CHUNK_SIZE = 500  # rows whose sums travel together: 34 MB in Inception's features
-SEEDS_PER_BASE = 2**32
 
-Labels = Literal["balanced", "random"]
 Sums = TypeVar("Sums", FeatureStatistics, ScoreSums)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How to sample."""
-
-    num_steps: int
-    """Equal steps from noise to image."""
-    guidance_scale: float | None = None
-    """omega; the generator's own where None."""
-    guidance_interval: tuple[float, float] | None = None
-    """Times between which it guides; the generator's own where None."""
-    solver: Literal["euler", "heun"] = "euler"
-    """Of flow matching's equation."""
-
-    @property
-    def way(self) -> str:
-        """How, the number of steps aside: "omega 4, in [0.2, 0.8], Heun"; empty where nothing was asked for."""
-        words = []
-        if self.guidance_scale is not None:
-            words.append(f"omega {self.guidance_scale:g}")
-        if self.guidance_interval is not None:
-            words.append("in [{:g}, {:g}]".format(*self.guidance_interval))
-        if self.solver == "heun":
-            words.append("Heun")
-        return ", ".join(words)
-
-    @property
-    def title(self) -> str:
-        """ "2 steps, omega 4, in [0.2, 0.8], Heun"."""
-        steps = f"{self.num_steps} step{'s' * (self.num_steps > 1)}"
-        return f"{steps}, {self.way}" if self.way else steps
-
-    def network_calls(self, pipeline: MeanFlowPipeline) -> int:
-        """Evaluations of the network for one image: Heun's method has two a step, and so has guidance by two answers."""
-        evaluations = self.num_steps * (2 if self.solver == "heun" else 1)
-        if pipeline.config.prediction != "velocity":
-            return evaluations
-        scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        if scale == 1.0:
-            return evaluations
-        own = (pipeline.config.guidance_start, pipeline.config.guidance_end)
-        start, end = self.guidance_interval or own
-        times = torch.linspace(1.0, 0.0, self.num_steps + 1, dtype=torch.float64).tolist()
-        asked = times[:-1] + (times[1:] if self.solver == "heun" else [])
-        return evaluations + sum(start <= time <= end for time in asked)
-
-
-@dataclass(frozen=True)
-class SampleRule:
-    """Which image sample i is: the same in every job, on any number of devices."""
-
-    base_seed: int
-    """Sample i's noise is that of base_seed * 2^32 + i."""
-    labels: Labels
-    """balanced: i mod the number of classes; random: uniform, a function of (base_seed, i)."""
-
-    def labels_of(self, indices: np.ndarray, num_classes: int) -> np.ndarray:
-        """The classes of sample indices, int64 (B,)."""
-        if self.labels == "balanced":
-            return indices % num_classes
-        draws = [np.random.default_rng((self.base_seed, int(index))).integers(num_classes) for index in indices]
-        return np.array(draws, dtype=np.int64)
-
-    def seeds_of(self, indices: np.ndarray) -> list[int]:
-        """The seeds of sample indices."""
-        return [self.base_seed * SEEDS_PER_BASE + int(index) for index in indices]
 
 
 @dataclass(frozen=True)
@@ -199,7 +134,7 @@ class Decoded:
     def batches(self, worker: "Measurer", batch_size: int) -> Iterator[Images]:
         """As Source."""
         filesystem, root = storage.open_storage(self.dataset)
-        shard = latent_store.read_shard(filesystem, f"{root}/{self.shard}")
+        shard = read_shard(filesystem, f"{root}/{self.shard}")
         means = np.split(shard.moments, 2, axis=1)[0]
         for start in range(0, len(means), batch_size):
             rows = slice(start, start + batch_size)
@@ -320,10 +255,10 @@ class Measurer:
         self._extractor: Extractor = open_extractor(plan.extractor, plan.extractor_weights, self.device)
         self._pipeline: MeanFlowPipeline | None = None
         if plan.model is not None:
-            self._pipeline = load_pipeline(tracking.fetch_generator(plan.model, plan.tracking_uri), self.device)
+            self._pipeline = load_pipeline(fetch_generator(plan.model, plan.tracking_uri), self.device)
         self._autoencoder = self._pipeline.vae if self._pipeline is not None else None
         if plan.autoencoder is not None:
-            self._autoencoder = latent_store.open_autoencoder(plan.autoencoder).to(self.device)
+            self._autoencoder = open_autoencoder(plan.autoencoder).to(self.device)
 
     @property
     def pipeline(self) -> MeanFlowPipeline:

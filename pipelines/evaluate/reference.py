@@ -25,13 +25,16 @@ import torch
 from pyarrow import fs
 
 from meanflow_core.metrics import FeatureStatistics, Gaussian
-from pipelines import latent_store, measuring, storage
-from pipelines.command import InputError, choose_gpus, num_gpus, parse_command_line, run_command, start_ray
+from pipelines import storage
+from pipelines.cluster import choose_gpus, num_gpus, start_ray
+from pipelines.command_line import parse_command_line, run_command
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.extractors import DINOV2, INCEPTION, describe, open_extractor
-from pipelines.image_reading import CROP
-from pipelines.image_sources import Format, ImageIndex, ImageSlice, Listing, find_images
-from pipelines.latent_store import Manifest
+from pipelines.errors import InputError
+from pipelines.evaluate import measuring
+from pipelines.evaluate.extractors import DINOV2, INCEPTION, describe, open_extractor
+from pipelines.images.decoding import CROP
+from pipelines.images.sources import Format, ImageIndex, ImageSlice, Listing, find_images
+from pipelines.latents.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +263,7 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
         source, image_size = {"images": job.images, "sha256": found[1].sha256}, job.image_size
     else:
         assert job.data is not None
-        manifest = latent_store.read_manifest(job.data)
+        manifest = read_manifest(job.data)
         chunks = _decoded_chunks(job.data, manifest, job.num_features)
         source = {
             "latents": job.data,

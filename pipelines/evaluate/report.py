@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from pipelines.measuring import Setting
+from pipelines.evaluate.samples import Setting
 
 COLUMNS = {
     "frechet": (None, "{:.3f}"),

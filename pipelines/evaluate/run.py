@@ -10,7 +10,6 @@ those score themselves, how much the samples vary, and whether they copy. The di
 `inception` alone. Writes report.json, table.md and pictures, and logs them to the MLflow run that trained the model.
 """
 
-import itertools
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
@@ -38,17 +37,16 @@ from meanflow_core.metrics import (
     precision_and_recall,
 )
 from meanflow_core.pipeline import MeanFlowPipeline
-from pipelines import averages, measuring, storage, tracking
-from pipelines.command import InputError, choose_gpus, parse_command_line, run_command, start_ray
-from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluation_report import plot, plot_guidance, slug, table, way_slug
-from pipelines.extractors import INCEPTION, Extractor, describe, open_extractor
-from pipelines.image_reading import read_pixels
-from pipelines.image_sources import ImageIndex, find_images
-from pipelines.measuring import NUM_GROUPS, NUM_SPLITS, Chunk, Drawn, Labels, Measured, SampleRule, Setting
-from pipelines.pixel_distances import PixelDistances
-from pipelines.progress import format_seconds
-from pipelines.reference import (
+from pipelines import storage
+from pipelines.cluster import choose_gpus, start_ray
+from pipelines.command_line import parse_command_line
+from pipelines.errors import InputError
+from pipelines.evaluate import averages, measuring
+from pipelines.evaluate.extractors import INCEPTION, Extractor, describe, open_extractor
+from pipelines.evaluate.job import FIELD_NUM_SAMPLES, EvaluateJob
+from pipelines.evaluate.measuring import NUM_GROUPS, NUM_SPLITS, Chunk, Drawn, Measured
+from pipelines.evaluate.pixel_distances import PixelDistances
+from pipelines.evaluate.reference import (
     UINT8_RULE,
     Reference,
     absolute_extractor,
@@ -59,7 +57,15 @@ from pipelines.reference import (
     reference_bytes,
     require_same_rules,
 )
-from pipelines.sample_files import SampleFile, open_sample_file
+from pipelines.evaluate.report import plot, plot_guidance, slug, table, way_slug
+from pipelines.evaluate.sample_files import SampleFile, open_sample_file
+from pipelines.evaluate.samples import Setting
+from pipelines.images.decoding import read_pixels
+from pipelines.images.sources import ImageIndex, find_images
+from pipelines.progress import format_seconds
+from pipelines.tracking.provenance import code_identity
+from pipelines.tracking.registry import REGISTRY_SCHEMES, fetch_generator, find_run
+from pipelines.tracking.run import WEIGHTS_TAG, Run
 
 logger = logging.getLogger(__name__)
 
@@ -68,106 +74,10 @@ GRID_CLASSES = 10
 NUM_NEIGHBOURS = 3  # of precision and recall, as in ADM's evaluation
 NUM_PIXEL_SAMPLES = 1000  # images that come back for the pixel distances
 NUM_PIXEL_TRAIN = 10_000  # training images that samples are held against
-FIELD_NUM_SAMPLES = 50_000
 MEASURES = (
     "frechet", "frechet_standard_error", "inception_score", "precision", "recall", "spatial_frechet", "accuracy",
     "diversity", "nearest_train_ratio",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateJob:
-    """Sample a generator and measure it."""
-
-    output: Path
-    """Folder for the report."""
-    model: str | None = None
-    """Generator: a folder, models:/name@alias or runs:/id/name."""
-    samples: Path | None = None
-    """Samples of somebody else in place of a generator: an .npz with arr_0, uint8 (N, H, W, 3), as ADM's suite has it."""
-    reference: str | None = None
-    """Statistics of real images, .npz: of pipelines.reference, ADM's, or the authors'. Made of --train-images unless
-    given, and kept beside the report."""
-    train_images: str | None = None
-    """The real images that the generator learnt from, in any form that pipelines.encode reads."""
-    held_out_images: str | None = None
-    """Real images that it did not see: the floor, and what diversity is held against."""
-    tracking_uri: str | None = None
-    """MLflow address; MLFLOW_TRACKING_URI unless given. Without either, nothing is logged there."""
-    extractor: str = str(SHIPPED_JUDGE)
-    """inception, dinov2-vit-l-14 (extra `fid`), a TorchScript file, or a judge's folder: the demo's unless given."""
-    extractor_weights: Path | None = None
-    """File of the extractor's weights, where it is not to be downloaded."""
-    ema_decay: float | None = None
-    """Sample with the moving average of this decay, of the last checkpoint beside the generator's folder."""
-    steps: tuple[int, ...] = (1, 2, 4)
-    """Numbers of equal steps to sample in."""
-    guidance_scales: tuple[float, ...] = ()
-    """omegas to sample with, for improved MeanFlow and flow matching; the generator's own unless given."""
-    guidance_intervals: tuple[tuple[float, float], ...] = ()
-    """Intervals "start end" to guide in; the generator's own unless given."""
-    solvers: tuple[Literal["euler", "heun"], ...] = ("euler",)
-    """How flow matching's equation is integrated."""
-    num_samples: int = FIELD_NUM_SAMPLES
-    """Samples per setting."""
-    labels: Labels = "balanced"
-    """balanced: sample i of class i mod num_classes; random: uniform, as MeanFlow's and DiT's figures are (FID some 0.1
-    higher)."""
-    seed: int = 0
-    """Base seed: sample i's noise is that of seed * 2^32 + i, whatever the number of devices."""
-    num_precision_recall: int = 10_000
-    """Samples and reference images for precision and recall, which need every pair; 0 leaves them out."""
-    save_samples: Path | None = None
-    """Folder for an .npz of every setting's samples (arr_0, uint8 NHWC), for another evaluation suite."""
-    batch_size: int = 50
-    """Images per call of network, decoder and extractor."""
-    num_workers: int | None = None
-    """Processes that sample and measure; one per GPU, or one per CPU of a machine without."""
-    use_gpu: bool | None = None
-    """Sample on GPUs; where the cluster has some, unless said."""
-    cpu_threads: int = 1
-    """Threads of a process on a CPU."""
-
-    def __post_init__(self) -> None:
-        if (self.model is None) == (self.samples is None):
-            raise ValueError("give either --model or --samples")
-        if self.reference is None and self.train_images is None:
-            raise ValueError("give --reference, or --train-images to make one of")
-        if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps must name numbers of at least 1, but got {self.steps}")
-        if self.num_samples < 3 or min(self.batch_size, self.cpu_threads) < 1 or self.num_precision_recall < 0:
-            raise ValueError(
-                f"num_samples must be at least 3, batch_size and cpu_threads 1, num_precision_recall 0, but got "
-                f"{self.num_samples}, {self.batch_size}, {self.cpu_threads}, {self.num_precision_recall}"
-            )
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must lie in [0, 2^31 - 1], but got {self.seed}")
-        if not self.solvers:
-            raise ValueError("solvers must name one of euler, heun, but got none")
-        if not all(1.0 <= scale < float("inf") for scale in self.guidance_scales):
-            raise ValueError(f"guidance_scales must be at least 1 (no guidance), but got {self.guidance_scales}")
-        if not all(0.0 <= start <= end <= 1.0 for start, end in self.guidance_intervals):
-            raise ValueError(
-                f"guidance_intervals must be (start, end), 0 <= start <= end <= 1, but got {self.guidance_intervals}"
-            )
-        names = [slug(setting) for setting in self.settings]  # those of files and metrics
-        if len(set(names)) < len(names):
-            raise ValueError(f"steps, guidance and solvers must give settings that differ, but got {', '.join(names)}")
-
-    @property
-    def rule(self) -> SampleRule:
-        """Which image sample i is."""
-        return SampleRule(self.seed, self.labels)
-
-    @property
-    def settings(self) -> list[Setting]:
-        """All ways of sampling that were asked for."""
-        return [
-            Setting(num_steps=steps, guidance_scale=scale, guidance_interval=interval, solver=solver)
-            for solver, scale, interval, steps in itertools.product(
-                self.solvers, self.guidance_scales or (None,), self.guidance_intervals or (None,), self.steps
-            )
-        ]
 
 
 def figures(measured: Measured, reference: Reference, manifold: Manifold | None) -> dict[str, float]:
@@ -254,7 +164,7 @@ def open_subject(job: EvaluateJob) -> Subject:
         samples = open_sample_file(job.samples)
         return Subject(None, samples, samples.shape[1], [])
     assert job.model is not None
-    pipeline = load_pipeline(tracking.fetch_generator(job.model, job.tracking_uri))
+    pipeline = load_pipeline(fetch_generator(job.model, job.tracking_uri))
     return Subject(pipeline, None, pipeline.image_size, list(pipeline.class_names.values()))
 
 
@@ -408,10 +318,10 @@ def _absolute(location: str | None) -> str | None:
     return None if location is None else storage.absolute(location)
 
 
-def _prepared(job: EvaluateJob) -> tuple[EvaluateJob, tracking.Run | None]:
+def _prepared(job: EvaluateJob) -> tuple[EvaluateJob, Run | None]:
     """The job with places that mean the same in every process, and the run that trained the model."""
     model = job.model
-    if model is not None and not model.startswith(tracking.REGISTRY_SCHEMES):
+    if model is not None and not model.startswith(REGISTRY_SCHEMES):
         model = storage.absolute(model)
     output = Path(storage.output_location(str(job.output), "--output"))
     save = job.save_samples
@@ -432,7 +342,7 @@ def _prepared(job: EvaluateJob) -> tuple[EvaluateJob, tracking.Run | None]:
         train_images=_absolute(job.train_images),
         held_out_images=_absolute(job.held_out_images),
     )
-    run = tracking.find_run(model, job.tracking_uri) if model is not None else None
+    run = find_run(model, job.tracking_uri) if model is not None else None
     return replace(job, tracking_uri=job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")), run
 
 
@@ -555,7 +465,7 @@ def _report(
             "precision_recall": {"num_neighbours": NUM_NEIGHBOURS, "num_at_most": job.num_precision_recall},
             "inception_score_splits": NUM_SPLITS,
             "jackknife_groups": NUM_GROUPS,
-            "code": tracking.code_identity(),
+            "code": code_identity(),
         },
         "flags": flags(job, reference, extractor, num_features, count),
     }
@@ -622,9 +532,9 @@ def _write(job: EvaluateJob, subject: Subject, report: dict, sets: Mapping[str, 
     return files
 
 
-def _log(job: EvaluateJob, run: tracking.Run | None, report: dict, files: Sequence[Path]) -> None:
+def _log(job: EvaluateJob, run: Run | None, report: dict, files: Sequence[Path]) -> None:
     if run is None and job.tracking_uri is not None and job.model is not None:
-        run = tracking.find_run(job.model, job.tracking_uri)
+        run = find_run(job.model, job.tracking_uri)
     if run is None and job.tracking_uri is None:
         logger.info("no MLflow address given, so the report is in %s alone", job.output)
         return
@@ -632,8 +542,8 @@ def _log(job: EvaluateJob, run: tracking.Run | None, report: dict, files: Sequen
     if run is None:
         parameters = {"model": report["model"], "num_samples": report["protocol"]["num_samples"], "seed": job.seed}
         weights = report["protocol"].get("generator", {}).get("transformer_sha256")
-        tags = {} if weights is None else {tracking.WEIGHTS_TAG: weights}
-        run = tracking.Run.begin(str(job.tracking_uri), "meanflow-ray", "evaluate", parameters, tags)
+        tags = {} if weights is None else {WEIGHTS_TAG: weights}
+        run = Run.begin(str(job.tracking_uri), "meanflow-ray", "evaluate", parameters, tags)
     # Another average's figures must not stand where the generator's own are looked for.
     place = "evaluate" if job.ema_decay is None else f"evaluate-ema-{job.ema_decay:g}"
     settings = job.settings if job.model is not None else [Setting(num_steps=1)]
@@ -680,7 +590,3 @@ def main() -> None:
     report = evaluate(job)
     print(table(report), end="")
     print(f"report: {job.output}")
-
-
-if __name__ == "__main__":
-    run_command(main)

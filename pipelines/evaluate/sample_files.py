@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.command import InputError
+from pipelines.errors import InputError
 
 MEMBER = "arr_0.npy"
 LOCAL_HEADER_BYTES = 30  # of a zip's member, before its name and extra field (PKWARE's APPNOTE, 4.3.7)

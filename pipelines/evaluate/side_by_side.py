@@ -19,9 +19,11 @@ import matplotlib
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from pipelines import storage, tracking
-from pipelines.command import InputError, parse_command_line, run_command
-from pipelines.evaluation_report import COLUMNS, scale_by_calls
+from pipelines import storage
+from pipelines.command_line import parse_command_line, run_command
+from pipelines.errors import InputError
+from pipelines.evaluate.report import COLUMNS, scale_by_calls
+from pipelines.tracking.registry import REGISTRY_SCHEMES, find_run
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,9 @@ class SideBySideJob:
 
 def read_report(location: str, tracking_uri: str | None) -> dict[str, Any]:
     """A report's JSON. Raises InputError where there is none, or it is of another kind."""
-    if location.startswith(tracking.REGISTRY_SCHEMES):
+    if location.startswith(REGISTRY_SCHEMES):
         address = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        run = tracking.find_run(location, address) if address else None
+        run = find_run(location, address) if address else None
         if run is None:
             raise InputError(f"no run of {location} at {address}; give --tracking-uri, or set MLFLOW_TRACKING_URI")
         try:

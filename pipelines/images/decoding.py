@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from pyarrow import fs
 
-from pipelines.command import InputError
-from pipelines.image_sources import ImageIndex, ImageSlice, Listing
+from pipelines.errors import InputError
+from pipelines.images.sources import ImageIndex, ImageSlice, Listing
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipelines import storage
-from pipelines.command import InputError
+from pipelines.errors import InputError
 
 Format = Literal["folders", "parquet", "webdataset"]
 

@@ -20,9 +20,12 @@ from pathlib import Path
 import filelock
 from pyarrow import fs
 
-from pipelines import latent_store, storage
-from pipelines.command import InputError, parse_command_line, run_command
-from pipelines.latent_store import LatentDataset, Manifest, Shard
+from pipelines import storage
+from pipelines.command_line import parse_command_line, run_command
+from pipelines.errors import InputError
+from pipelines.latents.dataset import LatentDataset
+from pipelines.latents.manifest import SCHEMA_VERSION, Manifest, read_manifest, shard_name, values_per_sample
+from pipelines.latents.shards import Shard, read_shard_bytes, rewritten, shard_problems
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -41,14 +44,14 @@ def open_latents(location: str, cache_dir: str, *, mirrored: bool = True) -> Lat
     images out of the copy. Raises InputError where there is no dataset, no room, or a shard is not what the manifest
     says.
     """
-    manifest = latent_store.read_manifest(location)
+    manifest = read_manifest(location)
     if cache_dir == NO_CACHE:
         if not storage.is_local(location):
             raise InputError(
                 f"--cache-dir none maps the latents where they lie, and {location} is no mounted folder; name a folder "
                 f"on each node's own disk"
             )
-        if manifest.schema_version < latent_store.SCHEMA_VERSION:
+        if manifest.schema_version < SCHEMA_VERSION:
             raise InputError(
                 f"--cache-dir none maps the latents where they lie, and {location} is of schema version "
                 f"{manifest.schema_version}, which cannot be mapped; name a folder on each node's own disk"
@@ -66,9 +69,7 @@ def open_latents(location: str, cache_dir: str, *, mirrored: bool = True) -> Lat
 def _copy(location: str, manifest: Manifest, folder: Path, *, mirrored: bool) -> None:
     """Copies the shards that are missing, several at once."""
     filesystem, root = storage.open_storage(location)
-    missing = [
-        number for number in range(len(manifest.shard_rows)) if not (folder / latent_store.shard_name(number)).is_file()
-    ]
+    missing = [number for number in range(len(manifest.shard_rows)) if not (folder / shard_name(number)).is_file()]
     if not missing:
         return
     storage.delete_partial(fs.LocalFileSystem(), str(folder / "shards"))
@@ -78,9 +79,9 @@ def _copy(location: str, manifest: Manifest, folder: Path, *, mirrored: bool) ->
 
     def copy(number: int) -> int:
         content, shard = _checked_shard(filesystem, f"{root}/{manifest.shard_name(number)}", manifest, number)
-        if manifest.recipe.mirrored != mirrored or manifest.schema_version < latent_store.SCHEMA_VERSION:
-            content = latent_store.rewritten(shard, mirrored=mirrored)
-        storage.write_bytes(fs.LocalFileSystem(), str(folder / latent_store.shard_name(number)), content)
+        if manifest.recipe.mirrored != mirrored or manifest.schema_version < SCHEMA_VERSION:
+            content = rewritten(shard, mirrored=mirrored)
+        storage.write_bytes(fs.LocalFileSystem(), str(folder / shard_name(number)), content)
         return manifest.shard_rows[number]
 
     done = manifest.num_samples - sum(manifest.shard_rows[number] for number in missing)
@@ -102,7 +103,7 @@ def _checked_shard(filesystem: fs.FileSystem, path: str, manifest: Manifest, num
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; {manifest.shard_remedy}") from error
     try:
-        shard = latent_store.read_shard_bytes(content, path)
+        shard = read_shard_bytes(content, path)
     except InputError as error:
         raise InputError(f"{error}; {manifest.shard_remedy}") from error
     if len(shard.labels) != manifest.shard_rows[number]:
@@ -110,7 +111,7 @@ def _checked_shard(filesystem: fs.FileSystem, path: str, manifest: Manifest, num
             f"{path} has {len(shard.labels)} rows, but its manifest says {manifest.shard_rows[number]}; "
             f"{manifest.shard_remedy}"
         )
-    for problem in latent_store.shard_problems(shard, len(manifest.class_names)):
+    for problem in shard_problems(shard, len(manifest.class_names)):
         raise InputError(f"{path}: {problem}; run pipelines.encode again into another folder")
     if shard.content_sha256() != manifest.shard_sha256[number]:
         raise InputError(f"{path} is not what its manifest says; {manifest.shard_remedy}")
@@ -119,7 +120,7 @@ def _checked_shard(filesystem: fs.FileSystem, path: str, manifest: Manifest, num
 
 def _require_room(location: str, manifest: Manifest, folder: Path, num_missing: int, *, mirrored: bool) -> None:
     """Raises InputError where the disk has no room for the shards that are missing."""
-    values = manifest.num_samples * latent_store.values_per_sample(manifest, mirrored=mirrored)
+    values = manifest.num_samples * values_per_sample(manifest, mirrored=mirrored)
     needed = 2 * values * num_missing // len(manifest.shard_rows)
     free = shutil.disk_usage(folder).free
     if needed + SPARE_BYTES > free:

@@ -23,11 +23,13 @@ from meanflow_core.latents import (
     sample_latents,
 )
 from meanflow_core.metrics import peak_signal_to_noise
-from pipelines import latent_store, storage
-from pipelines.command import InputError, parse_command_line, run_command
-from pipelines.image_reading import decode_image
-from pipelines.image_sources import ImageIndex, ImageSlice, list_images
-from pipelines.latent_store import Manifest
+from pipelines import storage
+from pipelines.command_line import parse_command_line, run_command
+from pipelines.errors import InputError
+from pipelines.images.decoding import decode_image
+from pipelines.images.sources import ImageIndex, ImageSlice, list_images
+from pipelines.latents.manifest import INDEX, Manifest, open_autoencoder, read_manifest
+from pipelines.latents.shards import read_shard, shard_problems
 from pipelines.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ def _read_everything(location: str, manifest: Manifest) -> tuple[list[str], np.n
     for number, num_rows in enumerate(manifest.shard_rows):
         name = manifest.shard_name(number)
         try:
-            shard = latent_store.read_shard(filesystem, f"{root}/{name}")
+            shard = read_shard(filesystem, f"{root}/{name}")
         except (OSError, InputError) as error:
             problems.append(f"{name} cannot be read: {error}")
             continue
@@ -127,7 +129,7 @@ def _read_everything(location: str, manifest: Manifest) -> tuple[list[str], np.n
         if shard.moments.shape[1:] != manifest.recipe.moments_shape:
             problems.append(f"{name} has moments {shard.moments.shape[1:]}, not {manifest.recipe.moments_shape}")
             continue
-        problems += [f"{name}: {problem}" for problem in latent_store.shard_problems(shard, num_classes)]
+        problems += [f"{name}: {problem}" for problem in shard_problems(shard, num_classes)]
         twice = [sample_id for sample_id in shard.sample_ids if sample_id in ids]
         if twice:
             problems.append(f"{name} holds {len(twice)} samples of earlier shards, such as {twice[0]}")
@@ -157,7 +159,7 @@ def _find_rows(
     edges = np.cumsum([0, *manifest.shard_rows])
     ids, moments, mirrored = [], [], []
     for number in np.unique(np.searchsorted(edges, wanted, side="right") - 1):
-        shard = latent_store.read_shard(filesystem, f"{root}/{manifest.shard_name(int(number))}")
+        shard = read_shard(filesystem, f"{root}/{manifest.shard_name(int(number))}")
         rows = wanted[(wanted >= edges[number]) & (wanted < edges[number + 1])] - edges[number]
         ids += [shard.sample_ids[row] for row in rows]
         moments.append(shard.moments[rows])
@@ -170,7 +172,7 @@ def _find_images(location: str, images: str, manifest: Manifest, ids: list[str])
     """The cropped images of these ids, None for one that is not there."""
     filesystem, root = storage.open_storage(location)
     source, listing = list_images(images)
-    content = storage.read_bytes(filesystem, f"{root}/{latent_store.INDEX}")
+    content = storage.read_bytes(filesystem, f"{root}/{INDEX}")
     index = ImageIndex.from_bytes(content, listing.sha256)
     if index is None:
         raise InputError(f"{images} holds other images than those that were encoded")
@@ -241,8 +243,8 @@ def _draw_samples(job: CheckJob, manifest: Manifest, vae: AutoencoderKL, notes: 
 
 def check(job: CheckJob) -> CheckReport:
     """Reads all of a dataset and says what is wrong with it. Raises InputError where there is none."""
-    manifest = latent_store.read_manifest(job.data)
-    vae = latent_store.open_autoencoder(job.data)
+    manifest = read_manifest(job.data)
+    vae = open_autoencoder(job.data)
     problems, classes, statistics = _read_everything(job.data, manifest)
     if len(manifest.shard_rows) != len(manifest.shard_sha256) or sum(manifest.shard_rows) != manifest.num_samples:
         problems.append("the manifest disagrees with itself on the number of samples")
@@ -283,8 +285,8 @@ def main() -> None:
     """The command. Exit code 1 where something is wrong."""
     job = parse_command_line(CheckJob, __doc__)
     report = check(job)
-    normalization = LatentNormalization.from_vae_config(latent_store.open_autoencoder(job.data).config)
-    print(describe(report, latent_store.read_manifest(job.data), normalization))
+    normalization = LatentNormalization.from_vae_config(open_autoencoder(job.data).config)
+    print(describe(report, read_manifest(job.data), normalization))
     if not report.problems:
         print(f"picture: {job.picture}")
     raise SystemExit(1 if report.problems else 0)

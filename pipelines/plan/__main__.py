@@ -16,10 +16,12 @@ import tyro
 
 from meanflow_core.config import TrainingConfig
 from meanflow_core.presets import PRESETS
-from pipelines import latent_store, scale, scale_report
-from pipelines.command import InputError, parse_preset_command_line, run_command
-from pipelines.hardware import GPUS, SHARE_OF_LINK, Cluster
-from pipelines.scale import Workload
+from pipelines.command_line import parse_preset_command_line, run_command
+from pipelines.errors import InputError
+from pipelines.latents.manifest import read_manifest
+from pipelines.plan import scale, scale_report
+from pipelines.plan.hardware import GPUS, SHARE_OF_LINK, Cluster
+from pipelines.plan.scale import Workload
 
 # ImageNet's training images; latents of Stable Diffusion's autoencoder at 256 pixels.
 IMAGENET_IMAGES, IMAGENET_CLASSES, LATENTS_256 = 1_281_167, 1000, (4, 32, 32)
@@ -78,7 +80,7 @@ class PlanJob:
         """What is to be trained. Raises InputError where --data is no dataset, ValueError for what cannot be."""
         images, shape, classes, mirror = self.images, self.latent_shape, self.classes, self.mirror
         if self.data is not None:
-            manifest = latent_store.read_manifest(self.data)
+            manifest = read_manifest(self.data)
             images, shape, classes = manifest.num_samples, manifest.latent_shape, len(manifest.class_names)
             mirror = mirror and manifest.recipe.mirrored
         workload = Workload(

@@ -4,7 +4,11 @@ from math import ceil
 from typing import Any
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
-from meanflow_core.cost import (
+from meanflow_core.imf_transformer import NUM_CONDITION_TOKENS
+from meanflow_core.presets import PRESETS
+from meanflow_core.training import num_passes
+from pipelines.latents.manifest import NetworkSizes
+from pipelines.plan.cost import (
     MemoryEstimate,
     checkpoint_bytes,
     forward_flops,
@@ -12,12 +16,8 @@ from meanflow_core.cost import (
     num_parameters,
     step_flops,
 )
-from meanflow_core.imf_transformer import NUM_CONDITION_TOKENS
-from meanflow_core.presets import PRESETS
-from meanflow_core.training import num_passes
-from pipelines.latent_store import NetworkSizes
-from pipelines.scale import largest_pass, seconds_of_flops
-from pipelines.sections import counted, duration, scaled, section, span
+from pipelines.plan.scale import largest_pass, seconds_of_flops
+from pipelines.plan.sections import counted, duration, scaled, section, span
 
 # A round figure to divide by, for the order of a training's length; `python -m pipelines.plan` knows GPUs.
 ASSUMED_TERAFLOPS = 100.0

@@ -12,7 +12,10 @@ from math import ceil
 from typing import Literal
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.cost import (
+from meanflow_core.loss import draw_step_record
+from meanflow_core.training import num_passes
+from pipelines.latents.manifest import NetworkSizes
+from pipelines.plan.cost import (
     FLOAT32_BYTES,
     ExecutedFlops,
     MemoryEstimate,
@@ -22,10 +25,7 @@ from meanflow_core.cost import (
     num_parameters,
     step_flops,
 )
-from meanflow_core.loss import draw_step_record
-from meanflow_core.training import num_passes
-from pipelines.hardware import Cluster
-from pipelines.latent_store import NetworkSizes
+from pipelines.plan.hardware import Cluster
 
 MOMENT_BYTES = 2  # float16
 

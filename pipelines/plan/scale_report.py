@@ -7,10 +7,10 @@ from pathlib import Path
 
 import matplotlib
 
-from pipelines import description
-from pipelines.hardware import FRAGMENTED_SHARE, RESERVED_BYTES, SHARE_OF_LINK, SHARE_OF_PEAK
-from pipelines.scale import Estimate, Training
-from pipelines.sections import counted, duration, scaled, section, table
+from pipelines.plan import description
+from pipelines.plan.hardware import FRAGMENTED_SHARE, RESERVED_BYTES, SHARE_OF_LINK, SHARE_OF_PEAK
+from pipelines.plan.scale import Estimate, Training
+from pipelines.plan.sections import counted, duration, scaled, section, table
 
 Range = tuple[float, float]
 

@@ -1,12 +1,9 @@
 """MLflow for the pipelines: where it is, one run per training, and the registry of generators."""
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,17 +15,14 @@ import mlflow
 import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Param
+from mlflow.entities import DatasetInput, LoggedModelOutput, Param
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-from meanflow_core.generator import find_generator
 from pipelines import storage
-from pipelines.command import InputError
-from pipelines.latent_store import Manifest
-from pipelines.tracking_outbox import (
+from pipelines.errors import InputError
+from pipelines.tracking.outbox import (
     MetricRow,
     Outbox,
     Picture,
@@ -41,6 +35,7 @@ from pipelines.tracking_outbox import (
     row_from_json,
     try_requests_once,
 )
+from pipelines.tracking.system_metrics import SystemMetrics
 
 T = TypeVar("T")
 
@@ -48,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 ALIAS = "champion"
 MODEL_FILE = Path(__file__).with_name("mlflow_generator.py")
-REGISTRY_SCHEMES = ("models:/", "runs:/")
 # In a training's folder: what it is, and which MLflow run at which address tracks it.
 TRAINING_RECORD = "training.json"
 # Tag of a model's version: the hash of its network's weights, which an endpoint and a report state too.
@@ -306,143 +300,3 @@ def _unreachable(tracking_uri: str, error: Exception) -> str:
     else:
         said = f"cannot reach MLflow at {tracking_uri}; start it, or set MLFLOW_TRACKING_URI"
     return f"{said} ({brief(error)})"
-
-
-class SystemMetrics(SystemMetricsMonitor):
-    """MLflow's monitor of a machine, writing through a run's queue: its own stops for good at the first failed request.
-
-    A sample every 10 s (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL), as "system/NODE/...".
-    """
-
-    def __init__(self, outbox: Outbox, run_id: str, tracking_uri: str, node_id: str) -> None:
-        super().__init__(run_id, sampling_interval=10, node_id=node_id, tracking_uri=tracking_uri)
-        self._outbox = outbox
-
-    def __enter__(self) -> "SystemMetrics":
-        self.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.finish()
-
-    def monitor(self) -> None:
-        """Samples until it is told to end."""
-        has_warned = False
-        while not self._shutdown_event.wait(self.sampling_interval):
-            try:
-                self.collect_metrics()
-                self.publish_metrics(self.aggregate_metrics())
-            except Exception as error:  # a driver that does not answer is no reason to stop
-                if not has_warned:
-                    logger.warning("no system metrics of %s for now: %s", self.node_id, brief(error))
-                has_warned = True
-
-    def publish_metrics(self, metrics: dict[str, float]) -> None:
-        """Queues a sample; the writer gives it its step, which goes on from the run's last one."""
-        named = {f"system/{self.node_id}/{key}": float(value) for key, value in metrics.items()}
-        self._outbox.put(MetricRow(named, step=None, numbers_itself=True))
-        for monitor in self.monitors:
-            monitor.clear_metrics()
-
-
-def code_identity() -> dict[str, str]:
-    """Which code runs: git commit, whether tracked files differ from it, and versions; "unknown" outside of git."""
-    commit, dirty = "unknown", "unknown"
-    # A package that is installed may lie in the folders of some other repository, which does not track it.
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is not None:
-        commit = _git("rev-parse", "HEAD") or "unknown"
-        changes = _git("status", "--porcelain", "--untracked-files=no")
-        dirty = "unknown" if changes is None else str(bool(changes)).lower()
-    return {
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "meanflow_ray": _version("meanflow-ray"),
-        **{name: _version(name) for name in ("torch", "ray", "diffusers", "mlflow")},
-        "python": platform.python_version(),
-    }
-
-
-def latents_used(location: str, manifest: Manifest, context: str) -> DatasetInput:
-    """A latent dataset as MLflow lists a run's data sets. context: "training" or "validation"."""
-    place, source = storage.shown(location), storage.shown(manifest.source)
-    about = {"num_samples": manifest.num_samples, "num_classes": len(manifest.class_names), "images": source}
-    dataset = Dataset(
-        name=f"{context}: {place}"[-500:],  # MLflow keeps one data set per name and digest, with its first place
-        digest=manifest.content_sha256[:36],  # MLflow takes no longer ones; the parameter data.sha256 has it whole
-        source_type="latents",
-        source=json.dumps({"uri": place}),
-        profile=json.dumps(about),
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says about this package's folder; None where it cannot."""
-    try:
-        asked = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() if asked.returncode == 0 else None
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def find_run(model: str, tracking_uri: str | None) -> Run | None:
-    """The run that trained a model: a registered one's, or that of a generator which still lies in its run's folder.
-
-    None where nothing says so.
-    """
-    if not model.startswith(REGISTRY_SCHEMES):
-        record = Path(model).expanduser().absolute().parent / TRAINING_RECORD
-        if not record.is_file():
-            return None
-        content = json.loads(record.read_text())
-        # Its own address, unless another is named: a run's id means nothing elsewhere.
-        return Run(tracking_uri or content["tracking_uri"], content["mlflow_run_id"])
-    if tracking_uri is None:
-        return None
-    if model.startswith("runs:/"):
-        return Run(tracking_uri, model.removeprefix("runs:/").split("/")[0])
-    client, name = MlflowClient(tracking_uri), model.removeprefix("models:/")
-    try:
-        if "@" in name:
-            found = client.get_model_version_by_alias(*name.split("@", 1))
-        else:
-            found = client.get_model_version(*name.split("/", 1))
-    except (MlflowException, TypeError):
-        return None
-    return Run(tracking_uri, found.run_id) if found.run_id else None
-
-
-def fetch_generator(model: str, tracking_uri: str | None) -> Path:
-    """A generator's local folder: of a folder, or of "models:/name@alias" or "runs:/id/name" through MLflow.
-
-    Raises InputError where there is none.
-    """
-    if not model.startswith(REGISTRY_SCHEMES):
-        folder = Path(model).expanduser()
-        if not folder.is_dir():
-            raise InputError(
-                f"model {model} is no folder; wanted a generator's folder, models:/name@alias or runs:/id/name"
-            )
-    else:
-        tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if not tracking_uri:
-            raise InputError(f"model {model} lies in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
-        # For the whole process: MLflow 3.17 looks names up at the global address, whatever registry_uri it is handed.
-        mlflow.set_tracking_uri(tracking_uri)
-        try:
-            folder = Path(mlflow.artifacts.download_artifacts(model))
-        except (MlflowException, OSError) as error:
-            raise InputError(f"cannot fetch {model} from {tracking_uri}: {error}") from error
-    try:
-        return find_generator(folder)
-    except ValueError as error:
-        raise InputError(str(error)) from error

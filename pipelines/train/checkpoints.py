@@ -23,7 +23,7 @@ from meanflow_core.checkpoint import STATE_FILE, damage_of, load_train_state, re
 from meanflow_core.config import TrainingConfig
 from meanflow_core.training import TrainState
 from pipelines import storage
-from pipelines.command import InputError
+from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from meanflow_core.config import TrainingConfig
-from pipelines.latent_store import Manifest
+from pipelines.latents.manifest import Manifest
 
 # What may change on the way without making it another experiment: how long it is, what is shown, how it is computed.
 MAY_CHANGE = (

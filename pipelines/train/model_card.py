@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from meanflow_core.config import TrainingConfig
-from pipelines import storage, tracking
-from pipelines.latent_store import Manifest
+from pipelines import storage
+from pipelines.latents.manifest import Manifest
+from pipelines.tracking.provenance import code_identity
 
 IMAGENET_CLASSES = 1000
 
@@ -37,7 +38,7 @@ def write_card(
     run_id: str,
 ) -> None:
     """Writes README.md into a generator's folder. data: where the latent dataset lies; run_id: MLflow's."""
-    code = tracking.code_identity()
+    code = code_identity()
     names = ", ".join(manifest.class_names[:5]) + (", ..." if len(manifest.class_names) > 5 else "")
     calls = "many network calls" if config.loss.is_flow_matching else "one network call, or several"
     (folder / "README.md").write_text(f"""---

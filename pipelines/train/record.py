@@ -7,10 +7,12 @@ from typing import Any
 from pyarrow import fs
 
 from meanflow_core.config import flatten
-from pipelines import latent_store, storage, tracking
-from pipelines.command import InputError
-from pipelines.latent_store import Manifest
-from pipelines.training_job import TrainJob
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.latents.manifest import Manifest, read_manifest
+from pipelines.tracking.provenance import code_identity, latents_used
+from pipelines.tracking.run import TRAINING_RECORD, Run
+from pipelines.train.job import TrainJob
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +23,12 @@ def read_record(job: TrainJob) -> dict[str, Any] | None:
     Raises InputError where its folder holds something else.
     """
     filesystem, folder = storage.open_storage(job.run_location)
-    if filesystem.get_file_info(f"{folder}/{tracking.TRAINING_RECORD}").type == fs.FileType.File:
-        return dict(json.loads(storage.read_bytes(filesystem, f"{folder}/{tracking.TRAINING_RECORD}")))
+    if filesystem.get_file_info(f"{folder}/{TRAINING_RECORD}").type == fs.FileType.File:
+        return dict(json.loads(storage.read_bytes(filesystem, f"{folder}/{TRAINING_RECORD}")))
     if filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
         raise InputError(
             f"{job.run_location} holds something else than a run of pipelines.train (it has no "
-            f"{tracking.TRAINING_RECORD}); choose another --run-name or --storage"
+            f"{TRAINING_RECORD}); choose another --run-name or --storage"
         )
     return None
 
@@ -34,9 +36,7 @@ def read_record(job: TrainJob) -> dict[str, Any] | None:
 def write_record(job: TrainJob, content: dict[str, Any]) -> None:
     """Writes a run's record, whole or not at all."""
     filesystem, folder = storage.open_storage(job.run_location)
-    storage.write_bytes(
-        filesystem, f"{folder}/{tracking.TRAINING_RECORD}", (json.dumps(content, indent=2) + "\n").encode()
-    )
+    storage.write_bytes(filesystem, f"{folder}/{TRAINING_RECORD}", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def require_same(job: TrainJob, manifest: Manifest, begun: dict[str, Any]) -> None:
@@ -50,9 +50,7 @@ def require_same(job: TrainJob, manifest: Manifest, begun: dict[str, Any]) -> No
         )
     code = begun.get("code", {})
     changed = [
-        f"{name} was {code.get(name)}, is {value}"
-        for name, value in tracking.code_identity().items()
-        if code.get(name) != value
+        f"{name} was {code.get(name)}, is {value}" for name, value in code_identity().items() if code.get(name) != value
     ]
     if changed:
         logger.warning("the run was begun with other code, and may not repeat itself: %s", "; ".join(changed))
@@ -71,10 +69,10 @@ def begin_or_resume_run(
     tracking_uri: str,
     begun: dict[str, Any] | None = None,
     init_sha256: str | None = None,
-) -> tuple[tracking.Run, dict[str, Any]]:
+) -> tuple[Run, dict[str, Any]]:
     """The training's MLflow run and its record, both new where no run of this name was begun."""
     if begun is not None:
-        run = tracking.Run(tracking_uri, begun["mlflow_run_id"])
+        run = Run(tracking_uri, begun["mlflow_run_id"])
         run.resume()
         return run, begun
     parameters = {
@@ -91,12 +89,12 @@ def begin_or_resume_run(
         "rows_per_pass": job.rows_per_pass,
         "init_from": job.init_from and storage.shown(job.init_from),
     }
-    code = tracking.code_identity()
-    datasets = [tracking.latents_used(job.data, manifest, "training")]
+    code = code_identity()
+    datasets = [latents_used(job.data, manifest, "training")]
     if job.validation_data is not None:
-        held_out = latent_store.read_manifest(job.validation_data)
-        datasets.append(tracking.latents_used(job.validation_data, held_out, "validation"))
-    run = tracking.Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code, datasets=datasets)
+        held_out = read_manifest(job.validation_data)
+        datasets.append(latents_used(job.validation_data, held_out, "validation"))
+    run = Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code, datasets=datasets)
     record = {
         "identity": job.identity(manifest),
         "preset": preset,

@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 import tyro
-from pyarrow import fs
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train import (
-    Checkpoint,
     CheckpointConfig,
     FailureConfig,
     LoggingConfig,
@@ -35,26 +32,24 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from meanflow_core.autoencoder import load_autoencoder, weight_hash
-from meanflow_core.checkpoint import load_average
-from meanflow_core.cost import step_flops
-from meanflow_core.generator import for_sampling, save_generator
-from meanflow_core.networks import AnyNetwork, build_network
-from pipelines import checkpoints, latent_store, notices, storage, tracking, validation, warm_start
-from pipelines.command import (
-    InputError,
-    RunError,
-    choose_gpus,
-    parse_preset_command_line,
-    run_command,
-    start_ray,
-)
-from pipelines.description import describe
-from pipelines.latent_cache import NO_CACHE
-from pipelines.latent_store import Manifest
-from pipelines.model_card import write_card
-from pipelines.training_job import TrainJob
-from pipelines.training_record import begin_or_resume_run, read_record, require_same, write_record
-from pipelines.training_worker import Outcome, WorkerTask, pipeline_of, train_worker
+from meanflow_core.networks import AnyNetwork
+from pipelines import storage
+from pipelines.cluster import choose_gpus, start_ray
+from pipelines.command_line import parse_preset_command_line
+from pipelines.errors import InputError, RunError
+from pipelines.latents.cache import NO_CACHE
+from pipelines.latents.manifest import Manifest, read_manifest
+from pipelines.plan.cost import step_flops
+from pipelines.plan.description import describe
+from pipelines.tracking.provenance import code_identity
+from pipelines.tracking.registry import REGISTRY_SCHEMES
+from pipelines.tracking.run import Run, resolve_tracking_uri
+from pipelines.train import checkpoints, stopping, validation, warm_start
+from pipelines.train.job import TrainJob
+from pipelines.train.model_card import write_card
+from pipelines.train.publishing import _publish, build_generator
+from pipelines.train.record import begin_or_resume_run, read_record, require_same, write_record
+from pipelines.train.worker import Outcome, WorkerTask, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -75,36 +70,6 @@ def _check_vae(job: TrainJob, manifest: Manifest) -> None:
         )
 
 
-def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    """Writes the generator of a checkpoint: the moving average, the autoencoder, the scheduler, the class names.
-
-    Returns {"transformer_sha256", "vae_sha256"}: the hashes of its weights.
-    """
-    with torch.random.fork_rng(devices=[]):
-        network = build_network(job.config.network, **manifest.network_sizes).eval()
-    with checkpoint.as_directory() as source:
-        load_average(network, job.config.ema_decays[0], Path(source))
-    pipeline = pipeline_of(for_sampling(network), latent_store.open_autoencoder(job.data), manifest, job.config)
-    save_generator(pipeline, folder, portable=job.portable)
-    return {tracking.WEIGHTS_TAG: weight_hash(pipeline.transformer), "vae_sha256": weight_hash(pipeline.vae)}
-
-
-def _publish(job: TrainJob, folder: Path) -> str:
-    """Puts a generator's files into the run's folder, model_index.json last, and returns its location."""
-    location = f"{job.run_location}/generator"
-    filesystem, target = storage.open_storage(location)
-    stale = f"{target}/model_index.json"
-    if filesystem.get_file_info(stale).type == fs.FileType.File:
-        filesystem.delete_file(stale)  # nobody may open a mixture of the old generator and the new
-    files = sorted(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == "model_index.json"
-    )
-    for path in files:
-        relative = path.relative_to(folder).as_posix()
-        storage.write_bytes(filesystem, f"{target}/{relative}", path.read_bytes())
-    return location
-
-
 def prepared(job: TrainJob) -> tuple[TrainJob, Manifest, dict[str, Any] | None]:
     """The job with absolute places, the data's manifest, and the record of the run where it was begun before.
 
@@ -119,10 +84,10 @@ def prepared(job: TrainJob) -> tuple[TrainJob, Manifest, dict[str, Any] | None]:
         cache_dir=job.cache_dir if job.cache_dir == NO_CACHE else storage.absolute(job.cache_dir),
         validation_data=job.validation_data and storage.absolute(job.validation_data),
         init_from=job.init_from
-        if job.init_from is None or job.init_from.startswith(tracking.REGISTRY_SCHEMES)
+        if job.init_from is None or job.init_from.startswith(REGISTRY_SCHEMES)
         else storage.absolute(job.init_from),
     )
-    manifest = latent_store.read_manifest(job.data)
+    manifest = read_manifest(job.data)
     _check_vae(job, manifest)
     if job.validation_data is not None:
         validation.check(job.validation_data, manifest)
@@ -163,9 +128,9 @@ def train(preset: str, job: TrainJob) -> None:
     wanted = begun.get("use_gpu") if begun is not None and job.use_gpu is None else job.use_gpu
     use_gpu = choose_gpus(wanted, job.min_workers or job.num_workers)
     job = replace(job, use_gpu=use_gpu)
-    tracking_uri = tracking.resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
+    tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
     filesystem, run_path = storage.open_storage(job.run_location)
-    request = notices.claim_run(job.run_location)
+    request = stopping.claim_run(job.run_location)
     if begun is not None:
         checkpoints.mend_record(filesystem, run_path)
         checkpoints.delete_orphans(filesystem, run_path)
@@ -220,7 +185,7 @@ def _require_resumable(job: TrainJob, manifest: Manifest, begun: dict[str, Any])
 def _fit(
     job: TrainJob,
     manifest: Manifest,
-    run: tracking.Run,
+    run: Run,
     request: ActorHandle,
     initial: AnyNetwork | None,
     *,
@@ -236,7 +201,7 @@ def _fit(
         stop_request=request,
         initial=None if initial is None else ray.put(initial),
         step_flops=step_flops(job.config, **manifest.network_sizes),
-        code=tracking.code_identity(),
+        code=code_identity(),
         validates=validates,
     )
     trainer = TorchTrainer(
@@ -261,7 +226,7 @@ def _fit(
         else None,
     )
     try:
-        with notices.stop_on_sigterm(request):
+        with stopping.stop_on_sigterm(request):
             return trainer.fit()
     except TrainingFailedError as error:
         logger.error("training failed", exc_info=error)
@@ -313,7 +278,7 @@ def _finish(
     preset: str,
     manifest: Manifest,
     result: Result,
-    run: tracking.Run,
+    run: Run,
     record: dict[str, Any],
     *,
     validates: bool,
@@ -402,7 +367,3 @@ def main() -> None:
         print(dry_run(preset, job))
     else:
         train(preset, job)
-
-
-if __name__ == "__main__":
-    run_command(main)

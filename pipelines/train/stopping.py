@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import distributed
 
-from pipelines.command import InputError
+from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,13 @@ from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.loss import draw_step_record, meanflow_loss
 from meanflow_core.networks import AnyNetwork, build_network
-from pipelines import latent_store, tracking
-from pipelines.command import InputError, set_up_logging
-from pipelines.latent_cache import open_latents
-from pipelines.latent_store import LatentDataset, Manifest
-from pipelines.training_job import TrainJob
+from pipelines.command_line import set_up_logging
+from pipelines.errors import InputError
+from pipelines.latents.cache import open_latents
+from pipelines.latents.dataset import LatentDataset
+from pipelines.latents.manifest import Manifest, open_autoencoder, read_manifest
+from pipelines.tracking.run import Run
+from pipelines.train.job import TrainJob
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ ROWS_AT_ONCE = 64
 
 def check(location: str, training: Manifest) -> None:
     """Raises InputError where held-out latents cannot be compared with the training's."""
-    held_out = latent_store.read_manifest(location)
+    held_out = read_manifest(location)
     for what, theirs, ours in (
         ("autoencoder", held_out.recipe.vae_sha256, training.recipe.vae_sha256),
         ("classes", held_out.class_names, training.class_names),
@@ -75,10 +77,10 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
     with checkpoint.as_directory() as folder:
         step = int(read_state_file(Path(folder))["step"])
         load_average(network, job.config.ema_decays[0], Path(folder))
-    normalization = LatentNormalization.from_vae_config(latent_store.open_autoencoder(job.validation_data).config)
+    normalization = LatentNormalization.from_vae_config(open_autoencoder(job.validation_data).config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = held_out_errors(network.eval().to(device), dataset, normalization, job.config)
-    run = tracking.Run(tracking_uri, run_id)
+    run = Run(tracking_uri, run_id)
     run.log_metrics(figures, step)
     run.flush(MLFLOW_PATIENCE_SECONDS)
     logger.info("step %d on held-out images: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))

@@ -14,9 +14,9 @@ from meanflow_core.interop import convert_checkpoint, find_source, read_checkpoi
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
 from meanflow_core.transformer import MeanFlowDiT
-from pipelines import latent_store, tracking
-from pipelines.command import InputError
-from pipelines.latent_store import Manifest
+from pipelines.errors import InputError
+from pipelines.latents.manifest import Manifest, open_autoencoder
+from pipelines.tracking.registry import fetch_generator
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def initial_network(location: str, source: str | None, config: NetworkConfig, da
         )
     try:
         if source is None:
-            folder = tracking.fetch_generator(location, None)
+            folder = fetch_generator(location, None)
             network = load_network(folder / "transformer")
             require_same_kind(network, wanted)
             _require_same_normalization(folder, data)
@@ -72,7 +72,7 @@ def initial_network(location: str, source: str | None, config: NetworkConfig, da
 
 def _require_same_normalization(folder: Path, data: str) -> None:
     theirs = LatentNormalization.from_vae_config(load_autoencoder(str(folder / "vae")).config)
-    ours = LatentNormalization.from_vae_config(latent_store.open_autoencoder(data).config)
+    ours = LatentNormalization.from_vae_config(open_autoencoder(data).config)
     if theirs != ours:
         raise InputError(
             f"it knows latents normalised by {theirs}, but the data's are by {ours}; encode with its autoencoder"

@@ -63,7 +63,7 @@ def watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
 # A stage's own command, with every piece of its progress logged, and a fixed object store.
 LAUNCHER = """
 import functools, importlib, sys, ray
-from pipelines.command import run_command
+from pipelines.command_line import run_command
 stage, progress = (importlib.import_module(name) for name in sys.argv[1:3])
 progress.Progress = functools.partial(progress.Progress, interval_seconds=0.0)
 ray.init = functools.partial(ray.init, object_store_memory=300 * 2**20)
@@ -79,7 +79,7 @@ def run_stage(
 
     progress_module: whose Progress it is. peak: gets the largest sum of PSS over the job's processes, in GB.
     """
-    from pipelines.command import FAST_MALLOC  # here: other benchmarks run where there is no Ray
+    from pipelines.cluster import FAST_MALLOC  # here: other benchmarks run where there is no Ray
 
     ray_folder = tempfile.mkdtemp(prefix="mfb-", dir="/tmp")
     environment = {

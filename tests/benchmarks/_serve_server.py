@@ -27,7 +27,7 @@ from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.networks import build_network
 from meanflow_core.presets import demo
-from pipelines.command import FAST_MALLOC
+from pipelines.cluster import FAST_MALLOC
 from pipelines.demo.__main__ import free_port
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.images import CLASS_NAMES

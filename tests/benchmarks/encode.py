@@ -26,7 +26,7 @@ from PIL import Image
 from meanflow_core.autoencoder import encode_moments
 from pipelines.demo import images as demo_images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.image_reading import decode_image
+from pipelines.images.decoding import decode_image
 
 # The configuration of sd-vae-ft-mse: 34 M parameters of encoder, 136 GMAC for a 256x256 image.
 STABLE_DIFFUSION = {

@@ -68,7 +68,7 @@ def bare_images_per_second(generator: Path, num_processes: int, num_batches: int
 
 def run_stage(arguments: list[str], peak: list[float] | None = None) -> list[tuple[float, int]]:
     """(time, images done) at each chunk of the stage's own command."""
-    return run_job("pipelines.evaluate", "pipelines.measuring", "measured", arguments, peak)
+    return run_job("pipelines.evaluate", "pipelines.evaluate.measuring", "measured", arguments, peak)
 
 
 def stage_arguments(work: Path, count: int, num_workers: int) -> list[str]:

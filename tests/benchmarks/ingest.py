@@ -22,9 +22,11 @@ from _harness import main
 from pyarrow import fs
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines import latent_store, storage
-from pipelines.latent_cache import open_latents
-from pipelines.latent_store import EncodingRecipe, Manifest, rows_of_step
+from pipelines import storage
+from pipelines.latents.cache import open_latents
+from pipelines.latents.manifest import EncodingRecipe, Manifest, shard_name
+from pipelines.latents.sample_order import rows_of_step
+from pipelines.latents.shards import read_shard_bytes, shard_bytes
 
 SHAPE, BATCH, ROWS_PER_SHARD = (8, 32, 32), 256, 512
 
@@ -71,10 +73,10 @@ def write_all(folder: Path, count: int) -> Manifest:
         moments = generator.normal(size=(ROWS_PER_SHARD, *SHAPE)).astype(np.float16)
         labels = generator.integers(0, 1000, ROWS_PER_SHARD)
         ids = [str(start + row) for row in range(ROWS_PER_SHARD)]
-        content = latent_store.shard_bytes(moments, -moments, labels, ids, [])
-        path = folder / "latents" / latent_store.shard_name(start // ROWS_PER_SHARD)
+        content = shard_bytes(moments, -moments, labels, ids, [])
+        path = folder / "latents" / shard_name(start // ROWS_PER_SHARD)
         storage.write_bytes(fs.LocalFileSystem(), str(path), content)
-        hashes.append(latent_store.read_shard_bytes(content, "").summary.sha256)
+        hashes.append(read_shard_bytes(content, "").summary.sha256)
         with environment.begin(write=True) as transaction:
             for row in range(ROWS_PER_SHARD):
                 record = {"image": torch.from_numpy(moments[row]), "label": int(labels[row])}

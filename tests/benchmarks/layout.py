@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from _harness import interleaved_medians, main
 from pyarrow import fs
 
-from pipelines import latent_store
+from pipelines.latents.shards import read_shard, shard_bytes
 
 SHAPE, ROWS, BATCH = (8, 32, 32), 512, 256
 NAMES = ("arrow_tensor", "parquet_tensor", "parquet_bytes", "npy")
@@ -28,7 +28,7 @@ def write(folder: Path, name: str, number: int, moments: np.ndarray) -> Path:
     path = folder / f"{name}-{number}"
     labels = np.zeros(len(moments), np.int32)
     if name == "arrow_tensor":
-        path.write_bytes(latent_store.shard_bytes(moments, None, labels, [str(row) for row in labels], []))
+        path.write_bytes(shard_bytes(moments, None, labels, [str(row) for row in labels], []))
     elif name == "npy":
         with open(path, "wb") as file:
             np.save(file, moments)
@@ -47,7 +47,7 @@ def write(folder: Path, name: str, number: int, moments: np.ndarray) -> Path:
 def read_whole(name: str, path: Path) -> np.ndarray:
     """All moments of a file, (N, *SHAPE)."""
     if name == "arrow_tensor":
-        return latent_store.read_shard(fs.LocalFileSystem(), str(path)).moments
+        return read_shard(fs.LocalFileSystem(), str(path)).moments
     if name == "npy":
         return np.load(path)
     column = pq.read_table(path)["moments"].combine_chunks()

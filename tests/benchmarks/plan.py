@@ -23,11 +23,11 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.cost import step_flops
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import train_step
-from pipelines.hardware import GPUS, Cluster
-from pipelines.scale import Workload, communication, compute_seconds, payload_bytes
+from pipelines.plan.cost import step_flops
+from pipelines.plan.hardware import GPUS, Cluster
+from pipelines.plan.scale import Workload, communication, compute_seconds, payload_bytes
 
 CALIBRATION = ("s4", 32)
 # Larger, of more tokens, without du/dt, and of another kind: (preset, images a step).

@@ -43,7 +43,7 @@ from meanflow_core.generator import build_pipeline, load_pipeline, save_generato
 from meanflow_core.networks import build_network
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.presets import dit_network
-from pipelines.command import FAST_MALLOC
+from pipelines.cluster import FAST_MALLOC
 from pipelines.demo.__main__ import free_port
 from tests.benchmarks._serve_server import (
     Answers,

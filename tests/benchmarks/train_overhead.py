@@ -28,11 +28,11 @@ from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import demo
 from meanflow_core.training import build_train_state, train_step
-from pipelines import tracking
-from pipelines.batches import BatchSource
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.latent_cache import open_latents
+from pipelines.latents.cache import open_latents
+from pipelines.tracking.run import TRAINING_RECORD, Run
+from pipelines.train.batches import BatchSource
 
 INTERVAL, CHECKPOINT_INTERVAL = 25, 200
 
@@ -80,7 +80,7 @@ def train(latents: Path, folder: Path, name: str, num_steps: int, num_threads: i
          "--checkpoint-interval-steps", str(CHECKPOINT_INTERVAL), "--sample-interval-steps", "100000"],
         check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    run_id = json.loads((folder / "runs" / name / tracking.TRAINING_RECORD).read_text())["mlflow_run_id"]
+    run_id = json.loads((folder / "runs" / name / TRAINING_RECORD).read_text())["mlflow_run_id"]
     rows = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_metric_history(run_id, "loss")
     first, last = rows[0], rows[-1]
     return (last.timestamp - first.timestamp) / 1000.0 / (last.step - first.step)
@@ -88,7 +88,7 @@ def train(latents: Path, folder: Path, name: str, num_steps: int, num_threads: i
 
 def logging_microseconds(folder: Path, rows: int = 200) -> float:
     """What a call that logs an interval's figures costs its caller."""
-    run = tracking.Run.begin(f"sqlite:///{folder}/logging.db", "logging", "logging", {})
+    run = Run.begin(f"sqlite:///{folder}/logging.db", "logging", "logging", {})
     seconds = []
     for step in range(rows):
         began = time.perf_counter()

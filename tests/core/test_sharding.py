@@ -25,7 +25,7 @@ from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, TrainState, compile_blocks, train_step, update_emas
 from meanflow_core.transformer import Conditioning, MeanFlowDiT
 from tests.core.test_loss import NULL, OBJECTIVES, draw_batch, relative
-from tests.processes import join_group, run_processes
+from tests.support.processes import join_group, run_processes
 
 NUM_ROWS = 16
 CONFIGS = {

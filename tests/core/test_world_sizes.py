@@ -25,7 +25,7 @@ from meanflow_core.training import (
     relative_ema_distance,
     train_step,
 )
-from tests.processes import join_group, run_processes
+from tests.support.processes import join_group, run_processes
 
 NUM_STEPS, HALF, LITTLE_LATER = 50, 25, 30
 NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)

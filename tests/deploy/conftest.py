@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.endpoint import write_generator
+from tests.support.endpoint import write_generator
 
 
 @pytest.fixture(scope="session")

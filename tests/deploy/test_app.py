@@ -6,7 +6,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deploy.app import RemoteGenerator, build_app
-from deploy.schema import Arguments
+from deploy.settings import Arguments
 
 
 class Failing:

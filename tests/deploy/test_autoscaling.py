@@ -8,7 +8,7 @@ import yaml
 
 from meanflow_core.generator import load_pipeline
 from tests.deploy.test_live import CLASS, SEEDS, Load, wait_for_replicas
-from tests.endpoint import running_endpoint, write_generator
+from tests.support.endpoint import running_endpoint, write_generator
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 

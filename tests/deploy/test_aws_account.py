@@ -9,8 +9,8 @@ import pytest
 import yaml
 from moto import mock_aws
 
-from tests.aws import understand_aws, words_of
 from tests.deploy.test_clusters import prepared, text_of, with_efa
+from tests.support.aws import understand_aws, words_of
 from tests.test_docs import commands
 
 ACCOUNT, REGION = "123456789012", "us-west-2"

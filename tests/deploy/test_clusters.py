@@ -13,7 +13,7 @@ from ray.scripts.scripts import start
 
 from deploy.jobs.job_file import read_job_file
 from deploy.spot_notice import parse_arguments
-from tests.aws import understand_aws
+from tests.support.aws import understand_aws
 
 REPOSITORY = Path(__file__).parents[2]
 CLOUDS = ("ray_cluster.yaml", "deploy/clusters/gcp.yaml")

@@ -10,7 +10,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.metrics import METRICS
-from deploy.schema import API_SETTINGS, GENERATOR_SETTINGS, Arguments, with_settings
+from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments, with_settings
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from tests.environments import PACKAGES, Environment, command_modules, copy_files, tracked_files
+from tests.support.environments import PACKAGES, Environment, command_modules, copy_files, tracked_files
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -83,7 +83,7 @@ def test_no_secrets_and_no_rubbish_get_into_the_context():
         ".git/config",
         ".venv/bin/python",
         "build/demo/report.json",
-        "tests/test_demo.py",
+        "tests/pipelines/demo/test_demo_run.py",
         "docs/page.png",
         "mlruns/0/meta.yaml",
         "constraints.txt",
@@ -94,7 +94,7 @@ def test_no_secrets_and_no_rubbish_get_into_the_context():
         "deploy/x.egg-info/PKG-INFO",
     ):
         assert not reaches_docker(kept_out), kept_out
-    for sent in ("pyproject.toml", "pipelines/train.py", "deploy/mlflow/env.example", "deploy/web/index.html"):
+    for sent in ("pyproject.toml", "pipelines/train/run.py", "deploy/mlflow/env.example", "deploy/web/index.html"):
         assert reaches_docker(sent), sent
 
 

@@ -27,9 +27,9 @@ from ray.runtime_env import RuntimeEnv
 from deploy.jobs.__main__ import connect, follow, free_id, main, parse_arguments, run, stop
 from deploy.jobs.job_file import JobError, JobFile, read_job_file
 from pipelines.demo.__main__ import free_port
-from pipelines.encode import EncodeJob
-from pipelines.evaluate import EvaluateJob
-from pipelines.train import parse_arguments as parse_training
+from pipelines.encode.job import EncodeJob
+from pipelines.evaluate.job import EvaluateJob
+from pipelines.train.run import parse_arguments as parse_training
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted((REPOSITORY / "deploy" / "jobs").glob("*.yaml"))

@@ -25,14 +25,14 @@ from pydantic import TypeAdapter, ValidationError
 from ray.scripts.scripts import cli as ray_commands
 
 import deploy.validate as validate
+from deploy.api.schema import GenerateRequest
 from deploy.jobs.__main__ import parse_arguments as parse_jobs
-from deploy.schema import GenerateRequest
-from pipelines.check import CheckJob
-from pipelines.encode import EncodeJob
-from pipelines.evaluate import EvaluateJob
-from pipelines.train import parse_arguments
-from tests.deploy import manifests
-from tests.deploy.manifests import Container, Operation, PodSpec, RayClusterSpec, filled_in, parse
+from pipelines.encode.job import EncodeJob
+from pipelines.evaluate.job import EvaluateJob
+from pipelines.latents.check import CheckJob
+from pipelines.train.run import parse_arguments
+from tests.support import kubernetes_manifests
+from tests.support.kubernetes_manifests import Container, Operation, PodSpec, RayClusterSpec, filled_in, parse
 
 REPOSITORY = Path(__file__).parents[2]
 KUBERAY, MLFLOW = REPOSITORY / "deploy" / "kuberay", REPOSITORY / "deploy" / "mlflow"
@@ -86,7 +86,7 @@ def pods(documents: list[dict]) -> Iterator[tuple[str, str, dict[str, str], PodS
             yield owner.metadata.namespace, owner.metadata.name, template.metadata.labels, template.spec
 
 
-def command(job: manifests.RayJob) -> list[str]:
+def command(job: kubernetes_manifests.RayJob) -> list[str]:
     words = shlex.split(job.spec.entrypoint)
     assert words[:2] == ["python", "-m"]
     return words[2:]
@@ -107,7 +107,7 @@ def test_every_file_is_of_a_known_form_and_has_no_field_that_nobody_knows():
         assert path.suffix == ".yaml", path
         documents = list(yaml.safe_load_all(path.read_text()))
         if path.name == "compose.yaml":
-            manifests.ComposeFile.model_validate(documents[0])
+            kubernetes_manifests.ComposeFile.model_validate(documents[0])
         elif isinstance(documents[0], list):
             TypeAdapter(list[Operation]).validate_python(documents[0])
         else:
@@ -476,8 +476,8 @@ def test_the_serve_config_is_that_of_deploy_serve_but_for_what_must_differ(overl
 
 
 def test_the_endpoint_starts_with_its_keys_and_never_without(overlay):
-    from deploy.schema import API_SETTINGS, Arguments, with_settings
-    from deploy.security import require_safe_exposure
+    from deploy.api.auth import require_safe_exposure
+    from deploy.settings import API_SETTINGS, Arguments, with_settings
 
     config = serve_config(overlay)
     application = config["applications"][0]
@@ -531,7 +531,7 @@ class Place:
         return cls(namespace, tuple(sorted(labels.items())))
 
 
-def allows(policies: list[manifests.NetworkPolicy], source: Place, target: Place, port: int) -> bool:
+def allows(policies: list[kubernetes_manifests.NetworkPolicy], source: Place, target: Place, port: int) -> bool:
     """Whether a connection gets through, as Kubernetes adds the policies up: both ends must let it."""
     return _lets(policies, source, target, port, "Egress") and _lets(policies, target, source, port, "Ingress")
 
@@ -558,7 +558,7 @@ def _lets(policies, own: Place, other: Place, port: int, direction: str) -> bool
     )
 
 
-def _is(peer: manifests.Peer, own: Place, other: Place) -> bool:
+def _is(peer: kubernetes_manifests.Peer, own: Place, other: Place) -> bool:
     if peer.ip_block is not None:
         return False  # pods have private addresses, which every block here leaves out
     if peer.namespace_selector is None:
@@ -651,8 +651,8 @@ def test_what_goes_out_goes_to_the_internet_and_no_private_address(overlay):
 # MLflow.
 
 
-def compose() -> manifests.ComposeFile:
-    return manifests.ComposeFile.model_validate(yaml.safe_load((MLFLOW / "compose.yaml").read_text()))
+def compose() -> kubernetes_manifests.ComposeFile:
+    return kubernetes_manifests.ComposeFile.model_validate(yaml.safe_load((MLFLOW / "compose.yaml").read_text()))
 
 
 def server_options(words: list[str]) -> dict:

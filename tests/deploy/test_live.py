@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from meanflow_core.generator import load_pipeline
-from tests.endpoint import fetch, running_endpoint, write_generator
+from tests.support.endpoint import fetch, running_endpoint, write_generator
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from deploy.memory import ModelMemory
-from tests.endpoint import Names
+from tests.support.endpoint import Names
 
 
 def test_the_newest_wish_is_recalled_in_whichever_order_replicas_write():

@@ -6,7 +6,7 @@ from mlflow import MlflowClient
 
 from deploy import models
 from deploy.models import announce, fetched_generator, is_alias, resolve_model
-from pipelines.tracking import ALIAS
+from pipelines.tracking.run import ALIAS
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from ray._raylet import GcsClient
 
 from deploy import spot_notice
 from deploy.spot_notice import drain, is_told
-from tests.clusters import cluster_of_two
+from tests.support.clusters import cluster_of_two
 
 TOKEN = "of-this-session"
 

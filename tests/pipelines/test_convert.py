@@ -15,7 +15,7 @@ from meanflow_core.networks import build_network, require_same_kind
 from meanflow_core.presets import PRESETS, imf_network
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines import convert
-from pipelines.command import run_command
+from pipelines.command_line import run_command
 from pipelines.convert import published_sampling, read_class_names
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 

@@ -3,13 +3,16 @@
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import check, encode, latent_store, storage
-from pipelines.command import InputError
-from pipelines.latent_cache import open_latents
-from tests.image_forms import as_samples, images_of, write_tar
-from tests.latents import assert_same
-from tests.object_store import s3_bucket
-from tests.pipelines.test_encode import job, without_ray  # noqa: F401  # a fixture
+from pipelines import storage
+from pipelines.encode import run as encode_run
+from pipelines.errors import InputError
+from pipelines.latents import check
+from pipelines.latents.cache import open_latents
+from pipelines.latents.manifest import shard_name
+from tests.pipelines.encode.test_encode import job, without_ray  # noqa: F401  # a fixture
+from tests.support.image_forms import as_samples, images_of, write_tar
+from tests.support.latents import assert_same
+from tests.support.object_store import s3_bucket
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +37,9 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
         write_tar(tmp_path / "tars/train-0.tar", as_samples(images_of(image_root / "val")))
         upload(tmp_path / "tars", f"{bucket}/{form}/images")
     output = f"{bucket}/{form}/latents"
-    manifest = encode.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16))
+    manifest = encode_run.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16))
     assert manifest.shard_rows == [16, 16, 8]
-    encode.encode(job(image_root / "val", tmp_path / "local"))
+    encode_run.encode(job(image_root / "val", tmp_path / "local"))
     store = open_latents(output, str(tmp_path / "cache"))
     assert_same(output, tmp_path / "local")
     filesystem, root = storage.open_storage(output)
@@ -47,12 +50,12 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
 
     # What is missing is made again, and nothing else.
     filesystem.delete_file(f"{root}/manifest.json")
-    filesystem.delete_file(f"{root}/{latent_store.shard_name(1)}")
-    before = filesystem.get_file_info(f"{root}/{latent_store.shard_name(0)}").mtime
-    assert encode.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16)) == manifest
-    assert filesystem.get_file_info(f"{root}/{latent_store.shard_name(0)}").mtime == before
+    filesystem.delete_file(f"{root}/{shard_name(1)}")
+    before = filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime
+    assert encode_run.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16)) == manifest
+    assert filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime == before
 
 
 def test_bucket_that_is_not_there_is_an_input_error(bucket, tmp_path):
     with pytest.raises(InputError, match="s3://nosuch-bucket/x"):
-        encode.encode(job("s3://nosuch-bucket/x", tmp_path / "latents"))
+        encode_run.encode(job("s3://nosuch-bucket/x", tmp_path / "latents"))

@@ -2,7 +2,7 @@ import pytest
 from pyarrow import fs
 
 from pipelines import storage
-from pipelines.command import InputError
+from pipelines.errors import InputError
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -24,11 +24,11 @@ import uvicorn
 import yaml
 from fastapi.testclient import TestClient
 
-from deploy.generator import GeneratorService
-from deploy.http import ApiService, build_http_app
+from deploy.api.routes import ApiService, build_http_app
 from deploy.memory import ModelMemory
-from deploy.schema import Arguments
-from deploy.serving_model import ServingModel
+from deploy.replica.service import GeneratorService
+from deploy.replica.serving_model import ServingModel
+from deploy.settings import Arguments
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, for_sampling, save_generator
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
@@ -245,7 +245,7 @@ def running_endpoint(
         "RAY_TMPDIR": str(folder),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     # A head of our own choosing of ports; `serve run` joins it.
     program = (

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.readme import REPOSITORY
+from tests.support.readme import REPOSITORY
 
 PACKAGES = ("meanflow_core", "pipelines", "deploy")
 
@@ -27,7 +27,7 @@ from meanflow_core.portable import NETWORK_MODULES, merged_source
 from pipelines.demo.__main__ import SERVE_CONFIG
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.judge import load_judge
+from pipelines.evaluate.judge import load_judge
 deploy = WEB.parent
 load_autoencoder(str(SHIPPED_AUTOENCODER))
 load_judge(SHIPPED_JUDGE)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from pyarrow import fs
 
-from pipelines import encode, latent_store, storage
+from pipelines import storage
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob, EncodeShard, Plan, decode_shard, write_shard
-from pipelines.latent_store import Shard
+from pipelines.encode import run as encode_run
+from pipelines.encode.job import EncodeJob
+from pipelines.encode.plan import Plan
+from pipelines.encode.stages import EncodeShard, decode_shard, write_shard
+from pipelines.latents.shards import Shard, read_shard
 
 
 def encode_in_process(job: EncodeJob, plan: Plan, shards: list[int]):
@@ -28,9 +31,9 @@ def encode_in_process(job: EncodeJob, plan: Plan, shards: list[int]):
 def encode_here(job: EncodeJob):
     """Encodes in this process; returns the manifest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "_encode_shards", encode_in_process)
-        patch.setattr(encode, "start_ray", lambda needed_cpus: None)
-        return encode.encode(job)
+        patch.setattr(encode_run, "_encode_shards", encode_in_process)
+        patch.setattr(encode_run, "start_ray", lambda needed_cpus: None)
+        return encode_run.encode(job)
 
 
 def encode_drawn(images: Path, output: Path, rows_per_shard: int) -> Path:
@@ -50,7 +53,7 @@ def read_shards(output: str | Path) -> list[Shard]:
     """A dataset's shards in the order of their names, whether or not it is complete."""
     filesystem, root = storage.open_storage(str(output))
     files = filesystem.get_file_info(fs.FileSelector(f"{root}/shards"))
-    return [latent_store.read_shard(filesystem, path) for path in sorted(entry.path for entry in files)]
+    return [read_shard(filesystem, path) for path in sorted(entry.path for entry in files)]
 
 
 def by_stem(output: str | Path) -> dict[str, tuple[int, np.ndarray, np.ndarray | None]]:

@@ -1,6 +1,6 @@
 """A small dataset's manifest, for the tests that need one without encoding anything."""
 
-from pipelines.latent_store import EncodingRecipe, Manifest
+from pipelines.latents.manifest import EncodingRecipe, Manifest
 
 
 def make_manifest(

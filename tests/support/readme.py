@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def commands(name: str) -> list[str]:

@@ -17,7 +17,7 @@ from meanflow_core.loss import draw_step_record
 from meanflow_core.presets import debug
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, build_train_state, train_step
-from tests.processes import join_group
+from tests.support.processes import join_group
 
 GUIDED = replace(debug(), loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5)))
 NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)

@@ -7,7 +7,8 @@ import torch
 from meanflow_core.checkpoint import load_train_state
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
-from pipelines import checkpoints, storage
+from pipelines import storage
+from pipelines.train import checkpoints
 
 
 def last_checkpoint(location: str | Path) -> tuple[int, dict[str, torch.Tensor]]:

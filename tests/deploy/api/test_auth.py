@@ -8,8 +8,8 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from deploy.schema import API_SETTINGS, Arguments, with_settings
-from deploy.security import RateLimiter, find_key, hash_key, is_loopback, require_safe_exposure
+from deploy.api.auth import RateLimiter, find_key, hash_key, is_loopback, require_safe_exposure
+from deploy.settings import API_SETTINGS, Arguments, with_settings
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost", "::1", "[::1]", "127.8.9.1"])

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from deploy.schema import Arguments
-from deploy.security import hash_key
-from tests.endpoint import fetch, over_http, running_endpoint
+from deploy.api.auth import hash_key
+from deploy.settings import Arguments
+from tests.support.endpoint import fetch, over_http, running_endpoint
 
 # Not among them: that what fits the document is answered with 200. A class name is any string to it.
 CHECKS = (

@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from deploy.schema import Arguments
-from deploy.security import hash_key
-from tests.endpoint import over_http, running_endpoint
+from deploy.api.auth import hash_key
+from deploy.settings import Arguments
+from tests.support.endpoint import over_http, running_endpoint
 
 NEEDS = "make soak-deps installs them"
 sync_api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing; {NEEDS}")

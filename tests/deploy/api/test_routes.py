@@ -9,9 +9,11 @@ import pytest
 from diffusers import AutoencoderTiny
 from PIL import Image
 
-from deploy.schema import MAX_SEED, Arguments, Refusal
+from deploy.api.schema import MAX_SEED
+from deploy.messages import Refusal
+from deploy.settings import Arguments
 from meanflow_core.generator import load_pipeline
-from tests.endpoint import in_process
+from tests.support.endpoint import in_process
 
 
 @pytest.fixture(scope="module")
@@ -248,13 +250,13 @@ def test_of_many_faults_the_first_are_told(client):
 
 
 def test_a_generator_that_does_not_answer_is_given_up(generator_folder, monkeypatch):
-    from deploy import http
+    from deploy.api import routes
 
     async def forever(*_):
         await asyncio.sleep(30)
 
-    monkeypatch.setattr(http, "DESCRIBE_SECONDS", 0.05)
-    monkeypatch.setattr(http, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(routes, "DESCRIBE_SECONDS", 0.05)
+    monkeypatch.setattr(routes, "GRACE_SECONDS", 0.05)
     with in_process(Arguments(model=str(generator_folder), deadline_seconds=0.1)) as running:
         for name in ("generate", "describe", "list_classes"):
             monkeypatch.setattr(running.generator, name, forever)
@@ -274,7 +276,7 @@ def test_the_deadline_of_the_settings_reaches_the_generator(generator_folder):
 
 def test_an_ambiguous_name_is_answered_with_the_ids(tmp_path):
     from pipelines.demo import images
-    from tests.endpoint import write_generator
+    from tests.support.endpoint import write_generator
 
     names = list(images.CLASS_NAMES)
     names[2], names[5] = "crane, wader", "crane"
@@ -364,7 +366,7 @@ def test_a_full_queue_is_told_for_a_moment_without_asking_again(endpoint, monkey
         return Refusal(status=429, code="overloaded", message="full", retry_after_seconds=1.0)
 
     monkeypatch.setattr(endpoint.api.generator, "generate", full)
-    monkeypatch.setattr("deploy.http.FULL_SECONDS", 0.5)
+    monkeypatch.setattr("deploy.api.routes.FULL_SECONDS", 0.5)
     monkeypatch.setattr(endpoint.api, "_full", None)
 
     def status(num_images):
@@ -387,7 +389,7 @@ def test_a_full_queue_of_some_steps_is_not_told_to_those_who_ask_for_others(endp
         return Refusal(status=429, code="overloaded", message="full", retry_after_seconds=30.0)
 
     monkeypatch.setattr(endpoint.api.generator, "generate", full_of_two_steps)
-    monkeypatch.setattr("deploy.http.FULL_SECONDS", 5.0)
+    monkeypatch.setattr("deploy.api.routes.FULL_SECONDS", 5.0)
     monkeypatch.setattr(endpoint.api, "_full", None)
 
     def status(steps):
@@ -438,7 +440,7 @@ KEYS = {"alice": "wonderland-key", "bob": "builder-key"}
 
 @pytest.fixture
 def locked(generator_folder):
-    from deploy.security import hash_key
+    from deploy.api.auth import hash_key
 
     hashes = {name: hash_key(key) for name, key in KEYS.items()}
     with in_process(Arguments(model=str(generator_folder), api_keys=hashes), http_host="0.0.0.0") as running:
@@ -465,7 +467,7 @@ def test_with_keys_every_request_but_health_and_the_page_needs_one(locked):
 
 
 def test_keys_are_exchanged_while_it_runs_and_never_all_taken_away(locked):
-    from deploy.security import hash_key
+    from deploy.api.auth import hash_key
 
     locked.api.reconfigure({"api_keys": {"carol": hash_key("new-key")}})
     client = locked.client
@@ -486,14 +488,14 @@ def test_no_key_in_plain_text_is_told(locked):
 
 
 def api_of(arguments=None, http_host=None):
-    from deploy.http import ApiService
-    from tests.endpoint import Recorded
+    from deploy.api.routes import ApiService
+    from tests.support.endpoint import Recorded
 
     return ApiService(None, Arguments(model="m", **(arguments or {})), Recorded(), http_host)
 
 
 def test_a_successor_whose_settings_are_refused_keeps_the_keys():
-    from deploy.security import hash_key
+    from deploy.api.auth import hash_key
 
     keys = {"alice": hash_key("one")}
     for host in ("127.0.0.1", "0.0.0.0"):
@@ -568,7 +570,7 @@ def test_many_requests_at_once_share_batches(generator_folder):
         order = running.api.order
 
         async def many():
-            from deploy.schema import GenerateRequest
+            from deploy.api.schema import GenerateRequest
 
             wanted = GenerateRequest(class_="star", seed=3)
             orders = [order(wanted, class_="star", num_images=1, count_field="n", model=None, size="auto")] * 8

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from deploy.batching import Batcher, BatchLimits, DeadlineError, OverloadedError
+from deploy.replica.batching import Batcher, BatchLimits, DeadlineError, OverloadedError
 
 
 class Worker:

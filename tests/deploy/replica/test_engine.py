@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from deploy.engine import Engine, Group, Row
+from deploy.replica.engine import Engine, Group, Row
 from meanflow_core.generator import load_pipeline
 from meanflow_core.pipeline import noise_between, noise_from_seeds
 

@@ -1,7 +1,7 @@
 import pytest
 
-from deploy.loading import find_class, index_names, load_model, name_classes
-from deploy.schema import Arguments
+from deploy.replica.loading import find_class, index_names, load_model, name_classes
+from deploy.settings import Arguments
 
 CLASSES = name_classes({0: "arrow", 1: "circle", 2: "crane, wader", 3: "crane"}, {"1": "n00000001"}, 5)
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from deploy import generator
-from deploy.generator import GeneratorService
-from deploy.loading import load_model
-from deploy.schema import Arguments, Made, Order, Refusal
-from deploy.serving_model import ServingModel
+from deploy.messages import Made, Order, Refusal
+from deploy.replica.loading import load_model
+from deploy.replica.service import GeneratorService
+from deploy.replica.serving_model import ServingModel
+from deploy.settings import Arguments
 from meanflow_core.generator import load_pipeline
 from meanflow_core.pipeline import noise_between, noise_from_seeds
-from tests.endpoint import Recorded, Remembered
+from tests.support.endpoint import Recorded, Remembered
 
 
 def order(**changes):
@@ -203,7 +203,7 @@ def test_a_device_that_is_full_is_told(generator_folder, monkeypatch):
 
 def test_what_a_failed_batch_held_is_gone_when_its_callers_are_told(generator_folder, monkeypatch):
     service = service_of(generator_folder, arguments={"batch_wait_seconds": 0.05})
-    monkeypatch.setattr(generator.logger, "disabled", True)  # pytest keeps what is logged, with its traceback
+    monkeypatch.setattr(service.logger, "disabled", True)  # pytest keeps what is logged, with its traceback
     held = []
 
     def full(group, rows):

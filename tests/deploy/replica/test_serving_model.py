@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from deploy import serving_model
-from deploy.loading import load_model
-from deploy.schema import Made
+from deploy.messages import Made
+from deploy.replica import serving_model
+from deploy.replica.loading import load_model
 from meanflow_core.generator import load_pipeline
-from tests.deploy.test_generator import order, run, service_of
-from tests.endpoint import Remembered
+from tests.deploy.replica.test_service import order, run, service_of
+from tests.support.endpoint import Remembered
 
 
 class Loads:

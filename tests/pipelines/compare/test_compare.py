@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from meanflow_core.cost import num_parameters
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import FeatureStatistics
 from meanflow_core.training import SUMS
-from pipelines.command import InputError
-from pipelines.comparison.__main__ import METHODS, REPORT_FILES, CompareJob, compare, ratios
-from pipelines.comparison.measuring import Point, draw_images, interleaved_medians, measure_run, points_of, read_quality
-from pipelines.comparison.pictures import draw_grid, plot_comparison, plot_losses, spread, table
-from pipelines.comparison.planar import EXAMPLE, Mixture, draw_figure
-from pipelines.comparison.training import (
+from pipelines.compare.__main__ import METHODS, REPORT_FILES, CompareJob, compare, ratios
+from pipelines.compare.planar import EXAMPLE, Mixture, draw_figure
+from pipelines.compare.plots import draw_grid, plot_comparison, plot_losses, spread, table
+from pipelines.compare.scores import Point, draw_images, interleaved_medians, measure_run, points_of, read_quality
+from pipelines.compare.trainings import (
     Data,
     LossCurve,
-    Run,
+    Trial,
     methods,
     planned_runs,
     read_record,
@@ -28,9 +26,11 @@ from pipelines.comparison.training import (
 )
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.encode import EncodeJob
-from pipelines.judge import load_judge
-from tests.latents import encode_here
+from pipelines.encode.job import EncodeJob
+from pipelines.errors import InputError
+from pipelines.evaluate.judge import load_judge
+from pipelines.plan.cost import num_parameters
+from tests.support.latents import encode_here
 
 SIZES = {"sample_size": 8, "in_channels": 4, "num_classes": 10}
 COSTS = {"flow_matching": 10.0, "meanflow": 12.0, "meanflow_own_velocity": 12.0, "improved_meanflow": 40.0}
@@ -183,7 +183,7 @@ def test_networks_sample_with_as_many_parameters():
 
 
 def test_trained_run_is_whole_and_neither_trained_nor_measured_again(data, tmp_path):
-    run = Run(method="flow_matching", seed=3, num_steps=2)
+    run = Trial(method="flow_matching", seed=3, num_steps=2)
     record = train_run(run, data, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [run.name]
     assert record == read_record(run, tmp_path)

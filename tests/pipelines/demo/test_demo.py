@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipelines.command import InputError
 from pipelines.demo import images
 from pipelines.demo.__main__ import ANY_PORT, MARKER, Processes, free_port, prepare_work, summarize
+from pipelines.errors import InputError
 
 
 def test_images_are_a_function_of_split_and_index():

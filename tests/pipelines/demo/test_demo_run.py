@@ -16,13 +16,13 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
-from pipelines.batches import BatchSource
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.judge import load_judge
-from pipelines.latent_cache import open_latents
-from pipelines.latent_store import open_autoencoder
-from tests.readme import REPOSITORY
+from pipelines.evaluate.judge import load_judge
+from pipelines.latents.cache import open_latents
+from pipelines.latents.manifest import open_autoencoder
+from pipelines.train.batches import BatchSource
+from tests.support.readme import REPOSITORY
 
 # Set from the first honest run, which gave 5.62, in the judge's features of today, and never to be loosened.
 FRECHET_ONE_STEP = 7.5

@@ -11,15 +11,19 @@ import torch
 from pyarrow import fs
 
 from meanflow_core.autoencoder import encode_moments, load_autoencoder
-from pipelines import encode, latent_store
-from pipelines.command import InputError, run_command
+from pipelines.command_line import run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob, EncodeShard, choose_batch_size, decode_shard, write_shard
-from pipelines.image_reading import decode_image
-from pipelines.image_sources import ImageSlice, find_images
-from pipelines.latent_cache import open_latents
-from tests.image_forms import as_samples, images_of, write_parquet, write_tar
-from tests.latents import assert_same, by_stem, encode_in_process, read_shards
+from pipelines.encode import run as encode_run
+from pipelines.encode.job import EncodeJob
+from pipelines.encode.stages import EncodeShard, choose_batch_size, decode_shard, write_shard
+from pipelines.errors import InputError
+from pipelines.images.decoding import decode_image
+from pipelines.images.sources import ImageSlice, find_images
+from pipelines.latents.cache import open_latents
+from pipelines.latents.manifest import read_manifest, shard_name
+from pipelines.latents.shards import read_shard
+from tests.support.image_forms import as_samples, images_of, write_parquet, write_tar
+from tests.support.latents import assert_same, by_stem, encode_in_process, read_shards
 
 
 def job(images, output, **options):
@@ -29,13 +33,13 @@ def job(images, output, **options):
 @pytest.fixture
 def without_ray(monkeypatch):
     """Runs the stages of the encode in this process."""
-    monkeypatch.setattr(encode, "_encode_shards", encode_in_process)
-    monkeypatch.setattr(encode, "_map_on_cluster", map)
-    monkeypatch.setattr(encode, "start_ray", lambda needed_cpus: None)
+    monkeypatch.setattr(encode_run, "_encode_shards", encode_in_process)
+    monkeypatch.setattr(encode_run, "_map_on_cluster", map)
+    monkeypatch.setattr(encode_run, "start_ray", lambda needed_cpus: None)
 
 
 def test_latents_are_the_moments_of_image_and_mirror_image(image_root, tmp_path, without_ray):
-    manifest = encode.encode(job(image_root / "train", tmp_path / "latents", rows_per_shard=25))
+    manifest = encode_run.encode(job(image_root / "train", tmp_path / "latents", rows_per_shard=25))
     assert manifest.num_samples == 60
     assert manifest.shard_rows == [25, 25, 10]
     shards = read_shards(tmp_path / "latents")
@@ -64,16 +68,16 @@ def test_folders_parquet_and_webdataset_give_the_same_latents(image_root, tmp_pa
     write_parquet(tmp_path / "parquet/train-1.parquet", rows[23:])
     for part, chunk in enumerate((images[:11], images[11:])):
         write_tar(tmp_path / f"tars/train-{part}.tar", as_samples(chunk))
-    encode.encode(job(image_root / "val", tmp_path / "folders_out", rows_per_shard=9))
-    encode.encode(job(tmp_path / "parquet", tmp_path / "parquet_out", rows_per_shard=13))
-    encode.encode(job(tmp_path / "tars", tmp_path / "tars_out", rows_per_shard=40))
+    encode_run.encode(job(image_root / "val", tmp_path / "folders_out", rows_per_shard=9))
+    encode_run.encode(job(tmp_path / "parquet", tmp_path / "parquet_out", rows_per_shard=13))
+    encode_run.encode(job(tmp_path / "tars", tmp_path / "tars_out", rows_per_shard=40))
     assert len(by_stem(tmp_path / "folders_out")) == 40
     for output in ("parquet_out", "tars_out"):
         assert_same(tmp_path / output, tmp_path / "folders_out")
 
 
 def test_mirror_images_may_be_left_out(image_root, tmp_path, without_ray):
-    manifest = encode.encode(job(image_root / "val", tmp_path / "latents", mirror=False))
+    manifest = encode_run.encode(job(image_root / "val", tmp_path / "latents", mirror=False))
     assert not manifest.recipe.mirrored
     store = open_latents(str(tmp_path / "latents"), str(tmp_path / "cache"))
     assert store.moments_mirrored is None
@@ -82,22 +86,22 @@ def test_mirror_images_may_be_left_out(image_root, tmp_path, without_ray):
 
 
 def test_limit_takes_images_of_all_classes(image_root, tmp_path, without_ray):
-    manifest = encode.encode(job(image_root / "train", tmp_path / "latents", limit=20, rows_per_shard=8))
+    manifest = encode_run.encode(job(image_root / "train", tmp_path / "latents", limit=20, rows_per_shard=8))
     assert manifest.num_samples == 20
     labels = np.concatenate([shard.labels for shard in read_shards(tmp_path / "latents")])
     assert sorted(set(labels.tolist())) == list(range(10))
     assert manifest.class_names[8] == "star"
-    assert encode.encode(job(image_root / "val", tmp_path / "more", limit=1000)).num_samples == 40
+    assert encode_run.encode(job(image_root / "val", tmp_path / "more", limit=1000)).num_samples == 40
 
 
 def test_bfloat16_is_near_float32_and_another_recipe(image_root, tmp_path, without_ray):
-    encode.encode(job(image_root / "val", tmp_path / "exact"))
-    encode.encode(job(image_root / "val", tmp_path / "rough", precision="bfloat16"))
+    encode_run.encode(job(image_root / "val", tmp_path / "exact"))
+    encode_run.encode(job(image_root / "val", tmp_path / "rough", precision="bfloat16"))
     exact, rough = (read_shards(tmp_path / name)[0].moments.astype(np.float64) for name in ("exact", "rough"))
     error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 2e-2
     with pytest.raises(InputError, match="was begun in another way .*precision tf32 there, float16 now"):
-        encode.encode(job(image_root / "val", tmp_path / "exact", precision="float16"))
+        encode_run.encode(job(image_root / "val", tmp_path / "exact", precision="float16"))
 
 
 def test_too_many_unreadable_images_fail_at_the_end_and_the_work_is_kept(
@@ -110,12 +114,12 @@ def test_too_many_unreadable_images_fail_at_the_end_and_the_work_is_kept(
         r"2 of 40 images \(5\.00%\) cannot be read, more than --max-rejected-fraction 0\.001 .*2 UnidentifiedImageError"
     )
     with pytest.raises(InputError, match=wanted):
-        encode.encode(job(tmp_path / "val", tmp_path / "latents"))
+        encode_run.encode(job(tmp_path / "val", tmp_path / "latents"))
     assert len(pq.read_table(tmp_path / "latents/rejected.parquet")) == 2
     with pytest.raises(InputError, match=r"no manifest\.json"):
-        latent_store.read_manifest(str(tmp_path / "latents"))
-    monkeypatch.setattr(encode, "_encode_shards", None)  # nothing is left to encode
-    manifest = encode.encode(job(tmp_path / "val", tmp_path / "latents", max_rejected_fraction=0.05))
+        read_manifest(str(tmp_path / "latents"))
+    monkeypatch.setattr(encode_run, "_encode_shards", None)  # nothing is left to encode
+    manifest = encode_run.encode(job(tmp_path / "val", tmp_path / "latents", max_rejected_fraction=0.05))
     assert (manifest.num_samples, manifest.num_rejected) == (38, 2)
 
 
@@ -129,20 +133,20 @@ def test_image_whose_moments_float16_cannot_hold_is_rejected(tmp_path):
     }  # fmt: skip
     counts = write_shard(batch, output=str(tmp_path))
     assert (counts["images"][0], counts["rejected"][0]) == (2, 1)
-    shard = latent_store.read_shard(fs.LocalFileSystem(), str(tmp_path / latent_store.shard_name(0)))
+    shard = read_shard(fs.LocalFileSystem(), str(tmp_path / shard_name(0)))
     assert shard.sample_ids == ["a", "c"]
     assert shard.summary.rejected[0]["sample_id"] == "b"
 
 
 def test_shard_that_is_there_stays_as_it_is(tmp_path):
     (tmp_path / "shards").mkdir()
-    (tmp_path / latent_store.shard_name(0)).write_bytes(b"whole")
+    (tmp_path / shard_name(0)).write_bytes(b"whole")
     moments = np.ones((1, 8, 2, 2), np.float16)
     write_shard(
         {"shard": np.zeros(1, int), "label": np.zeros(1, int), "sample_id": np.array(["a"], object),
          "error": np.array([""], object), "moments": moments}, output=str(tmp_path),
     )  # fmt: skip
-    assert (tmp_path / latent_store.shard_name(0)).read_bytes() == b"whole"
+    assert (tmp_path / shard_name(0)).read_bytes() == b"whole"
 
 
 def test_device_that_runs_out_of_memory_goes_on_with_smaller_batches(image_root, tmp_path, without_ray, monkeypatch):
@@ -154,8 +158,8 @@ def test_device_that_runs_out_of_memory_goes_on_with_smaller_batches(image_root,
             raise torch.OutOfMemoryError("too large")
         return encode_moments(vae, images)
 
-    monkeypatch.setattr(encode, "encode_moments", tight)
-    assert encode.encode(job(image_root / "val", tmp_path / "latents", batch_size=16)).num_samples == 40
+    monkeypatch.setattr(encode_run, "encode_moments", tight)
+    assert encode_run.encode(job(image_root / "val", tmp_path / "latents", batch_size=16)).num_samples == 40
     assert sizes[:3] == [16, 8, 4]
     assert max(sizes[2:]) == 4
 
@@ -170,47 +174,47 @@ def test_leftovers_of_killed_writers_are_deleted_in_the_end(image_root, tmp_path
     (output / "shards").mkdir(parents=True)
     torn = output / "shards" / "shard-00000.arrow.0123.partial"
     torn.write_bytes(b"half")
-    assert encode.encode(job(image_root / "val", output)).num_samples == 40
+    assert encode_run.encode(job(image_root / "val", output)).num_samples == 40
     assert not torn.exists()
 
 
 def test_shard_of_another_number_of_images_is_no_part_of_the_dataset(image_root, tmp_path, without_ray):
     output = tmp_path / "latents"
-    encode.encode(job(image_root / "val", output, rows_per_shard=16))
+    encode_run.encode(job(image_root / "val", output, rows_per_shard=16))
     (output / "manifest.json").unlink()
-    shutil.copy(output / latent_store.shard_name(2), output / latent_store.shard_name(1))
+    shutil.copy(output / shard_name(2), output / shard_name(1))
     with pytest.raises(InputError, match=r"shard-00001\.arrow is of 8 images, but of 16 in the plan"):
-        encode.encode(job(image_root / "val", output, rows_per_shard=16))
-    (output / latent_store.shard_name(1)).write_bytes(b"")
+        encode_run.encode(job(image_root / "val", output, rows_per_shard=16))
+    (output / shard_name(1)).write_bytes(b"")
     with pytest.raises(InputError, match=r"shard-00001\.arrow is damaged .*; delete it and run again"):
-        encode.encode(job(image_root / "val", output, rows_per_shard=16))
+        encode_run.encode(job(image_root / "val", output, rows_per_shard=16))
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"torn")], ids=["missing", "torn"])
 def test_what_a_node_says_of_a_corrupt_shard_mends_the_dataset(image_root, tmp_path, without_ray, damage):
     output, wanted = tmp_path / "latents", job(image_root / "val", tmp_path / "latents", rows_per_shard=16)
-    whole = encode.encode(wanted)
-    damage(output / latent_store.shard_name(1))
+    whole = encode_run.encode(wanted)
+    damage(output / shard_name(1))
     with pytest.raises(
         InputError, match=r"shard-00001\.arrow .*delete it and manifest\.json and run pipelines\.encode"
     ):
         open_latents(str(output), str(tmp_path / "cache"))
-    kept = (output / latent_store.shard_name(0)).stat().st_mtime_ns
-    (output / latent_store.shard_name(1)).unlink(missing_ok=True)
+    kept = (output / shard_name(0)).stat().st_mtime_ns
+    (output / shard_name(1)).unlink(missing_ok=True)
     (output / "manifest.json").unlink()
-    assert encode.encode(wanted) == whole
-    assert (output / latent_store.shard_name(0)).stat().st_mtime_ns == kept
+    assert encode_run.encode(wanted) == whole
+    assert (output / shard_name(0)).stat().st_mtime_ns == kept
     assert len(open_latents(str(output), str(tmp_path / "cache"))) == 40
 
 
 def test_a_damaged_manifest_is_made_again_once_it_is_deleted(image_root, tmp_path, without_ray):
     output, wanted = tmp_path / "latents", job(image_root / "val", tmp_path / "latents")
-    whole = encode.encode(wanted)
+    whole = encode_run.encode(wanted)
     (output / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json is damaged .*; delete it and run pipelines\.encode again"):
-        encode.encode(wanted)
+        encode_run.encode(wanted)
     (output / "manifest.json").unlink()
-    assert encode.encode(wanted) == whole
+    assert encode_run.encode(wanted) == whole
 
 
 def test_unreadable_images_are_listed_and_the_rest_is_encoded(image_root, tmp_path, without_ray):
@@ -219,7 +223,7 @@ def test_unreadable_images_are_listed_and_the_rest_is_encoded(image_root, tmp_pa
     victims[0].write_bytes(victims[0].read_bytes()[:300])
     victims[1].write_bytes(b"")
     victims[2].write_text("this is text")
-    manifest = encode.encode(
+    manifest = encode_run.encode(
         job(tmp_path / "train", tmp_path / "latents", rows_per_shard=3, max_rejected_fraction=0.05)
     )
     assert (manifest.num_samples, manifest.num_rejected) == (57, 3)
@@ -232,27 +236,27 @@ def test_unreadable_images_are_listed_and_the_rest_is_encoded(image_root, tmp_pa
 
 def test_an_interrupted_job_goes_on_and_a_finished_one_does_nothing(image_root, tmp_path, without_ray, monkeypatch):
     output = tmp_path / "latents"
-    encode.encode(job(image_root / "train", output, rows_per_shard=20))
+    encode_run.encode(job(image_root / "train", output, rows_per_shard=20))
     shards = sorted((output / "shards").iterdir())
     contents = [path.read_bytes() for path in shards]
     (output / "manifest.json").unlink()  # as if the job had been killed before its last two writes
     shards[1].unlink()
     done = []
-    run = encode._encode_shards
-    monkeypatch.setattr(encode, "_encode_shards", lambda *arguments: (done.append(arguments[-1]), run(*arguments)))
-    manifest = encode.encode(job(image_root / "train", output, rows_per_shard=20))
+    run = encode_run._encode_shards
+    monkeypatch.setattr(encode_run, "_encode_shards", lambda *arguments: (done.append(arguments[-1]), run(*arguments)))
+    manifest = encode_run.encode(job(image_root / "train", output, rows_per_shard=20))
     assert done == [[1]]
     assert [path.read_bytes() for path in shards] == contents
-    assert encode.encode(job(image_root / "train", output, rows_per_shard=20)) == manifest
+    assert encode_run.encode(job(image_root / "train", output, rows_per_shard=20)) == manifest
     assert done == [[1]]
 
 
 def test_output_of_another_autoencoder_or_source_is_refused_and_kept(image_root, tmp_path, without_ray, vae):
     output = tmp_path / "latents"
-    encode.encode(job(image_root / "val", output))
+    encode_run.encode(job(image_root / "val", output))
     before = (output / "manifest.json").read_text()
     with pytest.raises(InputError, match="was begun in another way .*source_sha256"):
-        encode.encode(job(image_root / "train", output))
+        encode_run.encode(job(image_root / "train", output))
 
     other = load_autoencoder(str(SHIPPED_AUTOENCODER))
     with torch.no_grad():
@@ -262,7 +266,7 @@ def test_output_of_another_autoencoder_or_source_is_refused_and_kept(image_root,
         images=str(image_root / "val"), output=str(output), vae=str(tmp_path / "other_vae"), image_size=64
     )
     with pytest.raises(InputError, match="was begun in another way .*vae_sha256"):
-        encode.encode(wanted)
+        encode_run.encode(wanted)
     assert (output / "manifest.json").read_text() == before
     assert json.loads(before)["num_samples"] == 40
 
@@ -279,14 +283,14 @@ def test_unfit_jobs_are_refused_and_nothing_is_written(image_root, tmp_path, opt
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = {"images": str(image_root / "val"), "output": str(tmp_path / "out"), "vae": str(SHIPPED_AUTOENCODER)}
     with pytest.raises(InputError, match=words):
-        encode.encode(EncodeJob(**{**settings, "image_size": 64, **options}))
+        encode_run.encode(EncodeJob(**{**settings, "image_size": 64, **options}))
     assert not (tmp_path / "out").exists()
 
 
 def test_output_that_is_a_file_is_refused(image_root, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(InputError, match="is a file, but a folder is wanted"):
-        encode.encode(job(image_root / "val", tmp_path / "out"))
+        encode_run.encode(job(image_root / "val", tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -304,7 +308,7 @@ def test_unfit_folders_end_the_command_in_one_line(tmp_path, monkeypatch, capsys
     ]
     monkeypatch.setattr(sys, "argv", ["encode", *arguments])
     with pytest.raises(SystemExit) as stop:
-        run_command(encode.main)
+        run_command(encode_run.main)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -325,10 +329,10 @@ def test_storage_that_fails_fails_the_task_and_rejects_no_image(image_root, monk
 
 def test_images_that_changed_in_place_make_another_dataset(image_root, tmp_path, without_ray):
     shutil.copytree(image_root / "val", tmp_path / "val")
-    before = encode.encode(job(tmp_path / "val", tmp_path / "first"))
+    before = encode_run.encode(job(tmp_path / "val", tmp_path / "first"))
     path = sorted((tmp_path / "val").rglob("*.JPEG"))[0]
     shutil.copy(sorted((image_root / "train").rglob("*.JPEG"))[-1], path)
-    after = encode.encode(job(tmp_path / "val", tmp_path / "second"))
+    after = encode_run.encode(job(tmp_path / "val", tmp_path / "second"))
     assert before.content_sha256 != after.content_sha256
     assert before.recipe.source_sha256 != after.recipe.source_sha256
 
@@ -340,23 +344,23 @@ def test_nothing_readable_is_an_error_and_can_be_mended(image_root, tmp_path, wi
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(b"\0" * len(content))
     with pytest.raises(InputError, match="none of the 40 images"):
-        encode.encode(job(tmp_path / "val", tmp_path / "latents"))
+        encode_run.encode(job(tmp_path / "val", tmp_path / "latents"))
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
-    assert encode.encode(job(tmp_path / "val", tmp_path / "latents")).num_samples == 40
+    assert encode_run.encode(job(tmp_path / "val", tmp_path / "latents")).num_samples == 40
 
 
 def test_relative_output_is_refused_in_a_submitted_job(image_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(InputError, match="--output latents is relative, and a submitted job works in a temporary copy"):
-        encode.encode(job(image_root / "val", "latents"))
+        encode_run.encode(job(image_root / "val", "latents"))
 
 
 @pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler, and g++ is not here")
 def test_compiled_autoencoder_gives_the_same_moments(image_root, tmp_path, without_ray):
-    encode.encode(job(image_root / "val", tmp_path / "plain"))
+    encode_run.encode(job(image_root / "val", tmp_path / "plain"))
     encoder = EncodeShard(str(tmp_path / "plain"), "cpu", compiled=True, batch_size=16)
     images = ImageSlice.of(*find_images(str(image_root / "val")))
     batch = encoder(decode_shard({"shard": np.array([0]), "images": [pickle.dumps(images)]}, image_size=64))

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipelines import latent_store
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from tests.clusters import cluster_of_two, processes_of
-from tests.latents import assert_same, encode_drawn, read_shards
-from tests.readme import REPOSITORY
+from pipelines.latents.manifest import read_manifest
+from tests.support.clusters import cluster_of_two, processes_of
+from tests.support.latents import assert_same, encode_drawn, read_shards
+from tests.support.readme import REPOSITORY
 
 NUM_IMAGES, ROWS_PER_SHARD = 2000, 32
 OPTIONS = ["--image-size", "64", "--rows-per-shard", str(ROWS_PER_SHARD), "--num-encoders", "2"]
@@ -106,7 +106,7 @@ class Encoding:
 
 
 def check_result(encoding: Encoding, drawn: Path):
-    manifest = latent_store.read_manifest(str(encoding.output))
+    manifest = read_manifest(str(encoding.output))
     assert (manifest.num_samples, manifest.num_rejected) == (NUM_IMAGES - 1, 1)
     assert_same(encoding.output, drawn / "wanted")
     assert not list((encoding.output / "shards").glob("*.partial"))

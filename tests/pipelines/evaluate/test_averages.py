@@ -9,10 +9,10 @@ from meanflow_core.checkpoint import save_train_state
 from meanflow_core.generator import build_pipeline, load_pipeline, save_generator
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
-from pipelines import checkpoints
-from pipelines.averages import generator_of
-from pipelines.command import InputError
 from pipelines.demo import images
+from pipelines.errors import InputError
+from pipelines.evaluate.averages import generator_of
+from pipelines.train import checkpoints
 
 CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 NAMES = [f"checkpoint_2026-11-25_20-00-0{number}.123456" for number in range(2)]

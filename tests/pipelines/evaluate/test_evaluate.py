@@ -9,12 +9,17 @@ import torch
 
 from meanflow_core.generator import build_pipeline
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
-from pipelines import measuring
-from pipelines.command import InputError
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate import (
-    EvaluateJob,
+from pipelines.errors import InputError
+from pipelines.evaluate import measuring
+from pipelines.evaluate.job import EvaluateJob
+from pipelines.evaluate.judge import load_judge
+from pipelines.evaluate.measuring import Measured
+from pipelines.evaluate.pixel_distances import PixelDistances, shrunk
+from pipelines.evaluate.reference import Reference, image_chunks
+from pipelines.evaluate.report import slug, table
+from pipelines.evaluate.run import (
     ImageKeeper,
     _grid_indices,
     evaluate,
@@ -24,13 +29,8 @@ from pipelines.evaluate import (
     manifold_of,
     read_evenly,
 )
-from pipelines.evaluation_report import slug, table
-from pipelines.image_sources import find_images
-from pipelines.judge import load_judge
-from pipelines.measuring import Measured
-from pipelines.pixel_distances import PixelDistances, shrunk
-from pipelines.reference import Reference, image_chunks
-from pipelines.sample_files import open_sample_file
+from pipelines.evaluate.sample_files import open_sample_file
+from pipelines.images.sources import find_images
 
 JUDGE = {"name": "judge", "weights_sha256": "abc"}
 

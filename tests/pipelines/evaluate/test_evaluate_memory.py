@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.readme import REPOSITORY
+from tests.support.readme import REPOSITORY
 
 
 @pytest.mark.soak

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.command import InputError
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.extractors import describe, open_extractor
-from pipelines.judge import load_judge
+from pipelines.errors import InputError
+from pipelines.evaluate.extractors import describe, open_extractor
+from pipelines.evaluate.judge import load_judge
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 # What torch-fidelity asks of torchvision: names at import, and normalize. The published wheel does not import beside a
 # CPU build of torch.
@@ -55,7 +55,7 @@ def figures_of(script: str, argument: Path, *folders: Path, **environment: str) 
 
 @pytest.fixture(scope="module")
 def fidelity(tmp_path_factory) -> dict:
-    """The figures of tests/torch_fidelity_check.py."""
+    """The figures of tests/pipelines/evaluate/torch_fidelity_check.py."""
     root = tmp_path_factory.mktemp("torch_fidelity")
     for name, text in TORCHVISION.items():
         path = root / "stub/torchvision" / name

@@ -11,15 +11,16 @@ import torch
 from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.generator import build_pipeline
 from meanflow_core.metrics import FeatureStatistics
-from pipelines import measuring
-from pipelines.command import start_ray
+from pipelines.cluster import start_ray
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.extractors import Features
-from pipelines.image_sources import find_images
-from pipelines.judge import load_judge
-from pipelines.measuring import Drawn, Images, Measurer, MeasuringPlan, SampleRule, Setting, Stored
-from pipelines.reference import image_chunks
+from pipelines.evaluate import measuring
+from pipelines.evaluate.extractors import Features
+from pipelines.evaluate.judge import load_judge
+from pipelines.evaluate.measuring import Drawn, Images, Measurer, MeasuringPlan, Stored
+from pipelines.evaluate.reference import image_chunks
+from pipelines.evaluate.samples import SampleRule, Setting
+from pipelines.images.sources import find_images
 
 RULE = SampleRule(base_seed=3, labels="balanced")
 PLAN = MeasuringPlan(

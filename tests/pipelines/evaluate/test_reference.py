@@ -7,15 +7,13 @@ import torch
 
 from meanflow_core.autoencoder import reconstruct
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
-from pipelines import measuring, reference
-from pipelines.command import InputError
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.encode import EncodeJob
-from pipelines.evaluate import read_evenly
-from pipelines.image_sources import find_images
-from pipelines.judge import load_judge
-from pipelines.reference import (
+from pipelines.encode.job import EncodeJob
+from pipelines.errors import InputError
+from pipelines.evaluate import measuring, reference
+from pipelines.evaluate.judge import load_judge
+from pipelines.evaluate.reference import (
     ReferenceJob,
     absolute_extractor,
     disagreements,
@@ -25,7 +23,9 @@ from pipelines.reference import (
     reference_bytes,
     require_same_rules,
 )
-from tests.latents import encode_here
+from pipelines.evaluate.run import read_evenly
+from pipelines.images.sources import find_images
+from tests.support.latents import encode_here
 
 EXTRACTOR = {"name": "judge", "weights_sha256": "abc"}
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from pipelines.command import InputError
-from pipelines.sample_files import SampleFile, open_sample_file
+from pipelines.errors import InputError
+from pipelines.evaluate.sample_files import SampleFile, open_sample_file
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
 

@@ -4,9 +4,9 @@ import json
 import pytest
 from PIL import Image
 
-from pipelines.command import InputError
-from pipelines.side_by_side import SideBySideJob, compare, read_report, rule_differences, short_names
-from pipelines.tracking import Run
+from pipelines.errors import InputError
+from pipelines.evaluate.side_by_side import SideBySideJob, compare, read_report, rule_differences, short_names
+from pipelines.tracking.run import Run
 
 
 def report(frechet, error=0.1, **protocol):

@@ -1,4 +1,4 @@
-"""Compares extractors and distances with torch-fidelity's: python tests/torch_fidelity_check.py FOLDER
+"""Compares extractors and distances with torch-fidelity's: python tests/pipelines/evaluate/torch_fidelity_check.py FOLDER
 
 Needs torch-fidelity, and a torchvision to import beside it; of that, only normalize is called. The published weights
 cannot be had here, so the networks are the library's with random weights. Prints one JSON object of figures.
@@ -17,9 +17,9 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
-from pipelines import extractors
-from pipelines.command import InputError
-from pipelines.extractors import SPATIAL_CHANNELS, describe, open_extractor
+from pipelines.errors import InputError
+from pipelines.evaluate import extractors
+from pipelines.evaluate.extractors import SPATIAL_CHANNELS, describe, open_extractor
 
 SIZES = ((64, 64), (256, 256), (48, 80), (400, 320))
 

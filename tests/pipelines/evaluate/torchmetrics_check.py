@@ -1,4 +1,4 @@
-"""Compares the Frechet distance with torchmetrics' on one extractor's features: python tests/torchmetrics_check.py JUDGE
+"""Compares the Frechet distance with torchmetrics' on one extractor's features: run with the path of a judge.
 
 Prints one JSON object of figures.
 """
@@ -11,7 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from pipelines.demo import images
-from pipelines.extractors import open_extractor
+from pipelines.evaluate.extractors import open_extractor
 
 
 class Pooled(torch.nn.Module):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.command import InputError
-from pipelines.encode import decode_shard
-from pipelines.image_reading import center_crop, decode_image, read_pixels
-from pipelines.image_sources import ImageSlice, find_images
+from pipelines.encode.stages import decode_shard
+from pipelines.errors import InputError
+from pipelines.images.decoding import center_crop, decode_image, read_pixels
+from pipelines.images.sources import ImageSlice, find_images
 
 
 def encoded(image, **options):

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.command import InputError
-from pipelines.image_sources import ENTRY, ImageIndex, ImageSlice, find_images, index_images, list_images
-from tests.image_forms import as_samples, images_of, write_parquet, write_tar
+from pipelines.errors import InputError
+from pipelines.images.sources import ENTRY, ImageIndex, ImageSlice, find_images, index_images, list_images
+from tests.support.image_forms import as_samples, images_of, write_parquet, write_tar
 
 
 @pytest.fixture(scope="module")

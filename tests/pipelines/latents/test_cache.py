@@ -12,11 +12,14 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from pipelines import latent_cache, latent_store, storage
-from pipelines.command import InputError, run_command
-from pipelines.latent_cache import CacheJob, evict, list_copies, open_latents
-from pipelines.latent_store import read_manifest
-from tests.manifests import make_manifest
+from pipelines import storage
+from pipelines.command_line import run_command
+from pipelines.errors import InputError
+from pipelines.latents import cache
+from pipelines.latents.cache import CacheJob, evict, list_copies, open_latents
+from pipelines.latents.manifest import read_manifest, shard_name
+from pipelines.latents.shards import read_shard_bytes, shard_bytes
+from tests.support.manifests import make_manifest
 
 
 def write_dataset(root, rows=(3, 3, 1), mirrored=True):
@@ -26,11 +29,9 @@ def write_dataset(root, rows=(3, 3, 1), mirrored=True):
     for number, count in enumerate(rows):
         ids = np.arange(start, start + count)
         values = ids.astype(np.float16)[:, None, None, None] + np.zeros((8, 2, 2), np.float16)
-        content = latent_store.shard_bytes(
-            values, -values if mirrored else None, ids % 2, [f"id{row}" for row in ids], []
-        )
-        (root / latent_store.shard_name(number)).write_bytes(content)
-        hashes.append(latent_store.read_shard_bytes(content, "").summary.sha256)
+        content = shard_bytes(values, -values if mirrored else None, ids % 2, [f"id{row}" for row in ids], [])
+        (root / shard_name(number)).write_bytes(content)
+        hashes.append(read_shard_bytes(content, "").summary.sha256)
         start += count
     manifest = make_manifest(list(rows), moments_shape=(8, 2, 2), image_size=16, mirrored=mirrored, hashes=hashes)
     (root / "manifest.json").write_text(manifest.to_json())
@@ -46,13 +47,13 @@ def dataset(tmp_path):
 def copies(monkeypatch):
     """The shards that are copied, by name."""
     copied = []
-    original = latent_cache._checked_shard
+    original = cache._checked_shard
 
     def note(filesystem, path, manifest, number):
         copied.append(number)
         return original(filesystem, path, manifest, number)
 
-    monkeypatch.setattr(latent_cache, "_checked_shard", note)
+    monkeypatch.setattr(cache, "_checked_shard", note)
     return copied
 
 
@@ -89,7 +90,7 @@ def test_copy_that_was_cut_short_goes_on_where_it_stopped(dataset, tmp_path, cop
     write = storage.write_bytes
 
     def full(filesystem, path, content):
-        if path.endswith(latent_store.shard_name(1)):
+        if path.endswith(shard_name(1)):
             raise OSError(28, "No space left on device")
         write(filesystem, path, content)
 
@@ -156,18 +157,18 @@ def test_disk_without_room_is_noticed_before_anything_is_copied(dataset, tmp_pat
     ],
 )
 def test_shards_that_are_not_what_the_manifest_says_are_refused(dataset, tmp_path, damage, words):
-    damage(dataset / latent_store.shard_name(1))
+    damage(dataset / shard_name(1))
     with pytest.raises(InputError, match=f"{words}.*; else delete it and manifest.json and run pipelines.encode again"):
         open_latents(str(dataset), str(tmp_path / "cache"))
 
 
 def test_values_that_cannot_be_are_refused_though_the_manifest_has_them(dataset, tmp_path):
     moments = np.full((3, 8, 2, 2), np.nan, np.float16)
-    content = latent_store.shard_bytes(moments, moments, np.zeros(3), ["a", "b", "c"], [])
-    (dataset / latent_store.shard_name(1)).write_bytes(content)
+    content = shard_bytes(moments, moments, np.zeros(3), ["a", "b", "c"], [])
+    (dataset / shard_name(1)).write_bytes(content)
     manifest = read_manifest(str(dataset))
     hashes = [*manifest.shard_sha256]
-    hashes[1] = latent_store.read_shard_bytes(content, "").summary.sha256
+    hashes[1] = read_shard_bytes(content, "").summary.sha256
     (dataset / "manifest.json").write_text(replace(manifest, shard_sha256=hashes).to_json())
     with pytest.raises(InputError, match="moments of a are not finite"):
         open_latents(str(dataset), str(tmp_path / "cache"))
@@ -193,7 +194,7 @@ def test_copies_are_listed_and_evicted_by_key_and_by_age(dataset, tmp_path, monk
     monkeypatch.setattr(
         sys, "argv", ["latent_cache", "--cache-dir", str(cache), "--evict", "all", "--unused-days", "7"]
     )
-    run_command(latent_cache.main)
+    run_command(cache.main)
     assert "1 copies, 0.00 GB; 1 evicted" in capsys.readouterr().out
     assert [copy.key for copy in list_copies(cache)] == [young]
     assert store.rows(np.array([6]), np.array([False]))[0][0, 0, 0, 0] == 6  # what is mapped stays
@@ -204,5 +205,5 @@ def test_copies_are_listed_and_evicted_by_key_and_by_age(dataset, tmp_path, monk
 def test_cache_folder_that_is_not_there_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["latent_cache", "--cache-dir", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as stop:
-        run_command(latent_cache.main)
+        run_command(cache.main)
     assert stop.value.code == 2

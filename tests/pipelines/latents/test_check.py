@@ -9,16 +9,20 @@ from PIL import Image
 from pyarrow import fs
 
 from meanflow_core.latents import LatentNormalization
-from pipelines import check, encode, latent_store
-from pipelines.check import ChannelStatistics, CheckJob
-from pipelines.command import InputError, run_command
-from tests.pipelines.test_encode import job, without_ray  # noqa: F401  # a fixture
+from pipelines.command_line import run_command
+from pipelines.encode import run as encode_run
+from pipelines.errors import InputError
+from pipelines.latents import check
+from pipelines.latents.check import ChannelStatistics, CheckJob
+from pipelines.latents.manifest import open_autoencoder, shard_name
+from pipelines.latents.shards import read_shard, shard_bytes
+from tests.pipelines.encode.test_encode import job, without_ray  # noqa: F401  # a fixture
 
 
 @pytest.fixture
 def dataset(image_root, tmp_path, without_ray):  # noqa: F811
     """Sixty images in three shards."""
-    encode.encode(job(image_root / "train", tmp_path / "latents", rows_per_shard=25))
+    encode_run.encode(job(image_root / "train", tmp_path / "latents", rows_per_shard=25))
     return tmp_path / "latents"
 
 
@@ -28,15 +32,15 @@ def run(dataset, **options):
 
 def rewrite(dataset, number, **changes):
     """Writes a shard again with some of its arrays changed."""
-    path = dataset / latent_store.shard_name(number)
-    shard = latent_store.read_shard(fs.LocalFileSystem(), str(path))
+    path = dataset / shard_name(number)
+    shard = read_shard(fs.LocalFileSystem(), str(path))
     arrays = {
         "moments": shard.moments.copy(), "moments_mirrored": shard.moments_mirrored.copy(),
         "labels": shard.labels.copy(), "sample_ids": list(shard.sample_ids),
     }  # fmt: skip
     for name, change in changes.items():
         change(arrays[name])
-    path.write_bytes(latent_store.shard_bytes(**arrays, rejected=[]))
+    path.write_bytes(shard_bytes(**arrays, rejected=[]))
 
 
 def test_whole_dataset_has_no_problems_and_a_picture_of_decoded_latents(dataset):
@@ -44,7 +48,7 @@ def test_whole_dataset_has_no_problems_and_a_picture_of_decoded_latents(dataset)
     assert (report.problems, report.notes, report.num_samples) == ([], [], 60)
     assert report.classes.tolist() == [6] * 10
     assert report.psnr > 30
-    vae = latent_store.open_autoencoder(str(dataset))
+    vae = open_autoencoder(str(dataset))
     mean, std = report.statistics.normalized(LatentNormalization.from_vae_config(vae.config))
     assert np.abs(mean).max() < 0.4
     assert np.abs(std - 1).max() < 0.4
@@ -71,7 +75,7 @@ def test_changes_after_the_manifest_are_found(dataset, changes, words):
 
 @pytest.mark.parametrize("place", [0.3, 0.6], ids=["moments", "mirrored"])
 def test_bytes_that_rotted_on_the_disk_are_found(dataset, place):
-    path = dataset / latent_store.shard_name(2)
+    path = dataset / shard_name(2)
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 16
     path.write_bytes(content)
@@ -79,8 +83,8 @@ def test_bytes_that_rotted_on_the_disk_are_found(dataset, place):
 
 
 def test_shards_that_are_gone_or_torn_are_found(dataset):
-    (dataset / latent_store.shard_name(0)).unlink()
-    torn = dataset / latent_store.shard_name(2)
+    (dataset / shard_name(0)).unlink()
+    torn = dataset / shard_name(2)
     torn.write_bytes(torn.read_bytes()[:-500])
     problems = run(dataset).problems
     assert len(problems) == 2
@@ -126,7 +130,7 @@ def test_command_says_what_it_found_and_ends_with_1_where_something_is_wrong(dat
         run_command(check.main)
     assert stop.value.code == 0
     assert "problems: none" in capsys.readouterr().out
-    (dataset / latent_store.shard_name(0)).unlink()
+    (dataset / shard_name(0)).unlink()
     with pytest.raises(SystemExit) as stop:
         run_command(check.main)
     assert stop.value.code == 1

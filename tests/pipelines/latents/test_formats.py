@@ -17,12 +17,15 @@ from meanflow_core.generator import find_generator, load_pipeline, save_generato
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
-from pipelines import checkpoints, latent_store, tracking
-from pipelines.check import CheckJob, check
-from pipelines.command import InputError
-from pipelines.latent_cache import open_latents
+from pipelines.errors import InputError
+from pipelines.latents.cache import open_latents
+from pipelines.latents.check import CheckJob, check
+from pipelines.latents.manifest import Manifest
+from pipelines.latents.shards import map_shard, read_shard, shard_summary
+from pipelines.tracking.registry import fetch_generator
+from pipelines.train import checkpoints
 
-FORMATS = Path(__file__).parents[1] / "data" / "formats"
+FORMATS = Path(__file__).parents[2] / "data" / "formats"
 LATENTS_1 = FORMATS / "latents-1"
 CHECKPOINT_0 = FORMATS / "checkpoint-0"
 GENERATOR_0 = FORMATS / "generator-0"
@@ -38,13 +41,13 @@ def test_a_latent_dataset_of_the_version_before_is_what_it_was(tmp_path):
     assert (manifest.recipe.mirrored, manifest.recipe.precision) == (True, "float32")
     # The hashes are those that the earlier release wrote, of every value and id; the copy is of this version.
     copies = sorted(tmp_path.glob("*/shards/*.arrow"))
-    assert [latent_store.map_shard(path).content_sha256() for path in copies] == manifest.shard_sha256
+    assert [map_shard(path).content_sha256() for path in copies] == manifest.shard_sha256
     for path in copies:
-        assert latent_store.shard_summary(fs.LocalFileSystem(), str(path)).sha256 in manifest.shard_sha256
+        assert shard_summary(fs.LocalFileSystem(), str(path)).sha256 in manifest.shard_sha256
     rows, mirrored = np.array([9, 0, 4]), np.array([False, True, False])
     moments, labels = dataset.rows(rows, mirrored)
     assert labels.tolist() == [1, 0, 0]
-    last = latent_store.read_shard(fs.LocalFileSystem(), str(LATENTS_1 / "shards/shard-00002.parquet"))
+    last = read_shard(fs.LocalFileSystem(), str(LATENTS_1 / "shards/shard-00002.parquet"))
     np.testing.assert_array_equal(moments[0], last.moments[1])
     assert not np.array_equal(moments[1], dataset.rows(rows, ~mirrored)[0][1])
 
@@ -54,7 +57,7 @@ def test_a_copy_of_the_version_before_may_leave_out_the_mirror_images(tmp_path):
     assert dataset.moments_mirrored is None
     copies = list(tmp_path.glob("*-unmirrored/shards/*.arrow"))
     assert len(copies) == 3
-    assert all(latent_store.map_shard(path).moments_mirrored is None for path in copies)
+    assert all(map_shard(path).moments_mirrored is None for path in copies)
     assert len(dataset) == 10
 
 
@@ -88,7 +91,7 @@ def test_the_first_form_of_the_version_before_is_told_as_such(tmp_path):
     content = json.loads((LATENTS_1 / "manifest.json").read_text())
     del content["shard_sha256"]
     with pytest.raises(InputError, match="early form of schema version 1, without hashes"):
-        latent_store.Manifest.from_json(json.dumps(content), "here")
+        Manifest.from_json(json.dumps(content), "here")
 
 
 def new_state():
@@ -163,7 +166,7 @@ def test_a_generator_of_a_later_release_is_refused(open_folder, tmp_path):
 def test_stages_refuse_a_generator_of_a_later_release_as_bad_input(tmp_path):
     later = with_version(GENERATOR_0, tmp_path / "generator", "model_index.json", 2)
     with pytest.raises(InputError, match=r"the generator in .*generator has format version 2"):
-        tracking.fetch_generator(str(later), None)
+        fetch_generator(str(later), None)
     (later / "model_index.json").write_text("{")
     with pytest.raises(InputError, match=r"model_index\.json in .* is damaged"):
-        tracking.fetch_generator(str(later), None)
+        fetch_generator(str(later), None)

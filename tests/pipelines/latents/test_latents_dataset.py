@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from pipelines import latent_store
-from pipelines.command import InputError
-from pipelines.latent_store import Manifest, rows_of_step
-from tests.manifests import make_manifest
+from pipelines.errors import InputError
+from pipelines.latents.manifest import Manifest, read_manifest, shard_name
+from pipelines.latents.sample_order import rows_of_step
+from pipelines.latents.shards import read_shard, read_shard_bytes, shard_bytes, shard_problems, shard_summary
+from tests.support.manifests import make_manifest
 
 
 def manifest(shard_rows):
@@ -25,10 +26,10 @@ def dataset(tmp_path):
     (root / "shards").mkdir(parents=True)
     for shard, (start, stop) in enumerate(((0, 3), (3, 6), (6, 7))):
         values = np.arange(start, stop, dtype=np.float16)[:, None, None, None] + np.zeros((8, 2, 2), np.float16)
-        content = latent_store.shard_bytes(
+        content = shard_bytes(
             values, -values, np.arange(start, stop) % 2, [f"id{row}" for row in range(start, stop)], []
         )
-        (root / latent_store.shard_name(shard)).write_bytes(content)
+        (root / shard_name(shard)).write_bytes(content)
     (root / "manifest.json").write_text(manifest([3, 3, 1]).to_json())
     return root
 
@@ -36,7 +37,7 @@ def dataset(tmp_path):
 def test_plain_pyarrow_and_numpy_map_shape_and_dtype(tmp_path):
     moments = np.random.default_rng(0).normal(size=(5, 8, 4, 4)).astype(np.float16)
     rejected = [{"sample_id": "x", "reason": "torn"}]
-    content = latent_store.shard_bytes(moments, moments * 2, np.arange(5), list("abcde"), rejected)
+    content = shard_bytes(moments, moments * 2, np.arange(5), list("abcde"), rejected)
     (tmp_path / "shard").write_bytes(content)
     table = pa.ipc.open_file(pa.memory_map(str(tmp_path / "shard"))).read_all()
     assert table.column_names == ["moments", "moments_mirrored", "label", "sample_id"]
@@ -51,7 +52,7 @@ def test_plain_pyarrow_and_numpy_map_shape_and_dtype(tmp_path):
 def test_dataset_without_a_manifest_is_refused(dataset):
     (dataset / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"no manifest\.json in .*; run pipelines\.encode"):
-        latent_store.read_manifest(str(dataset))
+        read_manifest(str(dataset))
 
 
 def test_newer_schema_is_refused_and_a_damaged_one_too(dataset):
@@ -59,10 +60,10 @@ def test_newer_schema_is_refused_and_a_damaged_one_too(dataset):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "schema_version": 3}))
     with pytest.raises(InputError, match="schema version 3, but this release reads versions 1 and 2; install"):
-        latent_store.read_manifest(str(dataset))
+        read_manifest(str(dataset))
     path.write_text(path.read_text()[:-20])
     with pytest.raises(InputError, match="damaged .*; delete it and run pipelines.encode again"):
-        latent_store.read_manifest(str(dataset))
+        read_manifest(str(dataset))
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_values_that_cannot_be_are_named_with_their_sample(change, words):
     moments = np.ones((3, 8, 2, 2), np.float16)
     arrays = {"moments": moments, "moments_mirrored": moments.copy(), "labels": np.array([0, 1, 0])}
     change(arrays)
-    content = latent_store.shard_bytes(**arrays, sample_ids=["id3", "id4", "id5"], rejected=[])
-    [problem] = latent_store.shard_problems(latent_store.read_shard_bytes(content, "here"), num_classes=2)
+    content = shard_bytes(**arrays, sample_ids=["id3", "id4", "id5"], rejected=[])
+    [problem] = shard_problems(read_shard_bytes(content, "here"), num_classes=2)
     assert re.search(words, problem)
 
 
@@ -109,12 +110,12 @@ def test_rows_of_a_step_are_a_function_of_seed_and_step():
 def test_shard_says_what_it_is_without_its_rows_being_read(tmp_path):
     rejected = [{"sample_id": "a", "reason": "torn"}]
     empty = np.zeros((0, 8, 2, 2), np.float16)
-    (tmp_path / "s").write_bytes(latent_store.shard_bytes(empty, empty, np.zeros(0), [], rejected))
-    summary = latent_store.shard_summary(fs.LocalFileSystem(), str(tmp_path / "s"))
+    (tmp_path / "s").write_bytes(shard_bytes(empty, empty, np.zeros(0), [], rejected))
+    summary = shard_summary(fs.LocalFileSystem(), str(tmp_path / "s"))
     assert (summary.num_rows, summary.rejected) == (0, rejected)
-    shard = latent_store.read_shard(fs.LocalFileSystem(), str(tmp_path / "s"))
+    shard = read_shard(fs.LocalFileSystem(), str(tmp_path / "s"))
     assert shard.content_sha256() == summary.sha256
     assert shard.moments.shape == (0, 8, 2, 2)
     (tmp_path / "s").write_bytes((tmp_path / "s").read_bytes()[:-40])
     with pytest.raises(InputError, match="s is damaged [(]Not an Arrow file[)]"):
-        latent_store.read_shard(fs.LocalFileSystem(), str(tmp_path / "s"))
+        read_shard(fs.LocalFileSystem(), str(tmp_path / "s"))

@@ -7,14 +7,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
-from meanflow_core.cost import (
-    checkpoint_bytes,
-    executed_flops,
-    forward_flops,
-    memory_estimate,
-    num_parameters,
-    step_flops,
-)
 from meanflow_core.loss import draw_step_record, meanflow_loss
 from meanflow_core.presets import (
     b2,
@@ -34,6 +26,14 @@ from meanflow_core.presets import (
     xl2,
 )
 from meanflow_core.training import build_train_state
+from pipelines.plan.cost import (
+    checkpoint_bytes,
+    executed_flops,
+    forward_flops,
+    memory_estimate,
+    num_parameters,
+    step_flops,
+)
 
 IMAGENET = {"sample_size": 32, "in_channels": 4, "num_classes": 1000}
 SMALL = {"sample_size": 16, "in_channels": 4, "num_classes": 10}

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from meanflow_core.cost import memory_estimate, step_flops
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import num_passes
-from pipelines.description import describe
+from pipelines.plan.cost import memory_estimate, step_flops
+from pipelines.plan.description import describe
 
 SIZES = {"sample_size": 8, "in_channels": 4, "num_classes": 10}
 

@@ -14,21 +14,30 @@ from torch import distributed
 
 from meanflow_core.checkpoint import save_train_state
 from meanflow_core.config import GuidanceConfig, TrainingConfig
-from meanflow_core.cost import executed_flops, forward_flops, memory_estimate, num_parameters, step_flops
 from meanflow_core.presets import debug, fm_b4, xl2
 from meanflow_core.training import build_train_state, num_passes, train_step
-from pipelines import latent_store, scale, scale_report
-from pipelines.command import InputError
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob
-from pipelines.hardware import GPUS, Cluster
-from pipelines.plan import PlanJob, parse_arguments, plan
-from pipelines.scale import Estimate, Workload, communication, compute_seconds, estimate, largest_rows, payload_bytes
-from tests.latents import encode_here
-from tests.processes import run_processes
-from tests.sent_bytes import GUIDED, NORMALIZATION, batches, count_sent
+from pipelines.encode.job import EncodeJob
+from pipelines.errors import InputError
+from pipelines.latents.shards import shard_bytes
+from pipelines.plan import scale, scale_report
+from pipelines.plan.__main__ import PlanJob, parse_arguments, plan
+from pipelines.plan.cost import executed_flops, forward_flops, memory_estimate, num_parameters, step_flops
+from pipelines.plan.hardware import GPUS, Cluster
+from pipelines.plan.scale import (
+    Estimate,
+    Workload,
+    communication,
+    compute_seconds,
+    estimate,
+    largest_rows,
+    payload_bytes,
+)
+from tests.support.latents import encode_here
+from tests.support.processes import run_processes
+from tests.support.sent_bytes import GUIDED, NORMALIZATION, batches, count_sent
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 NVIDIA = GPUS["a100"]
 
 
@@ -229,7 +238,7 @@ def test_latents_on_disk_have_the_predicted_bytes(mirrored):
     rows = 512
     moments = np.ones((rows, 8, 32, 32), np.float16)
     names = [f"n01440764/n01440764_{row}" for row in range(rows)]
-    content = latent_store.shard_bytes(moments, moments if mirrored else None, np.zeros(rows, np.int32), names, [])
+    content = shard_bytes(moments, moments if mirrored else None, np.zeros(rows, np.int32), names, [])
     predicted = imagenet(xl2(), mirrored=mirrored).latent_bytes * rows / 1_281_167
     assert predicted < len(content) < 1.003 * predicted
 

@@ -11,23 +11,26 @@ from mlflow import MlflowClient
 from PIL import Image
 
 import deploy.models
-from pipelines import tracking, tracking_outbox
-from pipelines.command import InputError
+from pipelines.errors import InputError
+from pipelines.tracking import outbox, provenance
+from pipelines.tracking.provenance import code_identity
+from pipelines.tracking.registry import fetch_generator, find_run
+from pipelines.tracking.run import WEIGHTS_TAG, Run, resolve_tracking_uri
 
 
 def test_address_is_the_configured_one_else_a_database_by_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert tracking.resolve_tracking_uri("runs", num_nodes=1) == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracking.resolve_tracking_uri(f"file://{tmp_path}/runs", num_nodes=1).endswith(f"{tmp_path}/runs/mlflow.db")
+    assert resolve_tracking_uri("runs", num_nodes=1) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolve_tracking_uri(f"file://{tmp_path}/runs", num_nodes=1).endswith(f"{tmp_path}/runs/mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert tracking.resolve_tracking_uri("s3://bucket/runs", num_nodes=8) == "http://mlflow:5000"
+    assert resolve_tracking_uri("s3://bucket/runs", num_nodes=8) == "http://mlflow:5000"
 
 
 @pytest.mark.parametrize(("storage", "num_nodes"), [("s3://bucket/runs", 1), ("runs", 2)])
 def test_several_machines_without_a_server_are_refused(storage, num_nodes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="set MLFLOW_TRACKING_URI"):
-        tracking.resolve_tracking_uri(storage, num_nodes)
+        resolve_tracking_uri(storage, num_nodes)
     assert not list(tmp_path.iterdir())
 
 
@@ -35,12 +38,12 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)  # nothing may be written to the working directory
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    uri = tracking.resolve_tracking_uri(str(tmp_path / "runs"), num_nodes=1)
-    first = tracking.Run.begin(uri, "experiment", "name", {"network.depth": 2})
+    uri = resolve_tracking_uri(str(tmp_path / "runs"), num_nodes=1)
+    first = Run.begin(uri, "experiment", "name", {"network.depth": 2})
     first.log_metrics({"loss": 1.5}, step=1)
     first.end("KILLED")
 
-    again = tracking.Run(uri, first.run_id)
+    again = Run(uri, first.run_id)
     again.resume()
     again.log_metrics({"loss": 0.5}, step=2)
     again.log_image(np.zeros((4, 4, 3), np.uint8), "samples/one_step", step=2)
@@ -55,10 +58,10 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
     history = client.get_metric_history(first.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(1, 1.5), (2, 0.5)]
     assert model == "models:/small@champion"
-    assert tracking.find_run(model, uri).run_id == first.run_id
-    assert tracking.find_run("models:/small/1", uri).run_id == first.run_id
-    assert tracking.find_run("models:/other@champion", uri) is None
-    assert tracking.find_run(str(tmp_path / "generator"), uri) is None
+    assert find_run(model, uri).run_id == first.run_id
+    assert find_run("models:/small/1", uri).run_id == first.run_id
+    assert find_run("models:/other@champion", uri) is None
+    assert find_run(str(tmp_path / "generator"), uri) is None
     mlflow.set_tracking_uri(None)  # as in the process of another stage, which knows the address by its argument alone
     version = deploy.models.resolve_model(model, uri)
     assert version == "models:/small/1"
@@ -67,7 +70,7 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
         assert (fetched / "model_index.json").is_file()
     assert source.run_id == first.run_id
     mlflow.set_tracking_uri(None)
-    folder = tracking.fetch_generator(model, uri)
+    folder = fetch_generator(model, uri)
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
     assert str(folder).startswith(str(tmp_path / "runs" / "mlflow-artifacts"))
 
@@ -82,14 +85,14 @@ def test_a_run_is_continued_and_its_generator_found_again(tmp_path, monkeypatch,
 def test_unknown_models_are_refused_in_one_sentence(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(InputError, match="give --tracking-uri, or set MLFLOW_TRACKING_URI"):
-        tracking.fetch_generator("models:/none@champion", None)
+        fetch_generator("models:/none@champion", None)
     with pytest.raises(InputError, match="is no folder; wanted a generator's folder"):
-        tracking.fetch_generator(str(tmp_path / "none"), None)
+        fetch_generator(str(tmp_path / "none"), None)
     with pytest.raises(InputError, match="found 0"):
-        tracking.fetch_generator(str(tmp_path), None)
+        fetch_generator(str(tmp_path), None)
     with pytest.raises(InputError, match=r"cannot fetch models:/none@champion from sqlite"):
-        tracking.fetch_generator("models:/none@champion", uri)
-    run = tracking.Run(uri, "0" * 32)
+        fetch_generator("models:/none@champion", uri)
+    run = Run(uri, "0" * 32)
     with pytest.raises(InputError, match="does not know MLflow run"):
         run.resume()
 
@@ -101,7 +104,7 @@ def database(tmp_path_factory):
 
 @pytest.fixture
 def run(database):
-    return tracking.Run.begin(database, "experiment", "name", {}, {"git_commit": "0a1b"})
+    return Run.begin(database, "experiment", "name", {}, {"git_commit": "0a1b"})
 
 
 def test_a_run_bears_its_tags_and_its_json_files(run, tmp_path):
@@ -147,8 +150,8 @@ def test_a_file_that_is_gone_and_a_bad_key_are_left_out_with_a_warning(run, tmp_
 
 
 def test_what_waits_is_bounded_and_what_was_lost_is_counted(run, monkeypatch, caplog):
-    monkeypatch.setattr(tracking_outbox, "MAX_ROWS", 10)
-    monkeypatch.setattr(tracking_outbox, "MAX_PICTURES", 2)
+    monkeypatch.setattr(outbox, "MAX_ROWS", 10)
+    monkeypatch.setattr(outbox, "MAX_PICTURES", 2)
     monkeypatch.setattr(run._outbox, "_start", lambda: None)  # nobody writes
     for step in range(15):
         run.log_metrics({"loss": 1.0}, step)
@@ -210,14 +213,14 @@ def test_registering_reads_no_history_and_runs_no_model(run, pipeline, tmp_path,
 def test_tags_reach_the_versions_of_these_weights_alone(run, tmp_path, pipeline, caplog):
     pipeline.save_pretrained(tmp_path / "generator")
     for weights in ("1a", "2b"):
-        run.register_generator(tmp_path / "generator", "tagged", {tracking.WEIGHTS_TAG: weights, "step": "7"})
+        run.register_generator(tmp_path / "generator", "tagged", {WEIGHTS_TAG: weights, "step": "7"})
     run.tag_generator("1a", "evaluate.", {"evaluate.frechet.2-steps": "3"})
     run.tag_generator("1a", "evaluate.", {"evaluate.report": "runs:/x/evaluate/report.json"})  # of another reference
     client = MlflowClient(run.tracking_uri)
     first, second = (client.get_model_version("tagged", str(number)) for number in (1, 2))
     assert first.tags == {"transformer_sha256": "1a", "step": "7", "evaluate.report": "runs:/x/evaluate/report.json"}
     assert second.tags == {"transformer_sha256": "2b", "step": "7"}
-    away = tracking.Run("http://127.0.0.1:9", run.run_id)
+    away = Run("http://127.0.0.1:9", run.run_id)
     away.tag_generator("1a", "evaluate.", {"evaluate.report": "x"})
     assert "have no tags of this" in caplog.text
 
@@ -229,21 +232,21 @@ def test_the_code_says_its_commit_and_whether_it_was_changed(tmp_path, monkeypat
 
     (tmp_path / "pipelines").mkdir()
     code = tmp_path / "pipelines" / "tracking.py"
-    shutil.copy(tracking.__file__, code)
-    monkeypatch.setattr(tracking, "__file__", str(code))
-    assert tracking.code_identity()["git_commit"] == "unknown"  # no repository
+    shutil.copy(provenance.__file__, code)
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    assert code_identity()["git_commit"] == "unknown"  # no repository
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "m")
-    outside = tracking.code_identity()  # somebody else's repository, as around a virtual environment
+    outside = code_identity()  # somebody else's repository, as around a virtual environment
     assert (outside["git_commit"], outside["git_dirty"]) == ("unknown", "unknown")
     git("add", ".")
     git("commit", "-q", "-m", "m")
-    clean = tracking.code_identity()
+    clean = code_identity()
     assert (clean["git_commit"], clean["git_dirty"]) == (git("rev-parse", "HEAD"), "false")
     code.write_text("")
-    assert tracking.code_identity()["git_dirty"] == "true"
+    assert code_identity()["git_dirty"] == "true"
     monkeypatch.setenv("PATH", "")
-    without_git = tracking.code_identity()
+    without_git = code_identity()
     assert without_git["git_commit"] == "unknown"
     assert without_git["python"] == platform.python_version()
     assert without_git["mlflow"] == mlflow.__version__

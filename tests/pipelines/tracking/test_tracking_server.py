@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import tracking, tracking_outbox
-from pipelines.command import InputError
-from pipelines.tracking_outbox import Outbox
-from tests.mlflow_server import Server
+from pipelines.errors import InputError
+from pipelines.tracking import outbox
+from pipelines.tracking.outbox import Outbox
+from pipelines.tracking.registry import fetch_generator
+from pipelines.tracking.run import Run
+from tests.support.mlflow_server import Server
 
 pytestmark = pytest.mark.soak  # the server alone takes half a minute to start
 
@@ -105,7 +107,7 @@ def line(server_port, monkeypatch):
 
 @pytest.fixture
 def run(line):
-    return tracking.Run.begin(line.uri, "experiment", "name", {"depth": 2}, {"git_commit": "0a1b"})
+    return Run.begin(line.uri, "experiment", "name", {"depth": 2}, {"git_commit": "0a1b"})
 
 
 def steps_of(run, key="loss"):
@@ -122,7 +124,7 @@ def pictures_of(run):
 
 
 def test_what_is_logged_while_the_server_is_away_arrives_in_order_and_once(line, run, caplog, monkeypatch):
-    monkeypatch.setattr(tracking_outbox, "METRICS_PER_REQUEST", 5)
+    monkeypatch.setattr(outbox, "METRICS_PER_REQUEST", 5)
     caplog.set_level(logging.INFO, "pipelines")
     run.log_metrics({"loss": 1.0, "validation/fid": 9.0}, 1)
     assert run.flush()
@@ -144,7 +146,7 @@ def test_what_is_logged_while_the_server_is_away_arrives_in_order_and_once(line,
     path = mlflow.artifacts.download_artifacts(run_id=run.run_id, artifact_path="config.json", tracking_uri=line.uri)
     with open(path) as file:
         assert json.load(file) == {"depth": 2}
-    began, ended = [record.getMessage() for record in caplog.records if record.name == "pipelines.tracking_outbox"]
+    began, ended = [record.getMessage() for record in caplog.records if record.name == "pipelines.tracking.outbox"]
     assert began.startswith(f"cannot write to MLflow run {run.run_id} (MlflowException: API request to {line.uri}")
     assert "(Caused by" in began
     assert ended.endswith("caught up: 21 entries")
@@ -221,7 +223,7 @@ def test_a_restarted_run_logs_its_last_steps_again_and_they_stand_there_once(lin
     run.log_image(picture(), "samples", 10)
     assert run.flush()
 
-    again = tracking.Run(line.uri, run.run_id)
+    again = Run(line.uri, run.run_id)
     again.resume()
     for step in range(1, 21):
         again.log_metrics({"loss": 1.5, "rate": 2.0}, step)
@@ -251,7 +253,7 @@ def test_a_restart_without_a_server_goes_on_and_marks_the_run_later(line, run, c
     run.end("KILLED")
     assert client.get_run(run.run_id).info.status == "KILLED"
     line.cut()
-    again = tracking.Run(line.uri, run.run_id)
+    again = Run(line.uri, run.run_id)
     again.resume()
     assert "going on without MLflow" in caplog.text
     line.mend()
@@ -269,7 +271,7 @@ def test_a_checkpoint_carries_what_was_not_written(line, run):
     carried = json.loads(json.dumps(run.pending()))
     assert [row["step"] for row in carried] == [2, 3]
 
-    again = tracking.Run(line.uri, run.run_id)
+    again = Run(line.uri, run.run_id)
     again.adopt([{"step": 1, "timestamp_ms": 1, "metrics": {"loss": 5.0}}, *carried])
     again.log_metrics({"loss": 4.0}, 4)
     assert [row["step"] for row in again.pending()] == [1, 2, 3, 4]
@@ -298,7 +300,7 @@ def test_the_registry_waits_for_the_server_and_a_finished_run_stays_so(line, run
     assert steps_of(run) == [0, 1]
     version = client.get_model_version_by_alias("small", "champion")
     assert (version.version, version.run_id, version.status) == ("2", run.run_id, "READY")
-    assert (tracking.fetch_generator(f"runs:/{run.run_id}/small", line.uri) / "model_index.json").is_file()
+    assert (fetch_generator(f"runs:/{run.run_id}/small", line.uri) / "model_index.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator"]
 
 
@@ -306,11 +308,11 @@ def test_a_begun_run_needs_a_server_and_says_how(line):
     line.cut()
     began = time.monotonic()
     with pytest.raises(InputError, match=r"cannot reach MLflow at http://127.*start it, or set MLFLOW_TRACKING_URI"):
-        tracking.Run.begin(line.uri, "experiment", "name", {})
+        Run.begin(line.uri, "experiment", "name", {})
     assert time.monotonic() - began < 5
     line.mend()
     with pytest.raises(InputError, match="refuses the run name"):
-        tracking.Run.begin(line.uri, "refusals", "name", {"what?!": 1})
+        Run.begin(line.uri, "refusals", "name", {"what?!": 1})
     client = MlflowClient(line.uri)
     (left,) = client.search_runs([client.get_experiment_by_name("refusals").experiment_id])
     assert left.info.status == "FAILED"
@@ -332,7 +334,7 @@ def test_system_metrics_go_on_after_an_outage_and_after_a_restart(line, run, tmp
     assert run.flush()
     first = steps_of(run, key)
     assert len(first) >= 6
-    with tracking.Run(line.uri, run.run_id).system_metrics("node-1") as monitor:
+    with Run(line.uri, run.run_id).system_metrics("node-1") as monitor:
         time.sleep(0.3)
     monitor._outbox.flush(10)
     steps = steps_of(run, key)

@@ -15,11 +15,12 @@ from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import save_generator
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
-from pipelines import checkpoints, train
-from pipelines.command import InputError
 from pipelines.demo import images
-from pipelines.training_job import TrainJob
-from tests.manifests import make_manifest
+from pipelines.errors import InputError
+from pipelines.train import checkpoints
+from pipelines.train import run as train_run
+from pipelines.train.job import TrainJob
+from tests.support.manifests import make_manifest
 
 LOCAL = fs.LocalFileSystem()
 
@@ -187,9 +188,9 @@ def test_run_that_is_at_its_end_goes_on_and_one_that_is_past_it_is_refused(tmp_p
     write_record(tmp_path / "run", [A, B])  # 20 steps
     manifest = make_manifest([5], moments_shape=(8, 8, 8), image_size=64)
     at_end = job_in(tmp_path, config=replace(debug(), num_steps=20))
-    assert train._require_resumable(at_end, manifest, {}) is None
+    assert train_run._require_resumable(at_end, manifest, {}) is None
     with pytest.raises(InputError, match="has taken 20 steps already, more than num_steps 19"):
-        train._require_resumable(job_in(tmp_path, config=replace(debug(), num_steps=19)), manifest, {})
+        train_run._require_resumable(job_in(tmp_path, config=replace(debug(), num_steps=19)), manifest, {})
 
 
 def test_run_without_a_checkpoint_begins_with_the_same_network_or_not_at_all(tmp_path, pipeline, vae):
@@ -199,16 +200,16 @@ def test_run_without_a_checkpoint_begins_with_the_same_network_or_not_at_all(tmp
     job = job_in(tmp_path, init_from=str(tmp_path / "generator"), config=replace(debug(), network=network))
     manifest = replace(make_manifest([5], moments_shape=(8, 8, 8), image_size=64), class_names=list(images.CLASS_NAMES))
     wanted = weight_hash(pipeline.transformer)
-    assert weight_hash(train._require_resumable(job, manifest, {"init_sha256": wanted})) == wanted
+    assert weight_hash(train_run._require_resumable(job, manifest, {"init_sha256": wanted})) == wanted
     with pytest.raises(InputError, match="is not the network that run run was begun with"):
-        train._require_resumable(job, manifest, {"init_sha256": "of another"})
+        train_run._require_resumable(job, manifest, {"init_sha256": "of another"})
 
 
 def test_failure_says_where_the_same_command_goes_on(tmp_path):
     job = job_in(tmp_path, skip_nonfinite=3)
-    assert train._way_on(job) == "there is no checkpoint yet: the same command begins anew"
+    assert train_run._way_on(job) == "there is no checkpoint yet: the same command begins anew"
     write_record(tmp_path / "run", [A, B])
-    assert train._way_on(job).startswith(f"the last good checkpoint is of step 20, {tmp_path}/run/{B}: ")
-    assert "--skip-nonfinite 4 skips such a step" in train._about_nonfinite(job, 21)
+    assert train_run._way_on(job).startswith(f"the last good checkpoint is of step 20, {tmp_path}/run/{B}: ")
+    assert "--skip-nonfinite 4 skips such a step" in train_run._about_nonfinite(job, 21)
     (tmp_path / "run" / checkpoints.RECORD).write_text("{")
-    assert "its checkpoints cannot be read now" in train._way_on(job)
+    assert "its checkpoints cannot be read now" in train_run._way_on(job)

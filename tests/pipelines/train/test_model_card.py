@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from meanflow_core.presets import PRESETS
-from pipelines.model_card import write_card
-from tests.manifests import make_manifest
+from pipelines.train.model_card import write_card
+from tests.support.manifests import make_manifest
 
 LETTERS = make_manifest([5], moments_shape=(8, 32, 32), image_size=256)
 IMAGENET = replace(

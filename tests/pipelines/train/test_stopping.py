@@ -7,8 +7,8 @@ from contextlib import suppress
 import pytest
 from torch import distributed
 
-from pipelines import notices
-from pipelines.notices import Notices, StopRequest, stop_on_sigterm
+from pipelines.train import stopping
+from pipelines.train.stopping import Notices, StopRequest, stop_on_sigterm
 
 
 class Method:
@@ -38,7 +38,7 @@ class Actor:
 @pytest.fixture(autouse=True)
 def _answers(monkeypatch):
     """Calls of an Actor are answered at once."""
-    monkeypatch.setattr(notices.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(stopping.ray, "get", lambda answer: answer)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_sigterm_asks_for_a_stop_and_a_second_one_ends_the_process(handlers):
 
 
 def test_request_that_no_worker_sees_ends_the_process(handlers, monkeypatch):
-    monkeypatch.setattr(notices, "UNSEEN_SECONDS", 1.0)
+    monkeypatch.setattr(stopping, "UNSEEN_SECONDS", 1.0)
     actor = Actor(has_worker=False)
     began = time.monotonic()
     with pytest.raises(SystemExit) as stop:
@@ -109,14 +109,14 @@ def test_request_that_no_worker_sees_ends_the_process(handlers, monkeypatch):
 
 
 def test_lost_call_is_made_again(handlers, monkeypatch):
-    actor, failures = Actor(has_worker=True), [notices.RayError(), notices.RayError()]
+    actor, failures = Actor(has_worker=True), [stopping.RayError(), stopping.RayError()]
 
     def get(answer):
         if failures:
             raise failures.pop()
         return answer
 
-    monkeypatch.setattr(notices.ray, "get", get)
+    monkeypatch.setattr(stopping.ray, "get", get)
     with stop_on_sigterm(actor):
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: not failures and actor.request.is_seen())
@@ -186,15 +186,15 @@ def machines(monkeypatch):
         known["asked"] += 1
         return known["info"]
 
-    monkeypatch.setattr(notices.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(notices.ray.train, "get_preemption_info", info)
+    monkeypatch.setattr(stopping.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(stopping.ray.train, "get_preemption_info", info)
     return known
 
 
 @pytest.mark.usefixtures("_group", "machines")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_first_worker_tells_of_a_stop_a_step_after_it_heard(monkeypatch, rank):
-    monkeypatch.setattr(notices, "ASK_SECONDS", 0.02)
+    monkeypatch.setattr(stopping, "ASK_SECONDS", 0.02)
     actor = Actor(has_worker=True)
     found = Notices(actor, rank)
     assert found.look() == (False, False)
@@ -209,7 +209,7 @@ def test_first_worker_tells_of_a_stop_a_step_after_it_heard(monkeypatch, rank):
 
 @pytest.mark.usefixtures("_group", "machines")
 def test_run_that_ends_unasked_is_no_longer_listened_for(monkeypatch):
-    monkeypatch.setattr(notices, "ASK_SECONDS", 0.02)
+    monkeypatch.setattr(stopping, "ASK_SECONDS", 0.02)
     found = Notices(Actor(has_worker=True), 0)
     found.look()
     found.close()
@@ -219,7 +219,7 @@ def test_run_that_ends_unasked_is_no_longer_listened_for(monkeypatch):
 @pytest.mark.usefixtures("_group")
 def test_ray_is_asked_about_machines_at_intervals_and_its_news_are_told_once(monkeypatch, machines):
     clock = [100.0]
-    monkeypatch.setattr(notices.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
     found = Notices(None, 0)
 
     def told_after(seconds):

@@ -14,16 +14,21 @@ from meanflow_core.generator import load_network, save_generator
 from meanflow_core.loss import draw_step_record
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state
-from pipelines import tracking, train
-from pipelines.batches import BatchSource, Prefetcher
-from pipelines.command import InputError, run_command
+from pipelines.command_line import run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.latent_store import LatentDataset, rows_of_step
-from pipelines.train import parse_arguments
-from pipelines.training_record import begin_or_resume_run, read_record, require_same
-from pipelines.training_worker import sample_grid
+from pipelines.errors import InputError
+from pipelines.latents.dataset import LatentDataset
+from pipelines.latents.sample_order import rows_of_step
+from pipelines.tracking.provenance import code_identity
+from pipelines.tracking.run import MlflowClient, Run
+from pipelines.train import run as train_run
+from pipelines.train.batches import BatchSource, Prefetcher
+from pipelines.train.publishing import _publish
+from pipelines.train.record import begin_or_resume_run, read_record, require_same
+from pipelines.train.run import parse_arguments
+from pipelines.train.worker import sample_grid
 from tests.conftest import perturbed
-from tests.manifests import make_manifest
+from tests.support.manifests import make_manifest
 
 
 def manifest(num_samples):
@@ -47,7 +52,7 @@ def test_every_number_of_a_preset_can_be_overridden_by_its_dotted_name():
 def test_unknown_preset_is_one_line_that_lists_the_known(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "x12"])
     with pytest.raises(SystemExit) as stop:
-        run_command(train.main)
+        run_command(train_run.main)
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: unknown preset 'x12'; known: {', '.join(PRESETS)}\n"
 
@@ -79,7 +84,7 @@ def test_help_lists_presets_with_what_they_are(capsys):
 def test_impossible_override_is_refused(option, value, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", "debug", *REQUIRED, option, value])
     with pytest.raises(SystemExit) as stop:
-        run_command(train.main)
+        run_command(train_run.main)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -94,7 +99,7 @@ def test_missing_dataset_is_refused_before_anything_is_written(tmp_path):
         ["debug", "--data", str(tmp_path / "none"), "--storage", str(tmp_path / "runs"), "--run-name", "r"]
     )
     with pytest.raises(InputError, match="latent dataset .* does not exist"):
-        train.train("debug", job)
+        train_run.train("debug", job)
     assert not (tmp_path / "runs").exists()
 
 
@@ -105,7 +110,7 @@ def test_network_of_another_size_to_begin_with_is_refused_before_anything_is_wri
     arguments = ["--data", str(tmp_path / "latents"), "--storage", str(tmp_path / "runs"), "--run-name", "r"]
     _, job = parse_arguments(["debug", *arguments, "--init-from", str(tmp_path / "generator")])
     with pytest.raises(InputError, match=r"--init-from .*hidden_size is 48, wanted 64; .*num_classes is 10, wanted 2"):
-        train.train("debug", job)
+        train_run.train("debug", job)
     assert not (tmp_path / "runs").exists()
 
 
@@ -178,9 +183,9 @@ def test_latents_of_another_autoencoder_than_the_named_one_are_refused(tmp_path,
     arguments = ["--data", str(tmp_path / "latents"), "--storage", str(tmp_path / "runs"), "--run-name", "r"]
     _, job = parse_arguments(["debug", *arguments, "--vae", str(SHIPPED_AUTOENCODER)])
     with pytest.raises(InputError, match=r"were made with autoencoder some/vae .*, not with .*autoencoder_weights"):
-        train.train("debug", job)
+        train_run.train("debug", job)
     assert not (tmp_path / "runs").exists()
-    train._check_vae(job, replace(manifest(1), recipe=replace(manifest(1).recipe, vae_sha256=weight_hash(vae))))
+    train_run._check_vae(job, replace(manifest(1), recipe=replace(manifest(1).recipe, vae_sha256=weight_hash(vae))))
 
 
 def begin(folder, *options, of=None):
@@ -246,7 +251,7 @@ def test_run_on_other_data_is_refused_by_name(begun):
 def test_name_that_is_no_folder_of_its_own_is_refused(name):
     _, job = parse_arguments(["debug", "--data", "d", "--storage", "s", f"--run-name={name}"])
     with pytest.raises(InputError, match="--run-name must be a name without slashes and no dot first"):
-        train.prepared(job)
+        train_run.prepared(job)
 
 
 def test_folder_of_something_else_is_refused_and_left_alone(tmp_path):
@@ -264,21 +269,21 @@ def test_decision_about_guidance_is_kept_when_the_run_becomes_longer(tmp_path):
     decided = replace(job, config=replace(job.config, guidance_after_steps=15))
     begin_or_resume_run(decided, "debug", manifest(400), f"sqlite:///{tmp_path}/mlflow.db")
     longer = replace(job, config=replace(job.config, num_steps=1000))
-    again, _, begun = train.prepared(longer)
+    again, _, begun = train_run.prepared(longer)
     assert again.config.guidance_after_steps == 15
     assert begun["num_steps"] == 30
     with pytest.raises(InputError, match="config.guidance_after_steps was 15, is 3"):
-        train.prepared(replace(job, config=replace(job.config, guidance_after_steps=3)))
+        train_run.prepared(replace(job, config=replace(job.config, guidance_after_steps=3)))
 
 
 def test_cause_of_a_failure_is_the_error_that_is_no_echo_of_it():
     broken = RuntimeError("Connection closed by peer [10.0.0.1]")
     own = OSError(28, "No space left on device")
-    assert train._first_cause(WorkerGroupError("", {0: broken, 3: own})) == (3, own)
-    assert train._first_cause(WorkerGroupError("", {0: broken})) == (0, broken)
+    assert train_run._first_cause(WorkerGroupError("", {0: broken, 3: own})) == (3, own)
+    assert train_run._first_cause(WorkerGroupError("", {0: broken})) == (0, broken)
     died = RayActorError()
-    assert train._first_cause(WorkerGroupError("", {0: broken, 1: died})) == (1, died)
-    assert train._first_cause(ControllerError(own)) == (None, own)
+    assert train_run._first_cause(WorkerGroupError("", {0: broken, 1: died})) == (1, died)
+    assert train_run._first_cause(ControllerError(own)) == (None, own)
 
 
 def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -295,7 +300,7 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatc
         "r",
     ]
     monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run", "--num-workers", "2", "--rows-per-pass", "3"])
-    run_command(train.main)
+    run_command(train_run.main)
     text = capsys.readouterr().out
     assert "optimizer.learning_rate" in text
     assert "2: 8 rows each, in 3 passes" in text
@@ -303,7 +308,7 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatc
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(sys, "argv", [*arguments, "--dry-run", "--num-workers", "17"])
     with pytest.raises(SystemExit):
-        run_command(train.main)
+        run_command(train_run.main)
     assert "global_batch_size 16 is less than num_workers 17" in capsys.readouterr().err
 
 
@@ -318,7 +323,7 @@ def test_record_and_mlflow_say_what_was_begun_and_that_it_goes_on(tmp_path):
     assert record["mlflow_run_id"] == run.run_id
     assert read_record(job) == json.loads(json.dumps(record))
     run.end("KILLED")
-    client = tracking.MlflowClient(uri)
+    client = MlflowClient(uri)
     files = {file.path for file in client.list_artifacts(run.run_id)}
     assert {"configuration.json", "data_manifest.json"} <= files
     assert client.get_run(run.run_id).data.params["data.num_samples"] == "5"
@@ -330,7 +335,7 @@ def test_record_and_mlflow_say_what_was_begun_and_that_it_goes_on(tmp_path):
 @pytest.mark.parametrize("cooldown_steps", [0, 5])
 def test_other_code_and_a_moved_cool_down_are_told(caplog, cooldown_steps):
     _, job = parse_arguments(["debug", *REQUIRED, "--optimizer.cooldown-steps", str(cooldown_steps)])
-    code = tracking.code_identity()
+    code = code_identity()
     then = json.loads(json.dumps({"identity": job.identity(manifest(5)), "num_steps": 30, "code": code}))
     require_same(job, manifest(5), then)
     assert caplog.text == ""
@@ -351,12 +356,14 @@ def job_here(tmp_path, monkeypatch):
 
 
 def test_places_become_absolute_and_names_of_models_stay(job_here, tmp_path):
-    found, *_ = train.prepared(replace(job_here, cache_dir="cache", init_from="generator", validation_data="latents"))
+    found, *_ = train_run.prepared(
+        replace(job_here, cache_dir="cache", init_from="generator", validation_data="latents")
+    )
     assert (found.data, found.validation_data) == (f"{tmp_path}/latents", f"{tmp_path}/latents")
     assert (found.storage, found.cache_dir) == (f"{tmp_path}/runs", f"{tmp_path}/cache")
     assert found.init_from == f"{tmp_path}/generator"
     for name in ("models:/meanflow-xl2@champion", "runs:/1a2b/generator"):
-        found, *_ = train.prepared(replace(job_here, cache_dir="none", init_from=name))
+        found, *_ = train_run.prepared(replace(job_here, cache_dir="none", init_from=name))
         assert (found.cache_dir, found.init_from) == ("none", name)
 
 
@@ -365,10 +372,10 @@ def test_input_that_cannot_be_trained_on_is_refused_at_the_beginning(job_here, t
     (tmp_path / "held-out").mkdir()
     (tmp_path / "held-out/manifest.json").write_text(other.to_json())
     with pytest.raises(InputError, match="--validation-data .*held-out has another classes"):
-        train.prepared(replace(job_here, validation_data="held-out"))
+        train_run.prepared(replace(job_here, validation_data="held-out"))
     config = replace(job_here.config, network=replace(job_here.config.network, patch_size=3))
     with pytest.raises(InputError, match="patch_size 3 does not divide the latents' side 8"):
-        train.prepared(replace(job_here, config=config))
+        train_run.prepared(replace(job_here, config=config))
 
 
 def test_generator_that_is_half_published_cannot_be_opened(tmp_path, job_here):
@@ -379,42 +386,44 @@ def test_generator_that_is_half_published_cannot_be_opened(tmp_path, job_here):
     for name in ("model_index.json", "vae/config.json"):
         (tmp_path / "new" / name).write_text("new")
     with pytest.raises(OSError, match="vae"):
-        train._publish(job_here, tmp_path / "new")
+        _publish(job_here, tmp_path / "new")
     assert not (tmp_path / "runs/r/generator/model_index.json").exists()
     (tmp_path / "runs/r/generator/vae").unlink()
-    assert train._publish(job_here, tmp_path / "new") == "runs//r/generator"
+    assert _publish(job_here, tmp_path / "new") == "runs//r/generator"
     assert (tmp_path / "runs/r/generator/model_index.json").read_text() == "new"
 
 
 def test_generator_of_a_step_is_made_of_the_first_average_and_registered_once(job_here, tmp_path, vae):
     vae.save_pretrained(tmp_path / "latents/vae")
-    job, *_ = train.prepared(replace(job_here, config=replace(job_here.config, ema_decays=(0.9, 0.5)), use_gpu=False))
+    job, *_ = train_run.prepared(
+        replace(job_here, config=replace(job_here.config, ema_decays=(0.9, 0.5)), use_gpu=False)
+    )
     state = build_train_state(job.config, sample_size=8, in_channels=4, num_classes=2, device=torch.device("cpu"))
     perturbed(state.ema_network)
     (tmp_path / "checkpoint").mkdir()
     save_train_state(state, job.config, tmp_path / "checkpoint")
     result = Result({"step": 20}, Checkpoint(str(tmp_path / "checkpoint")), error=None, path="")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run = tracking.Run.begin(uri, "experiment", "r", {})
+    run = Run.begin(uri, "experiment", "r", {})
     before = {"preset": "debug", "published": {"step": 10, "generator": "old", "model": "old"}}
-    found = train._finish(job, "debug", manifest(400), result, run, before, validates=False)
+    found = train_run._finish(job, "debug", manifest(400), result, run, before, validates=False)
     assert found == (f"{tmp_path}/runs/r/generator", "models:/meanflow-debug@champion")
     network = load_network(tmp_path / "runs/r/generator/transformer")
     for name, value in network.state_dict().items():
         assert torch.equal(value, state.ema_network.state_dict()[name])
     after = read_record(job)
     assert after == {"preset": "debug", "published": {"step": 20, "generator": found[0], "model": found[1]}}
-    assert train._finish(job, "debug", manifest(400), result, run, after, validates=False) == found
-    assert len(tracking.MlflowClient(uri).search_model_versions("name='meanflow-debug'")) == 1
+    assert train_run._finish(job, "debug", manifest(400), result, run, after, validates=False) == found
+    assert len(MlflowClient(uri).search_model_versions("name='meanflow-debug'")) == 1
 
 
 def test_dry_run_counts_on_the_fewest_workers(job_here):
     job = replace(job_here, num_workers=4, min_workers=2, parallelism="fsdp2", rows_per_pass=4)
-    text = train.dry_run("debug", job)
+    text = train_run.dry_run("debug", job)
     assert "float32, one of 2 shards" in text
     assert "2: 8 rows each, in 2 passes of 4" in text
-    assert "shards" not in train.dry_run("debug", replace(job, parallelism="ddp"))
-    assert "float32, one of 4 shards" in train.dry_run("debug", replace(job, min_workers=None))
-    at_once = train.dry_run("debug", replace(job, rows_per_pass=None))  # the fewest workers take most rows
+    assert "shards" not in train_run.dry_run("debug", replace(job, parallelism="ddp"))
+    assert "float32, one of 4 shards" in train_run.dry_run("debug", replace(job, min_workers=None))
+    at_once = train_run.dry_run("debug", replace(job, rows_per_pass=None))  # the fewest workers take most rows
     assert "2: 8 rows each, at once" in at_once
     assert "of 8 rows in float32" in at_once

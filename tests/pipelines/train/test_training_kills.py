@@ -26,16 +26,17 @@ from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state, train_step
-from pipelines import checkpoints, storage
-from pipelines.batches import BatchSource
+from pipelines import storage
 from pipelines.demo import images
-from pipelines.latent_cache import open_latents
-from tests.clusters import cluster_of_two, processes_of
+from pipelines.latents.cache import open_latents
+from pipelines.train import checkpoints
+from pipelines.train.batches import BatchSource
 from tests.core.test_world_sizes import without_key_bias
-from tests.latents import encode_drawn
-from tests.mlflow_server import Server
-from tests.readme import REPOSITORY
-from tests.training_checkpoints import last_checkpoint
+from tests.support.clusters import cluster_of_two, processes_of
+from tests.support.latents import encode_drawn
+from tests.support.mlflow_server import Server
+from tests.support.readme import REPOSITORY
+from tests.support.training_checkpoints import last_checkpoint
 
 NUM_STEPS = 240
 OPTIONS = [

@@ -11,15 +11,17 @@ from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.loss import draw_step_record, meanflow_loss
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
-from pipelines import tracking, validation
-from pipelines.command import InputError
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.encode import EncodeJob
-from pipelines.latent_cache import open_latents
-from pipelines.latent_store import LatentDataset, read_manifest
-from pipelines.training_job import TrainJob
+from pipelines.encode.job import EncodeJob
+from pipelines.errors import InputError
+from pipelines.latents.cache import open_latents
+from pipelines.latents.dataset import LatentDataset
+from pipelines.latents.manifest import open_autoencoder, read_manifest
+from pipelines.tracking.run import Run
+from pipelines.train import validation
+from pipelines.train.job import TrainJob
 from tests.conftest import perturbed
-from tests.latents import encode_here
+from tests.support.latents import encode_here
 
 CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 
@@ -50,7 +52,7 @@ def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_s
     (tmp_path / "checkpoint").mkdir()
     save_train_state(state, CONFIG, tmp_path / "checkpoint")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run = tracking.Run.begin(uri, "experiment", "name", {})
+    run = Run.begin(uri, "experiment", "name", {})
     job = TrainJob(
         data=str(latents), storage="s", run_name="r", validation_data=str(latents), config=CONFIG,
         cache_dir=str(tmp_path / "cache"),
@@ -62,7 +64,7 @@ def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_s
     loss = replace(debug().loss, label_drop_probability=0.0)
     record = draw_step_record(loss, seed=validation.SEED, step=0, num_rows=40, latent_shape=(4, 8, 8))
     moments, labels = dataset.rows(np.arange(40), np.zeros(40, bool))
-    normalization = LatentNormalization.from_vae_config(validation.latent_store.open_autoencoder(str(latents)).config)
+    normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)
     errors = meanflow_loss(
         state.ema_network, state.ema_network,
         sample_latents(torch.from_numpy(moments), record.posterior_noise, normalization), torch.from_numpy(labels),
@@ -102,7 +104,7 @@ def test_checkpoints_are_measured_beside_training_where_there_is_room(monkeypatc
 
 def test_errors_are_means_over_all_images_however_many_are_taken_at_once(latents, tmp_path, monkeypatch):
     dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
-    normalization = LatentNormalization.from_vae_config(validation.latent_store.open_autoencoder(str(latents)).config)
+    normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)
     network = perturbed(fresh_state().network)
     with torch.no_grad():  # so that a label that is dropped is seen
         network.y_embedder.embedding_table.weight.mul_(100.0)

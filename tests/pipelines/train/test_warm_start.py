@@ -10,13 +10,13 @@ from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.interop import silence_step_size
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.transformer import Conditioning
-from pipelines import train
-from pipelines.command import InputError
 from pipelines.demo import images
-from pipelines.training_job import TrainJob
-from pipelines.warm_start import initial_network, staged
+from pipelines.errors import InputError
+from pipelines.train import run as train_run
+from pipelines.train.job import TrainJob
+from pipelines.train.warm_start import initial_network, staged
 from tests.conftest import perturbed
-from tests.manifests import make_manifest
+from tests.support.manifests import make_manifest
 
 CONFIG = replace(debug().network, hidden_size=48, num_heads=3, patch_size=2)
 
@@ -120,9 +120,9 @@ def test_guidance_waits_twenty_epochs_after_flow_matching_unless_said_otherwise(
 def test_training_after_flow_matching_is_staged(network, vae, data, tmp_path):
     location = saved(network, vae, tmp_path / "generator", is_flow_matching=True)
     job = TrainJob(data=data, storage="s", run_name="r", config=replace(debug(), network=CONFIG))
-    assert train.warmed(job, manifest()) == (job, None)
-    found, initial = train.warmed(replace(job, init_from=location), manifest())
+    assert train_run.warmed(job, manifest()) == (job, None)
+    found, initial = train_run.warmed(replace(job, init_from=location), manifest())
     assert found.config.guidance_after_steps == 15
     torch.testing.assert_close(u(initial, 0.7, 0.7), u(network, 0.7, 0.7))
     (Path(data) / "manifest.json").write_text(manifest().to_json())
-    assert "15    (debug has None)" in train.dry_run("debug", replace(job, init_from=location))
+    assert "15    (debug has None)" in train_run.dry_run("debug", replace(job, init_from=location))

@@ -10,8 +10,9 @@ from torch import distributed
 from meanflow_core.generator import build_pipeline
 from meanflow_core.presets import debug
 from meanflow_core.training import SUMS, StepMetrics, build_train_state
-from pipelines import tracking
-from pipelines.training_worker import Figures, FiniteWatch, Observer, sample_grid
+from pipelines.tracking.run import MlflowClient, Run
+from pipelines.train.figures import Figures, FiniteWatch
+from pipelines.train.worker import Observer, sample_grid
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ def _group(tmp_path_factory):
 def now(monkeypatch):
     """The seconds that the clock shows, in a list."""
     seconds = [100.0]
-    monkeypatch.setattr("pipelines.training_worker.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("pipelines.train.worker.time.monotonic", lambda: seconds[0])
     return seconds
 
 
@@ -182,7 +183,7 @@ def test_first_gradient_that_is_not_finite_is_noticed_by_the_next_step():
 
 def test_first_worker_alone_shows_what_all_draw(pipeline, tmp_path, caplog):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run = tracking.Run.begin(uri, "experiment", "name", {})
+    run = Run.begin(uri, "experiment", "name", {})
     first, other = Observer(run, pipeline, 10, 0), Observer(None, pipeline, 10, 0)
     figures = {"loss": 1.0, "images_per_second": 5.0, "squared_error_r_equals_t": 2.0, "squared_error_r_below_t": 3.0}
     with caplog.at_level(logging.INFO):
@@ -191,7 +192,7 @@ def test_first_worker_alone_shows_what_all_draw(pipeline, tmp_path, caplog):
             observer.show_samples(10)
             observer.close()
     assert len([record for record in caplog.records if "trained 10 of 10 steps" in record.message]) == 1
-    client = tracking.MlflowClient(uri)
+    client = MlflowClient(uri)
     assert [metric.step for metric in client.get_metric_history(run.run_id, "loss")] == [10]
     names = [file.path for file in client.list_artifacts(run.run_id, "images") if file.path.endswith(".png")]
     assert sorted(name.split("~")[1].split("+")[0].split("%")[0] for name in names) == ["one_step", "two_steps"]
@@ -204,12 +205,12 @@ def test_first_worker_alone_shows_what_all_draw(pipeline, tmp_path, caplog):
 
 
 def test_figures_that_mlflow_has_not_taken_are_told_for_a_checkpoint(pipeline):
-    away = tracking.Run("http://127.0.0.1:9", "1a2b")
+    away = Run("http://127.0.0.1:9", "1a2b")
     observer = Observer(away, pipeline, 10, 0)
     figures = {"loss": 1.0, "images_per_second": 5.0, "squared_error_r_equals_t": 2.0, "squared_error_r_below_t": 3.0}
     observer.show_figures(figures, 5)
     assert len(observer.unlogged()) == 1
-    taken = tracking.Run("http://127.0.0.1:9", "1a2b")
+    taken = Run("http://127.0.0.1:9", "1a2b")
     taken.adopt(observer.unlogged())
     assert taken.pending() == observer.unlogged()
 
@@ -217,7 +218,7 @@ def test_figures_that_mlflow_has_not_taken_are_told_for_a_checkpoint(pipeline):
 def test_pace_in_the_log_is_of_steps_taken_since_the_resume(pipeline, monkeypatch, caplog):
     now = [100.0]
     monkeypatch.setattr("pipelines.progress.time.monotonic", lambda: now[0])
-    observer = Observer(tracking.Run("http://127.0.0.1:9", "1a2b"), pipeline, 10, 6)
+    observer = Observer(Run("http://127.0.0.1:9", "1a2b"), pipeline, 10, 6)
     now[0] += 2.0
     figures = {"images_per_second": 5.0, "squared_error_r_equals_t": 2.0, "squared_error_r_below_t": 3.0}
     with caplog.at_level(logging.INFO):

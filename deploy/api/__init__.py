@@ -1,0 +1,1 @@
+"""The HTTP side of the endpoint: routes, validation, API keys, image encoding. FastAPI only, no Ray."""

@@ -1,0 +1,1 @@
+"""The generator side of the endpoint: batches requests and runs the model. No HTTP."""

@@ -1,0 +1,1 @@
+"""Stage 1: images -> a latent dataset, with Ray Data."""

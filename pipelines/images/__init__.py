@@ -1,0 +1,1 @@
+"""Images as they come: class folders, Parquet, WebDataset; decoding and cropping."""

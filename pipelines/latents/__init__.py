@@ -1,0 +1,1 @@
+"""The latent dataset that encode writes and train reads."""

@@ -1,0 +1,1 @@
+"""What a training takes, computed before it starts: operations, memory, time, cost."""

@@ -1,0 +1,1 @@
+"""Stage 2: a latent dataset -> a generator, with Ray Train."""

@@ -23,6 +23,7 @@ from deploy.jobs.__main__ import parse_arguments as parse_jobs
 from deploy.jobs.job_file import read_job_file
 from deploy.settings import Arguments
 from meanflow_core.presets import PRESETS
+from pipelines.check import CheckJob
 from pipelines.convert import ConvertJob
 from pipelines.demo.images import DrawImages
 from pipelines.encode.job import EncodeJob
@@ -30,7 +31,6 @@ from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.reference import ReferenceJob
 from pipelines.evaluate.side_by_side import SideBySideJob
 from pipelines.latents.cache import CacheJob
-from pipelines.latents.check import CheckJob
 from pipelines.plan.__main__ import parse_arguments as parse_plan
 from pipelines.plan.cost import checkpoint_bytes, forward_flops, memory_estimate, num_parameters, step_flops
 from pipelines.train.run import parse_arguments as parse_training

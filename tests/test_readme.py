@@ -7,6 +7,7 @@ import tyro
 from deploy.api.schema import GenerateRequest, ImagesRequest
 from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments
 from meanflow_core.interop import SOURCES
+from pipelines.check import CheckJob
 from pipelines.convert import ConvertJob
 from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob
@@ -14,7 +15,6 @@ from pipelines.evaluate.reference import ReferenceJob
 from pipelines.evaluate.samples import Setting
 from pipelines.evaluate.side_by_side import SideBySideJob
 from pipelines.latents.cache import CacheJob
-from pipelines.latents.check import CheckJob
 from pipelines.train.run import parse_arguments
 from tests.support.readme import REPOSITORY, commands
 

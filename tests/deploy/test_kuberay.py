@@ -27,9 +27,9 @@ from ray.scripts.scripts import cli as ray_commands
 import deploy.validate as validate
 from deploy.api.schema import GenerateRequest
 from deploy.jobs.__main__ import parse_arguments as parse_jobs
+from pipelines.check import CheckJob
 from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob
-from pipelines.latents.check import CheckJob
 from pipelines.train.run import parse_arguments
 from tests.support import kubernetes_manifests
 from tests.support.kubernetes_manifests import Container, Operation, PodSpec, RayClusterSpec, filled_in, parse

@@ -3,10 +3,9 @@
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import storage
+from pipelines import check, storage
 from pipelines.encode import run as encode_run
 from pipelines.errors import InputError
-from pipelines.latents import check
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import shard_name
 from tests.pipelines.encode.test_encode import job, without_ray  # noqa: F401  # a fixture

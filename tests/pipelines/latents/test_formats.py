@@ -17,9 +17,9 @@ from meanflow_core.generator import find_generator, load_pipeline, save_generato
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
+from pipelines.check import CheckJob, check
 from pipelines.errors import InputError
 from pipelines.latents.cache import open_latents
-from pipelines.latents.check import CheckJob, check
 from pipelines.latents.manifest import Manifest
 from pipelines.latents.shards import map_shard, read_shard, shard_summary
 from pipelines.tracking.registry import fetch_generator

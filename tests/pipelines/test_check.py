@@ -9,11 +9,11 @@ from PIL import Image
 from pyarrow import fs
 
 from meanflow_core.latents import LatentNormalization
+from pipelines import check
+from pipelines.check import ChannelStatistics, CheckJob
 from pipelines.command_line import run_command
 from pipelines.encode import run as encode_run
 from pipelines.errors import InputError
-from pipelines.latents import check
-from pipelines.latents.check import ChannelStatistics, CheckJob
 from pipelines.latents.manifest import open_autoencoder, shard_name
 from pipelines.latents.shards import read_shard, shard_bytes
 from tests.pipelines.encode.test_encode import job, without_ray  # noqa: F401  # a fixture

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Messages between the HTTP side and the generator's replicas."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The application's arguments, and which of them may change while it runs."""
 
 import re
 from typing import Annotated, Any, Literal

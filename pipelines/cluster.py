@@ -1,16 +1,14 @@
-"""TODO."""
+"""Joining or starting a Ray cluster, and choosing its devices."""
 
 import logging
 import os
-from typing import TypeVar
-
-import ray
+from typing import Literal
 
 from pipelines.errors import InputError
 
-T = TypeVar("T")
-
-# glibc gives large temporaries back to the system and faults them in again at every step: 3 to 10 times slower on CPUs.
+Device = Literal["auto", "gpu", "cpu"]
+# By default glibc returns large temporaries to the system and faults them in again at every step: CPU training is then
+# 3 to 10 times slower.
 FAST_MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -29,6 +27,8 @@ def start_ray(needed_cpus: int) -> None:
 
     Logical CPUs may exceed the cores of a laptop: they schedule, they do not compute.
     """
+    import ray  # not at the top: --help must be quick
+
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
@@ -40,14 +40,14 @@ def start_ray(needed_cpus: int) -> None:
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment)
 
 
-def choose_gpus(wanted: bool | None, num_processes: int = 1) -> bool:
-    """Whether to compute on GPUs: as wanted; if nothing was said, where the cluster in use has them now.
+def choose_gpus(device: Device, num_processes: int = 1) -> bool:
+    """Whether to compute on GPUs. "auto" takes GPUs where the cluster in use has some now.
 
     Raises InputError where a machine's own GPUs are fewer than the processes that want one each. A cluster may grow:
     there Ray waits for the machines.
     """
     available = num_gpus()
-    use_gpus = available > 0 if wanted is None else wanted
+    use_gpus = available > 0 if device == "auto" else device == "gpu"
     if use_gpus and "RAY_ADDRESS" not in os.environ and num_processes > available:
         raise InputError(
             f"{num_processes} processes want a GPU each, but this machine has {available} that torch can use"
@@ -57,7 +57,8 @@ def choose_gpus(wanted: bool | None, num_processes: int = 1) -> bool:
 
 def num_gpus() -> int:
     """GPUs of the cluster in use; of this machine, only those that its torch can use."""
-    import torch  # here, so that tasks which need none start without it, in a second instead of ten
+    import ray
+    import torch  # not at the top: tasks that need no torch start in 1 s instead of 10 s
 
     available = int(ray.cluster_resources().get("GPU", 0))
     return available if "RAY_ADDRESS" in os.environ else min(available, torch.cuda.device_count())

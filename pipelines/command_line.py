@@ -1,12 +1,12 @@
 """What the command lines share: logging set up once, and input errors as one line instead of a traceback."""
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
 import tyro
 
 from meanflow_core.config import TrainingConfig
@@ -20,7 +20,10 @@ def set_up_logging() -> None:
     """Log lines with the time on stderr; libraries speak from warnings upwards."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     # This module of Ray Train names its logger by its file, and tells every checkpoint in 800 characters.
-    context = str(Path(ray.__file__).parent / "train/v2/_internal/execution/context.py")
+    ray = importlib.util.find_spec("ray")  # not imported: --help must be quick
+    assert ray is not None
+    assert ray.origin is not None
+    context = str(Path(ray.origin).parent / "train/v2/_internal/execution/context.py")
     for chatty in ("httpx", "alembic", "mlflow", "ray.data", "ray.train", context):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

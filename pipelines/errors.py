@@ -1,13 +1,9 @@
-"""TODO."""
-
-from typing import TypeVar
-
-T = TypeVar("T")
+"""Errors that a command reports as one line instead of a traceback."""
 
 
 class InputError(ValueError):
-    """The user asked for something that cannot be; the message says what was wanted, what came and what to do."""
+    """Invalid input. The message says what was wanted, what came, and what to do."""
 
 
 class RunError(RuntimeError):
-    """Work that was begun failed; the message says at what, what is left of it and what to do."""
+    """Work failed after it had started. The message says where, what has been kept, and what to do."""

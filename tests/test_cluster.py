@@ -65,9 +65,8 @@ class User:
             "s3://BUCKET/runs": str(shared / "runs"),
             "stabilityai/sd-vae-ft-mse": str(SHIPPED_AUTOENCODER),
             "--image-size 256": "--image-size 64",
-            "--use-gpu True --num-encoders 8": "",  # none here
-            "--use-gpu True --num-workers 8": "",
-            "--use-gpu True": "",
+            "--device gpu --num-workers 8": "",  # no GPU here
+            "--device gpu": "",
             '"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"': '"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"',
             "pipelines.train xl2": "pipelines.train debug",
             "--run-name xl2": "--run-name first",

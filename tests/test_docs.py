@@ -426,7 +426,7 @@ def test_files_that_the_documents_name_exist():
 def test_options_that_the_documents_name_exist():
     required = ["--data", "d", "--storage", "s", "--run-name", "r"]
     for option in re.findall(
-        r"`(--(?:rows|activation|parallelism|skip|keep|num-steps|use-gpu|precision|loss)[^`]*)`",
+        r"`(--(?:rows|activation|parallelism|skip|keep|num-steps|device|precision|loss)[^`]*)`",
         text_of("docs/runbook.md"),
     ):
         words = option.split()

@@ -29,12 +29,12 @@ def test_cluster_commands_are_understood_by_the_real_parsers():
     assert (evaluation.model, evaluation.num_workers) == ("models:/meanflow-xl2@champion", 8)
     assert encode[:3] == ["python", "-m", "pipelines.encode"]
     encoding = tyro.cli(EncodeJob, args=encode[3:])
-    assert (encoding.image_size, encoding.num_encoders) == (256, 8)
+    assert (encoding.image_size, encoding.num_workers) == (256, 8)
     assert train[:3] == ["python", "-m", "pipelines.train"]
     preset, job = parse_arguments(train[3:])
     assert (preset, job.num_workers) == ("xl2", 32)
     # A cluster that scales from nothing has no GPUs when the driver looks, and the stages would go to CPUs.
-    assert (encoding.use_gpu, job.use_gpu, evaluation.use_gpu) == (True, True, True)
+    assert {encoding.device, job.device, evaluation.device} == {"gpu"}
 
 
 def test_encoding_commands_are_understood_by_the_real_parsers():

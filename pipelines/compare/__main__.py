@@ -23,7 +23,7 @@ from meanflow_core.autoencoder import reconstruct, weight_hash
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import FeatureStatistics
 from pipelines import storage
-from pipelines.cluster import choose_gpus, start_ray
+from pipelines.cluster import Device, choose_gpus, start_ray
 from pipelines.command_line import parse_command_line, run_command
 from pipelines.compare.planar import draw_figure
 from pipelines.compare.plots import BUDGET_TITLES, draw_grid, plot_comparison, plot_losses, spread, table
@@ -102,7 +102,7 @@ class CompareJob:
     """Folder on each node's own disk for its copy of the latents; "none" maps mounted storage itself."""
     timed_rounds: int = 7
     """Turns that every method has when times are taken, which are medians."""
-    use_gpu: bool | None = None
+    device: Device = "auto"
     """Train on GPUs, one each; where the cluster has some, unless said."""
     tracking_uri: str | None = None
     """MLflow address; MLFLOW_TRACKING_URI unless given. Without either, nothing is logged there."""
@@ -278,7 +278,7 @@ def compare(job: CompareJob) -> dict[str, Any]:
 
     if not all(is_trained(run, runs_folder) and is_measured(run, runs_folder, job.calls) for run in runs):
         start_ray(needed_cpus=1)
-        use_gpu = choose_gpus(job.use_gpu)
+        use_gpu = choose_gpus(job.device)
         train_all(runs, data, runs_folder, costs, use_gpu=use_gpu)
         measure_all(runs, runs_folder, job.calls, job.judge.absolute(), real.train, job.num_samples, use_gpu=use_gpu)
         ray.shutdown()  # so that nothing else runs here while times are taken
@@ -329,7 +329,7 @@ def costs_of(job: CompareJob, data: Data, steps: dict[str, int], runs_folder: Pa
     One thread, as the trainings have; the first GPU where there is one.
     """
     logger.info("taking times")
-    device = torch.device("cuda" if torch.cuda.is_available() and job.use_gpu is not False else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and job.device != "cpu" else "cpu")
     timed_calls = sorted({min(job.calls), max(job.calls)})
     records = {
         method: read_record(Trial(method=method, seed=job.seeds[0], num_steps=steps[method]), runs_folder)

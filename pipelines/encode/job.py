@@ -1,10 +1,11 @@
-"""TODO."""
+"""Options of an encoding job."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from pipelines.cluster import Device
 from pipelines.images.sources import Format
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,11 +34,11 @@ class EncodeJob:
     """Compile the autoencoder (torch.compile)."""
     batch_size: int | None = None
     """Images per call of the autoencoder; chosen for the device unless given."""
-    num_encoders: int | None = None
+    num_workers: int | None = None
     """Actors that encode; one per GPU, or one per CPU of machines without."""
     encoders_per_gpu: int = 1
     """Actors that share a GPU."""
-    use_gpu: bool | None = None
+    device: Device = "auto"
     """Encode on GPUs; where the cluster has some, unless said."""
     rows_per_shard: int = 512
     """Images per shard; fewer where the images are large."""
@@ -47,7 +48,7 @@ class EncodeJob:
     """Encode so many images, spread evenly over the source, for a trial."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "rows_per_shard", "num_encoders", "encoders_per_gpu", "limit"):
+        for name in ("image_size", "batch_size", "rows_per_shard", "num_workers", "encoders_per_gpu", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
         if not 0.0 <= self.max_rejected_fraction <= 1.0:

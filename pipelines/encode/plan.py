@@ -1,4 +1,4 @@
-"""TODO."""
+"""What an encoding job will do: its recipe and its shards."""
 
 from dataclasses import dataclass
 

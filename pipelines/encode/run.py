@@ -93,7 +93,7 @@ def _stored_index(output: str, source_sha256: str) -> ImageIndex | None:
 
 def _start_ray(job: EncodeJob) -> None:
     # An encoder per CPU, and logical ones beside for decoding and writing.
-    start_ray(needed_cpus=(job.num_encoders or os.cpu_count() or 1) + 1)
+    start_ray(needed_cpus=(job.num_workers or os.cpu_count() or 1) + 1)
 
 
 def _map_on_cluster(function: Callable[[Any], Any], items: list) -> Iterable:
@@ -121,7 +121,7 @@ def _default_encoders(job: EncodeJob) -> int:
     Threads of one process wait for each other at every layer: while decoding takes turns on their cores, two of them
     are slower than one.
     """
-    if job.use_gpu is not False and num_gpus() > 0:
+    if job.device != "cpu" and num_gpus() > 0:
         return num_gpus() * job.encoders_per_gpu
     return max(1, _num_cpus() - 1)
 
@@ -132,12 +132,12 @@ def _num_cpus() -> int:
 
 
 def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
-    num_encoders = job.num_encoders or _default_encoders(job)
-    use_gpu = choose_gpus(job.use_gpu, -(-num_encoders // job.encoders_per_gpu))
+    num_encoders = job.num_workers or _default_encoders(job)
+    use_gpu = choose_gpus(job.device, -(-num_encoders // job.encoders_per_gpu))
     if not use_gpu and num_encoders >= _num_cpus():
         logger.warning(
             "%d encoders want a CPU each, and decoding one more, but the cluster has %d: nothing happens until it grows; "
-            "if it does not, name a smaller --num-encoders",
+            "if it does not, name a smaller --num-workers",
             num_encoders, _num_cpus(),
         )  # fmt: skip
     context = ray.data.DataContext.get_current()

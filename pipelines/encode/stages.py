@@ -1,4 +1,4 @@
-"""TODO."""
+"""The steps of encoding a shard: decode, encode, write."""
 
 import logging
 import pickle

@@ -1,10 +1,11 @@
-"""TODO."""
+"""Options of an evaluation."""
 
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipelines.cluster import Device
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.evaluate.report import slug
 from pipelines.evaluate.samples import Labels, SampleRule, Setting
@@ -60,7 +61,7 @@ class EvaluateJob:
     """Images per call of network, decoder and extractor."""
     num_workers: int | None = None
     """Processes that sample and measure; one per GPU, or one per CPU of a machine without."""
-    use_gpu: bool | None = None
+    device: Device = "auto"
     """Sample on GPUs; where the cluster has some, unless said."""
     cpu_threads: int = 1
     """Threads of a process on a CPU."""

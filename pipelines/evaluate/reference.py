@@ -26,7 +26,7 @@ from pyarrow import fs
 
 from meanflow_core.metrics import FeatureStatistics, Gaussian
 from pipelines import storage
-from pipelines.cluster import choose_gpus, num_gpus, start_ray
+from pipelines.cluster import Device, choose_gpus, num_gpus, start_ray
 from pipelines.command_line import parse_command_line, run_command
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
@@ -68,7 +68,7 @@ class ReferenceJob:
     """Images per call of the extractor."""
     num_workers: int | None = None
     """Processes; one per GPU, or one per CPU of a machine without."""
-    use_gpu: bool | None = None
+    device: Device = "auto"
     """Compute on GPUs; where the cluster has some, unless said."""
     cpu_threads: int = 1
     """Threads of a process on a CPU."""
@@ -202,11 +202,11 @@ def require_same_rules(reference: Reference, extractor: Mapping[str, str], image
         )
 
 
-def default_workers(num_workers: int | None, use_gpu: bool | None) -> int:
+def default_workers(num_workers: int | None, device: Device) -> int:
     """As many processes as asked for, else one per GPU, else one per CPU."""
     if num_workers is not None:
         return num_workers
-    return (num_gpus() if use_gpu is not False else 0) or os.cpu_count() or 1
+    return (num_gpus() if device != "cpu" else 0) or os.cpu_count() or 1
 
 
 def image_chunks(
@@ -275,7 +275,7 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
     num_images = sum(chunk.num_rows for chunk in chunks)
     logger.info("%d images of %d pixels in the eyes of %s", num_images, image_size, describe(identity))
     start_ray(needed_cpus=(job.num_workers or os.cpu_count() or 1) + 1)
-    num_workers = default_workers(job.num_workers, job.use_gpu)
+    num_workers = default_workers(job.num_workers, job.device)
     measured = measuring.measure_sets(
         chunks,
         measuring.MeasuringPlan(
@@ -288,7 +288,7 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
             cpu_threads=job.cpu_threads,
         ),
         num_workers=num_workers,
-        use_gpu=choose_gpus(job.use_gpu, num_workers),
+        use_gpu=choose_gpus(job.device, num_workers),
     )["reference"]
     if measured.num_unreadable:
         logger.warning("left out %d of %d images that cannot be read", measured.num_unreadable, num_images)

@@ -367,8 +367,8 @@ def evaluate(job: EvaluateJob) -> dict:
     chunks = plan_chunks(job, subject, reference, train, held_out)
 
     start_ray(needed_cpus=(job.num_workers or os.cpu_count() or 1) + 1)
-    num_workers = default_workers(job.num_workers, job.use_gpu)
-    use_gpu = choose_gpus(job.use_gpu, num_workers)
+    num_workers = default_workers(job.num_workers, job.device)
+    use_gpu = choose_gpus(job.device, num_workers)
     keeper = ImageKeeper(job, size)
     began = time.monotonic()
     sets = measuring.measure_sets(

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What sample i is: its class label, its seed, and the settings it is drawn with."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeVar

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Random access to the samples of a latent dataset."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The manifest of a latent dataset: what it holds and how it was made."""
 
 import hashlib
 import json

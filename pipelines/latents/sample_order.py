@@ -1,4 +1,4 @@
-"""TODO."""
+"""Which samples form a step: a pure function of (seed, step, global batch size, number of samples)."""
 
 import functools
 from typing import TYPE_CHECKING

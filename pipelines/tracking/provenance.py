@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a run was made of: code versions and datasets, as MLflow records them."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""TODO."""
+"""MLflow's model registry: finding and fetching generators."""
 
 import json
 import os

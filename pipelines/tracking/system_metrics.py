@@ -1,4 +1,4 @@
-"""TODO."""
+"""Use of a machine's CPU, memory, disk, network and GPUs, logged to an MLflow run."""
 
 import logging
 from typing import TypeVar

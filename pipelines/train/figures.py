@@ -1,4 +1,4 @@
-"""TODO."""
+"""Figures that training logs: sums over an interval of steps, and rates."""
 
 import resource
 import time

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from meanflow_core.config import TrainingConfig
+from pipelines.cluster import Device
 from pipelines.latents.manifest import Manifest
 
 # What may change on the way without making it another experiment: how long it is, what is shown, how it is computed.
@@ -64,8 +65,8 @@ class TrainJob:
     out wherever workers are placed."""
     deterministic: bool = False
     """On GPUs, compute so that the same step gives the same bits, as CPUs do anyway; slower."""
-    use_gpu: bool | None = None
-    """Train on GPUs; unless said, where the cluster has some, and a resumed run as it began."""
+    device: Device = "auto"
+    """Device to train on. auto: GPUs if the cluster has any; a resumed run keeps its device."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
     """Folder on each node's own disk for its memory-mapped copy of the latents; "none" maps mounted storage itself."""
     mirror: bool = True

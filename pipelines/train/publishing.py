@@ -1,4 +1,4 @@
-"""TODO."""
+"""Writing and registering the generators of a finished training."""
 
 from pathlib import Path
 

@@ -100,7 +100,7 @@ def begin_or_resume_run(
         "preset": preset,
         "num_steps": job.config.num_steps,
         "init_sha256": init_sha256,
-        "use_gpu": job.use_gpu,
+        "device": job.device,
         "mlflow_run_id": run.run_id,
         "tracking_uri": tracking_uri,
         "code": code,

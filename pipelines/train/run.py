@@ -125,9 +125,9 @@ def train(preset: str, job: TrainJob) -> None:
     if begun is None:
         job, initial = warmed(job, manifest)
     start_ray(needed_cpus=job.num_workers)
-    wanted = begun.get("use_gpu") if begun is not None and job.use_gpu is None else job.use_gpu
-    use_gpu = choose_gpus(wanted, job.min_workers or job.num_workers)
-    job = replace(job, use_gpu=use_gpu)
+    device = begun["device"] if begun is not None and job.device == "auto" else job.device
+    use_gpu = choose_gpus(device, job.min_workers or job.num_workers)
+    job = replace(job, device="gpu" if use_gpu else "cpu")
     tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
     filesystem, run_path = storage.open_storage(job.run_location)
     request = stopping.claim_run(job.run_location)
@@ -192,7 +192,8 @@ def _fit(
     validates: bool,
 ) -> Result:
     """Runs the workers to their end. Raises RunError where they failed too often, InputError where input was at fault."""
-    assert job.use_gpu is not None
+    assert job.device != "auto"
+    use_gpu = job.device == "gpu"
     filesystem, root = storage.open_storage(job.storage)
     task = WorkerTask(
         job=job,
@@ -209,7 +210,7 @@ def _fit(
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
             num_workers=job.num_workers if job.min_workers is None else (job.min_workers, job.num_workers),
-            use_gpu=job.use_gpu,
+            use_gpu=use_gpu,
             elastic_resize_monitor_interval_s=job.resize_interval_seconds,
         ),
         run_config=RunConfig(
@@ -221,9 +222,7 @@ def _fit(
             callbacks=[checkpoints.SpareRecord(job.run_location)],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-        validation_config=validation.config(job, run.tracking_uri, run.run_id, use_gpu=job.use_gpu)
-        if validates
-        else None,
+        validation_config=validation.config(job, run.tracking_uri, run.run_id, use_gpu=use_gpu) if validates else None,
     )
     try:
         with stopping.stop_on_sigterm(request):

@@ -103,8 +103,8 @@ def test_entrypoints_are_understood_by_the_stages_own_parsers():
     assert train.vae == encode.vae
     assert evaluate.model == f"models:/meanflow-{preset}@champion"
     # A cluster that scales from nothing has no GPUs when the driver asks, and the stages would go to CPUs.
-    assert (encode.use_gpu, train.use_gpu, evaluate.use_gpu) == (True, True, True)
-    assert encode.num_encoders
+    assert {encode.device, train.device, evaluate.device} == {"gpu"}
+    assert encode.num_workers
     assert evaluate.num_workers
     # A submitted job works in a folder that goes with it.
     assert evaluate.output.is_absolute()

@@ -392,7 +392,7 @@ def test_entrypoints_are_understood_by_the_real_parsers_and_fit_each_other(overl
     assert module == "pipelines.evaluate"
     evaluate = tyro.cli(EvaluateJob, args=words)
 
-    assert (encode.use_gpu, train.use_gpu, evaluate.use_gpu) == (True, True, True)
+    assert {encode.device, train.device, evaluate.device} == {"gpu"}
     assert train.data == encode.output
     assert evaluate.train_images == encode.images
     served = yaml.safe_load(one(overlay, "RayService", "endpoint").spec.serve_config_v2)["applications"][0]["args"][

@@ -19,7 +19,7 @@ from tests.support.latents import assert_same, encode_drawn, read_shards
 from tests.support.readme import REPOSITORY
 
 NUM_IMAGES, ROWS_PER_SHARD = 2000, 32
-OPTIONS = ["--image-size", "64", "--rows-per-shard", str(ROWS_PER_SHARD), "--num-encoders", "2"]
+OPTIONS = ["--image-size", "64", "--rows-per-shard", str(ROWS_PER_SHARD), "--num-workers", "2"]
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak]
 

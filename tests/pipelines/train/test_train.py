@@ -313,12 +313,10 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, monkeypatc
 
 
 def test_record_and_mlflow_say_what_was_begun_and_that_it_goes_on(tmp_path):
-    _, job = parse_arguments(
-        ["debug", "--data", "d", "--storage", str(tmp_path), "--run-name", "r", "--use-gpu", "False"]
-    )
+    _, job = parse_arguments(["debug", "--data", "d", "--storage", str(tmp_path), "--run-name", "r", "--device", "cpu"])
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run, record = begin_or_resume_run(job, "debug", manifest(5), uri, None, "abc")
-    told = {"preset": "debug", "num_steps": 30, "init_sha256": "abc", "use_gpu": False, "tracking_uri": uri}
+    told = {"preset": "debug", "num_steps": 30, "init_sha256": "abc", "device": "cpu", "tracking_uri": uri}
     assert told.items() <= record.items()
     assert record["mlflow_run_id"] == run.run_id
     assert read_record(job) == json.loads(json.dumps(record))
@@ -396,7 +394,7 @@ def test_generator_that_is_half_published_cannot_be_opened(tmp_path, job_here):
 def test_generator_of_a_step_is_made_of_the_first_average_and_registered_once(job_here, tmp_path, vae):
     vae.save_pretrained(tmp_path / "latents/vae")
     job, *_ = train_run.prepared(
-        replace(job_here, config=replace(job_here.config, ema_decays=(0.9, 0.5)), use_gpu=False)
+        replace(job_here, config=replace(job_here.config, ema_decays=(0.9, 0.5)), device="cpu")
     )
     state = build_train_state(job.config, sample_size=8, in_channels=4, num_classes=2, device=torch.device("cpu"))
     perturbed(state.ema_network)

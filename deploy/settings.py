@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import limits
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from deploy.api.schema import MAX_TIMES
-
+# Most steps that any endpoint accepts, whatever its `max_steps`.
+MAX_STEPS = 1000
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -61,7 +61,7 @@ class Arguments(BaseModel):
     """What is not done by then gets 504, and leaves the queue."""
     max_images: int = Field(default=64, ge=1)
     """Most images that one request may ask for."""
-    max_steps: int = Field(default=128, ge=1, le=MAX_TIMES)
+    max_steps: int = Field(default=128, ge=1, le=MAX_STEPS)
     """Most steps that one request may ask for."""
     auth: Literal["keys", "none"] | None = None
     """"none": open to everybody who reaches it. Unless said, an endpoint without keys only starts on loopback."""

@@ -6,10 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.api.encoding import ImageFormat
 from deploy.messages import ModelCard
+from deploy.settings import MAX_STEPS
 
 # Seeds of one request run from `seed` upwards and stay below 2^63.
 MAX_SEED = 2**62
-MAX_TIMES = 1000
 
 
 class Strict(BaseModel):
@@ -29,11 +29,11 @@ class Sampling(Strict):
     seed_end: Seed | None = Field(
         default=None, description="Image i lies i / (n - 1) of the way from `seed` to this one; at least 2 images."
     )
-    num_inference_steps: int = Field(default=1, ge=1, le=MAX_TIMES, description="Network calls per image.")
+    num_inference_steps: int = Field(default=1, ge=1, le=MAX_STEPS, description="Network calls per image.")
     timesteps: list[Time] | None = Field(
         default=None,
         min_length=2,
-        max_length=MAX_TIMES + 1,
+        max_length=MAX_STEPS + 1,
         description="Times from 1.0 down to 0.0 in place of equal steps; one call for each but the last.",
     )
     guidance_scale: float | None = Field(

@@ -94,17 +94,18 @@ class GuidanceConfig:
     """Weight of the conditional sample velocity v_t; 1 with kappa 0 is no guidance."""
     kappa: float = 0.0
     """Weight of the network's own conditional velocity; below 1."""
-    t_start: float = 0.0
+    guidance_interval_start: float = 0.0
     """Rows with t below this are not guided."""
-    t_end: float = 1.0
+    guidance_interval_end: float = 1.0
     """Rows with t above this are not guided."""
 
     def __post_init__(self) -> None:
         _require(0.0 < self.omega < math.inf, f"guidance.omega must be above 0, but got {self.omega}")
         _require(0.0 <= self.kappa < 1.0, f"guidance.kappa must lie in [0, 1), but got {self.kappa}")
         _require(
-            0.0 <= self.t_start <= self.t_end <= 1.0,
-            f"guidance needs 0 <= t_start <= t_end <= 1, but got {self.t_start} and {self.t_end}",
+            0.0 <= self.guidance_interval_start <= self.guidance_interval_end <= 1.0,
+            f"guidance needs 0 <= guidance_interval_start <= guidance_interval_end <= 1, "
+            f"but got {self.guidance_interval_start} and {self.guidance_interval_end}",
         )
 
     @property
@@ -127,7 +128,8 @@ class GuidanceSamplingConfig:
     omega_power: float = 1.0
     """beta of its density, proportional to omega^-beta."""
     interval_split: float = 0.5
-    """t_min is uniform in [0, interval_split], t_max in [interval_split, 1]; rows with r = t have [0, 1]."""
+    """The guidance interval starts uniformly in [0, interval_split] and ends uniformly in [interval_split, 1]; rows with
+    r = t have [0, 1]."""
 
     def __post_init__(self) -> None:
         _require(self.omega_max > 1.0, f"guidance_sampling.omega_max must be above 1, but got {self.omega_max}")
@@ -235,10 +237,10 @@ class SamplingConfig:
 
     guidance_scale: float = 1.0
     """omega, at least 1; 1 is no guidance."""
-    guidance_start: float = 0.0
-    """t_min of the guidance interval."""
-    guidance_end: float = 1.0
-    """t_max of the guidance interval."""
+    guidance_interval_start: float = 0.0
+    """guidance_interval_start of the guidance interval."""
+    guidance_interval_end: float = 1.0
+    """guidance_interval_end of the guidance interval."""
 
     def __post_init__(self) -> None:
         _require(
@@ -246,9 +248,9 @@ class SamplingConfig:
             f"sampling.guidance_scale must be at least 1, but got {self.guidance_scale}",
         )
         _require(
-            0.0 <= self.guidance_start <= self.guidance_end <= 1.0,
-            f"sampling needs 0 <= guidance_start <= guidance_end <= 1, "
-            f"but got {self.guidance_start} and {self.guidance_end}",
+            0.0 <= self.guidance_interval_start <= self.guidance_interval_end <= 1.0,
+            f"sampling needs 0 <= guidance_interval_start <= guidance_interval_end <= 1, "
+            f"but got {self.guidance_interval_start} and {self.guidance_interval_end}",
         )
 
 

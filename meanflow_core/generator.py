@@ -45,8 +45,8 @@ def build_pipeline(
         wnids={str(label): wnid for label, wnid in enumerate(wnids)},
         prediction="velocity" if is_flow_matching else "average_velocity",
         guidance_scale=sampling.guidance_scale,
-        guidance_start=sampling.guidance_start,
-        guidance_end=sampling.guidance_end,
+        guidance_interval_start=sampling.guidance_interval_start,
+        guidance_interval_end=sampling.guidance_interval_end,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -124,7 +124,7 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
     for name in ("vae", "scheduler"):
         if not (folder / name).is_dir():
             raise ValueError(f"no {name}/ in {folder}; a generator is a folder that save_pretrained wrote whole")
-    known = ("id2label", "wnids", "prediction", "guidance_scale", "guidance_start", "guidance_end")
+    known = ("id2label", "wnids", "prediction", "guidance_scale", "guidance_interval_start", "guidance_interval_end")
     pipeline = MeanFlowPipeline(
         load_network(folder / "transformer"),
         load_autoencoder(str(folder / "vae")),

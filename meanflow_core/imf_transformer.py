@@ -1,7 +1,7 @@
 """The network of improved MeanFlow (Geng et al. 2025, arXiv 2512.02012): u and v from a shared trunk with two heads.
 
 What the network is told enters as tokens before the image's, without adaLN and without t itself: the class, the
-guidance scale omega and its interval [t_min, t_max], and h = t - r. The v head is there for training alone.
+guidance scale omega, the start and the end of its interval, and h = t - r. The v head is there for training alone.
 Parameter names are the authors', without the names of their wrapper modules.
 
     # B batch, b rows with a tangent, C channels, H W latent size, N tokens, D width
@@ -155,7 +155,7 @@ class LinearHead(nn.Module):
 
 
 class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
-    """u(z_t, r, t | label, omega, t_min, t_max), and v beside it while training.
+    """u(z_t, r, t | label, omega, guidance_interval_start, guidance_interval_end), and v beside it while training.
 
     aux_head_depth: blocks of each head; the trunk has depth - aux_head_depth. has_velocity_head: False for a network
     that only samples. Raises ValueError where sizes do not fit.
@@ -239,7 +239,7 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         tangent: torch.Tensor | None = None,
         velocity_only: bool = False,
     ) -> NetworkOutput:
-        """z: float (B, C, H, W), the noisy latent z_t; the conditioning with omega, t_min and t_max.
+        """z: float (B, C, H, W), the noisy latent z_t; the conditioning with omega and its interval.
 
         tangent: (b, C, H, W), b <= B: asks for du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
         velocity_only: runs the v head and not the u head.
@@ -260,11 +260,20 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         return NetworkOutput(u=u.value, v=v, dudt=u.tangent)
 
     def _sequence(self, z: Dual, conditioning: Conditioning) -> Dual:
-        omega, t_min, t_max = conditioning.omega, conditioning.t_min, conditioning.t_max
-        if omega is None or t_min is None or t_max is None:
-            given = [name for name in ("omega", "t_min", "t_max") if getattr(conditioning, name) is not None]
+        omega, guidance_interval_start, guidance_interval_end = (
+            conditioning.omega,
+            conditioning.guidance_interval_start,
+            conditioning.guidance_interval_end,
+        )
+        if omega is None or guidance_interval_start is None or guidance_interval_end is None:
+            given = [
+                name
+                for name in ("omega", "guidance_interval_start", "guidance_interval_end")
+                if getattr(conditioning, name) is not None
+            ]
             raise ValueError(
-                f"this network's conditioning needs omega, t_min and t_max, but got {' and '.join(given) or 'none'}"
+                f"this network's conditioning needs omega, guidance_interval_start and guidance_interval_end, "
+                f"but got {' and '.join(given) or 'none'}"
             )
         ones = None if z.tangent is None else torch.ones_like(conditioning.t[: len(z.tangent)])
         h = self.h_embedder(Dual(conditioning.t - conditioning.r, ones))  # (B, D)
@@ -272,8 +281,8 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         groups = [
             (self.class_tokens, self.y_embedder(conditioning.labels)),
             (self.omega_tokens, self.omega_embedder(Dual(1.0 - 1.0 / omega)).value),
-            (self.t_min_tokens, self.cfg_t_start_embedder(Dual(t_min)).value),
-            (self.t_max_tokens, self.cfg_t_end_embedder(Dual(t_max)).value),
+            (self.t_min_tokens, self.cfg_t_start_embedder(Dual(guidance_interval_start)).value),
+            (self.t_max_tokens, self.cfg_t_end_embedder(Dual(guidance_interval_end)).value),
             (self.time_tokens, h.value),
         ]
         tokens = [table + embedding.unsqueeze(1) for table, embedding in groups]

@@ -69,9 +69,9 @@ class StepRecord:
     """(B,) bool: take the moments of the mirror image."""
     omega: torch.Tensor | None = None
     """(B,) float32, at least 1: improved MeanFlow's guidance scale."""
-    t_min: torch.Tensor | None = None
+    guidance_interval_start: torch.Tensor | None = None
     """(B,) float32: where its interval begins."""
-    t_max: torch.Tensor | None = None
+    guidance_interval_end: torch.Tensor | None = None
     """(B,) float32: where it ends."""
 
     weight_sample: torch.Tensor
@@ -103,16 +103,23 @@ class StepRecord:
         posterior_noise: torch.Tensor | None = None,
         mirrored: torch.Tensor | None = None,
         omega: torch.Tensor | None = None,
-        t_min: torch.Tensor | None = None,
-        t_max: torch.Tensor | None = None,
+        guidance_interval_start: torch.Tensor | None = None,
+        guidance_interval_end: torch.Tensor | None = None,
     ) -> "StepRecord":
         """Checks given draws and derives the rest; any placement of r < t and of dropped labels is fine.
 
         Call it where the values are on the CPU: it reads them. Without posterior noise and mirroring these are zero.
-        omega, t_min and t_max are improved MeanFlow's. Raises ValueError for times outside [0, 1], r > t, omega below
-        1, an interval that is none, non-finite values, or shapes that do not fit.
+        omega and its interval are improved MeanFlow's. Raises ValueError for times outside [0, 1], r > t, omega below 1,
+        an interval outside [0, 1] or reversed, non-finite values, or shapes that do not fit.
         """
-        vectors = {"t": t, "r": r, "label_dropped": label_dropped, "omega": omega, "t_min": t_min, "t_max": t_max}
+        vectors = {
+            "t": t,
+            "r": r,
+            "label_dropped": label_dropped,
+            "omega": omega,
+            "guidance_interval_start": guidance_interval_start,
+            "guidance_interval_end": guidance_interval_end,
+        }
         vectors["mirrored"] = mirrored
         shapes = {name: tuple(value.shape) for name, value in vectors.items() if value is not None}
         if t.dim() != 1 or set(shapes.values()) != {tuple(t.shape)} or noise.dim() != 4 or len(noise) != len(t):
@@ -135,28 +142,40 @@ class StepRecord:
 
         below = r < t
         if config.objective == "improved_meanflow":
-            if omega is None or t_min is None or t_max is None:
-                given = [name for name in ("omega", "t_min", "t_max") if vectors[name] is not None]
+            if omega is None or guidance_interval_start is None or guidance_interval_end is None:
+                given = [
+                    name
+                    for name in ("omega", "guidance_interval_start", "guidance_interval_end")
+                    if vectors[name] is not None
+                ]
                 raise ValueError(
-                    f"improved_meanflow needs omega, t_min and t_max of every row, but got {' and '.join(given) or 'none'}"
+                    f"improved_meanflow needs omega, guidance_interval_start and guidance_interval_end of every row, "
+                    f"but got {' and '.join(given) or 'none'}"
                 )
-            fits = (omega >= 1) & torch.isfinite(omega) & (t_min >= 0) & (t_min <= t_max) & (t_max <= 1)
+            fits = (
+                (omega >= 1)
+                & torch.isfinite(omega)
+                & (guidance_interval_start >= 0)
+                & (guidance_interval_start <= guidance_interval_end)
+                & (guidance_interval_end <= 1)
+            )
             if not bool(fits.all()):
                 row = int(fits.int().argmin())
                 raise ValueError(
-                    f"guidance must satisfy omega >= 1 and 0 <= t_min <= t_max <= 1 in every row, but row {row} has "
-                    f"omega = {omega[row]:g}, t_min = {t_min[row]:g}, t_max = {t_max[row]:g}"
+                    "guidance must satisfy omega >= 1 and 0 <= guidance_interval_start <= guidance_interval_end <= 1 "
+                    f"in every row, but row {row} has omega = {omega[row]:g} and "
+                    f"[{guidance_interval_start[row]:g}, {guidance_interval_end[row]:g}]"
                 )
-            guided = (t >= t_min) & (t <= t_max) & ~label_dropped
+            guided = (t >= guidance_interval_start) & (t <= guidance_interval_end) & ~label_dropped
             sample = torch.ones_like(t)
             conditional = torch.where(guided, 1.0 - 1.0 / omega, 0.0)
             null = -conditional
             # The graded pass gives the conditional velocity where it runs with what that is defined with.
-            known = ~below & (t_min == 0.0) & (t_max == 1.0)
+            known = ~below & (guidance_interval_start == 0.0) & (guidance_interval_end == 1.0)
         else:
-            omega = t_min = t_max = None
+            omega = guidance_interval_start = guidance_interval_end = None
             guidance = config.guidance
-            guided = (t >= guidance.t_start) & (t <= guidance.t_end) & ~label_dropped
+            guided = (t >= guidance.guidance_interval_start) & (t <= guidance.guidance_interval_end) & ~label_dropped
             sample = torch.where(guided, guidance.omega, torch.ones_like(t))
             conditional = torch.where(guided, guidance.kappa, torch.zeros_like(t))
             null = _without_rounding(1.0 - guidance.omega - guidance.kappa) * guided.to(t.dtype)
@@ -172,8 +191,8 @@ class StepRecord:
             label_dropped=label_dropped,
             mirrored=torch.zeros_like(label_dropped) if mirrored is None else mirrored,
             omega=omega,
-            t_min=t_min,
-            t_max=t_max,
+            guidance_interval_start=guidance_interval_start,
+            guidance_interval_end=guidance_interval_end,
             weight_sample=sample,
             weight_conditional=conditional,
             weight_null=null,
@@ -186,7 +205,17 @@ class StepRecord:
 
     def rows(self, start: int, stop: int, config: LossConfig) -> "StepRecord":
         """The record of rows start..stop-1 alone: a worker's or a micro-batch's share of the step."""
-        draws = ("t", "r", "noise", "posterior_noise", "label_dropped", "mirrored", "omega", "t_min", "t_max")
+        draws = (
+            "t",
+            "r",
+            "noise",
+            "posterior_noise",
+            "label_dropped",
+            "mirrored",
+            "omega",
+            "guidance_interval_start",
+            "guidance_interval_end",
+        )
         given = {name: getattr(self, name) for name in draws}
         share = {name: value[start:stop] for name, value in given.items() if value is not None}
         return StepRecord.from_draws(**share, config=config)
@@ -238,10 +267,12 @@ def draw_step_record(
     mirrored = torch.rand(num_rows, generator=generator) < 0.5
     noise = torch.randn(num_rows, *latent_shape, generator=generator)
     posterior_noise = torch.randn(num_rows, *latent_shape, generator=generator)
-    omega = t_min = t_max = None
+    omega = guidance_interval_start = guidance_interval_end = None
     if config.objective == "improved_meanflow":
         omega = draw_omega(num_rows, config.guidance_sampling, generator)
-        t_min, t_max = draw_guidance_interval(below, config.guidance_sampling, generator)
+        guidance_interval_start, guidance_interval_end = draw_guidance_interval(
+            below, config.guidance_sampling, generator
+        )
     return StepRecord.from_draws(
         t=t,
         r=r,
@@ -250,8 +281,8 @@ def draw_step_record(
         label_dropped=label_dropped,
         mirrored=mirrored,
         omega=omega,
-        t_min=t_min,
-        t_max=t_max,
+        guidance_interval_start=guidance_interval_start,
+        guidance_interval_end=guidance_interval_end,
         config=config,
     )
 
@@ -296,10 +327,14 @@ def _asked_velocities(
     is_conditional = torch.arange(len(rows), device=rows.device) < num_conditional
     t, ones = record.t[rows], torch.ones_like(record.t[rows])
     guidance: dict[str, torch.Tensor] = {}
-    if record.omega is not None and record.t_min is not None and record.t_max is not None:
-        inside = (record.t >= record.t_min) & (record.t <= record.t_max)
+    if (
+        record.omega is not None
+        and record.guidance_interval_start is not None
+        and record.guidance_interval_end is not None
+    ):
+        inside = (record.t >= record.guidance_interval_start) & (record.t <= record.guidance_interval_end)
         omega = torch.where(inside[rows] & is_conditional, record.omega[rows], ones)
-        guidance = {"omega": omega, "t_min": torch.zeros_like(ones), "t_max": ones}
+        guidance = {"omega": omega, "guidance_interval_start": torch.zeros_like(ones), "guidance_interval_end": ones}
     asked_labels = torch.where(is_conditional, labels[rows], null_label)
     conditioning = Conditioning(t=t, r=t, labels=asked_labels, **guidance)
     answers = network(z[rows], conditioning, velocity_only=True).velocity.to(z.dtype)
@@ -382,8 +417,8 @@ def meanflow_loss(
         r=r,
         labels=torch.where(record.label_dropped, null_label, labels),
         omega=record.omega,
-        t_min=record.t_min,
-        t_max=record.t_max,
+        guidance_interval_start=record.guidance_interval_start,
+        guidance_interval_end=record.guidance_interval_end,
     )
 
     with torch.no_grad():

@@ -92,8 +92,8 @@ class MeanFlowPipeline(DiffusionPipeline):
     id2label: {class id: name}, the id as a string because JSON has no other keys; a name may list synonyms, separated
     by commas, and each of them finds the class. wnids: {class id: WordNet id}, likewise, where there are any.
     prediction: "average_velocity" of MeanFlow, or "velocity" of flow matching, which is integrated by Euler's or Heun's
-    method. guidance_scale, guidance_start, guidance_end: how to sample unless asked otherwise, for a network that is told
-    its guidance, and for flow matching. format_version: of the folder that it was opened from; it is written in this
+    method. guidance_scale, guidance_interval_start, guidance_interval_end: the defaults for sampling, for a network
+    with guidance inputs and for flow matching. format_version: of the folder that it was opened from; it is written in this
     release's.
 
     Raises ValueError for a folder that a later release wrote.
@@ -110,8 +110,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         wnids: dict[str, str] | None = None,
         prediction: str = "average_velocity",
         guidance_scale: float = 1.0,
-        guidance_start: float = 0.0,
-        guidance_end: float = 1.0,
+        guidance_interval_start: float = 0.0,
+        guidance_interval_end: float = 1.0,
         format_version: int = FORMAT_VERSION,
     ) -> None:
         super().__init__()
@@ -124,8 +124,8 @@ class MeanFlowPipeline(DiffusionPipeline):
             wnids=dict(wnids or {}),
             prediction=prediction,
             guidance_scale=guidance_scale,
-            guidance_start=guidance_start,
-            guidance_end=guidance_end,
+            guidance_interval_start=guidance_interval_start,
+            guidance_interval_end=guidance_interval_end,
             format_version=FORMAT_VERSION,
         )
 
@@ -191,7 +191,10 @@ class MeanFlowPipeline(DiffusionPipeline):
     def _guidance(
         self, num_rows: int, scale: Scales | None, interval: Intervals | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """omega, t_min and t_max, float32 (B,). Raises ValueError where they do not fit."""
+        """The guidance scales, and the starts and the ends of the intervals, each float32 (B,).
+
+        Raises ValueError for invalid guidance.
+        """
         scales = torch.as_tensor(
             self.config.guidance_scale if scale is None else scale, dtype=torch.float32, device="cpu"
         )
@@ -204,18 +207,18 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale must be one number, or one per image, {num_rows}, but got {scale}")
         if not bool((torch.isfinite(scales) & (scales >= 1.0)).all()):
             raise ValueError(f"guidance_scale must be at least 1 (no guidance), but got {scales.tolist()}")
-        own = (self.config.guidance_start, self.config.guidance_end)
+        own = (self.config.guidance_interval_start, self.config.guidance_interval_end)
         intervals = torch.as_tensor(own if interval is None else interval, dtype=torch.float32, device="cpu")
         if intervals.shape not in ((2,), (num_rows, 2)):
             raise ValueError(
                 f"guidance_interval must be (start, end), or one per image, {num_rows}, but got {interval}"
             )
-        t_min, t_max = intervals.expand(num_rows, 2).clone().unbind(dim=1)
-        if not bool(((t_min >= 0.0) & (t_min <= t_max) & (t_max <= 1.0)).all()):
+        starts, ends = intervals.expand(num_rows, 2).clone().unbind(dim=1)
+        if not bool(((starts >= 0.0) & (starts <= ends) & (ends <= 1.0)).all()):
             raise ValueError(
                 f"guidance_interval must be (start, end), 0 <= start <= end <= 1, but got {interval or own}"
             )
-        return scales.expand(num_rows).clone(), t_min, t_max
+        return scales.expand(num_rows).clone(), starts, ends
 
     @torch.no_grad()
     def sample_latents(
@@ -247,9 +250,9 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"solver {solver} integrates a velocity, but this generator gives average velocities")
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
-        omega, t_min, t_max = self._guidance(len(labels), guidance_scale, guidance_interval)
+        guidance = self._guidance(len(labels), guidance_scale, guidance_interval)
         make_answer = self._velocity if learns_velocity else self._average_velocity
-        answer = make_answer(labels, omega.to(device), t_min.to(device), t_max.to(device))
+        answer = make_answer(labels, *(values.to(device) for values in guidance))
 
         z = noise.to(device, torch.float32)
         self.scheduler.set_timesteps(sigmas=times[:-1])
@@ -262,32 +265,32 @@ class MeanFlowPipeline(DiffusionPipeline):
         return z
 
     def _average_velocity(
-        self, labels: torch.Tensor, omega: torch.Tensor, t_min: torch.Tensor, t_max: torch.Tensor
+        self, labels: torch.Tensor, scales: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
     ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
         """u(z, t, r) of these images, float32 (B, C, H, W)."""
 
         def answer(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
             conditioning = Conditioning(
-                t=torch.full_like(omega, t),
-                r=torch.full_like(omega, r),
+                t=torch.full_like(scales, t),
+                r=torch.full_like(scales, r),
                 labels=labels,
-                omega=omega,
-                t_min=t_min,
-                t_max=t_max,
+                omega=scales,
+                guidance_interval_start=starts,
+                guidance_interval_end=ends,
             )
             return self.transformer(z.to(self.transformer.dtype), conditioning).u.float()
 
         return answer
 
     def _velocity(
-        self, labels: torch.Tensor, omega: torch.Tensor, t_min: torch.Tensor, t_max: torch.Tensor
+        self, labels: torch.Tensor, scales: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
     ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
         """v(z, t) of these images, each by classifier-free guidance inside its interval, float32 (B, C, H, W)."""
         null = torch.full_like(labels, self.transformer.config.num_classes)
-        scale = omega.view(-1, 1, 1, 1)
+        scale = scales.view(-1, 1, 1, 1)
 
         def answer(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
-            guided_rows = (omega != 1.0) & (t_min <= t) & (t <= t_max)
+            guided_rows = (scales != 1.0) & (starts <= t) & (t <= ends)
             is_guided = bool(guided_rows.any())
             asked = torch.cat([labels, null]) if is_guided else labels
             time = torch.full((len(asked),), t, device=z.device)

@@ -114,12 +114,12 @@ def m2() -> TrainingConfig:
 
 def l2() -> TrainingConfig:
     """MeanFlow-L/2, 240 epochs: 459 M parameters, 80.9 GFLOPs; FID 3.84."""
-    return _meanflow("L", 2, epochs=240, guidance=GuidanceConfig(omega=0.2, kappa=0.92, t_end=0.8))
+    return _meanflow("L", 2, epochs=240, guidance=GuidanceConfig(omega=0.2, kappa=0.92, guidance_interval_end=0.8))
 
 
 def xl2() -> TrainingConfig:
     """MeanFlow-XL/2, 240 epochs: 676 M parameters, 119.0 GFLOPs; FID 3.43, with two calls 2.93."""
-    return _meanflow("XL", 2, epochs=240, guidance=GuidanceConfig(omega=0.2, kappa=0.92, t_end=0.75))
+    return _meanflow("XL", 2, epochs=240, guidance=GuidanceConfig(omega=0.2, kappa=0.92, guidance_interval_end=0.75))
 
 
 def xl2_own() -> TrainingConfig:
@@ -129,7 +129,12 @@ def xl2_own() -> TrainingConfig:
 
 def xl2_plus() -> TrainingConfig:
     """MeanFlow-XL/2+, 1000 epochs: with two calls FID 2.20. Its guidance is known from one transcription alone."""
-    return _meanflow("XL", 2, epochs=1000, guidance=GuidanceConfig(omega=1.0, kappa=0.5, t_start=0.3, t_end=0.8))
+    return _meanflow(
+        "XL",
+        2,
+        epochs=1000,
+        guidance=GuidanceConfig(omega=1.0, kappa=0.5, guidance_interval_start=0.3, guidance_interval_end=0.8),
+    )
 
 
 def xl2_512() -> TrainingConfig:
@@ -170,7 +175,7 @@ def _improved(size: str, sampling: SamplingConfig) -> TrainingConfig:
 
 def imf_b2() -> TrainingConfig:
     """iMF-B/2, 640 epochs: 89 M parameters (146 M in training), 24.9 GFLOPs; FID 3.39 at omega 8 in [0.40, 0.65]."""
-    return _improved("B", SamplingConfig(guidance_scale=8.0, guidance_start=0.40, guidance_end=0.65))
+    return _improved("B", SamplingConfig(guidance_scale=8.0, guidance_interval_start=0.40, guidance_interval_end=0.65))
 
 
 def imf_b2_240() -> TrainingConfig:
@@ -185,12 +190,12 @@ def imf_b2_240() -> TrainingConfig:
 
 def imf_m2() -> TrainingConfig:
     """iMF-M/2, 640 epochs: 174 M parameters (231 M in training); FID 2.27 at omega 10.5 in [0.40, 0.60]."""
-    return _improved("M", SamplingConfig(guidance_scale=10.5, guidance_start=0.40, guidance_end=0.60))
+    return _improved("M", SamplingConfig(guidance_scale=10.5, guidance_interval_start=0.40, guidance_interval_end=0.60))
 
 
 def imf_l2() -> TrainingConfig:
     """iMF-L/2, 640 epochs: 409 M parameters (510 M in training), 116.4 GFLOPs; FID 1.86 at omega 10.5 in [0.40, 0.60]."""
-    return _improved("L", SamplingConfig(guidance_scale=10.5, guidance_start=0.40, guidance_end=0.60))
+    return _improved("L", SamplingConfig(guidance_scale=10.5, guidance_interval_start=0.40, guidance_interval_end=0.60))
 
 
 def imf_xl2() -> TrainingConfig:
@@ -198,7 +203,7 @@ def imf_xl2() -> TrainingConfig:
 
     With two calls 1.54, at omega 4 in [0.36, 0.64].
     """
-    return _improved("XL", SamplingConfig(guidance_scale=8.0, guidance_start=0.42, guidance_end=0.62))
+    return _improved("XL", SamplingConfig(guidance_scale=8.0, guidance_interval_start=0.42, guidance_interval_end=0.62))
 
 
 def demo() -> TrainingConfig:
@@ -246,7 +251,7 @@ def debug_imf() -> TrainingConfig:
             aux_head_depth=1,
         ),
         loss=imf_b2().loss,
-        sampling=SamplingConfig(guidance_scale=4.0, guidance_start=0.2, guidance_end=0.8),
+        sampling=SamplingConfig(guidance_scale=4.0, guidance_interval_start=0.2, guidance_interval_end=0.8),
     )
 
 

@@ -48,11 +48,12 @@ def draw_omega(num_rows: int, config: GuidanceSamplingConfig, generator: torch.G
 def draw_guidance_interval(
     below: torch.Tensor, config: GuidanceSamplingConfig, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws t_min and t_max, float32 (B,), uniform on either side of the split; [0, 1] on rows with r = t.
+    """Draws the start and the end of each guidance interval, float32 (B,): uniform on either side of the split; [0, 1] on
+    rows with r = t.
 
     below: (B,) bool, the rows with r < t.
     """
     start, end = torch.rand(2, len(below), generator=generator)
-    t_min = torch.where(below, start * config.interval_split, 0.0)
-    t_max = torch.where(below, config.interval_split + end * (1.0 - config.interval_split), 1.0)
-    return t_min, t_max
+    start = torch.where(below, start * config.interval_split, 0.0)
+    end = torch.where(below, config.interval_split + end * (1.0 - config.interval_split), 1.0)
+    return start, end

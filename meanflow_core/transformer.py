@@ -38,10 +38,10 @@ class Conditioning:
     """(B,) int64: class ids; num_classes is the null class."""
     omega: torch.Tensor | None = None
     """(B,) float, at least 1: the guidance scale, for a network that is told it (improved MeanFlow)."""
-    t_min: torch.Tensor | None = None
+    guidance_interval_start: torch.Tensor | None = None
     """(B,) float, in [0, 1]: where its guidance interval begins."""
-    t_max: torch.Tensor | None = None
-    """(B,) float, in [t_min, 1]: where it ends."""
+    guidance_interval_end: torch.Tensor | None = None
+    """(B,) float, in [guidance_interval_start, 1]: where it ends."""
 
     def rows(self, index: torch.Tensor) -> "Conditioning":
         """The conditioning of some rows, int64 (b,)."""
@@ -92,8 +92,8 @@ def check_network_input(
         conditioning.r,
         conditioning.labels,
         conditioning.omega,
-        conditioning.t_min,
-        conditioning.t_max,
+        conditioning.guidance_interval_start,
+        conditioning.guidance_interval_end,
     )
     lengths = [len(values) for values in told if values is not None]
     if any(length != len(z) for length in lengths):

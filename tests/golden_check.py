@@ -24,6 +24,11 @@ from meanflow_core.transformer import Conditioning
 GOLDEN_FOLDER = Path(__file__).parent / "data" / "golden"
 BOUND = 1e-4
 FLOOR = 1e-6
+# A file's names of the draws -> StepRecord's.
+DRAWS = {name: name for name in ("t", "r", "noise", "label_dropped", "omega")} | {
+    "t_min": "guidance_interval_start",
+    "t_max": "guidance_interval_end",
+}
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -65,8 +70,8 @@ def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict
         guidance = GuidanceConfig(
             omega=method["omega"],
             kappa=method["kappa"],
-            t_start=method.get("t_start", 0.0),
-            t_end=method.get("t_end", 1.0),
+            guidance_interval_start=method.get("t_start", 0.0),
+            guidance_interval_end=method.get("t_end", 1.0),
         )
     loss = LossConfig(
         objective="improved_meanflow" if is_improved else "meanflow",
@@ -92,9 +97,9 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     network.load_state_dict(parameters(golden, "param:", is_improved))
 
     draws = {
-        key: torch.from_numpy(np.asarray(golden[key]))
-        for key in ("t", "r", "noise", "label_dropped", "omega", "t_min", "t_max")
-        if key in golden
+        ours: torch.from_numpy(np.asarray(golden[theirs]))  # the authors' name
+        for theirs, ours in DRAWS.items()
+        if theirs in golden
     }
     latents, labels = torch.from_numpy(golden["latents"]), torch.from_numpy(golden["labels"]).long()
     record = StepRecord.from_draws(**draws, config=loss_config)
@@ -108,7 +113,9 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     # du/dt over the whole batch, along the tangent that the authors' code used.
     column = draws["t"].view(-1, 1, 1, 1)
     z = (1.0 - column) * latents + column * draws["noise"]
-    guidance = {key: draws[key] for key in ("omega", "t_min", "t_max") if key in draws}
+    guidance = {
+        name: draws[name] for name in ("omega", "guidance_interval_start", "guidance_interval_end") if name in draws
+    }
     conditioning = Conditioning(
         t=draws["t"], r=draws["r"], labels=torch.where(draws["label_dropped"], null_label, labels), **guidance
     )
@@ -137,8 +144,8 @@ def check_sampling(network: AnyNetwork, golden: Mapping[str, np.ndarray]) -> dic
     """The pipeline's own sampler against both samplings."""
     guidance = {}
     if "sample_guidance" in golden:
-        omega, t_min, t_max = (float(value) for value in golden["sample_guidance"])
-        guidance = {"guidance_scale": omega, "guidance_interval": (t_min, t_max)}
+        scale, start, end = (float(value) for value in golden["sample_guidance"])
+        guidance = {"guidance_scale": scale, "guidance_interval": (start, end)}
     pipeline = build_pipeline(network, None, [])  # latents alone
     noise, labels = torch.from_numpy(golden["noise"]), golden["labels"].tolist()
     return {

@@ -176,7 +176,9 @@ class Engine:
         if not self.pipeline.takes_guidance:
             return None, None
         scales = [own.guidance_scale if row.guidance_scale is None else row.guidance_scale for row in rows]
-        return scales, [row.guidance_interval or (own.guidance_start, own.guidance_end) for row in rows]
+        return scales, [
+            row.guidance_interval or (own.guidance_interval_start, own.guidance_interval_end) for row in rows
+        ]
 
     def _noise(self, rows: Sequence[Row]) -> torch.Tensor:
         """Noise (B, C, H, W) of the rows' seeds."""

@@ -92,7 +92,7 @@ def load_model(model: str, arguments: Arguments) -> Loaded:
         num_classes=len(classes),
         takes_guidance=pipeline.takes_guidance,
         guidance_scale=config.guidance_scale,
-        guidance_interval=[config.guidance_start, config.guidance_end],
+        guidance_interval=[config.guidance_interval_start, config.guidance_interval_end],
         has_previews=tiny is not None,
         precision=arguments.precision,
         prediction=config.prediction,

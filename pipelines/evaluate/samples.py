@@ -54,7 +54,7 @@ class Setting:
         scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
         if scale == 1.0:
             return evaluations
-        own = (pipeline.config.guidance_start, pipeline.config.guidance_end)
+        own = (pipeline.config.guidance_interval_start, pipeline.config.guidance_interval_end)
         start, end = self.guidance_interval or own
         times = torch.linspace(1.0, 0.0, self.num_steps + 1, dtype=torch.float64).tolist()
         asked = times[:-1] + (times[1:] if self.solver == "heun" else [])

@@ -106,7 +106,11 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
             network = without_velocity_head(network)
         z = torch.empty(1, in_channels, sample_size, sample_size, device="meta")
         of_row = torch.empty(1, device="meta")
-        guidance = {"omega": of_row, "t_min": of_row, "t_max": of_row} if network.takes_guidance else {}
+        guidance = (
+            {"omega": of_row, "guidance_interval_start": of_row, "guidance_interval_end": of_row}
+            if network.takes_guidance
+            else {}
+        )
         conditioning = Conditioning(t=of_row, r=of_row, labels=of_row.long(), **guidance)
         with torch.no_grad():
             return _count_flops(lambda: network(z, conditioning))
@@ -264,7 +268,11 @@ def _derivative(network: AnyNetwork, record: StepRecord) -> torch.Tensor:
     """du/dt of a record's rows with r < t in a pass of its own, on tensors without data."""
     size = (len(record.rows_below), network.config.in_channels, network.config.sample_size, network.config.sample_size)
     z, of_row = torch.empty(size), torch.empty(size[0])
-    guidance = {} if record.omega is None else {"omega": of_row, "t_min": of_row, "t_max": of_row}
+    guidance = (
+        {}
+        if record.omega is None
+        else {"omega": of_row, "guidance_interval_start": of_row, "guidance_interval_end": of_row}
+    )
     return total_derivative(network, z, Conditioning(t=of_row, r=of_row, labels=of_row.long(), **guidance), z)
 
 

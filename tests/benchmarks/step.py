@@ -115,7 +115,12 @@ def measure_improved_flops(config: TrainingConfig, rows: int) -> dict[str, float
     batch = make_batch(loss, rows, "meta")
     record = batch.record
     conditioning = Conditioning(
-        t=record.t, r=record.r, labels=batch.labels, omega=record.omega, t_min=record.t_min, t_max=record.t_max
+        t=record.t,
+        r=record.r,
+        labels=batch.labels,
+        omega=record.omega,
+        guidance_interval_start=record.guidance_interval_start,
+        guidance_interval_end=record.guidance_interval_end,
     )
     z = batch.latents
     with torch.no_grad():

@@ -119,7 +119,11 @@ def test_compiled_derivative_is_that_of_forward_mode_through_the_plain_network(k
     plain = copy.deepcopy(network)
     compile_blocks(network, backend="aot_eager")
     latents, labels, record = draw_batch(config=config, dtype=torch.float64)
-    told = {"omega": record.omega, "t_min": record.t_min, "t_max": record.t_max}
+    told = {
+        "omega": record.omega,
+        "guidance_interval_start": record.guidance_interval_start,
+        "guidance_interval_end": record.guidance_interval_end,
+    }
 
     def u(z, t, r):
         return plain(z, Conditioning(t=t, r=r, labels=labels, **told)).u

@@ -23,7 +23,10 @@ from meanflow_core.presets import PRESETS, imf_network
         (lambda: NetworkConfig(hidden_size=100, num_heads=3), "multiple of num_heads"),
         (lambda: TimeSamplingConfig(fraction_r_below_t=1.5), r"\[0, 1\], but got 1.5"),
         (lambda: GuidanceConfig(kappa=1.0), r"kappa must lie in \[0, 1\)"),
-        (lambda: GuidanceConfig(t_start=0.8, t_end=0.2), "t_start <= t_end"),
+        (
+            lambda: GuidanceConfig(guidance_interval_start=0.8, guidance_interval_end=0.2),
+            "guidance_interval_start <= guidance_interval_end",
+        ),
         (lambda: LossConfig(norm_eps=0.0), "norm_eps must be above 0"),
         (lambda: TrainingConfig(num_steps=0), "num_steps must be at least 1"),
         (lambda: TrainingConfig(ema_decays=()), "one or more numbers"),
@@ -47,15 +50,15 @@ from meanflow_core.presets import PRESETS, imf_network
         (lambda: NetworkConfig(architecture="imf_dit", aux_head_depth=-1), "but got -1"),
         (lambda: TimeSamplingConfig(logit_std=0.0), "logit_std must be above 0"),
         (lambda: GuidanceConfig(omega=0.0), "omega must be above 0"),
-        (lambda: GuidanceConfig(t_end=1.2), "t_end <= 1"),
-        (lambda: GuidanceConfig(t_start=-0.2), "0 <= t_start"),
+        (lambda: GuidanceConfig(guidance_interval_end=1.2), "guidance_interval_end <= 1"),
+        (lambda: GuidanceConfig(guidance_interval_start=-0.2), "0 <= guidance_interval_start"),
         (lambda: LossConfig(norm_p=-1.0), "norm_p must be at least 0"),
         (lambda: LossConfig(label_drop_probability=1.0), r"label_drop_probability must lie in \[0, 1\)"),
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate must be above 0"),
         (lambda: OptimizerConfig(beta2=1.0), r"beta2 must lie in \[0, 1\)"),
         (lambda: OptimizerConfig(warmup_steps=-1), "warmup_steps must be at least 0"),
         (lambda: OptimizerConfig(max_gradient_norm=0.0), "max_gradient_norm must be above 0"),
-        (lambda: SamplingConfig(guidance_end=1.2), "guidance_end <= 1"),
+        (lambda: SamplingConfig(guidance_interval_end=1.2), "guidance_interval_end <= 1"),
         (lambda: NetworkConfig(patch_size=2.5), "patch_size must be a whole number above 0, but got 2.5"),
         (lambda: NetworkConfig(mlp_ratio=-1.0), "mlp_ratio must be above 0"),
         (lambda: NetworkConfig(architecture="imf_dit", hidden_size=12, num_heads=4), "must be even"),
@@ -77,7 +80,10 @@ from meanflow_core.presets import PRESETS, imf_network
             "guidance_after_steps is for meanflow; .* but got 5",
         ),
         (lambda: TrainingConfig(global_batch_size=0), "global_batch_size must be at least 1"),
-        (lambda: SamplingConfig(guidance_start=0.7, guidance_end=0.5), "guidance_start <= guidance_end"),
+        (
+            lambda: SamplingConfig(guidance_interval_start=0.7, guidance_interval_end=0.5),
+            "guidance_interval_start <= guidance_interval_end",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_with_the_value(build, words):
@@ -146,7 +152,7 @@ def test_meanflow_presets_have_the_papers_guidance_and_length(name, epochs, scal
     guidance = config.loss.guidance
     assert config.num_steps == epochs * (1_281_167 // 256)
     assert guidance.effective_scale == pytest.approx(scale)
-    assert (guidance.t_start, guidance.t_end) == interval
+    assert (guidance.guidance_interval_start, guidance.guidance_interval_end) == interval
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,10 @@ def test_meanflow_presets_have_the_papers_guidance_and_length(name, epochs, scal
 def test_improved_presets_have_the_papers_guidance_batch_and_length(name, scale, interval):
     config = PRESETS[name]()
     sampling, steps_per_epoch = config.sampling, 1_281_167 // 1024
-    assert (sampling.guidance_scale, sampling.guidance_start, sampling.guidance_end) == (scale, *interval)
+    assert (sampling.guidance_scale, sampling.guidance_interval_start, sampling.guidance_interval_end) == (
+        scale,
+        *interval,
+    )
     assert (config.global_batch_size, config.num_steps) == (1024, 640 * steps_per_epoch)
     assert config.optimizer.warmup_steps == 10 * steps_per_epoch
     assert config.loss.times.fraction_r_below_t == 0.5

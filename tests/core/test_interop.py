@@ -211,15 +211,15 @@ def turned(x):
     return torch.view_as_real(pairs * torch.exp(1j * angles.to(x.dtype))[:, None]).flatten(-2)
 
 
-def reference_imf(state, z, labels, h, omega, t_min, t_max):
+def reference_imf(state, z, labels, h, omega, guidance_interval_start, guidance_interval_end):
     """(u, v) of improved MeanFlow (Geng et al. 2025); v None where the file has no blocks for it."""
     wrap = "_flax_linear."
     table = state["net.y_embedder.embedding_table._flax_embedding.weight"]
     groups = [
         ("class", table[labels]),
         ("omega", time_features(state, "net.omega_embedder", 1 - 1 / omega, wrap)),
-        ("t_min", time_features(state, "net.cfg_t_start_embedder", t_min, wrap)),
-        ("t_max", time_features(state, "net.cfg_t_end_embedder", t_max, wrap)),
+        ("t_min", time_features(state, "net.cfg_t_start_embedder", guidance_interval_start, wrap)),
+        ("t_max", time_features(state, "net.cfg_t_end_embedder", guidance_interval_end, wrap)),
         ("time", time_features(state, "net.h_embedder", h, wrap)),
     ]
     tokens = [state[f"net.{name}_tokens"] + embedding[:, None] for name, embedding in groups]
@@ -319,7 +319,7 @@ def test_imf_torch_gives_its_velocities(dtype, has_velocity_head):
     state = imf_torch_state(has_velocity_head)
     network = convert_checkpoint("imf-torch", state, sample_size=SIZE).to(dtype)
     z, labels, t = batch(dtype)
-    guidance = {"omega": 1 + 3 * t, "t_min": 0.4 * t, "t_max": 0.5 + 0.4 * t}
+    guidance = {"omega": 1 + 3 * t, "guidance_interval_start": 0.4 * t, "guidance_interval_end": 0.5 + 0.4 * t}
     for r in (0.0 * t, 0.3 * t, t):
         u, v = reference_imf(of_dtype(state, dtype), z, labels, t - r, **guidance)
         ours = network(z, Conditioning(t=t, r=r, labels=labels, **guidance))

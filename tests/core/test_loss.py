@@ -12,7 +12,10 @@ from tests.golden_check import GOLDEN_FOLDER, check, load
 
 NULL = 10
 HALF = TimeSamplingConfig(fraction_r_below_t=0.5)
-GUIDED = LossConfig(guidance=GuidanceConfig(omega=0.7, kappa=0.5, t_start=0.1, t_end=0.8), label_drop_probability=0.3)
+GUIDED = LossConfig(
+    guidance=GuidanceConfig(omega=0.7, kappa=0.5, guidance_interval_start=0.1, guidance_interval_end=0.8),
+    label_drop_probability=0.3,
+)
 IMPROVED = LossConfig(objective="improved_meanflow", times=HALF, label_drop_probability=0.3)
 # Every form of the objective; labels are dropped in rows with r < t too where the share is above 1/2.
 OBJECTIVES = {
@@ -39,7 +42,10 @@ def draw_batch(num_rows=16, config=GUIDED, seed=3, dtype=torch.float32):
     generator = torch.Generator().manual_seed(11)
     latents = torch.randn(num_rows, 4, 8, 8, generator=generator).to(dtype)
     labels = torch.randint(10, (num_rows,), generator=generator)
-    draws = {name: getattr(record, name) for name in ("t", "r", "noise", "omega", "t_min", "t_max")}
+    draws = {
+        name: getattr(record, name)
+        for name in ("t", "r", "noise", "omega", "guidance_interval_start", "guidance_interval_end")
+    }
     draws = {name: value.to(dtype) for name, value in draws.items() if value is not None}
     return latents, labels, StepRecord.from_draws(**draws, label_dropped=record.label_dropped, config=config)
 
@@ -61,21 +67,35 @@ def reference_loss(network, x, labels, record, config):
     v = record.noise - x
     y = torch.where(record.label_dropped, NULL, labels)
     null = torch.full_like(y, NULL)
-    guidance = {"omega": record.omega, "t_min": record.t_min, "t_max": record.t_max}
+    guidance = {
+        "omega": record.omega,
+        "guidance_interval_start": record.guidance_interval_start,
+        "guidance_interval_end": record.guidance_interval_end,
+    }
     improved = config.objective == "improved_meanflow"
 
     def velocity(asked, omega):
-        told = {"omega": omega, "t_min": torch.zeros_like(t), "t_max": torch.ones_like(t)} if improved else {}
+        told = (
+            {
+                "omega": omega,
+                "guidance_interval_start": torch.zeros_like(t),
+                "guidance_interval_end": torch.ones_like(t),
+            }
+            if improved
+            else {}
+        )
         return network(z, Conditioning(t=t, r=t, labels=asked, **told)).velocity
 
     with torch.no_grad():
         if improved:
-            inside = (t >= record.t_min) & (t <= record.t_max)
+            inside = (t >= record.guidance_interval_start) & (t <= record.guidance_interval_end)
             omega = torch.where(inside, record.omega, torch.ones_like(t))
             own = velocity(labels, omega)
             guided = v + (1 - 1 / omega).view(column) * (own - velocity(null, torch.ones_like(t)))
         else:
-            inside = ((t >= config.guidance.t_start) & (t <= config.guidance.t_end)).view(column)
+            inside = (
+                (t >= config.guidance.guidance_interval_start) & (t <= config.guidance.guidance_interval_end)
+            ).view(column)
             omega = torch.where(inside, config.guidance.omega, torch.ones_like(t.view(column)))
             kappa = torch.where(inside, config.guidance.kappa, torch.zeros_like(t.view(column)))
             own = velocity(labels, None)
@@ -147,7 +167,12 @@ def test_total_derivative_agrees_with_finite_differences(network, imf_network, k
     latents, labels, record = draw_batch(config=config, dtype=torch.float64)
     tangent, eps = torch.randn_like(latents), 1e-6
     conditioning = Conditioning(
-        t=record.t, r=record.r, labels=labels, omega=record.omega, t_min=record.t_min, t_max=record.t_max
+        t=record.t,
+        r=record.r,
+        labels=labels,
+        omega=record.omega,
+        guidance_interval_start=record.guidance_interval_start,
+        guidance_interval_end=record.guidance_interval_end,
     )
     dudt = total_derivative(network, latents, conditioning, tangent)
 
@@ -217,12 +242,15 @@ def test_no_forward_is_run_whose_result_is_known(network, imf_network, name):
     meanflow_loss(grading, plain, latents, labels, record, config, null_label=NULL, global_num_rows=64)
     # The velocity of the null class where it has a weight; the own one where it is wanted and r < t; then padding.
     kept = ~record.label_dropped
-    inside = (record.t >= config.guidance.t_start) & (record.t <= config.guidance.t_end)
+    inside = (record.t >= config.guidance.guidance_interval_start) & (record.t <= config.guidance.guidance_interval_end)
     has_null = abs(1 - config.guidance.omega - config.guidance.kappa) > 1e-9
     guided = kept & inside & (not config.guidance.is_off)
     needs_own = guided & (config.guidance.kappa > 0)
     if config.objective == "improved_meanflow":
-        guided, has_null = kept & (record.t >= record.t_min) & (record.t <= record.t_max), True
+        guided, has_null = (
+            kept & (record.t >= record.guidance_interval_start) & (record.t <= record.guidance_interval_end),
+            True,
+        )
     if config.takes_own_velocity:
         needs_own = torch.ones_like(kept)
     needed = int((guided & has_null).sum() + (needs_own & (record.r < record.t)).sum())
@@ -348,12 +376,12 @@ def test_labels_are_dropped_among_r_equals_t_rows_at_the_stated_rate():
         ({"noise": torch.zeros(2, 1)}, "shape"),
         ({"omega": torch.tensor([0.5, 2.0])}, "omega >= 1"),
         ({"omega": torch.tensor([float("nan"), 2.0])}, "omega >= 1"),
-        ({"t_min": torch.tensor([0.6, 0.0])}, "t_min <= t_max"),
+        ({"guidance_interval_start": torch.tensor([0.6, 0.0])}, "guidance_interval_start <= guidance_interval_end"),
         ({"omega": None}, "needs omega"),
         ({"r": torch.tensor([-0.1, 0.5])}, "0 <= r <= t <= 1"),
         ({"omega": torch.tensor([torch.inf, 2.0])}, "omega >= 1"),
-        ({"t_min": torch.tensor([-0.1, 0.0])}, "0 <= t_min"),
-        ({"t_max": torch.tensor([1.1, 1.0])}, "t_max <= 1"),
+        ({"guidance_interval_start": torch.tensor([-0.1, 0.0])}, "0 <= guidance_interval_start"),
+        ({"guidance_interval_end": torch.tensor([1.1, 1.0])}, "guidance_interval_end <= 1"),
     ],
 )
 def test_impossible_draws_are_refused(changes, words):
@@ -363,8 +391,8 @@ def test_impossible_draws_are_refused(changes, words):
         "noise": torch.zeros(2, 1, 1, 1),
         "label_dropped": torch.tensor([False, False]),
         "omega": torch.tensor([1.0, 8.0]),
-        "t_min": torch.tensor([0.2, 0.0]),
-        "t_max": torch.tensor([0.5, 1.0]),
+        "guidance_interval_start": torch.tensor([0.2, 0.0]),
+        "guidance_interval_end": torch.tensor([0.5, 1.0]),
     }
     with pytest.raises(ValueError, match=words):
         StepRecord.from_draws(**{**draws, **changes}, config=IMPROVED)
@@ -393,10 +421,11 @@ def test_improved_meanflow_wants_a_velocity_head(imf_network):
 def test_rows_with_r_equal_t_may_have_an_interval_of_their_own(imf_network, start, end):
     network = imf_network.double()
     latents, labels, record = draw_batch(config=IMPROVED, dtype=torch.float64)
-    t_min, t_max = torch.full_like(record.t, start), torch.full_like(record.t, end)
+    guidance_interval_start, guidance_interval_end = torch.full_like(record.t, start), torch.full_like(record.t, end)
     record = StepRecord.from_draws(
         t=record.t, r=record.r, noise=record.noise, label_dropped=record.label_dropped,
-        omega=record.omega, t_min=t_min, t_max=t_max, config=IMPROVED,
+        omega=record.omega, guidance_interval_start=guidance_interval_start,
+        guidance_interval_end=guidance_interval_end, config=IMPROVED,
     )  # fmt: skip
     output = meanflow_loss(network, network, latents, labels, record, IMPROVED, null_label=NULL, global_num_rows=16)
     assert output.loss.item() == pytest.approx(
@@ -407,12 +436,14 @@ def test_rows_with_r_equal_t_may_have_an_interval_of_their_own(imf_network, star
 def test_rows_on_the_edges_of_the_interval_are_guided_and_omega_may_be_one():
     t = torch.tensor([0.125, 0.25, 0.75, 0.875])
     draws = {"t": t, "r": t, "noise": torch.zeros(4, 1, 1, 1), "label_dropped": torch.zeros(4, dtype=torch.bool)}
-    config = LossConfig(guidance=GuidanceConfig(omega=0.7, kappa=0.5, t_start=0.25, t_end=0.75))
+    config = LossConfig(
+        guidance=GuidanceConfig(omega=0.7, kappa=0.5, guidance_interval_start=0.25, guidance_interval_end=0.75)
+    )
     assert (StepRecord.from_draws(**draws, config=config).weight_conditional > 0).tolist() == [False, True, True, False]
     drawn = {
         "omega": torch.tensor([2.0, 2.0, 2.0, 1.0]),
-        "t_min": torch.full((4,), 0.25),
-        "t_max": torch.full((4,), 0.75),
+        "guidance_interval_start": torch.full((4,), 0.25),
+        "guidance_interval_end": torch.full((4,), 0.75),
     }
     record = StepRecord.from_draws(**draws, **drawn, config=IMPROVED)
     assert record.weight_conditional.tolist() == [0.0, 0.5, 0.5, 0.0]
@@ -421,7 +452,17 @@ def test_rows_on_the_edges_of_the_interval_are_guided_and_omega_may_be_one():
 def test_share_of_a_record_has_every_draw_of_its_rows():
     whole = draw_step_record(IMPROVED, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
     share = whole.rows(3, 9, IMPROVED)
-    for name in ("t", "r", "noise", "posterior_noise", "label_dropped", "mirrored", "omega", "t_min", "t_max"):
+    for name in (
+        "t",
+        "r",
+        "noise",
+        "posterior_noise",
+        "label_dropped",
+        "mirrored",
+        "omega",
+        "guidance_interval_start",
+        "guidance_interval_end",
+    ):
         assert torch.equal(getattr(share, name), getattr(whole, name)[3:9]), name
 
 

@@ -20,8 +20,16 @@ def num_parameters(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def conditioning(batch, t=0.8, r=0.3, label=1, omega=3.0, t_min=0.2, t_max=0.7, device="cpu"):
-    values = {"t": t, "r": r, "omega": omega, "t_min": t_min, "t_max": t_max}
+def conditioning(
+    batch, t=0.8, r=0.3, label=1, omega=3.0, guidance_interval_start=0.2, guidance_interval_end=0.7, device="cpu"
+):
+    values = {
+        "t": t,
+        "r": r,
+        "omega": omega,
+        "guidance_interval_start": guidance_interval_start,
+        "guidance_interval_end": guidance_interval_end,
+    }
     vectors = {name: torch.full((batch,), value, device=device) for name, value in values.items()}
     return Conditioning(**vectors, labels=torch.full((batch,), label, device=device))
 
@@ -115,8 +123,8 @@ def test_improved_network_depends_on_every_input_but_on_t_only_through_h(imf_net
         conditioning(1, r=0.2),
         conditioning(1, label=10),
         conditioning(1, omega=5.0),
-        conditioning(1, t_min=0.4),
-        conditioning(1, t_max=0.9),
+        conditioning(1, guidance_interval_start=0.4),
+        conditioning(1, guidance_interval_end=0.9),
     ):
         changed = imf_network(z, other)
         assert not torch.allclose(changed.u, base.u, atol=3e-6, rtol=0.0)
@@ -170,7 +178,12 @@ def test_tangent_of_the_first_rows_is_that_of_stock_forward_mode(network, imf_ne
     told = conditioning(5, label=2)
     t = torch.rand(5).double()
     told = Conditioning(
-        t=t, r=t * 0.4, labels=told.labels, omega=told.omega.double(), t_min=told.t_min, t_max=told.t_max
+        t=t,
+        r=t * 0.4,
+        labels=told.labels,
+        omega=told.omega.double(),
+        guidance_interval_start=told.guidance_interval_start,
+        guidance_interval_end=told.guidance_interval_end,
     )
     output = network(z, told, tangent)
 
@@ -199,9 +212,9 @@ def test_wrong_inputs_are_refused(network, imf_network, kind):
 
 def test_improved_network_wants_its_guidance(imf_network):
     told = conditioning(1)
-    with pytest.raises(ValueError, match="needs omega, t_min and t_max"):
+    with pytest.raises(ValueError, match="needs omega, guidance_interval_start and guidance_interval_end"):
         imf_network(torch.randn(1, 4, 8, 8), Conditioning(t=told.t, r=told.r, labels=told.labels))
-    with pytest.raises(ValueError, match="needs omega, t_min and t_max"):
+    with pytest.raises(ValueError, match="needs omega, guidance_interval_start and guidance_interval_end"):
         imf_network(torch.randn(1, 4, 8, 8), Conditioning(t=told.t, r=told.r, labels=told.labels, omega=told.omega))
 
 

@@ -27,7 +27,7 @@ def largest_difference(first, second):
 @pytest.fixture
 def imf_pipeline(imf_network, vae):
     """A pipeline of improved MeanFlow: guidance is asked for."""
-    sampling = SamplingConfig(guidance_scale=4.0, guidance_start=0.2, guidance_end=0.7)
+    sampling = SamplingConfig(guidance_scale=4.0, guidance_interval_start=0.2, guidance_interval_end=0.7)
     return build_pipeline(for_sampling(imf_network.eval()), vae, images.CLASS_NAMES, sampling=sampling)
 
 
@@ -118,8 +118,8 @@ def test_improved_meanflow_is_told_its_guidance(imf_pipeline):
         r=torch.zeros(2),
         labels=torch.tensor([2, 3]),
         omega=torch.tensor([2.0, 6.0]),
-        t_min=torch.full((2,), 0.3),
-        t_max=torch.full((2,), 0.6),
+        guidance_interval_start=torch.full((2,), 0.3),
+        guidance_interval_end=torch.full((2,), 0.6),
     )
     with torch.no_grad():
         expected = noise - imf_pipeline.transformer(noise, conditioning).u
@@ -362,7 +362,7 @@ def test_opened_generator_samples_as_it_was_saved_with_gradients_off(request, ki
     saved = request.getfixturevalue(kind)
     save_generator(saved, tmp_path)
     opened = load_pipeline(tmp_path)
-    for name in ("id2label", "prediction", "guidance_scale", "guidance_start", "guidance_end"):
+    for name in ("id2label", "prediction", "guidance_scale", "guidance_interval_start", "guidance_interval_end"):
         assert opened.config[name] == saved.config[name]
     modules = (opened.transformer, opened.vae)
     assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())

@@ -62,7 +62,7 @@ def small_network(config, dtype=torch.float32):
 def arranged_batch(config, arrangement, dtype=torch.float32):
     """A batch of 16 rows, its record, and each process's share (first row, last row + 1, latents, labels, record)."""
     latents, labels, record = draw_batch(config=config, dtype=dtype)
-    names = ("t", "r", "noise", "label_dropped", "omega", "t_min", "t_max")
+    names = ("t", "r", "noise", "label_dropped", "omega", "guidance_interval_start", "guidance_interval_end")
     draws = {name: getattr(record, name) for name in names if getattr(record, name) is not None}
     first, below = torch.arange(NUM_ROWS) < NUM_ROWS // 2, draws["r"] < draws["t"]
     if arrangement == "r < t in the second process alone":
@@ -71,8 +71,8 @@ def arranged_batch(config, arrangement, dtype=torch.float32):
     if arrangement == "first process outside the guidance interval":
         t = torch.where(first, 0.9 + 0.1 * draws["t"], draws["t"])
         draws |= {"t": t, "r": torch.where(first & ~below, t, draws["r"])}
-        if "t_max" in draws:
-            draws["t_max"] = torch.where(first, 0.8, draws["t_max"])
+        if "guidance_interval_end" in draws:
+            draws["guidance_interval_end"] = torch.where(first, 0.8, draws["guidance_interval_end"])
     if arrangement == "first process without labels":
         draws["label_dropped"] = draws["label_dropped"] | first
     record = StepRecord.from_draws(**draws, config=config)
@@ -244,7 +244,11 @@ def step_configs():
 def derivatives(network, config):
     """du/dt by the network, and by torch's forward-mode AD through every hook of it."""
     (latents, labels, record), _ = arranged_batch(config, "equal shares", torch.float64)
-    told = {"omega": record.omega, "t_min": record.t_min, "t_max": record.t_max}
+    told = {
+        "omega": record.omega,
+        "guidance_interval_start": record.guidance_interval_start,
+        "guidance_interval_end": record.guidance_interval_end,
+    }
 
     def u(z, t, r):
         return network(z, Conditioning(t=t, r=r, labels=labels, **told)).u

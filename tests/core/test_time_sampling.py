@@ -46,12 +46,12 @@ def test_guidance_scales_have_the_density_omega_to_the_minus_beta(power):
 
 def test_guidance_interval_is_everything_where_r_equals_t():
     below = torch.arange(10_000) % 2 == 0
-    t_min, t_max = draw_guidance_interval(below, GuidanceSamplingConfig(), torch.Generator().manual_seed(0))
-    assert torch.equal(t_min[~below], torch.zeros(5_000))
-    assert torch.equal(t_max[~below], torch.ones(5_000))
-    assert float(t_min[below].mean()) == pytest.approx(0.25, abs=0.01)
-    assert float(t_max[below].mean()) == pytest.approx(0.75, abs=0.01)
-    assert float(t_min.max()) <= 0.5 <= float(t_max.min())
+    start, end = draw_guidance_interval(below, GuidanceSamplingConfig(), torch.Generator().manual_seed(0))
+    assert torch.equal(start[~below], torch.zeros(5_000))
+    assert torch.equal(end[~below], torch.ones(5_000))
+    assert float(start[below].mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(end[below].mean()) == pytest.approx(0.75, abs=0.01)
+    assert float(start.max()) <= 0.5 <= float(end.min())
 
 
 def test_times_spread_with_the_standard_deviation():
@@ -63,8 +63,8 @@ def test_times_spread_with_the_standard_deviation():
 
 def test_ends_of_the_guidance_interval_are_drawn_apart_on_either_side_of_the_split():
     below, config = torch.ones(10_000, dtype=torch.bool), GuidanceSamplingConfig(interval_split=0.2)
-    t_min, t_max = draw_guidance_interval(below, config, torch.Generator().manual_seed(0))
-    assert float(t_min.mean()) == pytest.approx(0.1, abs=0.01)
-    assert float(t_max.mean()) == pytest.approx(0.6, abs=0.01)
-    assert float(t_max.max()) == pytest.approx(1.0, abs=0.01)
-    assert abs(float(torch.corrcoef(torch.stack([t_min, t_max]))[0, 1])) < 0.05
+    start, end = draw_guidance_interval(below, config, torch.Generator().manual_seed(0))
+    assert float(start.mean()) == pytest.approx(0.1, abs=0.01)
+    assert float(end.mean()) == pytest.approx(0.6, abs=0.01)
+    assert float(end.max()) == pytest.approx(1.0, abs=0.01)
+    assert abs(float(torch.corrcoef(torch.stack([start, end]))[0, 1])) < 0.05

@@ -31,7 +31,7 @@ NUM_STEPS, HALF, LITTLE_LATER = 50, 25, 30
 NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
 CONFIG = replace(
     debug(),
-    loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5, t_end=0.8)),
+    loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5, guidance_interval_end=0.8)),
     optimizer=OptimizerConfig(learning_rate=1e-3, max_gradient_norm=1.0),
     global_batch_size=22,  # shares of 11, of 5 and 6, and no two alike in passes
     num_steps=NUM_STEPS,

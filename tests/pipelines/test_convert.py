@@ -122,8 +122,8 @@ def test_improved_meanflow_gets_its_normalisation_and_guidance(monkeypatch, fold
     assert not pipeline.transformer.config.has_velocity_head
     assert pipeline.config.prediction == "average_velocity"
     wanted = PRESETS["debug_imf"]().sampling
-    found = [pipeline.config[name] for name in ("guidance_scale", "guidance_start", "guidance_end")]
-    assert found == [wanted.guidance_scale, wanted.guidance_start, wanted.guidance_end]
+    found = [pipeline.config[name] for name in ("guidance_scale", "guidance_interval_start", "guidance_interval_end")]
+    assert found == [wanted.guidance_scale, wanted.guidance_interval_start, wanted.guidance_interval_end]
     normalization = LatentNormalization.from_vae_config(pipeline.vae.config)
     assert (normalization.mean, normalization.std) == (SD_VAE_FT_MSE_MEAN, SD_VAE_FT_MSE_STD)
     assert pipeline.images_from_seeds([1], [0], 1).shape == (1, 8, 8, 3)
@@ -160,7 +160,7 @@ def test_published_sizes_sample_as_published(size, scale, interval):
     with torch.device("meta"):
         network = build_network(imf_network(size), sample_size=32, in_channels=4, num_classes=1000)
     found = published_sampling(network, "imf_dit")
-    assert (found.guidance_scale, (found.guidance_start, found.guidance_end)) == (scale, interval)
+    assert (found.guidance_scale, (found.guidance_interval_start, found.guidance_interval_end)) == (scale, interval)
 
 
 def test_unpublished_size_samples_without_guidance(imf_network):

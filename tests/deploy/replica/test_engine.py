@@ -51,7 +51,7 @@ def test_every_row_has_its_guidance_and_interval(guided_folder):
 
 def test_a_row_without_guidance_of_its_own_has_the_generators(guided_folder, monkeypatch):
     engine = Engine(load_pipeline(guided_folder))
-    engine.pipeline.register_to_config(guidance_scale=7.0, guidance_start=0.1, guidance_end=0.2)
+    engine.pipeline.register_to_config(guidance_scale=7.0, guidance_interval_start=0.1, guidance_interval_end=0.2)
     told, sample = [], engine.pipeline.sample_latents
     monkeypatch.setattr(
         engine.pipeline, "sample_latents", lambda *rows, **options: told.append(options) or sample(*rows, **options)

@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy.api.routes import ApiService, build_http_app
 from deploy.memory import ModelMemory
-from deploy.messages import ClassEntry, Made, ModelCard, Order, Refusal
+from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, Refusal
 from deploy.metrics import RayRecorder
 from deploy.models import resolve_model
 from deploy.replica.service import GeneratorService
@@ -83,11 +83,11 @@ class ImageGenerator:
         """Serve replaces the replica where this raises."""
         self._service.check_health()
 
-    async def generate(self, order: Order) -> Made | Refusal:
+    async def generate(self, order: GenerationRequest) -> GenerationResult | Refusal:
         """The images of an order, or why there are none."""
         return await self._service.generate(order)
 
-    async def describe(self) -> tuple[ModelCard | None, str | None]:
+    async def describe(self) -> GeneratorStatus:
         """The model that serves, and what is wrong."""
         return await self._service.describe()
 
@@ -102,7 +102,7 @@ class RemoteGenerator:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def generate(self, order: Order) -> Made | Refusal:
+    async def generate(self, order: GenerationRequest) -> GenerationResult | Refusal:
         """The images of an order, or why there are none."""
         try:
             return await self._handle.generate.remote(order)
@@ -121,12 +121,12 @@ class RemoteGenerator:
                 retry_after_seconds=1.0,
             )  # fmt: skip
 
-    async def describe(self) -> tuple[ModelCard | None, str | None]:
+    async def describe(self) -> GeneratorStatus:
         """The model that serves, and what is wrong."""
         try:
             return await self._handle.describe.remote()
         except (RayError, RayServeException) as error:
-            return None, f"no replica answers: {type(error).__name__}"
+            return GeneratorStatus(model=None, problem=f"no replica answers: {type(error).__name__}")
 
     async def list_classes(self) -> list[ClassEntry]:
         """The classes, by id; none where no model serves."""

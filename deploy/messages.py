@@ -7,93 +7,34 @@ import numpy as np
 from pydantic import BaseModel
 
 
-class Source(BaseModel):
+class ModelSource(BaseModel):
     """Where a model came from."""
 
     model: str
-    """As it was asked for, an alias resolved: a folder, models:/name/version, runs:/id/name."""
+    """The requested model with its alias resolved: a folder, models:/name/version or runs:/id/name."""
     name: str
-    """Registered name, or the folder's."""
+    """Name of the registered model, or of the folder."""
     version: str | None = None
     """Version of the registered model."""
     run_id: str | None = None
-    """MLflow run that trained it, where known."""
+    """MLflow run that trained the model, if known."""
     tracking_uri: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """Images that a request asks the generator for."""
-
-    class_: int | str
-    """Class id, wnid, or name."""
-    num_images: int
-    seed: int
-    """Image i is that of seed + i, or lies between the seeds."""
-    seed_end: int | None
-    timesteps: tuple[float, ...]
-    """From 1.0 down to 0.0."""
-    guidance_scale: float | None
-    guidance_interval: tuple[float, float] | None
-    is_preview: bool
-    model: str | None
-    """Served name that was asked for."""
-    size: str
-    """"64x64", or "auto"."""
-    timeout_seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """Images that a generator made, and where the time went."""
-
-    images: np.ndarray
-    """uint8 (N, H, W, 3)."""
-    class_id: int
-    class_name: str
-    wnid: str | None
-    model: str
-    weights: list[float] | None
-    """Of the way between the seeds, one per image."""
-    queue_seconds: float
-    model_seconds: float
-    decode_seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """Why there is no answer, in OpenAI's shape. A value and no exception: it crosses from process to process."""
-
-    status: int
-    message: str
-    """Without the field's name."""
-    code: str | None = None
-    param: str | None = None
-    retry_after_seconds: float | None = None
-
-
-class ClassEntry(BaseModel):
-    """A class that the generator knows."""
-
-    id: int
-    name: str
-    wnid: str | None = None
-
-
 class ModelHashes(BaseModel):
-    """SHA-256 over names, types, shapes and bytes of the weights as stored."""
+    """SHA-256 over names, dtypes, shapes and bytes of the stored weights."""
 
     transformer: str
     vae: str
 
 
-class ModelCard(BaseModel):
-    """The model that serves: OpenAI's fields, and what a caller may ask of it."""
+class ModelInfo(BaseModel):
+    """The serving model: OpenAI's fields, and the limits and options of a request."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
-    """Unix time at which it was loaded."""
+    """Unix time of loading."""
     owned_by: str = "meanflow-ray"
     image_size: int
     num_classes: int
@@ -105,5 +46,75 @@ class ModelCard(BaseModel):
     max_steps: int = 0
     precision: str
     prediction: str
-    source: Source
+    source: ModelSource
     hashes: ModelHashes
+
+
+class ClassEntry(BaseModel):
+    """A class of the generator."""
+
+    id: int
+    name: str
+    wnid: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorStatus:
+    """State of a generator replica."""
+
+    model: ModelInfo | None
+    """The serving model; None before the first one is loaded."""
+    problem: str | None
+    """Why the requested model or settings are not in use; None if they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """The images of one HTTP request."""
+
+    class_: int | str
+    """Class id, wnid or name."""
+    num_images: int
+    seed: int
+    """Image i has seed + i, unless `seed_end` is set."""
+    seed_end: int | None
+    """If set, the images interpolate from the noise of `seed` to that of `seed_end`."""
+    timesteps: tuple[float, ...]
+    """From 1.0 down to 0.0."""
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    is_preview: bool
+    model: str | None
+    """Requested served name; None accepts any."""
+    size: str
+    """"64x64", or "auto"."""
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """Generated images and timings."""
+
+    images: np.ndarray
+    """uint8 (N, H, W, 3)."""
+    class_id: int
+    class_name: str
+    wnid: str | None
+    model: str
+    weights: list[float] | None
+    """Interpolation weight of each image between the two seeds, in [0, 1]."""
+    queue_seconds: float
+    model_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A failed request, with the fields of OpenAI's errors. A value rather than an exception: it crosses processes."""
+
+    status: int
+    message: str
+    """Does not include the field's name."""
+    code: str | None = None
+    param: str | None = None
+    retry_after_seconds: float | None = None

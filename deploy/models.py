@@ -20,7 +20,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from deploy.messages import Source
+from deploy.messages import ModelSource
 from meanflow_core.generator import find_generator
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
@@ -71,21 +71,25 @@ def resolve_model(model: str, tracking_uri: str | None) -> str:
     return model
 
 
-def _source(model: str, tracking_uri: str | None) -> Source:
+def _source(model: str, tracking_uri: str | None) -> ModelSource:
     if not is_registered(model):
         folder = Path(model)
         # A run's own folder calls it "generator"; the run's name says more.
         name = folder.parent.name if folder.name == "generator" else folder.name
-        return Source(model=model, name=name, run_id=_run_of_folder(folder))
+        return ModelSource(model=model, name=name, run_id=_run_of_folder(folder))
     version = re.fullmatch(r"models:/([^/@]+)/(\d+)", model)
     if version:
         found = _client(model, tracking_uri).get_model_version(version[1], version[2])
-        return Source(model=model, name=version[1], version=version[2], run_id=found.run_id, tracking_uri=tracking_uri)
+        return ModelSource(
+            model=model, name=version[1], version=version[2], run_id=found.run_id, tracking_uri=tracking_uri
+        )
     run = re.match(r"runs:/([^/]+)/(.+)", model)
-    return Source(model=model, name=model.rpartition("/")[2], run_id=run[1] if run else None, tracking_uri=tracking_uri)
+    return ModelSource(
+        model=model, name=model.rpartition("/")[2], run_id=run[1] if run else None, tracking_uri=tracking_uri
+    )
 
 
-def announce(source: Source, served_as: str) -> None:
+def announce(source: ModelSource, served_as: str) -> None:
     """Tells MLflow that a registered version serves, as its tag endpoint.NAME: the moment, in UTC.
 
     Raises what MLflow says where it does not take it. Folders and runs' files are no versions: nothing is told.
@@ -98,7 +102,7 @@ def announce(source: Source, served_as: str) -> None:
     client.set_model_version_tag(source.name, source.version, f"endpoint.{name}", moment)
 
 
-def _tags(source: Source) -> dict[str, str]:
+def _tags(source: ModelSource) -> dict[str, str]:
     """Of a registered version: what it was trained on, how it was measured, where it serves."""
     if source.version is None:
         return {}
@@ -114,7 +118,7 @@ def _run_of_folder(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Path, Source]]:
+def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Path, ModelSource]]:
     """A generator's local folder, and where it came from. What was downloaded is deleted in the end.
 
     model: a folder, "models:/name/3", or "runs:/id/name"; aliases go through `resolve_model` first.

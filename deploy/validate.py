@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments, with_settings
+from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments, apply_user_config
 
 KUBERAY = Path(__file__).with_name("kuberay")
 SETTINGS = {"ImageGenerator": GENERATOR_SETTINGS, "Api": API_SETTINGS}
@@ -257,7 +257,7 @@ def _deployment_problems(deployment: Document, arguments: Arguments, path: str) 
     if allowed is None:
         return [f"{path}.name: must be one of {', '.join(SETTINGS)}, but got {deployment['name']!r}"]
     try:
-        with_settings(arguments, deployment.get("user_config"), allowed)
+        apply_user_config(arguments, deployment.get("user_config"), allowed)
     except ValidationError as error:
         found += _of_pydantic(error, f"{path}.user_config.")
     except ValueError as error:

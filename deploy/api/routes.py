@@ -39,9 +39,9 @@ from deploy.api.schema import (
     Timing,
     Version,
 )
-from deploy.messages import ClassEntry, Made, ModelCard, Order, Refusal
+from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, ModelInfo, Refusal
 from deploy.metrics import Recorder
-from deploy.settings import API_SETTINGS, Arguments, with_settings
+from deploy.settings import API_SETTINGS, Arguments, apply_user_config
 from meanflow_core.pipeline import time_grid
 
 logger = logging.getLogger(__name__)
@@ -79,11 +79,11 @@ OF_LOOKUPS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status
 class GeneratorClient(Protocol):
     """Who makes images: a replica in another process, or in this one."""
 
-    async def generate(self, order: Order) -> Made | Refusal:
+    async def generate(self, order: GenerationRequest) -> GenerationResult | Refusal:
         """The images of an order, or why there are none."""
 
-    async def describe(self) -> tuple[ModelCard | None, str | None]:
-        """The model that serves, and what is wrong."""
+    async def describe(self) -> GeneratorStatus:
+        """The serving model and any problem."""
 
     async def list_classes(self) -> list[ClassEntry]:
         """The classes, by id; none where no model serves."""
@@ -150,7 +150,7 @@ class ApiService:
         meant.
         """
         try:
-            settings = with_settings(self._arguments, user_config, API_SETTINGS)
+            settings = apply_user_config(self._arguments, user_config, API_SETTINGS)
             if self.settings.api_keys and not settings.api_keys:
                 raise ValueError("api_keys may be exchanged while the endpoint runs, but not left out")
             if settings.rate_limit != self.settings.rate_limit:
@@ -163,7 +163,7 @@ class ApiService:
             if not self._is_checked:
                 # A replica that starts now has no earlier settings; without its keys it would be open to everybody.
                 only_keys = {name: value for name, value in (user_config or {}).items() if name == "api_keys"}
-                self.settings = with_settings(self._arguments, only_keys, API_SETTINGS)
+                self.settings = apply_user_config(self._arguments, only_keys, API_SETTINGS)
         self.recorder.record("meanflow_settings_refused", float(self.problem is not None))
         if not self._is_checked:
             require_safe_exposure(self.settings, self._http_host)
@@ -192,11 +192,11 @@ class ApiService:
             rate = self.settings.rate_limit
             raise ApiError(429, f"more than {rate} images; try again later", "rate_limit_exceeded", retry_after=wait)
 
-    async def card(self) -> ModelCard:
+    async def card(self) -> ModelInfo:
         """The model that serves. Raises ApiError 503 where none does."""
         try:
             async with asyncio.timeout(DESCRIBE_SECONDS):
-                card, _ = await self.generator.describe()
+                card = (await self.generator.describe()).model
         except TimeoutError:
             card = None
         if card is None:
@@ -217,7 +217,7 @@ class ApiService:
 
     def order(
         self, wanted: Sampling, *, class_: int | str, num_images: int, count_field: str, model: str | None, size: str
-    ) -> Order:
+    ) -> GenerationRequest:
         """What the generator is asked. Raises ApiError 400 for what no model takes, or is not allowed here."""
         limits = self.settings
         if num_images > limits.max_images:
@@ -236,7 +236,7 @@ class ApiService:
             raise bad_value("guidance_interval", f"wanted [start, end], start <= end, but got {interval}")
         if wanted.seed_end is not None and num_images < 2:
             raise bad_value("seed_end", f"wanted at least 2 images on the way to it, but {count_field} is {num_images}")
-        return Order(
+        return GenerationRequest(
             class_=class_,
             num_images=num_images,
             seed=secrets.randbelow(2**32) if wanted.seed is None else wanted.seed,
@@ -250,7 +250,7 @@ class ApiService:
             timeout_seconds=limits.deadline_seconds,
         )
 
-    async def _ask(self, order: Order) -> Made | Refusal:
+    async def _ask(self, order: GenerationRequest) -> GenerationResult | Refusal:
         """The generator's answer; a refusal for a full queue holds for a moment. Raises ApiError 504."""
         group = (order.timesteps, order.is_preview)
         may_fit = group != self._full_group or order.num_images < self._full_from
@@ -267,7 +267,7 @@ class ApiService:
             self._full_until = time.monotonic() + FULL_SECONDS
         return made
 
-    async def make(self, order: Order, request: Request, class_field: str) -> Made:
+    async def make(self, order: GenerationRequest, request: Request, class_field: str) -> GenerationResult:
         """The generator's images. Raises ApiError for a refusal."""
         about = request.state.log
         about["images"] = order.num_images
@@ -449,7 +449,7 @@ def build_http_app(service: ApiService) -> FastAPI:
         return ModelList(data=[await service.card()])
 
     @api.get("/v1/models/{model_id:path}", responses=OF_LOOKUPS, tags=["models"])
-    async def model(model_id: str, caller: Caller) -> ModelCard:
+    async def model(model_id: str, caller: Caller) -> ModelInfo:
         """The model that serves, by its id."""
         card = await service.card()
         if model_id != card.id:
@@ -493,7 +493,8 @@ def build_http_app(service: ApiService) -> FastAPI:
         """200 once a model serves; what was asked for and is not in use stands in `problem`."""
         try:
             async with asyncio.timeout(DESCRIBE_SECONDS):
-                card, problem = await service.generator.describe()
+                status = await service.generator.describe()
+            card, problem = status.model, status.problem
         except TimeoutError:
             card, problem = None, "no replica of the generator answers"
         problem = "; ".join(filter(None, (problem, service.problem))) or None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.api.encoding import ImageFormat
-from deploy.messages import ModelCard
+from deploy.messages import ModelInfo
 from deploy.settings import MAX_STEPS
 
 # Seeds of one request run from `seed` upwards and stay below 2^63.
@@ -129,7 +129,7 @@ class ModelList(BaseModel):
     """The answer of GET /v1/models."""
 
     object: Literal["list"] = "list"
-    data: list[ModelCard]
+    data: list[ModelInfo]
 
 
 class Version(BaseModel):
@@ -138,7 +138,7 @@ class Version(BaseModel):
     version: str
     torch: str
     ray: str
-    model: ModelCard
+    model: ModelInfo
 
 
 class Health(BaseModel):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deploy.messages import ClassEntry, ModelCard, ModelHashes
+from deploy.messages import ClassEntry, ModelHashes, ModelInfo
 from deploy.models import fetched_generator
 from deploy.replica.engine import Engine
 from deploy.settings import Arguments
@@ -20,7 +20,7 @@ class Loaded:
 
     model: str
     engine: Engine
-    card: ModelCard
+    card: ModelInfo
     classes: list[ClassEntry]
     names: dict[str, list[int]]
     """{name, synonym or wnid, in lower case: class ids}."""
@@ -85,7 +85,7 @@ def load_model(model: str, arguments: Arguments) -> Loaded:
     engine.warm_up()
     config = pipeline.config
     classes = name_classes(pipeline.class_names, config.wnids or {}, pipeline.transformer.config.num_classes)
-    card = ModelCard(
+    card = ModelInfo(
         id=arguments.served_name or source.name,
         created=int(time.time()),
         image_size=pipeline.image_size,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deploy.messages import ClassEntry, Made, ModelCard, Order, Refusal
+from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, Refusal
 from deploy.metrics import Recorder
 from deploy.replica.batching import Batcher, BatchLimits, BatchReport, DeadlineError, OverloadedError
 from deploy.replica.engine import BatchTimes, Group, Row
@@ -87,7 +87,7 @@ class GeneratorService:
             self._recorder.record("meanflow_queue_wait_seconds", seconds)
         self._recorder.record("meanflow_queued_images", self._batcher.num_queued)
 
-    def _check(self, order: Order, loaded: Loaded) -> int | Refusal:
+    def _check(self, order: GenerationRequest, loaded: Loaded) -> int | Refusal:
         """The class id, or what is wrong with an order for this model."""
         card = loaded.card
         if order.model is not None and order.model not in (card.id, card.source.model):
@@ -114,7 +114,7 @@ class GeneratorService:
         except ValueError as error:
             return Refusal(status=400, code="unknown_class", param="class", message=str(error))
 
-    async def generate(self, order: Order) -> Made | Refusal:
+    async def generate(self, order: GenerationRequest) -> GenerationResult | Refusal:
         """The images of an order, or why there are none."""
         loaded = self._model.loaded
         if loaded is None:
@@ -155,7 +155,7 @@ class GeneratorService:
                     retry_after_seconds=5.0,
                 )
             )  # fmt: skip
-        return Made(
+        return GenerationResult(
             images=np.stack(finished.results),
             class_id=label,
             class_name=loaded.classes[label].name,
@@ -171,9 +171,10 @@ class GeneratorService:
         self._recorder.record("meanflow_refused_total", tags={"code": refusal.code or "none"})
         return refusal
 
-    async def describe(self) -> tuple[ModelCard | None, str | None]:
+    async def describe(self) -> GeneratorStatus:
         """The model that serves, and what is wrong."""
-        return (None if self._model.loaded is None else self._model.loaded.card), self._model.problem
+        model = None if self._model.loaded is None else self._model.loaded.card
+        return GeneratorStatus(model=model, problem=self._model.problem)
 
     async def list_classes(self) -> list[ClassEntry]:
         """The classes, by id."""

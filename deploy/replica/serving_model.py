@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 from pydantic import ValidationError
 
-from deploy.messages import ModelCard, Source
+from deploy.messages import ModelInfo, ModelSource
 from deploy.metrics import Recorder
 from deploy.models import announce
 from deploy.replica.loading import Loaded, load_model
-from deploy.settings import GENERATOR_SETTINGS, Arguments, with_settings
+from deploy.settings import GENERATOR_SETTINGS, Arguments, apply_user_config
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class ServingModel:
         recorder: Recorder,
         load: Callable[[str, Arguments], Loaded] = load_model,
         first_retry_seconds: float = FIRST_RETRY_SECONDS,
-        announce: Callable[[Source, str], None] = announce,
+        announce: Callable[[ModelSource, str], None] = announce,
         is_asked_for: Callable[[dict[str, Any] | None], bool] = lambda user_config: True,
     ) -> None:
         """is_asked_for: whether a user_config is what the cluster asks for by now. It may block, and raise."""
@@ -91,7 +91,7 @@ class ServingModel:
             self._asking.cancel()  # what is told now is the newest
         self._user_config = user_config
         try:
-            self.settings = with_settings(self._arguments, user_config, GENERATOR_SETTINGS)
+            self.settings = apply_user_config(self._arguments, user_config, GENERATOR_SETTINGS)
             self._setting_problem = None
             self._asked_at = asked_at
         except (ValidationError, ValueError) as error:
@@ -248,7 +248,7 @@ class ServingModel:
         # A thread that nobody waits for: a tracking server that is away holds up neither requests nor the next model.
         threading.Thread(target=self._tell, args=(loaded.card,), daemon=True).start()
 
-    def _tell(self, card: ModelCard) -> None:
+    def _tell(self, card: ModelInfo) -> None:
         try:
             self._announce(card.source, card.id)
         except Exception:

@@ -6,6 +6,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deploy.app import RemoteGenerator, build_app
+from deploy.messages import GeneratorStatus
 from deploy.settings import Arguments
 
 
@@ -36,7 +37,9 @@ def test_what_befalls_a_replica_is_told_as_a_refusal(error, status, code):
     refusal = asyncio.run(generator.generate(None))
     assert (refusal.status, refusal.code) == (status, code)
     assert refusal.retry_after_seconds > 0
-    assert asyncio.run(generator.describe()) == (None, f"no replica answers: {type(error).__name__}")
+    assert asyncio.run(generator.describe()) == GeneratorStatus(
+        model=None, problem=f"no replica answers: {type(error).__name__}"
+    )
     assert asyncio.run(generator.list_classes()) == []
 
 

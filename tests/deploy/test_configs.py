@@ -10,7 +10,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.metrics import METRICS
-from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments, with_settings
+from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments, apply_user_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def test_serve_config_is_valid_and_listens_on_loopback():
     arguments = Arguments.model_validate(config.applications[0].args)
     for deployment in config.applications[0].deployments:
         allowed = {"ImageGenerator": GENERATOR_SETTINGS, "Api": API_SETTINGS}[deployment.name]
-        with_settings(arguments, deployment.user_config, allowed)
+        apply_user_config(arguments, deployment.user_config, allowed)
     assert set(content) <= set(ServeDeploySchema.model_fields)  # Serve lets misspelt keys pass
 
 
@@ -39,8 +39,8 @@ def test_settings_that_the_serve_config_only_suggests_are_valid_too():
     config = ServeDeploySchema.model_validate(yaml.safe_load(suggested))
     arguments = Arguments.model_validate(config.applications[0].args)
     generator, api = (deployment.user_config for deployment in config.applications[0].deployments)
-    assert with_settings(arguments, generator, GENERATOR_SETTINGS).model == "models:/meanflow-xl2/4"
-    assert set(with_settings(arguments, api, API_SETTINGS).api_keys) == {"alice"}
+    assert apply_user_config(arguments, generator, GENERATOR_SETTINGS).model == "models:/meanflow-xl2/4"
+    assert set(apply_user_config(arguments, api, API_SETTINGS).api_keys) == {"alice"}
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are():

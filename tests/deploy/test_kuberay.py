@@ -477,13 +477,13 @@ def test_the_serve_config_is_that_of_deploy_serve_but_for_what_must_differ(overl
 
 def test_the_endpoint_starts_with_its_keys_and_never_without(overlay):
     from deploy.api.auth import require_safe_exposure
-    from deploy.settings import API_SETTINGS, Arguments, with_settings
+    from deploy.settings import API_SETTINGS, Arguments, apply_user_config
 
     config = serve_config(overlay)
     application = config["applications"][0]
     arguments = Arguments.model_validate(application["args"])
     settings = application["deployments"][1]["user_config"]
-    require_safe_exposure(with_settings(arguments, settings, API_SETTINGS), config["http_options"]["host"])
+    require_safe_exposure(apply_user_config(arguments, settings, API_SETTINGS), config["http_options"]["host"])
     with pytest.raises(ValueError, match="api_keys"):
         require_safe_exposure(arguments, config["http_options"]["host"])
 
@@ -901,7 +901,7 @@ def test_a_key_is_known_where_the_schema_takes_any_and_unknown_in_what_such_keys
         ("proxy_location", "proxy_locations", "proxy_locations: unknown key, which Serve passes over"),
         ("host: 0.0.0.0", "hots: 0.0.0.0", "http_options.hots: unknown key, which Serve passes over"),
         ("min_replicas: 1", "min_replica: 1", "autoscaling_config.min_replica: unknown key"),
-        ("deadline_seconds: 60", "deadline: 60", "deployments[1].user_config: user_config may have"),
+        ("deadline_seconds: 60", "deadline: 60", "deployments[1].user_config: user_config may only set"),
         ("name: ImageGenerator", "name: Generator", "deployments[0].name: must be one of ImageGenerator, Api"),
         ("max_replicas: 8", "max_replicas: 0", "deployments[0].autoscaling_config.max_replicas: Input should be"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from deploy.api.auth import RateLimiter, find_key, hash_key, is_loopback, require_safe_exposure
-from deploy.settings import API_SETTINGS, Arguments, with_settings
+from deploy.settings import API_SETTINGS, Arguments, apply_user_config
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost", "::1", "[::1]", "127.8.9.1"])
@@ -69,12 +69,12 @@ def test_whoever_comes_again_when_told_is_allowed():
 
 def test_settings_that_change_in_place_are_told_from_those_that_do_not():
     arguments = Arguments(model="m", max_images=7)
-    changed = with_settings(arguments, {"max_steps": 3}, API_SETTINGS)
+    changed = apply_user_config(arguments, {"max_steps": 3}, API_SETTINGS)
     assert (changed.max_images, changed.max_steps) == (7, 3)
     with pytest.raises(ValueError, match="but got model, num_gpus too"):
-        with_settings(arguments, {"num_gpus": 1, "model": "x"}, API_SETTINGS)
+        apply_user_config(arguments, {"num_gpus": 1, "model": "x"}, API_SETTINGS)
     with pytest.raises(ValidationError, match="rate_limit"):
-        with_settings(arguments, {"rate_limit": "often"}, API_SETTINGS)
+        apply_user_config(arguments, {"rate_limit": "often"}, API_SETTINGS)
 
 
 def test_batch_sizes_come_from_the_command_line_and_reach_the_largest_batch():

@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from deploy.api.schema import MAX_SEED
-from deploy.messages import Refusal
+from deploy.messages import GeneratorStatus, Refusal
 from deploy.settings import Arguments
 from meanflow_core.generator import load_pipeline
 from tests.support.endpoint import in_process
@@ -327,12 +327,12 @@ def test_a_problem_is_told_while_the_old_model_serves(generator_folder, tmp_path
         assert ready.status_code == 200
         assert "first serves on" in ready.json()["problem"]
         running.api.reconfigure({"rate_limit": "much"})
-        assert "wanted a rate" in running.client.get("/readyz").json()["problem"]
+        assert "expected a rate" in running.client.get("/readyz").json()["problem"]
 
 
 def test_without_a_model_the_endpoint_is_not_ready(endpoint, monkeypatch):
     async def nothing():
-        return None, "loading"
+        return GeneratorStatus(model=None, problem="loading")
 
     monkeypatch.setattr(endpoint.api.generator, "describe", nothing)
     ready = endpoint.client.get("/readyz")
@@ -502,7 +502,7 @@ def test_a_successor_whose_settings_are_refused_keeps_the_keys():
         api = api_of(http_host=host)
         api.reconfigure({"api_keys": keys, "rate_limit": "much"})
         assert api.settings.api_keys == keys
-        assert "wanted a rate" in api.problem
+        assert "expected a rate" in api.problem
     with pytest.raises(ValueError, match="must be given as its SHA-256"):
         api_of(http_host="127.0.0.1").reconfigure({"api_keys": {"alice": "plain"}})
 

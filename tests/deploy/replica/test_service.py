@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.messages import Made, Order, Refusal
+from deploy.messages import GenerationRequest, GenerationResult, Refusal
 from deploy.replica.loading import load_model
 from deploy.replica.service import GeneratorService
 from deploy.replica.serving_model import ServingModel
@@ -22,7 +22,7 @@ def order(**changes):
         "class_": "star", "num_images": 1, "seed": 7, "seed_end": None, "timesteps": (1.0, 0.0), "guidance_scale": None,
         "guidance_interval": None, "is_preview": False, "model": None, "size": "auto", "timeout_seconds": 30.0,
     }  # fmt: skip
-    return Order(**{**wanted, **changes})
+    return GenerationRequest(**{**wanted, **changes})
 
 
 def service_of(folder, memory=None, **options):
@@ -49,7 +49,7 @@ def test_orders_that_arrive_together_share_a_batch_and_get_their_own_images(gene
         )  # fmt: skip
 
     one, two, other_steps = run(work)
-    assert all(isinstance(made, Made) for made in (one, two, other_steps))
+    assert all(isinstance(made, GenerationResult) for made in (one, two, other_steps))
     pipeline = load_pipeline(generator_folder)
     expected = pipeline.images_from_seeds([8, 2, 2], [7, 3, 4])
     got = np.concatenate([one.images, two.images])
@@ -112,7 +112,7 @@ def test_a_scale_of_one_is_no_guidance_and_taken_by_every_model(generator_folder
         await service.reconfigure({})
         return await service.generate(order(guidance_scale=1.0))
 
-    assert isinstance(run(work), Made)
+    assert isinstance(run(work), GenerationResult)
 
 
 def test_what_fits_this_model_is_taken(guided_folder):
@@ -125,7 +125,7 @@ def test_what_fits_this_model_is_taken(guided_folder):
         )
         return await service.generate(fitting)
 
-    assert isinstance(run(work), Made)
+    assert isinstance(run(work), GenerationResult)
 
 
 def test_the_event_loop_goes_on_while_models_load_and_compute(generator_folder, monkeypatch):
@@ -245,7 +245,7 @@ def test_batches_that_did_not_fit_are_counted(generator_folder, monkeypatch):
         monkeypatch.setattr(vae, "decode", limited)
         return await service.generate(order(num_images=4))
 
-    assert isinstance(run(work), Made)
+    assert isinstance(run(work), GenerationResult)
     assert sum(service.recorded.values("meanflow_out_of_memory_total")) == 1
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.messages import Made
+from deploy.messages import GenerationResult
 from deploy.replica import serving_model
 from deploy.replica.loading import load_model
 from meanflow_core.generator import load_pipeline
@@ -97,7 +97,7 @@ def test_each_model_that_serves_is_announced_and_a_failure_of_that_stops_nothing
         await until(lambda: len(told) == 2)
         return await service.generate(order())
 
-    assert isinstance(run(work), Made)
+    assert isinstance(run(work), GenerationResult)
     assert told == [(str(generator_folder), "first"), (str(other_folder), "second")]
     assert service.model.problem is None
 
@@ -503,7 +503,7 @@ def test_a_setting_whose_name_is_no_word_is_refused_like_any_other(generator_fol
         await service.reconfigure({name: 1, "wrong": 2})
         return await service.generate(order())
 
-    assert isinstance(run(work), Made)
+    assert isinstance(run(work), GenerationResult)
     assert f"{name}" in service.model.problem
 
 
@@ -650,7 +650,7 @@ def test_an_answer_that_does_not_come_holds_up_no_start(generator_folder, monkey
             gate.set()
         return await service.generate(order())
 
-    assert isinstance(run(work), Made)
+    assert isinstance(run(work), GenerationResult)
 
 
 def test_whether_refused_settings_are_wanted_is_not_asked_again(generator_folder):

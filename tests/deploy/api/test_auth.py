@@ -71,7 +71,7 @@ def test_settings_that_change_in_place_are_told_from_those_that_do_not():
     arguments = Arguments(model="m", max_images=7)
     changed = apply_user_config(arguments, {"max_steps": 3}, API_SETTINGS)
     assert (changed.max_images, changed.max_steps) == (7, 3)
-    with pytest.raises(ValueError, match="but got model, num_gpus too"):
+    with pytest.raises(ValueError, match="but got model, num_gpus;"):
         apply_user_config(arguments, {"num_gpus": 1, "model": "x"}, API_SETTINGS)
     with pytest.raises(ValidationError, match="rate_limit"):
         apply_user_config(arguments, {"rate_limit": "often"}, API_SETTINGS)

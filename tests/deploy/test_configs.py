@@ -58,7 +58,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are():
 
 
 def test_metrics_are_recorded_under_the_names_and_tags_of_the_table():
-    source = "".join(path.read_text() for path in (REPOSITORY / "deploy").glob("*.py"))
+    source = "".join(path.read_text() for path in (REPOSITORY / "deploy").rglob("*.py"))
     assert set(re.findall(r'record\(\s*"(meanflow_\w+)"', source)) == set(METRICS)
 
 

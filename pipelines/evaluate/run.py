@@ -64,8 +64,8 @@ from pipelines.images.decoding import read_pixels
 from pipelines.images.sources import ImageIndex, find_images
 from pipelines.progress import format_seconds
 from pipelines.tracking.provenance import code_identity
-from pipelines.tracking.registry import REGISTRY_SCHEMES, fetch_generator, find_run
-from pipelines.tracking.run import WEIGHTS_TAG, Run
+from pipelines.tracking.registry import REGISTRY_SCHEMES, WEIGHTS_TAG, fetch_generator, find_run, tag_generator
+from pipelines.tracking.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -556,7 +556,8 @@ def _log(job: EvaluateJob, run: Run | None, report: dict, files: Sequence[Path])
         run.log_file(path, place)
     run.flush()
     if trained_here and job.model is not None:
-        run.tag_generator(
+        tag_generator(
+            run,
             report["protocol"]["generator"]["transformer_sha256"],
             "evaluate.",
             _version_tags(report, settings, f"runs:/{run.run_id}/{place}/report.json"),

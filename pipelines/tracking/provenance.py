@@ -1,24 +1,20 @@
-"""What a run was made of: code versions and datasets, as MLflow records them."""
+"""What a run was made from: code versions and datasets, as MLflow records them."""
 
 import importlib.metadata
 import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import TypeVar
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from pipelines import storage
-from pipelines.latents.manifest import Manifest
-
-T = TypeVar("T")
 
 
 def code_identity() -> dict[str, str]:
-    """Which code runs: git commit, whether tracked files differ from it, and versions; "unknown" outside of git."""
+    """The running code: git commit, whether tracked files differ from it, and versions; "unknown" outside of git."""
     commit, dirty = "unknown", "unknown"
-    # A package that is installed may lie in the folders of some other repository, which does not track it.
+    # An installed package may lie inside another repository, which does not track it.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is not None:
         commit = _git("rev-parse", "HEAD") or "unknown"
         changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -32,29 +28,34 @@ def code_identity() -> dict[str, str]:
     }
 
 
-def latents_used(location: str, manifest: Manifest, context: str) -> DatasetInput:
-    """A latent dataset as MLflow lists a run's data sets. context: "training" or "validation"."""
-    place, source = storage.shown(location), storage.shown(manifest.source)
-    about = {"num_samples": manifest.num_samples, "num_classes": len(manifest.class_names), "images": source}
+def latents_used(
+    location: str, content_sha256: str, *, num_samples: int, num_classes: int, source: str, context: str
+) -> DatasetInput:
+    """A latent dataset as an entry of a run's dataset list.
+
+    source: location of the images that were encoded. context: "training" or "validation".
+    """
+    place = storage.shown(location)
+    profile = {"num_samples": num_samples, "num_classes": num_classes, "images": storage.shown(source)}
     dataset = Dataset(
-        name=f"{context}: {place}"[-500:],  # MLflow keeps one data set per name and digest, with its first place
-        digest=manifest.content_sha256[:36],  # MLflow takes no longer ones; the parameter data.sha256 has it whole
+        name=f"{context}: {place}"[-500:],  # MLflow keeps one dataset per name and digest, with its first location
+        digest=content_sha256[:36],  # MLflow's limit; the parameter data.sha256 has the whole hash
         source_type="latents",
         source=json.dumps({"uri": place}),
-        profile=json.dumps(about),
+        profile=json.dumps(profile),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says about this package's folder; None where it cannot."""
+    """The output of a git command in this package's folder; None if it fails."""
     try:
-        asked = subprocess.run(
+        result = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return asked.stdout.strip() if asked.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _version(distribution: str) -> str:

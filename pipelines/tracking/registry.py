@@ -1,35 +1,149 @@
-"""MLflow's model registry: finding and fetching generators."""
+"""MLflow's model registry: registering, tagging, finding and fetching generators."""
 
-import json
+import atexit
+import logging
 import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import ParamSpec, TypeVar
 
 import mlflow
+import pandas as pd
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, ParamSchema, Schema
+from mlflow.types import ParamSpec as ModelParameter
+from pyarrow import fs
 
-from meanflow_core.generator import find_generator
+from meanflow_core.generator import find_generator, read_provenance
+from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.tracking.run import TRAINING_RECORD, Run
+from pipelines.tracking.run import Run
+from pipelines.tracking.server import disable_http_retries, explain_failure, is_retryable, one_line
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 REGISTRY_SCHEMES = ("models:/", "runs:/")
+ALIAS = "champion"
+MODEL_FILE = Path(__file__).with_name("mlflow_generator.py")
+WEIGHTS_TAG = "transformer_sha256"  # tag of a model version: the hash of its network's weights
+PATIENCE_SECONDS = 300.0  # how long registration retries a request
+
+
+def register_generator(run: Run, folder: Path, name: str, tags: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Registers a generator folder as the next version of a model, assigns ALIAS to it, and returns its URI.
+
+    tags: tags of the version; `tag_generator` finds it by WEIGHTS_TAG. The run's status does not change.
+    Raises InputError if MLflow cannot be reached for five minutes.
+    """
+    disable_http_retries()
+    # For the whole process: with a database, MLflow looks the model up at the global address.
+    mlflow.set_tracking_uri(run.tracking_uri)
+    client = run.client
+    # pyfunc.log_model would restart the run, read the whole history of every metric, and log step 0 a second time.
+    experiment_id = _with_retry(run, client.get_run, run.run_id).info.experiment_id
+    logged = _with_retry(run, client.create_logged_model, experiment_id, name=name, source_run_id=run.run_id)
+    model = Model(
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+        run_id=run.run_id,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / "model"
+        _save_model(model, folder, local)
+        _with_retry(run, client.log_model_artifacts, logged.model_id, str(local))
+    _with_retry(run, client.finalize_logged_model, logged.model_id, "READY")
+    _with_retry(run, client.log_outputs, run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    try:
+        _with_retry(run, client.create_registered_model, name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = _with_retry(
+        run, client.create_model_version,
+        name, logged.model_uri, run_id=run.run_id, model_id=logged.model_id, tags=dict(tags),
+    )  # fmt: skip
+    _with_retry(run, client.set_registered_model_alias, name, ALIAS, str(version.version))
+    return f"models:/{name}@{ALIAS}"
+
+
+def _save_model(model: Model, generator: Path, folder: Path) -> None:
+    """Writes a generator as an MLflow model folder, with its signature and an input example."""
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        mlflow_model=model,
+        python_model=str(MODEL_FILE),
+        artifacts={"generator": str(generator)},
+        signature=ModelSignature(
+            inputs=Schema([ColSpec("long", "class_label"), ColSpec("long", "seed")]),
+            outputs=Schema([ColSpec("binary", "image_png")]),
+            params=ParamSchema([ModelParameter("num_inference_steps", "long", 1)]),
+        ),
+        input_example=pd.DataFrame({"class_label": [0], "seed": [0]}),
+        pip_requirements=["torch", "diffusers", "safetensors", "meanflow-ray"],
+    )
+
+
+def _with_retry(run: Run, request: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The result of a request, retried every second for PATIENCE_SECONDS. Raises InputError after that."""
+    deadline, has_warned = time.monotonic() + PATIENCE_SECONDS, False
+    while True:
+        try:
+            return request(*args, **kwargs)
+        except Exception as error:
+            if not is_retryable(error):
+                raise
+            if time.monotonic() > deadline:
+                raise InputError(explain_failure(run.tracking_uri, error)) from error
+            if not has_warned:
+                logger.warning("registration at %s failed and is retried: %s", run.tracking_uri, one_line(error))
+            has_warned = True
+        time.sleep(1.0)
+
+
+def tag_generator(run: Run, transformer_sha256: str, prefix: str, tags: Mapping[str, str]) -> None:
+    """Tags those registered versions of a run whose network has these weights.
+
+    Deletes their other tags that begin with `prefix`, which describe an earlier evaluation. Only warns if MLflow fails.
+    """
+    disable_http_retries()
+    try:
+        versions = run.client.search_model_versions(f"run_id = '{run.run_id}'")
+        matching = [version for version in versions if version.tags.get(WEIGHTS_TAG) == transformer_sha256]
+        if not matching:
+            logger.info("no registered version of run %s has these weights, so none is tagged", run.run_id)
+        for version in matching:
+            for key in version.tags:
+                if key.startswith(prefix) and key not in tags:
+                    run.client.delete_model_version_tag(version.name, version.version, key)
+            for key, value in tags.items():
+                run.client.set_model_version_tag(version.name, version.version, key, value)
+    except MlflowException as error:
+        logger.warning("cannot tag the model versions of run %s: %s", run.run_id, one_line(error))
 
 
 def find_run(model: str, tracking_uri: str | None) -> Run | None:
-    """The run that trained a model: a registered one's, or that of a generator which still lies in its run's folder.
+    """The run that trained a model: of a registry URI, or of a generator's folder by its provenance.json.
 
-    None where nothing says so.
+    Without `tracking_uri`, a folder's own provenance names the address. Returns None if the run is unknown.
     """
     if not model.startswith(REGISTRY_SCHEMES):
-        record = Path(model).expanduser().absolute().parent / TRAINING_RECORD
-        if not record.is_file():
-            return None
-        content = json.loads(record.read_text())
-        # Its own address, unless another is named: a run's id means nothing elsewhere.
-        return Run(tracking_uri or content["tracking_uri"], content["mlflow_run_id"])
+        try:
+            provenance = read_provenance(Path(model).expanduser())
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        address = tracking_uri or provenance.get("tracking_uri")
+        return Run(address, provenance["run_id"]) if address and "run_id" in provenance else None
     if tracking_uri is None:
         return None
     if model.startswith("runs:/"):
@@ -37,36 +151,47 @@ def find_run(model: str, tracking_uri: str | None) -> Run | None:
     client, name = MlflowClient(tracking_uri), model.removeprefix("models:/")
     try:
         if "@" in name:
-            found = client.get_model_version_by_alias(*name.split("@", 1))
+            version = client.get_model_version_by_alias(*name.split("@", 1))
         else:
-            found = client.get_model_version(*name.split("/", 1))
+            version = client.get_model_version(*name.split("/", 1))
     except (MlflowException, TypeError):
         return None
-    return Run(tracking_uri, found.run_id) if found.run_id else None
+    return Run(tracking_uri, version.run_id) if version.run_id else None
 
 
 def fetch_generator(model: str, tracking_uri: str | None) -> Path:
-    """A generator's local folder: of a folder, or of "models:/name@alias" or "runs:/id/name" through MLflow.
+    """The local folder of a generator: a path, a URI, "models:/name@alias" or "runs:/id/name".
 
-    Raises InputError where there is none.
+    Downloads from an object store are deleted when the process ends. Raises InputError if there is no such generator.
     """
-    if not model.startswith(REGISTRY_SCHEMES):
-        folder = Path(model).expanduser()
-        if not folder.is_dir():
-            raise InputError(
-                f"model {model} is no folder; wanted a generator's folder, models:/name@alias or runs:/id/name"
-            )
-    else:
-        tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if not tracking_uri:
-            raise InputError(f"model {model} lies in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
-        # For the whole process: MLflow 3.17 looks names up at the global address, whatever registry_uri it is handed.
-        mlflow.set_tracking_uri(tracking_uri)
-        try:
-            folder = Path(mlflow.artifacts.download_artifacts(model))
-        except (MlflowException, OSError) as error:
-            raise InputError(f"cannot fetch {model} from {tracking_uri}: {error}") from error
+    folder = _download(model, tracking_uri)
     try:
         return find_generator(folder)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def _download(model: str, tracking_uri: str | None) -> Path:
+    if model.startswith(REGISTRY_SCHEMES):
+        tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not tracking_uri:
+            raise InputError(f"model {model} is in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
+        # For the whole process: MLflow 3.17 resolves names at the global address and ignores registry_uri.
+        mlflow.set_tracking_uri(tracking_uri)
+        try:
+            return Path(mlflow.artifacts.download_artifacts(model))
+        except (MlflowException, OSError) as error:
+            raise InputError(f"cannot fetch {model} from {tracking_uri}: {error}") from error
+    try:
+        filesystem, path = storage.require_folder(model, "generator")
+    except InputError as error:
+        raise InputError(f"{error}; a generator is a folder, a URI, models:/name@alias or runs:/id/name") from error
+    if storage.is_local(model):
+        return Path(path)
+    folder = tempfile.mkdtemp(prefix="generator-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        fs.copy_files(path, folder, source_filesystem=filesystem)
+    except OSError as error:
+        raise InputError(f"cannot fetch {model}: {error}") from error
+    return Path(folder)

@@ -4,6 +4,7 @@ import json
 import logging
 from typing import Any
 
+from mlflow.entities import DatasetInput
 from pyarrow import fs
 
 from meanflow_core.config import flatten
@@ -11,10 +12,12 @@ from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.tracking.provenance import code_identity, latents_used
-from pipelines.tracking.run import TRAINING_RECORD, Run
+from pipelines.tracking.run import Run
 from pipelines.train.job import TrainJob
 
 logger = logging.getLogger(__name__)
+
+TRAINING_RECORD = "training.json"
 
 
 def read_record(job: TrainJob) -> dict[str, Any] | None:
@@ -90,10 +93,10 @@ def begin_or_resume_run(
         "init_from": job.init_from and storage.shown(job.init_from),
     }
     code = code_identity()
-    datasets = [latents_used(job.data, manifest, "training")]
+    datasets = [_dataset(job.data, manifest, "training")]
     if job.validation_data is not None:
         held_out = read_manifest(job.validation_data)
-        datasets.append(latents_used(job.validation_data, held_out, "validation"))
+        datasets.append(_dataset(job.validation_data, held_out, "validation"))
     run = Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code, datasets=datasets)
     record = {
         "identity": job.identity(manifest),
@@ -109,3 +112,14 @@ def begin_or_resume_run(
     run.log_dict(job.config.flat(), "configuration.json")
     run.log_dict(json.loads(manifest.to_json()), "data_manifest.json")
     return run, record
+
+
+def _dataset(location: str, manifest: Manifest, context: str) -> DatasetInput:
+    return latents_used(
+        location,
+        manifest.content_sha256,
+        num_samples=manifest.num_samples,
+        num_classes=len(manifest.class_names),
+        source=manifest.source,
+        context=context,
+    )

@@ -42,8 +42,9 @@ from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.plan.cost import step_flops
 from pipelines.plan.description import describe
 from pipelines.tracking.provenance import code_identity
-from pipelines.tracking.registry import REGISTRY_SCHEMES
-from pipelines.tracking.run import Run, resolve_tracking_uri
+from pipelines.tracking.registry import REGISTRY_SCHEMES, register_generator
+from pipelines.tracking.run import Run
+from pipelines.tracking.server import resolve_tracking_uri
 from pipelines.train import checkpoints, stopping, validation, warm_start
 from pipelines.train.job import TrainJob
 from pipelines.train.model_card import write_card
@@ -316,7 +317,7 @@ def _finish(
             "generator": storage.shown(location),
         }
         try:
-            model = run.register_generator(folder, job.model_name or f"meanflow-{preset}", tags)
+            model = register_generator(run, folder, job.model_name or f"meanflow-{preset}", tags)
         except Exception as error:
             raise RunError(
                 f"training is done and the generator lies in {location}, but MLflow did not take it: {error}; the same "

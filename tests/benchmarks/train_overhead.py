@@ -31,8 +31,9 @@ from meanflow_core.training import build_train_state, train_step
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.latents.cache import open_latents
-from pipelines.tracking.run import TRAINING_RECORD, Run
+from pipelines.tracking.run import Run
 from pipelines.train.batches import BatchSource
+from pipelines.train.record import TRAINING_RECORD
 
 INTERVAL, CHECKPOINT_INTERVAL = 25, 200
 

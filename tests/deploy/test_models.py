@@ -6,7 +6,7 @@ from mlflow import MlflowClient
 
 from deploy import models
 from deploy.models import announce, fetched_generator, is_alias, resolve_model
-from pipelines.tracking.run import ALIAS
+from pipelines.tracking.registry import ALIAS
 
 
 @pytest.fixture(scope="module")

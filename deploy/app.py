@@ -20,7 +20,8 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deploy.api.routes import ApiService, build_http_app
+from deploy.api.routes import build_http_app
+from deploy.api.service import ApiService
 from deploy.memory import ModelMemory
 from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, Refusal
 from deploy.metrics import RayRecorder

@@ -24,7 +24,8 @@ import uvicorn
 import yaml
 from fastapi.testclient import TestClient
 
-from deploy.api.routes import ApiService, build_http_app
+from deploy.api.routes import build_http_app
+from deploy.api.service import ApiService
 from deploy.memory import ModelMemory
 from deploy.replica.service import GeneratorService
 from deploy.replica.serving_model import ServingModel

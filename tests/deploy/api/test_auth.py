@@ -8,7 +8,8 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from deploy.api.auth import RateLimiter, find_key, hash_key, is_loopback, require_safe_exposure
+from deploy.api.auth import find_key_name, hash_key, is_loopback, require_safe_exposure
+from deploy.api.rate_limit import RateLimiter
 from deploy.settings import API_SETTINGS, Arguments, apply_user_config
 
 
@@ -21,7 +22,9 @@ def test_loopback_may_be_open(host):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org", ""])
 def test_an_endpoint_that_others_reach_wants_keys_or_a_word(host):
     assert not is_loopback(host)
-    with pytest.raises(ValueError, match=f"host is {re.escape(host)}, which others reach, and there are no API keys"):
+    with pytest.raises(
+        ValueError, match=f"host {re.escape(host)} is reachable from other machines, and there are no API keys"
+    ):
         require_safe_exposure(Arguments(model="m"), host)
     require_safe_exposure(Arguments(model="m", auth="none"), host)
     require_safe_exposure(Arguments(model="m", api_keys={"alice": hash_key("k")}), host)
@@ -29,9 +32,9 @@ def test_an_endpoint_that_others_reach_wants_keys_or_a_word(host):
 
 def test_keys_are_found_by_their_hashes():
     keys = {"alice": hash_key("one"), "bob": hash_key("two")}
-    assert find_key("two", keys) == "bob"
-    assert find_key("three", keys) is None
-    assert find_key(hash_key("one"), keys) is None  # the hash is no key
+    assert find_key_name("two", keys) == "bob"
+    assert find_key_name("three", keys) is None
+    assert find_key_name(hash_key("one"), keys) is None  # the hash is no key
     assert hash_key("one") == hashlib.sha256(b"one").hexdigest()
 
 
@@ -91,4 +94,4 @@ def test_the_command_makes_a_key_and_its_hash():
     ).stdout  # fmt: skip
     key = re.search(r"mf-[\w-]{43}", made)[0]
     digest = re.search(r'alice: "([0-9a-f]{64})"', made)[1]
-    assert find_key(key, {"alice": digest}) == "alice"
+    assert find_key_name(key, {"alice": digest}) == "alice"

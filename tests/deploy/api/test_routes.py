@@ -10,6 +10,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from deploy.api.schema import MAX_SEED
+from deploy.api.service import FullQueue
 from deploy.messages import GeneratorStatus, Refusal
 from deploy.settings import Arguments
 from meanflow_core.generator import load_pipeline
@@ -250,13 +251,13 @@ def test_of_many_faults_the_first_are_told(client):
 
 
 def test_a_generator_that_does_not_answer_is_given_up(generator_folder, monkeypatch):
-    from deploy.api import routes
+    from deploy.api import service
 
     async def forever(*_):
         await asyncio.sleep(30)
 
-    monkeypatch.setattr(routes, "DESCRIBE_SECONDS", 0.05)
-    monkeypatch.setattr(routes, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(service, "DESCRIBE_SECONDS", 0.05)
+    monkeypatch.setattr(service, "GRACE_SECONDS", 0.05)
     with in_process(Arguments(model=str(generator_folder), deadline_seconds=0.1)) as running:
         for name in ("generate", "describe", "list_classes"):
             monkeypatch.setattr(running.generator, name, forever)
@@ -348,7 +349,7 @@ def test_refusals_of_the_generator_reach_the_caller(endpoint, monkeypatch):
         return Refusal(status=429, code="overloaded", message="full", retry_after_seconds=2.3)
 
     monkeypatch.setattr(endpoint.api.generator, "generate", refuse)
-    monkeypatch.setattr(endpoint.api, "_full", None)  # and so again afterwards
+    monkeypatch.setattr(endpoint.api, "full_queue", FullQueue())  # and so again afterwards
     response = endpoint.client.post("/generate", json={"class": "star"})
     assert error_of(response, 429) == {
         "message": "full", "type": "rate_limit_error", "param": None, "code": "overloaded",
@@ -366,8 +367,8 @@ def test_a_full_queue_is_told_for_a_moment_without_asking_again(endpoint, monkey
         return Refusal(status=429, code="overloaded", message="full", retry_after_seconds=1.0)
 
     monkeypatch.setattr(endpoint.api.generator, "generate", full)
-    monkeypatch.setattr("deploy.api.routes.FULL_SECONDS", 0.5)
-    monkeypatch.setattr(endpoint.api, "_full", None)
+    monkeypatch.setattr("deploy.api.service.FULL_QUEUE_SECONDS", 0.5)
+    monkeypatch.setattr(endpoint.api, "full_queue", FullQueue())
 
     def status(num_images):
         return endpoint.client.post("/generate", json={"class": "star", "num_images": num_images}).status_code
@@ -389,8 +390,8 @@ def test_a_full_queue_of_some_steps_is_not_told_to_those_who_ask_for_others(endp
         return Refusal(status=429, code="overloaded", message="full", retry_after_seconds=30.0)
 
     monkeypatch.setattr(endpoint.api.generator, "generate", full_of_two_steps)
-    monkeypatch.setattr("deploy.api.routes.FULL_SECONDS", 5.0)
-    monkeypatch.setattr(endpoint.api, "_full", None)
+    monkeypatch.setattr("deploy.api.service.FULL_QUEUE_SECONDS", 5.0)
+    monkeypatch.setattr(endpoint.api, "full_queue", FullQueue())
 
     def status(steps):
         return endpoint.client.post("/generate", json={"class": "star", "num_inference_steps": steps}).status_code
@@ -488,7 +489,7 @@ def test_no_key_in_plain_text_is_told(locked):
 
 
 def api_of(arguments=None, http_host=None):
-    from deploy.api.routes import ApiService
+    from deploy.api.service import ApiService
     from tests.support.endpoint import Recorded
 
     return ApiService(None, Arguments(model="m", **(arguments or {})), Recorded(), http_host)
@@ -508,7 +509,7 @@ def test_a_successor_whose_settings_are_refused_keeps_the_keys():
 
 
 def test_the_http_side_does_not_start_open_to_others():
-    with pytest.raises(ValueError, match=r"host is 0\.0\.0\.0, which others reach"):
+    with pytest.raises(ValueError, match=r"host 0\.0\.0\.0 is reachable"):
         api_of(http_host="0.0.0.0").reconfigure({})
     api_of({"auth": "none"}, "0.0.0.0").reconfigure({})
 
@@ -567,7 +568,7 @@ def test_requests_are_counted_by_route_and_status(endpoint):
 
 def test_many_requests_at_once_share_batches(generator_folder):
     with in_process(Arguments(model=str(generator_folder), batch_wait_seconds=0.05)) as running:
-        order = running.api.order
+        order = running.api.make_generation_request
 
         async def many():
             from deploy.api.schema import GenerateRequest

@@ -1,0 +1,261 @@
+"""The work behind the routes: checks limits, asks the generator, encodes images. Knows no HTTP."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from deploy.api.auth import require_safe_exposure
+from deploy.api.encoding import MEDIA_TYPES, encode_image
+from deploy.api.errors import ApiError, invalid_value
+from deploy.api.rate_limit import RateLimiter
+from deploy.api.schema import Readiness, Sampling
+from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, ModelInfo, Refusal
+from deploy.metrics import Recorder
+from deploy.settings import API_SETTINGS, Arguments, apply_user_config
+from meanflow_core.pipeline import time_grid
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Timeout for a replica's status; a busy replica still answers at once.
+DESCRIBE_SECONDS = 5.0
+# The generator enforces the deadline. A generator that does not answer at all is given up this much later.
+GRACE_SECONDS = 1.0
+# How long a refusal for a full queue is repeated: short compared with any queue, so that none runs empty meanwhile.
+FULL_QUEUE_SECONDS = 0.1
+
+
+class GeneratorClient(Protocol):
+    """Makes images, in another process or in this one."""
+
+    async def generate(self, generation: GenerationRequest) -> GenerationResult | Refusal:
+        """The images, or the reason for a refusal."""
+
+    async def describe(self) -> GeneratorStatus:
+        """The serving model and any problem."""
+
+    async def list_classes(self) -> list[ClassEntry]:
+        """The classes, sorted by id; empty if no model serves."""
+
+
+@dataclass(frozen=True)
+class Encoded(Generic[T]):
+    """Encoded images, and the time that encoding took."""
+
+    content: T
+    seconds: float
+
+
+class FullQueue:
+    """Repeats the last refusal for a full queue for FULL_QUEUE_SECONDS instead of asking the busy generator again.
+
+    Applies to requests with the same steps and at least as many images: other steps have batches of their own, and
+    fewer images may fit.
+    """
+
+    def __init__(self) -> None:
+        self._refusal: Refusal | None = None
+        self._refused: GenerationRequest | None = None
+        self._until = 0.0
+
+    def refusal_for(self, generation: GenerationRequest) -> Refusal | None:
+        """The refusal to repeat, or None if the generator should be asked."""
+        refused = self._refused
+        if refused is None or time.monotonic() >= self._until:
+            return None
+        is_same_group = (generation.timesteps, generation.is_preview) == (refused.timesteps, refused.is_preview)
+        return self._refusal if is_same_group and generation.num_images >= refused.num_images else None
+
+    def remember(self, generation: GenerationRequest, refusal: Refusal) -> None:
+        """Notes a refusal for a full queue."""
+        self._refused, self._refusal = generation, refusal
+        self._until = time.monotonic() + FULL_QUEUE_SECONDS
+
+
+class ApiService:
+    """One replica of the HTTP side.
+
+    http_host: Serve's HTTP host; None outside of Serve.
+    """
+
+    def __init__(
+        self, generator: GeneratorClient, arguments: Arguments, recorder: Recorder, http_host: str | None = None
+    ) -> None:
+        self.generator = generator
+        self.recorder = recorder
+        self.settings = arguments
+        """Settings in force."""
+        self.problem: str | None = None
+        """Why the latest user_config was rejected; None if it is in force."""
+        self.is_configured = False
+        """False until `reconfigure` has checked the API keys."""
+        self.full_queue = FullQueue()
+        self._arguments = arguments
+        self._limiter = RateLimiter(arguments.rate_limit)
+        self._http_host = http_host
+        for image_format in MEDIA_TYPES:  # Pillow loads its plugins at the first image, which takes half a second
+            encode_image(np.zeros((8, 8, 3), np.uint8), image_format)
+
+    def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Applies settings. Invalid settings are logged, reported in `problem`, and change nothing.
+
+        Settings that remove all API keys are invalid too, because they would open a closed endpoint.
+
+        Raises ValueError, at the first call only, for invalid API keys and for an endpoint that other machines can
+        reach without keys.
+        """
+        try:
+            settings = apply_user_config(self._arguments, user_config, API_SETTINGS)
+            if self.settings.api_keys and not settings.api_keys:
+                raise ValueError("api_keys may be exchanged while the endpoint runs, but not left out")
+            if settings.rate_limit != self.settings.rate_limit:
+                self._limiter = RateLimiter(settings.rate_limit)
+            self.settings = settings
+            self.problem = None
+        except (ValidationError, ValueError) as error:
+            self.problem = f"settings of the HTTP side rejected, the previous ones stay in force: {error}"
+            logger.error(self.problem)
+            if not self.is_configured:
+                # A new replica has no previous settings; without its keys it would be open to everybody.
+                only_keys = {name: value for name, value in (user_config or {}).items() if name == "api_keys"}
+                self.settings = apply_user_config(self._arguments, only_keys, API_SETTINGS)
+        self.recorder.record("meanflow_settings_refused", float(self.problem is not None))
+        if not self.is_configured:
+            require_safe_exposure(self.settings, self._http_host)
+            logger.info(
+                "HTTP host of Serve: %s; API keys: %s", self._http_host, ", ".join(self.settings.api_keys) or "none"
+            )
+            self.is_configured = True
+
+    def admit(self, caller: str, num_images: int) -> None:
+        """Counts images against a caller's rate. Raises ApiError 429 if they exceed it."""
+        wait = self._limiter.seconds_until_allowed(caller, num_images)
+        if wait is not None:
+            message = f"more than {self.settings.rate_limit} images; try again later"
+            raise ApiError(429, message, "rate_limit_exceeded", retry_after_seconds=wait)
+
+    async def describe(self) -> GeneratorStatus:
+        """The serving model and any problem."""
+        try:
+            async with asyncio.timeout(DESCRIBE_SECONDS):
+                return await self.generator.describe()
+        except TimeoutError:
+            return GeneratorStatus(model=None, problem="no replica of the generator answers")
+
+    async def readiness(self) -> Readiness:
+        """Whether a model serves, with the problems of both sides."""
+        status = await self.describe()
+        problems = "; ".join(filter(None, (status.problem, self.problem)))
+        return Readiness(
+            status="ready" if status.model else "not ready",
+            model=status.model.id if status.model else None,
+            problem=problems or None,
+        )
+
+    async def model_info(self) -> ModelInfo:
+        """The model that serves, with this endpoint's limits. Raises ApiError 503 if none does."""
+        model = (await self.describe()).model
+        if model is None:
+            raise not_ready()
+        return model.model_copy(update={"max_images": self.settings.max_images, "max_steps": self.settings.max_steps})
+
+    async def classes(self) -> list[ClassEntry]:
+        """The classes, by id. Raises ApiError 503 if no model serves."""
+        try:
+            async with asyncio.timeout(DESCRIBE_SECONDS):
+                classes = await self.generator.list_classes()
+        except TimeoutError:
+            classes = []
+        if not classes:
+            raise not_ready()
+        return classes
+
+    def make_generation_request(
+        self, body: Sampling, *, class_: int | str, num_images: int, count_field: str, model: str | None, size: str
+    ) -> GenerationRequest:
+        """The generator's request for a body. Raises ApiError 400 for invalid values and exceeded limits.
+
+        count_field: the body's name for num_images, for the message.
+        """
+        settings = self.settings
+        if num_images > settings.max_images:
+            raise invalid_value(count_field, f"at most {settings.max_images} here, but got {num_images}")
+        try:
+            timesteps = tuple(time_grid(body.num_inference_steps, body.timesteps))
+        except ValueError as error:
+            raise invalid_value("timesteps", str(error)) from error
+        num_steps = len(timesteps) - 1
+        if num_steps > settings.max_steps:
+            field = "num_inference_steps" if body.timesteps is None else "timesteps"
+            raise invalid_value(field, f"at most {settings.max_steps} steps here, but got {num_steps}")
+        if body.timesteps is not None and body.num_inference_steps not in (1, num_steps):
+            raise invalid_value("timesteps", "give either timesteps or num_inference_steps")
+        interval = body.guidance_interval
+        if interval is not None and interval[0] > interval[1]:
+            raise invalid_value("guidance_interval", f"wanted [start, end], start <= end, but got {interval}")
+        if body.seed_end is not None and num_images < 2:
+            message = f"wanted at least 2 images on the way to it, but {count_field} is {num_images}"
+            raise invalid_value("seed_end", message)
+        return GenerationRequest(
+            class_=class_,
+            num_images=num_images,
+            seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
+            seed_end=body.seed_end,
+            timesteps=timesteps,
+            guidance_scale=body.guidance_scale,
+            guidance_interval=None if interval is None else (interval[0], interval[1]),
+            is_preview=body.preview,
+            model=model,
+            size=size,
+            timeout_seconds=settings.deadline_seconds,
+        )
+
+    async def generate(
+        self, generation: GenerationRequest, log: dict[str, object], class_field: str
+    ) -> GenerationResult:
+        """The generator's images. Raises ApiError for a refusal.
+
+        log: details of the access log. class_field: the body's name for the class, for the message.
+        """
+        log["images"] = generation.num_images
+        if self.settings.log_prompts:
+            log["class"] = generation.class_
+        answer = self.full_queue.refusal_for(generation) or await self._ask_generator(generation)
+        if isinstance(answer, Refusal):
+            param = class_field if answer.param == "class" else answer.param
+            message = answer.message if param is None else f"{param}: {answer.message}"
+            raise ApiError(answer.status, message, answer.code, param, answer.retry_after_seconds)
+        log["model"] = answer.model
+        return answer
+
+    async def _ask_generator(self, generation: GenerationRequest) -> GenerationResult | Refusal:
+        """The generator's answer. Raises ApiError 504 if it does not answer in time."""
+        try:
+            async with asyncio.timeout(generation.timeout_seconds + GRACE_SECONDS):
+                answer = await self.generator.generate(generation)
+        except TimeoutError as error:
+            raise ApiError(504, f"not done within {generation.timeout_seconds:g} s", "deadline_exceeded") from error
+        if isinstance(answer, Refusal) and answer.code == "overloaded":
+            self.full_queue.remember(generation, answer)
+        return answer
+
+    async def encode(self, encoder: Callable[[], T]) -> Encoded[T]:
+        """Runs an encoder in a thread, because compression would block the event loop."""
+        started = time.perf_counter()
+        content = await asyncio.to_thread(encoder)
+        seconds = time.perf_counter() - started
+        self.recorder.record("meanflow_encode_seconds", seconds)
+        return Encoded(content, seconds)
+
+
+def not_ready() -> ApiError:
+    """A 503 while no model serves."""
+    return ApiError(503, "no replica of the generator answers yet", "not_ready", retry_after_seconds=5.0)

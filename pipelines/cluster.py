@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and choosing its devices."""
+"""Connecting to a Ray cluster or starting one, and choosing the device."""
 
 import logging
 import os
@@ -7,25 +7,20 @@ from typing import Literal
 from pipelines.errors import InputError
 
 Device = Literal["auto", "gpu", "cpu"]
-# By default glibc returns large temporaries to the system and faults them in again at every step: CPU training is then
-# 3 to 10 times slower.
+# By default glibc returns large temporaries to the system and faults them in again at every step, which makes CPU
+# training 3 to 10 times slower.
 FAST_MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
-    "MALLOC_ARENA_MAX": "1",  # the thresholds hold in the first arena alone; Ray calls workers' code from other threads
+    "MALLOC_ARENA_MAX": "1",  # the thresholds apply to the first arena only, and Ray runs tasks in other threads
 }
 
 
-def _quieten_worker() -> None:
-    # Without a dashboard, Ray Train's placement group cleaner cannot ask about its controller, and says so every second.
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
-
-
 def start_ray(needed_cpus: int) -> None:
-    """Joins the cluster that a job runs in, else starts one on this machine with at least `needed_cpus` logical CPUs.
+    """Connects to the cluster of the submitted job, or starts one on this machine.
 
-    Logical CPUs may exceed the cores of a laptop: they schedule, they do not compute.
+    needed_cpus: minimum of logical CPUs on this machine. They only schedule work and may exceed its cores.
     """
     import ray  # not at the top: --help must be quick
 
@@ -34,31 +29,37 @@ def start_ray(needed_cpus: int) -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=True)
     else:
-        # "local" and not the nearest cluster that happens to run: a laptop's job must not land in somebody's session.
+        # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
-        environment = {"worker_process_setup_hook": _quieten_worker, "env_vars": FAST_MALLOC}
+        environment = {"worker_process_setup_hook": _silence_cleaner, "env_vars": FAST_MALLOC}
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment)
 
 
-def choose_gpus(device: Device, num_processes: int = 1) -> bool:
-    """Whether to compute on GPUs. "auto" takes GPUs where the cluster in use has some now.
+def _silence_cleaner() -> None:
+    # Without a dashboard, Ray Train's placement group cleaner warns every second that it cannot query its controller.
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
-    Raises InputError where a machine's own GPUs are fewer than the processes that want one each. A cluster may grow:
-    there Ray waits for the machines.
+
+def choose_gpus(device: Device, num_processes: int = 1) -> bool:
+    """Whether to compute on GPUs. "auto" uses GPUs if the cluster has any now.
+
+    Raises InputError if this machine has fewer GPUs than processes that need one each. On a cluster, Ray waits for more
+    machines instead.
     """
     available = num_gpus()
     use_gpus = available > 0 if device == "auto" else device == "gpu"
     if use_gpus and "RAY_ADDRESS" not in os.environ and num_processes > available:
         raise InputError(
-            f"{num_processes} processes want a GPU each, but this machine has {available} that torch can use"
+            f"{num_processes} processes need one GPU each, but torch can use {available} on this machine; "
+            f"give fewer --num-workers, or --device cpu"
         )
     return use_gpus
 
 
 def num_gpus() -> int:
-    """GPUs of the cluster in use; of this machine, only those that its torch can use."""
+    """The number of GPUs in the cluster. On this machine, only those that torch can use."""
     import ray
-    import torch  # not at the top: tasks that need no torch start in 1 s instead of 10 s
+    import torch  # not at the top: tasks without torch start in 1 s instead of 10 s
 
     available = int(ray.cluster_resources().get("GPU", 0))
     return available if "RAY_ADDRESS" in os.environ else min(available, torch.cuda.device_count())

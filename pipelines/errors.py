@@ -2,8 +2,8 @@
 
 
 class InputError(ValueError):
-    """Invalid input. The message says what was wanted, what came, and what to do."""
+    """Invalid input. The message says what was expected, what was given, and the remedy."""
 
 
 class RunError(RuntimeError):
-    """Work failed after it had started. The message says where, what has been kept, and what to do."""
+    """Work that failed after it had started. The message says where, what was kept, and the remedy."""

@@ -1,6 +1,7 @@
-"""`python -m pipelines.latent_cache` starts pipelines.latents.cache."""
+"""`python -m pipelines.latent_cache` runs pipelines.latents.cache."""
 
-import runpy
+from pipelines.command_line import run_command
+from pipelines.latents.cache import main
 
 if __name__ == "__main__":
-    runpy.run_module("pipelines.latents.cache", run_name="__main__", alter_sys=True)
+    run_command(main)

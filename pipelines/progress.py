@@ -1,4 +1,4 @@
-"""Progress of long work as plain log lines, with a rate and the time left: readable on a terminal and in a job's log."""
+"""Progress of long work as plain log lines, with the rate and the time left."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ def format_seconds(seconds: float) -> str:
 class Progress:
     """Logs "encoded 512 of 9000 images, 310.2 images/s, 27s left" at most every `interval_seconds`.
 
-    `start` is the count already done when the work begins (after a resume), so that it does not flatter the rate.
+    `start` is the count already done at the beginning, after a resume. It does not count towards the rate.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Progress:
         return (done - self._start) / max(time.monotonic() - self._began, 1e-9)
 
     def update(self, done: int, note: str = "") -> None:
-        """Logs a line if the last one is long enough ago, or the work is done."""
+        """Logs a line if `interval_seconds` have passed since the last one, or the work is done."""
         now = time.monotonic()
         if done < self._total and now - self._last < self._interval_seconds:
             return

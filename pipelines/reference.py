@@ -1,6 +1,7 @@
-"""`python -m pipelines.reference` starts pipelines.evaluate.reference."""
+"""`python -m pipelines.reference` runs pipelines.evaluate.reference."""
 
-import runpy
+from pipelines.command_line import run_command
+from pipelines.evaluate.reference import main
 
 if __name__ == "__main__":
-    runpy.run_module("pipelines.evaluate.reference", run_name="__main__", alter_sys=True)
+    run_command(main)

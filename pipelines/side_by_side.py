@@ -1,6 +1,7 @@
-"""`python -m pipelines.side_by_side` starts pipelines.evaluate.side_by_side."""
+"""`python -m pipelines.side_by_side` runs pipelines.evaluate.side_by_side."""
 
-import runpy
+from pipelines.command_line import run_command
+from pipelines.evaluate.side_by_side import main
 
 if __name__ == "__main__":
-    runpy.run_module("pipelines.evaluate.side_by_side", run_name="__main__", alter_sys=True)
+    run_command(main)

@@ -1,8 +1,8 @@
-"""Files on a local disk or in an object store, through pyarrow's file systems, and fsspec's for what those do not know.
+"""Files on a local disk or in an object store.
 
-A location is a path or a URI ("/data/latents", "s3://bucket/latents", "abfs://container/latents"). Nothing half-written
-is ever seen under its final name: a local file is renamed into place, and an object store shows an object when its
-upload is complete.
+A location is a path or a URI ("/data/latents", "s3://bucket/latents", "abfs://container/latents"). pyarrow opens the
+schemes it knows and fsspec all others. A file appears under its name only when complete: local files are renamed into
+place, and object stores publish an object at the end of its upload.
 """
 
 import os
@@ -15,18 +15,18 @@ from pyarrow import fs
 from pipelines.errors import InputError
 
 PYARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs")
-SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets this variable in the driver of a submitted job
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
 
 
 def absolute(location: str) -> str:
-    """A location that means the same in every process: Ray's workers run in other working directories."""
+    """The location in absolute form, because Ray's workers run in other working directories."""
     if location.startswith("file://"):
         return location.removeprefix("file://")
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
 def shown(location: str) -> str:
-    """A location as others may see it: without keys, passwords and parameters that a URI may carry."""
+    """The location without credentials and query parameters, for logs and metadata."""
     if "://" not in location:
         return location
     scheme, _, rest = location.partition("://")
@@ -35,24 +35,24 @@ def shown(location: str) -> str:
 
 
 def output_location(location: str, option: str) -> str:
-    """As `absolute`, for something to write.
+    """The absolute form of a folder to write. `option` names it in errors.
 
-    Raises InputError for a file, and for a relative path in a submitted job, whose working directory is a temporary
-    copy that goes with the job.
+    Raises InputError for a file. Raises it also for a relative path in a submitted job, whose working directory is a
+    temporary copy.
     """
     if "://" not in location and not Path(location).expanduser().is_absolute() and SUBMITTED_JOB in os.environ:
         raise InputError(
-            f"{option} {location} is relative, and a submitted job works in a temporary copy of its folder; give an "
+            f"{option} {location} is relative, but a submitted job runs in a temporary copy of its folder; give an "
             f"absolute path on shared storage, or a URI"
         )
     location = absolute(location)
     if is_local(location) and Path(location).is_file():
-        raise InputError(f"{option} {location} is a file, but a folder is wanted")
+        raise InputError(f"{option} {location} is a file, but must be a folder")
     return location
 
 
 def open_storage(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a location, and the location's path in it. Raises InputError for an unknown scheme."""
+    """The file system of a location, and the path in it. Raises InputError if it cannot be opened."""
     location = absolute(location)
     if "://" not in location:
         return fs.LocalFileSystem(), location
@@ -74,14 +74,14 @@ def is_local(location: str) -> bool:
     return "://" not in absolute(location)
 
 
-def require_folder(location: str, what: str) -> tuple[fs.FileSystem, str]:
-    """As `open_storage`, for a folder that must be there. Raises InputError where it is missing or a file."""
+def require_folder(location: str, description: str) -> tuple[fs.FileSystem, str]:
+    """Like `open_storage`. Raises InputError unless the location is an existing folder."""
     filesystem, path = open_storage(location)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.NotFound:
-        raise InputError(f"{what} {location} does not exist")
+        raise InputError(f"{description} {location} does not exist")
     if kind != fs.FileType.Directory:
-        raise InputError(f"{what} {location} is a file, but a folder is wanted")
+        raise InputError(f"{description} {location} is a file, but must be a folder")
     return filesystem, path
 
 
@@ -92,7 +92,7 @@ def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:
 
 
 def write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
-    """Writes a file whole or not at all, making its folder; an existing one is replaced."""
+    """Writes a file completely or not at all. Creates its folder and replaces an existing file."""
     filesystem.create_dir(os.path.dirname(path), recursive=True)
     if not isinstance(filesystem, fs.LocalFileSystem):
         with filesystem.open_output_stream(path) as stream:
@@ -102,12 +102,12 @@ def write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())  # or a machine that loses power may keep the name and lose the content
+        os.fsync(file.fileno())  # otherwise a power failure can leave the new name with lost content
     os.replace(partial, path)
 
 
 def delete_partial(filesystem: fs.FileSystem, folder: str) -> None:
-    """Deletes what `write_bytes` left in a local folder where its process was killed."""
+    """Deletes the temporary files of killed processes from a local folder."""
     if isinstance(filesystem, fs.LocalFileSystem):
         for path in Path(folder).glob("*.partial"):
             path.unlink(missing_ok=True)

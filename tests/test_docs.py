@@ -24,7 +24,7 @@ from deploy.jobs.job_file import read_job_file
 from deploy.settings import Arguments
 from meanflow_core.presets import PRESETS
 from pipelines.check import CheckJob
-from pipelines.convert import ConvertJob
+from pipelines.convert.job import ConvertJob
 from pipelines.demo.images import DrawImages
 from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob

@@ -8,7 +8,7 @@ from deploy.api.schema import GenerateRequest, ImagesRequest
 from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments
 from meanflow_core.interop import SOURCES
 from pipelines.check import CheckJob
-from pipelines.convert import ConvertJob
+from pipelines.convert.job import ConvertJob
 from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.reference import ReferenceJob

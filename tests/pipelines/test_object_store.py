@@ -1,4 +1,4 @@
-"""Reading from and writing to an object store, against an S3 server on loopback."""
+"""Reading from and writing to an object store: an S3 server on this machine."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -22,14 +22,14 @@ def bucket():
 
 
 def upload(folder, uri):
-    """Copies a folder's files into the store."""
+    """Copies the files of a folder into the store."""
     filesystem, root = storage.open_storage(uri)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         storage.write_bytes(filesystem, f"{root}/{path.relative_to(folder)}", path.read_bytes())
 
 
 @pytest.mark.parametrize("form", ["folders", "webdataset"])
-def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_path, without_ray, form):  # noqa: F811
+def test_an_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_path, without_ray, form):  # noqa: F811
     if form == "folders":
         upload(image_root / "val", f"{bucket}/{form}/images")
     else:
@@ -47,7 +47,7 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
     report = check.check(check.CheckJob(data=output, picture=tmp_path / "check.png"))
     assert report.problems == []
 
-    # What is missing is made again, and nothing else.
+    # Only missing files are written again.
     filesystem.delete_file(f"{root}/manifest.json")
     filesystem.delete_file(f"{root}/{shard_name(1)}")
     before = filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime
@@ -55,6 +55,6 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
     assert filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime == before
 
 
-def test_bucket_that_is_not_there_is_an_input_error(bucket, tmp_path):
+def test_a_missing_bucket_is_an_input_error(bucket, tmp_path):
     with pytest.raises(InputError, match="s3://nosuch-bucket/x"):
         encode_run.encode(job("s3://nosuch-bucket/x", tmp_path / "latents"))

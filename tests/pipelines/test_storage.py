@@ -5,14 +5,14 @@ from pipelines import storage
 from pipelines.errors import InputError
 
 
-def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     filesystem, path = storage.open_storage(str(tmp_path / "a" / "b.bin"))
     storage.write_bytes(filesystem, path, b"first")
 
-    def torn(*arguments):
+    def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", torn)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         storage.write_bytes(filesystem, path, b"second")
     assert storage.read_bytes(filesystem, path) == b"first"
@@ -32,7 +32,7 @@ def test_locations_are_paths_or_uris(tmp_path, monkeypatch):
         storage.open_storage("nosuch://x")
 
 
-def test_what_pyarrow_does_not_know_is_opened_by_fsspec():
+def test_fsspec_opens_schemes_that_pyarrow_does_not_know():
     filesystem, root = storage.open_storage("memory://shelf/box/")
     assert root == "/shelf/box"
     storage.write_bytes(filesystem, f"{root}/a/one", b"1")
@@ -42,7 +42,7 @@ def test_what_pyarrow_does_not_know_is_opened_by_fsspec():
         storage.require_folder("memory://shelf/none", "box")
 
 
-def test_leftovers_of_a_killed_writer_go_and_files_stay(tmp_path):
+def test_temporary_files_of_a_killed_writer_are_deleted(tmp_path):
     (tmp_path / "x.0123.partial").write_bytes(b"half")
     (tmp_path / "x").write_bytes(b"whole")
     storage.delete_partial(fs.LocalFileSystem(), str(tmp_path))

@@ -289,7 +289,7 @@ def test_unfit_jobs_are_refused_and_nothing_is_written(image_root, tmp_path, opt
 
 def test_output_that_is_a_file_is_refused(image_root, tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(InputError, match="is a file, but a folder is wanted"):
+    with pytest.raises(InputError, match="is a file, but must be a folder"):
         encode_run.encode(job(image_root / "val", tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 

@@ -42,7 +42,7 @@ def test_folders_without_a_names_file_are_named_after_themselves(image_root, tmp
     ("make", "words"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.write_text("x"), "is a file, but a folder is wanted"),
+        (lambda path: path.write_text("x"), "is a file, but must be a folder"),
         (lambda path: path.mkdir(), "no images in .*: wanted class folders"),
         (lambda path: (path.mkdir(), (path / "1.jpg").touch()), "put each into one"),
         (

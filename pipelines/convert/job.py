@@ -1,0 +1,29 @@
+"""The options of a conversion."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertJob:
+    """One conversion."""
+
+    source: str
+    """Origin of the checkpoint: official-meanflow, official-imf, imf-torch, sit, repa or zhuyu-cs."""
+    checkpoint: Path
+    """Checkpoint file: .npz, .safetensors, .pt, .pth, .ckpt or .bin; any other suffix is read as Flax's msgpack."""
+    output: str
+    """Folder for the generator; must not exist."""
+    vae: str
+    """Autoencoder of the latents that the network was trained on: a hub id or a folder."""
+    class_names: Path | None = None
+    """Text file with one class name per line, in the order of the ids. A line may begin with a WordNet id, as in
+    ImageNet's LOC_synset_mapping.txt. Default: "class 0", "class 1", ..."""
+    use_ema: bool = True
+    """From a whole training state, take the moving average instead of the optimizer's parameters."""
+    sample_size: int | None = None
+    """Side of the latents, if the file does not determine it. Default: 32."""
+    num_heads: int | None = None
+    """Attention heads, which no file determines. Default: those of the published size."""
+    portable: bool = False
+    """Include the code, so that diffusers alone can open the generator (trust_remote_code=True)."""

@@ -21,7 +21,6 @@ import pandas as pd
 import psutil
 import pytest
 import requests
-import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -32,7 +31,7 @@ from pipelines.errors import InputError
 from pipelines.tracking.run import Run
 from pipelines.train import checkpoints
 from tests.support.clusters import processes_of
-from tests.support.kubernetes_manifests import ComposeFile, filled_in
+from tests.support.compose import MLFLOW, compose_file, filled_in
 from tests.support.latents import encode_drawn
 from tests.support.mlflow_server import Server
 from tests.support.object_store import s3_bucket
@@ -40,7 +39,6 @@ from tests.support.postgres import Postgres, missing_programs
 from tests.support.readme import REPOSITORY
 
 MISSING = [*missing_programs(), *(name for name in ("psycopg2", "flask_wtf") if importlib.util.find_spec(name) is None)]
-COMPOSE = REPOSITORY / "deploy" / "mlflow"
 SEARCH = "/api/2.0/mlflow/experiments/search?max_results=5"
 
 pytestmark = [
@@ -64,12 +62,12 @@ class Deployment:
             "MLFLOW_ARTIFACTS": f"{bucket}/mlflow",
             **{name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")},
         }
-        service = ComposeFile.model_validate(yaml.safe_load((COMPOSE / "compose.yaml").read_text())).services["mlflow"]
-        assert service.command[:2] == ["mlflow", "server"]
-        options = [word for word in service.command[2:] if not word.startswith(("--host=", "--port="))]
+        service = compose_file()["services"]["mlflow"]
+        assert service["command"][:2] == ["mlflow", "server"]
+        options = [word for word in service["command"][2:] if not word.startswith(("--host=", "--port="))]
         settings = folder / "basic_auth.ini"
-        settings.write_text(self._here((COMPOSE / "basic_auth.ini").read_text()))
-        environment = dict(zip(service.environment, filled_in(service.environment.values(), dotenv), strict=True))
+        settings.write_text(self._here((MLFLOW / "basic_auth.ini").read_text()))
+        environment = dict(zip(service["environment"], filled_in(service["environment"].values(), dotenv), strict=True))
         self.server = Server(
             folder,
             [self._here(word) for word in filled_in(options, dotenv)],

@@ -1,4 +1,4 @@
-"""The project as a wheel: what lies in it, and that it works where nothing else of the repository is."""
+"""The wheel: which files it holds, and (soak) that it works in an empty environment outside the repository."""
 
 import ast
 import email
@@ -16,22 +16,21 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.support.environments import PACKAGES, Environment, command_modules, copy_files, tracked_files
-from tests.support.readme import REPOSITORY
+from tests.support.readme import REPOSITORY, text_of
 
-PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-LEFT_OUT = {"deploy/Dockerfile": "what it copies is the repository, so that it builds nowhere else"}
+PROJECT = tomllib.loads(text_of("pyproject.toml"))["project"]
+NOT_PACKED = {"deploy/Dockerfile"}  # it copies the repository, so it builds nowhere else
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy of what git has, so that no build/ of this checkout gets into it, and none is left here."""
+    """Built from a copy of the tracked files, so that no build/ of this checkout gets in and none is left here."""
     folder = tmp_path_factory.mktemp("wheel")
     copy_files(tracked_files(), folder / "source")
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check",
-         "--wheel-dir", str(folder), str(folder / "source")],
-        check=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(folder / "source")], check=True
+    )
     [built] = folder.glob("*.whl")
     return built
 
@@ -48,43 +47,32 @@ def metadata(contents) -> Message:
     return email.message_from_bytes(contents[name])
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(contents):
-    wanted = {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
-    assert set(LEFT_OUT) <= wanted
+def test_wheel_holds_exactly_the_files_of_the_packages(contents):
+    expected = {name for name in tracked_files() if name.split("/")[0] in PACKAGES} - NOT_PACKED
     held = {name for name in contents if ".dist-info/" not in name}
-    assert held == wanted - set(LEFT_OUT)  # a new kind of data file wants a line under package-data
+    assert held == expected  # a new kind of data file needs a line under package-data in pyproject.toml
     for name in held:
         assert contents[name] == (REPOSITORY / name).read_bytes(), name
 
 
-def test_the_wheel_fits_every_machine_with_a_python_of_the_stated_version(wheel, metadata):
+def test_wheel_has_the_projects_name_version_requirements_and_licence(wheel, contents, metadata):
     assert wheel.name == f"meanflow_ray-{PROJECT['version']}-py3-none-any.whl"
-    assert metadata["Name"] == PROJECT["name"]
-    assert metadata["Version"] == PROJECT["version"]
+    assert (metadata["Name"], metadata["Version"]) == (PROJECT["name"], PROJECT["version"])
     assert metadata["Requires-Python"] == PROJECT["requires-python"]
-    assert PROJECT["version"] in (REPOSITORY / "CHANGELOG.md").read_text()
-
-
-def test_the_wheel_carries_its_licence_and_notices(contents, metadata):
+    assert PROJECT["version"] in text_of("CHANGELOG.md")
+    required = {Requirement(line) for line in PROJECT["dependencies"]}
+    for extra, lines in PROJECT["optional-dependencies"].items():
+        required |= {Requirement(f'{line}; extra == "{extra}"') for line in lines}
+    assert {Requirement(line) for line in metadata.get_all("Requires-Dist")} == required
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
     for name in ("LICENSE", "NOTICE"):
         [packed] = [path for path in contents if path.endswith(f".dist-info/licenses/{name}")]
         assert contents[packed] == (REPOSITORY / name).read_bytes()
 
 
-def test_the_wheel_asks_for_what_the_project_asks_for(metadata):
-    asked = {Requirement(line) for line in metadata.get_all("Requires-Dist")}
-    wanted = {Requirement(line) for line in PROJECT["dependencies"]}
-    for extra, lines in PROJECT["optional-dependencies"].items():
-        wanted |= {Requirement(f'{line}; extra == "{extra}"') for line in lines}
-    assert asked == wanted
-    assert metadata.get_all("Provides-Extra") == list(PROJECT["optional-dependencies"])
-
-
 def top_level_imports(name: str) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse((REPOSITORY / name).read_text())):
+    for node in ast.walk(ast.parse(text_of(name))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -92,82 +80,69 @@ def top_level_imports(name: str) -> set[str]:
     return found
 
 
-def test_every_package_that_the_code_imports_is_asked_for():
-    asked = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-    # fastapi, pydantic, starlette and aiohttp are the versions that Serve and the job client are made for.
-    asked |= {canonicalize_name(Requirement(line).name) for line in requires("ray") or [] if 'extra == "serve"' in line}
-    asked |= {"requests"}  # Ray's own
+def test_every_imported_package_is_required():
+    required = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    # fastapi, pydantic and starlette come in the versions that Serve is made for.
+    required |= {canonicalize_name(Requirement(line).name) for line in requires("ray") if 'extra == "serve"' in line}
     only_with_an_extra = {"torch_fidelity"}
     providers = packages_distributions()
     for name in tracked_files():
         if name.split("/")[0] in PACKAGES and name.endswith(".py"):
             foreign = top_level_imports(name) - set(sys.stdlib_module_names) - set(PACKAGES) - only_with_an_extra
-            for imported in foreign:
-                given_by = {canonicalize_name(provider) for provider in providers[imported]}
-                assert given_by & asked, f"{name} imports {imported}, which nothing in pyproject.toml brings"
+            for module in foreign:
+                packages = {canonicalize_name(package) for package in providers[module]}
+                assert packages & required, f"{name} imports {module}, but pyproject.toml requires no package for it"
 
 
-def test_commands_are_found_by_looking():
+def test_command_modules_are_found():
+    commands = {"encode", "train", "evaluate", "reference", "check", "convert", "plan", "compare", "latent_cache"}
+    commands = {f"pipelines.{name}" for name in commands | {"side_by_side", "demo", "demo.images"}}
     found = command_modules()
-    assert {"pipelines.train", "pipelines.demo", "pipelines.demo.images", "deploy.jobs", "deploy.keys"} <= set(found)
+    assert commands | {"deploy.keys", "deploy.models", "deploy.spot_notice"} <= set(found)
     assert "pipelines.evaluate.judge" not in found
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Environment:
-    """A new environment that the wheel is installed into, as a user would: nothing of this repository on its paths."""
+    """A new environment with the wheel, installed as a user would, and nothing of this repository on its paths."""
     environment = Environment.create(tmp_path_factory.mktemp("installed"))
     constraints = str(REPOSITORY / "constraints.txt")
     pip = ("python", "-m", "pip", "install", "--progress-bar", "off", "--quiet")
-    environment.run(*pip, str(wheel), patience_seconds=1800, PIP_CONSTRAINT=constraints)
+    environment.run(*pip, str(wheel), timeout_seconds=1800, PIP_CONSTRAINT=constraints)
     return environment
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(2400)  # the installation, which comes first
+@pytest.mark.timeout(2400)  # of which the installation takes most
 @pytest.mark.parametrize("module", command_modules())
-def test_every_command_of_the_installed_wheel_tells_its_usage(installed, module):
+def test_every_command_of_the_installed_wheel_prints_its_usage(installed, module):
     usage = re.sub(r"\x1b\[[\d;]*m", "", installed.help_of(module)).strip()
     assert usage.startswith(f"usage: python -m {module} ")
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(2400)
-def test_the_installed_wheel_imports_and_opens_all_that_it_brings(installed):
+def test_installed_wheel_imports_every_module_and_opens_its_data(installed):
     installed.run("python", "-m", "pip", "check")
-    assert installed.uses_everything().startswith(str(installed.folder / "venv"))
+    assert installed.use_everything().startswith(str(installed.folder / "venv"))
     assert "--num-steps" in installed.run("python", "-m", "pipelines.train", "demo", "--help")
 
 
 @pytest.mark.soak
 @pytest.mark.cluster
 @pytest.mark.timeout(3600)
-def test_the_installed_wheel_goes_from_images_to_a_served_model_in_an_empty_folder(installed):
-    before = {path.name for path in Path(installed.python).parents[1].glob("lib/python*/site-packages/*")}
-    installed.run(
-        "python", "-m", "pipelines.demo", "--preset", "debug", "--num-train", "200", "--num-val", "60", "--num-samples", "40",
-        patience_seconds=1200,
-    )  # fmt: skip
-    made = installed.empty / "build" / "demo"
-    for name in ("latents/manifest.json", "runs/demo/generator/model_index.json", "report.json", "served.png"):
-        assert (made / name).is_file(), name
-    assert {path.name for path in installed.empty.iterdir()} == {"build"}
-    after = {path.name for path in Path(installed.python).parents[1].glob("lib/python*/site-packages/*")}
-    assert after == before  # nothing was written among the packages
+def test_installed_wheel_runs_the_demo_in_an_empty_folder(installed):
+    def packages() -> set[str]:
+        return {path.name for path in Path(installed.python).parents[1].glob("lib/python*/site-packages/*")}
 
-    latents, runs = str(made / "latents"), str(made / "runs")
-    installed.run("python", "-m", "pipelines.check", "--data", latents, "--picture", "check.png")
-    plan = installed.run(
-        "python",
-        "-m",
-        "pipelines.train",
-        "xl2",
-        "--data",
-        latents,
-        "--storage",
-        runs,
-        "--run-name",
-        "plan",
-        "--dry-run",
-    )
-    assert "parameters" in plan
+    before = packages()
+    sizes = ("--num-train", "200", "--num-val", "60", "--num-samples", "40")
+    installed.run("python", "-m", "pipelines.demo", "--preset", "debug", *sizes, timeout_seconds=1200)
+    output = installed.empty / "build" / "demo"
+    for name in ("latents/manifest.json", "runs/demo/generator/model_index.json", "report.json", "served.png"):
+        assert (output / name).is_file(), name
+    assert {path.name for path in installed.empty.iterdir()} == {"build"}
+    assert packages() == before  # nothing is written into site-packages
+    installed.run("python", "-m", "pipelines.check", "--data", str(output / "latents"), "--picture", "check.png")
+    places = ("--data", str(output / "latents"), "--storage", str(output / "runs"), "--run-name", "plan")
+    assert "parameters" in installed.run("python", "-m", "pipelines.train", "xl2", *places, "--dry-run")

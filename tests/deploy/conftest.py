@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.endpoint import write_generator
+from tests.support.kubernetes import KUBERAY, render
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,9 @@ def other_folder(tmp_path_factory) -> Path:
 def guided_folder(tmp_path_factory) -> Path:
     """One that is told its guidance."""
     return write_generator(tmp_path_factory.mktemp("models") / "guided", takes_guidance=True)
+
+
+@pytest.fixture(scope="session", params=("base", "overlays/small", "overlays/eight-nodes"))
+def overlay(request) -> list[dict]:
+    """The rendered Kubernetes documents of the base and of each overlay."""
+    return render(KUBERAY / request.param)

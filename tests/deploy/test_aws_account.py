@@ -1,4 +1,4 @@
-"""The runbook's commands for a fresh account, run against a stand-in for AWS, and Ray's own launcher on what they made."""
+"""The runbook's commands for a new AWS account, run against moto, and the machines that Ray's launcher makes there."""
 
 import copy
 import re
@@ -9,18 +9,21 @@ import pytest
 import yaml
 from moto import mock_aws
 
-from tests.deploy.test_clusters import prepared, text_of, with_efa
+from tests.deploy.test_clusters import prepared, with_efa
 from tests.support.aws import understand_aws, words_of
-from tests.test_docs import commands
+from tests.support.readme import commands, text_of
 
 ACCOUNT, REGION = "123456789012", "us-west-2"
-# What the stand-in does not have: quotas, the newest machine image, placement groups.
-NOT_RUN = {"RequestServiceQuotaIncrease", "GetParameter", "CreatePlacementGroup"}
+NOT_IN_MOTO = {"RequestServiceQuotaIncrease", "GetParameter", "CreatePlacementGroup"}
+
+
+def runbook() -> list[str]:
+    return commands("runbook", "docs/runbook.md")
 
 
 @pytest.fixture(scope="module")
 def account(tmp_path_factory):
-    """{variable: value} of the runbook's shell, once all its commands for AWS have run."""
+    """{variable: value} of the reader's shell after the runbook's commands for AWS."""
     with pytest.MonkeyPatch.context() as patch, mock_aws():
         for name, value in {
             "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": REGION,
@@ -28,14 +31,14 @@ def account(tmp_path_factory):
         }.items():  # fmt: skip
             patch.setenv(name, value)
         variables: dict[str, str] = {}
-        for line in commands("runbook"):
+        for line in runbook():
             if not re.match(r"(\w+=\$\()?aws ", line) or " | docker" in line or line.startswith("aws s3 "):
                 continue
-            for ours, theirs in (("YOUR-ADDRESS", "192.0.2.7"), ("BUCKET", "a-bucket"), ("ACCOUNT", ACCOUNT)):
-                line = line.replace(ours, theirs)
+            for placeholder, value in (("YOUR-ADDRESS", "192.0.2.7"), ("BUCKET", "a-bucket"), ("ACCOUNT", ACCOUNT)):
+                line = line.replace(placeholder, value)
             name, words = words_of(line, variables)
             call = understand_aws(words[1:])
-            if call.operation in NOT_RUN:
+            if call.operation in NOT_IN_MOTO:
                 continue
             client = boto3.client(call.service, REGION)
             method = next(method for method, of in client.meta.method_to_api_mapping.items() if of == call.operation)
@@ -46,17 +49,17 @@ def account(tmp_path_factory):
 
 
 def launched(text, account, monkeypatch):
-    """{kind: what EC2 says of a machine of it}, as Ray's launcher makes it of a cluster file that is filled in."""
+    """{kind of machine: (its resources, EC2's description)}, launched by Ray from a cluster file without placeholders."""
     from ray.autoscaler._private.aws import config as launcher
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
     monkeypatch.setattr(launcher.time, "sleep", lambda seconds: None)
     image = boto3.client("ec2").describe_images()["Images"][0]["ImageId"]
-    for ours, theirs in (
+    for placeholder, value in (
         ("ami-CHANGE", image), ("sg-CHANGE", account["GROUP"]), ("subnet-CHANGE", account["SUBNET"]),
         ("ACCOUNT", ACCOUNT), ("EFS", account["FILES"]),
     ):  # fmt: skip
-        text = text.replace(ours, theirs)
+        text = text.replace(placeholder, value)
     config = AWSNodeProvider.fillout_available_node_types_resources(launcher.bootstrap_aws(prepared(text)))
     provider = AWSNodeProvider(config["provider"], config["cluster_name"])
     made = {}
@@ -70,12 +73,13 @@ def groups_of(machine):
     return {group["GroupId"] for card in machine["NetworkInterfaces"] for group in card["Groups"]}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("efa", [False, True], ids=["plain", "efa"])
-def test_all_machines_are_in_the_runbooks_group_and_zone_with_the_roles_of_the_account(account, monkeypatch, efa):
+def test_machines_start_in_the_runbooks_group_and_subnet_with_its_roles(account, monkeypatch, efa):
     text = text_of("ray_cluster.yaml")
     machines = launched(with_efa(text) if efa else text, account, monkeypatch)
     for kind, (resources, machine) in machines.items():
-        assert groups_of(machine) == {account["GROUP"]}, kind  # or workers could not reach the head
+        assert groups_of(machine) == {account["GROUP"]}, kind  # otherwise workers cannot reach the head
         assert {card["SubnetId"] for card in machine["NetworkInterfaces"]} == {account["SUBNET"]}
         role = machine["IamInstanceProfile"]["Arn"].split("/")[-1]
         assert role == ("meanflow-head" if kind == "head" else "meanflow")
@@ -83,7 +87,8 @@ def test_all_machines_are_in_the_runbooks_group_and_zone_with_the_roles_of_the_a
         assert (resources["CPU"] > 0) == (kind != "head")
 
 
-def test_the_group_lets_in_itself_and_your_ssh_alone(account):
+@pytest.mark.soak
+def test_security_group_admits_only_itself_and_your_ssh(account):
     [group] = boto3.client("ec2").describe_security_groups(GroupIds=[account["GROUP"]])["SecurityGroups"]
     inside, ssh = sorted(group["IpPermissions"], key=lambda rule: rule["IpProtocol"])
     assert (inside["IpProtocol"], [pair["GroupId"] for pair in inside["UserIdGroupPairs"]]) == (
@@ -96,10 +101,11 @@ def test_the_group_lets_in_itself_and_your_ssh_alone(account):
         22,
         ["192.0.2.7/32"],
     )
-    assert any(rule["UserIdGroupPairs"] for rule in group["IpPermissionsEgress"])  # EFA wants it said
+    assert any(rule["UserIdGroupPairs"] for rule in group["IpPermissionsEgress"])  # required by EFA
 
 
-def test_shared_storage_has_a_door_in_the_zone_and_the_group(account):
+@pytest.mark.soak
+def test_shared_storage_is_mounted_from_the_zone_and_the_group(account):
     client = boto3.client("efs")
     [target] = client.describe_mount_targets(FileSystemId=account["FILES"])["MountTargets"]
     assert target["SubnetId"] == account["SUBNET"]
@@ -109,18 +115,21 @@ def test_shared_storage_has_a_door_in_the_zone_and_the_group(account):
     assert target["AvailabilityZoneName"] == zone
 
 
-def test_the_head_may_hand_on_the_workers_role_and_workers_may_start_nothing(account):
+@pytest.mark.soak
+def test_head_may_start_machines_with_the_workers_role_and_workers_may_not(account):
     client = boto3.client("iam")
+
+    def as_list(value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
+
     allowed = {}
     for role in ("meanflow", "meanflow-head"):
-        statements = client.get_role_policy(RoleName=role, PolicyName="stages")["PolicyDocument"]["Statement"]
+        policy = client.get_role_policy(RoleName=role, PolicyName="stages")["PolicyDocument"]
         allowed[role] = {
             (action, resource)
-            for statement in statements
-            for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
-            for resource in (
-                [statement["Resource"]] if isinstance(statement["Resource"], str) else statement["Resource"]
-            )
+            for statement in policy["Statement"]
+            for action in as_list(statement["Action"])
+            for resource in as_list(statement["Resource"])
         }
     assert allowed["meanflow"] < allowed["meanflow-head"]
     more = allowed["meanflow-head"] - allowed["meanflow"]
@@ -132,11 +141,11 @@ def test_the_head_may_hand_on_the_workers_role_and_workers_may_start_nothing(acc
 
 
 def calls(name):
-    """Parameters of the runbook's calls of a command."""
-    return [understand_aws(words_of(line, {})[1][1:]).parameters for line in commands("runbook") if f" {name} " in line]
+    """Parameters of the runbook's calls of an AWS command."""
+    return [understand_aws(words_of(line, {})[1][1:]).parameters for line in runbook() if f" {name} " in line]
 
 
-def test_quotas_and_the_placement_group_fit_what_the_cluster_may_grow_to():
+def test_quotas_and_placement_group_fit_the_largest_cluster():
     config = yaml.safe_load(with_efa(text_of("ray_cluster.yaml")))
     gpu = config["available_node_types"]["gpu"]
     # A p4d.24xlarge has 96 vCPUs.
@@ -147,6 +156,6 @@ def test_quotas_and_the_placement_group_fit_what_the_cluster_may_grow_to():
     assert placement == {"GroupName": gpu["node_config"]["Placement"]["GroupName"], "Strategy": "cluster"}
 
 
-def test_the_account_may_have_spot_machines():
-    # A new account lacks this role, and the head, which asks for the first spot machine, may not make it.
+def test_account_gets_the_role_for_spot_machines():
+    # A new account lacks this role, and the head is not allowed to create it.
     assert calls("create-service-linked-role") == [{"AWSServiceName": "spot.amazonaws.com"}]

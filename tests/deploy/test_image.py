@@ -1,4 +1,4 @@
-"""The image's Dockerfile and its constraints: read line by line, and (long) done without Docker. Nothing here builds it."""
+"""The image's Dockerfile and its constraints, read line by line; soak tests run its steps without Docker."""
 
 import json
 import os
@@ -15,207 +15,181 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from tests.support.environments import PACKAGES, Environment, command_modules, copy_files, tracked_files
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.support.readme import REPOSITORY, text_of
 
 
 def instructions() -> list[tuple[str, str]]:
-    """[(instruction, rest)] of the Dockerfile, lines that go on joined, comments left out."""
-    text = (REPOSITORY / "deploy" / "Dockerfile").read_text()
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    """[(instruction, arguments)] of the Dockerfile, with continued lines joined and without comments."""
+    lines = [line for line in text_of("deploy/Dockerfile").splitlines() if line.strip() and not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines()]
 
 
 def of(kind: str) -> list[str]:
-    return [rest for instruction, rest in instructions() if instruction == kind]
+    return [arguments for instruction, arguments in instructions() if instruction == kind]
 
 
 def pins(name: str) -> dict[str, str]:
-    lines = [line for line in (REPOSITORY / name).read_text().splitlines() if line and not line.startswith("#")]
+    lines = [line for line in text_of(name).splitlines() if line and not line.startswith("#")]
     return dict(line.split("==") for line in lines)
 
 
-def copied() -> list[str]:
-    return [
-        word for rest in of("COPY") for word in [part for part in shlex.split(rest) if not part.startswith("--")][:-1]
-    ]
+def project() -> dict:
+    return tomllib.loads(text_of("pyproject.toml"))["project"]
 
 
-def test_the_base_is_rays_own_image_of_the_pinned_version():
+def paths_of(copy: str) -> list[str]:
+    """Sources and, last, target of a COPY."""
+    return [word for word in shlex.split(copy) if not word.startswith("--")]
+
+
+def is_sent_to_docker(path: str) -> bool:
+    """Whether .dockerignore lets a file into the build context: the last pattern for it or a parent folder decides."""
+    parents = [path, *(str(parent) for parent in Path(path).parents)]
+    is_sent = True
+    for line in text_of(".dockerignore").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if any(re.fullmatch(pattern, parent) for parent in parents):
+            is_sent = line.startswith("!")
+    return is_sent
+
+
+def constraint_parts() -> tuple[list[str], list[str]]:
+    """The pins of the packages of torch's CUDA build, and the others."""
+    cuda, others = text_of("constraints-gpu.txt").split("# The pins of constraints.txt:\n")
+    return [line for line in cuda.splitlines() if not line.startswith("#")], others.splitlines()
+
+
+def test_image_builds_on_rays_image_of_the_pinned_version():
     [base] = of("FROM")
     assert base == f"rayproject/ray:{pins('constraints.txt')['ray']}-py311-gpu"
 
 
-def test_nothing_in_it_runs_as_root():
+def test_image_never_runs_as_root():
     users = of("USER")
     assert users
-    assert all(user.isdigit() and int(user) > 0 for user in users)  # by number: Kubernetes checks no names
+    assert all(user.isdigit() and int(user) > 0 for user in users)  # a number, because Kubernetes checks no names
     kinds = [kind for kind, _ in instructions()]
     assert kinds.index("USER") < kinds.index("RUN")
     assert "sudo" not in " ".join(of("RUN"))
 
 
-def test_everything_that_is_copied_exists_and_passes_the_ignore_file():
-    ignored = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+def test_build_context_holds_what_is_copied_and_no_secrets():
+    ignored = [line for line in text_of(".dockerignore").splitlines() if not line.startswith("#")]
     assert ignored[0] == "*"
-    let_through = {line[1:] for line in ignored if line.startswith("!")}
-    assert set(copied()) == let_through
-    for source in copied():
+    sources = {source for copy in of("COPY") for source in paths_of(copy)[:-1]}
+    assert sources == {line[1:] for line in ignored if line.startswith("!")}
+    for source in sources:
         assert (REPOSITORY / source).exists(), source
+    for name in (
+        ".git/config", ".venv/bin/python", "build/demo/report.json", "tests/conftest.py", "docs/page.png",
+        "mlruns/0/meta.yaml", "constraints.txt", "deploy/mlflow/.env", "pipelines/.env",
+        "pipelines/__pycache__/train.cpython-311.pyc", "deploy/x.egg-info/PKG-INFO",
+    ):  # fmt: skip
+        assert not is_sent_to_docker(name), name
+    for name in ("pyproject.toml", "pipelines/train/run.py", "deploy/mlflow/env.example", "deploy/web/index.html"):
+        assert is_sent_to_docker(name), name
 
 
-def reaches_docker(path: str) -> bool:
-    """Whether `docker build` is sent a file: the last pattern of .dockerignore that fits it or a folder above it says."""
-    parents = [path, *(str(parent) for parent in Path(path).parents)]
-    sent = True
-    for line in (REPOSITORY / ".dockerignore").read_text().splitlines():
-        if not line or line.startswith("#"):
-            continue
-        pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
-        if any(re.fullmatch(pattern, parent) for parent in parents):
-            sent = line.startswith("!")
-    return sent
-
-
-def test_no_secrets_and_no_rubbish_get_into_the_context():
-    for kept_out in (
-        ".git/config",
-        ".venv/bin/python",
-        "build/demo/report.json",
-        "tests/pipelines/demo/test_demo_run.py",
-        "docs/page.png",
-        "mlruns/0/meta.yaml",
-        "constraints.txt",
-        "deploy/mlflow/.env",  # the passwords of whoever runs that server
-        "pipelines/.env",
-        "pipelines/__pycache__/train.cpython-311.pyc",
-        "pipelines/demo/__pycache__/images.cpython-311.pyc",
-        "deploy/x.egg-info/PKG-INFO",
-    ):
-        assert not reaches_docker(kept_out), kept_out
-    for sent in ("pyproject.toml", "pipelines/train/run.py", "deploy/mlflow/env.example", "deploy/web/index.html"):
-        assert reaches_docker(sent), sent
-
-
-def test_dependencies_come_before_code_and_from_the_constraints_of_the_image():
+def test_dependencies_are_installed_before_the_code_from_the_image_constraints(capsys):
     steps = instructions()
-    install = next(i for i, (kind, rest) in enumerate(steps) if kind == "RUN" and "--requirement" in rest)
-    code = next(i for i, (kind, rest) in enumerate(steps) if kind == "COPY" and "meanflow_core" in rest)
+    [install] = [i for i, (kind, rest) in enumerate(steps) if kind == "RUN" and "--requirement" in rest]
+    [code] = [i for i, (kind, rest) in enumerate(steps) if kind == "COPY" and "meanflow_core" in rest]
     assert install < code
     assert "--constraint constraints-gpu.txt" in steps[install][1]
-    [project] = [rest for kind, rest in steps[code:] if kind == "RUN"]
-    assert "pip install --no-cache-dir --no-deps" in project  # all of them are there by then
-
-
-def test_requirements_that_the_image_installs_are_the_projects(capsys):
-    [step] = [rest for rest in of("RUN") if "--requirement" in rest]
-    words = shlex.split(step)
+    [last] = [rest for kind, rest in steps[code:] if kind == "RUN"]
+    assert "pip install --no-cache-dir --no-deps" in last
+    words = shlex.split(steps[install][1])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)
         exec(words[words.index("-c") + 1], {})
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert capsys.readouterr().out.splitlines() == project["dependencies"] + project["optional-dependencies"]["fid"]
+    expected = project()["dependencies"] + project()["optional-dependencies"]["fid"]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
-def parts_of_the_image_constraints() -> tuple[list[str], list[str]]:
-    """The pins of what torch's CUDA build brings, and the others."""
-    cuda, others = (REPOSITORY / "constraints-gpu.txt").read_text().split("# The pins of constraints.txt:\n")
-    return [line for line in cuda.splitlines() if not line.startswith("#")], others.splitlines()
-
-
-def test_the_image_has_the_versions_of_every_other_install_but_for_cuda():
-    cuda, others = parts_of_the_image_constraints()
-    assert others == [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+def test_image_differs_from_other_installs_only_in_cudas_packages():
+    cuda, others = constraint_parts()
+    assert others == [line for line in text_of("constraints.txt").splitlines() if line[0] != "#"]
     assert "nvidia-nccl-cu13" in {line.split("==")[0] for line in cuda}
     for line in cuda:
         assert re.fullmatch(r"(cuda-|nvidia-|triton)[a-z0-9-]*==[0-9.]+", line), line
-    assert "neither installed nor run" in " ".join((REPOSITORY / "constraints-gpu.txt").read_text().splitlines()[:5])
+    assert "neither installed nor run" in " ".join(text_of("constraints-gpu.txt").splitlines()[:5])
 
 
 def test_every_direct_requirement_is_pinned_within_its_range():
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
     pinned = pins("constraints-gpu.txt")
-    for line in [*project["dependencies"], *(line for extra in extras.values() for line in extra)]:
+    extras = project()["optional-dependencies"].values()
+    for line in [*project()["dependencies"], *(line for extra in extras for line in extra)]:
         requirement = Requirement(line)
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{line} is pinned to {version}"
     [python] = re.findall(r"-py3(\d+)-", of("FROM")[0])
-    assert SpecifierSet(project["requires-python"]).contains(f"3.{python}")
+    assert SpecifierSet(project()["requires-python"]).contains(f"3.{python}")
 
 
-def files_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def copy_as_docker_does(instruction: str, context: Path, workdir: Path) -> None:
-    """COPY of files into a folder, or of one folder's content to another, without what .dockerignore keeps back."""
-    *sources, target = [word for word in shlex.split(instruction) if not word.startswith("--")]
+def copy_as_docker_does(arguments: str, context: Path, workdir: Path) -> None:
+    """COPY of files into a folder, or of one folder's content to another, without what .dockerignore excludes."""
+    *sources, target = paths_of(arguments)
     for source in sources:
-        if (context / source).is_dir():
-            [name] = sources
-            for file in (
-                name for name in files_below(context) if name.startswith(f"{source}/") and reaches_docker(name)
-            ):
-                destination = workdir / target / Path(file).relative_to(name)
+        files = [path for path in (context / source).rglob("*") if path.is_file()] or [context / source]
+        for file in files:
+            name = str(file.relative_to(context))
+            if is_sent_to_docker(name):
+                below = file.relative_to(context / source) if (context / source).is_dir() else Path(source)
+                destination = workdir / target / below
                 destination.parent.mkdir(parents=True, exist_ok=True)
-                destination.write_bytes((context / file).read_bytes())
-        elif reaches_docker(source):
-            (workdir / target / source).write_bytes((context / source).read_bytes())
+                destination.write_bytes(file.read_bytes())
 
 
-def test_copying_takes_the_packages_whole_and_nothing_that_git_has_not(tmp_path):
+def test_copied_files_are_the_packages_files_in_git(tmp_path):
     context, workdir = tmp_path / "context", tmp_path / "workdir"
     copy_files(tracked_files(), context)
     for rubbish in ("deploy/mlflow/.env", "pipelines/__pycache__/train.pyc", "meanflow_ray.egg-info/PKG-INFO"):
         (context / rubbish).parent.mkdir(exist_ok=True)
         (context / rubbish).touch()
-    workdir.mkdir()
-    for rest in of("COPY"):
-        copy_as_docker_does(rest, context, workdir)
-    top = {"pyproject.toml", "constraints-gpu.txt", "LICENSE", "NOTICE", "README.md"}
-    assert files_below(workdir) == top | {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
-
-
-def leave_out_what_wants_cuda(environment: Environment) -> None:
-    if environment.run("python", "-c", "import torch; print(torch.version.cuda)").split()[-1] == "None":
-        environment.run("python", "-m", "pip", "uninstall", "--yes", "torchvision", "torch-fidelity")
+    for arguments in of("COPY"):
+        copy_as_docker_does(arguments, context, workdir)
+    expected = {"pyproject.toml", "constraints-gpu.txt", "LICENSE", "NOTICE", "README.md"}
+    expected |= {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
+    assert {str(path.relative_to(workdir)) for path in workdir.rglob("*") if path.is_file()} == expected
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory) -> Environment:
-    """The Dockerfile's steps, done in a new environment.
+    """A new environment after the Dockerfile's steps.
 
-    It stands for the Python of the base image, whose Ray is thus installed, too; the image's folders lie below a folder of
-    the test; who runs it is not changed; and torch is the build that pip takes here. Beside a CPU build the extra `fid` is
-    taken out again, because the public torchvision does not import there.
+    It differs from the image: this machine's Python instead of the base's, folders below a test folder, the current user,
+    and the build of torch that pip finds. With a CPU build, the extra `fid` is removed again, because the published
+    torchvision cannot be imported there.
     """
     folder = tmp_path_factory.mktemp("image")
     environment = Environment.create(folder)
     context, workdir = folder / "context", folder
     copy_files(tracked_files(), context)
     (folder / "tmp").mkdir()
-    for kind, rest in instructions():
-        here = re.sub(r"(?<=\s)/(home|tmp)(?=/)", rf"{folder}/\1", f" {rest}").strip()
+    for kind, arguments in instructions():
+        here = re.sub(r"(?<=\s)/(home|tmp)(?=/)", rf"{folder}/\1", f" {arguments}").strip()
         if kind == "WORKDIR":
             workdir = Path(here)
         elif kind == "COPY":
-            copy_as_docker_does(rest, context, workdir)
+            copy_as_docker_does(arguments, context, workdir)
         elif kind == "RUN":
-            environment.run("sh", "-c", here, cwd=workdir if workdir.is_dir() else folder, patience_seconds=1800)
+            environment.run("sh", "-c", here, cwd=workdir if workdir.is_dir() else folder, timeout_seconds=1800)
             if "--requirement" in here:
-                leave_out_what_wants_cuda(environment)
+                cuda = environment.run("python", "-c", "import torch; print(torch.version.cuda)")
+                if cuda.split()[-1] == "None":
+                    environment.run("python", "-m", "pip", "uninstall", "--yes", "torchvision", "torch-fidelity")
         else:
-            assert kind in ("FROM", "USER"), f"{kind} is not acted on here"
+            assert kind in ("FROM", "USER"), f"{kind} is not imitated here"
     return environment
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(2400)
-def test_the_dockerfiles_steps_make_an_environment_in_which_every_command_runs(image):
-    workdir = image.folder / "home" / "ray" / "meanflow-ray"
-    assert image.uses_everything() == str(workdir)
+def test_every_command_runs_after_the_dockerfiles_steps(image):
+    assert image.use_everything() == str(image.folder / "home" / "ray" / "meanflow-ray")
     assert not list((image.folder / "tmp").iterdir())
     image.run("python", "-m", "pip", "check")
     for module in command_modules():
@@ -233,15 +207,14 @@ def test_the_dockerfiles_steps_make_an_environment_in_which_every_command_runs(i
     (sys.platform, platform.machine(), sys.version_info[:2]) != ("linux", "x86_64", (3, 11)),
     reason="resolves for the image's own Linux, processor and Python",
 )
-def test_the_images_pins_are_to_be_had_and_fit_torchs_cuda_build(tmp_path):
+def test_image_pins_are_published_and_complete_for_torchs_cuda_build(tmp_path):
     environment = Environment.create(tmp_path)
-    # A pip that asks for nothing but a wheel's metadata: CUDA's wheels are gigabytes.
+    # Newer pips read a wheel's metadata alone: CUDA's wheels are gigabytes.
     environment.run("python", "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25")
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     constraints = str(REPOSITORY / "constraints-gpu.txt")
 
     def resolve(*arguments: str) -> dict[str, str]:
-        # The public index alone: this machine's settings may lead to a CPU build of torch.
+        # From the public index only: this machine's settings may lead to a CPU build of torch.
         environment.run(
             *("env", "--unset=PIP_FIND_LINKS", "--unset=PIP_EXTRA_INDEX_URL", "python", "-m", "pip", "install"),
             *("--dry-run", "--use-feature=fast-deps", "--ignore-installed", "--only-binary", ":all:", "--quiet"),
@@ -253,10 +226,10 @@ def test_the_images_pins_are_to_be_had_and_fit_torchs_cuda_build(tmp_path):
 
     pinned = {canonicalize_name(name): version for name, version in pins("constraints-gpu.txt").items()}
     assert resolve("--no-deps", "--requirement", constraints) == pinned
-    needed = resolve("--constraint", constraints, *project["dependencies"], *project["optional-dependencies"]["fid"])
+    requirements = project()["dependencies"] + project()["optional-dependencies"]["fid"]
+    needed = resolve("--constraint", constraints, *requirements)
     assert "nvidia-nccl-cu13" in needed
     unpinned = sorted(f"{name}=={version}" for name, version in needed.items() if name not in pinned)
-    assert not unpinned, "these lines belong into the first part of constraints-gpu.txt"
-    cuda, _ = parts_of_the_image_constraints()
-    unused = {line.split("==")[0] for line in cuda} - set(needed)
-    assert not unused, "nothing brings these any more"
+    assert not unpinned, "add these lines to the first part of constraints-gpu.txt"
+    unused = {line.split("==")[0] for line in constraint_parts()[0]} - set(needed)
+    assert not unused, "no package requires these any more"

@@ -1,4 +1,4 @@
-"""AWS's command line, as far as the documents use it: by botocore's own description of the services."""
+"""Parses the commands of AWS's command line that the documents use, with botocore's models of the services."""
 
 import json
 import shlex
@@ -10,16 +10,13 @@ from botocore import xform_name
 from botocore.model import ListShape, Shape, StructureShape
 from botocore.validate import ParamValidator
 
-SHOWN = {
-    "query": None,
-    "output": ("text", "json", "table"),
-    "region": None,
-}  # of every command: how its answer is shown
+# Options of every command, which do not go to the service, and their choices.
+GLOBAL_OPTIONS = {"query": None, "output": ("text", "json", "table"), "region": None}
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a line would ask of AWS."""
+    """One request to AWS."""
 
     service: str
     operation: str
@@ -28,14 +25,14 @@ class Call:
 
 
 def understand_aws(words: list[str]) -> Call | None:
-    """The call of `aws WORDS`; None for `aws s3`, which makes many. Raises ValueError for one that AWS does not know."""
+    """The request of `aws WORDS`; None for `aws s3`, which makes many. Raises ValueError for an unknown command or option."""
     service, operation, *rest = words
     if service == "s3":
         if operation not in ("cp", "sync") or len(rest) != 2 or not any(place.startswith("s3://") for place in rest):
-            raise ValueError(f"aws s3 {operation} is not known, or wants two places, one of them in S3")
+            raise ValueError(f"must be aws s3 cp or sync with two places, one of them in S3, but got {words}")
         return None
     service = "s3" if service == "s3api" else service
-    if (service, operation) == ("ecr", "get-login-password"):  # the command line's own, made of this call
+    if (service, operation) == ("ecr", "get-login-password"):  # the command line derives it from this request
         operation = "get-authorization-token"
     model = botocore.session.get_session().get_service_model(service)
     operations = {xform_name(name, "-"): name for name in model.operation_names}
@@ -44,16 +41,18 @@ def understand_aws(words: list[str]) -> Call | None:
     shape = model.operation_model(operations[operation]).input_shape
     members = {xform_name(name, "-"): name for name in (shape.members if shape else {})}
     given: dict[str, Any] = {}
-    shown: dict[str, str] = {}
+    global_options: dict[str, str] = {}
     while rest:
         option = rest.pop(0).removeprefix("--")
         values = []
         while rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
-        if option in SHOWN:
-            [shown[option]] = values
-            if SHOWN[option] is not None and shown[option] not in SHOWN[option]:
-                raise ValueError(f"--{option} {shown[option]} is not known")
+        if option in GLOBAL_OPTIONS:
+            [global_options[option]] = values
+            if GLOBAL_OPTIONS[option] is not None and global_options[option] not in GLOBAL_OPTIONS[option]:
+                raise ValueError(
+                    f"--{option} must be one of {GLOBAL_OPTIONS[option]}, but got {global_options[option]}"
+                )
         elif option in members:
             name = members[option]
             given[name] = _value(shape.members[name], values)
@@ -62,13 +61,13 @@ def understand_aws(words: list[str]) -> Call | None:
     report = ParamValidator().validate(given, shape)
     if report.has_errors():
         raise ValueError(report.generate_report())
-    return Call(service, operations[operation], given, shown.get("query"))
+    return Call(service, operations[operation], given, global_options.get("query"))
 
 
 def _value(shape: Shape, words: list[str]) -> Any:
     if shape.type_name == "boolean":
         if words:
-            raise ValueError(f"a switch takes no {words}")
+            raise ValueError(f"a switch takes no value, but got {words}")
         return True
     if isinstance(shape, ListShape):
         if len(words) == 1 and words[0].startswith("["):
@@ -93,7 +92,7 @@ def _shorthand(shape: StructureShape, word: str) -> dict[str, Any]:
 
 
 def words_of(line: str, variables: dict[str, str]) -> tuple[str | None, list[str]]:
-    """(the variable that takes the answer, the words) of `NAME=$(aws ...)` or `aws ...`, with `variables` put in."""
+    """(variable that is set, words) of `NAME=$(aws ...)` or `aws ...`, after replacing `variables`."""
     name = None
     if line.endswith(")") and "=$(" in line.split(" ")[0]:
         name, line = line[:-1].split("=$(", 1)

@@ -1,4 +1,4 @@
-"""The commands that README.md documents, for the tests that run or parse them."""
+"""The text and the commands of README.md and docs/*.md, for the tests that run or parse them."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def commands(name: str) -> list[str]:
-    """The lines of the code block that follows the comment <!-- name: ... --> in the README."""
-    text = (REPOSITORY / "README.md").read_text()
-    block = re.search(rf"<!-- {name}: .*? -->\n```bash\n(.*?)```", text, re.DOTALL)
-    assert block is not None, f"no block {name} in the README"
-    return block.group(1).splitlines()
+def text_of(name: str) -> str:
+    """A file of the repository."""
+    return (REPOSITORY / name).read_text()
+
+
+def commands(name: str, page: str = "README.md") -> list[str]:
+    """The lines of the code blocks that follow the comment <!-- name: ... --> on a page."""
+    blocks = re.findall(rf"<!-- {name}: .*? -->\n```bash\n(.*?)```", text_of(page), re.DOTALL)
+    assert blocks, f"no block {name} in {page}"
+    return [line for block in blocks for line in block.splitlines() if line]

@@ -1,0 +1,233 @@
+"""Parses a documented command with the parser of the program that would run it."""
+
+import argparse
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Callable
+
+import tyro
+import yaml
+from mlflow.cli import cli as mlflow_command_line
+from ray.runtime_env import RuntimeEnv
+from ray.scripts.scripts import cli as ray_command_line
+from ray.serve.scripts import cli as serve_command_line
+
+from deploy.api.schema import GenerateRequest, ImagesRequest
+from deploy.settings import Arguments
+from pipelines.check import CheckJob
+from pipelines.convert.job import ConvertJob
+from pipelines.demo.images import DrawImages
+from pipelines.encode.job import EncodeJob
+from pipelines.evaluate.job import EvaluateJob
+from pipelines.evaluate.reference import ReferenceJob
+from pipelines.evaluate.side_by_side import SideBySideJob
+from pipelines.latents.cache import CacheJob
+from pipelines.plan.__main__ import parse_arguments as parse_plan
+from pipelines.train.run import parse_arguments as parse_training
+from tests.support.aws import understand_aws
+from tests.support.job_scripts import STAGES, parse_with_click, submission
+from tests.support.readme import REPOSITORY, text_of
+
+
+def _of_class(kind: type) -> Callable[[list[str]], object]:
+    return lambda words: tyro.cli(kind, args=words)
+
+
+def _one_argument(words: list[str]) -> object:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("argument")
+    return parser.parse_args(words)
+
+
+MODULES: dict[str, Callable[[list[str]], object]] = {
+    "pipelines.check": _of_class(CheckJob),
+    "pipelines.encode": _of_class(EncodeJob),
+    "pipelines.evaluate": _of_class(EvaluateJob),
+    "pipelines.convert": _of_class(ConvertJob),
+    "pipelines.demo.images": _of_class(DrawImages),
+    "pipelines.latent_cache": _of_class(CacheJob),
+    "pipelines.side_by_side": _of_class(SideBySideJob),
+    "pipelines.reference": _of_class(ReferenceJob),
+    "pipelines.train": parse_training,
+    "pipelines.plan": parse_plan,
+    "deploy.models": _one_argument,
+    "deploy.keys": _one_argument,
+}
+
+
+def parse_module(module: str, words: list[str]) -> object:
+    """The options of `python -m module words`; for pipelines.train, (preset, options)."""
+    return MODULES[module](words)
+
+
+def parse_job(stage: str) -> object:
+    """The options of the stage that a script of deploy/jobs submits."""
+    job = submission(stage)
+    return parse_module(job.module, job.arguments)
+
+
+def _python(words: list[str]) -> object:
+    if words[0] == "-m":
+        return parse_module(words[1], words[2:])
+    assert all((REPOSITORY / word).is_file() for word in words), words
+    return words
+
+
+def _assert_files_exist(words: list[str]) -> None:
+    for word in words:
+        assert not word.endswith(".yaml") or (REPOSITORY / word).is_file(), word
+
+
+def _ray(words: list[str]) -> object:
+    options = parse_with_click(ray_command_line, words).params
+    _assert_files_exist(words)
+    if words[0] == "exec":
+        return parse_command(options["cmd"])
+    if words[:2] != ["job", "submit"]:
+        return options
+    if options["runtime_env"]:
+        RuntimeEnv(**yaml.safe_load(text_of(options["runtime_env"])))
+    if options["runtime_env_json"]:
+        RuntimeEnv(**json.loads(options["runtime_env_json"]))
+    assert isinstance(json.loads(options["entrypoint_label_selector"] or "{}"), dict)
+    python, *rest = options["entrypoint"]
+    assert python == "python"
+    return _python(rest)
+
+
+def _serve(words: list[str]) -> None:
+    options = parse_with_click(serve_command_line, words).params
+    _assert_files_exist(words)
+    if words[0] == "run":
+        Arguments.model_validate(dict(word.split("=", 1) for word in options["arguments"]))
+
+
+def _curl(words: list[str]) -> object:
+    [address] = [word for word in words if re.match(r"(https?://)?[\w.-]+:\d+/", word)]
+    path = "/" + address.split("?")[0].removeprefix("http://").split("/", 1)[1]
+    if "-d" in words:
+        schema = {"/generate": GenerateRequest, "/v1/images/generations": ImagesRequest}[path]
+        return schema.model_validate(json.loads(words[words.index("-d") + 1]))
+    assert path in ("/health", "/readyz", "/classes"), path
+    return path
+
+
+def _docker(words: list[str]) -> None:
+    image = "REGISTRY/meanflow-ray:" + tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
+    if words[0] == "build":
+        assert (REPOSITORY / words[words.index("--file") + 1]).is_file()
+        assert (words[words.index("--tag") + 1], words[-1]) == (image, ".")
+    elif words[0] == "push":
+        assert words[1:] == [image]
+    elif words[0] == "login":
+        assert words[1:] == ["--username", "AWS", "--password-stdin", image.split("/")[0]]
+    else:
+        assert words[0] == "run"
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        for switch in ("--rm", "--detach"):
+            parser.add_argument(switch, action="store_true")
+        for option in ("--gpus", "--restart", "--name", "--publish", "--volume"):
+            parser.add_argument(option)
+        parser.add_argument("--env", action="append")
+        parser.add_argument("image", choices=[image, "postgres:17"])
+        parser.add_argument("command", nargs=argparse.REMAINDER)
+        command = parser.parse_args(words[1:]).command
+        if command[:2] == ["python", "-c"]:
+            compile(command[2], "-c", "exec")
+        else:
+            assert command in ([], ["pip", "freeze"])
+
+
+def _make(words: list[str]) -> None:
+    for target in words:
+        assert re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE), target
+
+
+def _pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    if "--constraint" in words:
+        assert (REPOSITORY / words[words.index("--constraint") + 1]).is_file()
+    for word in words[1:]:
+        if "==" in word:
+            assert word in text_of("constraints.txt").splitlines()
+        elif word.startswith(".["):
+            extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+            assert word[2:-1] in extras
+
+
+def _ssh(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("-i", required=True)
+    parser.add_argument("-N", action="store_true", required=True)
+    parser.add_argument("-L", type=re.compile(r"\d+:localhost:\d+").fullmatch, required=True)
+    parser.add_argument("host", type=re.compile(r"ubuntu@.+").fullmatch)
+    assert None not in vars(parser.parse_args(words)).values()
+
+
+def _export(words: list[str]) -> None:
+    """Variables that Ray, MLflow, AWS's tools, PostgreSQL or a job script read."""
+    known = {
+        "RAY_API_SERVER_ADDRESS",
+        "RAY_AUTH_MODE",
+        "MLFLOW_TRACKING_URI",
+        "AWS_DEFAULT_REGION",
+        "PGPASSWORD",
+        "STORAGE",
+    }
+    for word in words:
+        name, value = word.split("=", 1)
+        assert name in known, name
+        assert value
+
+
+def _openssl(words: list[str]) -> None:
+    assert words == ["rand", "-hex", "24"]
+
+
+def _source(words: list[str]) -> None:
+    assert words == [".venv/bin/activate"]
+
+
+# Shell variables that earlier lines of the runbook set.
+IDS = {"$GROUP": "sg-0123456789abcdef0", "$SUBNET": "subnet-0123456789abcdef0", "$FILES": "fs-0123456789abcdef0"}
+
+TOOLS: dict[str, Callable[[list[str]], object]] = {
+    "python": _python,
+    "ray": _ray,
+    "serve": _serve,
+    "mlflow": lambda words: parse_with_click(mlflow_command_line, words),
+    "curl": _curl,
+    "docker": _docker,
+    "make": _make,
+    "pip": _pip,
+    "aws": lambda words: understand_aws([IDS.get(word, word) for word in words]),
+    "export": _export,
+    "openssl": _openssl,
+    "source": _source,
+    "ssh": _ssh,
+}
+
+
+def parse_command(line: str) -> object:
+    """Parses a shell line as its program would. Raises whatever that parser raises, or KeyError for an unknown program."""
+    if exported := re.fullmatch(r"export (\w+)=\$\((.*)\)", line):
+        _export([f"{exported[1]}=x"])
+        return parse_command(exported[2])
+    if assigned := re.fullmatch(r"[A-Z]+=\$\((.*)\)", line):
+        return parse_command(assigned[1])
+    words = shlex.split(line, comments=True)
+    if "|" in words:
+        parse_command(shlex.join(words[: words.index("|")]))
+        words = words[words.index("|") + 1 :]
+    variables = {}
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        name, value = words.pop(0).split("=", 1)
+        assert name in ("SUBMISSION_ID", "RUNTIME_ENV"), name  # the variables that the scripts read
+        variables[name] = value
+    if script := re.fullmatch(rf"deploy/jobs/({'|'.join(STAGES)})\.sh", words[0]):
+        job = submission(script[1], *words[1:], **variables)
+        return parse_module(job.module, job.arguments)
+    assert not variables, line
+    return TOOLS[words[0]](words[1:])

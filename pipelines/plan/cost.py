@@ -118,6 +118,7 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
     return float(_at_full_depth(config, count, shallow=1)[0])
 
 
+@lru_cache(maxsize=64)
 def step_flops(
     config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int, rows: int | None = None
 ) -> float:
@@ -145,6 +146,7 @@ def step_flops(
     return float(_at_full_depth(config.network, count, shallow=1)[0]) * config.global_batch_size / rows
 
 
+@lru_cache(maxsize=64)
 def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> ExecutedFlops:
     """Floating-point operations of a step as `config` arranges it, counted as `step_flops` counts.
 

@@ -1,84 +1,75 @@
-"""GPUs and clusters in numbers: what makers publish, and what is assumed where nothing was measured."""
+"""GPUs and clusters as numbers: published data sheets, and assumptions where nothing was measured."""
 
 from dataclasses import dataclass
 from math import ceil
 
-# CUDA's context and its libraries' workspaces, and NCCL's buffers: about 1 GB each.
-RESERVED_BYTES = 2e9
-# Of a GPU's memory, what the allocator's rounding and gaps leave unused.
-FRAGMENTED_SHARE = 0.05
+RESERVED_BYTES = 2e9  # the CUDA context with its libraries, and NCCL's buffers: about 1 GB each
+FRAGMENTATION = 0.05  # fraction of a GPU's memory that the allocator cannot use
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU as its maker's data sheet has it."""
+    """A GPU, from its data sheet."""
 
     name: str
-    """In words."""
     memory_bytes: float
-    """Its memory."""
     memory_tbyte: float
-    """TB/s of its memory."""
+    """Memory bandwidth in TB/s."""
     peak_teraflops: dict[str, float]
-    """{precision: TFLOP/s} of dense products of matrices: no sparsity."""
+    """{precision: TFLOP/s} of dense matrix products, without sparsity."""
     link_gbyte: float
-    """GB/s in one direction to the other GPUs of its node; half of what data sheets give for both directions."""
+    """GB/s in one direction to the other GPUs of a node; data sheets give the sum of both directions."""
 
     @property
     def usable_bytes(self) -> float:
-        """What a training may take of its memory."""
-        return self.memory_bytes * (1.0 - FRAGMENTED_SHARE) - RESERVED_BYTES
+        """Memory available to a training."""
+        return self.memory_bytes * (1.0 - FRAGMENTATION) - RESERVED_BYTES
 
 
-# NVIDIA's data sheets. Where a sheet counts sparsity, half of it.
+# Source: NVIDIA's data sheets; figures with sparsity are halved.
 _HOPPER = {"bfloat16": 989.0, "tf32": 494.0, "float32": 67.0}
 _AMPERE = {"bfloat16": 312.0, "tf32": 156.0, "float32": 19.5}
+_LOVELACE = {"bfloat16": 121.0, "tf32": 60.0, "float32": 30.3}
 GPUS = {
-    "h200": Gpu(name="H200 SXM", memory_bytes=141e9, memory_tbyte=4.8, peak_teraflops=_HOPPER, link_gbyte=450.0),
-    "h100": Gpu(name="H100 SXM", memory_bytes=80e9, memory_tbyte=3.35, peak_teraflops=_HOPPER, link_gbyte=450.0),
-    "a100": Gpu(name="A100 SXM, 80 GB", memory_bytes=80e9, memory_tbyte=2.04, peak_teraflops=_AMPERE, link_gbyte=300.0),
-    "a100-40": Gpu(
-        name="A100 SXM, 40 GB", memory_bytes=40e9, memory_tbyte=1.56, peak_teraflops=_AMPERE, link_gbyte=300.0
-    ),
-    # No NVLink: PCIe 4.0 x16, and through the host's memory, so that half of its 32 GB/s are left.
-    "l4": Gpu(
-        name="L4",
-        memory_bytes=24e9,
-        memory_tbyte=0.3,
-        peak_teraflops={"bfloat16": 121.0, "tf32": 60.0, "float32": 30.3},
-        link_gbyte=16.0,
-    ),
+    key: Gpu(name=name, memory_bytes=gigabytes * 1e9, memory_tbyte=tbyte, peak_teraflops=peak, link_gbyte=link)
+    for key, name, gigabytes, tbyte, peak, link in (
+        ("h200", "H200 SXM", 141, 4.8, _HOPPER, 450.0),
+        ("h100", "H100 SXM", 80, 3.35, _HOPPER, 450.0),
+        ("a100", "A100 SXM, 80 GB", 80, 2.04, _AMPERE, 300.0),
+        ("a100-40", "A100 SXM, 40 GB", 40, 1.56, _AMPERE, 300.0),
+        # No NVLink: PCIe 4.0 x16 through host memory, which leaves half of its 32 GB/s.
+        ("l4", "L4", 24, 0.3, _LOVELACE, 16.0),
+    )
 }
 
-# A step is products of matrices, at a share of the peak, and all the rest, at the pace of the memory. The share is a guess.
-# The rest, in bytes per floating-point operation of the products, is what makes of it the published DiT-XL/2 in bfloat16:
-# 1.3 steps/s of 8 x 128 images on 8 H800 (github.com/hpcaitech/Open-Sora, docs/speed.md at e3cb99d), 119 TFLOP/s a GPU of a
-# peak of 989 and a memory of 3.35 TB/s.
-SHARE_OF_PEAK = 0.6
-BYTES_PER_FLOP = 3.35 * (1.0 / 119.0 - 1.0 / (SHARE_OF_PEAK * 989.0))
-# Of a link's rate, what NCCL's collectives reach: a guess.
-SHARE_OF_LINK = 0.75
+# A step is modelled as matrix products at a fraction of the peak, plus everything else at memory bandwidth. The fraction is a
+# guess. Everything else, in bytes per floating-point operation, is calibrated on one published run: DiT-XL/2 in bfloat16, 1.3
+# steps/s of 8 x 128 images on 8 H800 (119 TFLOP/s per GPU; peak 989, 3.35 TB/s).
+# Source: github.com/hpcaitech/Open-Sora, docs/speed.md at e3cb99d.
+PEAK_FRACTION = 0.6
+BYTES_PER_FLOP = 3.35 * (1.0 / 119.0 - 1.0 / (PEAK_FRACTION * 989.0))
+LINK_FRACTION = 0.75  # fraction of a link's rate that NCCL's collectives reach: a guess
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Machines that are alike, and what each of their parts sustains."""
+    """Identical nodes, and the rates that their parts sustain.
+
+    Raises ValueError for rates that are not positive and finite.
+    """
 
     gpu: Gpu
-    """Of which kind."""
     gpus_per_node: int
-    """G."""
     teraflops: float | None
-    """TFLOP/s of `step_flops` that a GPU sustains over whole steps, where that was measured: what `pipelines.train` logs
-    as model_flops_per_second, over W and 10^12. None takes the peaks and `SHARE_OF_PEAK`."""
+    """Measured TFLOP/s per GPU over whole steps, in `step_flops`; None assumes a rate from the data sheet."""
     link_gbyte: float
-    """GB/s in one direction that collectives reach between the GPUs of a node."""
+    """GB/s in one direction between GPUs of a node, as collectives reach."""
     network_gbit: float
-    """Gbit/s in one direction that collectives reach between one node and the others."""
+    """Gbit/s in one direction between nodes, as collectives reach."""
     storage_gbyte: float
-    """GB/s between one node and the storage of latents and checkpoints."""
+    """GB/s between a node and the storage of latents and checkpoints."""
     price_per_gpu_hour: float | None
-    """In whatever currency."""
+    """In any currency; None prints no cost."""
 
     def __post_init__(self) -> None:
         for name in ("gpus_per_node", "teraflops", "link_gbyte", "network_gbit", "storage_gbyte", "price_per_gpu_hour"):
@@ -87,17 +78,17 @@ class Cluster:
                 raise ValueError(f"{name} must be above 0, but got {value}")
 
     def num_nodes(self, num_gpus: int) -> int:
-        """N. Raises ValueError for nodes of which one would not be full."""
+        """Nodes that hold this number of GPUs. Raises ValueError for a partly filled node."""
         if num_gpus < 1:
             raise ValueError(f"gpus must be at least 1, but got {num_gpus}")
         if num_gpus > self.gpus_per_node and num_gpus % self.gpus_per_node:
             raise ValueError(
                 f"gpus must be at most gpus_per_node = {self.gpus_per_node} or a multiple of it, but got {num_gpus}; "
-                f"take {num_gpus // self.gpus_per_node * self.gpus_per_node}, or name another --gpus-per-node"
+                f"use {num_gpus // self.gpus_per_node * self.gpus_per_node}, or set --gpus-per-node"
             )
         return ceil(num_gpus / self.gpus_per_node)
 
     def sustained_teraflops(self, precision: str) -> float:
-        """TFLOP/s of a GPU as assumed from its peak and its memory."""
-        products = 1.0 / (SHARE_OF_PEAK * self.gpu.peak_teraflops[precision])
+        """TFLOP/s per GPU, assumed from its peak and its memory bandwidth."""
+        products = 1.0 / (PEAK_FRACTION * self.gpu.peak_teraflops[precision])
         return 1.0 / (products + BYTES_PER_FLOP / self.gpu.memory_tbyte)

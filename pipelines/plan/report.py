@@ -1,13 +1,13 @@
-"""What a training would be, as text, before anything is started: its configuration, its length and its costs."""
+"""Text of a training's plan: for `pipelines.train --dry-run` and for `pipelines.plan`, which adds times, traffic and cost."""
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
-from meanflow_core.config import NetworkConfig, TrainingConfig
+from meanflow_core.config import TrainingConfig
 from meanflow_core.imf_transformer import NUM_CONDITION_TOKENS
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import num_passes
-from pipelines.latents.manifest import NetworkSizes
 from pipelines.plan.cost import (
     MemoryEstimate,
     checkpoint_bytes,
@@ -16,170 +16,326 @@ from pipelines.plan.cost import (
     num_parameters,
     step_flops,
 )
-from pipelines.plan.scale import largest_pass, seconds_of_flops
-from pipelines.plan.sections import counted, duration, scaled, section, span
+from pipelines.plan.estimate import Estimate, Range, Workload, largest_pass, seconds_of_flops
+from pipelines.plan.hardware import FRAGMENTATION, LINK_FRACTION, PEAK_FRACTION, RESERVED_BYTES
 
-# A round figure to divide by, for the order of a training's length; `python -m pipelines.plan` knows GPUs.
-ASSUMED_TERAFLOPS = 100.0
+DRY_RUN_TERAFLOPS = 100.0  # a round figure; `pipelines.plan` knows rates of GPUs
 
 Lines = list[tuple[str, str]]
 
 
-def describe(
-    preset: str,
-    config: TrainingConfig,
-    *,
-    num_samples: int,
-    latent_shape: tuple[int, int, int],
-    num_classes: int,
-    num_workers: int,
-    min_workers: int | None,
-    rows_per_pass: int,
-    num_shards: int,
-) -> str:
-    """Everything that is known of a training before it starts, for a terminal; ends without a newline.
+def section(title: str, lines: Sequence[tuple[str, str]]) -> str:
+    """A title, then one line per (name, text) with aligned texts."""
+    width = max(len(name) for name, _ in lines)
+    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in lines)])
 
-    latent_shape: (C, H, W). min_workers: the fewest workers that it goes on with, None where their number is fixed.
-    rows_per_pass: the most rows that a worker takes at once. num_shards: devices that share parameters, gradients,
-    optimiser and averages; 1 where each has all.
-    Raises ValueError for latents that are not square, workers without rows, or sizes that do not fit.
+
+def table(title: str, rows: Sequence[Sequence[str]]) -> str:
+    """A title, then right-aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def with_prefix(value: float, unit: str) -> str:
+    """A value with four digits and a metric prefix: 259.2 TFLOP, 13.53 GB, 676.4 M."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
+    power = 0
+    while value >= 999.95 and power < len(prefixes) - 1:
+        value, power = value / 1000.0, power + 1
+    decimals = 0 if power == 0 else 1 if value >= 100 else 2
+    return f"{value:.{decimals}f} {prefixes[power]}{unit}".rstrip()
+
+
+def format_duration(seconds: float) -> str:
+    """2.7 s, 54 s, 7.1 minutes, 5.20 hours, 9.0 days."""
+    if seconds < 120.0:
+        return f"{seconds:.{1 if seconds < 10.0 else 0}f} s"
+    if seconds < 7200.0:
+        return f"{seconds / 60.0:.1f} minutes"
+    hours = seconds / 3600.0
+    return f"{hours / 24.0:,.1f} days" if hours >= 48.0 else f"{hours:,.2f} hours"
+
+
+def format_range(pair: Range, form: str) -> str:
+    """ "1.5 to 2.0", or "1.5" if both round to that."""
+    lowest, highest = (format(value, form) for value in sorted(pair))
+    return lowest if lowest == highest else f"{lowest} to {highest}"
+
+
+def describe(preset: str, workload: Workload, num_workers: int, min_workers: int | None = None) -> str:
+    """A training before it starts: configuration, length, FLOPs, memory and checkpoints. No trailing newline.
+
+    min_workers: lower bound of an elastic training; None for a fixed number of workers.
+    Raises ValueError for more workers than samples in a batch, and for sizes that do not fit.
     """
-    channels, height, width = latent_shape
-    if height != width:
-        raise ValueError(f"latents must be square, but got {height}x{width}")
-    _check_workers(config, num_workers, min_workers, rows_per_pass)
+    config, batch = workload.config, workload.config.global_batch_size
     fewest = num_workers if min_workers is None else min_workers
-    sizes: NetworkSizes = {"sample_size": height, "in_channels": channels, "num_classes": num_classes}
-    batch = config.global_batch_size
-    workers = [("workers", f"{num_workers}: {shares(batch, num_workers, rows_per_pass)}")]
-    if fewest < num_workers:
-        workers.append(("at fewest", f"{fewest}: {shares(batch, fewest, rows_per_pass)}"))
-    rows = max(largest_pass(batch, count, rows_per_pass) for count in range(fewest, num_workers + 1))
-    memory = memory_estimate(config, **sizes, rows_per_pass=rows, num_shards=num_shards)
-    flops = step_flops(config, **sizes)
-    seconds = config.num_steps * seconds_of_flops(flops, batch, num_workers, ASSUMED_TERAFLOPS)
-    length = ""
-    if seconds > 36.0:  # else nobody's GPUs: a training for CPUs, with no such rate
-        length = f": {duration(seconds)} {_if_sustained(num_workers)} {ASSUMED_TERAFLOPS:g} TFLOP/s"
-    sections = [
-        ("configuration", _configuration(preset, config)),
-        ("work", work(config, sizes, num_samples, workers)),
-        (OPERATIONS, operations(config, sizes, flops, length)),
-        (MEMORY, memory_lines(config, memory, rows, num_shards)),
-        ("checkpoints", checkpoints(config, sizes)),
-    ]
-    return "\n\n".join(section(title, lines) for title, lines in sections)
-
-
-def _check_workers(config: TrainingConfig, num_workers: int, min_workers: int | None, rows_per_pass: int) -> None:
-    if not 1 <= num_workers <= config.global_batch_size:
+    if not 1 <= fewest <= num_workers <= batch:
         raise ValueError(
-            f"num_workers must lie in [1, global_batch_size = {config.global_batch_size}], but got {num_workers}"
+            f"1 <= min_workers <= num_workers <= global_batch_size = {batch} must hold, but got min_workers {fewest} and "
+            f"num_workers {num_workers}"
         )
-    if min_workers is not None and not 1 <= min_workers <= num_workers:
-        raise ValueError(f"min_workers must lie in [1, num_workers = {num_workers}], but got {min_workers}")
-    if rows_per_pass < 1:
-        raise ValueError(f"rows_per_pass must be at least 1, but got {rows_per_pass}")
+    rows_per_pass = workload.rows_per_pass or batch
+    workers = [("workers", f"{num_workers}: {_shares(batch, num_workers, rows_per_pass)}")]
+    if fewest < num_workers:
+        workers.append(("at least", f"{fewest}: {_shares(batch, fewest, rows_per_pass)}"))
+    rows = max(largest_pass(batch, count, rows_per_pass) for count in range(fewest, num_workers + 1))
+    shards = workload.num_shards(fewest)
+    flops = step_flops(config, **workload.sizes)
+    seconds = config.num_steps * seconds_of_flops(flops, batch, num_workers, DRY_RUN_TERAFLOPS)
+    length = "" if seconds < 36.0 else (  # shorter ones are for CPUs, which have no such rate
+        f": {format_duration(seconds)} if each of {num_workers} workers sustains {DRY_RUN_TERAFLOPS:g} TFLOP/s"
+    )  # fmt: skip
+    memory = memory_estimate(config, **workload.sizes, rows_per_pass=rows, num_shards=shards)
+    configuration = [(name, value) for name, value, _ in _against_preset(preset, config)]
+    return "\n\n".join(
+        [
+            section("configuration", [("preset", preset), *configuration]),
+            section("work", _work(workload, workers)),
+            section("FLOPs (a multiply-add counts as two)", _flops(workload, flops, length)),
+            section(
+                "memory of each device, without torch.compile and fragmentation", _memory(config, memory, rows, shards)
+            ),
+            section("checkpoints", _checkpoints(workload)),
+        ]
+    )
 
 
-def _if_sustained(num_workers: int) -> str:
-    return "if the worker sustains" if num_workers == 1 else f"if each of {num_workers} workers sustains"
+def describe_estimate(preset: str, estimate: Estimate) -> str:
+    """An estimate with everything that it assumes. No trailing newline."""
+    workload, cluster, config = estimate.workload, estimate.cluster, estimate.workload.config
+    requested = estimate.requested
+    gpus = f"{requested.num_gpus} GPU{'s' if requested.num_gpus > 1 else ''}"
+    rows = workload.rows_per_pass or estimate.largest_rows
+    workers = [("a GPU", _shares(config.global_batch_size, requested.num_gpus, rows))]
+    changed = [(name, value) for name, value, is_changed in _against_preset(preset, config) if is_changed]
+    shards, share = workload.num_shards(requested.num_gpus), ceil(config.global_batch_size / requested.num_gpus)
+    verdict = "fits" if estimate.fits else "does NOT fit"
+    usable = (
+        "usable",
+        f"{cluster.gpu.usable_bytes / 1e9:.2f} GB: it {verdict}; at most {estimate.largest_rows} of {share} samples fit",
+    )
+    sections = [
+        f"Estimate: {preset} on {gpus} ({cluster.gpu.name}), {requested.num_nodes} node(s). Its assumptions are at the end.",
+        *([section("configuration", changed)] if changed else []),
+        section("work", _work(workload, workers)),
+        section("FLOPs (a multiply-add counts as two)", [*_flops(workload, estimate.flops), *_executed(estimate)]),
+        section(
+            "memory of each GPU, without torch.compile",
+            [*_memory(config, estimate.memory, requested.rows_at_once, shards), usable],
+        ),
+        section(f"a step on {gpus}", _step(estimate)),
+        section("data, on each node", _data(estimate)),
+        section("checkpoints", [*_checkpoints(workload), *_checkpoint_times(estimate)]),
+        section(f"the training on {gpus}", _training(estimate)),
+        table("on other numbers of GPUs", _scaling(estimate)),
+        section("assumptions", [(name, f"{value}: {source}") for name, value, source in assumptions(estimate)]),
+    ]
+    return "\n\n".join(sections)
 
 
-def _configuration(preset: str, config: TrainingConfig) -> Lines:
-    return [("preset", preset), *((name, value) for name, value, _ in _against_preset(preset, config))]
-
-
-def changes(preset: str, config: TrainingConfig) -> Lines:
-    """The numbers that are not the preset's, each beside the preset's own."""
-    return [(name, value) for name, value, is_changed in _against_preset(preset, config) if is_changed]
+def assumptions(estimate: Estimate) -> list[tuple[str, str, str]]:
+    """(name, value with unit, source) of every number that was assumed and not counted."""
+    cluster, gpu = estimate.cluster, estimate.cluster.gpu
+    rates = []
+    if cluster.teraflops is not None:
+        rates.append(("sustained per GPU", f"{cluster.teraflops:g} TFLOP/s of model FLOPs", "--teraflops"))
+    else:
+        for precision in dict.fromkeys([estimate.workload.config.precision, "float32"]):
+            if precision == "float32" and not estimate.executed.in_float32 and len(rates):
+                continue
+            rates.append(
+                (
+                    f"sustained in {precision}",
+                    f"{cluster.sustained_teraflops(precision):.1f} of {gpu.peak_teraflops[precision]:g} TFLOP/s",
+                    f"matrix products at {PEAK_FRACTION:g} of the {gpu.name}'s dense peak (a guess), the rest at "
+                    f"{gpu.memory_tbyte:g} TB/s, calibrated on a published DiT-XL/2 (Open-Sora, 8 H800); not measured here",
+                )
+            )
+    from_sheet = cluster.link_gbyte == LINK_FRACTION * gpu.link_gbyte
+    link = f"{LINK_FRACTION:g} (a guess) of the data sheet's {gpu.link_gbyte:g}" if from_sheet else "--link-gbyte"
+    price = cluster.price_per_gpu_hour
+    return [
+        *rates,
+        ("GPU to GPU", f"{cluster.link_gbyte:g} GB/s", link),
+        ("node to node", f"{cluster.network_gbit:g} Gbit/s", "--network-gbit; plain TCP has 100, EFA 400 to 3,200"),
+        ("storage to node", f"{cluster.storage_gbyte:g} GB/s", "--storage-gbyte; the default is a guess"),
+        (
+            "memory of a GPU",
+            f"{gpu.usable_bytes / 1e9:.1f} of {gpu.memory_bytes / 1e9:g} GB",
+            f"data sheet, less {FRAGMENTATION:.0%} fragmentation and {RESERVED_BYTES / 1e9:g} GB for CUDA and NCCL (guesses)",
+        ),
+        ("not counted", "latencies, sampling, checkpoints, restarts, waiting for data", "small beside the steps"),
+        *([] if price is None else [("price of a GPU hour", f"{price:g}", "--price-per-gpu-hour")]),
+    ]
 
 
 def _against_preset(preset: str, config: TrainingConfig) -> list[tuple[str, str, bool]]:
-    usual = PRESETS[preset]().flat() if preset in PRESETS else config.flat()
+    """(name, value, whether it differs from the preset's) of every field."""
+    defaults = PRESETS[preset]().flat() if preset in PRESETS else config.flat()
+
+    def show(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    found = []
+    for name, value in config.flat().items():
+        changed = value != defaults[name]
+        found.append((name, show(value) + (f"    (preset: {show(defaults[name])})" if changed else ""), changed))
+    return found
+
+
+def _work(workload: Workload, workers: Lines) -> Lines:
+    config, sizes = workload.config, workload.sizes
+    size, batch = sizes["sample_size"], config.global_batch_size
+    shape = "x".join(map(str, workload.latent_shape))
+    patches = (size // config.network.patch_size) ** 2
+    conditioning = 0 if config.network.architecture == "dit" else NUM_CONDITION_TOKENS
+    tokens = patches + conditioning
+    of_tokens = f": {patches} patches and {conditioning} of conditioning" if conditioning else ""
+    steps_per_epoch = workload.num_images / batch
     return [
-        (name, _value(value) + ("" if value == usual[name] else f"    ({preset} has {_value(usual[name])})"),
-         value != usual[name])
-        for name, value in config.flat().items()
+        ("parameters", with_prefix(num_parameters(config.network, **sizes), "")),
+        ("data", f"{workload.num_images:,} images, {sizes['num_classes']:,} classes, latents {shape}"),
+        ("an image", f"{tokens:,} tokens{of_tokens}"),
+        ("a step", f"{batch:,} images, {batch * tokens:,} tokens"),
+        *workers,
+        ("an epoch", f"{steps_per_epoch:,.1f} steps"),
+        ("the training", f"{config.num_steps:,} steps, {config.num_steps / steps_per_epoch:,.1f} epochs"),
     ]  # fmt: skip
 
 
-def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def work(config: TrainingConfig, sizes: NetworkSizes, num_samples: int, workers: Lines) -> Lines:
-    """The network, the data, a step, and the whole. workers: lines of who takes which part of a step."""
-    size, batch = sizes["sample_size"], config.global_batch_size
-    tokens, of_tokens = _tokens(config.network, size)
-    steps_per_epoch = num_samples / batch
-    shape = f"{sizes['in_channels']}x{size}x{size}"
-    return [
-        ("parameters", scaled(num_parameters(config.network, **sizes), "")),
-        ("data", f"{num_samples:,} images as latents {shape}, {counted(sizes['num_classes'], 'class')}"),
-        ("an image", f"{counted(tokens, 'token')}{of_tokens}"),
-        ("a step", f"{counted(batch, 'image')}, {counted(batch * tokens, 'token')}"),
-        *workers,
-        ("an epoch", f"{steps_per_epoch:,.1f} steps"),
-        ("the training", f"{counted(config.num_steps, 'step')}, {config.num_steps / steps_per_epoch:,.1f} epochs"),
-    ]
-
-
-def _tokens(config: NetworkConfig, sample_size: int) -> tuple[int, str]:
-    patches = (sample_size // config.patch_size) ** 2
-    if config.architecture == "dit":
-        return patches, ""
-    return patches + NUM_CONDITION_TOKENS, f": {patches} of patches, {NUM_CONDITION_TOKENS} of what the network is told"
-
-
-def shares(batch: int, num_workers: int, rows_per_pass: int) -> str:
-    """The rows of each worker, and in how many passes it takes them."""
-    least, most = batch // num_workers, ceil(batch / num_workers)
+def _shares(batch: int, num_workers: int, rows_per_pass: int) -> str:
+    """Samples of each worker, and its number of passes."""
+    fewest, most = batch // num_workers, ceil(batch / num_workers)
     passes = num_passes(batch, num_workers, rows_per_pass)
-    rows = f"{span(least, most)} {'row' if most == 1 else 'rows'} each"
+    samples = f"{format_range((fewest, most), ',')} samples each"
     if passes == 1:
-        return f"{rows}, at once"
-    return f"{rows}, in {passes} passes of {span(least // passes, largest_pass(batch, num_workers, rows_per_pass))}"
+        return f"{samples}, in one pass"
+    pair = (fewest // passes, largest_pass(batch, num_workers, rows_per_pass))
+    return f"{samples}, in {passes} passes of {format_range(pair, ',')}"
 
 
-OPERATIONS = "operations (a multiplication and its addition are two)"
-
-
-def operations(config: TrainingConfig, sizes: NetworkSizes, flops: float, length: str = "") -> Lines:
-    """Operations of a network call, a step and the whole. flops: a step's. length: how long the whole takes."""
+def _flops(workload: Workload, flops: float, length: str = "") -> Lines:
+    forward = forward_flops(workload.config.network, **workload.sizes)
     return [
-        ("to sample an image", f"{scaled(forward_flops(config.network, **sizes), 'FLOP')} per network call"),
-        ("a step", scaled(flops, "FLOP")),
-        ("the training", f"{scaled(flops * config.num_steps, 'FLOP')}{length}"),
+        ("to sample an image", f"{with_prefix(forward, 'FLOP')} per function evaluation"),
+        ("a step", with_prefix(flops, "FLOP")),
+        ("the training", f"{with_prefix(flops * workload.config.num_steps, 'FLOP')}{length}"),
     ]
 
 
-MEMORY = "memory of each device, estimated without torch.compile and fragmentation"
+def _executed(estimate: Estimate) -> Lines:
+    executed = estimate.executed
+    total = executed.in_precision + executed.in_float32
+    if total < 1.001 * estimate.flops:
+        return []
+    in_float32 = f", of them {with_prefix(executed.in_float32, 'FLOP')} in float32" if executed.in_float32 else ""
+    return [("a step, as executed", f"{with_prefix(total, 'FLOP')}{in_float32}")]
 
 
-def memory_lines(config: TrainingConfig, memory: MemoryEstimate, rows: int, num_shards: int) -> Lines:
-    """What a device keeps. rows: the most that it takes at once."""
+def _memory(config: TrainingConfig, memory: MemoryEstimate, rows: int, num_shards: int) -> Lines:
     shard = "" if num_shards == 1 else f", one of {num_shards} shards"
-    checkpointing = " with checkpointing" if config.activation_checkpointing else ""
+    checkpointing = " with activation checkpointing" if config.activation_checkpointing else ""
     lines = [
         ("parameters", memory.parameters, f"float32{shard}"),
         ("gradients", memory.gradients, f"float32{shard}"),
         ("Adam's moments", memory.optimizer, f"2 x float32{shard}"),
         ("moving averages", memory.averages, f"{len(config.ema_decays)} x float32{shard}"),
-        ("activations", memory.activations, f"of {counted(rows, 'row')} in {config.precision}{checkpointing}"),
-        ("temporaries", memory.temporaries, "at the worst moment of a step"),
-        ("together", memory.total, "and about 1 GB for CUDA; on the worker that draws samples, the autoencoder too"),
+        ("activations", memory.activations, f"of {rows} samples in {config.precision}{checkpointing}"),
+        ("temporaries", memory.temporaries, "at the peak of a step"),
+        ("total", memory.total, "plus about 1 GB for CUDA; the worker that draws samples also holds the autoencoder"),
     ]
-    unit, size_of_unit = ("GB", 1e9) if memory.total >= 1e9 else ("MB", 1e6)  # one for all: lines are compared
-    width = len(f"{memory.total / size_of_unit:.2f}")
-    return [(name, f"{size / size_of_unit:{width}.2f} {unit}  {note}") for name, size, note in lines]
+    unit, scale = ("GB", 1e9) if memory.total >= 1e9 else ("MB", 1e6)  # one unit for all, so that lines compare
+    width = len(f"{memory.total / scale:.2f}")
+    return [(name, f"{size / scale:{width}.2f} {unit}  {note}") for name, size, note in lines]
 
 
-def checkpoints(config: TrainingConfig, sizes: NetworkSizes, interval: str = "") -> Lines:
-    """Their size and number. interval: the time between two."""
-    number = ceil(config.num_steps / config.checkpoint_interval_steps)
-    each = scaled(checkpoint_bytes(config, **sizes), "B")
+def _step(estimate: Estimate) -> Lines:
+    requested = estimate.requested
+    lines = [("compute", f"{requested.compute_seconds:.3f} s")]
+    if requested.num_gpus == 1:
+        return lines
+    content = (
+        "gradients" if estimate.workload.parallelism == "ddp" else "parameters of every network call, and gradients"
+    )
+    gradient = with_prefix(estimate.workload.gradient_bytes, "B")
+    waiting = [100 * (1 - requested.compute_seconds / seconds) for seconds in requested.step_seconds]
+    lines += [
+        ("sent by each GPU", f"{with_prefix(requested.gpu_bytes, 'B')} in a ring: {content} ({gradient} in float32)"),
+        ("communication", f"{requested.communication_seconds:.3f} s"),
+    ]
+    if requested.num_nodes > 1:
+        lines.append(("to hide it", f"{estimate.hiding_gbit:.0f} Gbit/s between nodes"))
+    both = format_range(requested.step_seconds, ".3f")
+    lines.append(
+        ("a step", f"{both} s: {format_range((waiting[0], waiting[1]), '.0f')} % of it waiting for communication")
+    )
+    return lines
+
+
+def _data(estimate: Estimate) -> Lines:
+    workload, pace = estimate.workload, estimate.node_images_per_second
+    mirrored = "with" if workload.mirrored else "without"
+    size = with_prefix(workload.latent_bytes, "B")
     return [
-        ("each", f"{each}: parameters, moving averages, Adam's moments"),
-        ("written", f"{number:,}, one every {counted(config.checkpoint_interval_steps, 'step')}{interval}"),
+        ("latents", f"{size} {mirrored} mirror images, {workload.image_bytes:,} B per image"),
+        ("copied in", f"{format_duration(estimate.copy_seconds)}, once"),
+        ("read", f"at most {pace:,.0f} images/s, {pace * workload.image_bytes / 1e6:,.1f} MB/s, from the node's copy"),
+    ]  # fmt: skip
+
+
+def _checkpoints(workload: Workload) -> Lines:
+    config = workload.config
+    interval = config.checkpoint_interval_steps
+    size = with_prefix(checkpoint_bytes(config, **workload.sizes), "B")
+    return [
+        ("size", f"{size}: parameters, moving averages, Adam's moments"),
+        ("number", f"{ceil(config.num_steps / interval):,}, one every {interval:,} steps"),
+    ]  # fmt: skip
+
+
+def _checkpoint_times(estimate: Estimate) -> Lines:
+    shortest, longest = (format_duration(seconds) for seconds in estimate.checkpoint_seconds)
+    late = "" if estimate.upload_seconds < estimate.checkpoint_seconds[0] else "; LONGER than the time between two"
+    return [
+        ("every", shortest if shortest == longest else f"{shortest} to {longest}"),
+        ("upload", f"{format_duration(estimate.upload_seconds)}, each node its part, in the background{late}"),
     ]
+
+
+def _training(estimate: Estimate) -> Lines:
+    requested = estimate.requested
+    steps = (1 / requested.step_seconds[1], 1 / requested.step_seconds[0])
+    days = (requested.seconds[0] / 86400, requested.seconds[1] / 86400)
+    return [
+        ("pace", f"{format_range(requested.images_per_second, ',.0f')} images/s, {format_range(steps, '.2f')} steps/s"),
+        ("time", f"{format_range(days, ',.1f')} days"),
+        ("GPU hours", format_range(requested.gpu_hours, ",.0f")),
+        ("cost", "give --price-per-gpu-hour" if requested.cost is None else format_range(requested.cost, ",.0f")),
+    ]
+
+
+def _scaling(estimate: Estimate) -> list[list[str]]:
+    has_price = estimate.cluster.price_per_gpu_hour is not None
+    rows = [
+        ["GPUs", "nodes", "s/step", "images/s", "days", "GPU hours", *(["cost"] if has_price else []), "efficiency"]
+    ]
+    for training in estimate.trainings:
+        days = (training.seconds[0] / 86400, training.seconds[1] / 86400)
+        percent = (100 * training.efficiency[0], 100 * training.efficiency[1])
+        rows.append(
+            [
+                str(training.num_gpus),
+                str(training.num_nodes),
+                format_range(training.step_seconds, ".3f"),
+                format_range(training.images_per_second, ",.0f"),
+                format_range(days, ",.1f"),
+                format_range(training.gpu_hours, ",.0f"),
+                *([] if training.cost is None else [format_range(training.cost, ",.0f")]),
+                f"{format_range(percent, '.0f')} %",
+            ]
+        )
+    for number in estimate.left_out:  # more GPUs than samples in a batch, or not one sample fits
+        rows.append([str(number), *["-"] * (len(rows[0]) - 1)])
+    return rows

@@ -40,7 +40,8 @@ from pipelines.errors import InputError, RunError
 from pipelines.latents.cache import NO_CACHE
 from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.plan.cost import step_flops
-from pipelines.plan.description import describe
+from pipelines.plan.estimate import Workload
+from pipelines.plan.report import describe
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.registry import REGISTRY_SCHEMES, register_generator
 from pipelines.tracking.run import Run
@@ -332,19 +333,17 @@ def dry_run(preset: str, job: TrainJob) -> str:
     job, manifest, begun = prepared(job)
     if begun is None:
         job, _ = warmed(job, manifest)
-    fewest = job.min_workers or job.num_workers
+    workload = Workload(
+        config=job.config,
+        num_images=manifest.num_samples,
+        latent_shape=manifest.latent_shape,
+        num_classes=len(manifest.class_names),
+        mirrored=job.mirror,
+        parallelism=job.parallelism,
+        rows_per_pass=job.rows_per_pass,
+    )
     try:
-        return describe(
-            preset,
-            job.config,
-            num_samples=manifest.num_samples,
-            latent_shape=manifest.latent_shape,
-            num_classes=len(manifest.class_names),
-            num_workers=job.num_workers,
-            min_workers=job.min_workers,
-            rows_per_pass=job.rows_per_pass or job.config.global_batch_size,
-            num_shards=fewest if job.parallelism == "fsdp2" else 1,
-        )
+        return describe(preset, workload, job.num_workers, job.min_workers)
     except ValueError as error:
         raise InputError(str(error)) from error
 

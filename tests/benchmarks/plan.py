@@ -1,10 +1,10 @@
-"""What `pipelines.plan` reckons with, against steps that are really taken on this machine.
+"""Compares `pipelines.plan` with steps measured on this machine.
 
     python tests/benchmarks/plan.py --json plan.json
 
-A rate is measured on steps of one preset and put into the calculator as --teraflops; it then says how long steps of
-other presets take, and these are taken, in turns. Then two processes over gloo: each one's rate alone and the rate of an
-all-reduce go in, and a DDP step must take no less than the longer of compute and communication, and no more than both.
+The rate of one preset's steps goes into the planner as --teraflops, which then predicts the steps of other presets; these are
+measured, interleaved. For two processes over gloo, the rate of each process alone and of an all-reduce go in; a DDP step
+must take at least the longer of compute and communication, and at most their sum.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from meanflow_core.config import TrainingConfig
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import train_step
 from pipelines.plan.cost import step_flops
+from pipelines.plan.estimate import Workload, compute_seconds, payload_bytes, ring_seconds
 from pipelines.plan.hardware import GPUS, Cluster
-from pipelines.plan.scale import Workload, communication, compute_seconds, payload_bytes
 
 CALIBRATION = ("s4", 32)
 # Larger, of more tokens, without du/dt, and of another kind: (preset, images a step).
@@ -36,7 +36,7 @@ OF_TWO = ("s4", 8)
 
 
 def workload(preset: str, rows: int) -> Workload:
-    """Steps of a preset at another batch size, on latents of ImageNet's shape."""
+    """A preset at another batch size, on latents of ImageNet's shape."""
     return Workload(
         config=replace(PRESETS[preset](), global_batch_size=rows),
         num_images=1,
@@ -49,7 +49,7 @@ def workload(preset: str, rows: int) -> Workload:
 
 
 def cluster(teraflops: float, link_gbyte: float = 1.0, processes: int = 1) -> Cluster:
-    """This machine as a node. What a GPU's data sheet says is not read where a rate is measured."""
+    """This machine as a node; with a measured rate, the GPU's data sheet is unused."""
     return Cluster(
         gpu=GPUS["h100"],
         gpus_per_node=processes,
@@ -62,7 +62,7 @@ def cluster(teraflops: float, link_gbyte: float = 1.0, processes: int = 1) -> Cl
 
 
 def stepper(config: TrainingConfig, rows: int, *, in_group: bool = False) -> Callable[[], object]:
-    """Takes a step, of other draws each time; of this process's rows in a group, whose gradients are averaged."""
+    """A function that takes one step with new draws; in a group, of this process's samples, with averaged gradients."""
     state = fresh_state(config, "cpu")
     graded = state.network
     if in_group:
@@ -76,7 +76,7 @@ def stepper(config: TrainingConfig, rows: int, *, in_group: bool = False) -> Cal
 
 
 def measure_steps(rounds: int) -> dict[str, float]:
-    """Predicted over measured seconds of steps, one process with all threads."""
+    """Predicted over measured seconds per step, in one process with all threads."""
     steps = {name: stepper(workload(name, rows).config, rows) for name, rows in (CALIBRATION, *PREDICTED)}
     seconds = interleaved_medians(steps, rounds, warmup=1)
     known = workload(*CALIBRATION)
@@ -90,7 +90,7 @@ def measure_steps(rounds: int) -> dict[str, float]:
 
 
 def work_in_group(rank: int, folder: str, rounds: int) -> None:
-    """One of two processes: seconds of its part of a step alone, of an all-reduce, and of the step."""
+    """One of two processes: times its part of a step alone, an all-reduce, and the whole step."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     name, rows = OF_TWO
@@ -107,8 +107,8 @@ def work_in_group(rank: int, folder: str, rounds: int) -> None:
             distributed.barrier()
             began = time.perf_counter()
             function()
-            distributed.barrier()  # a step is done when both are
-            if number >= 2:  # DDP arranges its buckets anew after its first step
+            distributed.barrier()  # a step ends when both processes have finished
+            if number >= 2:  # DDP rebuilds its buckets after the first step
                 seconds[key].append(time.perf_counter() - began)
     if rank == 0:
         medians = {key: statistics.median(values) for key, values in seconds.items()}
@@ -118,7 +118,7 @@ def work_in_group(rank: int, folder: str, rounds: int) -> None:
 
 
 def measure_group(rounds: int) -> dict[str, float]:
-    """A DDP step of two processes over the calculator's least and most."""
+    """Measured DDP step of two processes over the planner's lower and upper bound."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work_in_group, (folder, rounds), nprocs=2)
         seconds = json.loads(Path(folder, "seconds.json").read_text())
@@ -127,7 +127,7 @@ def measure_group(rounds: int) -> dict[str, float]:
     flops_of_each = step_flops(replace(whole.config, global_batch_size=rows // 2), **whole.sizes)
     payload = payload_bytes(whole, 1)
     pair = cluster(flops_of_each / seconds["alone"] / 1e12, payload / 2 / seconds["all_reduce"] / 1e9, 2)
-    compute, sent = compute_seconds(whole, pair, 2), communication(payload, pair, 2).seconds
+    compute, sent = compute_seconds(whole, pair, 2), ring_seconds(payload / 2, pair, 2)
     return {
         "two_processes_compute_seconds": compute,
         "two_processes_communication_seconds": sent,
@@ -144,7 +144,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each kind, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each kind, interleaved")
     main(
         measure,
         {

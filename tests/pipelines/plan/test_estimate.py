@@ -1,4 +1,4 @@
-"""The calculator of scale: against arithmetic by hand, the runbook, and what is really sent, kept and written here."""
+"""Estimates, compared with arithmetic by hand, the runbook, and bytes measured on this machine."""
 
 import json
 import re
@@ -20,30 +20,32 @@ from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError
 from pipelines.latents.shards import shard_bytes
-from pipelines.plan import scale, scale_report
-from pipelines.plan.__main__ import PlanJob, parse_arguments, plan
+from pipelines.plan.__main__ import parse_arguments
 from pipelines.plan.cost import executed_flops, forward_flops, memory_estimate, num_parameters, step_flops
-from pipelines.plan.hardware import GPUS, Cluster
-from pipelines.plan.scale import (
-    Estimate,
+from pipelines.plan.estimate import (
     Workload,
-    communication,
     compute_seconds,
     estimate,
     largest_rows,
     payload_bytes,
+    ring_seconds,
+    train_on,
 )
+from pipelines.plan.hardware import GPUS, Cluster
+from pipelines.plan.job import PlanJob
+from pipelines.plan.report import describe_estimate
+from pipelines.plan.run import build_cluster, build_workload, plan
 from tests.support.latents import encode_here
 from tests.support.processes import run_processes
 from tests.support.sent_bytes import GUIDED, NORMALIZATION, batches, count_sent
 
 REPOSITORY = Path(__file__).parents[3]
-NVIDIA = GPUS["a100"]
+A100 = GPUS["a100"]
 
 
 def cluster(**changes) -> Cluster:
-    usual = {
-        "gpu": NVIDIA,
+    defaults = {
+        "gpu": A100,
         "gpus_per_node": 8,
         "teraflops": 50.0,
         "link_gbyte": 200.0,
@@ -51,11 +53,11 @@ def cluster(**changes) -> Cluster:
         "storage_gbyte": 1.0,
         "price_per_gpu_hour": None,
     }
-    return Cluster(**{**usual, **changes})
+    return Cluster(**{**defaults, **changes})
 
 
 def workload(config: TrainingConfig | None = None, **changes) -> Workload:
-    usual = {
+    defaults = {
         "config": config or debug(),
         "num_images": 40,
         "latent_shape": (4, 8, 8),
@@ -64,7 +66,7 @@ def workload(config: TrainingConfig | None = None, **changes) -> Workload:
         "parallelism": "ddp",
         "rows_per_pass": None,
     }
-    return Workload(**{**usual, **changes})
+    return Workload(**{**defaults, **changes})
 
 
 def imagenet(config: TrainingConfig, **changes) -> Workload:
@@ -72,34 +74,34 @@ def imagenet(config: TrainingConfig, **changes) -> Workload:
 
 
 def small_gpu(memory: int) -> Cluster:
-    """Of which so many bytes are to be had."""
-    return cluster(gpu=replace(NVIDIA, memory_bytes=(memory + 2e9) / 0.95))
+    """A cluster whose GPUs have this many usable bytes."""
+    return cluster(gpu=replace(A100, memory_bytes=(memory + 2e9) / 0.95))
 
 
 def one_figure(pattern: str) -> float:
-    """A number that stands once in the runbook, in place of (NUMBER)."""
+    """The number in place of NUMBER in a sentence that the runbook has once."""
     text = (REPOSITORY / "docs/runbook.md").read_text()
     [found] = re.findall(re.escape(pattern).replace("NUMBER", r"([\d.,]*\d)"), text)
     return float(found.replace(",", ""))
 
 
-def test_figures_of_the_runbook_are_the_calculators():
+def test_runbook_figures_match_the_estimate():
     sustained = one_figure("A GPU **sustains NUMBER TFLOP/s**")
     price = one_figure("A node of 8 GPUs costs **NUMBER dollars an hour**") / 8
     machines = cluster(teraflops=sustained, price_per_gpu_hour=price)
     many = estimate(imagenet(replace(xl2(), precision="tf32", checkpoint_interval_steps=2500)), machines, 32)
-    [one_node] = [training for training in many.others if training.num_gpus == 8]
-    sent = many.asked.communication
+    [one_node] = [training for training in many.trainings if training.num_gpus == 8]
+    sent = many.requested
     shown = {
         "NUMBER TFLOP a step": many.flops / 1e12,
         "One node of 8: NUMBER s a step": one_node.compute_seconds,
-        "At the assumed pace a step takes NUMBER s on 32 GPUs": many.asked.compute_seconds,
+        "At the assumed pace a step takes NUMBER s on 32 GPUs": many.requested.compute_seconds,
         "gradients once: NUMBER GB in float32": many.workload.gradient_bytes / 1e9,
         "GPU: NUMBER GB a step at 32": sent.gpu_bytes / 1e9,
-        "four nodes over 100 Gbit/s of TCP would take NUMBER s a step": sent.seconds,
+        "four nodes over 100 Gbit/s of TCP would take NUMBER s a step": sent.communication_seconds,
         "parameters; NUMBER GB a GPU with 8 rows at once": many.memory.total / 1e9,
         "a checkpoint of NUMBER GB": many.checkpoint_bytes / 1e9,
-        "every 2,500 steps: NUMBER minutes on 32 GPUs": 2500 * many.asked.compute_seconds / 60,
+        "every 2,500 steps: NUMBER minutes on 32 GPUs": 2500 * many.requested.compute_seconds / 60,
         "both mirrors | 0.5 h | 0.1 h | | 11 | NUMBER GB in 2,503 shards": many.workload.latent_bytes / 1e9,
         "NUMBER h: 9.0 days": one_node.seconds[0] / 3600,
     }
@@ -112,13 +114,11 @@ def test_figures_of_the_runbook_are_the_calculators():
     # Rounded to tens.
     assert one_figure("so hiding it wants **NUMBER Gbit/s a node**") == round(many.hiding_gbit, -1)
     assert one_figure("9.0 days | 54.1 h: 2.3 days | 27.0 h | NUMBER; spot") == round(one_node.cost[0], -1)
-    # "as much through each node's network"
-    assert sent.node_bytes == sent.gpu_bytes
 
 
-def test_published_sizes_of_the_network_are_the_calculators():
-    # DiT-XL/2: 118.64 GFLOPs, a multiplication and its addition counted once (Peebles and Xie 2023, Table 4); MeanFlow's
-    # has one embedding of a time more. 676 M parameters: MeanFlow, Table 4.
+def test_flops_and_parameters_match_the_published_networks():
+    # DiT-XL/2: 118.64 GFLOPs with a multiply-add counted once (Peebles and Xie 2023, Table 4); MeanFlow has one more time
+    # embedding. 676 M parameters: MeanFlow, Table 4.
     flops = forward_flops(fm_b4().network, **imagenet(fm_b4()).sizes)
     assert flops / 2e9 == pytest.approx(5.56, rel=0.01)  # DiT-B/4
     of_xl2 = imagenet(xl2())
@@ -126,24 +126,18 @@ def test_published_sizes_of_the_network_are_the_calculators():
     assert of_xl2.gradient_bytes / 4e6 == pytest.approx(676, abs=0.5)
 
 
-def test_a_ring_sends_all_but_one_part_of_the_payload_through_every_gpu():
-    found = communication(80.0e9, cluster(), 32)
-    assert found.gpu_bytes == found.node_bytes == 80e9 * 31 / 32
-    assert found.least_node_bytes == 80e9 * 3 / 4
-    assert found.seconds == pytest.approx(80e9 * 31 / 32 / 12.5e9)  # the network is the slowest link
-    assert found.hierarchical_seconds == pytest.approx(80e9 * 7 / 8 / 200e9 + 80e9 * 3 / 4 / 12.5e9)
-    on_one = communication(80.0e9, cluster(), 4)
-    assert (on_one.node_bytes, on_one.least_node_bytes) == (0.0, 0.0)
-    assert on_one.seconds == on_one.hierarchical_seconds == pytest.approx(80e9 * 3 / 4 / 200e9)
-    fast = communication(80.0e9, cluster(network_gbit=6400.0), 32)
-    assert fast.seconds == pytest.approx(80e9 * 31 / 32 / 200e9)  # now the links within nodes are
-    assert communication(80.0e9, cluster(), 1).seconds == 0.0
+def test_ring_runs_at_the_pace_of_its_slowest_link():
+    assert ring_seconds(80e9, cluster(), 32) == pytest.approx(80e9 / 12.5e9)  # the network
+    assert ring_seconds(80e9, cluster(), 4) == pytest.approx(80e9 / 200e9)  # one node: its links
+    assert ring_seconds(80e9, cluster(network_gbit=6400.0), 32) == pytest.approx(80e9 / 200e9)
+    assert train_on(workload(), cluster(), 4, 16).gpu_bytes == 2 * workload().gradient_bytes * 3 / 4
+    assert train_on(workload(), cluster(), 1, 16).communication_seconds == 0.0
 
 
-def test_steps_take_between_the_longer_of_compute_and_communication_and_their_sum():
+def test_step_takes_between_the_longer_of_compute_and_communication_and_their_sum():
     load, machines = imagenet(xl2()), cluster(price_per_gpu_hour=3.0)
-    found = scale.train_on(load, machines, 16, 16)
-    compute, sent = found.compute_seconds, found.communication.seconds
+    found = train_on(load, machines, 16, 16)
+    compute, sent = found.compute_seconds, found.communication_seconds
     assert compute == pytest.approx(step_flops(xl2(), **load.sizes) / 16 / 50e12)
     assert found.step_seconds == (max(compute, sent), compute + sent)
     assert found.images_per_second == pytest.approx((256 / (compute + sent), 256 / max(compute, sent)))
@@ -151,21 +145,21 @@ def test_steps_take_between_the_longer_of_compute_and_communication_and_their_su
     assert found.gpu_hours[1] == pytest.approx(16 * (compute + sent) * 1_200_960 / 3600)
     assert found.cost == pytest.approx(tuple(3 * hours for hours in found.gpu_hours))
     assert found.efficiency[0] == pytest.approx(compute / (compute + sent))
-    alone = scale.train_on(load, machines, 1, 16)
+    alone = train_on(load, machines, 1, 16)
     assert alone.step_seconds[0] == alone.step_seconds[1] == pytest.approx(16 * compute)
     assert alone.efficiency == (1.0, 1.0)
 
 
-def test_the_gpu_with_most_rows_is_waited_for():
+def test_gpu_with_most_samples_sets_the_pace():
     load = workload(replace(debug(), global_batch_size=16))
     of_three, of_two = (compute_seconds(load, cluster(), number) for number in (3, 2))
     assert of_three / of_two == pytest.approx(6 / 8)
 
 
-def test_assumed_rates_follow_peak_and_memory_and_meet_the_published_one():
+def test_assumed_rates_reproduce_the_published_one():
     h800 = cluster(gpu=GPUS["h100"], teraflops=None)
     assert h800.sustained_teraflops("bfloat16") == pytest.approx(119.0)
-    # What the runbook stands on: an A100 at 50 in tf32, an H100 at 100.
+    # The runbook assumes 50 TFLOP/s for an A100 in tf32 and 100 for an H100.
     a100 = cluster(gpu=GPUS["a100"], teraflops=None)
     assert a100.sustained_teraflops("tf32") == pytest.approx(50.0, rel=0.1)
     assert h800.sustained_teraflops("tf32") == pytest.approx(100.0, rel=0.1)
@@ -177,7 +171,7 @@ def test_assumed_rates_follow_peak_and_memory_and_meet_the_published_one():
         )
 
 
-def test_du_dt_under_bfloat16_runs_at_float32s_rate():
+def test_derivative_under_bfloat16_runs_at_the_float32_rate():
     load = imagenet(replace(xl2(), precision="bfloat16"))
     executed = executed_flops(load.config, **load.sizes)
     assert executed.in_float32 > 0
@@ -186,38 +180,38 @@ def test_du_dt_under_bfloat16_runs_at_float32s_rate():
     seconds = executed.in_precision / fast + executed.in_float32 / slow
     assert slow < 0.5 * fast
     assert compute_seconds(load, machines, 1) == pytest.approx(seconds)
-    # A measured rate is of the model's operations, and has the rest in it.
+    # A measured rate counts model FLOPs and includes everything else.
     assert compute_seconds(load, cluster(teraflops=40.0), 1) == pytest.approx(step_flops(xl2(), **load.sizes) / 40e12)
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-def test_fsdp2_gathers_the_parameters_for_every_call_of_every_pass(passes):
+def test_fsdp2_gathers_parameters_for_every_call_of_every_pass(passes):
     guided = replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5))
     plain = replace(debug().loss, guidance=GuidanceConfig())
     loads = {
-        "graded call, backward, gradient": (replace(debug(), loss=plain), 3),
-        "and velocities": (replace(debug(), loss=guided), 4),
-        "and du/dt apart": (replace(debug(), loss=guided, activation_checkpointing=True), 5),
+        "training forward, backward, gradient": (replace(debug(), loss=plain), 3),
+        "plus velocities": (replace(debug(), loss=guided), 4),
+        "plus a separate du/dt": (replace(debug(), loss=guided, activation_checkpointing=True), 5),
     }
     for name, (config, times) in loads.items():
         load = workload(config, parallelism="fsdp2")
         assert payload_bytes(load, passes) == times * passes * load.gradient_bytes, name
-    assert payload_bytes(workload(), passes) == 2 * workload().gradient_bytes  # DDP adds up once a step
+    assert payload_bytes(workload(), passes) == 2 * workload().gradient_bytes  # DDP reduces once per step
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's counts of sent bytes are Linux's")
-def test_two_processes_send_the_bytes_that_were_predicted(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="the counters of sent bytes are Linux's")
+def test_two_processes_send_the_predicted_bytes(tmp_path):
     run_processes(count_sent, (str(tmp_path),), 2, 240)
     sent = json.loads((tmp_path / "sent.json").read_text())
     for passes in (1, 2):
         ddp = workload(GUIDED)
         assert sent[f"ddp {passes}"] == pytest.approx(payload_bytes(ddp, passes) / 2, rel=0.02)
-        # Gloo scatters a sum by adding up all of it everywhere: as many bytes as of another gathering.
+        # Gloo's reduce-scatter sends as much as an all-reduce: one gather more than predicted.
         predicted = payload_bytes(workload(GUIDED, parallelism="fsdp2"), passes) + passes * ddp.gradient_bytes
         assert sent[f"fsdp2 {passes}"] == pytest.approx(predicted / 2, rel=0.03)
 
 
-def test_a_checkpoint_on_disk_has_the_predicted_bytes(tmp_path):
+def test_checkpoint_on_disk_has_the_predicted_size(tmp_path):
     config = replace(debug(), ema_decays=(0.9, 0.99))
     state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
     train_step(state, state.network, batches(config, 0, 1, 1), NORMALIZATION, config)
@@ -230,11 +224,11 @@ def test_a_checkpoint_on_disk_has_the_predicted_bytes(tmp_path):
         distributed.destroy_process_group()
     written = sum(path.stat().st_size for path in (tmp_path / "checkpoint").iterdir())
     predicted = estimate(workload(config), cluster(), 1).checkpoint_bytes
-    assert predicted < written < 1.02 * predicted + 30_000  # headers, and the state beside the tensors
+    assert predicted < written < 1.02 * predicted + 30_000  # headers, and state.json
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
-def test_latents_on_disk_have_the_predicted_bytes(mirrored):
+def test_latents_on_disk_have_the_predicted_size(mirrored):
     rows = 512
     moments = np.ones((rows, 8, 32, 32), np.float16)
     names = [f"n01440764/n01440764_{row}" for row in range(rows)]
@@ -243,13 +237,13 @@ def test_latents_on_disk_have_the_predicted_bytes(mirrored):
     assert predicted < len(content) < 1.003 * predicted
 
 
-def test_a_node_reads_its_part_of_the_images_and_uploads_its_part_of_a_checkpoint():
+def test_each_node_reads_and_uploads_its_part():
     load = imagenet(replace(debug(), checkpoint_interval_steps=1000))
     found = estimate(load, cluster(storage_gbyte=2.0), 16)
-    assert found.node_images_per_second == pytest.approx(found.asked.images_per_second[1] / 2)
+    assert found.node_images_per_second == pytest.approx(found.requested.images_per_second[1] / 2)
     assert found.copy_seconds == pytest.approx(1_281_167 * 2 * 8 * 32 * 32 * 2 / 2e9)
     assert found.upload_seconds == pytest.approx(found.checkpoint_bytes / 2 / 2e9)
-    assert found.checkpoint_seconds == pytest.approx(tuple(1000 * seconds for seconds in found.asked.step_seconds))
+    assert found.checkpoint_seconds == pytest.approx(tuple(1000 * seconds for seconds in found.requested.step_seconds))
 
 
 def total(load: Workload, rows: int, num_shards: int = 1) -> int:
@@ -257,49 +251,45 @@ def total(load: Workload, rows: int, num_shards: int = 1) -> int:
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
-def test_the_largest_rows_that_fit_are_the_last_before_the_memory_is_full(parallelism):
+def test_largest_micro_batch_fits_and_one_more_sample_does_not(parallelism):
     load = workload(replace(debug(), global_batch_size=64), parallelism=parallelism)
     shards = load.num_shards(2)
     assert shards == (2 if parallelism == "fsdp2" else 1)
     just_enough = total(load, 20, shards)
-    assert just_enough < total(load, 21, shards)  # of fewer, Adam's own temporaries are more than a pass takes
+    assert just_enough < total(load, 21, shards)  # below, Adam's temporaries exceed those of a pass
     assert largest_rows(load, 2, just_enough) == 20
     assert largest_rows(load, 2, 1e12) == 32  # the whole share
     assert largest_rows(load, 2, 1e6) == 0
 
 
-def test_rows_that_were_not_asked_for_are_as_many_as_fit_and_asked_ones_are_told_not_to():
+def test_default_micro_batch_fits_and_a_given_one_may_not():
     load = workload(replace(debug(), global_batch_size=64))
     machines = small_gpu(total(load, 20))
     found = estimate(load, machines, 2, others=())
-    assert (found.largest_rows, found.asked.rows_at_once, found.fits) == (20, 16, True)  # in 2 passes of 16
-    asked = estimate(replace(load, rows_per_pass=32), machines, 2, others=())
-    assert (asked.largest_rows, asked.asked.rows_at_once, asked.fits) == (20, 32, False)
-    assert "it does NOT fit; at most 20 of its 32 rows do at once" in text_of(asked)
+    assert (found.largest_rows, found.requested.rows_at_once, found.fits) == (20, 16, True)  # in 2 passes of 16
+    limited = estimate(replace(load, rows_per_pass=32), machines, 2, others=())
+    assert (limited.largest_rows, limited.requested.rows_at_once, limited.fits) == (20, 32, False)
+    assert "it does NOT fit; at most 20 of 32 samples fit" in describe_estimate("debug", limited)
 
 
-def text_of(found: Estimate) -> str:
-    return scale_report.text("debug", found, scale_report.assumptions(found))
-
-
-def test_shards_leave_room_for_more_rows_and_too_few_are_left_out_of_the_table():
+def test_numbers_of_gpus_that_cannot_train_are_left_out():
     load = workload(replace(debug(), global_batch_size=64), parallelism="fsdp2")
     machines = small_gpu(total(load, 1, 8))
     found = estimate(load, machines, 8)
     assert found.largest_rows == 1
-    assert [training.num_gpus for training in found.others] == [8, 16, 32, 64]
+    assert [training.num_gpus for training in found.trainings] == [8, 16, 32, 64]
     assert found.left_out == (1,)
-    assert "left out: 1 (" in text_of(found)
-    assert estimate(replace(load, config=debug()), machines, 8).left_out == (1, 32, 64)  # 16 images
+    assert re.search(r"\n +1( +-)+\n?", describe_estimate("debug", found))
+    assert estimate(replace(load, config=debug()), machines, 8).left_out == (1, 32, 64)  # the batch has 16 images
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--gpus 12", r"gpus must be at most gpus_per_node = 8 or a multiple of it, but got 12; take 8"),
+        ("--gpus 12", r"gpus must be at most gpus_per_node = 8 or a multiple of it, but got 12; use 8"),
         ("--gpus 0", "gpus must be at least 1, but got 0"),
-        ("--gpus 32", r"gpus must be at most global_batch_size = 16, an image each, but got 32; take fewer"),
-        ("--gpu v100", "gpu must be one of h200, h100, a100, a100-40, l4, but got 'v100'; for another"),
+        ("--gpus 32", r"gpus must be at most global_batch_size = 16, one image each, but got 32; use fewer"),
+        ("--gpu v100", "gpu must be one of h200, h100, a100, a100-40, l4, but got 'v100'; for another kind"),
         ("--rows-per-pass 0", "rows_per_pass must be at least 1, but got 0"),
         ("--teraflops 0", "teraflops must be above 0, but got 0"),
         ("--network-gbit -1", "network_gbit must be above 0, but got -1"),
@@ -309,47 +299,42 @@ def test_shards_leave_room_for_more_rows_and_too_few_are_left_out_of_the_table()
         ("--data nowhere", "latent dataset nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_is_refused_with_what_came_and_a_remedy(arguments, message):
+def test_invalid_options_are_refused_with_a_remedy(arguments, message):
     with pytest.raises(InputError, match=message):
         plan(*parse_arguments(["debug", "--gpus", "2", *arguments.split()]))
 
 
-def test_a_network_of_which_no_row_fits_is_refused_with_the_ways_that_are_left():
+def test_network_that_does_not_fit_is_refused_with_ways_to_save_memory():
     machines = small_gpu(1_000_000)
-    with pytest.raises(
-        ValueError, match="one row at once takes 0.0 GB, but A100 SXM, 80 GB has 0.0 GB .* --activation-ch"
-    ):
+    with pytest.raises(ValueError, match="one sample takes 0.0 GB, but A100 SXM, 80 GB has 0.0 GB .* --activation-ch"):
         estimate(workload(), machines, 1)
-    spared = workload(replace(debug(), activation_checkpointing=True), parallelism="fsdp2")
-    with pytest.raises(ValueError, match="for a training; take a GPU with more memory, or a smaller network"):
-        estimate(spared, machines, 1)
+    without_options = workload(replace(debug(), activation_checkpointing=True), parallelism="fsdp2")
+    with pytest.raises(ValueError, match="for a training; use a GPU with more memory, or a smaller network"):
+        estimate(without_options, machines, 1)
 
 
-def test_an_unknown_preset_and_two_lengths_are_refused():
+def test_unknown_preset_and_two_lengths_are_refused():
     with pytest.raises(InputError, match="unknown preset 'xl3'; known: s2, "):
         parse_arguments(["xl3"])
     with pytest.raises(InputError, match="give --epochs 2 or --num-steps 7, but not both"):
         parse_arguments(["debug", "--epochs", "2", "--num-steps", "7"])
 
 
-def test_epochs_are_as_long_as_the_presets_and_lie_end_to_end():
+def test_epochs_set_the_number_of_steps():
     _, job = parse_arguments(["xl2", "--epochs", "240"])
-    assert job.workload().config.num_steps == pytest.approx(
+    assert build_workload(job).config.num_steps == pytest.approx(
         xl2().num_steps, rel=2e-4
-    )  # a preset's epochs drop their rest
+    )  # a preset's epochs drop the last partial batch
     _, job = parse_arguments(["debug", "--epochs", "1000", "--images", "10"])
-    assert job.workload().config.num_steps == 1000 * 10 / debug().global_batch_size
-    _, job = parse_arguments(["debug", "--epochs", "inf"])
-    with pytest.raises(InputError, match="finite"):
-        job.workload()
+    assert build_workload(job).config.num_steps == 1000 * 10 / debug().global_batch_size
 
 
-def test_other_numbers_of_gpus_take_as_many_rows_as_fit_there_or_fewer_than_asked():
+def test_trainings_on_other_numbers_of_gpus_equal_their_own_estimate():
     for changes in ({"parallelism": "fsdp2"}, {"rows_per_pass": 4}):
         load, machines = workload(GUIDED, **changes), cluster(gpus_per_node=2)
         of_many = estimate(load, machines, 4, others=(1, 2))
-        for training in of_many.others:
-            assert training == estimate(load, machines, training.num_gpus, others=()).asked
+        for training in of_many.trainings[:2]:
+            assert training == estimate(load, machines, training.num_gpus, others=()).requested
 
 
 def section(text: str, title: str) -> list[str]:
@@ -357,15 +342,14 @@ def section(text: str, title: str) -> list[str]:
     return part.splitlines()[1:]
 
 
-def test_the_command_prints_every_number_that_it_stands_on_and_writes_them_all(tmp_path):
-    file, picture = tmp_path / "made" / "plan.json", tmp_path / "plan.png"
-    arguments = f"debug --gpus 16 --precision bfloat16 --price-per-gpu-hour 2 --json {file} --picture {picture}"
+def test_command_prints_its_assumptions_and_writes_all_figures(tmp_path):
+    file = tmp_path / "new" / "plan.json"
+    arguments = f"debug --gpus 16 --precision bfloat16 --price-per-gpu-hour 2 --json {file}"
     text = plan(*parse_arguments(arguments.split()))
     assumed = "\n".join(section(text, "assumptions"))
     for value in (
-        "989 TFLOP/s",
-        "119.0 TFLOP/s: products at 0.6 of the peak (a guess), the rest at 3.35 TB/s",
-        "67 TFLOP/s",
+        "119.0 of 989 TFLOP/s: matrix products at 0.6 of the H100 SXM's dense peak (a guess), the rest at 3.35 TB/s",
+        "of 67 TFLOP/s",
         "337.5 GB/s",
         "100 Gbit/s",
         "1 GB/s",
@@ -373,33 +357,32 @@ def test_the_command_prints_every_number_that_it_stands_on_and_writes_them_all(t
     ):
         assert value in assumed
     table = section(text, "on other numbers of GPUs")
-    assert [line.split()[0] for line in table] == ["GPUs", "1", "8", "16"]
-    assert "left out: 32, 64" in text
+    assert [line.split()[0] for line in table] == ["GPUs", "1", "8", "16", "32", "64"]
+    assert table[-1].split() == ["64", *["-"] * 7]
     content = json.loads(file.read_text())
     assert [entry["value"] for entry in content["assumptions"]]
-    asked = content["estimate"]["asked"]
-    assert asked["num_nodes"] == 2
+    requested = content["estimate"]["requested"]
+    assert requested["num_nodes"] == 2
     assert content["gradient_bytes"] == 4 * num_parameters(debug().network, **imagenet(debug()).sizes)
-    assert f"{asked['compute_seconds']:.3f} s" in section(text, "a step on 16 GPUs")[0]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"{requested['compute_seconds']:.3f} s" in section(text, "a step on 16 GPUs")[0]
 
 
-def test_measured_rates_take_the_place_of_assumed_ones():
+def test_measured_rates_replace_assumed_ones():
     arguments = ["debug", "--gpus", "1", "--teraflops", "123", "--link-gbyte", "77", "--network-gbit", "400"]
     assumed = "\n".join(section(plan(*parse_arguments(arguments)), "assumptions"))
-    assert "123 TFLOP/s of the model's: --teraflops" in assumed
+    assert "123 TFLOP/s of model FLOPs: --teraflops" in assumed
     assert "77 GB/s: --link-gbyte" in assumed
     assert "400 Gbit/s: --network-gbit" in assumed
     assert "peak" not in assumed
     assert "data sheet's 450" not in assumed
 
 
-def test_options_of_the_command_reach_the_workload_and_the_machines():
+def test_options_reach_the_workload_and_the_cluster():
     arguments = (
         "xl2 --images 1000 --latent-shape 16 64 64 --classes 7 --no-mirror --parallelism fsdp2 --rows-per-pass 3"
     )
     _, job = parse_arguments([*arguments.split(), "--gpu", "l4", "--storage-gbyte", "3"])
-    load, machines = job.workload(), job.cluster()
+    load, machines = build_workload(job), build_cluster(job)
     assert load == Workload(
         config=xl2(), num_images=1000, latent_shape=(16, 64, 64), num_classes=7, mirrored=False, parallelism="fsdp2",
         rows_per_pass=3,
@@ -409,28 +392,28 @@ def test_options_of_the_command_reach_the_workload_and_the_machines():
     assert (machines.link_gbyte, machines.storage_gbyte) == (12.0, 3.0)
 
 
-def test_a_dataset_tells_its_own_size(image_root, tmp_path):
+def test_data_option_takes_sizes_from_the_manifest(image_root, tmp_path):
     output = str(tmp_path / "latents")
     vae = str(SHIPPED_AUTOENCODER)
     manifest = encode_here(
         EncodeJob(images=str(image_root / "val"), output=output, vae=vae, image_size=64, mirror=False)
     )
-    load = PlanJob(config=debug(), data=output).workload()
+    load = build_workload(PlanJob(config=debug(), data=output))
     assert load.num_images == manifest.num_samples
     assert load.latent_shape == manifest.latent_shape
     assert load.num_classes == len(manifest.class_names)
     assert not load.mirrored
 
 
-def test_passes_of_the_plan_are_those_of_training():
+def test_micro_batches_are_those_of_training():
     load = workload(replace(debug(), global_batch_size=22))
-    found = scale.train_on(load, cluster(), 4, 2)
+    found = train_on(load, cluster(), 4, 2)
     assert found.rows_at_once == ceil(ceil(22 / 4) / num_passes(22, 4, 2))
 
 
-def test_what_is_run_beside_the_models_operations_is_told():
-    lines = section(text_of(estimate(workload(replace(debug(), precision="bfloat16")), cluster(), 1)), "operations")
-    assert re.search(r"a step, as it is run +\d+\.\d+ MFLOP, of them \d+\.\d+ MFLOP in float32", "\n".join(lines))
-    assert not [
-        line for line in section(text_of(estimate(workload(), cluster(), 1)), "operations") if "as it is run" in line
-    ]
+def test_executed_flops_are_shown_where_they_exceed_model_flops():
+    lines = section(
+        describe_estimate("debug", estimate(workload(replace(debug(), precision="bfloat16")), cluster(), 1)), "FLOPs"
+    )
+    assert re.search(r"a step, as executed +\d+\.\d+ MFLOP, of them \d+\.\d+ MFLOP in float32", "\n".join(lines))
+    assert "as executed" not in describe_estimate("debug", estimate(workload(), cluster(), 1))

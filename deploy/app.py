@@ -1,10 +1,10 @@
-"""Stage 4: the one-step generator over HTTP, on Ray Serve.
+"""Stage 4: serves a one-step generator over HTTP with Ray Serve.
 
     serve run deploy.app:build_app model=runs/demo/generator        # http://127.0.0.1:8000, with a page to try it
     curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
 
-Two deployments: Api answers HTTP and encodes images (`deploy.http`); ImageGenerator holds the model and makes the images
-of all requests that arrive together in one network call (`deploy.generator`).
+The application has two deployments. Api answers HTTP and encodes images (`deploy.api`). ImageGenerator holds the model
+and batches the images of concurrent requests (`deploy.replica`).
 """
 
 import logging
@@ -14,7 +14,6 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
-from ray.experimental import internal_kv
 from ray.serve import Application
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -22,74 +21,46 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy.api.routes import build_http_app
 from deploy.api.service import ApiService
-from deploy.memory import ModelMemory
 from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, Refusal
 from deploy.metrics import RayRecorder
 from deploy.models import resolve_model
+from deploy.replica.model_swap import ModelSwapper
 from deploy.replica.service import GeneratorService
-from deploy.replica.serving_model import ServingModel
 from deploy.settings import Arguments
 
 logger = logging.getLogger(__name__)
 
-KV_NAMESPACE = "meanflow"
-# The replica bounds its own queue, by images, and answers at once beyond it. Serve's bounds, by requests, would keep the
-# questions of probes waiting behind images, and answer in a shape of their own; they lie far above.
-MANY_REQUESTS = 10_000
-
-
-class ClusterStore:
-    """Names in the cluster's own store, which outlives replicas."""
-
-    def list_names(self, prefix: str) -> list[str]:
-        """The names that begin with a prefix."""
-        return [name.decode() for name in internal_kv._internal_kv_list(prefix, namespace=KV_NAMESPACE)]
-
-    def add(self, name: str) -> None:
-        """Adds a name, unless it is there."""
-        internal_kv._internal_kv_put(name, b"", overwrite=True, namespace=KV_NAMESPACE)
-
-    def remove(self, name: str) -> None:
-        """Removes a name, if it is there."""
-        internal_kv._internal_kv_del(name, namespace=KV_NAMESPACE)
-
-
-def is_asked_for(user_config: dict[str, Any] | None) -> bool:
-    """Whether Serve asks this replica's deployment for a user_config by now. For use in a replica; blocks."""
-    context = serve.get_replica_context()
-    client = _get_global_client()
-    assert client is not None  # it raises where there is no controller
-    info, _ = client.get_deployment_info(context.deployment, context.app_name)
-    return info.deployment_config.user_config == user_config
+# Effectively no limit. The generator bounds its own queue, by images, and refuses requests beyond it at once. Serve's
+# limits count requests: they would hold up health checks behind images, and their errors have another format.
+UNLIMITED_REQUESTS = 10_000
 
 
 @serve.deployment
 class ImageGenerator:
-    """A generator on one device."""
+    """The generator on one device."""
 
     def __init__(self, arguments: Arguments) -> None:
         log_to_serve("deploy")
-        memory = ModelMemory(ClusterStore(), serve.get_replica_context().app_name, arguments.model)
         recorder = RayRecorder()
-        self._service = GeneratorService(ServingModel(arguments, memory, recorder, is_asked_for=is_asked_for), recorder)
+        self._service = GeneratorService(arguments, ModelSwapper(arguments.model, recorder), recorder)
 
     async def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
-        """Settings and model, changed in place; before the first request, the model is loaded here.
+        """Applies settings and swaps the model in place. The first call loads the first model.
 
-        rank: not used. Where a config has an empty `user_config:`, Serve calls this only because it takes one.
+        rank: unused. With an empty `user_config:`, Serve only calls this method because it takes a rank.
         """
         await self._service.reconfigure(user_config)
 
     def check_health(self) -> None:
-        """Serve replaces the replica where this raises."""
+        """Raises if Serve should replace this replica."""
         self._service.check_health()
 
-    async def generate(self, order: GenerationRequest) -> GenerationResult | Refusal:
-        """The images of an order, or why there are none."""
-        return await self._service.generate(order)
+    async def generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
+        """Generates the images of a request."""
+        return await self._service.generate(request)
 
     async def describe(self) -> GeneratorStatus:
-        """The model that serves, and what is wrong."""
+        """The serving model and any problem."""
         return await self._service.describe()
 
     async def list_classes(self) -> list[ClassEntry]:
@@ -98,43 +69,40 @@ class ImageGenerator:
 
 
 class RemoteGenerator:
-    """The generator's replicas, with what may befall them told as refusals."""
+    """Calls the generator's replicas and maps Ray errors to refusals."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def generate(self, order: GenerationRequest) -> GenerationResult | Refusal:
-        """The images of an order, or why there are none."""
+    async def generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
+        """Generates the images of a request."""
         try:
-            return await self._handle.generate.remote(order)
+            return await self._handle.generate.remote(request)
         except BackPressureError as error:
-            return Refusal(
-                status=429, code="overloaded", message=f"too many requests wait: {error}", retry_after_seconds=1.0
-            )
+            message = f"too many requests are queued: {error}"
+            return Refusal(status=429, code="overloaded", message=message, retry_after_seconds=1.0)
         except DeploymentUnavailableError as error:
             return Refusal(status=503, code="not_ready", message=str(error), retry_after_seconds=5.0)
-        except (RayTaskError, TaskCancelledError):  # a fault of ours, and a caller who left
+        except (RayTaskError, TaskCancelledError):  # our own bug, or a client that disconnected
             raise
         except RayError:
-            logger.exception("a replica died with a request, or what it answered is lost")
-            return Refusal(
-                status=503, code="replica_died", message="the replica that held this request died; send it again",
-                retry_after_seconds=1.0,
-            )  # fmt: skip
+            logger.exception("a replica died during a request, or its answer was lost")
+            message = "the replica that held this request died; send the request again"
+            return Refusal(status=503, code="replica_died", message=message, retry_after_seconds=1.0)
 
     async def describe(self) -> GeneratorStatus:
-        """The model that serves, and what is wrong."""
+        """The serving model and any problem."""
         try:
             return await self._handle.describe.remote()
         except (RayError, RayServeException) as error:
             return GeneratorStatus(model=None, problem=f"no replica answers: {type(error).__name__}")
 
     async def list_classes(self) -> list[ClassEntry]:
-        """The classes, by id; none where no model serves."""
+        """The classes, by id; empty if no replica answers."""
         try:
             return await self._handle.list_classes.remote()
         except (RayError, RayServeException):
-            logger.exception("no replica tells its classes")
+            logger.exception("no replica answers with its classes")
             return []
 
 
@@ -145,23 +113,23 @@ class Api:
 
     def __init__(self, generator: DeploymentHandle, arguments: Arguments) -> None:
         log_to_serve("deploy", "meanflow.access")
-        client = _get_global_client()  # where else Serve tells its own HTTP host is its config file
+        client = _get_global_client()  # Serve has no public way to ask for its HTTP host
         http_host = "unknown" if client is None else client.http_config.host
         self._service = ApiService(RemoteGenerator(generator), arguments, RayRecorder(), http_host)
 
     def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
-        """Settings, changed in place. Raises ValueError at the start where the endpoint would be open to everybody.
+        """Applies settings in place. Raises ValueError at the start if the endpoint would be open to everybody.
 
-        rank: not used, as in ImageGenerator.
+        rank: unused, as in ImageGenerator.
         """
         self._service.reconfigure(user_config)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
+    def __serve_build_asgi_app__(self) -> FastAPI:  # the name that Serve looks for
         return build_http_app(self._service)
 
 
 def log_to_serve(*names: str) -> None:
-    """Sends these loggers' lines where Serve writes its own: the replica's log file, with request and replica named."""
+    """Sends the output of these loggers to the replica's log file, tagged with request and replica as Serve's own is."""
     serve_logger = logging.getLogger("ray.serve")
     for name in names:
         logger = logging.getLogger(name)
@@ -172,31 +140,30 @@ def log_to_serve(*names: str) -> None:
 def build_app(arguments: Arguments) -> Application:
     """The application, for `serve run deploy.app:build_app model=...` and for `import_path` in a Serve config.
 
-    Raises ValueError where the model cannot be had.
+    Raises ValueError if the model does not exist.
     """
     tracking_uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-    # Once and here: replicas start at different times, in other working directories, perhaps in other environments.
+    # Resolved once, here: replicas start later, elsewhere, when an alias may name another version.
     model = resolve_model(arguments.model, tracking_uri)
     arguments = arguments.model_copy(update={"model": model, "tracking_uri": tracking_uri})
-    on_device = arguments.num_gpus > 0
+    common = {
+        "user_config": {},  # without one in the config, Serve would not call `reconfigure`, which loads the model
+        "max_ongoing_requests": UNLIMITED_REQUESTS,
+        "max_queued_requests": UNLIMITED_REQUESTS,
+        "graceful_shutdown_timeout_s": arguments.drain_seconds,
+    }
     generator = ImageGenerator.options(  # type: ignore[attr-defined]  # the decorator is untyped
+        **common,
         num_replicas=arguments.num_replicas,
-        user_config={},  # so that `reconfigure`, which loads the model, is called where a config has none
         ray_actor_options={
             "num_gpus": arguments.num_gpus,
-            "num_cpus": 0 if on_device else arguments.cpu_threads,
+            "num_cpus": 0 if arguments.num_gpus > 0 else arguments.cpu_threads,
         },
-        max_ongoing_requests=MANY_REQUESTS,
-        max_queued_requests=MANY_REQUESTS,
-        graceful_shutdown_timeout_s=arguments.drain_seconds,
     ).bind(arguments)
     ingress = Api.options(  # type: ignore[attr-defined]
+        **common,
         num_replicas=arguments.num_api_replicas,
-        user_config={},
-        max_ongoing_requests=MANY_REQUESTS,
-        max_queued_requests=MANY_REQUESTS,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
-        graceful_shutdown_timeout_s=arguments.drain_seconds,
-        logging_config={"encoding": "JSON", "enable_access_log": False},  # its own access log names key and images
+        logging_config={"encoding": "JSON", "enable_access_log": False},  # `deploy.api` writes its own access log
     )
     return ingress.bind(generator, arguments)

@@ -1,16 +1,16 @@
-"""What Prometheus learns of the endpoint, on the metrics port of every Ray node, as `ray_meanflow_...`."""
+"""The endpoint's Prometheus metrics, exported on the metrics port of every Ray node as `ray_meanflow_...`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric's definition."""
+    """Definition of a metric."""
 
     kind: Literal["counter", "gauge", "histogram"]
     description: str
@@ -18,57 +18,57 @@ class Metric:
     boundaries: tuple[float, ...] = ()
 
 
+def _seconds(description: str, *tags: str) -> Metric:
+    return Metric("histogram", description, tags, SECONDS_BUCKETS)
+
+
 METRICS: dict[str, Metric] = {
-    # The HTTP side.
+    # HTTP side.
     "meanflow_requests_total": Metric(
-        "counter", "Answers, by route, method and status.", ("route", "method", "status")
+        "counter", "Responses by route, method and status.", ("route", "method", "status")
     ),
-    "meanflow_request_seconds": Metric("histogram", "From a request's arrival to its answer.", ("route",), SECONDS),
-    "meanflow_encode_seconds": Metric("histogram", "Encoding of a request's images.", (), SECONDS),
-    "meanflow_settings_refused": Metric(
-        "gauge", "1 while a setting of the HTTP side that was asked for is not in use."
-    ),
-    # The generator's side.
-    "meanflow_images_total": Metric("counter", "Images made."),
+    "meanflow_request_seconds": _seconds("Time from a request's arrival to its response.", "route"),
+    "meanflow_encode_seconds": _seconds("Encoding time of a request's images."),
+    # Both sides.
+    "meanflow_settings_refused": Metric("gauge", "1 while a user_config is refused and earlier settings are in use."),
+    # Generator side.
+    "meanflow_model_refused": Metric("gauge", "1 while the requested model fails to load and another one serves."),
+    "meanflow_images_total": Metric("counter", "Generated images."),
     "meanflow_refused_total": Metric("counter", "Requests that the generator refused, by code.", ("code",)),
-    "meanflow_batch_rows": Metric("histogram", "Images in a batch.", (), ROWS),
-    "meanflow_queue_wait_seconds": Metric("histogram", "An image's wait for its batch.", (), SECONDS),
-    "meanflow_model_seconds": Metric("histogram", "Network calls of a batch.", (), SECONDS),
-    "meanflow_decode_seconds": Metric("histogram", "Decoding of a batch.", (), SECONDS),
-    "meanflow_queued_images": Metric("gauge", "Images that wait."),
-    "meanflow_out_of_memory_total": Metric("counter", "Batches that did not fit and were halved."),
-    "meanflow_model_refused": Metric(
-        "gauge", "1 while a model that was asked for is not in use and an older one serves."
-    ),
+    "meanflow_batch_rows": Metric("histogram", "Images per batch.", (), BATCH_SIZE_BUCKETS),
+    "meanflow_queue_wait_seconds": _seconds("Time an image waits for its batch."),
+    "meanflow_model_seconds": _seconds("Network time of a batch."),
+    "meanflow_decode_seconds": _seconds("Decoding time of a batch."),
+    "meanflow_queued_images": Metric("gauge", "Queued images."),
+    "meanflow_out_of_memory_total": Metric("counter", "Batches that ran out of device memory and were halved."),
 }
 
 
 class Recorder(Protocol):
-    """Where figures go."""
+    """Receives metric values."""
 
     def record(self, name: str, value: float = 1.0, tags: Mapping[str, str] | None = None) -> None:
-        """Adds to a counter, sets a gauge, or observes for a histogram."""
+        """Adds to a counter, sets a gauge, or adds an observation to a histogram."""
 
 
 class RayRecorder:
-    """Ray Serve's metrics, tagged with deployment, replica and application."""
+    """Records Ray Serve metrics, which Serve tags with deployment, replica and application."""
 
     def __init__(self) -> None:
         from ray.serve import metrics
 
-        self._metrics = {}
+        self._record = {}
         for name, metric in METRICS.items():
             if metric.kind == "histogram":
-                made = metrics.Histogram(
-                    name, metric.description, boundaries=list(metric.boundaries), tag_keys=metric.tags
-                )
-                self._metrics[name] = made.observe
+                boundaries = list(metric.boundaries)
+                histogram = metrics.Histogram(name, metric.description, boundaries=boundaries, tag_keys=metric.tags)
+                self._record[name] = histogram.observe
             elif metric.kind == "gauge":
-                self._metrics[name] = metrics.Gauge(name, metric.description, tag_keys=metric.tags).set
+                self._record[name] = metrics.Gauge(name, metric.description, tag_keys=metric.tags).set
             else:
-                self._metrics[name] = metrics.Counter(name, metric.description, tag_keys=metric.tags).inc
+                self._record[name] = metrics.Counter(name, metric.description, tag_keys=metric.tags).inc
 
     def record(self, name: str, value: float = 1.0, tags: Mapping[str, str] | None = None) -> None:
-        """As Recorder says. A counter is not told 0, which Ray refuses."""
+        """Records a value. Skips a counter's 0, which Ray rejects."""
         if value or METRICS[name].kind != "counter":
-            self._metrics[name](value, tags=dict(tags or {}))
+            self._record[name](value, tags=dict(tags or {}))

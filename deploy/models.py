@@ -1,9 +1,9 @@
-"""Where a generator comes from: a folder, or MLflow. Deploy's only MLflow import.
+"""Resolves and fetches generators: folders, or models in MLflow. The only module of deploy that imports MLflow.
 
-    python -m deploy.models models:/meanflow-xl2@champion      # prints what the alias stands for now: models:/meanflow-xl2/3
+    python -m deploy.models models:/meanflow-xl2@champion      # prints the version behind the alias: models:/meanflow-xl2/3
 
-An alias may point elsewhere a moment later, and replicas start at different times; so an alias is resolved once, and
-replicas are told a version.
+An alias may move at any time, and replicas start at different times. So an alias is resolved once, and replicas get a
+version.
 """
 
 import argparse
@@ -15,150 +15,161 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-import mlflow
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING
 
 from deploy.messages import ModelSource
-from meanflow_core.generator import find_generator
 
-REGISTRY_SCHEMES = ("models:/", "runs:/")
-# Unreachable servers and refused names, as MLflow reports them.
-FETCH_ERRORS = (MlflowException, OSError)
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MLFLOW_SCHEMES = ("models:/", "runs:/")
 
 
-def is_registered(model: str) -> bool:
-    """True for a model that lies in MLflow."""
-    return model.startswith(REGISTRY_SCHEMES)
+def is_in_mlflow(model: str) -> bool:
+    """True for models:/ and runs:/ URIs."""
+    return model.startswith(MLFLOW_SCHEMES)
 
 
 def is_alias(model: str) -> bool:
-    """True for a name that may stand for another version tomorrow."""
+    """True for a name that may refer to another version later."""
     return model.startswith("models:/") and ("@" in model or model.endswith("/latest"))
 
 
-def _client(model: str, tracking_uri: str | None) -> MlflowClient:
+def _client(model: str, tracking_uri: str | None) -> "MlflowClient":
+    import mlflow
+
     if not tracking_uri:
-        raise ValueError(f"model {model} lies in MLflow; give tracking_uri, or set MLFLOW_TRACKING_URI")
-    # For the whole process: MLflow 3.17 looks names up at the global address, whatever registry_uri it is handed.
+        raise ValueError(f"model {model} is in MLflow; give tracking_uri, or set MLFLOW_TRACKING_URI")
+    # For the whole process: MLflow 3.17 resolves names at the global address, whatever registry_uri it is given.
     mlflow.set_tracking_uri(tracking_uri)
-    return MlflowClient(tracking_uri)
+    return mlflow.MlflowClient(tracking_uri)
+
+
+@contextlib.contextmanager
+def _as_value_error(failure: str) -> Iterator[None]:
+    """Turns MLflow's and network errors into a ValueError that begins with `failure`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"{failure}: {error}") from error
 
 
 def resolve_model(model: str, tracking_uri: str | None) -> str:
     """The model without aliases: "models:/name@alias" and "models:/name/latest" -> "models:/name/3"; folders absolute.
 
-    Raises ValueError where there is no such model.
+    Raises ValueError if there is no such model.
     """
-    if not is_registered(model):
+    if not is_in_mlflow(model):
+        from meanflow_core.generator import find_generator
+
         folder = Path(model).expanduser().absolute()
         if not folder.is_dir():
             raise ValueError(
-                f"model {model} is no folder; wanted a generator's folder, models:/name@alias or runs:/id/name"
+                f"model {model} is not a folder; expected a generator folder, models:/name@alias or runs:/id/name"
             )
         find_generator(folder)
         return str(folder)
+    import mlflow
+
     client = _client(model, tracking_uri)
-    try:
+    with _as_value_error(f"cannot find {model} at {tracking_uri}"):
         if is_alias(model):
             name, _, alias = model.removeprefix("models:/").replace("/latest", "@latest").partition("@")
             return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
         if not mlflow.artifacts.list_artifacts(artifact_uri=model):
             raise ValueError(f"{model} at {tracking_uri} has no files")
-    except FETCH_ERRORS as error:
-        raise ValueError(f"cannot find {model} at {tracking_uri}: {error}") from error
     return model
 
 
-def _source(model: str, tracking_uri: str | None) -> ModelSource:
-    if not is_registered(model):
+def find_source(model: str, tracking_uri: str | None) -> ModelSource:
+    """Name, version and training run of a resolved model. Raises MLflow's errors if it cannot be looked up."""
+    if not is_in_mlflow(model):
+        from meanflow_core.generator import find_generator, read_provenance
+
         folder = Path(model)
-        # A run's own folder calls it "generator"; the run's name says more.
+        # In a run's folder the generator is called "generator"; the run's name says more.
         name = folder.parent.name if folder.name == "generator" else folder.name
-        return ModelSource(model=model, name=name, run_id=_run_of_folder(folder))
+        run_id = read_provenance(find_generator(folder)).get("run_id")
+        return ModelSource(model=model, name=name, run_id=run_id)
     version = re.fullmatch(r"models:/([^/@]+)/(\d+)", model)
     if version:
-        found = _client(model, tracking_uri).get_model_version(version[1], version[2])
-        return ModelSource(
-            model=model, name=version[1], version=version[2], run_id=found.run_id, tracking_uri=tracking_uri
-        )
+        run_id = _client(model, tracking_uri).get_model_version(version[1], version[2]).run_id
+        return ModelSource(model=model, name=version[1], version=version[2], run_id=run_id, tracking_uri=tracking_uri)
     run = re.match(r"runs:/([^/]+)/(.+)", model)
-    return ModelSource(
-        model=model, name=model.rpartition("/")[2], run_id=run[1] if run else None, tracking_uri=tracking_uri
-    )
+    run_id = run[1] if run else None
+    return ModelSource(model=model, name=model.rpartition("/")[2], run_id=run_id, tracking_uri=tracking_uri)
 
 
-def announce(source: ModelSource, served_as: str) -> None:
-    """Tells MLflow that a registered version serves, as its tag endpoint.NAME: the moment, in UTC.
+def announce(source: ModelSource, served_name: str) -> None:
+    """Tags a registered version in MLflow with the UTC time from which it serves: `endpoint.SERVED_NAME`.
 
-    Raises what MLflow says where it does not take it. Folders and runs' files are no versions: nothing is told.
+    Does nothing for folders and runs:/ models. Raises MLflow's errors.
     """
     if source.version is None:
         return
-    name = re.sub(r"[^\w.\- :]", "-", served_as)  # what MLflow takes in a tag's name
-    moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    name = re.sub(r"[^\w.\- :]", "-", served_name)  # characters that MLflow allows in tag names
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     client = _client(source.model, source.tracking_uri)
-    client.set_model_version_tag(source.name, source.version, f"endpoint.{name}", moment)
-
-
-def _tags(source: ModelSource) -> dict[str, str]:
-    """Of a registered version: what it was trained on, how it was measured, where it serves."""
-    if source.version is None:
-        return {}
-    return dict(_client(source.model, source.tracking_uri).get_model_version(source.name, source.version).tags)
-
-
-def _run_of_folder(folder: Path) -> str | None:
-    """The MLflow run whose folder a generator still lies in."""
-    try:
-        return str(json.loads((folder.parent / "training.json").read_text())["mlflow_run_id"])
-    except (OSError, ValueError, KeyError):
-        return None
+    client.set_model_version_tag(source.name, source.version, f"endpoint.{name}", now)
 
 
 @contextlib.contextmanager
 def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Path, ModelSource]]:
-    """A generator's local folder, and where it came from. What was downloaded is deleted in the end.
+    """A generator's local folder and its source. Deletes a downloaded folder on exit.
 
-    model: a folder, "models:/name/3", or "runs:/id/name"; aliases go through `resolve_model` first.
-    Raises ValueError where there is none, or it cannot be fetched.
+    model: a folder, "models:/name/3" or "runs:/id/name"; pass aliases through `resolve_model` first.
+    Raises ValueError if there is no such generator, or it cannot be fetched.
     """
-    if not is_registered(model):
+    from meanflow_core.generator import find_generator
+
+    if not is_in_mlflow(model):
         folder = Path(model).expanduser()
         if not folder.is_dir():
-            raise ValueError(f"model {model} is no folder on this machine; wanted a generator's folder")
-        found = find_generator(folder)
-        yield found, _source(str(found), None)
+            raise ValueError(f"model {model} is not a folder on this machine; expected a generator folder")
+        generator = find_generator(folder)
+        yield generator, find_source(str(generator), None)
         return
     if is_alias(model):
-        raise ValueError(f"{model} may stand for another version on each replica; name the one that is wanted")
+        raise ValueError(f"{model} may refer to another version on each replica; give a version")
+    import mlflow
+
     _client(model, tracking_uri)
-    with tempfile.TemporaryDirectory(prefix="generator-") as folder_name:
-        try:
-            source = _source(model, tracking_uri)
-            found = find_generator(Path(mlflow.artifacts.download_artifacts(model, dst_path=folder_name)))
-        except FETCH_ERRORS as error:
-            raise ValueError(f"cannot fetch {model} from {tracking_uri}: {error}") from error
-        yield found, source
+    with tempfile.TemporaryDirectory(prefix="generator-") as download:
+        with _as_value_error(f"cannot fetch {model} from {tracking_uri}"):
+            source = find_source(model, tracking_uri)
+            generator = find_generator(Path(mlflow.artifacts.download_artifacts(model, dst_path=download)))
+        yield generator, source
+
+
+def describe_model(model: str, tracking_uri: str | None) -> str:
+    """A resolved model's source and registry tags as JSON."""
+    source = find_source(model, tracking_uri)
+    tags: dict[str, str] = {}
+    if source.version is not None:
+        tags = dict(_client(model, tracking_uri).get_model_version(source.name, source.version).tags)
+    return json.dumps({**source.model_dump(), "tags": tags}, indent=2)
 
 
 def main() -> None:
-    """The command: prints a model without aliases, where it came from, and what became of it."""
+    """Prints a model without aliases, or everything known about it."""
     parser = argparse.ArgumentParser(
         prog="python -m deploy.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="folder, models:/name@alias, models:/name/version or runs:/id/name")
     parser.add_argument("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"))
-    parser.add_argument("--json", action="store_true", help="everything that is known of it")
+    parser.add_argument("--json", action="store_true", help="print source, training run and registry tags as JSON")
     arguments = parser.parse_args()
     try:
         resolved = resolve_model(arguments.model, arguments.tracking_uri)
-        source = _source(resolved, arguments.tracking_uri) if arguments.json else None
-        about = source and {**source.model_dump(), "tags": _tags(source)}
-    except (ValueError, *FETCH_ERRORS) as error:
+        output = resolved
+        if arguments.json:
+            with _as_value_error(f"cannot look up {resolved}"):
+                output = describe_model(resolved, arguments.tracking_uri)
+    except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    print(resolved if about is None else json.dumps(about, indent=2))
+    print(output)
 
 
 if __name__ == "__main__":

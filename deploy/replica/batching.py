@@ -1,10 +1,11 @@
-"""Requests to batches: rows that ask for the same steps share a network call, whoever sent them.
+"""Forms batches: items of the same group share a batch, whichever request they belong to.
 
-Ray Serve's own batching puts whatever arrives together into one batch. Here rows wait by group (the time grid and the
-decoder), a request may bring several, those whose caller has gone leave the queue, and the queue is bounded.
+Ray Serve's `@serve.batch` batches whatever arrives together. This batcher queues items by group (here: model, time grid
+and decoder), takes several items per request, drops the items of cancelled requests, and bounds the queue.
 """
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
@@ -12,12 +13,12 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-RowT = TypeVar("RowT")
+ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
 class OverloadedError(Exception):
-    """The queue is full, or too long for the caller's deadline."""
+    """The queue is full, or the expected wait exceeds the request's timeout."""
 
     def __init__(self, message: str, retry_after_seconds: float) -> None:
         super().__init__(message)
@@ -25,221 +26,201 @@ class OverloadedError(Exception):
 
 
 class DeadlineError(Exception):
-    """The caller's time was over before its rows were done."""
+    """The request timed out."""
 
 
 @dataclass
 class BatchLimits:
-    """What may be changed while the batcher runs."""
+    """Limits that may change while the batcher runs."""
 
     max_batch_size: int
-    """Most rows of a batch."""
+    """Maximum number of items per batch."""
     batch_wait_seconds: float
-    """Longest time that the oldest row waits for others, while nothing runs."""
-    max_queued_rows: int
-    """Rows that may wait; a request that meets an empty queue is taken whatever its size."""
-
-
-@dataclass(frozen=True)
-class BatchReport:
-    """One batch, for metrics."""
-
-    rows: int
-    seconds: float
-    queue_wait_seconds: list[float]
-    """Of each row."""
+    """How long an idle batcher lets the oldest item wait for others."""
+    max_queued_items: int
+    """Maximum queue length. An empty queue accepts a request of any size."""
 
 
 @dataclass
-class Ticket(Generic[RowT, ResultT]):
-    """A request's rows on their way."""
+class PendingRequest(Generic[ItemT, ResultT]):
+    """A request whose items are queued or running."""
 
     group: Hashable
-    rows: Sequence[RowT]
-    arrived: float
+    items: Sequence[ItemT]
+    arrival: float
+    """time.monotonic() of submission."""
     done: asyncio.Future
     results: list[ResultT | None]
-    missing: int
-    started: float | None = None
-    parts: list[Any] = field(default_factory=list)
-    """What the batches said of themselves, one entry per batch that had a row of this request."""
+    num_missing: int
+    first_batch_start: float | None = None
+    batch_infos: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Finished(Generic[ResultT]):
-    """A request's results."""
+class BatchedResults(Generic[ResultT]):
+    """Results of one request."""
 
     results: list[ResultT]
-    """In the order of its rows."""
-    parts: list[Any]
-    """What each of its batches said of itself."""
+    """One per item, in the request's order."""
+    batch_infos: list[Any]
+    """The info of each batch that held an item of this request."""
     queue_wait_seconds: float
-    """Until its first row's batch began."""
+    """Until the first of its batches started."""
 
 
-# run(group, rows) -> (a result per row, what the batch says of itself)
-Run = Callable[[Any, list[RowT]], Awaitable[tuple[Sequence[ResultT], Any]]]
+# run(group, items) -> (one result per item, info about the batch)
+Run = Callable[[Any, list[ItemT]], Awaitable[tuple[Sequence[ResultT], Any]]]
 
 
-class Batcher(Generic[RowT, ResultT]):
-    """Gathers rows and runs one batch at a time. For one event loop; nothing in it blocks."""
+class Batcher(Generic[ItemT, ResultT]):
+    """Queues items and runs one batch at a time. For use on one event loop; no method blocks."""
 
     def __init__(
         self,
         run: Run,
         limits: BatchLimits,
         cost: Callable[[Any], float] = lambda group: 1.0,
-        on_batch: Callable[[BatchReport], None] = lambda report: None,
+        on_batch: Callable[[list[float]], None] = lambda queue_wait_seconds: None,
     ) -> None:
-        """cost: what a row of a group takes beside a row of another; the pace is learnt."""
+        """cost: relative cost of an item of a group; the seconds per unit are measured. on_batch: called after each
+        batch with its items' waits.
+        """
         self.limits = limits
         self._run = run
         self._cost = cost
         self._on_batch = on_batch
-        # In the order of their turns: a group that ran goes to the end, so that one with much to do keeps nobody out.
-        self._queues: dict[Hashable, deque[tuple[Ticket[RowT, ResultT], int]]] = {}
+        # In the order of turns. A group moves to the end after each of its batches, so that a long queue blocks no other.
+        self._queues: dict[Hashable, deque[tuple[PendingRequest[ItemT, ResultT], int]]] = {}
         self._arrival = asyncio.Event()
         self._loop_task: asyncio.Task | None = None
         self._seconds_per_cost: float | None = None
 
     @property
     def num_queued(self) -> int:
-        """Rows that wait."""
+        """Number of queued items."""
         return sum(len(queue) for queue in self._queues.values())
 
-    @property
-    def expected_wait_seconds(self) -> float:
-        """How long the rows that wait now will take, by the pace of late."""
-        return self._seconds_of_queues(math.inf)
+    async def submit(self, group: Hashable, items: Sequence[ItemT], timeout_seconds: float) -> BatchedResults[ResultT]:
+        """Returns the results of a request's items. Cancelling the call removes its queued items.
 
-    def _seconds_of_queues(self, most: float) -> float:
-        """What at most so many rows of each group will take."""
-        return sum(min(len(queue), most) * self._cost(group) for group, queue in self._queues.items()) * (
-            self._seconds_per_cost or 0.0
-        )
-
-    def _seconds_until_turn(self, group: Hashable) -> float:
-        """How long a row of a group that came now would wait: between its group's turns, each other group has one."""
-        size = self.limits.max_batch_size
-        rows = (len(self._queues.get(group, ())) // size + 1) * size
-        return self._seconds_of_queues(rows)
-
-    def _admit(self, group: Hashable, num_rows: int, timeout_seconds: float) -> None:
-        queued = self.num_queued
-        if queued and queued + num_rows > self.limits.max_queued_rows:
-            raise OverloadedError(
-                f"{queued} images wait already, and at most {self.limits.max_queued_rows} may; try again later",
-                max(self.expected_wait_seconds / 2.0, 0.1),
-            )
-        wait = self._seconds_until_turn(group)
-        if wait > timeout_seconds:
-            raise OverloadedError(
-                f"the images that go first take about {wait:.1f} s, longer than a request may; try again later",
-                wait - timeout_seconds / 2.0,
-            )
-
-    async def submit(self, group: Hashable, rows: Sequence[RowT], timeout_seconds: float) -> Finished[ResultT]:
-        """The results of a request's rows, which share batches with others of the same group.
-
-        Raises OverloadedError at once where the queue is full, DeadlineError where the time is over first, and whatever
-        the batch of one of its rows raised. Whoever cancels this takes the rows that still wait out of the queue.
+        Raises OverloadedError at once if the queue is full or too slow, DeadlineError at the timeout, and the error of
+        any batch that held one of its items.
         """
-        self._admit(group, len(rows), timeout_seconds)
+        self._check_load(group, len(items), timeout_seconds)
+        loop = asyncio.get_running_loop()
         if self._loop_task is None or self._loop_task.done():
-            self._loop_task = asyncio.get_running_loop().create_task(self._work())
-        ticket: Ticket[RowT, ResultT] = Ticket(
+            self._loop_task = loop.create_task(self._run_batches())
+        request: PendingRequest[ItemT, ResultT] = PendingRequest(
             group=group,
-            rows=rows,
-            arrived=time.monotonic(),
-            done=asyncio.get_running_loop().create_future(),
-            results=[None] * len(rows),
-            missing=len(rows),
+            items=items,
+            arrival=time.monotonic(),
+            done=loop.create_future(),
+            results=[None] * len(items),
+            num_missing=len(items),
         )
-        self._queues.setdefault(group, deque()).extend((ticket, index) for index in range(len(rows)))
+        self._queues.setdefault(group, deque()).extend((request, index) for index in range(len(items)))
         self._arrival.set()
         try:
             async with asyncio.timeout(timeout_seconds):
-                await ticket.done
+                await request.done
         except TimeoutError as error:
-            self._forget(ticket)
+            self._remove(request)
             raise DeadlineError(f"not done within {timeout_seconds:g} s") from error
         except BaseException:
-            self._forget(ticket)
-            del ticket  # as in `_run_batch`
+            self._remove(request)
+            del request  # as in `_run_batch`
             raise
-        assert ticket.started is not None
-        return Finished(
-            results=[result for result in ticket.results if result is not None],
-            parts=ticket.parts,
-            queue_wait_seconds=ticket.started - ticket.arrived,
+        assert request.first_batch_start is not None
+        return BatchedResults(
+            results=[result for result in request.results if result is not None],
+            batch_infos=request.batch_infos,
+            queue_wait_seconds=request.first_batch_start - request.arrival,
         )
 
-    def _forget(self, ticket: Ticket[RowT, ResultT]) -> None:
-        """Takes a request's rows out of the queue."""
-        queue = self._queues.get(ticket.group)
-        if queue is None or not ticket.missing:
+    def _check_load(self, group: Hashable, num_items: int, timeout_seconds: float) -> None:
+        """Raises OverloadedError if a request cannot be accepted now."""
+        num_queued = self.num_queued
+        if num_queued and num_queued + num_items > self.limits.max_queued_items:
+            raise OverloadedError(
+                f"{num_queued} images are queued, and the limit is {self.limits.max_queued_items}; try again later",
+                max(self._estimate_seconds(math.inf) / 2.0, 0.1),
+            )
+        # Until this group has had its turns, each other group gets as many.
+        size = self.limits.max_batch_size
+        num_turns = len(self._queues.get(group, ())) // size + 1
+        wait = self._estimate_seconds(num_turns * size)
+        if wait > timeout_seconds:
+            raise OverloadedError(
+                f"the expected wait of {wait:.1f} s exceeds the request's timeout; try again later",
+                wait - timeout_seconds / 2.0,
+            )
+
+    def _estimate_seconds(self, max_items_per_group: float) -> float:
+        """Expected seconds for at most so many queued items of each group, at the recent rate."""
+        costs = (min(len(queue), max_items_per_group) * self._cost(group) for group, queue in self._queues.items())
+        return sum(costs) * (self._seconds_per_cost or 0.0)
+
+    def _remove(self, request: PendingRequest[ItemT, ResultT]) -> None:
+        """Removes a request's items from the queue."""
+        queue = self._queues.get(request.group)
+        if queue is None or not request.num_missing:
             return
-        left = deque(entry for entry in queue if entry[0] is not ticket)
-        if left:
-            self._queues[ticket.group] = left
+        remaining = deque(entry for entry in queue if entry[0] is not request)
+        if remaining:
+            self._queues[request.group] = remaining
         else:
-            del self._queues[ticket.group]
+            del self._queues[request.group]
 
-    def _next_group(self, now: float) -> tuple[Hashable | None, float]:
-        """The group whose turn it is and that need not wait any more, or None and how long until there is one."""
-        pause = float("inf")
-        for group, queue in self._queues.items():
-            left = queue[0][0].arrived + self.limits.batch_wait_seconds - now
-            if len(queue) >= self.limits.max_batch_size or left <= 0.0:
-                return group, 0.0
-            pause = min(pause, left)
-        return None, pause
-
-    async def _work(self) -> None:
-        """Runs batches for as long as rows wait."""
+    async def _next_group(self) -> Hashable | None:
+        """Waits until a group has a full batch, or its oldest item has waited long enough. None if all queues empty."""
         while self._queues:
-            group, pause = self._next_group(time.monotonic())
-            if group is None:
-                self._arrival.clear()
-                try:
-                    async with asyncio.timeout(pause):
-                        await self._arrival.wait()
-                except TimeoutError:
-                    pass
-                continue
+            pause = math.inf
+            for group, queue in self._queues.items():
+                remaining = queue[0][0].arrival + self.limits.batch_wait_seconds - time.monotonic()
+                if len(queue) >= self.limits.max_batch_size or remaining <= 0.0:
+                    return group
+                pause = min(pause, remaining)
+            self._arrival.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._arrival.wait()
+        return None
+
+    async def _run_batches(self) -> None:
+        """Runs batches until the queues are empty."""
+        while (group := await self._next_group()) is not None:
             queue = self._queues[group]
             entries = [queue.popleft() for _ in range(min(len(queue), self.limits.max_batch_size))]
             if not queue:
                 del self._queues[group]
             await self._run_batch(group, entries)
-            left = self._queues.pop(group, None)
-            if left:
-                self._queues[group] = left
+            if group in self._queues:
+                self._queues[group] = self._queues.pop(group)  # to the end
 
-    async def _run_batch(self, group: Hashable, entries: list[tuple[Ticket[RowT, ResultT], int]]) -> None:
-        began = time.monotonic()
-        for ticket, _ in entries:
-            ticket.started = began if ticket.started is None else ticket.started
-        tickets = list({id(ticket): ticket for ticket, _ in entries}.values())
+    async def _run_batch(self, group: Hashable, entries: list[tuple[PendingRequest[ItemT, ResultT], int]]) -> None:
+        start = time.monotonic()
+        requests = list({id(request): request for request, _ in entries}.values())
+        for request in requests:
+            if request.first_batch_start is None:
+                request.first_batch_start = start
         try:
-            results, about = await self._run(group, [ticket.rows[index] for ticket, index in entries])
-        except Exception as error:  # whatever it is, it belongs to those whose rows were in the batch
-            for ticket in tickets:
-                if not ticket.done.done():
-                    ticket.done.set_exception(error)
-                self._forget(ticket)  # before the next batch takes more of its rows
-            # The error's traceback holds this frame. Through it, the error would hold itself, and what the batch had on the
-            # device, until some garbage collection.
-            del entries, tickets, ticket
+            results, info = await self._run(group, [request.items[index] for request, index in entries])
+        except Exception as error:  # any error concerns only the requests in this batch
+            for request in requests:
+                if not request.done.done():
+                    request.done.set_exception(error)
+                self._remove(request)  # before the next batch takes more of its items
+            # The error's traceback references this frame, and through `request.done` this frame would reference the error:
+            # a cycle that keeps the batch's device memory until a garbage collection.
+            del entries, requests, request
             return
-        seconds = time.monotonic() - began
-        pace = seconds / (len(entries) * self._cost(group))
-        self._seconds_per_cost = pace if self._seconds_per_cost is None else 0.8 * self._seconds_per_cost + 0.2 * pace
-        for (ticket, index), result in zip(entries, results, strict=True):
-            ticket.results[index] = result
-            ticket.missing -= 1
-        for ticket in tickets:
-            ticket.parts.append(about)
-            if not ticket.missing and not ticket.done.done():
-                ticket.done.set_result(None)
-        self._on_batch(BatchReport(len(entries), seconds, [began - ticket.arrived for ticket, _ in entries]))
+        rate = (time.monotonic() - start) / (len(entries) * self._cost(group))
+        self._seconds_per_cost = rate if self._seconds_per_cost is None else 0.8 * self._seconds_per_cost + 0.2 * rate
+        for (request, index), result in zip(entries, results, strict=True):
+            request.results[index] = result
+            request.num_missing -= 1
+        for request in requests:
+            request.batch_infos.append(info)
+            if not request.num_missing and not request.done.done():
+                request.done.set_result(None)
+        self._on_batch([start - request.arrival for request, _ in entries])

@@ -1,4 +1,4 @@
-"""The generator's side: answers orders in batches, by whichever model serves.
+"""Answers generation requests in batches with the current model.
 
 Plain asyncio and threads; `deploy.app` makes a Ray Serve deployment of it.
 """
@@ -13,169 +13,197 @@ import torch
 
 from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, Refusal
 from deploy.metrics import Recorder
-from deploy.replica.batching import Batcher, BatchLimits, BatchReport, DeadlineError, OverloadedError
-from deploy.replica.engine import BatchTimes, Group, Row
-from deploy.replica.loading import Loaded, find_class
-from deploy.replica.serving_model import ServingModel
+from deploy.replica.batching import BatchedResults, Batcher, BatchLimits, DeadlineError, OverloadedError
+from deploy.replica.engine import BatchOptions, BatchTiming, ImageSpec
+from deploy.replica.loading import LoadedModel
+from deploy.replica.model_swap import ModelSwapper
+from deploy.settings import GENERATOR_SETTINGS, Arguments, apply_user_config
 
 logger = logging.getLogger(__name__)
 
-# What the decoder costs beside one network call, for XL/2 and Stable Diffusion's: how long a queue takes is an estimate.
-DECODER_CALLS = 2.6
-FAILURES_OF_THE_SICK = 3
+# Cost of decoding relative to one network forward, for XL/2 and Stable Diffusion's decoder. Queue times are estimates.
+DECODER_COST = 2.6
+MAX_CONSECUTIVE_FAILURES = 3
 
 
-def row_cost(key: tuple[Loaded, Group]) -> float:
-    """Network calls that an image of a group takes, the decoder counted in."""
-    return len(key[1].timesteps) - 1 + DECODER_CALLS
+def image_cost(key: tuple[LoadedModel, BatchOptions]) -> float:
+    """Cost of an image in network forwards, decoding included."""
+    return len(key[1].timesteps) - 1 + DECODER_COST
 
 
 class GeneratorService:
-    """What a replica of the generator does."""
+    """A replica of the generator."""
 
-    def __init__(self, model: ServingModel, recorder: Recorder) -> None:
-        self._model = model
+    def __init__(self, arguments: Arguments, models: ModelSwapper, recorder: Recorder) -> None:
+        self.models = models
+        self.settings_problem: str | None = None
+        """Why the last user_config was refused; None if it is in use."""
+        self._arguments = arguments
+        self._settings = arguments
         self._recorder = recorder
-        self._failed_in_a_row = 0
-        # One thread, which computes; loading has others, so that the old model serves meanwhile.
-        self._computing = ThreadPoolExecutor(1, "generate", torch.set_num_threads, (model.settings.cpu_threads,))
-        self._batcher: Batcher[Row, np.ndarray] = Batcher(
-            self._run, self._limits(), cost=row_cost, on_batch=self._on_batch
+        self._consecutive_failures = 0
+        # One thread runs the engine. Models load in other threads, so that the current one serves meanwhile.
+        self._compute_thread = ThreadPoolExecutor(1, "generate", torch.set_num_threads, (arguments.cpu_threads,))
+        self._batcher: Batcher[ImageSpec, np.ndarray] = Batcher(
+            self._run_batch, self._limits(), cost=image_cost, on_batch=self._record_batch
         )
 
     def _limits(self) -> BatchLimits:
-        settings = self._model.settings
+        settings = self._settings
         return BatchLimits(settings.max_batch_size, settings.batch_wait_seconds, settings.max_queued_images)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """Takes the settings at once, and another model when it is loaded. Raises ValueError where none can be had."""
-        self._model.take_settings(user_config)
+        """Applies settings at once and swaps the model in the background. A refused user_config changes nothing.
+
+        The first call loads the first model. Raises ValueError if no model can be loaded.
+        """
+        try:
+            self._settings = apply_user_config(self._arguments, user_config, GENERATOR_SETTINGS)
+            self.settings_problem = None
+        except ValueError as error:
+            self.settings_problem = f"settings refused, the earlier ones stay in use: {error}"
+            logger.error(self.settings_problem)
+        self._recorder.record("meanflow_settings_refused", float(self.settings_problem is not None))
         self._batcher.limits = self._limits()
-        await self._model.change()
+        await self.models.request(self._settings)
 
     def check_health(self) -> None:
-        """Raises RuntimeError where no model serves, or batch after batch fails, as after a fault of the device.
+        """Raises RuntimeError if no model serves, or batch after batch fails, for example after a device fault.
 
-        Only a new process heals either.
+        Both require a new process.
         """
-        if self._model.loaded is None:
+        if self.models.current is None:
             raise RuntimeError("no model is loaded")
-        if self._failed_in_a_row >= FAILURES_OF_THE_SICK:
-            raise RuntimeError(f"the last {self._failed_in_a_row} batches failed")
+        if self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            raise RuntimeError(f"the last {self._consecutive_failures} batches failed")
 
-    async def _run(self, key: tuple[Loaded, Group], rows: list[Row]) -> tuple[list[np.ndarray], BatchTimes]:
-        loaded, group = key
-        engine = loaded.engine
-        before = engine.num_out_of_memory
+    async def describe(self) -> GeneratorStatus:
+        """The serving model and any problem with the requested model or settings."""
+        current = self.models.current
+        problems = filter(None, (self.settings_problem, self.models.problem))
+        return GeneratorStatus(model=None if current is None else current.info, problem="; ".join(problems) or None)
+
+    async def list_classes(self) -> list[ClassEntry]:
+        """The classes, by id; empty before the first model is loaded."""
+        return [] if self.models.current is None else self.models.current.classes.entries
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
+        """Generates the images of a request."""
+        result = await self._generate(request)
+        if isinstance(result, Refusal):
+            self._recorder.record("meanflow_refused_total", tags={"code": result.code or "none"})
+        return result
+
+    async def _generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
+        loaded = self.models.current
+        if loaded is None:
+            return Refusal(status=503, code="not_ready", message="no model is loaded yet", retry_after_seconds=5.0)
+        refusal = find_unsupported(request, loaded)
+        if refusal is not None:
+            return refusal
         try:
-            # Off the event loop, which gathers the next batch meanwhile.
-            images, times = await asyncio.get_running_loop().run_in_executor(self._computing, engine.run, group, rows)
+            label = loaded.classes.find(request.class_)
+        except ValueError as error:
+            return Refusal(status=400, code="unknown_class", param="class", message=str(error))
+        key = (loaded, BatchOptions(request.timesteps, request.is_preview))
+        try:
+            batched = await self._batcher.submit(key, image_specs(request, label), request.timeout_seconds)
+        except OverloadedError as error:
+            retry_after = error.retry_after_seconds
+            return Refusal(status=429, code="overloaded", message=str(error), retry_after_seconds=retry_after)
+        except DeadlineError as error:
+            return Refusal(status=504, code="deadline_exceeded", message=str(error))
+        except torch.OutOfMemoryError as error:
+            logger.exception("a single image did not fit into device memory")
+            message = f"out of device memory: {error}"
+            return Refusal(status=503, code="out_of_memory", message=message, retry_after_seconds=5.0)
+        return build_result(request, label, loaded, batched)
+
+    async def _run_batch(
+        self, key: tuple[LoadedModel, BatchOptions], specs: list[ImageSpec]
+    ) -> tuple[list[np.ndarray], BatchTiming]:
+        loaded, options = key
+        engine = loaded.engine
+        num_before = engine.num_out_of_memory
+        try:
+            # Off the event loop, which keeps accepting requests.
+            loop = asyncio.get_running_loop()
+            batch = await loop.run_in_executor(self._compute_thread, engine.run, options, specs)
         except Exception:
-            self._failed_in_a_row += 1
+            self._consecutive_failures += 1
             raise
         finally:
-            self._recorder.record("meanflow_out_of_memory_total", engine.num_out_of_memory - before)
-        self._failed_in_a_row = 0
-        self._recorder.record("meanflow_model_seconds", times.model_seconds)
-        self._recorder.record("meanflow_decode_seconds", times.decode_seconds)
-        return list(images), times
+            self._recorder.record("meanflow_out_of_memory_total", engine.num_out_of_memory - num_before)
+        self._consecutive_failures = 0
+        self._recorder.record("meanflow_model_seconds", batch.timing.model_seconds)
+        self._recorder.record("meanflow_decode_seconds", batch.timing.decode_seconds)
+        return list(batch.images), batch.timing
 
-    def _on_batch(self, report: BatchReport) -> None:
-        self._recorder.record("meanflow_batch_rows", report.rows)
-        self._recorder.record("meanflow_images_total", report.rows)
-        for seconds in report.queue_wait_seconds:
+    def _record_batch(self, queue_wait_seconds: list[float]) -> None:
+        self._recorder.record("meanflow_batch_rows", len(queue_wait_seconds))
+        self._recorder.record("meanflow_images_total", len(queue_wait_seconds))
+        for seconds in queue_wait_seconds:
             self._recorder.record("meanflow_queue_wait_seconds", seconds)
         self._recorder.record("meanflow_queued_images", self._batcher.num_queued)
 
-    def _check(self, order: GenerationRequest, loaded: Loaded) -> int | Refusal:
-        """The class id, or what is wrong with an order for this model."""
-        card = loaded.card
-        if order.model is not None and order.model not in (card.id, card.source.model):
-            return Refusal(
-                status=404, code="model_not_found", param="model",
-                message=f"unknown model {order.model!r}; {card.id!r} serves here",
-            )  # fmt: skip
-        own_size = f"{card.image_size}x{card.image_size}"
-        if order.size not in ("auto", own_size):
-            return Refusal(
-                status=400, code="unsupported_size", param="size",
-                message=f"this model makes images of {own_size} alone, but got {order.size!r}",
-            )  # fmt: skip
-        if not card.takes_guidance and (order.guidance_scale not in (None, 1.0) or order.guidance_interval is not None):
-            return Refusal(
-                status=400, code="no_guidance",
-                param="guidance_scale" if order.guidance_interval is None else "guidance_interval",
-                message="this model's guidance is built into its weights; leave them out",
-            )  # fmt: skip
-        if order.is_preview and not card.has_previews:
-            return Refusal(status=400, code="no_previews", param="preview", message="there is no preview decoder here")
-        try:
-            return find_class(order.class_, loaded.classes, loaded.names)
-        except ValueError as error:
-            return Refusal(status=400, code="unknown_class", param="class", message=str(error))
 
-    async def generate(self, order: GenerationRequest) -> GenerationResult | Refusal:
-        """The images of an order, or why there are none."""
-        loaded = self._model.loaded
-        if loaded is None:
-            return Refusal(status=503, code="not_ready", message="no model is loaded yet", retry_after_seconds=5.0)
-        label = self._check(order, loaded)
-        if isinstance(label, Refusal):
-            return self._refuse(label)
-        weights = None
-        if order.seed_end is not None:
-            weights = [index / (order.num_images - 1) for index in range(order.num_images)]
-        rows = [
-            Row(
-                label,
-                order.seed + (0 if weights else index),
-                order.seed_end,
-                weights[index] if weights else 0.0,
-                order.guidance_scale,
-                order.guidance_interval,
-            )
-            for index in range(order.num_images)
-        ]
-        key = (loaded, Group(order.timesteps, order.is_preview))
-        try:
-            finished = await self._batcher.submit(key, rows, order.timeout_seconds)
-        except OverloadedError as error:
-            return self._refuse(
-                Refusal(
-                    status=429, code="overloaded", message=str(error), retry_after_seconds=error.retry_after_seconds
-                )
-            )
-        except DeadlineError as error:
-            return self._refuse(Refusal(status=504, code="deadline_exceeded", message=str(error)))
-        except torch.OutOfMemoryError as error:
-            logger.exception("a single image did not fit")
-            return self._refuse(
-                Refusal(
-                    status=503, code="out_of_memory", message=f"the device's memory is full: {error}",
-                    retry_after_seconds=5.0,
-                )
-            )  # fmt: skip
-        return GenerationResult(
-            images=np.stack(finished.results),
-            class_id=label,
-            class_name=loaded.classes[label].name,
-            wnid=loaded.classes[label].wnid,
-            model=loaded.card.id,
-            weights=weights,
-            queue_seconds=finished.queue_wait_seconds,
-            model_seconds=sum(part.model_seconds for part in finished.parts),
-            decode_seconds=sum(part.decode_seconds for part in finished.parts),
+def find_unsupported(request: GenerationRequest, loaded: LoadedModel) -> Refusal | None:
+    """The first option of a request that this model does not support."""
+    info = loaded.info
+    if request.model is not None and request.model not in (info.id, info.source.model):
+        message = f"unknown model {request.model!r}; this endpoint serves {info.id!r}"
+        return Refusal(status=404, code="model_not_found", param="model", message=message)
+    own_size = f"{info.image_size}x{info.image_size}"
+    if request.size not in ("auto", own_size):
+        message = f"this model only generates {own_size} images, but got {request.size!r}"
+        return Refusal(status=400, code="unsupported_size", param="size", message=message)
+    has_guidance = request.guidance_scale not in (None, 1.0) or request.guidance_interval is not None
+    if has_guidance and not info.takes_guidance:
+        param = "guidance_scale" if request.guidance_interval is None else "guidance_interval"
+        message = "this model's guidance is built into its weights; omit the guidance options"
+        return Refusal(status=400, code="no_guidance", param=param, message=message)
+    if request.is_preview and not info.has_previews:
+        message = "this endpoint has no preview decoder"
+        return Refusal(status=400, code="no_previews", param="preview", message=message)
+    return None
+
+
+def interpolation_weights(request: GenerationRequest) -> list[float] | None:
+    """Weight of `seed_end` for each image; None without a `seed_end`."""
+    if request.seed_end is None:
+        return None
+    return [index / (request.num_images - 1) for index in range(request.num_images)]
+
+
+def image_specs(request: GenerationRequest, label: int) -> list[ImageSpec]:
+    """The images of a request."""
+    weights = interpolation_weights(request)
+    return [
+        ImageSpec(
+            label=label,
+            seed=request.seed if weights else request.seed + index,
+            seed_end=request.seed_end,
+            weight=weights[index] if weights else 0.0,
+            guidance_scale=request.guidance_scale,
+            guidance_interval=request.guidance_interval,
         )
+        for index in range(request.num_images)
+    ]
 
-    def _refuse(self, refusal: Refusal) -> Refusal:
-        self._recorder.record("meanflow_refused_total", tags={"code": refusal.code or "none"})
-        return refusal
 
-    async def describe(self) -> GeneratorStatus:
-        """The model that serves, and what is wrong."""
-        model = None if self._model.loaded is None else self._model.loaded.card
-        return GeneratorStatus(model=model, problem=self._model.problem)
-
-    async def list_classes(self) -> list[ClassEntry]:
-        """The classes, by id."""
-        return [] if self._model.loaded is None else self._model.loaded.classes
+def build_result(
+    request: GenerationRequest, label: int, loaded: LoadedModel, batched: BatchedResults[np.ndarray]
+) -> GenerationResult:
+    """The images of a request with their class, model and timings."""
+    entry = loaded.classes.entries[label]
+    return GenerationResult(
+        images=np.stack(batched.results),
+        class_id=label,
+        class_name=entry.name,
+        wnid=entry.wnid,
+        model=loaded.info.id,
+        weights=interpolation_weights(request),
+        queue_seconds=batched.queue_wait_seconds,
+        model_seconds=sum(timing.model_seconds for timing in batched.batch_infos),
+        decode_seconds=sum(timing.decode_seconds for timing in batched.batch_infos),
+    )

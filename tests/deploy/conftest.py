@@ -10,19 +10,19 @@ from tests.support.kubernetes import KUBERAY, render
 
 @pytest.fixture(scope="session")
 def generator_folder(tmp_path_factory) -> Path:
-    """A tiny generator of 10 classes, 64 pixels, with WordNet ids."""
+    """A tiny generator: 10 classes, 64 pixels, WordNet ids."""
     return write_generator(tmp_path_factory.mktemp("models") / "first")
 
 
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory) -> Path:
-    """Another of the same sizes."""
+    """Another generator of the same size."""
     return write_generator(tmp_path_factory.mktemp("models") / "second", seed=1)
 
 
 @pytest.fixture(scope="session")
 def guided_folder(tmp_path_factory) -> Path:
-    """One that is told its guidance."""
+    """A generator that takes guidance options."""
     return write_generator(tmp_path_factory.mktemp("models") / "guided", takes_guidance=True)
 
 

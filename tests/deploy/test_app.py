@@ -10,8 +10,8 @@ from deploy.messages import GeneratorStatus
 from deploy.settings import Arguments
 
 
-class Failing:
-    """A handle whose every call fails."""
+class FailingHandle:
+    """A deployment handle whose every call fails."""
 
     def __init__(self, error):
         self.generate = self.describe = self.list_classes = self
@@ -25,27 +25,26 @@ class Failing:
     ("error", "status", "code"),
     [
         (ActorDiedError(), 503, "replica_died"),
-        (ActorUnavailableError("away", None), 503, "replica_died"),
+        (ActorUnavailableError("unavailable", None), 503, "replica_died"),
         (BackPressureError(num_queued_requests=3, max_queued_requests=3), 429, "overloaded"),
         (DeploymentUnavailableError.__new__(DeploymentUnavailableError), 503, "not_ready"),
     ],
 )
-def test_what_befalls_a_replica_is_told_as_a_refusal(error, status, code):
+def test_ray_errors_become_refusals(error, status, code):
     if isinstance(error, DeploymentUnavailableError):
         error.__dict__.update(_deployment_id="g")
-    generator = RemoteGenerator(Failing(error))
+    generator = RemoteGenerator(FailingHandle(error))
     refusal = asyncio.run(generator.generate(None))
     assert (refusal.status, refusal.code) == (status, code)
     assert refusal.retry_after_seconds > 0
-    assert asyncio.run(generator.describe()) == GeneratorStatus(
-        model=None, problem=f"no replica answers: {type(error).__name__}"
-    )
+    problem = f"no replica answers: {type(error).__name__}"
+    assert asyncio.run(generator.describe()) == GeneratorStatus(model=None, problem=problem)
     assert asyncio.run(generator.list_classes()) == []
 
 
-def test_the_application_resolves_the_model_once_and_drains(generator_folder, monkeypatch):
+def test_the_application_resolves_the_model_once_and_sets_drain_times(generator_folder, monkeypatch):
     monkeypatch.chdir(generator_folder.parent)
-    with pytest.raises(ValueError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         build_app(Arguments(model="nowhere"))
     app = build_app(Arguments(model=generator_folder.name, num_replicas=3, drain_seconds=9.0))
     ingress = app._bound_deployment
@@ -53,8 +52,8 @@ def test_the_application_resolves_the_model_once_and_drains(generator_folder, mo
     for deployment in (generator, ingress):
         arguments = deployment.init_args[-1]
         assert arguments.model == str(generator_folder)
-        assert deployment.user_config == {}  # without one, Serve calls no reconfigure, which loads the model
-        # And where a config's `user_config:` is empty, it calls those alone that take a rank; test_live starts so.
+        assert deployment.user_config == {}  # without one, Serve does not call reconfigure, which loads the model
+        # With an empty `user_config:` in a config file, Serve only calls it if it takes a rank; test_live starts so.
         assert "rank" in inspect.signature(deployment.func_or_class.reconfigure).parameters
         assert deployment._deployment_config.graceful_shutdown_timeout_s == 9.0
     assert generator.num_replicas == 3

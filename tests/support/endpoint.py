@@ -1,4 +1,4 @@
-"""The endpoint for tests: inside this process without Ray, or as `serve run` starts it."""
+"""The endpoint for tests: in this process without Ray, or as `serve run` starts it."""
 
 import asyncio
 import contextlib
@@ -26,9 +26,8 @@ from fastapi.testclient import TestClient
 
 from deploy.api.routes import build_http_app
 from deploy.api.service import ApiService
-from deploy.memory import ModelMemory
+from deploy.replica.model_swap import ModelSwapper
 from deploy.replica.service import GeneratorService
-from deploy.replica.serving_model import ServingModel
 from deploy.settings import Arguments
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, for_sampling, save_generator
@@ -42,7 +41,7 @@ WNIDS = [images.wnid(label) for label in range(10)]
 
 
 def write_generator(folder: Path, seed: int = 0, *, takes_guidance: bool = False, class_names: Any = None) -> Path:
-    """A tiny network of random weights around the demo's autoencoder: 10 classes, 64 pixels."""
+    """Writes a generator of a tiny network with random weights and the demo's autoencoder: 10 classes, 64 pixels."""
     torch.manual_seed(seed)
     size = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 48, "num_heads": 3}
     if takes_guidance:
@@ -51,7 +50,7 @@ def write_generator(folder: Path, seed: int = 0, *, takes_guidance: bool = False
         network = MeanFlowDiT(**size, depth=2)
     with torch.no_grad():
         for parameter in network.parameters():
-            # Guided ones by more: by 0.05, a scale of 50 moves no pixel by two levels.
+            # More for guided networks: with 0.05, a guidance scale of 50 moves no pixel by two levels.
             parameter.add_((0.2 if takes_guidance else 0.05) * torch.randn(parameter.shape))
     vae = load_autoencoder(str(SHIPPED_AUTOENCODER))
     pipeline = build_pipeline(network.eval(), vae, class_names or images.CLASS_NAMES, wnids=WNIDS)
@@ -60,7 +59,7 @@ def write_generator(folder: Path, seed: int = 0, *, takes_guidance: bool = False
 
 
 class Recorded:
-    """Keeps what is recorded."""
+    """Keeps recorded metrics."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, float, dict]] = []
@@ -72,35 +71,6 @@ class Recorded:
         return [value for recorded, value, _ in self.entries if recorded == name]
 
 
-class Names:
-    """A store of names in this process."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def list_names(self, prefix: str) -> list[str]:
-        return [name for name in self.names if name.startswith(prefix)]
-
-    def add(self, name: str) -> None:
-        self.names.add(name)
-
-    def remove(self, name: str) -> None:
-        self.names.discard(name)
-
-
-class Remembered(ModelMemory):
-    """A cluster's memory of the last model, in this process."""
-
-    def __init__(self, model: str | None = None) -> None:
-        super().__init__(Names(), "meanflow", "first")
-        if model is not None:
-            self.note(model)
-
-    def note(self, model: str) -> None:
-        """Another replica was asked for a model just now, and serves it."""
-        self.remember(model, time.time())
-
-
 @dataclass
 class InProcess:
     """Both sides of the endpoint in this process, on one event loop."""
@@ -109,29 +79,33 @@ class InProcess:
     generator: GeneratorService
     api: ApiService
     recorded: Recorded
-    memory: Remembered
 
     def reconfigure(self, user_config: dict) -> None:
         self.client.portal.call(self.generator.reconfigure, user_config)
 
 
+def make_service(arguments: Arguments, recorded: Recorded, **options: Any) -> GeneratorService:
+    """The generator side without Ray. options: of ModelSwapper."""
+    return GeneratorService(arguments, ModelSwapper(arguments.model, recorded, **options), recorded)
+
+
 @contextlib.contextmanager
-def in_process(arguments: Arguments, *, http_host: str | None = None, **options: Any) -> Iterator[InProcess]:
-    """The endpoint without Ray. options: of ServingModel."""
-    recorded, memory = Recorded(), Remembered()
-    generator = GeneratorService(ServingModel(arguments, memory, recorded, **options), recorded)
+def in_process(arguments: Arguments, *, http_host: str | None = None) -> Iterator[InProcess]:
+    """The endpoint without Ray."""
+    recorded = Recorded()
+    generator = make_service(arguments, recorded)
     api = ApiService(generator, arguments, recorded, http_host)
     api.reconfigure({})
     with TestClient(build_http_app(api), raise_server_exceptions=False) as client:
-        running = InProcess(client, generator, api, recorded, memory)
+        running = InProcess(client, generator, api, recorded)
         running.reconfigure({})
         yield running
 
 
 @contextlib.contextmanager
 def over_http(arguments: Arguments) -> Iterator[str]:
-    """The endpoint without Ray, on a port of this machine."""
-    generator = GeneratorService(ServingModel(arguments, Remembered(), Recorded()), Recorded())
+    """The endpoint without Ray, on a local port."""
+    generator = make_service(arguments, Recorded())
     api = ApiService(generator, arguments, Recorded())
     api.reconfigure({})
     app, port = build_http_app(api), free_port(0)
@@ -155,7 +129,7 @@ def over_http(arguments: Arguments) -> Iterator[str]:
 def fetch(
     url: str, body: bytes | None = None, timeout: float = 60.0, key: str | None = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers in lower case and content of one request; errors too are answers."""
+    """Status, headers in lower case and content of one response, errors included."""
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, body, headers)
     try:
@@ -167,7 +141,7 @@ def fetch(
 
 @dataclass
 class RunningEndpoint:
-    """`serve run`, and all processes below it."""
+    """A `serve run` process and its children."""
 
     url: str
     server: subprocess.Popen
@@ -179,7 +153,7 @@ class RunningEndpoint:
     metrics_port: int
 
     def family(self, word: str = "") -> list[psutil.Process]:
-        """Its processes with a word in their command line."""
+        """Its processes with a word in their command lines."""
         found = []
         for process in psutil.Process(self.server.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -188,13 +162,13 @@ class RunningEndpoint:
         return found
 
     def running_replicas(self, deployment: str) -> list[dict]:
-        """The replicas of a deployment that Serve sends requests to: replica_id, pid and more."""
+        """The replicas of a deployment that receive requests: replica_id, pid and more."""
         applications = json.loads(fetch(f"{self.dashboard}/api/serve/applications/")[2])["applications"]
         replicas = applications["meanflow"]["deployments"][deployment]["replicas"]
         return [replica for replica in replicas if replica["state"] == "RUNNING"]
 
     def wait_until(self, holds: Any, seconds: float = 120.0) -> Any:
-        """What `holds(readiness)` gives once it is true."""
+        """Polls /readyz until `holds(status, content)` is true, and returns its value."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.server.poll() is None, self.log.read_text()[-4000:]
@@ -207,7 +181,7 @@ class RunningEndpoint:
         raise AssertionError(f"not within {seconds} s; the log ends with {self.log.read_text()[-4000:]}")
 
     def deploy(self, config: dict) -> None:
-        """`serve deploy`: the running application takes another configuration."""
+        """Applies another configuration with `serve deploy`."""
         path = self.folder / "next.yaml"
         path.write_text(yaml.safe_dump(config))
         subprocess.run(
@@ -220,8 +194,8 @@ class RunningEndpoint:
 def running_endpoint(
     arguments: dict | None = None, deployments: list[dict] | None = None, num_cpus: int | None = None
 ) -> Iterator[RunningEndpoint]:
-    """Starts the endpoint as a user does, on a Ray of its own; in the end nothing of it is left."""
-    folder = Path(tempfile.mkdtemp(prefix="mfe-", dir="/tmp"))  # Unix sockets want short paths
+    """Starts the endpoint as a user does, on its own Ray cluster. Stops every process in the end."""
+    folder = Path(tempfile.mkdtemp(prefix="mfe-", dir="/tmp"))  # Unix sockets require short paths
     arguments = dict(arguments or {})
     if "model" not in arguments:
         arguments["model"] = str(write_generator(folder / "generator"))
@@ -248,7 +222,7 @@ def running_endpoint(
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    # A head of our own choosing of ports; `serve run` joins it.
+    # `ray.init` starts a head on the chosen ports; `serve run` joins it.
     program = (
         "import ray, sys, runpy; "
         f"ray.init(num_cpus={num_cpus or 4}, include_dashboard=True, dashboard_port={dashboard_port}, "
@@ -270,11 +244,11 @@ def running_endpoint(
         running.wait_until(lambda status, _: status == 200)
         yield running
     finally:
-        everyone = running.family()
+        processes = running.family()
         server.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(timeout=60)
-        _, alive = psutil.wait_procs(everyone, timeout=20)
+        _, alive = psutil.wait_procs(processes, timeout=20)
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -1,7 +1,7 @@
-"""A training's whole state as files: safetensors and JSON, no pickled code, for any number of processes.
+"""Training checkpoints: the whole state in safetensors and JSON, without pickled code.
 
-Every process writes its part, of sharded tensors its shards and of whole ones a share of them all; any other number of
-processes reads the same values back, sharded or not.
+Every process writes its own part: its shards of sharded tensors, and a share of the others. Any number of processes,
+sharded or not, can load the checkpoint.
 """
 
 import json
@@ -19,36 +19,35 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.formats import require_known_format
+from meanflow_core.formats import require_format_version
 from meanflow_core.networks import AnyNetwork
 from meanflow_core.training import TrainState
 
-FORMAT_VERSION = 1  # 0 had no number
+FORMAT_VERSION = 2
 STATE_FILE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, as torch names them
-# A file is made up in memory before it is written: as much more than the state itself.
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's moments
+# A file is assembled in memory before it is written, so its size bounds the additional memory.
 BYTES_PER_FILE = 2**30
 
 
 def save_train_state(
     state: TrainState, config: TrainingConfig, folder: Path, extra: dict[str, Any] | None = None
 ) -> None:
-    """Writes a state, the configuration it came of, and `extra` (JSON) into an existing folder.
+    """Writes a training state, its configuration and `extra` (JSON) into an existing folder.
 
-    With a process group it is collective: every process calls it, with a folder of its own or one for several; their
-    files together are the checkpoint, and `extra` is the first process's. Raises OSError where a file cannot be
-    written, as on a full disk.
+    Collective if there is a process group: every process calls it, with the same folder or with one of its own. The
+    files of all processes form the checkpoint; `extra` is taken from rank 0. Raises OSError if a file cannot be
+    written, for example because the disk is full.
     """
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     tensors = _tensors(state, with_moments=_num_updates(state) > 0)
     with _plain_errors():
         writer = HuggingFaceStorageWriter(str(folder), _file_numbers(tensors), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
-    own = {path.name: path.stat().st_size for path in folder.glob(f"shard-{rank + 1:05d}-*.safetensors")}
-    files = own
+    files = {path.name: path.stat().st_size for path in folder.glob(f"shard-{rank + 1:05d}-*.safetensors")}
     if distributed.is_initialized():
         parts: list[dict[str, int]] = [{}] * distributed.get_world_size()
-        distributed.all_gather_object(parts, own)
+        distributed.all_gather_object(parts, files)
         files = {name: size for part in parts for name, size in part.items()}
     if rank == 0:
         content = {
@@ -63,9 +62,9 @@ def save_train_state(
 
 
 def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
-    """Restores what `save_train_state` wrote into a state of the same configuration; returns its `extra`.
+    """Restores a checkpoint into a state of the same configuration and returns its `extra`.
 
-    Collective as the saving is, for any number of processes. Raises ValueError where a file is missing or torn.
+    Collective if there is a process group, of any size. Raises ValueError if a file is missing or truncated.
     """
     content = read_state_file(folder)
     state.step, state.num_skipped = content["step"], content["num_skipped"]
@@ -81,45 +80,49 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
 
 
 def load_average(network: AnyNetwork, decay: float, folder: Path) -> None:
-    """Gives a network the moving average of a decay out of a checkpoint. Raises ValueError as `load_train_state` does."""
+    """Loads the moving average with this decay from a checkpoint. Raises ValueError as `load_train_state` does."""
     read_state_file(folder)
     _load(_named(f"ema_{decay}", network), folder)
 
 
 def read_state_file(folder: Path) -> dict[str, Any]:
-    """The state's JSON: step, num_skipped, config, files, extra.
+    """Reads and checks state.json: step, num_skipped, config, files, extra.
 
-    Raises ValueError where a file is missing or torn, or a later release wrote it.
+    Raises ValueError if it has another format version, or if a file of the checkpoint is missing or truncated.
     """
     try:
         content = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no checkpoint: {error}") from error
+        raise ValueError(f"{folder} is not a checkpoint: {error}") from error
     require_known_state(content, str(folder))
     if not isinstance(content, dict) or "files" not in content:
-        raise ValueError(f"{folder} is no checkpoint: {STATE_FILE} says nothing of its files")
+        raise ValueError(f"{folder} is not a checkpoint: {STATE_FILE} does not list its files")
     found = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     damage = damage_of(content["files"], found)
     if damage is not None:
-        raise ValueError(f"the checkpoint in {folder} is torn: {damage}")
-    strangers = sorted(set(found) - set(content["files"]))
-    if strangers:
-        raise ValueError(f"the checkpoint in {folder} is a mixture: {', '.join(strangers)} is of another one")
+        raise ValueError(f"the checkpoint in {folder} is incomplete: {damage}")
+    foreign = sorted(set(found) - set(content["files"]))
+    if foreign:
+        raise ValueError(f"the checkpoint in {folder} contains files of another checkpoint: {', '.join(foreign)}")
     return content
 
 
-def require_known_state(content: Any, where: str) -> None:
-    """Raises ValueError where a state's JSON is of a format that a later release wrote. content: as it was parsed."""
-    version = content.get("format_version", 0) if isinstance(content, dict) else 0
-    require_known_format(version, FORMAT_VERSION, f"the checkpoint in {where}")
+def require_known_state(content: object, where: str) -> None:
+    """Raises ValueError if state.json has another format version. content: the parsed JSON, possibly damaged."""
+    if isinstance(content, dict):
+        require_format_version(content.get("format_version"), FORMAT_VERSION, f"the checkpoint in {where}")
 
 
-def damage_of(wanted: Mapping[str, int], found: Mapping[str, int]) -> str | None:
-    """What is wrong with a checkpoint's files, {name: bytes} as its state has them and as they lie there; None if nothing."""
-    for name, size in wanted.items():
-        if found.get(name) != size:
-            is_what = f"has {found[name]} bytes" if name in found else "is missing"
-            return f"{name} {is_what}, wanted {size} bytes"
+def damage_of(expected: Mapping[str, int], found: Mapping[str, int]) -> str | None:
+    """Describes the first file that is missing or has the wrong size; None if the checkpoint is complete.
+
+    expected, found: {file name: bytes}, as state.json lists them and as they are in the folder.
+    """
+    for name, size in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes instead of {size}"
     return None
 
 
@@ -143,7 +146,7 @@ def _tensors(state: TrainState, *, with_moments: bool) -> dict[str, torch.Tensor
 
 
 def _file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """{name: number of the file, from 1, that each process writes its part of the tensor to}, alike in all of them."""
+    """{tensor name: number of its file, from 1}, the same on every process."""
     numbers, size = {}, 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + size // BYTES_PER_FILE
@@ -158,10 +161,10 @@ def _load(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What went wrong in any process, as OSError or ValueError instead of torch's collection of tracebacks."""
+    """Turns torch's collection of per-process failures into the first OSError or ValueError."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is one process
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected with a single process
             yield
     except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))

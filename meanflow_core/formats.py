@@ -1,13 +1,13 @@
-"""Versions of what is written to disk: what later releases write is refused, and never taken for damage."""
+"""Format versions of checkpoints and generators: only this release's version is read, any other is refused."""
 
 
-def require_known_format(version: object, newest: int, what: str) -> None:
-    """Raises ValueError for a format version that is not one of 0 to `newest`, which this release reads.
+def require_format_version(version: object, supported: int, what: str) -> None:
+    """Raises ValueError if a format version is not the one that this release reads and writes.
 
-    what: "the checkpoint in FOLDER", for the message.
+    what: the subject of the message, for example "the checkpoint in FOLDER".
     """
-    if version not in range(newest + 1):
+    if version != supported:
         raise ValueError(
-            f"{what} has format version {version}, but this release reads versions up to {newest}; install the release "
-            f"that wrote it"
+            f"{what} has format version {version}, but this release reads version {supported} only; "
+            f"use the release that wrote it"
         )

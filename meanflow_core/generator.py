@@ -1,10 +1,10 @@
-"""Generators as folders: making one of a trained network, finding one, opening one.
+"""Generator folders: build, save, find and load a MeanFlowPipeline.
 
-Networks are opened by name from this package's list, whatever code a folder may hold.
+Network classes are looked up in this package's list, so loading runs no code from the folder.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from diffusers.utils import logging as diffusers_logging
 
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
-from meanflow_core.formats import require_known_format
+from meanflow_core.formats import require_format_version
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.networks import NETWORKS, AnyNetwork, without_velocity_head
 from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code
 
-PROVENANCE_FILE = "provenance.json"
+# Entries of model_index.json that are arguments of the pipeline.
+_SETTINGS = ("id2label", "wnids", "prediction", "guidance_scale", "guidance_interval_start", "guidance_interval_end")
 
 
 def build_pipeline(
@@ -32,9 +33,10 @@ def build_pipeline(
     is_flow_matching: bool = False,
     sampling: SamplingConfig | None = None,
 ) -> MeanFlowPipeline:
-    """A pipeline around a network and its autoencoder, class i carrying the i-th name, and WordNet id if there are any.
+    """Builds a pipeline from a trained network and its autoencoder.
 
-    is_flow_matching: the network learnt velocities alone. sampling: its guidance unless asked otherwise.
+    class_names: the name of each class, in the order of the ids. wnids: their WordNet ids, if any. is_flow_matching:
+    the network predicts instantaneous velocities only. sampling: default guidance of the pipeline.
     """
     sampling = sampling or SamplingConfig()
     pipeline = MeanFlowPipeline(
@@ -53,14 +55,14 @@ def build_pipeline(
 
 
 def for_sampling(network: AnyNetwork) -> AnyNetwork:
-    """The network without what only training needs."""
+    """Returns the network without the v head, which only training uses."""
     return without_velocity_head(network) if isinstance(network, ImprovedMeanFlowDiT) else network
 
 
 def save_generator(pipeline: MeanFlowPipeline, folder: Path, *, portable: bool = False) -> None:
-    """Writes a generator's folder, which opens where this package is installed.
+    """Saves a pipeline as a generator folder, which loads where this package is installed.
 
-    portable: the folder holds the code too, and opens with diffusers alone, by
+    portable: adds the code, so that diffusers alone can load the folder, by
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
     """
     pipeline.save_pretrained(folder)
@@ -68,99 +70,74 @@ def save_generator(pipeline: MeanFlowPipeline, folder: Path, *, portable: bool =
         add_code(folder)
 
 
-def write_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
-    """Writes provenance.json into a generator's folder: what it was made from, as JSON values.
-
-    Training writes "run_id" and "tracking_uri" (its MLflow run), "preset", "step", "ema_decay", "data" and "data_sha256".
-    """
-    (folder / PROVENANCE_FILE).write_text(json.dumps(dict(provenance), indent=2) + "\n")
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """The content of a generator's provenance.json; empty without one, for example after a conversion.
-
-    Raises ValueError for a damaged file.
-    """
-    file = folder / PROVENANCE_FILE
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; delete it, or publish the generator again") from error
-
-
 def load_network(folder: Path) -> AnyNetwork:
-    """Opens a network's folder in float32: one of this package's, from safetensors, with no code from the folder.
+    """Loads a network folder in float32, for inference, from safetensors.
 
-    Raises ValueError where there is no such folder, or its network is not among them.
+    Raises ValueError if there is no such folder, if its class is not one of `NETWORKS`, or if it has no weights.
     """
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"no config.json in {folder}; a network is a folder that save_pretrained wrote")
+        raise ValueError(f"no config.json in {folder}; a network is a folder written by save_pretrained")
     content = json.loads(config.read_text())
     name = content.get("_class_name") if isinstance(content, dict) else None
     if name not in NETWORKS:
-        raise ValueError(f"the network in {folder} is a {name!r}, but known are {', '.join(NETWORKS)}")
-    diffusers_logging.disable_progress_bar()  # of loading a handful of files
+        raise ValueError(f"the network in {folder} must be one of {', '.join(NETWORKS)}, but got {name!r}")
+    diffusers_logging.disable_progress_bar()
     try:
         network = NETWORKS[name].from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
         )
     except OSError as error:
-        raise ValueError(f"the network in {folder} has no weights that can be read: {error}") from error
+        raise ValueError(f"cannot read the weights of the network in {folder}: {error}") from error
     return network.eval().requires_grad_(False)
 
 
 def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowPipeline:
-    """Opens a generator's folder, portable or not, in float32 on a device: safetensors only, gradients off.
+    """Loads a generator folder, portable or not, in float32, for inference.
 
-    Raises ValueError where it is no generator of this package, or one that a later release wrote.
+    Raises ValueError if it is not a generator of this package or has another format version.
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(f"no model_index.json in {folder}; a generator is a folder that save_pretrained wrote")
+        raise ValueError(f"no model_index.json in {folder}; a generator is a folder written by save_pretrained")
     settings = _read_settings(folder)
     for name in ("vae", "scheduler"):
         if not (folder / name).is_dir():
-            raise ValueError(f"no {name}/ in {folder}; a generator is a folder that save_pretrained wrote whole")
-    known = ("id2label", "wnids", "prediction", "guidance_scale", "guidance_interval_start", "guidance_interval_end")
+            raise ValueError(f"no {name}/ in {folder}; a generator is a complete folder written by save_pretrained")
     pipeline = MeanFlowPipeline(
         load_network(folder / "transformer"),
         load_autoencoder(str(folder / "vae")),
         FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        **{name: settings[name] for name in known if name in settings},
+        **{name: settings[name] for name in _SETTINGS if name in settings},
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """What a generator's model_index.json says. Raises ValueError where it is damaged, or of a later release."""
+    """Reads model_index.json. Raises ValueError if it is damaged or has another format version."""
     try:
         settings = dict(json.loads((folder / "model_index.json").read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"model_index.json in {folder} is damaged: {error}") from error
-    require_known_format(settings.get("format_version", 0), FORMAT_VERSION, f"the generator in {folder}")
+    require_format_version(settings.get("format_version"), FORMAT_VERSION, f"the generator in {folder}")
     return settings
 
 
 def find_generator(folder: Path) -> Path:
-    """The generator in a folder: the folder itself, or the one below it that has a model_index.json.
+    """Finds the generator in a folder: the folder itself, or the only one below it with a model_index.json.
 
-    A model downloaded from a registry holds the generator among its other files. Raises ValueError where there is
-    none, or several, or a later release wrote it.
+    A model downloaded from a registry contains the generator and other files. Raises ValueError if there is no
+    generator, if there are several, or if it has another format version.
     """
     found = [path.parent for path in sorted(folder.rglob("model_index.json"))]
     if folder in found:
         found = [folder]
     if len(found) != 1:
-        which = "".join(
-            f"{', ' if number else ': '}{path.relative_to(folder)}" for number, path in enumerate(found[:5])
-        )
+        names = ", ".join(str(path.relative_to(folder)) for path in found[:5])
         raise ValueError(
-            f"wanted a generator, a folder with a model_index.json, in {folder}, but found {len(found)}{which}; "
-            f"pipelines.train writes one and prints its place"
+            f"{folder} must contain one generator (a folder with a model_index.json), but found {len(found)}"
+            f"{': ' * bool(names)}{names}; pipelines.train writes one and prints its location"
         )
     _read_settings(found[0])
     return found[0]

@@ -1,7 +1,7 @@
-"""MeanFlowPipeline: noise to image in n >= 1 network calls, as a diffusers pipeline.
+"""MeanFlowPipeline: from noise to images in one or more network calls, as a diffusers pipeline.
 
-A generator is a folder that `save_pretrained` writes: model_index.json, transformer/, vae/, scheduler/, safetensors
-throughout. The latent normalisation stands in vae/config.json. Open it with `MeanFlowPipeline.from_pretrained`.
+A generator is the folder that `save_pretrained` writes: model_index.json, transformer/, vae/ and scheduler/, with all
+weights in safetensors. The latent normalisation is part of vae/config.json.
 """
 
 import itertools
@@ -15,29 +15,29 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-import meanflow_core.imf_transformer  # noqa: F401  # diffusers opens networks of imported modules alone
+import meanflow_core.imf_transformer  # noqa: F401  # diffusers finds network classes in imported modules only
 from meanflow_core.autoencoder import decode_latents, downsampling_factor
-from meanflow_core.formats import require_known_format
+from meanflow_core.formats import require_format_version
 from meanflow_core.transformer import Conditioning
 
-FORMAT_VERSION = 1  # of a generator's folder; 0 had no number
+FORMAT_VERSION = 2
 MAX_SEED = 2**63 - 1
 PREDICTIONS = ("average_velocity", "velocity")
 SOLVERS = ("euler", "heun")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# One for all images, or one per image.
+# One value for all images, or one per image.
 Scales = float | Sequence[float]
 Intervals = tuple[float, float] | Sequence[tuple[float, float]]
 
 
 def noise_from_seeds(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> torch.Tensor:
-    """One standard normal (C, H, W) per seed, float32 (B, C, H, W), on the CPU: the same on every device and batch.
+    """Standard normal noise, float32 (B, C, H, W) on the CPU: sample i is a function of seed i alone.
 
-    Raises ValueError for a seed outside [0, 2^63 - 1].
+    Raises ValueError if there is no seed, or a seed outside [0, 2^63 - 1].
     """
     if not seeds:
-        raise ValueError("seeds must name at least one image, but got none")
+        raise ValueError("seeds must contain at least one seed, but got none")
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seeds must lie in [0, {MAX_SEED}], but got {seed}")
@@ -45,16 +45,16 @@ def noise_from_seeds(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -
 
 
 def noise_between(start: torch.Tensor, end: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Noise on the way from `start` (weight 0) to `end` (weight 1), all (B, C, H, W), a weight in [0, 1] per image.
+    """Interpolates between two noises (B, C, H, W), with one weight in [0, 1] per image: 0 is `start`, 1 is `end`.
 
-    cos(w pi / 2) start + sin(w pi / 2) end: of independent standard normals again one, as the network knows it, where
-    a straight line would pass through noise of half the variance.
-    Raises ValueError where shapes or weights do not fit.
+    Returns cos(w pi / 2) start + sin(w pi / 2) end. For independent standard normals the result is standard normal
+    too; linear interpolation would halve the variance at the midpoint.
+    Raises ValueError for shapes or weights that do not match.
     """
     if start.shape != end.shape or len(weights) != len(start):
         raise ValueError(
-            f"wanted two noises of one shape and a weight per image, but got {tuple(start.shape)}, {tuple(end.shape)} "
-            f"and {len(weights)} weights"
+            f"start and end must have one shape, with one weight per image, but got {tuple(start.shape)}, "
+            f"{tuple(end.shape)} and {len(weights)} weights"
         )
     if not all(0.0 <= weight <= 1.0 for weight in weights):
         raise ValueError(f"weights must lie in [0, 1], but got {list(weights)}")
@@ -62,7 +62,23 @@ def noise_between(start: torch.Tensor, end: torch.Tensor, weights: Sequence[floa
     return angle.cos().to(start.dtype) * start + angle.sin().to(start.dtype) * end
 
 
-def _as_output(pixels: torch.Tensor, output_type: str) -> object:
+def time_grid(num_inference_steps: int, timesteps: Sequence[float] | None = None) -> list[float]:
+    """The times of sampling, from 1 to 0: `timesteps` if given, else num_inference_steps steps of equal size.
+
+    Raises ValueError for fewer than one step, or for times that do not decrease from 1 to 0.
+    """
+    if timesteps is None:
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, but got {num_inference_steps}")
+        return torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64).tolist()
+    times = [float(time) for time in timesteps]
+    decreases = all(later < earlier for earlier, later in itertools.pairwise(times))
+    if len(times) < 2 or times[0] != 1.0 or times[-1] != 0.0 or not decreases:
+        raise ValueError(f"timesteps must decrease from 1.0 to 0.0, both included, but got {times}")
+    return times
+
+
+def _to_output(pixels: torch.Tensor, output_type: str) -> object:
     if output_type == "pt":
         return pixels.permute(0, 3, 1, 2).float() / 255.0
     if output_type == "np":
@@ -70,33 +86,22 @@ def _as_output(pixels: torch.Tensor, output_type: str) -> object:
     return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
 
-def time_grid(num_inference_steps: int, timesteps: Sequence[float] | None = None) -> list[float]:
-    """Times from 1 to 0: the given ones, or num_inference_steps equal steps.
-
-    Raises ValueError for fewer than one step, or times that do not fall from 1 to 0.
-    """
-    if timesteps is None:
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, but got {num_inference_steps}")
-        return torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64).tolist()
-    times = [float(time) for time in timesteps]
-    falls = all(later < earlier for earlier, later in itertools.pairwise(times))
-    if len(times) < 2 or times[0] != 1.0 or times[-1] != 0.0 or not falls:
-        raise ValueError(f"timesteps must fall from 1.0 to 0.0, both included, but got {times}")
-    return times
-
-
 class MeanFlowPipeline(DiffusionPipeline):
-    """Class-conditional images in one network call, or in several.
+    """Generates class-conditional images in one or more network calls.
 
-    id2label: {class id: name}, the id as a string because JSON has no other keys; a name may list synonyms, separated
-    by commas, and each of them finds the class. wnids: {class id: WordNet id}, likewise, where there are any.
-    prediction: "average_velocity" of MeanFlow, or "velocity" of flow matching, which is integrated by Euler's or Heun's
-    method. guidance_scale, guidance_interval_start, guidance_interval_end: the defaults for sampling, for a network
-    with guidance inputs and for flow matching. format_version: of the folder that it was opened from; it is written in this
-    release's.
+    Args:
+        transformer: the network, on normalised latents.
+        vae: the autoencoder; its config holds the latent normalisation.
+        scheduler: steps z_r = z_t - (t - r) u.
+        id2label: {class id: name}, with the id as a string, as JSON requires. A name may list synonyms separated by
+            commas, each of which finds the class.
+        wnids: {class id: WordNet id}, if known.
+        prediction: "average_velocity" for MeanFlow; "velocity" for flow matching, integrated by Euler's or Heun's method.
+        guidance_scale, guidance_interval_start, guidance_interval_end: default guidance, for networks with guidance
+            inputs (improved MeanFlow) and for flow matching.
+        format_version: version of the generator folder.
 
-    Raises ValueError for a folder that a later release wrote.
+    Raises ValueError for an unknown prediction, or for a folder with another format version.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -115,7 +120,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         format_version: int = FORMAT_VERSION,
     ) -> None:
         super().__init__()
-        require_known_format(format_version, FORMAT_VERSION, "the generator in the folder")
+        require_format_version(format_version, FORMAT_VERSION, "the generator")
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, but got {prediction!r}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -126,18 +131,18 @@ class MeanFlowPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_interval_start=guidance_interval_start,
             guidance_interval_end=guidance_interval_end,
-            format_version=FORMAT_VERSION,
+            format_version=format_version,
         )
 
     @property
     def class_names(self) -> dict[int, str]:
-        """{class id: name}, in the order of the ids; empty where the generator was saved without names."""
+        """{class id: name}, sorted by id; empty if the generator was saved without names."""
         return {int(key): name for key, name in sorted(self.config.id2label.items(), key=lambda item: int(item[0]))}
 
     def get_label_ids(self, names: str | Sequence[str]) -> list[int]:
-        """Class ids of class names (or of any comma-separated synonym).
+        """Looks up the class ids of class names, or of any of their synonyms.
 
-        Raises ValueError for an unknown name, or for one that several classes share.
+        Raises ValueError for an unknown name, or for a name that several classes share.
         """
         known: dict[str, list[int]] = {}
         for label, synonyms in self.class_names.items():
@@ -145,27 +150,27 @@ class MeanFlowPipeline(DiffusionPipeline):
                 known.setdefault(synonym.strip().lower(), []).append(label)
         ids = []
         for name in [names] if isinstance(names, str) else names:
-            found = known.get(name.strip().lower(), [])
-            if len(found) > 1:
-                raise ValueError(f"class name {name!r} is shared by the ids {found}; name the id")
-            if not found:
+            matches = known.get(name.strip().lower(), [])
+            if len(matches) > 1:
+                raise ValueError(f"class name {name!r} is shared by the ids {matches}; use the id")
+            if not matches:
                 some = ", ".join(list(known)[:10])
                 raise ValueError(
                     f"unknown class name {name!r}; {len(known)} are known: {some}{', ...' * (len(known) > 10)}"
                 )
-            ids.append(found[0])
+            ids.append(matches[0])
         return ids
 
     def check_labels(self, class_labels: Sequence[int]) -> list[int]:
-        """The class ids as integers. Raises ValueError for no id, one that is no integer, or outside [0, num_classes - 1]."""
+        """Converts class ids to ints. Raises ValueError for none, for one that is not an integer, or out of range."""
         num_classes = self.transformer.config.num_classes
         if len(class_labels) == 0:
-            raise ValueError("class_labels must name at least one class, but got none")
+            raise ValueError("class_labels must contain at least one class, but got none")
         try:
             ids = [operator.index(label) for label in class_labels]
         except TypeError as error:
             raise ValueError(
-                f"class ids must be whole numbers, but got {class_labels}; names go through get_label_ids"
+                f"class ids must be whole numbers, but got {class_labels}; look names up with get_label_ids"
             ) from error
         for label in ids:
             if not 0 <= label < num_classes:
@@ -174,24 +179,24 @@ class MeanFlowPipeline(DiffusionPipeline):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents that the network sees."""
+        """(C, H, W) of the network's latents."""
         config = self.transformer.config
         return config.in_channels, config.sample_size, config.sample_size
 
     @property
     def image_size(self) -> int:
-        """Side of the images, in pixels."""
+        """Side of an image in pixels."""
         return self.latent_shape[1] * downsampling_factor(self.vae)
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether guidance can be asked for: with MeanFlow's plain network it is built into the weights."""
+        """Whether guidance can be set at sampling time; MeanFlow's plain network has it built into its weights."""
         return self.config.prediction == "velocity" or self.transformer.takes_guidance
 
     def _guidance(
-        self, num_rows: int, scale: Scales | None, interval: Intervals | None
+        self, num_images: int, scale: Scales | None, interval: Intervals | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The guidance scales, and the starts and the ends of the intervals, each float32 (B,).
+        """Guidance scale, interval start and interval end of each image, each float32 (B,).
 
         Raises ValueError for invalid guidance.
         """
@@ -200,25 +205,25 @@ class MeanFlowPipeline(DiffusionPipeline):
         )
         if not self.takes_guidance and (interval is not None or bool((scales != 1.0).any())):
             raise ValueError(
-                f"this generator's guidance is built into its weights; leave guidance_scale and guidance_interval out, "
+                f"this generator's guidance is built into its weights; omit guidance_scale and guidance_interval, "
                 f"but got {scale} and {interval}"
             )
-        if scales.dim() > 1 or (scales.dim() == 1 and len(scales) != num_rows):
-            raise ValueError(f"guidance_scale must be one number, or one per image, {num_rows}, but got {scale}")
+        if scales.dim() > 1 or (scales.dim() == 1 and len(scales) != num_images):
+            raise ValueError(f"guidance_scale must be one number or {num_images}, one per image, but got {scale}")
         if not bool((torch.isfinite(scales) & (scales >= 1.0)).all()):
             raise ValueError(f"guidance_scale must be at least 1 (no guidance), but got {scales.tolist()}")
-        own = (self.config.guidance_interval_start, self.config.guidance_interval_end)
-        intervals = torch.as_tensor(own if interval is None else interval, dtype=torch.float32, device="cpu")
-        if intervals.shape not in ((2,), (num_rows, 2)):
+        default = (self.config.guidance_interval_start, self.config.guidance_interval_end)
+        intervals = torch.as_tensor(default if interval is None else interval, dtype=torch.float32, device="cpu")
+        if intervals.shape not in ((2,), (num_images, 2)):
             raise ValueError(
-                f"guidance_interval must be (start, end), or one per image, {num_rows}, but got {interval}"
+                f"guidance_interval must be (start, end) or {num_images}, one per image, but got {interval}"
             )
-        starts, ends = intervals.expand(num_rows, 2).clone().unbind(dim=1)
+        starts, ends = intervals.expand(num_images, 2).clone().unbind(dim=1)
         if not bool(((starts >= 0.0) & (starts <= ends) & (ends <= 1.0)).all()):
             raise ValueError(
-                f"guidance_interval must be (start, end), 0 <= start <= end <= 1, but got {interval or own}"
+                f"guidance_interval must be (start, end), 0 <= start <= end <= 1, but got {interval or default}"
             )
-        return scales.expand(num_rows).clone(), starts, ends
+        return scales.expand(num_images).clone(), starts, ends
 
     @torch.no_grad()
     def sample_latents(
@@ -231,9 +236,9 @@ class MeanFlowPipeline(DiffusionPipeline):
         guidance_interval: Intervals | None = None,
         solver: str = "euler",
     ) -> torch.Tensor:
-        """Carries noise (B, C, H, W) at t = 1 to normalised latents, float32, at t = 0.
+        """Maps noise (B, C, H, W) at t = 1 to normalised latents, float32 (B, C, H, W), at t = 0.
 
-        Arguments as in a call of the pipeline. Source: Geng et al. 2025, Eq. 12: z_r = z_t - (t - r) u(z_t, r, t).
+        See `__call__` for the arguments. Source: Geng et al. 2025, Eq. 12: z_r = z_t - (t - r) u(z_t, r, t).
         """
         class_labels = self.check_labels(class_labels)
         times = time_grid(num_inference_steps, timesteps)
@@ -245,31 +250,30 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError("noise must be finite")
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, but got {solver!r}")
-        learns_velocity = self.config.prediction == "velocity"
-        if solver != "euler" and not learns_velocity:
-            raise ValueError(f"solver {solver} integrates a velocity, but this generator gives average velocities")
+        predicts_velocity = self.config.prediction == "velocity"
+        if solver != "euler" and not predicts_velocity:
+            raise ValueError(f"solver {solver} integrates a velocity, but this generator predicts average velocities")
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
-        guidance = self._guidance(len(labels), guidance_scale, guidance_interval)
-        make_answer = self._velocity if learns_velocity else self._average_velocity
-        answer = make_answer(labels, *(values.to(device) for values in guidance))
+        guidance = [values.to(device) for values in self._guidance(len(labels), guidance_scale, guidance_interval)]
+        predict = (self._velocity if predicts_velocity else self._average_velocity)(labels, *guidance)
 
         z = noise.to(device, torch.float32)
         self.scheduler.set_timesteps(sigmas=times[:-1])
         scale = self.scheduler.config.num_train_timesteps
         for t, r in itertools.pairwise(times):
-            u = answer(z, t, r)
+            u = predict(z, t, r)
             if solver == "heun":
-                u = (u + answer(z - (t - r) * u, r, r)) / 2.0
+                u = (u + predict(z - (t - r) * u, r, r)) / 2.0
             z = self.scheduler.step(u, t * scale, z, r_timestep=r * scale).prev_sample
         return z
 
     def _average_velocity(
         self, labels: torch.Tensor, scales: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
     ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
-        """u(z, t, r) of these images, float32 (B, C, H, W)."""
+        """Returns a function (z, t, r) -> u(z, t, r), float32 (B, C, H, W)."""
 
-        def answer(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
+        def predict(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
             conditioning = Conditioning(
                 t=torch.full_like(scales, t),
                 r=torch.full_like(scales, r),
@@ -280,33 +284,32 @@ class MeanFlowPipeline(DiffusionPipeline):
             )
             return self.transformer(z.to(self.transformer.dtype), conditioning).u.float()
 
-        return answer
+        return predict
 
     def _velocity(
         self, labels: torch.Tensor, scales: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
     ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
-        """v(z, t) of these images, each by classifier-free guidance inside its interval, float32 (B, C, H, W)."""
+        """Returns a function (z, t, r) -> v(z, t), float32 (B, C, H, W), guided inside each image's interval."""
         null = torch.full_like(labels, self.transformer.config.num_classes)
         scale = scales.view(-1, 1, 1, 1)
 
-        def answer(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
-            guided_rows = (scales != 1.0) & (starts <= t) & (t <= ends)
-            is_guided = bool(guided_rows.any())
-            asked = torch.cat([labels, null]) if is_guided else labels
-            time = torch.full((len(asked),), t, device=z.device)
-            z = torch.cat([z, z]) if is_guided else z
-            conditioning = Conditioning(t=time, r=time, labels=asked)
+        def predict(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
+            is_guided = (scales != 1.0) & (starts <= t) & (t <= ends)
+            needs_null = bool(is_guided.any())
+            classes = torch.cat([labels, null]) if needs_null else labels
+            time = torch.full((len(classes),), t, device=z.device)
+            z = torch.cat([z, z]) if needs_null else z
+            conditioning = Conditioning(t=time, r=time, labels=classes)
             velocity = self.transformer(z.to(self.transformer.dtype), conditioning).velocity.float()
-            if not is_guided:
+            if not needs_null:
                 return velocity
             conditional, unconditional = velocity.chunk(2)
             guided = unconditional + scale * (conditional - unconditional)
-            return torch.where(guided_rows.view(-1, 1, 1, 1), guided, conditional)
+            return torch.where(is_guided.view(-1, 1, 1, 1), guided, conditional)
 
-        return answer
+        return predict
 
     def _noise(self, class_labels: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
-        """Noise (B, C, H, W) of a seed per image."""
         if len(seeds) != len(class_labels):
             raise ValueError(f"seeds must be one per image, {len(class_labels)}, but got {len(seeds)}")
         return noise_from_seeds(seeds, self.latent_shape)
@@ -321,9 +324,10 @@ class MeanFlowPipeline(DiffusionPipeline):
         guidance_interval: Intervals | None = None,
         solver: str = "euler",
     ) -> torch.Tensor:
-        """Images uint8 (B, H, W, 3) on the pipeline's device, image i a function of (weights, class, seed, steps) alone.
+        """Generates images, uint8 (B, H, W, 3), on the pipeline's device.
 
-        Arguments as in a call of the pipeline. Raises ValueError for labels, seeds or steps that do not fit.
+        Image i is a function of the weights, its class, its seed and the steps alone. See `__call__` for the arguments.
+        Raises ValueError for invalid labels, seeds or steps.
         """
         noise = self._noise(class_labels, seeds)
         z = self.sample_latents(
@@ -346,16 +350,23 @@ class MeanFlowPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """One image per class label.
+        """Generates one image per class label.
 
-        The noise comes from `latents` (B, C, H, W), or from `seeds`, one per image, so that an image is a function of
-        (weights, class, seed, steps) and not of its batch, or from `generator` as elsewhere in diffusers.
-        num_inference_steps: equal steps from t = 1 to 0; timesteps, e.g. (1.0, 0.4, 0.0), takes the place of them.
-        guidance_scale and guidance_interval (start, end), one or one per image: for improved MeanFlow, which is told
-        them, and for flow matching, at twice the calls; the generator's own unless given. solver: "euler", or "heun"
-        for flow matching, at two calls a step. output_type: "pil", "np" (float [0, 1] (B, H, W, 3)), "pt" (float
-        [0, 1] (B, 3, H, W)), or "latent" (normalised latents (B, C, H, W)).
-        Raises ValueError for labels, steps, times, seeds, guidance or latents that do not fit.
+        Args:
+            class_labels: class ids.
+            num_inference_steps: number of equal steps from t = 1 to t = 0.
+            generator: source of the noise, as in other diffusers pipelines.
+            seeds: one per image, instead of `generator`: an image is then independent of its batch.
+            latents: the noise itself, (B, C, H, W), instead of `generator` or `seeds`.
+            timesteps: the times from 1 to 0, for example (1.0, 0.4, 0.0), instead of num_inference_steps.
+            guidance_scale, guidance_interval: scale and (start, end), one for all images or one per image, for improved
+                MeanFlow and for flow matching (two network evaluations per guided step). Default: the generator's own.
+            solver: "euler", or "heun" for flow matching (two network evaluations per step).
+            output_type: "pil"; "np", float (B, H, W, 3) in [0, 1]; "pt", float (B, 3, H, W) in [0, 1]; or "latent",
+                normalised latents (B, C, H, W).
+            return_dict: return an ImagePipelineOutput instead of a tuple.
+
+        Raises ValueError for invalid arguments.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, but got {output_type!r}")
@@ -370,6 +381,6 @@ class MeanFlowPipeline(DiffusionPipeline):
         z = self.sample_latents(
             class_labels, latents, num_inference_steps, timesteps, guidance_scale, guidance_interval, solver
         )
-        images = z if output_type == "latent" else _as_output(decode_latents(self.vae, z), output_type)
+        images = z if output_type == "latent" else _to_output(decode_latents(self.vae, z), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

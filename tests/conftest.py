@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: small networks, the shipped demo autoencoder, drawn images on disk."""
+"""Shared fixtures: small networks and pipelines, the shipped demo autoencoder, demo images on disk."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-# Before Ray is imported: no token file in the home folder, no telemetry, and quick health checks.
+# Set before Ray is imported: no token file in the home folder, no telemetry, fast health checks.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
@@ -15,32 +15,35 @@ import mlflow
 import torch
 
 from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.generator import build_pipeline
+from meanflow_core.config import SamplingConfig
+from meanflow_core.generator import build_pipeline, for_sampling
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 
+SMALL = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 48, "num_heads": 3}
+
 
 @pytest.fixture(autouse=True, scope="session")
-def _interrupts_work():
-    # A background job begins with interrupts ignored, and the processes that tests interrupt would inherit it.
+def _enable_interrupts():
+    # A background job starts with interrupts ignored, and the processes that tests interrupt would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def _untouched_tracking_address():
-    """MLflow's set_tracking_uri writes the environment; no test may inherit another's address, nor hand it to a stage."""
+def _reset_tracking_uri():
+    """Removes the tracking address that MLflow's set_tracking_uri writes to the environment, before and after a test."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
     mlflow.set_tracking_uri(None)
-    # Not by monkeypatch, which would put back what a fixture of the module left there, for the modules to come.
+    # Not with monkeypatch, which would restore the value that a module's fixture has set.
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def perturbed(network):
-    """The network with every parameter moved a little, so that no zero-initialised layer hides an error."""
+    """Adds noise to every parameter of a network, in place, so that no zero-initialised layer hides an error."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -52,30 +55,39 @@ def perturbed(network):
 def network() -> MeanFlowDiT:
     """A tiny perturbed DiT on 4x8x8 latents."""
     torch.manual_seed(0)
-    return perturbed(MeanFlowDiT(sample_size=8, in_channels=4, num_classes=10, hidden_size=48, depth=2, num_heads=3))
+    return perturbed(MeanFlowDiT(**SMALL, depth=2))
 
 
 @pytest.fixture
 def imf_network() -> ImprovedMeanFlowDiT:
     """A tiny perturbed network of improved MeanFlow on 4x8x8 latents."""
     torch.manual_seed(0)
-    return perturbed(
-        ImprovedMeanFlowDiT(
-            sample_size=8, in_channels=4, num_classes=10, hidden_size=48, depth=3, num_heads=3, aux_head_depth=1
-        )
-    )
+    return perturbed(ImprovedMeanFlowDiT(**SMALL, depth=3, aux_head_depth=1))
 
 
 @pytest.fixture(scope="session")
 def vae():
-    """The demo's autoencoder, as shipped."""
+    """The shipped demo autoencoder."""
     return load_autoencoder(str(SHIPPED_AUTOENCODER))
 
 
 @pytest.fixture
 def pipeline(network, vae) -> MeanFlowPipeline:
-    """A pipeline of the tiny network and the demo's autoencoder."""
+    """A MeanFlow pipeline."""
     return build_pipeline(network.eval(), vae, images.CLASS_NAMES)
+
+
+@pytest.fixture
+def imf_pipeline(imf_network, vae) -> MeanFlowPipeline:
+    """An improved MeanFlow pipeline, with guidance by default."""
+    sampling = SamplingConfig(guidance_scale=4.0, guidance_interval_start=0.2, guidance_interval_end=0.7)
+    return build_pipeline(for_sampling(imf_network.eval()), vae, images.CLASS_NAMES, sampling=sampling)
+
+
+@pytest.fixture
+def flow_pipeline(network, vae) -> MeanFlowPipeline:
+    """A flow matching pipeline."""
+    return build_pipeline(network.eval(), vae, images.CLASS_NAMES, is_flow_matching=True)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pyarrow import fs
 from ray.train import Checkpoint
 
 from meanflow_core.autoencoder import weight_hash
+from meanflow_core.checkpoint import FORMAT_VERSION
 from meanflow_core.generator import save_generator
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
@@ -46,7 +47,9 @@ def write_record(run, names):
     for name in names:
         (run / name).mkdir(parents=True, exist_ok=True)
         (run / name / "shard-1.safetensors").write_bytes(b"12345")
-        (run / name / "state.json").write_text(json.dumps({"files": {"shard-1.safetensors": 5}}))
+        (run / name / "state.json").write_text(
+            json.dumps({"format_version": FORMAT_VERSION, "files": {"shard-1.safetensors": 5}})
+        )
     (run / checkpoints.RECORD).write_text(json.dumps(content))
 
 
@@ -116,7 +119,7 @@ def test_checkpoint_that_is_not_whole_is_left_out_for_the_one_before(tmp_path, c
     elif damage == "half of state.json":
         (run / B / "state.json").write_text('{"files": {"sh')
     elif damage == "another state.json":
-        (run / B / "state.json").write_text("{}")
+        (run / B / "state.json").write_text("[]")
     else:
         shutil.rmtree(run / B)
     checkpoints.mend_record(LOCAL, str(run))
@@ -124,6 +127,19 @@ def test_checkpoint_that_is_not_whole_is_left_out_for_the_one_before(tmp_path, c
     found = checkpoints.committed(LOCAL, str(run))
     assert (Path(found.latest.path).name, found.step, found.names) == (A, 10, {A})
     assert (run / checkpoints.SPARE_RECORD).read_text() == (run / checkpoints.RECORD).read_text()
+
+
+def test_checkpoint_of_another_format_version_is_refused_and_kept(tmp_path):
+    spare_of(tmp_path, [A, B])
+    record = (tmp_path / checkpoints.RECORD).read_text()
+    (tmp_path / B / "state.json").write_text(json.dumps({"format_version": 1}))
+    with pytest.raises(InputError, match="has format version 1, but this release reads version"):
+        checkpoints.mend_record(LOCAL, str(tmp_path))
+    assert (tmp_path / checkpoints.RECORD).read_text() == record
+    write_record(tmp_path, [A])
+    with pytest.raises(InputError, match="has format version 1"):
+        checkpoints.delete_orphans(LOCAL, str(tmp_path))
+    assert (tmp_path / B).is_dir()
 
 
 def test_validation_of_a_checkpoint_that_is_left_out_is_forgotten(tmp_path):

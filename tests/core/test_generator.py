@@ -1,0 +1,147 @@
+"""Generator folders: saved, found, loaded, refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from meanflow_core.generator import build_pipeline, find_generator, for_sampling, load_pipeline, save_generator
+from meanflow_core.pipeline import MeanFlowPipeline
+
+# Bound on the difference of the sums of two images of millions each: another process rounds a few levels differently.
+SAME_IMAGE = 20
+
+
+def largest_difference(first, second):
+    return int((first.int() - second.int()).abs().max())
+
+
+def run_in_fresh_process(script, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("kind", ["imf_pipeline", pytest.param("pipeline", marks=pytest.mark.soak)])
+def test_saved_generator_opens_by_diffusers_in_a_fresh_process_and_makes_the_same_image(request, kind, tmp_path):
+    pipeline = request.getfixturevalue(kind)
+    save_generator(pipeline, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    scale, total = run_in_fresh_process(
+        "from meanflow_core.pipeline import MeanFlowPipeline\n"
+        f"pipeline = MeanFlowPipeline.from_pretrained({str(tmp_path)!r})\n"
+        "print(pipeline.config.guidance_scale, pipeline.images_from_seeds([3], [7]).sum().item())"
+    )
+    assert float(scale) == pipeline.config.guidance_scale
+    assert int(total) == pytest.approx(int(pipeline.images_from_seeds([3], [7]).sum()), abs=SAME_IMAGE)
+
+
+@pytest.mark.parametrize("kind", ["imf_pipeline", pytest.param("pipeline", marks=pytest.mark.soak)])
+def test_portable_generator_opens_without_this_package(request, kind, tmp_path):
+    pipeline = request.getfixturevalue(kind)
+    folder = tmp_path / "generator"
+    save_generator(pipeline, folder, portable=True)
+    expected = pipeline.images_from_seeds([3], [7], 2)
+    assert largest_difference(load_pipeline(folder).images_from_seeds([3], [7], 2), expected) <= 1
+    [total] = run_in_fresh_process(
+        "import sys\n"
+        "sys.modules.update(meanflow_core=None)\n"  # as if it were not installed
+        "from diffusers import DiffusionPipeline\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        "print(pipeline.images_from_seeds([3], [7], 2).sum().item())",
+        HF_MODULES_CACHE=str(tmp_path / "modules"),
+    )
+    assert int(total) == pytest.approx(int(expected.sum()), abs=SAME_IMAGE)
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "imf_pipeline", "flow_pipeline"])
+def test_loaded_generator_samples_as_the_saved_one_with_gradients_off(request, kind, tmp_path):
+    saved = request.getfixturevalue(kind)
+    save_generator(saved, tmp_path / "generator")
+    loaded = load_pipeline(find_generator(tmp_path))
+    assert loaded.class_names == saved.class_names
+    for name in ("id2label", "prediction", "guidance_scale", "guidance_interval_start", "guidance_interval_end"):
+        assert loaded.config[name] == saved.config[name]
+    assert largest_difference(loaded.images_from_seeds([3], [7]), saved.images_from_seeds([3], [7])) <= 1
+    modules = (loaded.transformer, loaded.vae)
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    assert not any(module.training for module in modules)
+
+
+def test_loading_never_runs_code_from_the_folder(pipeline, tmp_path):
+    save_generator(pipeline, tmp_path, portable=True)
+    for file in ("pipeline.py", "transformer/meanflow_network.py"):
+        (tmp_path / file).write_text("raise SystemExit('ran')")
+    assert load_pipeline(tmp_path).class_names == pipeline.class_names
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match="must be one of MeanFlowDiT, ImprovedMeanFlowDiT, but got 'UNet2DModel'"):
+        load_pipeline(tmp_path)
+
+
+def test_generator_loads_on_the_given_device_with_its_wordnet_ids(network, vae, tmp_path):
+    save_generator(build_pipeline(network, vae, ["cat", "dog"], wnids=["n02121808", "n02084071"]), tmp_path)
+    pipeline = load_pipeline(tmp_path, "meta")
+    assert pipeline.device.type == "meta"
+    assert pipeline.config.wnids == {"0": "n02121808", "1": "n02084071"}
+
+
+def test_class_names_are_sorted_by_id(network, vae):
+    names = ["zebra", "ant", *"cdefghi", "cat", "bee"]
+    class_names = build_pipeline(network, vae, names).class_names
+    assert list(class_names.items()) == list(enumerate(names))  # 10 comes after 9
+
+
+def test_network_for_sampling_has_no_velocity_head(imf_network, network):
+    assert not for_sampling(imf_network).config.has_velocity_head
+    assert for_sampling(network) is network
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("model_index.json", "no model_index.json in"),
+        ("transformer/config.json", "no config.json in"),
+        ("vae", "no vae/ in .*; a generator is a complete folder"),
+        ("scheduler", "no scheduler/ in .*; a generator is a complete folder"),
+    ],
+)
+def test_incomplete_generator_is_refused_with_the_missing_part(pipeline, tmp_path, part, words):
+    save_generator(pipeline, tmp_path)
+    path = tmp_path / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match=words):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 3, None])
+def test_generator_of_another_format_version_is_refused(pipeline, tmp_path, version):
+    save_generator(pipeline, tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "format_version": version}))
+    for load in (load_pipeline, find_generator, MeanFlowPipeline.from_pretrained):
+        with pytest.raises(ValueError, match=f"has format version {version}, but this release reads version 2 only"):
+            load(tmp_path)
+
+
+def test_damaged_index_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model_index\.json in .* is damaged"):
+        find_generator(tmp_path)
+
+
+def test_generator_is_the_folder_itself_or_the_only_one_below(tmp_path):
+    with pytest.raises(ValueError, match="but found 0; pipelines.train writes one"):
+        find_generator(tmp_path)
+    for name in ("first", "first/inner", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text('{"format_version": 2}')
+    assert find_generator(tmp_path / "first") == tmp_path / "first"
+    assert find_generator(tmp_path / "first" / "inner") == tmp_path / "first" / "inner"
+    with pytest.raises(ValueError, match="but found 3: first, first/inner, second;"):
+        find_generator(tmp_path)

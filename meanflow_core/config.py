@@ -334,7 +334,7 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, but got {getattr(self, name)}")
 
     @property
-    def takes_derivative_apart(self) -> bool:
+    def separate_derivative(self) -> bool:
         """True where du/dt has a pass of its own: in float32 under bfloat16; and under checkpointing, which would compute
         it again with the activations."""
         return (self.precision == "bfloat16" and self.float32_derivative) or self.activation_checkpointing

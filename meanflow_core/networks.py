@@ -1,4 +1,4 @@
-"""The networks of this package, by the names that a configuration and a saved generator give them."""
+"""The network classes, by the names that configurations and saved generators use."""
 
 import torch
 
@@ -8,16 +8,16 @@ from meanflow_core.transformer import MeanFlowDiT
 
 AnyNetwork = MeanFlowDiT | ImprovedMeanFlowDiT
 
-# By class name: what a saved generator names, and all that is ever loaded.
+# By the class name in a saved generator; no other class is ever loaded.
 NETWORKS: dict[str, type[MeanFlowDiT] | type[ImprovedMeanFlowDiT]] = {
     network.__name__: network for network in (MeanFlowDiT, ImprovedMeanFlowDiT)
 }
 
 
 def build_network(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> AnyNetwork:
-    """A network of random parameters for latents (in_channels, sample_size, sample_size), in torch's default dtype.
+    """Builds a randomly initialised network for latents (in_channels, sample_size, sample_size), in the default dtype.
 
-    Raises ValueError where the sizes do not fit.
+    Raises ValueError for incompatible sizes.
     """
     arguments = {
         "sample_size": sample_size,
@@ -35,27 +35,27 @@ def build_network(config: NetworkConfig, *, sample_size: int, in_channels: int, 
 
 
 def require_same_kind(network: AnyNetwork, wanted: AnyNetwork) -> None:
-    """Raises ValueError, naming every difference, where a network's kind or size is not the wanted one's."""
-    theirs, ours = dict(network.config), dict(wanted.config)
-    different = [
-        f"{name} is {theirs.get(name)}, wanted {ours.get(name)}"
-        for name in sorted({*theirs, *ours})
-        if not name.startswith("_") and theirs.get(name) != ours.get(name)
+    """Raises ValueError, with every difference, if a network's class or size differs from the wanted one's."""
+    given, expected = dict(network.config), dict(wanted.config)
+    differences = [
+        f"{name} is {given.get(name)}, wanted {expected.get(name)}"
+        for name in sorted({*given, *expected})
+        if not name.startswith("_") and given.get(name) != expected.get(name)
     ]
     if type(network) is not type(wanted):
-        different.insert(0, f"it is a {type(network).__name__}, wanted {type(wanted).__name__}")
-    if different:
-        raise ValueError(f"the network is another: {'; '.join(different)}")
+        differences.insert(0, f"class is {type(network).__name__}, wanted {type(wanted).__name__}")
+    if differences:
+        raise ValueError(f"the networks differ: {'; '.join(differences)}")
 
 
 def without_velocity_head(network: ImprovedMeanFlowDiT) -> ImprovedMeanFlowDiT:
-    """A copy of an improved MeanFlow network without what only training needs, in the same dtype, on the same device."""
+    """Copies an improved MeanFlow network without its v head, for sampling; parameters are shared."""
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     with torch.device("meta"):
-        small = type(network)(**{**config, "has_velocity_head": False})
+        copy = type(network)(**{**config, "has_velocity_head": False})
     state = {name: value for name, value in network.state_dict().items() if not name.startswith("v_")}
-    small.load_state_dict(state, assign=True)
-    # Buffers are no part of a state, and were made on no device.
+    copy.load_state_dict(state, assign=True)
+    # Non-persistent buffers are not in the state dict, and are still on the meta device.
     for name, buffer in network.named_buffers():
-        setattr(small, name, buffer.clone())
-    return small.train(network.training)
+        setattr(copy, name, buffer.clone())
+    return copy.train(network.training)

@@ -1,4 +1,4 @@
-"""One optimiser step on one device, and the moving averages. Whoever has several devices hands in the wrapped network."""
+"""One optimiser step on one device, and the moving averages. For several devices, pass the wrapped network."""
 
 import copy
 import inspect
@@ -10,8 +10,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from meanflow_core.config import OptimizerConfig, TrainingConfig
+from meanflow_core.draws import VELOCITY_BATCH_PARTS, StepRecord
 from meanflow_core.latents import LatentNormalization, sample_latents
-from meanflow_core.loss import ASKED_PARTS, Network, StepRecord, meanflow_loss
+from meanflow_core.loss import Network, meanflow_loss
 from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
 
 
@@ -20,15 +21,15 @@ class TrainState:
     """Everything that training changes."""
 
     network: AnyNetwork
-    """The parameters that the optimiser moves."""
+    """The trained network."""
     ema_networks: dict[float, AnyNetwork]
-    """{decay: their moving average}; the first one samples."""
+    """{decay: moving average of the parameters}; the first one samples."""
     optimizer: torch.optim.Adam
-    """Adam and its moments."""
+    """Adam with its moments."""
     step: int
-    """Steps taken, whether or not the optimiser moved."""
+    """Number of steps taken, including skipped ones."""
     num_skipped: int = 0
-    """Steps of these whose gradient was not finite, and that moved nothing."""
+    """Number of steps that were skipped because their gradient was not finite."""
 
     @property
     def ema_network(self) -> AnyNetwork:
@@ -38,17 +39,17 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of a step, on one device: a worker's share of the global batch, or a part of it."""
+    """Rows of a step on one device: a worker's share of the global batch, or a part of it."""
 
     moments: torch.Tensor
-    """(b, 2C, H, W), of the mirror images where the record says so."""
+    """(b, 2C, H, W): of the mirror image if the record says so."""
     labels: torch.Tensor
     """(b,) int64."""
     record: StepRecord
     """The step's draws for these rows."""
 
 
-# What `StepMetrics.sums` adds up.
+# The entries of `StepMetrics.sums`.
 SUMS = (
     "loss",
     "squared_error_r_equals_t",
@@ -62,27 +63,27 @@ SUMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One step's figures over this worker's rows, as tensors: reading them is the caller's synchronisation."""
+    """Metrics of one step over this worker's rows, as tensors: reading them synchronises with the device."""
 
     sums: torch.Tensor
-    """float32 (7,), by `SUMS`: loss (already over the global B); squared error and number of rows with r = t; the same,
-    r < t; the v head's squared error, 0 without one; ||du/dt|| of the rows with r < t."""
+    """float32 (7,), in the order of `SUMS`: loss (already divided by the global B); squared error and number of rows with
+    r = t; the same for r < t; squared error of the v head, 0 without one; norm of du/dt, summed over rows with r < t."""
     gradient_norm: torch.Tensor
     """Scalar: norm of the whole gradient before clipping, the same on every worker."""
     skipped: bool = False
-    """The gradient was not finite, and moved nothing."""
+    """Whether the step was skipped because the gradient was not finite."""
 
 
 def contiguous_share(num_rows: int, part: int, num_parts: int) -> tuple[int, int]:
-    """The contiguous rows [start, stop) of part k out of n: kB/n to (k + 1)B/n. Shares differ by at most one row."""
+    """The contiguous rows [start, stop) of part k out of n: kB/n to (k + 1)B/n. Sizes differ by at most one row."""
     return part * num_rows // num_parts, (part + 1) * num_rows // num_parts
 
 
 def num_passes(global_num_rows: int, num_workers: int, rows_per_pass: int | None) -> int:
-    """How many passes every worker makes over its share, so that none has more than `rows_per_pass` rows.
+    """The number of passes each worker makes over its share so that a pass has at most `rows_per_pass` rows.
 
-    The same on every worker, and never more than the smallest share has rows: none is empty. (So one row at a time,
-    where shares differ, makes one pass of two.) Raises ValueError where there are fewer rows than workers.
+    The number is the same on every worker and at most the size of the smallest share, so that no pass is empty. (If
+    shares differ in size and rows_per_pass is 1, one pass has two rows.) Raises ValueError for fewer rows than workers.
     """
     if global_num_rows < num_workers:
         raise ValueError(
@@ -102,11 +103,11 @@ def build_train_state(
     initial: AnyNetwork | None = None,
     shard: Callable[[AnyNetwork], None] | None = None,
 ) -> TrainState:
-    """A fresh state, its initial parameters a function of config.seed alone, or those of a trained network.
+    """Builds a state before its first step; the initial parameters depend on config.seed alone.
 
-    initial: a network of the same kind and size whose parameters the network and its averages begin with, for warm
-    starts, of MeanFlow from flow matching for one. shard: shares a network out over devices in place
-    (`sharding.shard_network`). Raises ValueError where `initial` is another kind of network, naming every difference.
+    initial: a network of the same class and size whose parameters to start from, for example one trained with flow
+    matching. shard: shards a network in place (`sharding.shard_network`). Raises ValueError, with every difference, if
+    `initial` has another class or size.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -135,16 +136,16 @@ def build_train_state(
 
 
 def compile_blocks(network: AnyNetwork, backend: str = "inductor") -> None:
-    """Compiles a network block by block, in place: once for all blocks of a kind, with hooks between them still run."""
-    # Over a long run every size of `loss.ASKED_PARTS` comes, with graphs of the graded pass beside: more than dynamo's
-    # 8, after which it runs new sizes uncompiled without a word. Older torch (2.11) has no such option for one module.
+    """Compiles a network block by block, in place. Blocks of a class share their code; hooks between blocks still run."""
+    # A long run meets every size of the no-grad forward, in addition to the training forward's: more than dynamo's
+    # limit of 8, above which it silently runs uncompiled. torch 2.11 and older have no such option per module.
     has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
-    limit = {"recompile_limit": 4 * ASKED_PARTS} if has_limit else {}
+    limit = {"recompile_limit": 4 * VELOCITY_BATCH_PARTS} if has_limit else {}
     network.compile_repeated_blocks(dynamic=False, backend=backend, **limit)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of 0-based step `step` of `num_steps`: linear warm-up, constant, linear cool-down to 0 after the last."""
+    """The learning rate of 0-based step `step`: linear warm-up, constant, linear cool-down to 0 after the last step."""
     warmup = (step + 1) / max(config.warmup_steps, 1)
     cooldown = (num_steps - step) / config.cooldown_steps if config.cooldown_steps else 1.0
     return config.learning_rate * max(0.0, min(1.0, warmup, cooldown))
@@ -152,7 +153,7 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 
 @torch.no_grad()
 def update_emas(state: TrainState) -> None:
-    """ema = decay ema + (1 - decay) parameters, from the first step on, as the papers do (no warm-up of the decay)."""
+    """ema = decay ema + (1 - decay) parameters, from the first step on: no warm-up of the decay, as in the papers."""
     parameters = list(state.network.parameters())
     for decay, ema_network in state.ema_networks.items():
         torch._foreach_lerp_(list(ema_network.parameters()), parameters, 1.0 - decay)
@@ -160,7 +161,7 @@ def update_emas(state: TrainState) -> None:
 
 @torch.no_grad()
 def relative_ema_distance(state: TrainState) -> dict[float, float]:
-    """{decay: ||average - parameters|| / ||parameters||}: how far behind each moving average is."""
+    """{decay: ||average - parameters|| / ||parameters||} of each moving average."""
     parameters = list(state.network.parameters())
     squared_norm = _squared_norm(parameters)
     distances = {}
@@ -171,16 +172,16 @@ def relative_ema_distance(state: TrainState) -> dict[float, float]:
 
 
 def _squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return _whole(torch.stack(torch._foreach_norm(list(tensors))).square().sum())
+    return _full(torch.stack(torch._foreach_norm(list(tensors))).square().sum())
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
+def _full(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def train_step(
     state: TrainState,
-    graded_network: Network,
+    training_network: Network,
     batches: Sequence[Batch],
     normalization: LatentNormalization,
     config: TrainingConfig,
@@ -189,19 +190,23 @@ def train_step(
     accumulating: Callable[[], AbstractContextManager[None]] = nullcontext,
     may_skip: bool = False,
 ) -> StepMetrics:
-    """One step on this worker's rows of the global batch, in as many passes as there are batches.
+    """Takes one step on this worker's rows of the global batch, in one pass per batch.
 
-    graded_network is state.network or a wrapper whose backward reduces gradients; a wrapper that averages over W
-    workers wants gradient_scale = W, since the loss is already over the global number of rows. accumulating: what every
-    pass but the last runs in (a wrapper's no_sync). may_skip: a gradient that is not finite moves nothing, at the price
-    of waiting for the device in every step; without it, it does. Raises ValueError as the loss does.
+    Args:
+        training_network: state.network, or a wrapper whose backward reduces gradients.
+        gradient_scale: number of workers W if the wrapper averages over them, because the loss is already divided by
+            the global number of rows.
+        accumulating: context of every pass but the last, such as DDP's no_sync.
+        may_skip: skip the update if the gradient is not finite. This synchronises with the device in every step.
+
+    Raises ValueError as the loss does.
     """
     state.optimizer.zero_grad(set_to_none=True)
     sums: list[torch.Tensor] = []
     for number, batch in enumerate(batches, start=1):
         with accumulating() if number < len(batches) else nullcontext():
-            sums.append(_graded_pass(state, graded_network, batch, normalization, config, gradient_scale))
-    gradient_norm = _whole(
+            sums.append(_forward_and_backward(state, training_network, batch, normalization, config, gradient_scale))
+    gradient_norm = _full(
         torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.max_gradient_norm or float("inf"))
     )
     for group in state.optimizer.param_groups:
@@ -216,14 +221,14 @@ def train_step(
     return StepMetrics(sums=torch.stack(sums).sum(dim=0), gradient_norm=gradient_norm, skipped=skipped)
 
 
-def rehearse(state: TrainState, graded_network: Network, batch: Batch, config: TrainingConfig) -> None:
-    """One backward through a fresh DistributedDataParallel, whose gradient is thrown away.
+def rehearse(state: TrainState, training_network: Network, batch: Batch, config: TrainingConfig) -> None:
+    """Runs one backward through a new DistributedDataParallel and discards the gradient.
 
-    After its first one DDP arranges its buckets anew, and a sum over more than two workers depends on where in a
-    bucket a number lies: without this, the first step after a resume would round otherwise than in a run that went on.
+    DDP rearranges its buckets after its first backward, and a sum over more than two workers depends on the position
+    in a bucket. Without this, the first step after a resume would round differently than in an uninterrupted run.
     """
     meanflow_loss(
-        graded_network,
+        training_network,
         state.network,
         torch.zeros_like(batch.record.noise),
         batch.labels,
@@ -236,20 +241,20 @@ def rehearse(state: TrainState, graded_network: Network, batch: Batch, config: T
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def _graded_pass(
+def _forward_and_backward(
     state: TrainState,
-    graded_network: Network,
+    training_network: Network,
     batch: Batch,
     normalization: LatentNormalization,
     config: TrainingConfig,
     gradient_scale: float,
 ) -> torch.Tensor:
-    """Adds these rows' share of the gradient; their sums."""
+    """Adds the gradient of these rows to the parameters' and returns their `StepMetrics.sums`."""
     record = batch.record
     latents = sample_latents(batch.moments, record.posterior_noise, normalization)
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         output = meanflow_loss(
-            graded_network,
+            training_network,
             state.network,
             latents,
             batch.labels,
@@ -257,7 +262,7 @@ def _graded_pass(
             config.loss_at(state.step),
             null_label=state.network.config.num_classes,
             global_num_rows=config.global_batch_size,
-            separate_derivative=config.takes_derivative_apart,
+            separate_derivative=config.separate_derivative,
         )
     (output.loss * gradient_scale).backward()
     below = output.squared_error[record.rows_below]
@@ -265,5 +270,5 @@ def _graded_pass(
     counts = torch.tensor([len(batch.labels) - num_below, num_below], device=latents.device)
     head = torch.zeros_like(output.squared_error) if output.squared_error_v is None else output.squared_error_v
     equal = output.squared_error.sum() - below.sum()
-    derivative = output.dudt.flatten(1).norm(dim=1).sum()  # zero where r = t
+    derivative = output.dudt.flatten(1).norm(dim=1).sum()  # zero on rows with r = t
     return torch.stack([output.loss.detach(), equal, counts[0], below.sum(), counts[1], head.sum(), derivative]).float()

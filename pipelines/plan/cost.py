@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
+from meanflow_core.draws import StepRecord, draw_step_record
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.loss import StepRecord, draw_step_record, meanflow_loss, total_derivative
+from meanflow_core.loss import meanflow_loss, total_derivative
 from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.transformer import Conditioning
 
@@ -155,7 +156,7 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     Raises ValueError where the sizes do not fit.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-    if not config.takes_derivative_apart:  # nor is anything computed again
+    if not config.separate_derivative:  # nor is anything computed again
         return ExecutedFlops(in_precision=step_flops(config, **sizes), in_float32=0.0)
     record = _mean_record(config, ROWS_OF_SHARES)
 
@@ -263,7 +264,7 @@ def _at_full_depth(
 def _mean_record(config: TrainingConfig, rows: int) -> StepRecord:
     """Draws of step 0 for so many rows, none of them padding."""
     record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(1, 1, 1))
-    return replace(record, rows_asked=torch.cat([record.rows_conditional, record.rows_null]))
+    return replace(record, rows_velocity=torch.cat([record.rows_conditional, record.rows_null]))
 
 
 def _derivative(network: AnyNetwork, record: StepRecord) -> torch.Tensor:
@@ -311,7 +312,7 @@ def _heaviest_pass(config: TrainingConfig, rows_per_pass: int) -> StepRecord:
     record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=num_rows, latent_shape=(1, 1, 1))
     starts = range(0, num_rows - rows_per_pass + 1, rows_per_pass)
     passes = (record.rows(start, start + rows_per_pass, config.loss) for start in starts)
-    return max(passes, key=lambda record: (len(record.rows_below), len(record.rows_asked)))
+    return max(passes, key=lambda record: (len(record.rows_below), len(record.rows_velocity)))
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -357,7 +358,7 @@ def _traced_bytes(config: TrainingConfig, record: StepRecord, sizes: Mapping[str
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         with _LiveBytes([*network.parameters(), *network.buffers(), *gradients]) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                loss = _loss(network, config.loss, record, separate_derivative=config.takes_derivative_apart)
+                loss = _loss(network, config.loss, record, separate_derivative=config.separate_derivative)
             kept, forward_peak = live.now, live.peak
             live.peak = live.now
             loss.backward()

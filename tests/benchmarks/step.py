@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig, TrainingConfig
+from meanflow_core.draws import StepRecord, draw_step_record
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import LossOutput, StepRecord, draw_step_record, meanflow_loss
+from meanflow_core.loss import LossOutput, meanflow_loss
 from meanflow_core.networks import build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, imf_b2
 from meanflow_core.training import TrainState, build_train_state, compile_blocks, train_step

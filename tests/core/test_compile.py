@@ -8,7 +8,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meanflow_core.loss import draw_step_record, meanflow_loss
+from meanflow_core.draws import draw_step_record
+from meanflow_core.loss import meanflow_loss
 from meanflow_core.training import compile_blocks
 from meanflow_core.transformer import Conditioning
 from tests.core.test_loss import NULL, OBJECTIVES, draw_batch, gradients, relative
@@ -146,7 +147,7 @@ def test_number_of_compilations_is_bounded_over_steps_of_different_draws(kind):
             record = draw_step_record(config, seed=1, step=step, num_rows=64, latent_shape=(4, 8, 8))
             batch = torch.randn(64, 4, 8, 8), torch.randint(NULL, (64,)), record
             run(network, batch, config, separate=step % 2 == 0).loss.backward()
-            sizes.add(len(record.rows_asked))
+            sizes.add(len(record.rows_velocity))
         return sizes
 
     sizes = take_steps(range(20))

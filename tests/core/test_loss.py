@@ -6,7 +6,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig
-from meanflow_core.loss import StepRecord, draw_step_record, meanflow_loss, total_derivative
+from meanflow_core.draws import StepRecord, draw_step_record
+from meanflow_core.loss import meanflow_loss, total_derivative
 from meanflow_core.transformer import Conditioning
 from tests.golden_check import GOLDEN_FOLDER, check, load
 
@@ -281,7 +282,7 @@ def test_number_of_network_calls_does_not_depend_on_the_draws(network, imf_netwo
 
 def test_asked_batches_have_sizes_from_a_small_set():
     sizes = {
-        len(draw_step_record(GUIDED, seed=0, step=step, num_rows=64, latent_shape=(1, 1, 1)).rows_asked)
+        len(draw_step_record(GUIDED, seed=0, step=step, num_rows=64, latent_shape=(1, 1, 1)).rows_velocity)
         for step in range(200)
     }
     assert all(size % 8 == 0 for size in sizes)

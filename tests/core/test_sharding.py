@@ -17,9 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.config import OptimizerConfig
+from meanflow_core.draws import StepRecord
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import StepRecord, meanflow_loss
+from meanflow_core.loss import meanflow_loss
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, TrainState, compile_blocks, train_step, update_emas

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from meanflow_core.config import GuidanceConfig, OptimizerConfig
+from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import draw_step_record, meanflow_loss
+from meanflow_core.loss import meanflow_loss
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import (
     SUMS,
@@ -119,9 +120,9 @@ def test_training_starts_from_a_trained_network_of_the_same_kind_and_size(tmp_pa
     state = fresh_state(replace(debug(), seed=9, ema_decays=(0.9, 0.5)), initial=loaded)
     for network in (state.network, *state.ema_networks.values()):
         assert torch.equal(parameters(network), parameters(trained.ema_network))
-    with pytest.raises(ValueError, match="depth is 2 instead of 3"):
+    with pytest.raises(ValueError, match="depth is 2, wanted 3"):
         fresh_state(replace(debug(), network=replace(debug().network, depth=3)), initial=trained.network)
-    with pytest.raises(ValueError, match="class is MeanFlowDiT instead of ImprovedMeanFlowDiT"):
+    with pytest.raises(ValueError, match="class is MeanFlowDiT, wanted ImprovedMeanFlowDiT"):
         fresh_state(debug_imf(), initial=trained.network)
 
 
@@ -156,7 +157,7 @@ def test_network_learns_to_map_noise_to_a_single_point():
     state = fresh_state(config)
     point = torch.full((16, 8, 8, 8), 0.7)
     point[:, 4:] = 0.0  # a posterior without variance
-    for _ in range(60):
+    for _ in range(100):
         record = draw_step_record(config.loss, seed=0, step=state.step, num_rows=16, latent_shape=(4, 8, 8))
         batch = Batch(moments=point, labels=torch.zeros(16, dtype=torch.int64), record=record)
         train_step(state, state.network, [batch], IDENTITY, config)

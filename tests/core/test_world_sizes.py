@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.checkpoint import load_train_state, save_train_state
 from meanflow_core.config import GuidanceConfig, OptimizerConfig
+from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import draw_step_record
 from meanflow_core.presets import debug
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import (

@@ -12,8 +12,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.config import GuidanceConfig, TrainingConfig
+from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import draw_step_record
 from meanflow_core.presets import debug
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, build_train_state, train_step

@@ -10,8 +10,8 @@ from ray.train import Checkpoint, ControllerError, Result, WorkerGroupError
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.checkpoint import save_train_state
+from meanflow_core.draws import draw_step_record
 from meanflow_core.generator import load_network, save_generator
-from meanflow_core.loss import draw_step_record
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state
 from pipelines.command_line import run_command

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from meanflow_core.config import GuidanceSamplingConfig, TimeSamplingConfig
-from meanflow_core.time_sampling import draw_guidance_interval, draw_omega, draw_times, rows_below
+from meanflow_core.draws import draw_guidance_interval, draw_omega, draw_times, rows_below
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])

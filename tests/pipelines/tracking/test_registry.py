@@ -80,6 +80,9 @@ def test_unknown_models_are_refused(database, tmp_path):
         fetch_generator(str(tmp_path / "none"), None)
     with pytest.raises(InputError, match="found 0"):
         fetch_generator(str(tmp_path), None)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match="the generator in .* has format version None"):
+        fetch_generator(str(tmp_path), None)
     with pytest.raises(InputError, match=r"cannot fetch models:/none@champion from sqlite"):
         fetch_generator("models:/none@champion", database)
 

@@ -4,7 +4,7 @@ Network classes are looked up in this package's list, so loading runs no code fr
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from meanflow_core.networks import NETWORKS, AnyNetwork, without_velocity_head
 from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code
 
+PROVENANCE_FILE = "provenance.json"
 # Entries of model_index.json that are arguments of the pipeline.
 _SETTINGS = ("id2label", "wnids", "prediction", "guidance_scale", "guidance_interval_start", "guidance_interval_end")
 
@@ -68,6 +69,28 @@ def save_generator(pipeline: MeanFlowPipeline, folder: Path, *, portable: bool =
     pipeline.save_pretrained(folder)
     if portable:
         add_code(folder)
+
+
+def write_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Writes provenance.json into a generator folder: the generator's origin, as JSON values.
+
+    Training writes "run_id" and "tracking_uri" (its MLflow run), "preset", "step", "ema_decay", "data" and "data_sha256".
+    """
+    (folder / PROVENANCE_FILE).write_text(json.dumps(dict(provenance), indent=2) + "\n")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Reads a generator's provenance.json; empty if there is none, for example after a conversion.
+
+    Raises ValueError for a damaged file.
+    """
+    file = folder / PROVENANCE_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; delete it, or publish the generator again") from error
 
 
 def load_network(folder: Path) -> AnyNetwork:

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Literal
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.loss import draw_step_record
+from meanflow_core.draws import draw_step_record
 from meanflow_core.training import num_passes
 from pipelines.latents.manifest import NetworkSizes
 from pipelines.plan.cost import (
@@ -189,8 +189,8 @@ def payload_bytes(workload: Workload, passes: int) -> float:
         return 2.0 * workload.gradient_bytes
     config = workload.config
     record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=passes, latent_shape=(1, 1, 1))
-    calls = 1 + (len(record.rows_asked) > 0)
-    calls += config.takes_derivative_apart and not config.loss.is_flow_matching
+    calls = 1 + (len(record.rows_velocity) > 0)
+    calls += config.separate_derivative and not config.loss.is_flow_matching
     return float(passes * (calls + 2) * workload.gradient_bytes)
 
 

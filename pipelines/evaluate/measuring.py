@@ -31,7 +31,7 @@ from pipelines.evaluate.sample_files import open_sample_file
 from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.images.decoding import decode_images
 from pipelines.images.sources import ImageSlice
-from pipelines.latents.manifest import open_autoencoder
+from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.shards import read_shard
 from pipelines.progress import Progress
 from pipelines.tracking.registry import fetch_generator

@@ -32,9 +32,11 @@ from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
 from pipelines.evaluate import measuring
 from pipelines.evaluate.extractors import DINOV2, INCEPTION, describe, open_extractor
-from pipelines.images.decoding import CROP
-from pipelines.images.sources import Format, ImageIndex, ImageSlice, Listing, find_images
-from pipelines.latents.manifest import Manifest, read_manifest
+from pipelines.images.center_crop import CROP
+from pipelines.images.formats import Format
+from pipelines.images.index import ImageIndex, Listing
+from pipelines.images.sources import ImageSlice, find_images
+from pipelines.latents.manifest import Manifest, read_manifest, shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +244,7 @@ def _decoded_chunks(data: str, manifest: Manifest, num_features: int) -> list[me
     return measuring.cut(
         "reference",
         parts,
-        lambda start, _: measuring.Decoded(data, manifest.shard_name(number_of[start])),
+        lambda start, _: measuring.Decoded(data, shard_name(number_of[start])),
         num_features=num_features,
     )
 

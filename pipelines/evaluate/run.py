@@ -61,7 +61,8 @@ from pipelines.evaluate.report import plot, plot_guidance, slug, table, way_slug
 from pipelines.evaluate.sample_files import SampleFile, open_sample_file
 from pipelines.evaluate.samples import Setting
 from pipelines.images.decoding import read_pixels
-from pipelines.images.sources import ImageIndex, find_images
+from pipelines.images.index import ImageIndex
+from pipelines.images.sources import find_images
 from pipelines.progress import format_seconds
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.registry import REGISTRY_SCHEMES, WEIGHTS_TAG, fetch_generator, find_run, tag_generator

@@ -1,1 +1,1 @@
-"""Images as they come: class folders, Parquet, WebDataset; decoding and cropping."""
+"""Source images: listing, indexing, reading, decoding and cropping."""

@@ -1,4 +1,4 @@
-"""The images of a class folder in the other forms that the encode stage reads."""
+"""Writes the images of class folders in the other formats that the encode stage reads."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 def images_of(root: Path) -> list[tuple[str, int, bytes]]:
     """(path, label, bytes) of every image in class folders, sorted by path."""
-    paths = sorted(path for path in root.rglob("*.JPEG"))
+    paths = sorted(root.rglob("*.JPEG"))
     wnids = sorted({path.parent.name for path in paths})
     return [(str(path.relative_to(root)), wnids.index(path.parent.name), path.read_bytes()) for path in paths]
 
@@ -19,7 +19,7 @@ def images_of(root: Path) -> list[tuple[str, int, bytes]]:
 def write_parquet(
     path: Path, images: list[tuple[str | None, int | None, bytes | None]], names: list[str] | None = None
 ):
-    """A file as Hugging Face's `datasets` writes it, in row groups of 7."""
+    """Writes (path, label, bytes) rows as Hugging Face's `datasets` does, in row groups of 7."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table(
@@ -29,14 +29,13 @@ def write_parquet(
         }
     )
     if names is not None:
-        label = {"names": names, "_type": "ClassLabel"}
-        about = {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, path, row_group_size=7)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]):
-    """A tar of these files."""
+    """Writes a tar of (name, content) members."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members:
@@ -46,7 +45,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]):
 
 
 def as_samples(images: list[tuple[str, int, bytes]]) -> list[tuple[str, bytes]]:
-    """The members of a WebDataset: a .jpg and a .cls of each image, every third label in a .json instead."""
+    """WebDataset members: a .jpg and a .cls per image, with a .json in place of every third .cls."""
     members = []
     for row, (name, label, content) in enumerate(images):
         key = Path(name).stem

@@ -1,0 +1,42 @@
+"""Names and WordNet ids of classes."""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import fs
+
+from pipelines import storage
+from pipelines.errors import InputError
+
+CLASS_NAMES_FILE = "LOC_synset_mapping.txt"  # Kaggle's ImageNet: lines of "n01440764 tench, Tinca tinca"
+
+
+def read_class_names(filesystem: fs.FileSystem, root: str) -> dict[str, str]:
+    """Reads {wnid: name} from CLASS_NAMES_FILE, sorted by wnid. Returns {} if there is no such file.
+
+    Looks in the folder and up to three levels above, since Kaggle has the images in Data/CLS-LOC/train.
+    """
+    folder = root
+    for _ in range(4):
+        path = f"{folder}/{CLASS_NAMES_FILE}"
+        if filesystem.get_file_info(path).type == fs.FileType.File:
+            lines = storage.read_bytes(filesystem, path).decode().splitlines()
+            return dict(sorted((line.split(" ", 1)[0], line.split(" ", 1)[1].strip()) for line in lines if " " in line))
+        folder = folder.rpartition("/")[0]
+        if not folder:
+            break
+    return {}
+
+
+def name_classes(
+    location: str, entries: pa.Table, stated: list[str] | None, mapping: dict[str, str]
+) -> tuple[list[str], list[str]]:
+    """Names and wnids of a source whose files store class ids.
+
+    The names are those that the source states, else those of the mapping in the order of its wnids, else the ids.
+    The wnids are the mapping's if its names agree with the source's.
+    """
+    num_classes = 1 + pc.max(entries["label"]).as_py()
+    names = stated or list(mapping.values()) or [str(label) for label in range(num_classes)]
+    if num_classes > len(names):
+        raise InputError(f"{location} has labels up to {num_classes - 1}, but names only {len(names)} classes")
+    return names, list(mapping) if names == list(mapping.values()) else [""] * len(names)

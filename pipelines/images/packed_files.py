@@ -1,0 +1,78 @@
+"""What Parquet and WebDataset share: files with many images each, and labels that are class ids."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs
+
+from pipelines.errors import InputError
+from pipelines.images.class_names import name_classes, read_class_names
+from pipelines.images.index import ENTRY_SCHEMA, ImageIndex, Listing, MapFiles
+
+SPLIT = re.compile(r"(?:^|[-_.])(train|val|validation|test)(?=[-_.])")
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """The index of one file."""
+
+    entries: pa.Table
+    """One row per image, with the columns of ENTRY_SCHEMA except `file`."""
+    problems: list[str]
+    """Messages about samples that cannot be used."""
+    class_names: list[str] | None = None
+    """Class names stored in the file."""
+
+
+def check_one_split(location: str, files: list[str]) -> None:
+    """Raises InputError if the file names are of several splits."""
+    splits = sorted({split for path in files for split in SPLIT.findall(path.rsplit("/", 1)[-1])})
+    if len(splits) > 1:
+        folder = location.rpartition("/")[0] if "*" in location else location
+        extension = files[0].rpartition(".")[2]
+        raise InputError(
+            f"{location} contains the splits {', '.join(splits)}; select the files of one: "
+            f"{folder}/*{splits[0]}*.{extension}"
+        )
+
+
+def index_packed(
+    filesystem: fs.FileSystem,
+    listing: Listing,
+    map_files: MapFiles,
+    index_file: Callable[[fs.FileSystem, str, str], FileIndex],
+) -> ImageIndex:
+    """Concatenates the indexes of all files. `index_file` takes the file system, the root and the path below it."""
+    indexes = list(map_files(functools.partial(index_file, filesystem, listing.root), listing.files))
+    problems = [problem for file_index in indexes for problem in file_index.problems]
+    if problems:
+        raise InputError(f"{len(problems)} problems in {listing.location}: {'; '.join(problems[:3])}")
+    tables = [
+        table.append_column("file", pa.array(np.full(len(table), number))).select(ENTRY_SCHEMA.names)
+        for number, table in enumerate(file_index.entries for file_index in indexes)
+    ]
+    entries = pa.concat_tables(tables).cast(ENTRY_SCHEMA)
+    if len(entries) == 0:
+        raise InputError(f"no images in {listing.location}: its {len(listing.files)} files are empty")
+    stated = next((file_index.class_names for file_index in indexes if file_index.class_names), None)
+    mapping = read_class_names(filesystem, listing.root)
+    return ImageIndex(entries, *name_classes(listing.location, entries, stated, mapping))
+
+
+def read_packed(
+    filesystem: fs.FileSystem,
+    root: str,
+    files: dict[int, str],
+    entries: pa.Table,
+    read_file: Callable[[pa.NativeFile, pa.Table], Iterator[bytes | Exception]],
+) -> Iterator[bytes | Exception]:
+    """Opens each file once and yields the images that `read_file` finds in it for its entries."""
+    numbers = entries["file"].to_numpy()
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        with filesystem.open_input_file(f"{root}/{files[int(numbers[start])]}") as stream:
+            yield from read_file(stream, entries.slice(start, stop - start))

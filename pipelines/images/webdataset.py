@@ -1,0 +1,104 @@
+"""WebDataset tars: <key>.jpg (or jpeg, png, webp) with <key>.cls, or with <key>.json that has a "label"."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipelines.images.index import ENTRY_SCHEMA, ImageIndex, Listing, MapFiles
+from pipelines.images.packed_files import FileIndex, check_one_split, index_packed, read_packed
+
+EXTENSIONS = (".tar",)
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
+STREAM_BUFFER_BYTES = 2**23
+
+
+def check_files(location: str, files: list[str], folders: list[str]) -> None:
+    """Raises InputError if the file names are of several splits."""
+    check_one_split(location, files)
+
+
+def index(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles) -> ImageIndex:
+    """Builds the index from the tar headers and labels."""
+    return index_packed(filesystem, listing, map_files, _index_file)
+
+
+def read(filesystem: fs.FileSystem, root: str, files: dict[int, str], entries: pa.Table) -> Iterator[bytes | Exception]:
+    """Yields the bytes of each image, with one request per tar."""
+    return read_packed(filesystem, root, files, entries, _read_file)
+
+
+def _index_file(filesystem: fs.FileSystem, root: str, path: str) -> FileIndex:
+    samples, problems = _read_members(filesystem, root, path)
+    rows = []
+    for key, sample in samples.items():
+        label = _label(sample)
+        if "offset" in sample:
+            rows.append({"sample_id": key, "label": label, "position": sample["offset"], "size": sample["size"]})
+            if label < 0:
+                problems.append(f"{key} in {path} has no label: add {key}.cls with a number, or a label to {key}.json")
+        elif label >= 0:  # without image and label, the files are not a sample
+            problems.append(f"{key} in {path} has a label but no image")
+    schema = pa.schema([field for field in ENTRY_SCHEMA if field.name != "file"])
+    return FileIndex(pa.Table.from_pylist(rows, schema=schema), problems)
+
+
+def _read_members(filesystem: fs.FileSystem, root: str, path: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """{key: {"offset", "size", "cls", "json"}} of a tar, and problems."""
+    samples: dict[str, dict[str, Any]] = {}
+    problems = []
+    # Local files are seeked from header to header; in an object store, each seek would be a request.
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    full_path = f"{root}/{path}"
+    opened = (
+        filesystem.open_input_file(full_path)
+        if is_local
+        else filesystem.open_input_stream(full_path, buffer_size=STREAM_BUFFER_BYTES)
+    )
+    try:
+        with opened as stream, tarfile.open(fileobj=stream, mode="r:" if is_local else "r|") as tar:
+            for member in tar:
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                if not member.isfile() or not dot or not stem:  # folders and hidden files
+                    continue
+                key = folder + slash + stem
+                sample = samples.setdefault(key, {})
+                extension = extension.lower()
+                if extension in IMAGE_MEMBERS:
+                    if "offset" in sample:
+                        problems.append(f"{key} in {path} has two images")
+                    sample["offset"], sample["size"] = member.offset_data, member.size
+                elif extension in ("cls", "json"):
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    sample[extension] = content.read()
+        # Python's tarfile takes a damaged header for the end of the file. The real end is a block of zeros.
+        with filesystem.open_input_file(full_path) as stream:
+            if stream.read_at(tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+                problems.append(f"{path} is truncated or damaged at byte {tar.offset}")
+    except tarfile.TarError as error:
+        problems.append(f"{path} is not a readable tar: {error}")
+    return samples, problems
+
+
+def _label(sample: dict[str, Any]) -> int:
+    """The class id; -1 if there is none."""
+    try:
+        if "cls" in sample:
+            return int(sample["cls"])
+        metadata = json.loads(sample.get("json", b"{}"))
+        return int(metadata.get("label", metadata.get("cls")))
+    except (ValueError, TypeError, AttributeError):
+        return -1
+
+
+def _read_file(stream: pa.NativeFile, entries: pa.Table) -> Iterator[bytes | Exception]:
+    positions, sizes = entries["position"].to_numpy(), entries["size"].to_numpy()
+    first = int(positions.min())
+    content = memoryview(stream.read_at(int((positions + sizes).max()) - first, first))
+    for position, size in zip(positions - first, sizes, strict=True):
+        yield bytes(content[position : position + size])

@@ -1,0 +1,46 @@
+import shutil
+
+import pytest
+
+from pipelines.errors import InputError
+from pipelines.images.sources import ImageSlice, find_images
+
+
+def test_class_id_is_the_rank_of_its_folder(image_root):
+    _, listing, index = find_images(str(image_root / "train"))
+    assert index.wnids == [f"d{label:07d}" for label in range(10)]
+    assert index.class_names[8] == "star"
+    assert len(index) == 60
+    assert listing.files == sorted(listing.files)
+    assert index.entries["sample_id"][0].as_py() == "d0000000/d0000000_0"
+    labels = index.entries["label"].to_pylist()
+    assert [index.wnids[label] for label in labels] == [path.split("/")[0] for path in listing.files]
+
+
+def test_classes_without_a_names_file_have_the_names_of_their_folders(image_root, tmp_path):
+    shutil.copytree(image_root / "val", tmp_path / "a" / "b" / "c" / "d" / "val")
+    _, _, index = find_images(str(tmp_path / "a" / "b" / "c" / "d" / "val"))
+    assert index.class_names == index.wnids
+
+
+def test_empty_class_folder_is_refused_because_it_would_shift_the_ids(image_root, tmp_path):
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    (tmp_path / "val/d0000003x").mkdir()
+    (tmp_path / "val/.cache").mkdir()
+    with pytest.raises(InputError, match="1 class folders in .* contain no images, such as d0000003x"):
+        find_images(str(tmp_path / "val"))
+
+
+def test_image_outside_a_class_folder_is_refused(tmp_path):
+    (tmp_path / "1.jpg").touch()
+    with pytest.raises(InputError, match=r"1 images without a class folder, such as 1\.jpg"):
+        find_images(str(tmp_path))
+
+
+def test_missing_file_is_an_error_of_its_image_only(image_root, tmp_path):
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    filesystem, listing, index = find_images(str(tmp_path / "val"))
+    (tmp_path / "val" / listing.files[3]).unlink()
+    contents = list(ImageSlice.of(filesystem, listing, index).read())
+    assert isinstance(contents[3], FileNotFoundError)
+    assert [isinstance(content, bytes) for content in contents].count(True) == 39

@@ -45,7 +45,7 @@ from tests.support.training_checkpoints import last_checkpoint
 SMALLER = {
     "pipelines.demo.images": ["--num-train", "200", "--num-val", "60"],
     "pipelines.encode": ["--rows-per-shard", "64", "--max-rejected-fraction", "0.01"],
-    "pipelines.check": ["--picture", "check.png"],
+    "pipelines.check": ["--figure", "check.png"],
     "pipelines.train": ["--cache-dir", "cache"],
     "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2"],
 }

@@ -143,6 +143,6 @@ def test_installed_wheel_runs_the_demo_in_an_empty_folder(installed):
         assert (output / name).is_file(), name
     assert {path.name for path in installed.empty.iterdir()} == {"build"}
     assert packages() == before  # nothing is written into site-packages
-    installed.run("python", "-m", "pipelines.check", "--data", str(output / "latents"), "--picture", "check.png")
+    installed.run("python", "-m", "pipelines.check", "--data", str(output / "latents"), "--figure", "check.png")
     places = ("--data", str(output / "latents"), "--storage", str(output / "runs"), "--run-name", "plan")
     assert "parameters" in installed.run("python", "-m", "pipelines.train", "xl2", *places, "--dry-run")

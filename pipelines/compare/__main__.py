@@ -57,7 +57,8 @@ from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
 from pipelines.evaluate.judge import Judge, load_judge
 from pipelines.evaluate.run import find_real_images, read_evenly
-from pipelines.latents.manifest import open_autoencoder, read_manifest
+from pipelines.latents.autoencoder import open_autoencoder
+from pipelines.latents.manifest import read_manifest
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.run import Run
 

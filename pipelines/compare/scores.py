@@ -32,8 +32,8 @@ from pipelines.command_line import set_up_logging
 from pipelines.compare.trainings import Data, Trial, as_they_finish, methods
 from pipelines.evaluate.judge import Judge, load_judge
 from pipelines.evaluate.samples import SampleRule
+from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
-from pipelines.latents.manifest import open_autoencoder
 from pipelines.progress import Progress
 from pipelines.train.batches import BatchSource
 

@@ -35,8 +35,9 @@ from meanflow_core.networks import AnyNetwork
 from meanflow_core.training import SUMS, build_train_state, train_step
 from pipelines.command_line import set_up_logging
 from pipelines.errors import RunError
+from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
-from pipelines.latents.manifest import NetworkSizes, open_autoencoder, read_manifest
+from pipelines.latents.manifest import NetworkSizes, read_manifest
 from pipelines.plan.cost import step_flops
 from pipelines.progress import Progress
 from pipelines.train.batches import BatchSource

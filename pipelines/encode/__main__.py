@@ -1,7 +1,24 @@
-"""The encode command: `python -m pipelines.encode`."""
+"""Encodes images into VAE latents with Ray Data, on every device of the cluster.
 
-from pipelines.command_line import run_command
-from pipelines.encode.run import main
+    python -m pipelines.encode --images ILSVRC/train --output latents --vae stabilityai/sd-vae-ft-mse --image-size 256
+
+CPU tasks decode images, one actor per GPU encodes them, and CPU tasks write the shards. Each shard is a function of the
+source's files and appears only when complete. After an interruption, the same command encodes the missing shards. The
+manifest is written last and completes the dataset.
+"""
+
+from pipelines.command_line import parse_command_line, run_command
+from pipelines.encode.job import EncodeJob
+
+
+def main() -> None:
+    """Runs the command."""
+    job = parse_command_line(EncodeJob, __doc__)
+    from pipelines.encode.run import encode  # slow: it imports Ray and diffusers
+
+    encode(job)
+    print(f"latent dataset: {job.output}; check it with: python -m pipelines.check --data {job.output}")
+
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,26 +1,73 @@
-"""What an encoding job will do: its recipe and its shards."""
+"""What an encoding job has to do: its recipe, its shards, and which of them are missing."""
 
-from dataclasses import dataclass
+import contextlib
+import json
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from diffusers import AutoencoderKL
 from pyarrow import fs
 
 from meanflow_core.autoencoder import downsampling_factor, weight_hash
+from pipelines import storage
 from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError
-from pipelines.images.decoding import CROP
-from pipelines.images.sources import ImageIndex, ImageSlice, Listing
-from pipelines.latents.manifest import EncodingRecipe
+from pipelines.images.center_crop import CROP
+from pipelines.images.index import ImageIndex, Listing
+from pipelines.images.sources import ImageSlice
+from pipelines.latents.autoencoder import write_autoencoder
+from pipelines.latents.manifest import INDEX, RECIPE, EncodingRecipe, shard_name
+
+MAX_SHARD_PIXEL_BYTES = 96 * 2**20  # below Ray Data's block size of 128 MiB
 
 
-def _recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> EncodingRecipe:
+@dataclass(frozen=True)
+class Plan:
+    """The images to encode, cut into shards."""
+
+    filesystem: fs.FileSystem
+    """File system of the images."""
+    listing: Listing
+    """Their files."""
+    index: ImageIndex
+    """Their positions in the files."""
+    recipe: EncodingRecipe
+    """Encoding settings."""
+
+    @property
+    def num_images(self) -> int:
+        """Number of images to encode."""
+        return min(self.recipe.limit or len(self.index), len(self.index))
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return -(-self.num_images // self.recipe.rows_per_shard)
+
+    def rows(self, shard: int) -> np.ndarray:
+        """Rows of the index that a shard holds, int64."""
+        first = shard * self.recipe.rows_per_shard
+        positions = np.arange(first, min(first + self.recipe.rows_per_shard, self.num_images))
+        return positions * len(self.index) // self.num_images
+
+    def images(self, shard: int) -> ImageSlice:
+        """Images that a shard holds."""
+        return ImageSlice.of(self.filesystem, self.listing, self.index, self.rows(shard))
+
+    def missing_shards(self, output: str) -> list[int]:
+        """Shards that the output does not contain yet."""
+        filesystem, root = storage.open_storage(output)
+        infos = filesystem.get_file_info(fs.FileSelector(f"{root}/shards", allow_not_found=True))
+        present = {info.path[len(root) + 1 :] for info in infos}
+        return [shard for shard in range(self.num_shards) if shard_name(shard) not in present]
+
+
+def make_recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> EncodingRecipe:
+    """The recipe of a job. Raises InputError for an image size that the autoencoder does not divide."""
     factor = downsampling_factor(vae)
     if job.image_size % factor:
         raise InputError(f"--image-size must be a multiple of {factor} for this autoencoder, but got {job.image_size}")
     side = job.image_size // factor
-    # A shard of pixels should stay below Ray Data's block size of 128 MiB.
-    rows_that_fit = max(1, 96 * 2**20 // (3 * job.image_size**2))
     return EncodingRecipe(
         vae_id=job.vae,
         vae_sha256=weight_hash(vae),
@@ -28,42 +75,39 @@ def _recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> EncodingRec
         image_size=job.image_size,
         crop=CROP,
         source_sha256=listing.sha256,
-        rows_per_shard=min(job.rows_per_shard, rows_that_fit),
+        rows_per_shard=min(job.rows_per_shard, max(1, MAX_SHARD_PIXEL_BYTES // (3 * job.image_size**2))),
         mirrored=job.mirror,
         precision=job.precision,
         limit=job.limit,
     )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be encoded, cut into shards."""
+def has_same_recipe(output: str, recipe: EncodingRecipe) -> bool:
+    """Whether the output has a recipe. Raises InputError if it has another one."""
+    filesystem, root = storage.open_storage(output)
+    try:
+        existing = json.loads(storage.read_bytes(filesystem, f"{root}/{RECIPE}"))
+    except FileNotFoundError:
+        return False
+    requested = json.loads(json.dumps(asdict(recipe)))
+    different = [name for name in requested if name != "vae_id" and existing.get(name) != requested[name]]
+    if different:
+        changes = "; ".join(f"{name} is {existing.get(name)}, not {requested[name]}" for name in different)
+        raise InputError(f"{output} contains another encoding ({changes}); name another --output, or delete it")
+    return True
 
-    filesystem: fs.FileSystem
-    """Where the images lie."""
-    listing: Listing
-    """In which files."""
-    index: ImageIndex
-    """Where in those."""
-    recipe: EncodingRecipe
-    """How they are encoded."""
 
-    @property
-    def num_images(self) -> int:
-        """Images of the index that are to be encoded."""
-        return min(self.recipe.limit or len(self.index), len(self.index))
+def read_index(output: str, source_sha256: str) -> ImageIndex | None:
+    """The index stored in the output, or None if there is none of this source."""
+    filesystem, root = storage.open_storage(output)
+    with contextlib.suppress(FileNotFoundError):
+        return ImageIndex.from_bytes(storage.read_bytes(filesystem, f"{root}/{INDEX}"), source_sha256)
+    return None
 
-    @property
-    def num_shards(self) -> int:
-        """Files that they make."""
-        return -(-self.num_images // self.recipe.rows_per_shard)
 
-    def rows(self, shard: int) -> np.ndarray:
-        """Rows of the index that shard number `shard` holds, int64."""
-        first = shard * self.recipe.rows_per_shard
-        wanted = np.arange(first, min(first + self.recipe.rows_per_shard, self.num_images))
-        return wanted * len(self.index) // self.num_images
-
-    def images(self, shard: int) -> ImageSlice:
-        """Its images."""
-        return ImageSlice.of(self.filesystem, self.listing, self.index, self.rows(shard))
+def write_plan(output: str, plan: Plan, vae: AutoencoderKL) -> None:
+    """Writes the autoencoder and the index, then the recipe, which marks both as complete."""
+    filesystem, root = storage.open_storage(output)
+    write_autoencoder(output, vae)
+    storage.write_bytes(filesystem, f"{root}/{INDEX}", plan.index.to_bytes(plan.recipe.source_sha256))
+    storage.write_bytes(filesystem, f"{root}/{RECIPE}", (json.dumps(asdict(plan.recipe), indent=2) + "\n").encode())

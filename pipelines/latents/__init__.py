@@ -1,1 +1,1 @@
-"""The latent dataset that encode writes and train reads."""
+"""The latent dataset: manifest, shards, random access, and each node's copy."""

@@ -4,40 +4,35 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
 from pipelines.latents.manifest import Manifest, shard_name
 from pipelines.latents.shards import map_shard
 
 
 @dataclass(frozen=True)
 class LatentDataset:
-    """Random access to a dataset's rows through memory-mapped shards."""
+    """Random access to samples through memory-mapped shards."""
 
     manifest: Manifest
-    """What it is."""
+    """Contents of the dataset."""
     moments: Sequence[np.ndarray]
-    """Of every shard, float16 (n, 2C, H, W)."""
+    """float16 (n, 2C, H, W) of each shard."""
     moments_mirrored: Sequence[np.ndarray] | None
-    """The same of the mirror images; None where they were not encoded, or are left out."""
+    """Moments of the mirror images; None if they are absent or left out."""
     labels: np.ndarray
     """(N,) int32."""
 
     @classmethod
     def map(cls, folder: Path, manifest: Manifest, *, mirrored: bool = True) -> "LatentDataset":
-        """Maps the shards below a local folder, which are of this schema version. Raises InputError for one that is none."""
+        """Maps the shards in a local folder. Raises InputError for a damaged shard."""
         shards = [map_shard(folder / shard_name(number)) for number in range(len(manifest.shard_rows))]
-        has_mirrored = mirrored and manifest.recipe.mirrored
+        moments_mirrored = [shard.moments_mirrored for shard in shards if shard.moments_mirrored is not None]
         return cls(
             manifest,
             [shard.moments for shard in shards],
-            [shard.moments_mirrored for shard in shards if shard.moments_mirrored is not None]
-            if has_mirrored
-            else None,
+            moments_mirrored if mirrored and manifest.recipe.mirrored else None,
             np.concatenate([shard.labels for shard in shards]),
         )
 
@@ -45,20 +40,21 @@ class LatentDataset:
         return self.manifest.num_samples
 
     @functools.cached_property
-    def _edges(self) -> np.ndarray:
+    def _shard_edges(self) -> np.ndarray:
         return np.cumsum([0, *self.manifest.shard_rows])
 
-    def rows(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Moments float16 (B, 2C, H, W), of the mirror image where `mirrored` (B,), and labels int64 (B,).
+    def read(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reads samples by index.
 
-        Without mirror images nothing is mirrored.
+        indices: int (B,). mirrored: bool (B,), True for the mirror image; ignored in a dataset without mirror images.
+        Returns moments float16 (B, 2C, H, W) and labels int64 (B,).
         """
-        shards = np.searchsorted(self._edges, indices, side="right") - 1
-        offsets = indices - self._edges[shards]
+        shards = np.searchsorted(self._shard_edges, indices, side="right") - 1
+        rows = indices - self._shard_edges[shards]
         moments = np.empty((len(indices), *self.manifest.recipe.moments_shape), dtype=np.float16)
-        of_kind = (self.moments, self.moments if self.moments_mirrored is None else self.moments_mirrored)
-        # Row by row: every row is a run of bytes in a file of its own, and numpy copies it at the speed of memory.
-        places = zip(moments, shards.tolist(), offsets.tolist(), np.asarray(mirrored, dtype=int).tolist(), strict=True)
-        for target, shard, offset, is_mirrored in places:
-            target[...] = of_kind[is_mirrored][shard][offset]
+        sources = (self.moments, self.moments if self.moments_mirrored is None else self.moments_mirrored)
+        # One copy per sample: each is contiguous bytes of its own file, which numpy copies at memory speed.
+        samples = zip(moments, shards.tolist(), rows.tolist(), np.asarray(mirrored, dtype=int).tolist(), strict=True)
+        for target, shard, row, is_mirrored in samples:
+            target[...] = sources[is_mirrored][shard][row]
         return moments, self.labels[indices].astype(np.int64)

@@ -1,25 +1,26 @@
-"""The manifest of a latent dataset: what it holds and how it was made."""
+"""The manifest of a latent dataset: its contents and how it was made.
+
+latents/
+    manifest.json               written last: a folder without it is not a dataset
+    recipe.json, index.parquet  what is encoded and how, written first
+    vae/                        the autoencoder, so that the dataset can be decoded anywhere
+    shards/shard-00000.arrow ...
+    rejected.parquet            sample_id and reason of each image that could not be encoded
+"""
 
 import hashlib
 import json
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import numpy as np
-import torch
 from pyarrow import fs
 
 from meanflow_core.latents import MOMENTS_KIND
 from pipelines import storage
 from pipelines.errors import InputError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 SCHEMA_VERSION = 2
-READ_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 INDEX = "index.parquet"
@@ -28,10 +29,10 @@ REJECTED = "rejected.parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingRecipe:
-    """How a latent dataset is made, and of what. Two different recipes never share a folder."""
+    """Source and settings of an encoding. A folder holds the shards of one recipe only."""
 
     vae_id: str
-    """Hub id or folder that was named."""
+    """Hub id or folder of the autoencoder, as given by the user."""
     vae_sha256: str
     """Hash of the autoencoder's weights."""
     moments_shape: tuple[int, int, int]
@@ -41,23 +42,23 @@ class EncodingRecipe:
     crop: str
     """Name of the crop."""
     source_sha256: str
-    """Hash of the source's form, files and their sizes in bytes."""
+    """Hash of the source's format, file paths and file sizes."""
     rows_per_shard: int
-    """Images per shard: shard k holds images k rows_per_shard onwards of the index."""
+    """Images per shard: shard k holds those from position k * rows_per_shard of the index."""
     mirrored: bool = True
-    """Whether the mirror images are encoded too."""
+    """Whether mirror images are encoded too."""
     precision: str = "float32"
-    """In which the autoencoder ran."""
+    """Precision of the autoencoder."""
     limit: int | None = None
-    """Number of images, spread evenly over the index, where not all of them are encoded."""
+    """Number of images, evenly spaced over the index; None for all."""
     moments_kind: str = MOMENTS_KIND
-    """What the two halves of the moments are."""
+    """Meaning of the two halves of the moments."""
     dtype: str = "float16"
-    """Of the moments."""
+    """Data type of the moments."""
 
 
 class NetworkSizes(TypedDict):
-    """What a network's size has from the data, by the core's names."""
+    """The network arguments that the data determines."""
 
     sample_size: int
     in_channels: int
@@ -66,42 +67,26 @@ class NetworkSizes(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A complete latent dataset."""
+    """Contents of a complete latent dataset."""
 
     recipe: EncodingRecipe
     """How it was made."""
     num_samples: int
-    """Rows over all shards."""
+    """Samples in all shards."""
     num_rejected: int
-    """Images that could not be read."""
+    """Images that could not be encoded."""
     shard_rows: list[int]
-    """Rows of each shard."""
+    """Samples per shard."""
     shard_sha256: list[str]
     """Hash of each shard's moments, labels and ids."""
     class_names: list[str]
-    """Name per class id."""
+    """Name of each class id."""
     wnids: list[str]
-    """WordNet id or folder name per class id; empty where the source has none."""
+    """WordNet id or folder name of each class id; empty strings if the source has none."""
     source: str
-    """Where the images lay."""
+    """Location of the images when they were encoded."""
     schema_version: int = SCHEMA_VERSION
-    """Of this layout."""
-
-    def shard_name(self, index: int) -> str:
-        """Path of shard `index` in the dataset itself; in a node's copy it is `shard_name(index)`."""
-        return shard_name(index) if self.schema_version > 1 else f"shards/shard-{index:05d}.parquet"
-
-    @property
-    def shard_remedy(self) -> str:
-        """What to do about a shard that is not what it should be."""
-        if self.schema_version < SCHEMA_VERSION:  # which encode does not finish
-            return "put it back from the storage's older version, or encode again into another folder"
-        # Encode leaves a dataset with a manifest alone. A shard that is made anew may have other bits, and a run that was
-        # begun refuses those.
-        return (
-            f"put it back from a node's copy or the storage's older version; else delete it and {MANIFEST} and run "
-            f"pipelines.encode again, which makes what is missing"
-        )
+    """Version of the dataset's format."""
 
     @property
     def content_sha256(self) -> str:
@@ -116,29 +101,27 @@ class Manifest:
 
     @property
     def network_sizes(self) -> NetworkSizes:
-        """What a network's size has from the data: sample_size, in_channels, num_classes."""
+        """sample_size, in_channels and num_classes for a network."""
         channels, size, _ = self.latent_shape
         return {"sample_size": size, "in_channels": channels, "num_classes": len(self.class_names)}
 
+    def num_bytes(self, *, mirrored: bool) -> int:
+        """Size of the float16 moments, with or without those of the mirror images."""
+        return 2 * self.num_samples * (1 + mirrored) * int(np.prod(self.recipe.moments_shape))
+
     def to_json(self) -> str:
-        """As manifest.json has it."""
+        """Serializes the manifest."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
-        """Reads manifest.json. Raises InputError for a schema version that is not read, or a damaged file."""
+        """Reads the result of `to_json`. Raises InputError for another schema version or a damaged file."""
         try:
             content = json.loads(text)
-            version = content["schema_version"]
-            if version not in READ_VERSIONS:
+            if content["schema_version"] != SCHEMA_VERSION:
                 raise InputError(
-                    f"{where} has schema version {version}, but this release reads versions "
-                    f"{' and '.join(map(str, READ_VERSIONS))}; install the release that wrote it, or encode again"
-                )
-            if "shard_sha256" not in content and version == 1:
-                raise InputError(
-                    f"{where} is of an early form of schema version 1, without hashes, which is not read; encode again into "
-                    f"another folder"
+                    f"{where} has schema version {content['schema_version']}, but this release reads version "
+                    f"{SCHEMA_VERSION}; encode again into another folder, or install the release that wrote it"
                 )
             recipe = content.pop("recipe")
             recipe["moments_shape"] = tuple(recipe["moments_shape"])
@@ -147,44 +130,29 @@ class Manifest:
             raise InputError(f"{where} is damaged ({error}); delete it and run pipelines.encode again") from error
 
 
-def shard_name(index: int) -> str:
-    """Path of shard `index` in a dataset."""
-    return f"shards/shard-{index:05d}.arrow"
+def shard_name(number: int) -> str:
+    """Path of a shard within the dataset."""
+    return f"shards/shard-{number:05d}.arrow"
 
 
 def is_complete(location: str) -> bool:
-    """Whether a dataset has its manifest."""
+    """Whether the folder has a manifest."""
     filesystem, root = storage.open_storage(location)
     return filesystem.get_file_info(f"{root}/{MANIFEST}").type == fs.FileType.File
 
 
 def read_manifest(location: str) -> Manifest:
-    """The manifest of a dataset. Raises InputError where there is no dataset, or it is not complete."""
+    """Reads a dataset's manifest. Raises InputError if there is no complete dataset of this schema version."""
     filesystem, root = storage.require_folder(location, "latent dataset")
-    path = f"{root}/{MANIFEST}"
     if not is_complete(location):
         raise InputError(
             f"no {MANIFEST} in {location}; run pipelines.encode --output {location} first, or let it finish"
         )
-    return Manifest.from_json(storage.read_bytes(filesystem, path).decode(), f"{location}/{MANIFEST}")
+    text = storage.read_bytes(filesystem, f"{root}/{MANIFEST}").decode()
+    return Manifest.from_json(text, f"{location}/{MANIFEST}")
 
 
-def fetch_autoencoder(location: str, folder: Path) -> Path:
-    """Copies a dataset's vae/ into a local folder, and returns it."""
+def write_manifest(location: str, manifest: Manifest) -> None:
+    """Writes a dataset's manifest, which completes the dataset."""
     filesystem, root = storage.open_storage(location)
-    folder.mkdir(parents=True, exist_ok=True)
-    fs.copy_files(f"{root}/vae", str(folder), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
-    return folder
-
-
-def open_autoencoder(location: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
-    """A dataset's own autoencoder, on the CPU."""
-    from meanflow_core.autoencoder import load_autoencoder  # diffusers: seconds that tasks which only write can spare
-
-    with tempfile.TemporaryDirectory() as folder:
-        return load_autoencoder(str(fetch_autoencoder(location, Path(folder))), dtype)
-
-
-def values_per_sample(manifest: Manifest, *, mirrored: bool) -> int:
-    """Numbers that a sample's moments have."""
-    return (1 + mirrored) * int(np.prod(manifest.recipe.moments_shape))
+    storage.write_bytes(filesystem, f"{root}/{MANIFEST}", manifest.to_json().encode())

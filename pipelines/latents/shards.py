@@ -1,57 +1,69 @@
-"""The latent dataset: what encode writes and train reads. Sole owner of its column names and of its manifest.
+"""Shards of a latent dataset: their columns, their metadata, and how they are written and read.
 
-    latents/
-        manifest.json              written last: without it, there is no dataset
-        recipe.json, index.parquet what is being encoded, and how; written first
-        vae/                       the autoencoder itself, so that the dataset can be decoded wherever it goes
-        shards/shard-00000.arrow ...
-        rejected.parquet           sample_id, reason: the images that could not be read
+A shard is an uncompressed Arrow IPC file of one record batch with the columns
 
-A shard is an uncompressed Arrow IPC file of one record batch, with the columns `moments` and, unless left out,
-`moments_mirrored` (arrow.fixed_shape_tensor of float16 (2C, H, W): mean, then standard deviation, unscaled), `label`
-int32 and `sample_id` string. Plain pyarrow maps it into memory with shape and dtype, without a copy:
+    moments            float16 tensor (2C, H, W): mean and standard deviation, not normalised
+    moments_mirrored   the same of the mirror image; absent if mirror images are not encoded
+    label              int32
+    sample_id          string
+
+Plain pyarrow maps it into memory with shape and dtype, without a copy:
 `pa.ipc.open_file(pa.memory_map(shard)).read_all()["moments"].chunk(0).to_numpy_ndarray()`.
 
-Why not Parquet: it has no random access, which is what training wants, and keeps tensors as lists whose every value is
-decoded (`tests/benchmarks/layout.py`). A node maps a copy of its own (`latent_cache`).
-
-Schema version 1 had the same columns in Parquet, shards/shard-00000.parquet: it is read, and a node's copy of it is Arrow.
+Parquet would be slower: it has no random access, and it decodes every value of a tensor (`tests/benchmarks/layout.py`).
 """
 
 import contextlib
 import hashlib
 import io
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipelines.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
-
-PARQUET_MAGIC = b"PAR1"
-# In a shard's schema metadata: its length, its unreadable images, and the hash of its content.
+# Keys of a shard's schema metadata, which is read without reading the samples.
 NUM_ROWS_KEY = b"meanflow.num_rows"
 REJECTED_KEY = b"meanflow.rejected"
 SHA256_KEY = b"meanflow.sha256"
 
 
-def _tensor_array(values: np.ndarray) -> pa.Array:
-    # By its storage, because from_numpy_ndarray refuses an array without rows.
-    flat = pa.array(np.ascontiguousarray(values, dtype=np.float16).reshape(-1))
-    storage_array = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
-    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), values.shape[1:]), storage_array)
+@dataclass(frozen=True)
+class ShardSummary:
+    """The metadata of a shard."""
+
+    num_rows: int
+    """Number of samples."""
+    sha256: str
+    """Hash of the moments, labels and ids."""
+    rejected: list[dict[str, str]]
+    """Images of this shard that could not be encoded, as {"sample_id", "reason"}."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The content of a shard. The arrays are read-only."""
+
+    moments: np.ndarray
+    """(N, 2C, H, W) float16."""
+    moments_mirrored: np.ndarray | None
+    """Moments of the mirror images, if they were encoded."""
+    labels: np.ndarray
+    """(N,) int32."""
+    sample_ids: list[str]
+    """N ids."""
+    summary: ShardSummary
+    """The stored metadata."""
+
+    def content_sha256(self) -> str:
+        """Computes the hash of the content. It differs from `summary.sha256` if the file is damaged."""
+        tensors = [array for array in (self.moments, self.moments_mirrored) if array is not None]
+        return _content_sha256(tensors, self.labels, self.sample_ids)
 
 
 def shard_bytes(
@@ -59,30 +71,35 @@ def shard_bytes(
     moments_mirrored: np.ndarray | None,
     labels: np.ndarray,
     sample_ids: Sequence[str],
-    rejected: list[dict],
+    rejected: list[dict[str, str]],
 ) -> bytes:
-    """A shard's file: moments float16 (N, 2C, H, W) once or twice, labels (N,), ids; the rejected in its metadata."""
-    arrays = {"moments": moments} | ({} if moments_mirrored is None else {"moments_mirrored": moments_mirrored})
-    columns: dict[str, pa.Array] = {name: _tensor_array(array) for name, array in arrays.items()}
+    """Serializes a shard: moments float16 (N, 2C, H, W), labels (N,), N ids, and the rejected images."""
+    tensors = {"moments": moments} | ({} if moments_mirrored is None else {"moments_mirrored": moments_mirrored})
+    columns: dict[str, pa.Array] = {name: _tensor_array(values) for name, values in tensors.items()}
     columns["label"] = pa.array(np.asarray(labels, dtype=np.int32))
     columns["sample_id"] = pa.array(sample_ids, type=pa.string())
-    digest = _content_digest(list(arrays.values()), labels, sample_ids)
-    batch = pa.record_batch(columns)
-    batch = batch.replace_schema_metadata(
+    batch = pa.record_batch(columns).replace_schema_metadata(
         {
-            NUM_ROWS_KEY: str(len(batch)).encode(),
-            SHA256_KEY: digest.encode(),
+            NUM_ROWS_KEY: str(len(moments)).encode(),
+            SHA256_KEY: _content_sha256(list(tensors.values()), labels, sample_ids).encode(),
             REJECTED_KEY: json.dumps(rejected).encode(),
         }
     )
     buffer = io.BytesIO()
-    # Latents hardly compress (zstd saves a tenth), and what is compressed cannot be mapped.
+    # Uncompressed: compressed files cannot be mapped, and zstd saves only a tenth.
     with pa.ipc.new_file(buffer, batch.schema) as writer:
         writer.write_batch(batch)
     return buffer.getvalue()
 
 
-def _content_digest(tensors: list[np.ndarray], labels: np.ndarray, sample_ids: Sequence[str]) -> str:
+def _tensor_array(values: np.ndarray) -> pa.Array:
+    # Built from its storage, since FixedShapeTensorArray.from_numpy_ndarray refuses arrays of length 0.
+    flat = pa.array(np.ascontiguousarray(values, dtype=np.float16).reshape(-1))
+    storage_array = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), values.shape[1:]), storage_array)
+
+
+def _content_sha256(tensors: list[np.ndarray], labels: np.ndarray, sample_ids: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps(list(sample_ids)).encode())
     for array in tensors:
         digest.update(np.ascontiguousarray(array, dtype=np.float16).data)
@@ -90,90 +107,47 @@ def _content_digest(tensors: list[np.ndarray], labels: np.ndarray, sample_ids: S
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class ShardSummary:
-    """What a written shard says of itself."""
-
-    num_rows: int
-    """Rows."""
-    sha256: str
-    """Hash of its moments, labels and ids."""
-    rejected: list[dict]
-    """Its unreadable images as {"sample_id", "reason"}."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A shard's content; arrays that cannot be written to."""
-
-    moments: np.ndarray
-    """(N, 2C, H, W) float16."""
-    moments_mirrored: np.ndarray | None
-    """The same of the mirror images, where they were encoded."""
-    labels: np.ndarray
-    """(N,) int32."""
-    sample_ids: list[str]
-    """N ids."""
-    summary: ShardSummary
-    """What it says of itself."""
-
-    def content_sha256(self) -> str:
-        """The hash as it should be, of what is really there."""
-        tensors = [array for array in (self.moments, self.moments_mirrored) if array is not None]
-        return _content_digest(tensors, self.labels, self.sample_ids)
-
-
 def read_shard(filesystem: fs.FileSystem, path: str) -> Shard:
-    """Reads a shard whole. Raises InputError for a file that is none."""
+    """Reads a whole shard. Raises InputError for a damaged file."""
     with filesystem.open_input_file(path) as stream:
         return _read(stream, path)
 
 
 def read_shard_bytes(content: bytes, where: str) -> Shard:
-    """A shard's file that was read already, without a copy of it. Raises InputError for what is none."""
+    """Reads a shard from memory without copying it. Raises InputError for a damaged file, named as `where`."""
     return _read(pa.BufferReader(content), where)
 
 
 def map_shard(path: Path) -> Shard:
-    """A shard on a local disk, whose tensors stay there until they are looked at. Raises as `read_shard`."""
+    """Maps a shard on a local disk into memory. Raises InputError for a damaged file."""
     return _read(pa.memory_map(str(path)), str(path))
 
 
-def shard_summary(filesystem: fs.FileSystem, path: str) -> ShardSummary:
-    """Reads what a shard says of itself, and none of its rows. Raises InputError for a file that is none."""
-    with filesystem.open_input_file(path) as stream, _open_shard(stream, path) as reader:
-        metadata = reader.schema.metadata
-        return _summary(metadata, int(metadata[NUM_ROWS_KEY]))
-
-
-def rewritten(shard: Shard, *, mirrored: bool) -> bytes:
-    """A shard's file in this schema version, with its mirror images or without."""
-    moments_mirrored = shard.moments_mirrored if mirrored else None
-    return shard_bytes(shard.moments, moments_mirrored, shard.labels, shard.sample_ids, shard.summary.rejected)
+def read_summary(filesystem: fs.FileSystem, path: str) -> ShardSummary:
+    """Reads the metadata of a shard, but none of its samples. Raises InputError for a damaged file."""
+    with filesystem.open_input_file(path) as stream, _open(stream, path) as reader:
+        return _summary(reader.schema.metadata)
 
 
 def _read(stream: pa.NativeFile, where: str) -> Shard:
-    if stream.size() >= len(PARQUET_MAGIC) and stream.read_at(len(PARQUET_MAGIC), 0) == PARQUET_MAGIC:
-        try:
-            table = pq.read_table(stream).combine_chunks()
-            summary = _summary(table.schema.metadata, table.num_rows)
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # damaged pages are an OSError
-            raise InputError(f"{where} is damaged or cannot be read ({' '.join(str(error).split())})") from error
-    else:
-        with _open_shard(stream, where) as reader:
-            table = reader.read_all()
-        summary = _summary(table.schema.metadata, int(table.schema.metadata[NUM_ROWS_KEY]))
+    with _open(stream, where) as reader:
+        table = reader.read_all()
     tensors = {
         name: table[name].chunk(0).to_numpy_ndarray()
         for name in ("moments", "moments_mirrored")
         if name in table.column_names
     }
-    labels = table["label"].to_numpy()
-    return Shard(tensors["moments"], tensors.get("moments_mirrored"), labels, table["sample_id"].to_pylist(), summary)
+    return Shard(
+        tensors["moments"],
+        tensors.get("moments_mirrored"),
+        table["label"].to_numpy(),
+        table["sample_id"].to_pylist(),
+        _summary(table.schema.metadata),
+    )
 
 
 @contextlib.contextmanager
-def _open_shard(stream: pa.NativeFile, where: str) -> Iterator[pa.ipc.RecordBatchFileReader]:
+def _open(stream: pa.NativeFile, where: str) -> Iterator[pa.ipc.RecordBatchFileReader]:
     try:
         with pa.ipc.open_file(stream) as reader:
             yield reader
@@ -181,39 +155,24 @@ def _open_shard(stream: pa.NativeFile, where: str) -> Iterator[pa.ipc.RecordBatc
         raise InputError(f"{where} is damaged ({error})") from error
 
 
-def _summary(metadata: dict[bytes, bytes], num_rows: int) -> ShardSummary:
-    return ShardSummary(num_rows, metadata[SHA256_KEY].decode(), json.loads(metadata[REJECTED_KEY]))
+def _summary(metadata: dict[bytes, bytes]) -> ShardSummary:
+    return ShardSummary(int(metadata[NUM_ROWS_KEY]), metadata[SHA256_KEY].decode(), json.loads(metadata[REJECTED_KEY]))
 
 
-def rejected_bytes(rejected: list[dict]) -> bytes:
-    """rejected.parquet."""
-    buffer = io.BytesIO()
-    pq.write_table(
-        pa.table(
-            {
-                "sample_id": pa.array([row["sample_id"] for row in rejected], pa.string()),
-                "reason": pa.array([row["reason"] for row in rejected], pa.string()),
-            }
-        ),
-        buffer,
-    )
-    return buffer.getvalue()
-
-
-def shard_problems(shard: Shard, num_classes: int) -> list[str]:
-    """What in a shard cannot be: moments that are not finite, labels that are no class; each with its first sample."""
+def invalid_values(shard: Shard, num_classes: int) -> list[str]:
+    """Describes labels out of range and moments that are not finite, each with the first sample concerned."""
     problems = []
-    bad = (shard.labels < 0) | (shard.labels >= num_classes)
-    if bad.any():
-        row = int(bad.argmax())
+    is_invalid = (shard.labels < 0) | (shard.labels >= num_classes)
+    if is_invalid.any():
+        row = int(is_invalid.argmax())
         problems.append(
-            f"the label of {shard.sample_ids[row]} must lie in [0, {num_classes - 1}], but is {shard.labels[row]}"
+            f"label of {shard.sample_ids[row]} must be in [0, {num_classes - 1}], but is {shard.labels[row]}"
         )
     for name, array in (("moments", shard.moments), ("moments_mirrored", shard.moments_mirrored)):
-        finite = np.ones(0, bool) if array is None else np.isfinite(array).all(axis=(1, 2, 3))
-        if not finite.all():
+        is_finite = np.ones(0, bool) if array is None else np.isfinite(array).all(axis=(1, 2, 3))
+        if not is_finite.all():
             problems.append(
-                f"the {name} of {shard.sample_ids[int(finite.argmin())]} are not finite, since the autoencoder overflowed "
-                f"float16 or the file is damaged"
+                f"{name} of {shard.sample_ids[int(is_finite.argmin())]} are not finite: the autoencoder overflowed float16, "
+                f"or the file is damaged"
             )
     return problems

@@ -8,7 +8,7 @@ from meanflow_core.config import TrainingConfig
 from meanflow_core.draws import draw_step_record
 from meanflow_core.training import Batch, contiguous_share, num_passes
 from pipelines.latents.dataset import LatentDataset
-from pipelines.latents.sample_order import rows_of_step
+from pipelines.latents.sample_order import samples_of_step
 
 
 class BatchSource:
@@ -34,14 +34,14 @@ class BatchSource:
         """The share of 0-based step `step`: one batch a pass, on the device."""
         config, num_rows = self._config, self._config.global_batch_size
         loss, latent_shape = config.loss_at(step), self._dataset.manifest.latent_shape
-        indices = rows_of_step(config.seed, step, num_rows, len(self._dataset))
+        indices = samples_of_step(config.seed, step, num_rows, len(self._dataset))
         record = draw_step_record(loss, seed=config.seed, step=step, num_rows=num_rows, latent_shape=latent_shape)
         batches = []
         for number in range(self._num_passes):
             first, last = contiguous_share(self._stop - self._start, number, self._num_passes)
             start, stop = self._start + first, self._start + last
             share = record.rows(start, stop, loss)
-            moments, labels = self._dataset.rows(indices[start:stop], share.mirrored.numpy())
+            moments, labels = self._dataset.read(indices[start:stop], share.mirrored.numpy())
             batches.append(
                 Batch(
                     moments=torch.from_numpy(moments).to(self._device, non_blocking=True),

@@ -13,7 +13,8 @@ from meanflow_core.checkpoint import load_average
 from meanflow_core.generator import for_sampling, save_generator
 from meanflow_core.networks import build_network
 from pipelines import storage
-from pipelines.latents.manifest import Manifest, open_autoencoder
+from pipelines.latents.autoencoder import open_autoencoder
+from pipelines.latents.manifest import Manifest
 from pipelines.tracking.registry import WEIGHTS_TAG
 from pipelines.train.job import TrainJob
 from pipelines.train.worker import pipeline_of

@@ -22,9 +22,10 @@ from meanflow_core.loss import meanflow_loss
 from meanflow_core.networks import AnyNetwork, build_network
 from pipelines.command_line import set_up_logging
 from pipelines.errors import InputError
+from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
 from pipelines.latents.dataset import LatentDataset
-from pipelines.latents.manifest import Manifest, open_autoencoder, read_manifest
+from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.tracking.run import Run
 from pipelines.train.job import TrainJob
 
@@ -99,7 +100,7 @@ def held_out_errors(
     device = next(network.parameters()).device
     for number, start in enumerate(range(0, len(rows), ROWS_AT_ONCE)):
         chosen = rows[start : start + ROWS_AT_ONCE]
-        moments, labels = dataset.rows(chosen, np.zeros(len(chosen), bool))
+        moments, labels = dataset.read(chosen, np.zeros(len(chosen), bool))
         record = draw_step_record(
             loss, seed=SEED, step=number, num_rows=len(chosen), latent_shape=dataset.manifest.latent_shape
         )

@@ -15,7 +15,8 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.errors import InputError
-from pipelines.latents.manifest import Manifest, open_autoencoder
+from pipelines.latents.autoencoder import open_autoencoder
+from pipelines.latents.manifest import Manifest
 from pipelines.tracking.registry import fetch_generator
 
 logger = logging.getLogger(__name__)

@@ -34,8 +34,9 @@ from meanflow_core.training import (
     train_step,
 )
 from pipelines.command_line import set_up_logging
+from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
-from pipelines.latents.manifest import Manifest, open_autoencoder
+from pipelines.latents.manifest import Manifest
 from pipelines.progress import Progress
 from pipelines.tracking.run import Run
 from pipelines.train import checkpoints

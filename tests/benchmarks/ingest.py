@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipelines import storage
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import EncodingRecipe, Manifest, shard_name
-from pipelines.latents.sample_order import rows_of_step
+from pipelines.latents.sample_order import samples_of_step
 from pipelines.latents.shards import read_shard_bytes, shard_bytes
 
 SHAPE, BATCH, ROWS_PER_SHARD = (8, 32, 32), 256, 512
@@ -106,8 +106,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
         def ours() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
             for step in range(count // BATCH):
-                rows = rows_of_step(0, step, BATCH, count)
-                moments, labels = dataset.rows(rows, generator.random(BATCH) < 0.5)
+                rows = samples_of_step(0, step, BATCH, count)
+                moments, labels = dataset.read(rows, generator.random(BATCH) < 0.5)
                 yield torch.from_numpy(moments), torch.from_numpy(labels)
 
         def loader(records: Dataset) -> DataLoader:

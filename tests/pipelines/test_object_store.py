@@ -3,14 +3,15 @@
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import check, storage
-from pipelines.encode import run as encode_run
+from pipelines import storage
+from pipelines.check.job import CheckJob
+from pipelines.check.run import check
+from pipelines.encode.run import encode
 from pipelines.errors import InputError
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import shard_name
-from tests.pipelines.encode.test_encode import job, without_ray  # noqa: F401  # a fixture
 from tests.support.image_forms import as_samples, images_of, write_tar
-from tests.support.latents import assert_same
+from tests.support.latents import assert_same, encode_here, encode_job
 from tests.support.object_store import s3_bucket
 
 
@@ -29,32 +30,32 @@ def upload(folder, uri):
 
 
 @pytest.mark.parametrize("form", ["folders", "webdataset"])
-def test_an_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_path, without_ray, form):  # noqa: F811
+def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_path, form):
     if form == "folders":
         upload(image_root / "val", f"{bucket}/{form}/images")
     else:
         write_tar(tmp_path / "tars/train-0.tar", as_samples(images_of(image_root / "val")))
         upload(tmp_path / "tars", f"{bucket}/{form}/images")
     output = f"{bucket}/{form}/latents"
-    manifest = encode_run.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16))
+    manifest = encode_here(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=16))
     assert manifest.shard_rows == [16, 16, 8]
-    encode_run.encode(job(image_root / "val", tmp_path / "local"))
+    encode_here(encode_job(image_root / "val", tmp_path / "local"))
     store = open_latents(output, str(tmp_path / "cache"))
     assert_same(output, tmp_path / "local")
     filesystem, root = storage.open_storage(output)
     assert len(store) == 40
     assert pq.read_table(f"{root}/rejected.parquet", filesystem=filesystem).num_rows == 0
-    report = check.check(check.CheckJob(data=output, picture=tmp_path / "check.png"))
+    report = check(CheckJob(data=output, figure=tmp_path / "check.png"))
     assert report.problems == []
 
     # Only missing files are written again.
     filesystem.delete_file(f"{root}/manifest.json")
     filesystem.delete_file(f"{root}/{shard_name(1)}")
     before = filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime
-    assert encode_run.encode(job(f"{bucket}/{form}/images", output, rows_per_shard=16)) == manifest
+    assert encode_here(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=16)) == manifest
     assert filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime == before
 
 
 def test_a_missing_bucket_is_an_input_error(bucket, tmp_path):
     with pytest.raises(InputError, match="s3://nosuch-bucket/x"):
-        encode_run.encode(job("s3://nosuch-bucket/x", tmp_path / "latents"))
+        encode(encode_job("s3://nosuch-bucket/x", tmp_path / "latents"))

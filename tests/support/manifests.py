@@ -1,6 +1,11 @@
-"""A small dataset's manifest, for the tests that need one without encoding anything."""
+"""Manifests and small latent datasets without encoding."""
 
-from pipelines.latents.manifest import EncodingRecipe, Manifest
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.latents.manifest import EncodingRecipe, Manifest, shard_name, write_manifest
+from pipelines.latents.shards import read_shard_bytes, shard_bytes
 
 
 def make_manifest(
@@ -10,7 +15,7 @@ def make_manifest(
     mirrored: bool = True,
     hashes: list[str] | None = None,
 ) -> Manifest:
-    """Of the given rows per shard, with hashes that belong to nothing unless given."""
+    """A manifest with the given samples per shard; the default hashes are zeros."""
     recipe = EncodingRecipe(
         vae_id="some/vae",
         vae_sha256="0" * 64,
@@ -31,3 +36,23 @@ def make_manifest(
         wnids=["a", "b"],
         source="here",
     )
+
+
+def write_dataset(root: Path, rows: tuple[int, ...] = (3, 3, 1), mirrored: bool = True) -> Path:
+    """Writes a dataset of 8x2x2 moments without an autoencoder.
+
+    Sample i has moments i, mirrored moments -i, label i % 2 and id "id<i>".
+    """
+    (root / "shards").mkdir(parents=True)
+    hashes, start = [], 0
+    for number, count in enumerate(rows):
+        indices = np.arange(start, start + count)
+        moments = indices.astype(np.float16)[:, None, None, None] + np.zeros((8, 2, 2), np.float16)
+        ids = [f"id{index}" for index in indices]
+        content = shard_bytes(moments, -moments if mirrored else None, indices % 2, ids, [])
+        (root / shard_name(number)).write_bytes(content)
+        hashes.append(read_shard_bytes(content, "").summary.sha256)
+        start += count
+    manifest = make_manifest(list(rows), moments_shape=(8, 2, 2), image_size=16, mirrored=mirrored, hashes=hashes)
+    write_manifest(str(root), manifest)
+    return root

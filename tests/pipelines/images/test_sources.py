@@ -69,7 +69,7 @@ def test_files_of_one_split_are_selected_with_a_pattern(sources, tmp_path):
     ("make", "message"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.write_text("x"), "is a file, but a folder is wanted"),
+        (lambda path: path.write_text("x"), "is a file, but must be a folder"),
         (lambda path: path.mkdir(), "no images in .*; expected class folders"),
         (
             lambda path: [(path / "a").mkdir(parents=True), (path / "a/1.jpg").touch(), (path / "a/1.png").touch()],

@@ -18,7 +18,7 @@ from pipelines.command_line import run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.errors import InputError
 from pipelines.latents.dataset import LatentDataset
-from pipelines.latents.sample_order import rows_of_step
+from pipelines.latents.sample_order import samples_of_step
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.run import MlflowClient, Run
 from pipelines.train import run as train_run
@@ -159,7 +159,7 @@ def test_rows_and_draws_of_a_step_are_those_of_its_seed_and_its_objective(seed, 
     wanted = draw_step_record(loss, seed=seed, step=step, num_rows=16, latent_shape=(4, 8, 8)).rows(0, 16, loss)
     for part in fields(wanted):
         torch.testing.assert_close(getattr(batch.record, part.name), getattr(wanted, part.name), rtol=0, atol=0)
-    assert batch.labels.tolist() == [row % 7 for row in rows_of_step(seed, step, 16, 50)]
+    assert batch.labels.tolist() == [row % 7 for row in samples_of_step(seed, step, 16, 50)]
 
 
 def test_prefetched_batches_are_those_asked_for_and_none_past_the_end(monkeypatch):

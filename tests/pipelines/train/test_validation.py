@@ -15,9 +15,10 @@ from meanflow_core.training import build_train_state
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError
+from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
 from pipelines.latents.dataset import LatentDataset
-from pipelines.latents.manifest import open_autoencoder, read_manifest
+from pipelines.latents.manifest import read_manifest
 from pipelines.tracking.run import Run
 from pipelines.train import validation
 from pipelines.train.job import TrainJob
@@ -64,7 +65,7 @@ def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_s
     assert len(dataset) == 40
     loss = replace(debug().loss, label_drop_probability=0.0)
     record = draw_step_record(loss, seed=validation.SEED, step=0, num_rows=40, latent_shape=(4, 8, 8))
-    moments, labels = dataset.rows(np.arange(40), np.zeros(40, bool))
+    moments, labels = dataset.read(np.arange(40), np.zeros(40, bool))
     normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)
     errors = meanflow_loss(
         state.ema_network, state.ema_network,
@@ -112,7 +113,7 @@ def test_errors_are_means_over_all_images_however_many_are_taken_at_once(latents
     loss, below, equal = replace(debug().loss, label_drop_probability=0.0), [], []
     for number, rows in enumerate(np.split(np.arange(40), [16, 32])):
         record = draw_step_record(loss, seed=validation.SEED, step=number, num_rows=len(rows), latent_shape=(4, 8, 8))
-        moments, labels = dataset.rows(rows, np.zeros(len(rows), bool))
+        moments, labels = dataset.read(rows, np.zeros(len(rows), bool))
         errors = meanflow_loss(
             network, network, sample_latents(torch.from_numpy(moments), record.posterior_noise, normalization),
             torch.from_numpy(labels), record, loss, null_label=10, global_num_rows=len(rows),
@@ -126,13 +127,13 @@ def test_errors_are_means_over_all_images_however_many_are_taken_at_once(latents
 
 
 def test_large_set_is_measured_on_rows_from_all_of_it(latents, tmp_path, monkeypatch):
-    dataset, taken, inner = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False), [], LatentDataset.rows
+    dataset, taken, inner = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False), [], LatentDataset.read
 
-    def rows(self, chosen, mirrored):
+    def read(self, chosen, mirrored):
         taken.extend(chosen.tolist())
         return inner(self, chosen, mirrored)
 
-    monkeypatch.setattr(LatentDataset, "rows", rows)
+    monkeypatch.setattr(LatentDataset, "read", read)
     monkeypatch.setattr(validation, "MAX_ROWS", 4)
     flow = replace(debug().loss, times=replace(debug().loss.times, fraction_r_below_t=0.0))
     normalization = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)

@@ -1,0 +1,1 @@
+"""Checks a latent dataset against its manifest and its images."""

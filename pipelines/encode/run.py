@@ -167,12 +167,12 @@ def _complete(job: EncodeJob, plan: Plan) -> Manifest:
     _write_rejected(job.output, rejected)
     fraction = len(rejected) / plan.num_images
     if fraction > job.max_rejected_fraction:
-        kinds = collections.Counter(image["reason"].split(":")[0] for image in rejected).most_common(3)
+        reasons = collections.Counter(image["reason"].split(":")[0] for image in rejected).most_common(3)
         raise InputError(
             f"{len(rejected)} of {plan.num_images} images ({fraction:.2%}) cannot be read, more than "
-            f"--max-rejected-fraction {job.max_rejected_fraction:g}: {', '.join(f'{count} {kind}' for kind, count in kinds)}; "
-            f"they are listed in {job.output}/{REJECTED}. All shards are written: repeat the command with a larger "
-            f"fraction to complete the dataset"
+            f"--max-rejected-fraction {job.max_rejected_fraction:g} "
+            f"({', '.join(f'{count} {reason}' for reason, count in reasons)}); see {job.output}/{REJECTED}. All shards are "
+            f"written: repeat the command with a larger fraction to complete the dataset"
         )
     manifest = Manifest(
         recipe=plan.recipe,

@@ -1,4 +1,4 @@
-"""The cloud's notice that a machine goes, from a metadata service of this test's own to a real Ray."""
+"""The cloud's preemption notice, from an imitated metadata service to a real Ray cluster."""
 
 import re
 import sys
@@ -10,14 +10,14 @@ import pytest
 from ray._raylet import GcsClient
 
 from deploy import spot_notice
-from deploy.spot_notice import drain, is_told
+from deploy.spot_notice import drain, has_notice
 from tests.support.clusters import cluster_of_two
 
 TOKEN = "of-this-session"
 
 
 class Metadata:
-    """Answers as AWS's and Google's services do; `notice` says whether the machine goes."""
+    """Imitates the metadata services of AWS and Google Cloud; `notice` sets whether the machine is preempted."""
 
     def __init__(self):
         self.notice, self.status = False, 200
@@ -30,8 +30,8 @@ class Metadata:
                 self.wfile.write(text.encode())
 
             def do_PUT(self):
-                asks = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
-                self.answer(200 if asks else 400, TOKEN)
+                is_valid = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+                self.answer(200 if is_valid else 400, TOKEN)
 
             def do_GET(self):
                 if self.path == "/latest/meta-data/spot/instance-action":
@@ -52,7 +52,7 @@ class Metadata:
 
         self._server = HTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self):
         self._server.shutdown()
@@ -67,17 +67,17 @@ def metadata():
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_a_notice_is_heard_and_none_is_none(metadata, cloud):
-    assert not is_told(cloud, metadata.address)
+def test_notice_is_read_from_the_metadata_service(metadata, cloud):
+    assert not has_notice(cloud, metadata.address)
     metadata.notice = True
-    assert is_told(cloud, metadata.address)
-    metadata.status = 503  # no answer is no notice either way
+    assert has_notice(cloud, metadata.address)
+    metadata.status = 503  # a failure says neither yes nor no
     with pytest.raises(OSError, match="503"):
-        is_told(cloud, metadata.address)
+        has_notice(cloud, metadata.address)
 
 
 @pytest.mark.cluster
-def test_ray_learns_of_the_notice_on_the_machine_that_has_it(metadata, monkeypatch, caplog):
+def test_notice_drains_the_nodes_of_the_machine(metadata, monkeypatch, caplog):
     monkeypatch.setattr(spot_notice, "POLL_SECONDS", 0.1)
     with cluster_of_two(num_cpus=1) as cluster:
         client = GcsClient(address=cluster.address)
@@ -86,13 +86,13 @@ def test_ray_learns_of_the_notice_on_the_machine_that_has_it(metadata, monkeypat
         metadata.status = 503
         listener = threading.Thread(target=spot_notice.main, daemon=True)
         listener.start()
-        wait_until(lambda: caplog.text.count("503") >= 2)  # goes on asking
+        wait_until(lambda: caplog.text.count("503") >= 2)  # keeps polling
         metadata.status = 200
         assert all(info.state == info.ALIVE for info in client.get_all_node_info().values())
         metadata.notice = True
         listener.join(timeout=30)
         assert not listener.is_alive()
-        # Both nodes of this test are one machine, and idle: Ray needs no more time for them.
+        # Both nodes are on this machine and idle, so Ray ends them at once.
         wait_until(lambda: all(info.state == info.DEAD for info in client.get_all_node_info().values()))
         deaths = [info.death_info for info in client.get_all_node_info().values()]
         assert [death.reason for death in deaths] == [deaths[0].AUTOSCALER_DRAIN_PREEMPTED] * 2
@@ -100,8 +100,8 @@ def test_ray_learns_of_the_notice_on_the_machine_that_has_it(metadata, monkeypat
             drain(cluster.address, "192.0.2.1", 30)
 
 
-def wait_until(holds, seconds=30.0):
+def wait_until(condition, seconds=30.0):
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

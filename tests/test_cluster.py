@@ -1,4 +1,4 @@
-"""Everything on a real head and two workers, submitted from outside as the README says, with authentication and without."""
+"""All stages on a Ray cluster of several nodes, submitted from outside by the README's commands, with and without a token."""
 
 import json
 import re
@@ -33,34 +33,34 @@ def mlflow_server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     images.write_folder(root, num_train=600, num_val=60, num_processes=1)
     return root
 
 
-# Nodes on one machine share Ray's folder: the first use of the working directory on a node unpacks it anew under the
-# feet of a driver that runs in it. So every node gets it once before the jobs.
+# Nodes on one machine share Ray's folder, and a node's first use of a working directory unpacks it again, even while a
+# driver runs in it. So every node unpacks it once before the jobs.
 ON_EVERY_NODE = """
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 ray.init()
-nothing = ray.remote(num_cpus=0)(lambda: None)
+empty_task = ray.remote(num_cpus=0)(lambda: None)
 nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 for node in nodes:
-    ray.get(nothing.options(scheduling_strategy=On(node, soft=False)).remote())
+    ray.get(empty_task.options(scheduling_strategy=On(node, soft=False)).remote())
 """
 
 
 class User:
-    """Types the README's commands for a cluster, with places and sizes of this machine."""
+    """Runs the README's cluster commands, with paths and sizes for this machine."""
 
-    def __init__(self, cluster: RealCluster, mlflow_uri: str, pictures: Path, shared: Path) -> None:
+    def __init__(self, cluster: RealCluster, mlflow_uri: str, image_folder: Path, shared: Path) -> None:
         self.cluster, self.mlflow_uri, self.shared = cluster, mlflow_uri, shared
         self.lines = commands("cluster")
-        self.places = {
+        self.replacements = {
             "http://HEAD:8265": cluster.dashboard,
             "http://MLFLOW:5000": mlflow_uri,
-            "s3://BUCKET/ILSVRC/Data/CLS-LOC/train": str(pictures / "train"),
+            "s3://BUCKET/ILSVRC/Data/CLS-LOC/train": str(image_folder / "train"),
             "s3://BUCKET/latents": str(shared / "latents"),
             "s3://BUCKET/runs": str(shared / "runs"),
             "stabilityai/sd-vae-ft-mse": str(SHIPPED_AUTOENCODER),
@@ -72,22 +72,22 @@ class User:
             "--run-name xl2": "--run-name first",
             "--num-workers 32": "--num-workers 2",
             "models:/meanflow-xl2@champion": "models:/meanflow-debug@champion",
-            "--reference s3://BUCKET/imagenet256.npz --extractor inception": f"--train-images {pictures / 'train'}",
+            "--reference s3://BUCKET/imagenet256.npz --extractor inception": f"--train-images {image_folder / 'train'}",
             "--output /tmp/report": f"--output {shared / 'report'}",
         }
 
-        begin = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", "."]
-        succeeded(cluster.run(*begin, "--", "python", "-c", ON_EVERY_NODE, cwd=REPOSITORY))
+        submit = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", "."]
+        succeeded(cluster.run(*submit, "--", "python", "-c", ON_EVERY_NODE, cwd=REPOSITORY))
 
     def words(self, part: str, *more: str) -> list[str]:
-        """The README's line with this part in it."""
+        """The words of the README's first line with this part."""
         line = next(line for line in self.lines if part in line)
-        for documented, here in self.places.items():
-            line = line.replace(documented, here)
+        for documented, local in self.replacements.items():
+            line = line.replace(documented, local)
         return [*shlex.split(line), *more]
 
     def submit(self, part: str, *more: str) -> subprocess.CompletedProcess:
-        """Submits a stage and follows it to its end."""
+        """Submits a stage and waits for its end."""
         words = self.words(part, *more)
         assert words[:3] == ["ray", "job", "submit"]
         return self.cluster.run(
@@ -104,7 +104,6 @@ class User:
 
 
 ENCODE = ("--rows-per-shard", "64")
-TRAIN = ()
 EVALUATE = ("--num-samples", "40", "--steps", "1")
 
 
@@ -115,7 +114,7 @@ def succeeded(result):
 
 def serve_config(user, model, port):
     config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
-    config["proxy_location"] = "EveryNode"  # the head has no CPUs, but a proxy wants none
+    config["proxy_location"] = "EveryNode"  # the head has no CPUs, but a proxy needs none
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
     application = config["applications"][0]
     application["args"] = {"model": model, "tracking_uri": user.mlflow_uri}
@@ -132,30 +131,28 @@ def deploy(user, config):
     succeeded(user.cluster.run(*words, cwd=REPOSITORY))
 
 
-def ask_until(url, holds, seconds=180.0):
+def fetch_until(url, condition, seconds=180.0):
     deadline, seen = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
         try:
             seen = fetch(url, timeout=10)
-            if holds(*seen):
+            if condition(*seen):
                 return seen
         except OSError as error:
             seen = error
         time.sleep(0.5)
-    raise AssertionError(f"{url} gave {seen} for {seconds} s")
+    raise AssertionError(f"{url} answered {seen} after {seconds} s")
 
 
 @pytest.mark.parametrize("token", [None, "a-token-of-32-characters-or-more-0123"], ids=["open", "token"])
-def test_a_new_user_gets_from_images_to_an_endpoint_by_the_readmes_commands(
-    token, mlflow_server, image_folder, tmp_path
-):
+def test_readme_commands_lead_from_images_to_an_endpoint(token, mlflow_server, image_folder, tmp_path):
     with real_cluster(num_workers=2, cpus_each=2, token=token) as cluster:
         user = User(cluster, mlflow_server.uri, image_folder, tmp_path)
         encoded = succeeded(user.submit("pipelines.encode", *ENCODE))
         assert "600 samples of 10 classes, 0 rejected" in encoded
         run_name = "first" if token is None else "second"
         train = [word if word != "first" else run_name for word in ("--run-name", "first")]
-        trained = succeeded(user.submit("pipelines.train", *train, *TRAIN))
+        trained = succeeded(user.submit("pipelines.train", *train))
         assert "model: models:/meanflow-debug@champion" in trained
         evaluated = succeeded(user.submit("pipelines.evaluate", *EVALUATE))
         assert "| samples, 1 step | 1 |" in evaluated
@@ -166,7 +163,7 @@ def test_a_new_user_gets_from_images_to_an_endpoint_by_the_readmes_commands(
         port = free_port(0)
         deploy(user, serve_config(user, "models:/meanflow-debug@champion", port))
         url = f"http://127.0.0.1:{port}"
-        _, _, content = ask_until(f"{url}/version", lambda status, *_: status == 200)
+        _, _, content = fetch_until(f"{url}/version", lambda status, *_: status == 200)
         assert json.loads(content)["model"]["source"]["version"] == version.version
         status, headers, png = fetch(f"{url}/generate", json.dumps({"class": "star", "seed": 7}).encode())
         assert (status, headers["content-type"]) == (200, "image/png")
@@ -176,14 +173,14 @@ def test_a_new_user_gets_from_images_to_an_endpoint_by_the_readmes_commands(
         while "endpoint.meanflow-debug" not in client.get_model_version("meanflow-debug", version.version).tags:
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        # A newer version, trained on, goes live by its name in the user_config.
+        # A newer version goes live by user_config.
         succeeded(user.submit("pipelines.train", *train, "--num-steps", "35"))
         newer = client.get_model_version_by_alias("meanflow-debug", "champion").version
         assert int(newer) > int(version.version)
         config = serve_config(user, "models:/meanflow-debug@champion", port)
         config["applications"][0]["deployments"][0]["user_config"]["model"] = f"models:/meanflow-debug/{newer}"
         deploy(user, config)
-        ask_until(f"{url}/version", lambda _, __, content: json.loads(content)["model"]["source"]["version"] == newer)
+        fetch_until(f"{url}/version", lambda _, __, content: json.loads(content)["model"]["source"]["version"] == newer)
         succeeded(cluster.run("serve", "shutdown", "--yes", "--address", cluster.dashboard))
         if token:
             cluster.environment.pop("RAY_AUTH_TOKEN")
@@ -192,7 +189,7 @@ def test_a_new_user_gets_from_images_to_an_endpoint_by_the_readmes_commands(
             assert re.search("(?i)auth|token|401", refused.stdout + refused.stderr)
 
 
-def test_jobs_outlive_a_node_that_is_killed(mlflow_server, image_folder, tmp_path):
+def test_jobs_survive_a_killed_node(mlflow_server, image_folder, tmp_path):
     with real_cluster(num_workers=3, cpus_each=2) as cluster:
         user = User(cluster, mlflow_server.uri, image_folder, tmp_path)
         log = tmp_path / "encode.log"
@@ -203,7 +200,7 @@ def test_jobs_outlive_a_node_that_is_killed(mlflow_server, image_folder, tmp_pat
             assert job.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.02)
-        worker = next(node for node in cluster.nodes[1:] if not _holds_the_driver(node))
+        worker = next(node for node in cluster.nodes[1:] if not _runs_the_driver(node))
         worker.kill()
         assert job.wait(timeout=400) == 0, log.read_text()[-6000:]
         assert "600 samples of 10 classes, 0 rejected" in log.read_text()
@@ -214,15 +211,15 @@ def test_jobs_outlive_a_node_that_is_killed(mlflow_server, image_folder, tmp_pat
         while "of 200 steps" not in log.read_text():
             assert job.poll() is None, log.read_text()[-4000:]
             time.sleep(0.1)
-        worker = next(node for node in cluster.nodes[1:] if node.process.poll() is None and not _holds_the_driver(node))
+        worker = next(node for node in cluster.nodes[1:] if node.process.poll() is None and not _runs_the_driver(node))
         worker.kill()
         assert job.wait(timeout=400) == 0, log.read_text()[-6000:]
         run_id = json.loads((tmp_path / "runs/killed/training.json").read_text())["mlflow_run_id"]
         steps = [metric.step for metric in client.get_metric_history(run_id, "loss")]
-        assert steps == list(range(5, 201, 5))  # each once
+        assert steps == list(range(5, 201, 5))  # each step once
 
 
-def _holds_the_driver(node) -> bool:
+def _runs_the_driver(node) -> bool:
     return any(
         any("pipelines." in word for word in process.cmdline())
         for process in psutil.Process(node.process.pid).children(recursive=True)

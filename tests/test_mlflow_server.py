@@ -1,4 +1,4 @@
-"""The MLflow server of deploy/mlflow by the options of its compose file, on a real PostgreSQL and an S3 server."""
+"""The MLflow server with the options of deploy/mlflow/compose.yaml, on a real PostgreSQL and an S3 server."""
 
 import base64
 import contextlib
@@ -50,7 +50,7 @@ pytestmark = [
 
 
 class Deployment:
-    """What the compose file would start, on this machine's processes."""
+    """The services of the compose file, as processes on this machine."""
 
     def __init__(self, postgres: Postgres, folder: Path, bucket: str) -> None:
         self.postgres = postgres
@@ -79,16 +79,16 @@ class Deployment:
         return text.replace("@mlflow-postgres:5432/", f"@127.0.0.1:{self.postgres.port}/")
 
     def environment(self, user: str | None) -> dict[str, str]:
-        """What a stage knows of the server, by environment."""
+        """The variables by which a stage finds the server."""
         address = {"MLFLOW_TRACKING_URI": self.server.uri}
         if user is None:
             return address
         return {**address, "MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": self.passwords[user]}
 
-    def ask(
+    def request(
         self, path: str, user: str | None = None, host: str | None = None, content: object = None
     ) -> tuple[int, str]:
-        """A request's status and text."""
+        """The status and text of a response."""
         request = urllib.request.Request(
             self.server.uri + path,
             data=None if content is None else json.dumps(content).encode(),
@@ -114,25 +114,25 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def deployment(bucket, tmp_path_factory):
-    """With two users who are no administrators, made as docs/kubernetes.md makes one."""
+    """A deployment with two users who are not administrators, created as in docs/kubernetes.md."""
     with contextlib.ExitStack() as stack:
         postgres = Postgres()
         stack.callback(postgres.remove)
         started = Deployment(postgres, tmp_path_factory.mktemp("server"), bucket)
         stack.callback(started.server.stop)
-        began = time.monotonic()
+        start = time.monotonic()
         started.server.start()
-        print(f"the server answers after {time.monotonic() - began:.0f} s")
+        print(f"the server answers after {time.monotonic() - start:.0f} s")
         for user in ("meanflow", "reader"):
             user_and_password = {"username": user, "password": started.passwords[user]}
-            status, said = started.ask("/api/2.0/mlflow/users/create", "admin", content=user_and_password)
-            assert status == 200, said
+            status, text = started.request("/api/2.0/mlflow/users/create", "admin", content=user_and_password)
+            assert status == 200, text
         yield started
 
 
 @pytest.fixture
 def as_user(deployment, monkeypatch):
-    """Has this process ask as the user who trains."""
+    """Logs this process in as a user."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
     def become(name: str) -> MlflowClient:
@@ -152,10 +152,10 @@ def latents(tmp_path_factory):
 
 @pytest.fixture
 def start(deployment, latents, tmp_path):
-    """Starts trainings, each a process of its own that knows the server alone, and neither its store nor its keys."""
-    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets want short paths
+    """Starts trainings in processes that know only the server, not its store and keys."""
+    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets need short paths
 
-    def start_it(name: str, environment: dict[str, str], *options: str) -> "Training":
+    def start_training(name: str, environment: dict[str, str], *options: str) -> "Training":
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "MLFLOW_"))}
         return Training(
             [
@@ -168,7 +168,7 @@ def start(deployment, latents, tmp_path):
             tmp_path / f"{name}.log",
         )  # fmt: skip
 
-    yield start_it
+    yield start_training
     for process in processes_of(ray_folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -176,7 +176,7 @@ def start(deployment, latents, tmp_path):
 
 
 class Training:
-    """A training in a process of its own."""
+    """A training in its own process."""
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
         self.folder, self._log = folder, log
@@ -187,13 +187,13 @@ class Training:
         return self._log.read_text(errors="replace")
 
     def finish(self, code: int = 0) -> str:
-        """What it said, after it ended with this code."""
+        """Waits for its end with this exit code; returns its log."""
         assert self._process.wait(timeout=500) == code, self.log()[-6000:]
         return self.log()
 
-    def wait_until(self, holds, seconds: float = 200.0) -> None:
+    def wait_until(self, condition, seconds: float = 200.0) -> None:
         deadline = time.monotonic() + seconds
-        while not holds():
+        while not condition():
             assert self._process.poll() is None, self.log()[-6000:]
             assert time.monotonic() < deadline, self.log()[-6000:]
             time.sleep(0.3)
@@ -202,45 +202,45 @@ class Training:
         return json.loads((self.folder / "training.json").read_text())["mlflow_run_id"]
 
     def committed_step(self) -> int:
-        known = checkpoints.committed(*storage.open_storage(str(self.folder)))
-        return 0 if known is None else known.step
+        latest = checkpoints.committed(*storage.open_storage(str(self.folder)))
+        return 0 if latest is None else latest.step
 
 
-def test_the_database_wants_a_password_and_so_does_the_server(deployment):
+def test_database_and_server_require_passwords(deployment):
     import psycopg2
 
     with pytest.raises(psycopg2.OperationalError, match="no password supplied"):
         psycopg2.connect(host="127.0.0.1", port=deployment.postgres.port, user="mlflow", dbname="mlflow")
-    assert deployment.ask("/health") == (200, "OK")
-    assert deployment.ask(SEARCH)[0] == 401
-    assert deployment.ask(SEARCH, "meanflow")[0] == 200
+    assert deployment.request("/health") == (200, "OK")
+    assert deployment.request(SEARCH)[0] == 401
+    assert deployment.request(SEARCH, "meanflow")[0] == 200
     another = {"username": "another", "password": "a" * 24}
-    assert deployment.ask("/api/2.0/mlflow/users/create", "meanflow", content=another)[0] == 403
+    assert deployment.request("/api/2.0/mlflow/users/create", "meanflow", content=another)[0] == 403
 
 
-def test_a_host_name_that_is_not_allowed_gets_403_and_the_error_says_what_to_do(deployment, as_user):
+def test_unknown_host_name_gets_403_and_the_error_names_the_remedy(deployment, as_user):
     port = deployment.server.port
     for host in (f"127.0.0.1:{port}", "mlflow:5000", "localhost:1"):
-        assert deployment.ask(SEARCH, "meanflow", host)[0] == 200, host
+        assert deployment.request(SEARCH, "meanflow", host)[0] == 200, host
     for host in ("evil.example", "mlflow:5001", f"127.0.0.1.evil.example:{port}"):
-        status, said = deployment.ask(SEARCH, "meanflow", host)
-        assert (status, "Invalid Host header" in said) == (403, True), host
-        assert deployment.ask("/health", host=host) == (200, "OK")  # why a healthcheck does not notice
+        status, text = deployment.request(SEARCH, "meanflow", host)
+        assert (status, "Invalid Host header" in text) == (403, True), host
+        assert deployment.request("/health", host=host) == (200, "OK")  # so a health check does not notice
     as_user("meanflow")
     with pytest.raises(InputError, match=r"refuses this host name .*--allowed-hosts.*Invalid Host header"):
-        Run.begin(f"http://127.1:{port}", "experiment", "name", {})  # another name of the same address
+        Run.begin(f"http://127.1:{port}", "experiment", "name", {})  # another name for the same address
 
 
 @pytest.mark.parametrize("password", [None, "another"])
-def test_training_without_the_password_is_refused_before_anything_is_begun(deployment, start, as_user, password):
+def test_training_without_the_password_is_refused_before_it_starts(deployment, start, as_user, password):
     environment = deployment.environment(None)
     if password is not None:
         environment |= {"MLFLOW_TRACKING_USERNAME": "meanflow", "MLFLOW_TRACKING_PASSWORD": password}
     training = start("refused", environment)
-    said = training.finish(code=2)
-    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    log = training.finish(code=2)
+    [error] = [line for line in log.splitlines() if line.startswith("error: ")]
     assert f"{deployment.server.uri} does not know who asks; set MLFLOW_TRACKING_USERNAME" in error
-    assert "Traceback" not in said
+    assert "Traceback" not in log
     assert not training.folder.exists()
     experiment = as_user("admin").get_experiment_by_name("meanflow-ray")
     assert experiment is None or not as_user("admin").search_runs(
@@ -248,7 +248,7 @@ def test_training_without_the_password_is_refused_before_anything_is_begun(deplo
     )
 
 
-def test_a_training_leaves_its_figures_and_a_model_that_loads_through_the_server(
+def test_training_logs_metrics_and_registers_a_model_that_loads_through_the_server(
     deployment, start, as_user, bucket, monkeypatch, tmp_path, caplog
 ):
     training = start("first", deployment.environment("meanflow"), "--num-steps", "40")
@@ -265,7 +265,7 @@ def test_a_training_leaves_its_figures_and_a_model_that_loads_through_the_server
     assert [entry["Key"] for entry in stored if entry["Key"].endswith("model_index.json")]
 
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)  # what follows is through the server
+        monkeypatch.delenv(name)  # from here on, only through the server
     command = [sys.executable, "-m", "deploy.models", "models:/first@champion"]
     resolved = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert resolved.stdout.strip() == "models:/first/1", resolved.stderr
@@ -279,7 +279,7 @@ def test_a_training_leaves_its_figures_and_a_model_that_loads_through_the_server
         signed = [message for message in caplog.messages if "GET /bucket/" in message and "X-Amz-Signature=" in message]
         assert (
             bool(signed) != through_server
-        )  # MLflow's default: from the store itself, at an address that the server signs
+        )  # by default, MLflow downloads from the store, with URLs that the server signs
     monkeypatch.chdir(tmp_path)
     rows = mlflow.pyfunc.load_model("models:/first@champion").predict(pd.DataFrame({"class_label": [3], "seed": [7]}))
     assert rows["image_png"][0].startswith(b"\x89PNG")
@@ -301,7 +301,7 @@ def test_a_training_leaves_its_figures_and_a_model_that_loads_through_the_server
     assert "401" in refused.stderr
 
 
-def test_training_goes_on_while_database_and_server_die_and_every_step_is_there_once(deployment, start, as_user):
+def test_outages_of_database_and_server_lose_no_step(deployment, start, as_user):
     num_steps = 150
     postgres, server = deployment.postgres, deployment.server
     training = start("outages", deployment.environment("meanflow"), "--num-steps", str(num_steps))
@@ -311,32 +311,33 @@ def test_training_goes_on_while_database_and_server_die_and_every_step_is_there_
         data = client.get_run(training.run_id()).data.to_proto()
         return max([metric.step for metric in data.metrics if metric.key == "loss"], default=0)
 
-    def goes_on() -> None:
+    def train_on() -> None:
         step = training.committed_step()
         training.wait_until(lambda: training.committed_step() >= step + 20)
 
     training.wait_until(lambda: (training.folder / "training.json").is_file() and logged_step() >= 10)
     postgres.crash()
-    assert deployment.ask("/health") == (200, "OK")
-    assert deployment.ask(SEARCH, "meanflow")[0] == 503
-    goes_on()
+    assert deployment.request("/health") == (200, "OK")
+    assert deployment.request(SEARCH, "meanflow")[0] == 503
+    train_on()
     assert "cannot write to MLflow run" in training.log()
     postgres.start()
-    began, step = time.monotonic(), training.committed_step()
+    start_time, step = time.monotonic(), training.committed_step()
     training.wait_until(lambda: logged_step() >= step)
-    print(f"PostgreSQL back: figures of step {step} after {time.monotonic() - began:.1f} s, at step {logged_step()}")
+    print(
+        f"PostgreSQL back: figures of step {step} after {time.monotonic() - start_time:.1f} s, at step {logged_step()}"
+    )
 
     server.stop()
     postgres.crash()
-    goes_on()
+    train_on()
     server.launch()  # before its database, as after a power cut
     time.sleep(5)
-    began = time.monotonic()
+    start_time = time.monotonic()
     postgres.start()
     server.wait()
-    print(f"both back after {time.monotonic() - began:.1f} s, at step {training.committed_step()}")
-    said = training.finish()
-    assert "caught up" in said
+    print(f"both back after {time.monotonic() - start_time:.1f} s, at step {training.committed_step()}")
+    assert "caught up" in training.finish()
     run = client.get_run(training.run_id())
     assert run.info.status == "FINISHED"
     for name in ("loss", "gradient_norm"):

@@ -1,4 +1,4 @@
-"""A real MLflow server, on sqlite unless told otherwise, which can go and come back."""
+"""An MLflow server on loopback, which tests stop and restart."""
 
 import contextlib
 import os
@@ -16,9 +16,12 @@ from pipelines.demo.__main__ import free_port
 
 
 class Server:
-    """On a port of its own of 127.0.0.1; what it is told lies in its folder, unless the options say where.
+    """A server on a free port of 127.0.0.1.
 
-    options: all but the host and the port. environment: beside the test's own.
+    Args:
+        folder: Holds its log and, by default, its database (SQLite) and its artifacts.
+        options: Of `mlflow server`, without host and port. Default: SQLite and artifacts in the folder, one worker.
+        environment: Variables in addition to the test's own.
     """
 
     def __init__(
@@ -37,8 +40,8 @@ class Server:
         self._process: subprocess.Popen | None = None
 
     def launch(self) -> None:
-        """Starts it, and waits for nothing."""
-        # Not a part of any Ray cluster, whose processes tests know by this variable.
+        """Starts it without waiting."""
+        # Without this variable, by which tests find the processes of their Ray clusters.
         environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
         with open(self._folder / "log", "ab") as log:
             self._process = subprocess.Popen(
@@ -63,7 +66,7 @@ class Server:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Kills it, and all that it started."""
+        """Kills it and its child processes."""
         family = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""A real PostgreSQL on loopback, which can go and come back."""
+"""A PostgreSQL server on loopback, which tests crash and restart."""
 
 import os
 import secrets
@@ -11,23 +11,23 @@ from pathlib import Path
 
 from pipelines.demo.__main__ import free_port
 
-# Debian keeps these off PATH.
+# Debian's packages put the programs here, outside PATH.
 _FOLDERS = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
 _PATH = os.pathsep.join([*_FOLDERS, os.environ.get("PATH", os.defpath)])
-NAME = "mlflow"  # of the user and of the database, as in deploy/mlflow/compose.yaml
+NAME = "mlflow"  # the user and the database of deploy/mlflow/compose.yaml
 
 
 def missing_programs() -> list[str]:
-    """Which of PostgreSQL's programs this machine lacks."""
+    """PostgreSQL's programs that are not installed."""
     return [name for name in ("initdb", "postgres", "pg_isready", "createdb") if shutil.which(name, path=_PATH) is None]
 
 
 class Postgres:
-    """On a port of its own of 127.0.0.1, where the user wants a password; all of it lies in a folder that `remove` takes."""
+    """A server on a free port of 127.0.0.1, with a password. All its files are in one folder, which `remove` deletes."""
 
     def __init__(self) -> None:
         self.port, self.password = free_port(0), secrets.token_hex(24)
-        # Not below pytest's folders, which another user may not enter; and sockets want short paths.
+        # Outside pytest's folders, which other users may not enter; and sockets need short paths.
         self.folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
         self._data, self._log = self.folder / "data", self.folder / "log"
         self._process: subprocess.Popen | None = None
@@ -47,7 +47,7 @@ class Postgres:
         self._run("createdb", "--host=127.0.0.1", f"--port={self.port}", f"--username={NAME}", NAME)
 
     def start(self) -> None:
-        """Starts it, and waits until it takes connections."""
+        """Starts it, and waits until it accepts connections."""
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
                 [shutil.which("postgres", path=_PATH), "-D", self._data, "-h", "127.0.0.1", "-p", str(self.port),
@@ -61,17 +61,17 @@ class Postgres:
             time.sleep(0.1)
 
     def crash(self) -> None:
-        """Ends it without a shutdown: the next start recovers from its log."""
+        """Ends it without a shutdown, so that the next start recovers from its log."""
         self._end(signal.SIGQUIT)
 
     def remove(self) -> None:
-        """Ends it, and takes its folder away."""
+        """Ends it, and deletes its folder."""
         if self._process is not None and self._process.poll() is None:
             self._end(signal.SIGINT)
         shutil.rmtree(self.folder)
 
-    def _end(self, how: signal.Signals) -> None:
-        self._process.send_signal(how)
+    def _end(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
         self._process.wait(timeout=60)
 
     def _try(self, program: str, *arguments: str) -> subprocess.CompletedProcess:

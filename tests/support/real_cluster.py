@@ -1,4 +1,4 @@
-"""A Ray of several nodes by `ray start`, as a cluster has it: each node a process group of its own, on this machine."""
+"""A Ray cluster of several nodes on this machine, each started by `ray start` in its own process group."""
 
 import contextlib
 import json
@@ -29,9 +29,12 @@ class Node:
     log: Path
 
     def kill(self) -> None:
-        """SIGKILL to all of it, as when a machine goes."""
-        family = [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
-        for pid in reversed(family):
+        """Sends SIGKILL to all its processes, as if the machine were lost."""
+        processes = [
+            self.process.pid,
+            *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True)),
+        ]
+        for pid in reversed(processes):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -39,7 +42,7 @@ class Node:
 
 @dataclass
 class RealCluster:
-    """A head without CPUs, and workers."""
+    """A head without CPUs, and its workers."""
 
     folder: Path
     environment: dict[str, str]
@@ -49,21 +52,21 @@ class RealCluster:
 
     @property
     def dashboard(self) -> str:
-        """Where jobs and Serve configs are sent."""
+        """The address for jobs and Serve configs."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def command(self, *words: str) -> list[str]:
-        """A command of this environment, by its name."""
+        """A command line with the path of this environment's program."""
         return [str(BIN / words[0]), *words[1:]]
 
     def run(self, *words: str, timeout: float = 300.0, cwd: Path | None = None) -> subprocess.CompletedProcess:
-        """Runs a command to its end, as a user of the cluster."""
+        """Runs a command to its end with the cluster's environment."""
         return subprocess.run(
             self.command(*words), env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=cwd
         )
 
     def start_node(self, *options: str) -> Node:
-        """One more node; returns once its process runs, not once it has joined."""
+        """Starts a node; does not wait until it has joined."""
         log = self.folder / f"node{len(self.nodes)}.log"
         with open(log, "wb") as output:
             process = subprocess.Popen(
@@ -76,11 +79,11 @@ class RealCluster:
         return node
 
     def start_worker(self, num_cpus: int) -> Node:
-        """A worker node."""
+        """Starts a worker."""
         return self.start_node("--address", f"127.0.0.1:{self.head_port}", "--num-cpus", str(num_cpus))
 
     def nodes_alive(self) -> int:
-        """How many nodes the head knows."""
+        """The number of alive nodes, as the head reports it."""
         headers = {}
         if self.environment.get("RAY_AUTH_TOKEN"):
             headers["Authorization"] = f"Bearer {self.environment['RAY_AUTH_TOKEN']}"
@@ -90,7 +93,7 @@ class RealCluster:
         return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
     def wait_for_nodes(self, count: int, seconds: float = 90.0) -> None:
-        """Until so many are there."""
+        """Waits until this many nodes are alive."""
         deadline, seen = time.monotonic() + seconds, -1
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, KeyError, ValueError):
@@ -99,20 +102,20 @@ class RealCluster:
                     return
             time.sleep(0.3)
         logs = "".join(node.log.read_text()[-1500:] for node in self.nodes)
-        raise AssertionError(f"wanted {count} nodes, but {seen} are there after {seconds} s: {logs}")
+        raise AssertionError(f"must be {count} nodes, but got {seen} after {seconds} s: {logs}")
 
 
 @contextlib.contextmanager
 def real_cluster(num_workers: int, cpus_each: int, token: str | None = None) -> Iterator[RealCluster]:
-    """A head and workers; in the end, by pid, nothing of it is left. token: Ray's authentication, off unless given."""
-    folder = Path(tempfile.mkdtemp(prefix="mfk-", dir="/tmp"))  # Unix sockets want short paths
+    """Yields a head and workers, and kills all their processes afterwards. token: for Ray's authentication (default: off)."""
+    folder = Path(tempfile.mkdtemp(prefix="mfk-", dir="/tmp"))  # Unix sockets need short paths
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
     environment |= {
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token" if token else "disabled",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        # A node that is gone is noticed in seconds instead of half a minute.
+        # A lost node is noticed within seconds instead of half a minute.
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_failure_threshold": "3",
@@ -127,7 +130,7 @@ def real_cluster(num_workers: int, cpus_each: int, token: str | None = None) -> 
             "--ray-client-server-port", str(free_port(0)),
         )  # fmt: skip
         cluster.wait_for_nodes(1)
-        for number in range(num_workers):  # one after the other: beside each other on two cores, one gives up
+        for number in range(num_workers):  # one at a time: with two cores, one of several times out
             cluster.start_worker(cpus_each)
             cluster.wait_for_nodes(2 + number)
         yield cluster

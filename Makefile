@@ -28,7 +28,7 @@ compare: $(STAMP)
 	        --output $(COMPARISON)/latents --vae pipelines/demo/autoencoder_weights --image-size 64
 	@$(FAST_MALLOC) $(BIN)/python -m pipelines.compare --data $(COMPARISON)/latents \
 	    --train-images $(COMPARISON)/images/train --held-out-images $(COMPARISON)/images/val \
-	    --output $(COMPARISON)/comparison
+	    --judge pipelines/demo/judge_weights --output $(COMPARISON)/comparison
 
 env: $(STAMP)
 

@@ -1,1 +1,1 @@
-"""Four ways to train the same generator, side by side on the demo's data."""
+"""Compares methods: trains flow matching, MeanFlow and its variants alike, and measures them alike."""

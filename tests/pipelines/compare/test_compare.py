@@ -1,5 +1,4 @@
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,21 +8,22 @@ import torch
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import FeatureStatistics
 from meanflow_core.training import SUMS
-from pipelines.compare.__main__ import METHODS, REPORT_FILES, CompareJob, compare, ratios
-from pipelines.compare.planar import EXAMPLE, Mixture, draw_figure
-from pipelines.compare.plots import draw_grid, plot_comparison, plot_losses, spread, table
-from pipelines.compare.scores import Point, draw_images, interleaved_medians, measure_run, points_of, read_quality
-from pipelines.compare.trainings import (
-    Data,
-    LossCurve,
-    Trial,
-    methods,
-    planned_runs,
-    read_record,
-    steps_of,
-    train_all,
-    train_run,
+from pipelines.compare.job import CompareJob
+from pipelines.compare.measuring_trials import (
+    SamplingPoint,
+    draw_images,
+    measure_trial,
+    missing_points,
+    sampling_points,
 )
+from pipelines.compare.methods import METHODS, Trial, build_methods, plan_trials, steps_in_budget
+from pipelines.compare.plots import plot_losses, plot_quality, plot_samples
+from pipelines.compare.results import ratios, spread
+from pipelines.compare.run import REPORT_FILES, compare
+from pipelines.compare.table import table
+from pipelines.compare.timing import interleaved_medians
+from pipelines.compare.training_trials import LossCurve, read_record, train_all, train_trial
+from pipelines.compare.velocity_figure import EXAMPLE, Mixture, draw_velocities
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.encode.job import EncodeJob
@@ -33,49 +33,48 @@ from pipelines.plan.cost import num_parameters
 from tests.support.latents import encode_here
 
 SIZES = {"sample_size": 8, "in_channels": 4, "num_classes": 10}
-COSTS = {"flow_matching": 10.0, "meanflow": 12.0, "meanflow_own_velocity": 12.0, "improved_meanflow": 40.0}
+FLOPS = {"flow_matching": 10.0, "meanflow": 12.0, "meanflow_own_velocity": 12.0, "improved_meanflow": 40.0}
 
 
 @pytest.fixture(scope="module")
-def data(image_root, tmp_path_factory):
-    latents = str(tmp_path_factory.mktemp("comparison") / "latents")
-    encode_here(
-        EncodeJob(images=str(image_root / "train"), output=latents, vae=str(SHIPPED_AUTOENCODER), image_size=64)
-    )
-    return Data(latents=latents)
+def latents(image_root, tmp_path_factory):
+    output = str(tmp_path_factory.mktemp("comparison") / "latents")
+    encode_here(EncodeJob(images=str(image_root / "train"), output=output, vae=str(SHIPPED_AUTOENCODER), image_size=64))
+    return output
 
 
 @pytest.fixture
-def job(data, image_root, tmp_path):
+def job(latents, image_root, tmp_path):
     return CompareJob(
-        data=data.latents,
+        data=latents,
         train_images=str(image_root / "train"),
         held_out_images=str(image_root / "val"),
+        judge=SHIPPED_JUDGE,
         output=tmp_path / "comparison",
         methods=("flow_matching", "meanflow"),
         seeds=(0,),
         num_steps=2,
         budgets=("steps",),
-        calls=(1, 2),
+        nfe=(1, 2),
         num_samples=20,
         timed_rounds=1,
     )
 
 
-def a_report(num_seeds=2):
-    """A report as `compare` makes it, of invented figures."""
+def example_report(num_seeds=2):
+    """A report as `compare` returns it, with made-up figures."""
     lines = []
     for budget in ("steps", "flops"):
         for number, method in enumerate(METHODS):
-            for point in points_of(methods(100)[method].config, (1, 2, 4)):
-                distances = [1.0 + number + seed + 4.0 / point.calls for seed in range(num_seeds)]
+            for point in sampling_points(build_methods(100)[method].config, (1, 2, 4)):
+                distances = [1.0 + number + seed + 4.0 / point.nfe for seed in range(num_seeds)]
                 lines.append(
                     {
                         "budget": budget,
                         "method": method,
                         "num_steps": 100,
                         "solver": point.solver,
-                        "calls": point.calls,
+                        "nfe": point.nfe,
                         "frechet": spread(distances),
                         "accuracy": spread([0.5 for _ in distances]),
                         "by_seed": [{"seed": seed, "frechet": value} for seed, value in enumerate(distances)],
@@ -90,9 +89,9 @@ def a_report(num_seeds=2):
         "num_samples": 20,
         "num_train_images": 60,
         "seeds": list(range(num_seeds)),
-        "calls": [1, 2, 4],
-        "timed_calls": [1, 4],
-        "timed_images": 10,
+        "nfe": [1, 2, 4],
+        "timed_nfe": [1, 4],
+        "num_timed_images": 10,
         "decoder_milliseconds_per_image": 1.5,
         "budgets": ["steps", "flops"],
         "hardware": {"processor": "a processor", "num_cores": 2, "gpu": None, "num_threads": 1, "torch": "2"},
@@ -100,7 +99,7 @@ def a_report(num_seeds=2):
         "reconstruction": {"frechet": 0.2, "accuracy": 0.98},
         "results": lines,
         "ratios": ratios(lines),
-        "runs": [
+        "trials": [
             {
                 "method": method,
                 "budgets": ["steps", "flops"],
@@ -112,7 +111,7 @@ def a_report(num_seeds=2):
         "methods": [
             {
                 "name": name,
-                "title": methods(100)[name].title,
+                "title": build_methods(100)[name].title,
                 "step_flops": 1e9,
                 "num_parameters": 2_000_000,
                 "num_parameters_sampling": 1_500_000,
@@ -125,7 +124,7 @@ def a_report(num_seeds=2):
 
 
 def test_methods_differ_in_the_objective_alone():
-    compared = {name: method.config for name, method in methods(100).items()}
+    compared = {name: method.config for name, method in build_methods(100).items()}
     base = compared["meanflow"]
     for name, config in compared.items():
         assert replace(config, loss=base.loss, network=base.network, sampling=base.sampling) == base, name
@@ -135,20 +134,20 @@ def test_methods_differ_in_the_objective_alone():
     assert compared["meanflow_own_velocity"].loss == replace(base.loss, tangent="own_velocity")
 
 
-def test_equal_operations_are_as_many_steps_as_the_dearest_method_pays_for():
-    assert steps_of("steps", 30, COSTS) == dict.fromkeys(COSTS, 30)
-    assert steps_of("flops", 30, COSTS) == {
+def test_equal_flops_give_cheaper_methods_more_steps():
+    assert steps_in_budget("steps", 30, FLOPS) == dict.fromkeys(FLOPS, 30)
+    assert steps_in_budget("flops", 30, FLOPS) == {
         "flow_matching": 120,
         "meanflow": 100,
         "meanflow_own_velocity": 100,
         "improved_meanflow": 30,
     }
-    assert steps_of("flops", 30, COSTS, "meanflow")["improved_meanflow"] == 9
+    assert steps_in_budget("flops", 30, FLOPS, "meanflow")["improved_meanflow"] == 9
 
 
-def test_run_of_two_budgets_is_trained_once_and_dear_ones_begin():
-    steps = [steps_of(budget, 30, COSTS) for budget in ("steps", "flops")]
-    runs = planned_runs(steps, ("flow_matching", "improved_meanflow"), (0, 1), COSTS)
+def test_trials_shared_by_budgets_are_planned_once_and_expensive_ones_first():
+    steps = [steps_in_budget(budget, 30, FLOPS) for budget in ("steps", "flops")]
+    runs = plan_trials(steps, ("flow_matching", "improved_meanflow"), (0, 1), FLOPS)
     assert [(run.method, run.num_steps) for run in runs[4:]] == [("flow_matching", 30)] * 2
     assert sorted((run.method, run.num_steps, run.seed) for run in runs[:4]) == [
         ("flow_matching", 120, 0),
@@ -158,8 +157,8 @@ def test_run_of_two_budgets_is_trained_once_and_dear_ones_begin():
     ]
 
 
-def test_loss_curve_has_means_over_parts_of_the_run():
-    curve = LossCurve(num_steps=120)  # two steps a part
+def test_loss_curve_has_means_over_intervals():
+    curve = LossCurve(num_steps=120)  # two steps per interval
     for step in range(120):
         figures = {
             "squared_error_r_equals_t": 3.0 * step,
@@ -172,63 +171,60 @@ def test_loss_curve_has_means_over_parts_of_the_run():
     assert curve.points[1] == {"step": 4, "squared_error_r_equals_t": 2.5, "squared_error_r_below_t": None}
 
 
-def test_networks_sample_with_as_many_parameters():
+def test_networks_have_equal_numbers_of_parameters_at_sampling_time():
     from meanflow_core.generator import for_sampling
     from meanflow_core.networks import build_network
 
-    compared = methods(100)
-    wanted = num_parameters(compared["meanflow"].config.network, **SIZES)
+    compared = build_methods(100)
+    expected = num_parameters(compared["meanflow"].config.network, **SIZES)
     network = for_sampling(build_network(compared["improved_meanflow"].config.network, **SIZES))
-    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(wanted, rel=0.03)
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(expected, rel=0.03)
 
 
-def test_trained_run_is_whole_and_neither_trained_nor_measured_again(data, tmp_path):
-    run = Trial(method="flow_matching", seed=3, num_steps=2)
-    record = train_run(run, data, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [run.name]
-    assert record == read_record(run, tmp_path)
+def test_trained_trial_is_complete_and_not_trained_or_measured_again(latents, tmp_path):
+    trial = Trial(method="flow_matching", seed=3, num_steps=2)
+    record = train_trial(trial, latents, "none", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [trial.name]
+    assert record == read_record(trial, tmp_path)
     assert record["config"]["seed"] == 3
     assert [point["step"] for point in record["loss_curve"]] == [1, 2]
-    folder = tmp_path / run.name
+    folder = tmp_path / trial.name
     assert load_pipeline(folder / "generator").config.prediction == "velocity"
+    assert train_trial(trial, "nowhere", "none", tmp_path) == record
 
-    judge = load_judge(SHIPPED_JUDGE)
-    statistics = FeatureStatistics.of(torch.randn(80, 64))
-    points = [Point(solver="euler", calls=1), Point(solver="heun", calls=2)]
-    measure_run(folder, points, judge, statistics, 20)
-    found = [read_quality(folder, point) for point in points]
-    assert found[0] != found[1]
-    shutil.rmtree(folder / "generator")  # what is known needs no generator
-    measure_run(folder, points, judge, statistics, 20)
-    assert train_run(run, Data(latents="nowhere"), tmp_path) == record
-    assert [read_quality(folder, point) for point in points] == found
+    points = missing_points(trial, tmp_path, (1, 2))
+    assert [(point.solver, point.nfe) for point in points] == [("euler", 1), ("euler", 2), ("heun", 2)]
+    measure_trial(folder, points, load_judge(SHIPPED_JUDGE), FeatureStatistics.of(torch.randn(80, 64)), 20)
+    measured = [(folder / point.file).read_text() for point in points]
+    assert len(set(measured)) == 3
+    assert missing_points(trial, tmp_path, (1, 2)) == []
 
 
-def test_what_a_killed_run_left_is_deleted_and_whole_runs_stay(tmp_path):
+def test_leftovers_of_a_killed_trial_are_deleted(tmp_path):
     for name in ("meanflow-2-steps-seed-0", "meanflow-2-steps-seed-1.0a1b.partial"):
         (tmp_path / name / "generator").mkdir(parents=True)
-    train_all([], Data(latents="none"), tmp_path, COSTS, use_gpu=False)
+    train_all([], "none", "none", tmp_path, FLOPS, use_gpu=False)
     assert [path.name for path in tmp_path.iterdir()] == ["meanflow-2-steps-seed-0"]
 
 
 @pytest.mark.parametrize(
-    "point", points_of(methods(100)["flow_matching"].config, (1, 2, 8)), ids=lambda point: point.file
+    "point", sampling_points(build_methods(100)["flow_matching"].config, (1, 2, 8)), ids=lambda point: point.file
 )
-def test_every_evaluation_of_the_network_counts(pipeline, point):
+def test_every_network_call_counts_as_a_function_evaluation(pipeline, point):
     pipeline.register_to_config(prediction="velocity")
     calls = []
     pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     draw_images(pipeline, point, range(3))
-    assert len(calls) == point.calls
+    assert len(calls) == point.nfe
 
 
-def test_samples_have_their_own_seeds_and_classes(pipeline):
+def test_each_sample_has_its_own_seed_and_class(pipeline):
     expected = pipeline.images_from_seeds([2, 1], [12, 31], 2)
-    drawn = draw_images(pipeline, Point(solver="euler", calls=2), [12, 31])
+    drawn = draw_images(pipeline, SamplingPoint(solver="euler", nfe=2), [12, 31])
     assert (expected.int() - drawn.int()).abs().max() <= 1
 
 
-def test_times_are_medians_of_turns_without_the_first(monkeypatch):
+def test_times_are_medians_of_interleaved_rounds_without_the_first(monkeypatch):
     now, turns = [0.0], []
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
@@ -244,36 +240,36 @@ def test_times_are_medians_of_turns_without_the_first(monkeypatch):
     assert "".join(turns) == "abababab"
 
 
-def test_ratios_are_between_runs_of_the_same_seed():
-    def line(method, calls, distances, solver="euler"):
+def test_ratios_are_taken_seed_by_seed():
+    def result(method, nfe, distances, solver="euler"):
         return {
             "budget": "steps",
             "method": method,
             "solver": solver,
-            "calls": calls,
+            "nfe": nfe,
             "by_seed": [{"seed": seed, "frechet": value} for seed, value in enumerate(distances)],
         }
 
-    lines = [
-        line("flow_matching", 1, [10.0, 20.0]),
-        line("flow_matching", 32, [2.0, 1.0]),
-        line("flow_matching", 32, [0.1, 0.1], solver="heun"),
-        line("meanflow", 1, [4.0, 3.0]),
-        line("meanflow", 32, [7.0, 7.0]),
+    results = [
+        result("flow_matching", 1, [10.0, 20.0]),
+        result("flow_matching", 32, [2.0, 1.0]),
+        result("flow_matching", 32, [0.1, 0.1], solver="heun"),
+        result("meanflow", 1, [4.0, 3.0]),
+        result("meanflow", 32, [7.0, 7.0]),
     ]
-    assert ratios(lines) == [
+    assert ratios(results) == [
         {
             "budget": "steps",
             "method": "meanflow",
-            "over_most_calls": {"mean": 2.5, "min": 2.0, "max": 3.0},
-            "over_one_call": {"mean": pytest.approx(0.275), "min": 0.15, "max": 0.4},
+            "over_most_nfe": {"mean": 2.5, "min": 2.0, "max": 3.0},
+            "over_one_nfe": {"mean": pytest.approx(0.275), "min": 0.15, "max": 0.4},
         }
     ]
-    assert ratios(lines[3:]) == []
+    assert ratios(results[3:]) == []
 
 
-def test_table_says_what_was_measured_on_what():
-    text = table(a_report())
+def test_table_states_figures_and_hardware():
+    text = table(example_report())
     assert "not FID" in text
     assert "1 thread of 2 cores, a processor" in text
     assert "| flow matching, Euler | 100 | 5.500 (5.000–6.000) | 3.500 (3.000–4.000) | 2.500 (2.000–3.000) |" in text
@@ -283,17 +279,17 @@ def test_table_says_what_was_measured_on_what():
 
 
 def test_plots_are_drawn(tmp_path):
-    report = a_report()
-    plot_comparison(report, tmp_path / "comparison.png")
+    report = example_report()
+    plot_quality(report, tmp_path / "comparison.png")
     plot_losses(report, tmp_path / "losses.png")
     block = np.zeros((8, 64, 64, 3), np.uint8)
-    draw_grid({"MeanFlow": {1: block, 2: block}}, tmp_path / "grid.png", num_columns=4, subtitle="")
-    draw_figure(tmp_path / "paths.png")
+    plot_samples({"MeanFlow": {1: block, 2: block}}, tmp_path / "grid.png", num_columns=4, subtitle="")
+    draw_velocities(tmp_path / "paths.png")
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_velocity_of_one_gaussian_carries_noise_straight_to_it():
-    # Of N(m, s^2 I), z_0 = m + s z_1: the map that keeps each point's place in its Gaussian.
+def test_velocity_of_one_gaussian_maps_noise_onto_it():
+    # For N(m, s^2 I) the map is z_0 = m + s z_1.
     mixture = Mixture(means=np.array([[2.0, -1.0]]), std=0.5)
     z = np.random.default_rng(0).standard_normal((20, 2))
     end = z - mixture.average_velocity(z, 0.0, 1.0)
@@ -310,29 +306,29 @@ def test_average_velocity_satisfies_the_meanflow_identity(r, t):
     assert np.abs((t - r) * du_dt).max() > 0.1
 
 
-def test_one_step_of_the_velocity_ends_at_the_mean_of_the_data():
+def test_one_step_with_the_velocity_ends_at_the_mean_of_the_data():
     z = np.random.default_rng(0).standard_normal((50, 2))
     assert z - EXAMPLE.velocity(z, 1.0) == pytest.approx(np.tile(EXAMPLE.means.mean(axis=0), (50, 1)))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("changes", "message"),
     [
         ({"methods": ("meanflow", "gan")}, "methods must be some of flow_matching, .* but got gan"),
-        ({"seeds": (1, 1)}, "seeds must name one or more, each once"),
-        ({"calls": (0, 1)}, "calls must be at least 1"),
+        ({"seeds": (1, 1)}, "seeds must name at least one value, each once"),
+        ({"nfe": (0, 1)}, "nfe must be at least 1"),
     ],
 )
-def test_wrong_jobs_are_refused(job, wrong, message):
+def test_invalid_options_are_refused(job, changes, message):
     with pytest.raises(ValueError, match=message):
-        replace(job, **wrong)
+        replace(job, **changes)
 
 
 @pytest.mark.soak
 @pytest.mark.cluster
-def test_comparison_is_made_once_and_continued(job):
+def test_comparison_runs_once_and_continues(job):
     report = compare(job)
-    assert {(line["method"], line["solver"], line["calls"]) for line in report["results"]} == {
+    assert {(result["method"], result["solver"], result["nfe"]) for result in report["results"]} == {
         ("flow_matching", "euler", 1),
         ("flow_matching", "euler", 2),
         ("flow_matching", "heun", 2),
@@ -341,11 +337,11 @@ def test_comparison_is_made_once_and_continued(job):
     }
     assert all((job.output / name).stat().st_size > 0 for name in REPORT_FILES)
     assert report == json.loads((job.output / "report.json").read_text())
-    records = sorted((job.output / "runs").rglob("*.json"))
+    records = sorted((job.output / "trials").rglob("*.json"))
     written = [path.stat().st_mtime_ns for path in records]
 
-    again = compare(job)  # without a cluster, for nothing is missing
+    again = compare(job)  # without a cluster, because nothing is missing
     assert [path.stat().st_mtime_ns for path in records] == written
     assert again["results"] == report["results"]
-    with pytest.raises(InputError, match=r"begun with other settings \(num_steps was 2, is 3\)"):
+    with pytest.raises(InputError, match=r"started with other settings \(num_steps was 2, is 3\)"):
         compare(replace(job, num_steps=3))

@@ -1,7 +1,24 @@
-"""`python -m pipelines.side_by_side` runs pipelines.evaluate.side_by_side."""
+"""Compare evaluations: one table and one plot of several reports made with the same protocol.
 
-from pipelines.command_line import run_command
-from pipelines.evaluate.side_by_side import main
+    python -m pipelines.side_by_side --reports build/first/report build/second/report --output build/both
+    python -m pipelines.side_by_side --reports models:/meanflow-b2@champion runs:/3f6c0e --output both
+
+A report is a folder written by pipelines.evaluate, or a model or MLflow run whose report pipelines.evaluate logged.
+Writes side_by_side.md, side_by_side.json and side_by_side.png.
+"""
+
+from pipelines.command_line import parse_command_line, run_command
+from pipelines.evaluate.job import SideBySideJob
+
+
+def main() -> None:
+    """Compares the reports and prints the table."""
+    job = parse_command_line(SideBySideJob, __doc__)
+    from pipelines.evaluate.side_by_side import compare  # after parsing: --help must be quick
+
+    print(compare(job), end="")
+    print(f"written to {job.output}")
+
 
 if __name__ == "__main__":
     run_command(main)

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from pipelines.demo import images
 from pipelines.demo.__main__ import free_port
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.demo.judge import SHIPPED_JUDGE
 from tests.support.endpoint import fetch
 from tests.support.mlflow_server import Server
 from tests.support.readme import REPOSITORY, commands
@@ -72,7 +73,8 @@ class User:
             "--run-name xl2": "--run-name first",
             "--num-workers 32": "--num-workers 2",
             "models:/meanflow-xl2@champion": "models:/meanflow-debug@champion",
-            "--reference s3://BUCKET/imagenet256.npz --extractor inception": f"--train-images {image_folder / 'train'}",
+            "--reference s3://BUCKET/imagenet256.npz": f"--train-images {image_folder / 'train'}",
+            "--extractor inception": f"--extractor {SHIPPED_JUDGE}",
             "--output /tmp/report": f"--output {shared / 'report'}",
         }
 

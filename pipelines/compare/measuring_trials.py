@@ -73,10 +73,10 @@ class Quality:
 
 def measure(judge: Judge, train: FeatureStatistics, images: torch.Tensor, labels: torch.Tensor) -> Quality:
     """Measures uint8 images (N, H, W, 3) of classes (N,) against the statistics of the training images' features."""
-    judged = judge.look_at(images)
+    judged = judge.predict(images)
     return Quality(
         frechet=frechet_distance(FeatureStatistics.of(judged.features), train),
-        accuracy=float((judged.predictions == labels).double().mean()),
+        accuracy=float((judged.labels == labels).double().mean()),
     )
 
 

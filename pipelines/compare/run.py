@@ -28,7 +28,7 @@ from pipelines.compare.training_trials import is_trained, read_record, train_all
 from pipelines.compare.velocity_figure import draw_velocities
 from pipelines.errors import InputError
 from pipelines.evaluate.judge import Judge, load_judge
-from pipelines.evaluate.run import find_real_images, read_evenly
+from pipelines.evaluate.real_images import find_real_images, read_evenly
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.manifest import read_manifest
 from pipelines.plan.cost import step_flops
@@ -104,7 +104,7 @@ def read_real_images(job: CompareJob, judge: Judge) -> RealImages:
     sources = [find_real_images(location, names) for location in (job.train_images, job.held_out_images)]
     (train, _), (held_out, labels) = (read_evenly(source, size, len(source[2])) for source in sources)
     logger.info("extracting features of %d training images", len(train))
-    statistics = FeatureStatistics.of(judge.look_at(train).features)
+    statistics = FeatureStatistics.of(judge.predict(train).features)
     return RealImages(num_train=len(train), train=statistics, held_out=held_out, labels=labels)
 
 

@@ -33,6 +33,7 @@ from pipelines import storage
 from pipelines.cluster import FAST_MALLOC
 from pipelines.command_line import parse_command_line, run_command
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Demo:
     num_samples: int = 1000
     """Samples to measure."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of network calls to evaluate."""
+    """Numbers of sampling steps to evaluate."""
     num_workers: int | None = None
     """Training processes; one per GPU unless given, or two on a machine without."""
     port: int = 0
@@ -245,6 +246,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
         "evaluate",
         command("pipelines.evaluate", "--model", model, "--tracking-uri", tracking_uri,
                 "--train-images", str(images / "train"), "--held-out-images", str(images / "val"),
+                "--extractor", str(SHIPPED_JUDGE),
                 "--output", str(report_folder), "--num-samples", str(demo.num_samples),
                 "--steps", *(str(steps) for steps in demo.steps)),
         lambda: "table, grid, plot",

@@ -1,1 +1,1 @@
-"""Stage 3: samples a generator and measures FID and related metrics."""
+"""Stage 3: draws samples from a generator and measures FID and related metrics."""

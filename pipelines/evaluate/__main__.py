@@ -1,7 +1,31 @@
-"""The evaluate command: `python -m pipelines.evaluate`."""
+"""Stage 3: draw samples from a generator and measure their quality, on every device of a cluster.
 
-from pipelines.command_line import run_command
-from pipelines.evaluate.run import main
+    python -m pipelines.evaluate --model models:/meanflow-demo@champion --tracking-uri sqlite:////runs/mlflow.db \\
+        --train-images demo/train --held-out-images demo/val --extractor pipelines/demo/judge_weights \\
+        --num-samples 1000 --output report
+    python -m pipelines.evaluate --model runs/xl2/generator --reference VIRTUAL_imagenet256_labeled.npz \\
+        --labels random --steps 1 2 --output report
+
+Computes the Frechet distance with its standard error (FID if the extractor is inception), Inception Score, precision,
+recall and sFID. With real images it also computes their own scores, the diversity of the samples, and how close the
+samples come to training images. Writes report.json, table.md and plots, and logs them to the MLflow run that trained the
+model.
+"""
+
+from pipelines.command_line import parse_command_line, run_command
+from pipelines.evaluate.job import EvaluateJob
+
+
+def main() -> None:
+    """Evaluates as the command line says, and prints the table."""
+    job = parse_command_line(EvaluateJob, __doc__)
+    from pipelines.evaluate.run import evaluate  # after parsing: --help must be quick
+    from pipelines.evaluate.table import report_table
+
+    report = evaluate(job)
+    print(report_table(report), end="")
+    print(f"report: {job.output}")
+
 
 if __name__ == "__main__":
     run_command(main)

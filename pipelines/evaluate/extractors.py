@@ -1,9 +1,9 @@
-"""What turns images into features to measure in: the standard Inception, DINOv2, any TorchScript file, or a judge.
+"""Feature extractors: Inception, DINOv2, a TorchScript file, or a judge.
 
 B images of a batch, H W image size, D pooled features, K classes, S spatial features.
 
-A distance depends on everything between the pixels and the features: the weights, the resize, the range. Each extractor
-names them in its identity, and statistics compare only where these agree.
+A distance depends on the weights, the resize and the input range. Each extractor states them in its identity, and only
+statistics with equal identities compare.
 """
 
 import hashlib
@@ -21,52 +21,52 @@ from pipelines.errors import InputError
 from pipelines.evaluate.judge import load_judge
 
 INCEPTION = "inception"
-# Another Inception than everybody's: its distance must not be called FID.
+# Inception with unpublished weights: its distance must not be called FID.
 INCEPTION_OTHER_WEIGHTS = "inception-other-weights"
 DINOV2 = ("dinov2-vit-s-14", "dinov2-vit-b-14", "dinov2-vit-l-14", "dinov2-vit-g-14")
 SCRIPT_SUFFIXES = (".pt", ".ts")
 
-# Of weights-inception-2015-12-05-6726825d.pth: TensorFlow's graph of 2015-12-05, converted by torch-fidelity.
+# Of weights-inception-2015-12-05-6726825d.pth, torch-fidelity's conversion of TensorFlow's graph of 2015-12-05.
 PUBLISHED_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
-# sFID takes the first 7 channels, height x width x channel: 17 * 17 * 7 = 2023 values. Source: guided-diffusion's
-# evaluator, mixed_6/conv:0 and [..., :7]; torch-fidelity's conversion calls that node Mixed_6d.branch1x1.
+# sFID uses the first 7 channels, height x width x channel: 17 * 17 * 7 = 2023 values. Source: guided-diffusion's
+# evaluator, mixed_6/conv:0 and [..., :7]; that node is Mixed_6d.branch1x1 in torch-fidelity's conversion.
 SPATIAL_CHANNELS = 7
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor sees in B images, on the extractor's device."""
+    """Features of B images, on the extractor's device."""
 
     pooled: torch.Tensor
-    """(B, D) float32: what the Frechet distance, precision and recall are taken in."""
+    """(B, D) float32, for the Frechet distance, precision and recall."""
     logits: torch.Tensor | None
-    """(B, K) float32, before softmax, for the Inception Score; None without a classifier."""
+    """(B, K) float32, for the Inception Score. None if the extractor does not classify."""
     spatial: torch.Tensor | None
-    """(B, S) float32, flattened height x width x channel, for sFID; None without."""
+    """(B, S) float32, flattened height x width x channel, for sFID. None if the extractor has none."""
 
 
 class Extractor(Protocol):
-    """Images to features, without gradients."""
+    """Maps images to features, without gradients."""
 
     identity: dict[str, str]
-    """Name, weights and treatment of the pixels: two statistics compare only where these agree."""
+    """Name, weights and preprocessing. Only statistics with equal identities compare."""
     class_names: tuple[str, ...] | None
-    """Of the logits, where they are the data set's own classes; else None."""
+    """Classes of the logits, if they are the data set's own; else None."""
 
     def __call__(self, images: torch.Tensor) -> Features:
-        """Features of one batch, uint8 (B, H, W, 3) on any device.
+        """Features of a batch, uint8 (B, H, W, 3) on any device.
 
-        Raises ValueError for images of another shape or dtype, InputError for images that the network cannot take.
+        Raises ValueError for another shape or dtype, and InputError for images that the network does not accept.
         """
 
 
 def open_extractor(name: str, weights: Path | None, device: str | torch.device) -> Extractor:
-    """The extractor of a name: "inception", a DINOv2, a TorchScript file, or a judge's folder.
+    """Opens an extractor by name: "inception", a DINOv2, a TorchScript file, or a judge's folder.
 
-    `weights` is Inception's file, weights-inception-2015-12-05-6726825d.pth; without it, it is downloaded. DINOv2 comes
-    through torch.hub, which runs the code of facebookresearch/dinov2. Raises InputError for an unknown name, for weights
-    where they are not used, for files that are not what they should be, and for what is not installed or not reachable.
+    weights: file of Inception's weights, weights-inception-2015-12-05-6726825d.pth; None downloads it. DINOv2 loads
+    through torch.hub, which runs the code of facebookresearch/dinov2. Raises InputError for an unknown name, unused
+    weights, an invalid file, a missing library and a failed download.
     """
     device = torch.device(device)
     path = Path(name)
@@ -75,51 +75,57 @@ def open_extractor(name: str, weights: Path | None, device: str | torch.device) 
     if name in DINOV2:
         if weights is not None:
             raise InputError(
-                f"{name} takes no file of weights, torch.hub brings its own; for weights on disk save the network as "
-                f"TorchScript and name that file (*{SCRIPT_SUFFIXES[0]}) as the extractor"
+                f"{name} takes no weights file, because torch.hub loads them; for weights on disk, save the network as "
+                f"TorchScript and give that file (*{SCRIPT_SUFFIXES[0]}) as the extractor"
             )
         return _DinoV2(name, device)
     if path.suffix not in SCRIPT_SUFFIXES and not path.is_dir():
         raise InputError(
-            f"no extractor {name!r}; known are {', '.join((INCEPTION, *DINOV2))}, a TorchScript file "
+            f"unknown extractor {name!r}; known: {', '.join((INCEPTION, *DINOV2))}, a TorchScript file "
             f"(*{', *'.join(SCRIPT_SUFFIXES)}) and the folder of a judge"
         )
     if weights is not None:
-        raise InputError(f"the extractor {name} holds its weights itself, but got --extractor-weights {weights}")
+        raise InputError(f"the extractor {name} contains its weights, but got --extractor-weights {weights}")
     return _JudgeFeatures(path, device) if path.is_dir() else _Script(path, device)
 
 
-def describe(identity: Mapping[str, str]) -> str:
-    """What a table calls the distance in these features: FID for torch-fidelity's Inception with published weights only."""
+def absolute_extractor(name: str) -> str:
+    """An extractor's name, with files and folders as absolute paths for processes in other working directories."""
+    is_known = name in (INCEPTION, *DINOV2)  # even if a folder of that name exists here
+    return str(Path(name).absolute()) if not is_known and Path(name).exists() else name
+
+
+def distance_name(identity: Mapping[str, str]) -> str:
+    """Title of the distance in an extractor's features: "FID" only for Inception with the published weights."""
     return "FID" if identity["name"] == INCEPTION else f"Fréchet distance ({identity['name']})"
 
 
 class _Inception:
-    """Inception-2015 as torch-fidelity has it: its own resize, its own range."""
+    """Inception-2015 by torch-fidelity, with its resize and input range."""
 
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         path = _published_weights() if weights is None else weights
-        # Opened here, because the library unpickles a file in full, code and all; what it gets is written afresh.
-        state = _tensors(path)
+        # The library unpickles without restrictions, so load only tensors here and hand it a new file of them.
+        state = _load_tensors(path)
         library = _torch_fidelity()
-        rewritten = io.BytesIO()
-        torch.save(state, rewritten)
-        rewritten.seek(0)
+        tensors_only = io.BytesIO()
+        torch.save(state, tensors_only)
+        tensors_only.seek(0)
         try:
             self._network = library.FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=rewritten
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=tensors_only
             ).to(device)
         except (RuntimeError, TypeError) as error:
             raise InputError(
-                f"{path} does not hold the weights of Inception-2015 as torch-fidelity names them; wanted is "
+                f"{path} does not have the weights of Inception-2015 under torch-fidelity's names; give "
                 "weights-inception-2015-12-05-6726825d.pth"
             ) from error
         self._device = device
-        published = _file_hash(path) == PUBLISHED_WEIGHTS_SHA256
+        is_published = _file_hash(path) == PUBLISHED_WEIGHTS_SHA256
         self.identity = {
-            "name": INCEPTION if published else INCEPTION_OTHER_WEIGHTS,
+            "name": INCEPTION if is_published else INCEPTION_OTHER_WEIGHTS,
             "weights_sha256": weight_hash(self._network),
             "resize": "TensorFlow 1 bilinear to 299x299, corners not aligned, no half pixel",
             "input": "uint8 RGB, (x - 128) / 128",
@@ -128,16 +134,16 @@ class _Inception:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
-        kept: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         branch = self._network.Mixed_6d.branch1x1
-        with branch.register_forward_hook(lambda module, inputs, output: kept.append(output[:, :SPATIAL_CHANNELS])):
+        with branch.register_forward_hook(lambda module, inputs, output: outputs.append(output[:, :SPATIAL_CHANNELS])):
             pooled, logits = self._network(_channels_first(images, self._device))
-        spatial = kept[0].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 17, 17) -> (B, 2023)
+        spatial = outputs[0].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 17, 17) -> (B, 2023)
         return Features(pooled.float(), logits.float(), spatial.float())
 
 
 class _DinoV2:
-    """A DINOv2 as torch-fidelity has it: its class token, and no classifier."""
+    """The class token of DINOv2, by torch-fidelity. It has no classifier."""
 
     class_names: tuple[str, ...] | None = None
 
@@ -147,8 +153,8 @@ class _DinoV2:
             self._network = library.FeatureExtractorDinoV2(name, ["dinov2"]).to(device)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"torch.hub could not load {name} from github.com/facebookresearch/dinov2: {error}; where there is no "
-                f"network, save it as TorchScript elsewhere and name that file (*{SCRIPT_SUFFIXES[0]}) as the extractor"
+                f"torch.hub could not load {name} from github.com/facebookresearch/dinov2: {error}; without internet access, "
+                f"save it as TorchScript elsewhere and give that file (*{SCRIPT_SUFFIXES[0]}) as the extractor"
             ) from error
         self._device = device
         self.identity = {
@@ -166,18 +172,21 @@ class _DinoV2:
 
 
 class _Script:
-    """A TorchScript file: uint8 (B, 3, H, W) to features (B, D); with NVIDIA's arguments, to class probabilities too."""
+    """A TorchScript file that maps uint8 (B, 3, H, W) to features (B, D).
+
+    A script with the argument return_features, such as NVIDIA's Inception, also gives class probabilities.
+    """
 
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, path: Path, device: torch.device) -> None:
         if not path.is_file():
-            raise InputError(f"no file {path} to take the extractor from")
+            raise InputError(f"no extractor file {path}")
         try:
             self._network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"{path} is not TorchScript, or is damaged; wanted is a file of torch.jit.save that takes uint8 images "
+                f"{path} is not TorchScript, or is damaged; it must be a file of torch.jit.save that takes uint8 images "
                 "(B, 3, H, W)"
             ) from error
         self._arguments = {argument.name for argument in self._network.forward.schema.arguments}
@@ -186,8 +195,8 @@ class _Script:
         self.identity = {
             "name": path.name,
             "weights_sha256": _file_hash(path),
-            "resize": "the script's own",
-            "input": "uint8 RGB, the script's own range",
+            "resize": "by the script",
+            "input": "uint8 RGB, scaled by the script",
             "library": "TorchScript",
         }
 
@@ -197,14 +206,14 @@ class _Script:
         if "return_features" not in self._arguments:
             return Features(self._run(pixels, {}), None, None)
         pooled = self._run(pixels, {"return_features": True})
-        # Without the bias, as the Inception Score was first computed.
+        # The Inception Score is defined without the bias of the logits.
         no_bias = {"no_output_bias": True} if "no_output_bias" in self._arguments else {}
         probabilities = self._run(pixels, no_bias)
         if bool(((probabilities.sum(dim=1) - 1).abs() > 1e-3).any()):
             raise InputError(
-                f"{self._path} must give class probabilities without return_features, but gave other values"
+                f"{self._path} must return class probabilities without return_features, but returned other values"
             )
-        # A probability may underflow to 0, whose logarithm would make the score not a number.
+        # A probability may underflow to 0, and log(0) would make the score NaN.
         logits = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
         return Features(pooled, logits, None)
 
@@ -215,17 +224,17 @@ class _Script:
             last = str(error).strip().splitlines()[-1]
             raise InputError(f"{self._path} failed on uint8 images {tuple(pixels.shape)}: {last}") from error
         if not isinstance(output, torch.Tensor):
-            raise InputError(f"{self._path} must give one tensor (B, D), but gave {type(output).__name__}")
+            raise InputError(f"{self._path} must return one tensor (B, D), but returned {type(output).__name__}")
         if output.dim() != 2 or len(output) != len(pixels) or not output.is_floating_point():
             raise InputError(
-                f"{self._path} must give floating-point features ({len(pixels)}, D) for {len(pixels)} images, but gave "
+                f"{self._path} must return floating-point features ({len(pixels)}, D) for {len(pixels)} images, but returned "
                 f"{output.dtype} {tuple(output.shape)}"
             )
         return output.float()
 
 
 class _JudgeFeatures:
-    """The classifier of a small data set: its features, and answers in the data set's own classes."""
+    """A judge: features, and logits of the data set's own classes."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._judge = load_judge(folder).to(device)
@@ -241,8 +250,8 @@ class _JudgeFeatures:
         }
 
     def __call__(self, images: torch.Tensor) -> Features:
-        seen = self._judge.look_at(images.to(self._device), batch_size=len(images))
-        return Features(seen.features, seen.logits, None)
+        prediction = self._judge.predict(images.to(self._device), batch_size=len(images))
+        return Features(prediction.features, prediction.logits, None)
 
 
 def _channels_first(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -254,43 +263,43 @@ def _channels_first(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _torch_fidelity() -> ModuleType:
     try:
-        import torch_fidelity  # type: ignore  # of an extra: it may be missing, and has no types where it is not
+        import torch_fidelity  # type: ignore  # optional, and without types
     except ImportError as error:
         raise InputError(
-            f"this extractor needs torch-fidelity, which does not import ({error}); pip install 'meanflow-ray[fid]'"
+            f"this extractor needs torch-fidelity, which cannot be imported ({error}); pip install 'meanflow-ray[fid]'"
         ) from error
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         raise InputError(
-            f"torch-fidelity does not import ({error}); its torchvision must be built for this torch, {torch.__version__}"
+            f"torch-fidelity cannot be imported ({error}); install the torchvision built for torch {torch.__version__}"
         ) from error
     return torch_fidelity
 
 
 def _published_weights() -> Path:
-    """Where torch.hub keeps Inception's published weights, downloaded unless they lie there."""
+    """Path of Inception's published weights in torch.hub's folder, downloaded if missing."""
     url = _torch_fidelity().feature_extractor_inceptionv3.URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=PUBLISHED_WEIGHTS_SHA256, progress=False)
-    except (OSError, RuntimeError) as error:  # no network; other bytes than were published
+    except (OSError, RuntimeError) as error:  # no connection; wrong hash
         raise InputError(
-            f"could not download Inception's weights from {url}: {error}; fetch that file elsewhere and give its path as "
+            f"could not download Inception's weights from {url}: {error}; download that file elsewhere and give its path as "
             "--extractor-weights"
         ) from error
     return path
 
 
-def _tensors(path: Path) -> Any:
-    """What torch.save wrote, tensors and plain containers alone. Raises InputError for anything more."""
+def _load_tensors(path: Path) -> Any:
+    """Loads a file of torch.save with tensors and plain containers only. Raises InputError for any other content."""
     if not path.is_file():
-        raise InputError(f"no file {path} to take the extractor's weights from")
+        raise InputError(f"no weights file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of another format fails in any way
+    except Exception as error:  # files of other formats raise many kinds
         raise InputError(
-            f"{path} holds more than tensors, or is damaged, and is not loaded: a pickle may run any code; wanted is "
+            f"{path} has more than tensors, or is damaged; it is not loaded, because a pickle can run any code; give "
             "weights-inception-2015-12-05-6726825d.pth"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Options of an evaluation."""
+"""Options of the commands of this stage: evaluate, reference and side_by_side."""
 
 import itertools
 from dataclasses import dataclass
@@ -6,103 +6,153 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.cluster import Device
-from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate.report import slug
 from pipelines.evaluate.samples import Labels, SampleRule, Setting
 
-FIELD_NUM_SAMPLES = 50_000
+STANDARD_NUM_SAMPLES = 50_000  # published FIDs use this number
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateJob:
-    """Sample a generator and measure it."""
+class MeasuringOptions:
+    """How images are measured."""
+
+    extractor: str = "inception"
+    """Feature extractor: inception, dinov2-vit-{s,b,l,g}-14 (both need the extra `fid`), a TorchScript file, or the folder
+    of a judge such as the demo's, pipelines/demo/judge_weights."""
+    extractor_weights: Path | None = None
+    """File with the weights of inception. Default: download them."""
+    batch_size: int = 50
+    """Images per forward of the network, the decoder and the extractor."""
+    num_workers: int | None = None
+    """Worker processes. Default: one per GPU, or one per CPU on a machine without GPUs."""
+    device: Device = "auto"
+    """auto uses GPUs if the cluster has any."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, but got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob(MeasuringOptions):
+    """Sample a generator and measure the samples."""
 
     output: Path
     """Folder for the report."""
     model: str | None = None
-    """Generator: a folder, models:/name@alias or runs:/id/name."""
+    """Generator to sample: a folder, models:/name@alias or runs:/id/name."""
     samples: Path | None = None
-    """Samples of somebody else in place of a generator: an .npz with arr_0, uint8 (N, H, W, 3), as ADM's suite has it."""
+    """Samples to measure instead of a generator: .npz with arr_0, uint8 (N, H, W, 3), as in ADM's evaluation suite."""
     reference: str | None = None
-    """Statistics of real images, .npz: of pipelines.reference, ADM's, or the authors'. Made of --train-images unless
-    given, and kept beside the report."""
+    """Statistics of real images (.npz) from pipelines.reference, ADM or MeanFlow's authors. Default: compute them from
+    --train-images and write them next to the report."""
     train_images: str | None = None
-    """The real images that the generator learnt from, in any form that pipelines.encode reads."""
+    """Real images that the generator was trained on, in any format that pipelines.encode reads."""
     held_out_images: str | None = None
-    """Real images that it did not see: the floor, and what diversity is held against."""
+    """Real images that the generator was not trained on. Their own scores are the floor, and the baseline for diversity."""
     tracking_uri: str | None = None
-    """MLflow address; MLFLOW_TRACKING_URI unless given. Without either, nothing is logged there."""
-    extractor: str = str(SHIPPED_JUDGE)
-    """inception, dinov2-vit-l-14 (extra `fid`), a TorchScript file, or a judge's folder: the demo's unless given."""
-    extractor_weights: Path | None = None
-    """File of the extractor's weights, where it is not to be downloaded."""
-    ema_decay: float | None = None
-    """Sample with the moving average of this decay, of the last checkpoint beside the generator's folder."""
+    """MLflow address. Default: MLFLOW_TRACKING_URI. Without either, nothing is logged to MLflow."""
     steps: tuple[int, ...] = (1, 2, 4)
-    """Numbers of equal steps to sample in."""
+    """Numbers of sampling steps to evaluate."""
     guidance_scales: tuple[float, ...] = ()
-    """omegas to sample with, for improved MeanFlow and flow matching; the generator's own unless given."""
+    """Guidance scales to evaluate (improved MeanFlow and flow matching). Default: the generator's own."""
     guidance_intervals: tuple[tuple[float, float], ...] = ()
-    """Intervals "start end" to guide in; the generator's own unless given."""
+    """Guidance intervals to evaluate, each as two times "start end". Default: the generator's own."""
     solvers: tuple[Literal["euler", "heun"], ...] = ("euler",)
-    """How flow matching's equation is integrated."""
-    num_samples: int = FIELD_NUM_SAMPLES
+    """ODE solvers to evaluate; heun needs a flow matching generator."""
+    num_samples: int = STANDARD_NUM_SAMPLES
     """Samples per setting."""
     labels: Labels = "balanced"
-    """balanced: sample i of class i mod num_classes; random: uniform, as MeanFlow's and DiT's figures are (FID some 0.1
-    higher)."""
+    """Class labels. balanced: sample i has class i mod num_classes. random: uniform, as in published MeanFlow and DiT FIDs
+    (about 0.1 higher)."""
     seed: int = 0
-    """Base seed: sample i's noise is that of seed * 2^32 + i, whatever the number of devices."""
+    """Base seed: sample i uses seed * 2^32 + i, on any number of devices."""
     num_precision_recall: int = 10_000
-    """Samples and reference images for precision and recall, which need every pair; 0 leaves them out."""
+    """Samples and reference images for precision and recall, whose cost grows with the square. 0 skips both."""
     save_samples: Path | None = None
-    """Folder for an .npz of every setting's samples (arr_0, uint8 NHWC), for another evaluation suite."""
-    batch_size: int = 50
-    """Images per call of network, decoder and extractor."""
-    num_workers: int | None = None
-    """Processes that sample and measure; one per GPU, or one per CPU of a machine without."""
-    device: Device = "auto"
-    """Sample on GPUs; where the cluster has some, unless said."""
-    cpu_threads: int = 1
-    """Threads of a process on a CPU."""
+    """Folder for the samples of every setting as .npz (arr_0, uint8 NHWC), for other evaluation suites."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.model is None) == (self.samples is None):
             raise ValueError("give either --model or --samples")
         if self.reference is None and self.train_images is None:
-            raise ValueError("give --reference, or --train-images to make one of")
+            raise ValueError("give --reference, or --train-images to compute a reference from")
         if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps must name numbers of at least 1, but got {self.steps}")
-        if self.num_samples < 3 or min(self.batch_size, self.cpu_threads) < 1 or self.num_precision_recall < 0:
-            raise ValueError(
-                f"num_samples must be at least 3, batch_size and cpu_threads 1, num_precision_recall 0, but got "
-                f"{self.num_samples}, {self.batch_size}, {self.cpu_threads}, {self.num_precision_recall}"
-            )
+            raise ValueError(f"steps must be one or more numbers of at least 1, but got {self.steps}")
+        if self.num_samples < 3:
+            raise ValueError(f"num_samples must be at least 3, but got {self.num_samples}")
+        if self.num_precision_recall < 0:
+            raise ValueError(f"num_precision_recall must be at least 0, but got {self.num_precision_recall}")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must lie in [0, 2^31 - 1], but got {self.seed}")
+            raise ValueError(f"seed must be in [0, 2^31 - 1], but got {self.seed}")
         if not self.solvers:
-            raise ValueError("solvers must name one of euler, heun, but got none")
+            raise ValueError("solvers must be one or more of euler, heun, but got none")
         if not all(1.0 <= scale < float("inf") for scale in self.guidance_scales):
             raise ValueError(f"guidance_scales must be at least 1 (no guidance), but got {self.guidance_scales}")
         if not all(0.0 <= start <= end <= 1.0 for start, end in self.guidance_intervals):
             raise ValueError(
-                f"guidance_intervals must be (start, end), 0 <= start <= end <= 1, but got {self.guidance_intervals}"
+                f"guidance_intervals must be (start, end) with 0 <= start <= end <= 1, but got {self.guidance_intervals}"
             )
-        names = [slug(setting) for setting in self.settings]  # those of files and metrics
-        if len(set(names)) < len(names):
-            raise ValueError(f"steps, guidance and solvers must give settings that differ, but got {', '.join(names)}")
+        slugs = [setting.slug for setting in self.settings]  # names of files and metrics
+        if len(set(slugs)) < len(slugs):
+            raise ValueError(f"settings must differ, but steps, guidance and solvers give {', '.join(slugs)}")
 
     @property
     def rule(self) -> SampleRule:
-        """Which image sample i is."""
+        """Labels and seeds of the samples."""
         return SampleRule(self.seed, self.labels)
 
     @property
     def settings(self) -> list[Setting]:
-        """All ways of sampling that were asked for."""
+        """All combinations of steps, guidance and solvers."""
         return [
             Setting(num_steps=steps, guidance_scale=scale, guidance_interval=interval, solver=solver)
             for solver, scale, interval, steps in itertools.product(
                 self.solvers, self.guidance_scales or (None,), self.guidance_intervals or (None,), self.steps
             )
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceJob(MeasuringOptions):
+    """Compute reference statistics of real images, or of the decoded images of a latent dataset."""
+
+    output: str
+    """File to write (.npz): a path or a URI."""
+    images: str | None = None
+    """Images, in any format that pipelines.encode reads."""
+    data: str | None = None
+    """Latent dataset to decode, instead of images: the best quality that a generator with its autoencoder can reach."""
+    image_size: int = 256
+    """Size that --images are cropped to; a latent dataset has its own."""
+    num_features: int = 10_000
+    """Feature vectors to keep for precision and recall, spread evenly over the images. 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.images is None) == (self.data is None):
+            raise ValueError("give either --images or --data")
+        if self.num_features < 0 or self.image_size < 1:
+            raise ValueError(
+                f"num_features must be at least 0 and image_size 1, but got {self.num_features} and {self.image_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySideJob:
+    """Compare evaluation reports."""
+
+    reports: tuple[str, ...]
+    """Two or more reports: report folders, models:/name@alias or runs:/id. The first one is the baseline."""
+    output: Path
+    """Folder to write."""
+    tracking_uri: str | None = None
+    """MLflow address. Default: MLFLOW_TRACKING_URI."""
+    allow_different_protocols: bool = False
+    """Compare reports although their protocols differ. The table lists the differences."""
+
+    def __post_init__(self) -> None:
+        if len(self.reports) < 2:
+            raise ValueError(f"reports must be at least two, but got {len(self.reports)}")

@@ -1,8 +1,7 @@
-"""A small network whose eyes measure generated images: its features give a Frechet distance, its answers an accuracy.
+"""A small classifier for one data set, the demo's substitute for Inception.
 
-It is not Inception, and its distance is not FID: it knows one small data set and nothing else. A network that learns the
-classes alone forgets what varies within them, and its distance then sees no difference between a class and one image of
-it; so a judge learns the factors of variation too, where they are known.
+Its features give a Frechet distance and its logits a class accuracy. The distance is not FID. A classifier trained on
+classes alone discards the variation within a class, so a judge also regresses the factors of variation, where known.
 """
 
 import itertools
@@ -19,24 +18,24 @@ from pipelines.errors import InputError
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a judge sees in N images."""
+class Prediction:
+    """A judge's output for N images."""
 
     features: torch.Tensor
     """(N, 64) float32."""
     logits: torch.Tensor
-    """(N, classes) float32, before softmax."""
+    """(N, num_classes) float32."""
 
     @property
-    def predictions(self) -> torch.Tensor:
-        """(N,) int64: class ids."""
+    def labels(self) -> torch.Tensor:
+        """Predicted class labels: (N,) int64."""
         return self.logits.argmax(dim=1)
 
 
 class Judge(ModelMixin, ConfigMixin):
-    """Four strided convolutions and a linear layer: images to 64 features, and from these the classes and the factors.
+    """Four strided convolutions and a linear layer give 64 features, which predict the class and the factors.
 
-    image_size: a multiple of 16. num_factors: numbers that describe an image beside its class.
+    image_size: a multiple of 16. num_factors: regression targets of an image, such as position and size.
     """
 
     @register_to_config
@@ -53,23 +52,23 @@ class Judge(ModelMixin, ConfigMixin):
         self.factor_head = nn.Linear(64, num_factors)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """float (B, 3, H, W) in [-1, 1] -> features (B, 64), logits (B, classes), factors (B, num_factors)."""
+        """float (B, 3, H, W) in [-1, 1] -> features (B, 64), logits (B, num_classes), factors (B, num_factors)."""
         features = self.neck(self.trunk(images).flatten(1))
-        seen = nn.functional.silu(features)
-        return features, self.head(seen), self.factor_head(seen)
+        activations = nn.functional.silu(features)
+        return features, self.head(activations), self.factor_head(activations)
 
     @torch.no_grad()
-    def look_at(self, images: torch.Tensor, batch_size: int = 250) -> Judgement:
-        """Images uint8 (N, H, W, 3). Raises InputError for images of another size than the judge was trained on."""
+    def predict(self, images: torch.Tensor, batch_size: int = 250) -> Prediction:
+        """Features and logits of images uint8 (N, H, W, 3). Raises InputError for images of another size than trained on."""
         size = self.config.image_size
         if images.shape[1:3] != (size, size):
-            raise InputError(f"the judge sees images of {size}x{size}, but got {images.shape[1]}x{images.shape[2]}")
+            raise InputError(f"the judge takes images of {size}x{size}, but got {images.shape[1]}x{images.shape[2]}")
         features, logits, _ = zip(*(self(to_float_images(batch)) for batch in images.split(batch_size)), strict=True)
-        return Judgement(torch.cat(features), torch.cat(logits))
+        return Prediction(torch.cat(features), torch.cat(logits))
 
 
 def load_judge(folder: Path) -> Judge:
-    """Opens a judge's folder. Raises InputError where there is none."""
+    """Loads a judge from its folder. Raises InputError for a folder without one."""
     if not (folder / "config.json").is_file():
         raise InputError(f"no judge in {folder}; python -m pipelines.demo.judge trains one")
     return Judge.from_pretrained(folder, low_cpu_mem_usage=False).eval()

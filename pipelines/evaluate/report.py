@@ -1,145 +1,174 @@
-"""What an evaluation's report looks like: the table, and the plots against network calls and guidance."""
+"""The content of an evaluation's report: the protocol, warnings, and the metrics of every set of images."""
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+import torch
 
-from pipelines.evaluate.samples import Setting
+from meanflow_core.autoencoder import weight_hash
+from meanflow_core.metrics import (
+    Manifold,
+    frechet_distance,
+    frechet_estimate,
+    inception_score,
+    peak_signal_to_noise,
+    precision_and_recall,
+)
+from pipelines.evaluate.extractors import INCEPTION, distance_name
+from pipelines.evaluate.inputs import Inputs
+from pipelines.evaluate.job import STANDARD_NUM_SAMPLES, EvaluateJob
+from pipelines.evaluate.pixel_distances import PixelDistances
+from pipelines.evaluate.plan import HELD_OUT_IMAGES, RECONSTRUCTIONS, samples_set
+from pipelines.evaluate.reference import Reference
+from pipelines.evaluate.sources import UINT8_RULE
+from pipelines.evaluate.sums import NUM_GROUPS, NUM_SPLITS, SetSums
+from pipelines.tracking.provenance import code_identity
 
-COLUMNS = {
-    "frechet": (None, "{:.3f}"),
-    "spatial_frechet": ("sFID", "{:.3f}"),
-    "inception_score": ("Inception Score", "{:.2f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "accuracy": ("accuracy", "{:.3f}"),
-    "diversity": ("diversity", "{:.3f}"),
-    "nearest_train_ratio": ("nearest-train ratio", "{:.3f}"),
-}
-
-
-def table(report: dict) -> str:
-    """The report as a Markdown table."""
-    protocol = report["protocol"]
-    rows = [(name, report[key]) for name, key in (("held-out real (the floor)", "held_out"),
-            ("autoencoder's reconstructions", "reconstruction")) if key in report]  # fmt: skip
-    rows += [(f"samples, {entry['title']}", entry) for entry in report["samples"]]
-    shown = [key for key in COLUMNS if any(key in row for _, row in rows)]
-    titles = [COLUMNS[key][0] or protocol["distance"] for key in shown]
-    lines = [
-        f"{protocol['num_samples']} samples of `{report['model']}`, labels {protocol['labels']}, seed "
-        f"{protocol['base_seed']}; reference `{protocol['reference']['where']}`"
-        + (f" of {count} images." if (count := protocol["reference"].get("num_images")) else "."),
-        *([] if protocol["distance"] == "FID" else ["The distance here is not FID: its features are not Inception's."]),
-        *(f"Mind: {flag}." for flag in report["flags"]),
-        "",
-        "| " + " | ".join(["images", "network calls", *titles]) + " |",
-        "|" + "---|" * (2 + len(shown)),
-    ]  # fmt: skip
-    for name, row in rows:
-        cells = [COLUMNS[key][1].format(row[key]) if key in row else "" for key in shown]
-        if "frechet" in shown:
-            cells[shown.index("frechet")] += f" ± {row['frechet_standard_error']:.3f}"
-        lines.append(f"| {name} | {row.get('network_calls', '')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+NUM_NEIGHBOURS = 3  # of precision and recall, as in ADM's evaluation
 
 
-def plot(report: dict, path: Path) -> None:
-    """Distance (with two standard errors) and a second figure against network calls, with what real images score."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    entries = report["samples"]
-    second = next(
-        (key for key in ("accuracy", "inception_score", "recall") if all(key in entry for entry in entries)), None
-    )
-    keys = ["frechet"] + ([second] if second else [])
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(4.5 * len(keys), 3.6), layout="constrained", squeeze=False)
-    ways = list(dict.fromkeys(way_of(entry) for entry in entries))
-    for axis, key in zip(axes[0], keys, strict=True):
-        for way in ways:
-            curve = [entry for entry in entries if way_of(entry) == way]
-            calls, values = [entry["network_calls"] for entry in curve], [entry[key] for entry in curve]
-            errors = [2 * entry["frechet_standard_error"] for entry in curve] if key == "frechet" else None
-            axis.errorbar(calls, values, yerr=errors, fmt="o-", capsize=3, label=way or "samples")
-        for name, colour, style, label in (("reconstruction", "tab:orange", ":", "autoencoder's reconstructions"),
-                                           ("held_out", "tab:green", "--", "held-out real images")):  # fmt: skip
-            if key in report.get(name, {}):
-                axis.axhline(report[name][key], ls=style, color=colour, label=label)
-        title = report["protocol"]["distance"] if key == "frechet" else COLUMNS[key][0]
-        axis.set_title(title)
-        scale_by_calls(axis, {entry["network_calls"] for entry in entries}, is_distance=key == "frechet")
-    if second == "accuracy":
-        axes[0][1].set_ylim(0.0, 1.03)
-    axes[0][-1].legend(loc="best", fontsize="small")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def scale_by_calls(axis: Axes, calls: Collection[int], *, is_distance: bool) -> None:
-    """Numbers of network calls along the axis, each with its tick; a distance upwards on a logarithmic scale."""
-    axis.set(xlabel="network calls per image", xscale="log")
-    if is_distance:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_xticks(sorted(calls), [str(count) for count in sorted(calls)])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-
-
-def plot_guidance(report: dict, path: Path) -> None:
-    """Distance against the guidance scale, a curve per interval and number of steps."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(5.5, 3.8), layout="constrained")
-    curves: dict[str, list[dict]] = {}
-    for entry in report["samples"]:
-        interval = entry["guidance_interval"]
-        name = f"{entry['num_steps']} step{'s' * (entry['num_steps'] > 1)}"
-        name += " in [{:g}, {:g}]".format(*interval) if interval is not None else ""
-        curves.setdefault(name + (", Heun" if entry["solver"] == "heun" else ""), []).append(entry)
-    for name, entries in curves.items():
-        entries.sort(key=lambda entry: entry["guidance_scale"])
-        scales, distances = ([entry[key] for entry in entries] for key in ("guidance_scale", "frechet"))
-        errors = [2 * entry["frechet_standard_error"] for entry in entries]
-        axis.errorbar(scales, distances, yerr=errors, fmt="o-", capsize=3, label=name)
-    axis.set(xlabel="guidance scale omega", ylabel=report["protocol"]["distance"])
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def build_report(
+    job: EvaluateJob,
+    inputs: Inputs,
+    reference: Reference,
+    sets: Mapping[str, SetSums],
+    train_pixels: torch.Tensor | None,
+) -> dict[str, Any]:
+    """The report as JSON values. train_pixels: training images for the pixel distances, uint8 (N, H, W, 3)."""
+    manifold = manifold_of(reference, job.num_precision_recall)
+    reported = [HELD_OUT_IMAGES, RECONSTRUCTIONS, *(samples_set(number) for number in range(len(job.settings)))]
+    metrics = {name: compute_metrics(sets[name], reference, manifold) for name in reported if name in sets}
+    if train_pixels is not None:
+        _add_pixel_distances(metrics, sets, train_pixels)
+    report: dict[str, Any] = {
+        "model": job.model or str(job.samples),
+        "protocol": protocol(job, inputs, reference),
+        "warnings": protocol_warnings(
+            job, reference, inputs.extractor.identity, inputs.num_features, num_samples(job, inputs)
+        ),
+    }
+    for name, key in ((HELD_OUT_IMAGES, "held_out"), (RECONSTRUCTIONS, "reconstruction")):
+        if name in sets:
+            report[key] = metrics[name]
+    if RECONSTRUCTIONS in sets:
+        rebuilt, real = (torch.cat(sets[name].images) for name in (RECONSTRUCTIONS, HELD_OUT_IMAGES))
+        if len(rebuilt) == len(real):  # a read that failed in one of the two passes leaves the pairs unknown
+            report["autoencoder_psnr"] = peak_signal_to_noise(rebuilt, real)
+    if inputs.generator is None:
+        report["samples"] = [{"title": "from the file", **metrics[samples_set(0)]}]
+    else:
+        report["samples"] = [
+            {
+                "title": setting.title,
+                "variant": setting.variant,
+                **asdict(setting),
+                "num_function_evaluations": setting.num_function_evaluations(inputs.generator.pipeline),
+                **metrics[samples_set(number)],
+                "seconds_per_image": sets[samples_set(number)].seconds / sets[samples_set(number)].num_images,
+            }
+            for number, setting in enumerate(job.settings)
+        ]
+    return report
 
 
-def way_of(entry: Mapping[str, Any]) -> str:
-    """How an entry samples, its number of steps aside."""
-    setting = Setting(
-        num_steps=1,
-        guidance_scale=entry["guidance_scale"],
-        guidance_interval=None if entry["guidance_interval"] is None else tuple(entry["guidance_interval"]),
-        solver=entry["solver"],
-    )
-    return setting.way
+def num_samples(job: EvaluateJob, inputs: Inputs) -> int:
+    """Samples per setting, or of the sample file."""
+    return job.num_samples if inputs.samples is None else len(inputs.samples)
 
 
-def slug(setting: Setting) -> str:
-    """A setting as part of a file's name: "2steps-omega4-0.2to0.8-heun"."""
-    steps, way = f"{setting.num_steps}step{'s' * (setting.num_steps > 1)}", way_slug(setting)
-    return f"{steps}-{way}" if way else steps
+def protocol(job: EvaluateJob, inputs: Inputs, reference: Reference) -> dict[str, Any]:
+    """Everything that the metrics depend on. Reports with different protocols do not compare."""
+    generator = inputs.generator
+    content: dict[str, Any] = {
+        "distance": distance_name(inputs.extractor.identity),
+        "num_samples": num_samples(job, inputs),
+        "labels": job.labels if generator is not None else "those of the file",
+        "base_seed": job.seed,
+        "sample_rule": "sample i: noise of torch's CPU generator seeded with base_seed * 2^32 + i",
+        "uint8_rule": UINT8_RULE,
+        "image_size": inputs.image_size,
+        "batch_size": job.batch_size,
+        "precision": "float32",
+        "extractor": dict(inputs.extractor.identity),
+        "reference": {
+            "location": reference.location,
+            "sha256": reference.sha256,
+            "num_images": None if reference.protocol is None else reference.protocol["num_images"],
+            "protocol": reference.protocol,
+        },
+        "precision_recall": {"num_neighbours": NUM_NEIGHBOURS, "num_at_most": job.num_precision_recall},
+        "inception_score_splits": NUM_SPLITS,
+        "jackknife_groups": NUM_GROUPS,
+        "code": code_identity(),
+    }
+    if generator is not None:
+        content["generator"] = {
+            "transformer_sha256": weight_hash(generator.pipeline.transformer),
+            "vae_sha256": weight_hash(generator.pipeline.vae),
+            "prediction": generator.pipeline.config.prediction,
+            "ema_decay": generator.ema_decay,
+        }
+    return content
 
 
-def way_slug(setting: Setting) -> str:
-    """`Setting.way` as part of a file's or a metric's name: "omega4-0.2to0.8-heun"; empty where it is."""
-    words = []
-    if setting.guidance_scale is not None:
-        words.append(f"omega{setting.guidance_scale:g}")
-    if setting.guidance_interval is not None:
-        words.append("{:g}to{:g}".format(*setting.guidance_interval))
-    if setting.solver != "euler":
-        words.append(setting.solver)
-    return "-".join(words)
+def protocol_warnings(
+    job: EvaluateJob, reference: Reference, extractor: Mapping[str, str], num_features: int, num_samples: int
+) -> list[str]:
+    """Reasons why the metrics may not compare with others."""
+    warnings = []
+    if reference.protocol is None:
+        warnings.append(
+            f"{reference.location} does not state its extractor, crop and image size; the metrics are valid only if those "
+            f"are the same here"
+        )
+    if extractor["name"] == INCEPTION and num_samples != STANDARD_NUM_SAMPLES:
+        warnings.append(
+            f"{num_samples} samples: FID falls with the number of samples, and published FIDs use {STANDARD_NUM_SAMPLES}"
+        )
+    if reference.has_images and reference.features is None and job.num_precision_recall:
+        warnings.append("no precision and recall: the reference's images can only be read from a local disk")
+    if num_samples <= num_features:
+        warnings.append(
+            f"{num_samples} samples for {num_features} features: the covariance is singular and the distance biased"
+        )
+    return warnings
+
+
+def compute_metrics(sums: SetSums, reference: Reference, manifold: Manifold | None) -> dict[str, float]:
+    """All metrics that extractor and reference allow. manifold: `manifold_of` the reference."""
+    estimate = frechet_estimate([sums.groups[group] for group in sorted(sums.groups)], reference.moments)
+    metrics = {"frechet": estimate.value, "frechet_standard_error": estimate.standard_error}
+    if sums.scores:
+        metrics["inception_score"], metrics["inception_score_deviation"] = inception_score(sums.splits)
+    if sums.spatial is not None and reference.spatial is not None:
+        metrics["spatial_frechet"] = frechet_distance(sums.spatial, reference.spatial)
+    if sums.features and manifold is not None:
+        features = torch.cat(sums.features)
+        if len(features) > NUM_NEIGHBOURS:
+            own_manifold = Manifold.of(features, NUM_NEIGHBOURS)
+            metrics["precision"], metrics["recall"] = precision_and_recall(own_manifold, manifold)
+    if sums.num_correct is not None:
+        metrics["accuracy"] = sums.num_correct / sums.num_images
+    return metrics
+
+
+def manifold_of(reference: Reference, num_points: int) -> Manifold | None:
+    """The manifold of at most `num_points` of a reference's features; None if there are too few."""
+    if reference.features is None:
+        return None
+    count = min(num_points, len(reference.features))
+    if count <= NUM_NEIGHBOURS:
+        return None
+    # Spread evenly, because references are often sorted by class.
+    indices = torch.arange(count) * len(reference.features) // count
+    return Manifold.of(reference.features[indices], NUM_NEIGHBOURS)
+
+
+def _add_pixel_distances(
+    metrics: Mapping[str, dict[str, float]], sets: Mapping[str, SetSums], train_pixels: torch.Tensor
+) -> None:
+    held_out = sets[HELD_OUT_IMAGES]
+    distances = PixelDistances(train_pixels, torch.cat(held_out.images), torch.cat(held_out.labels))
+    for name, values in metrics.items():
+        values.update(distances.measure(torch.cat(sets[name].images), torch.cat(sets[name].labels)))

@@ -1,6 +1,6 @@
-"""Samples as ADM's evaluation suite reads them: an .npz with arr_0, uint8 (N, H, W, 3).
+"""Samples in the format of ADM's evaluation suite: an .npz with arr_0, uint8 (N, H, W, 3).
 
-Written row by row and read by mapping, so that 50,000 samples (9.8 GB at 256 pixels) need no memory.
+Files are written in pieces and read by memory mapping, because 50,000 samples of 256 pixels are 9.8 GB.
 """
 
 import os
@@ -13,17 +13,18 @@ import numpy as np
 from pipelines.errors import InputError
 
 MEMBER = "arr_0.npy"
-LOCAL_HEADER_BYTES = 30  # of a zip's member, before its name and extra field (PKWARE's APPNOTE, 4.3.7)
+LOCAL_HEADER_BYTES = 30  # of a zip member, before its name and extra field (PKWARE APPNOTE 4.3.7)
 
 
-class SampleFile:
-    """A file of samples being written. It has its name when it is complete, and not before."""
+class SampleFileWriter:
+    """Writes a sample file in pieces. The file gets its name on `close`, when it is complete."""
 
     def __init__(self, path: Path, num_samples: int, image_size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._partial = path.with_name(f"{path.name}.partial")
-        self._left = num_samples
+        self.num_samples = num_samples
+        self.num_written = 0
         self._zip = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
         self._member = self._zip.open(MEMBER, "w", force_zip64=True)
         shape = (num_samples, image_size, image_size, 3)
@@ -32,22 +33,22 @@ class SampleFile:
 
     def write(self, images: np.ndarray) -> None:
         """Appends images uint8 (n, H, W, 3)."""
-        self._left -= len(images)
-        assert self._left >= 0, "more samples than announced"
+        self.num_written += len(images)
+        assert self.num_written <= self.num_samples, "more samples than announced"
         self._member.write(np.ascontiguousarray(images).tobytes())
 
     def close(self) -> None:
-        """Completes the file and gives it its name."""
-        assert self._left == 0, f"{self._left} samples were not written"
+        """Completes the file."""
+        assert self.num_written == self.num_samples, f"{self.num_written} of {self.num_samples} samples were written"
         self._member.close()
         self._zip.close()
         os.replace(self._partial, self._path)
 
 
 def open_sample_file(path: Path) -> np.ndarray:
-    """arr_0 of an .npz, uint8 (N, H, W, 3), mapped into memory where it is not compressed.
+    """arr_0 of an .npz, uint8 (N, H, W, 3); memory-mapped if it is not compressed.
 
-    Raises InputError where there is none, or it is something else.
+    Raises InputError for a missing file, and for other content.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -58,13 +59,14 @@ def open_sample_file(path: Path) -> np.ndarray:
             with np.load(path, allow_pickle=False) as arrays:
                 images = arrays["arr_0"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no .npz with arr_0: {error}") from error
+        raise InputError(f"{path} is not an .npz with arr_0: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
         raise InputError(f"arr_0 of {path} must be uint8 (N, H, H, 3), but is {images.dtype} {images.shape}")
     return images
 
 
 def _map_array(path: Path, header_offset: int) -> np.ndarray:
+    """Memory-maps an uncompressed .npy member of a zip file."""
     with open(path, "rb") as file:
         file.seek(header_offset + LOCAL_HEADER_BYTES - 4)
         name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
@@ -75,5 +77,5 @@ def _map_array(path: Path, header_offset: int) -> np.ndarray:
         else:
             shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
         if dtype.hasobject or fortran_order:
-            raise ValueError(f"wanted plain bytes in C order, but it has {dtype}")
+            raise ValueError(f"expected plain values in C order, but got {dtype}, Fortran order: {fortran_order}")
         return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)

@@ -1,15 +1,12 @@
-"""What sample i is: its class label, its seed, and the settings it is drawn with."""
+"""What sample i is: its class label, its seed, and the sampler settings it is drawn with."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
-from meanflow_core.metrics import FeatureStatistics, ScoreSums
-from meanflow_core.pipeline import MeanFlowPipeline
-
-Sums = TypeVar("Sums", FeatureStatistics, ScoreSums)
+if TYPE_CHECKING:
+    from meanflow_core.pipeline import MeanFlowPipeline
 
 SEEDS_PER_BASE = 2**32
 Labels = Literal["balanced", "random"]
@@ -17,20 +14,20 @@ Labels = Literal["balanced", "random"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How to sample."""
+    """Sampler settings."""
 
     num_steps: int
     """Equal steps from noise to image."""
     guidance_scale: float | None = None
-    """omega; the generator's own where None."""
+    """None: the generator's default."""
     guidance_interval: tuple[float, float] | None = None
-    """Times between which it guides; the generator's own where None."""
+    """Times (start, end) between which guidance applies. None: the generator's default."""
     solver: Literal["euler", "heun"] = "euler"
-    """Of flow matching's equation."""
+    """ODE solver of a flow matching generator."""
 
     @property
-    def way(self) -> str:
-        """How, the number of steps aside: "omega 4, in [0.2, 0.8], Heun"; empty where nothing was asked for."""
+    def variant(self) -> str:
+        """All settings but the number of steps: "omega 4, in [0.2, 0.8], Heun". Empty for the defaults."""
         words = []
         if self.guidance_scale is not None:
             words.append(f"omega {self.guidance_scale:g}")
@@ -42,41 +39,65 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """ "2 steps, omega 4, in [0.2, 0.8], Heun"."""
+        """For tables: "2 steps, omega 4, in [0.2, 0.8], Heun"."""
         steps = f"{self.num_steps} step{'s' * (self.num_steps > 1)}"
-        return f"{steps}, {self.way}" if self.way else steps
+        return f"{steps}, {self.variant}" if self.variant else steps
 
-    def network_calls(self, pipeline: MeanFlowPipeline) -> int:
-        """Evaluations of the network for one image: Heun's method has two a step, and so has guidance by two answers."""
-        evaluations = self.num_steps * (2 if self.solver == "heun" else 1)
+    @property
+    def variant_slug(self) -> str:
+        """`variant` for names of files and metrics: "omega4-0.2to0.8-heun". Empty for the defaults."""
+        words = []
+        if self.guidance_scale is not None:
+            words.append(f"omega{self.guidance_scale:g}")
+        if self.guidance_interval is not None:
+            words.append("{:g}to{:g}".format(*self.guidance_interval))
+        if self.solver == "heun":
+            words.append("heun")
+        return "-".join(words)
+
+    @property
+    def slug(self) -> str:
+        """`title` for file names: "2steps-omega4-0.2to0.8-heun"."""
+        steps = f"{self.num_steps}step{'s' * (self.num_steps > 1)}"
+        return f"{steps}-{self.variant_slug}" if self.variant_slug else steps
+
+    def num_function_evaluations(self, pipeline: "MeanFlowPipeline") -> int:
+        """Network evaluations per image (NFE).
+
+        Heun takes two per step. Classifier-free guidance of a velocity network adds an unconditional one at each time
+        inside the guidance interval.
+        """
+        import torch  # not at the top: --help must be quick
+
+        num_evaluations = self.num_steps * (2 if self.solver == "heun" else 1)
         if pipeline.config.prediction != "velocity":
-            return evaluations
+            return num_evaluations
         scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
         if scale == 1.0:
-            return evaluations
-        own = (pipeline.config.guidance_interval_start, pipeline.config.guidance_interval_end)
-        start, end = self.guidance_interval or own
-        times = torch.linspace(1.0, 0.0, self.num_steps + 1, dtype=torch.float64).tolist()
-        asked = times[:-1] + (times[1:] if self.solver == "heun" else [])
-        return evaluations + sum(start <= time <= end for time in asked)
+            return num_evaluations
+        default = (pipeline.config.guidance_interval_start, pipeline.config.guidance_interval_end)
+        start, end = self.guidance_interval or default
+        grid = torch.linspace(1.0, 0.0, self.num_steps + 1, dtype=torch.float64).tolist()
+        times = grid[:-1] + (grid[1:] if self.solver == "heun" else [])
+        return num_evaluations + sum(start <= time <= end for time in times)
 
 
 @dataclass(frozen=True)
 class SampleRule:
-    """Which image sample i is: the same in every job, on any number of devices."""
+    """Labels and seeds of samples by index: the same in every job, on any number of devices."""
 
     base_seed: int
-    """Sample i's noise is that of base_seed * 2^32 + i."""
+    """Sample i uses seed base_seed * 2^32 + i."""
     labels: Labels
-    """balanced: i mod the number of classes; random: uniform, a function of (base_seed, i)."""
+    """balanced: class i mod num_classes. random: uniform, a function of (base_seed, i)."""
 
     def labels_of(self, indices: np.ndarray, num_classes: int) -> np.ndarray:
-        """The classes of sample indices, int64 (B,)."""
+        """Class labels of sample indices: int64 (B,)."""
         if self.labels == "balanced":
             return indices % num_classes
         draws = [np.random.default_rng((self.base_seed, int(index))).integers(num_classes) for index in indices]
         return np.array(draws, dtype=np.int64)
 
     def seeds_of(self, indices: np.ndarray) -> list[int]:
-        """The seeds of sample indices."""
+        """Seeds of sample indices."""
         return [self.base_seed * SEEDS_PER_BASE + int(index) for index in indices]

@@ -1,13 +1,13 @@
-"""How near the evaluation comes to the bare pipeline, and what memory it needs.
+"""Throughput of the evaluation relative to the bare pipeline, and its peak memory.
 
-    python tests/benchmarks/evaluate.py --json evaluate.json                  # some three minutes
+    python tests/benchmarks/evaluate.py --json evaluate.json                  # about three minutes
     python tests/benchmarks/evaluate.py --json evaluate.json --only memory    # 2,000 and 20,000 samples
 
-- stage_over_bare: images per second of the whole stage (sampling, decoding, features, sums), from its first chunk to its
-  last, over those of as many processes that call the pipeline in a loop; the latter before and after the former.
-- memory: the peak of the sum of PSS of all processes of a job, at two numbers of samples.
+- stage_over_bare: images per second of the whole stage (sampling, decoding, features, sums) from its first chunk to its
+  last, divided by that of as many processes that only call the pipeline. The latter is measured before and after.
+- memory: peak of the sum of PSS over all processes of a job, for two numbers of samples.
 
-The demo's network, autoencoder and judge, random weights: the smaller the generator, the more all else weighs.
+Uses the demo's network with random weights, its autoencoder and its judge: with a small generator, overheads weigh most.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 import torch
-from _harness import main
-from _harness import run_stage as run_job
+from _harness import main, run_stage
 
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, load_pipeline, save_generator
@@ -29,86 +29,91 @@ from meanflow_core.networks import build_network
 from meanflow_core.presets import demo
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.images import CLASS_NAMES
+from pipelines.demo.judge import SHIPPED_JUDGE
 
-BATCH = 50
+BATCH_SIZE = 50
 
 
 def write_generator(folder: Path) -> None:
-    """A generator of the demo's size."""
+    """Writes a generator of the demo's size."""
     torch.manual_seed(0)
     network = build_network(demo().network, sample_size=8, in_channels=4, num_classes=10).eval()
     save_generator(build_pipeline(network, load_autoencoder(str(SHIPPED_AUTOENCODER)), CLASS_NAMES), folder)
 
 
-def write_reference(path: Path) -> None:
-    """Statistics of 64 features of nothing."""
-    np.savez(path, mu=np.zeros(64), sigma=np.eye(64))
-
-
-def _bare(generator: str, num_batches: int, started: object) -> float:
+def _bare_rate(generator: str, num_batches: int, start: Barrier) -> float:
     torch.set_num_threads(1)
     pipeline = load_pipeline(Path(generator))
-    labels = [index % 10 for index in range(BATCH)]
-    pipeline.images_from_seeds(labels, list(range(BATCH)))
-    started.wait()
-    began = time.perf_counter()
+    labels = [index % 10 for index in range(BATCH_SIZE)]
+    pipeline.images_from_seeds(labels, list(range(BATCH_SIZE)))
+    start.wait()
+    started = time.perf_counter()
     for number in range(num_batches):
-        pipeline.images_from_seeds(labels, list(range(number * BATCH, (number + 1) * BATCH)))
-    return num_batches * BATCH / (time.perf_counter() - began)
+        pipeline.images_from_seeds(labels, list(range(number * BATCH_SIZE, (number + 1) * BATCH_SIZE)))
+    return num_batches * BATCH_SIZE / (time.perf_counter() - started)
 
 
 def bare_images_per_second(generator: Path, num_processes: int, num_batches: int) -> float:
-    """As many processes as the stage has workers, of one thread each, beside each other."""
+    """Total rate of processes that call the pipeline in a loop, with one thread each."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(num_processes) as pool:
-        started = manager.Barrier(num_processes)
-        rates = pool.starmap(_bare, [(str(generator), num_batches, started)] * num_processes, chunksize=1)
+        start = manager.Barrier(num_processes)
+        rates = pool.starmap(_bare_rate, [(str(generator), num_batches, start)] * num_processes, chunksize=1)
     return sum(rates)
 
 
-def run_stage(arguments: list[str], peak: list[float] | None = None) -> list[tuple[float, int]]:
-    """(time, images done) at each chunk of the stage's own command."""
-    return run_job("pipelines.evaluate", "pipelines.evaluate.measuring", "measured", arguments, peak)
-
-
-def stage_arguments(work: Path, count: int, num_workers: int) -> list[str]:
-    """Of the stage's command."""
-    return [
+def run_evaluation(
+    work: Path, count: int, num_workers: int, peak: list[float] | None = None
+) -> list[tuple[float, int]]:
+    """Runs the command; returns (time, images done) at each chunk. peak: gets the peak memory in GB."""
+    arguments = [
         "--model", str(work / "generator"), "--reference", str(work / "reference.npz"), "--steps", "1",
-        "--num-samples", str(count), "--batch-size", str(BATCH), "--num-workers", str(num_workers),
-        "--num-precision-recall", "1000", "--output", str(work / f"report-{count}"),
+        "--extractor", str(SHIPPED_JUDGE), "--num-samples", str(count), "--batch-size", str(BATCH_SIZE),
+        "--num-workers", str(num_workers), "--num-precision-recall", "1000", "--output", str(work / f"report-{count}"),
     ]  # fmt: skip
+    return run_stage("pipelines.evaluate.__main__", "pipelines.evaluate.measuring", "measured", arguments, peak)
+
+
+def measure_throughput(work: Path, num_images: int, num_workers: int) -> dict[str, float]:
+    """Rates of the stage and of the bare pipeline."""
+    num_batches = num_images // (2 * BATCH_SIZE * num_workers)
+    bare = [bare_images_per_second(work / "generator", num_workers, num_batches)]
+    progress = run_evaluation(work, num_images, num_workers)
+    bare.append(bare_images_per_second(work / "generator", num_workers, num_batches))
+    # Only while every worker has work: they start before the first line, and run out of chunks at the end.
+    (started, first), (ended, last) = progress[0], next(line for line in progress if line[1] >= 0.9 * num_images)
+    stage = (last - first) / (ended - started)
+    report = json.loads((work / f"report-{num_images}" / "report.json").read_text())
+    return {
+        "bare_images_per_second": statistics.mean(bare),
+        "stage_images_per_second": stage,
+        "stage_over_bare": stage / statistics.mean(bare),
+        "sampling_seconds_share": report["samples"][0]["seconds_per_image"] * stage / num_workers,
+    }
+
+
+def measure_memory(work: Path, counts: tuple[int, int], num_workers: int) -> dict[str, float]:
+    """Peak memory for two numbers of samples."""
+    peaks: list[float] = []
+    for count in counts:
+        peak: list[float] = []
+        run_evaluation(work, count, num_workers, peak)
+        peaks += peak
+    figures = {f"peak_gigabytes_at_{count}": peak for count, peak in zip(counts, peaks, strict=True)}
+    return {**figures, "peak_memory_growth": peaks[1] / peaks[0]}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """The figures that were asked for."""
+    """All requested figures."""
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_generator(work / "generator")
-        write_reference(work / "reference.npz")
+        np.savez(work / "reference.npz", mu=np.zeros(64), sigma=np.eye(64))
         if "stage" in arguments.only:
-            batches = arguments.images // (2 * BATCH * arguments.workers)
-            bare = [bare_images_per_second(work / "generator", arguments.workers, batches)]
-            seen = run_stage(stage_arguments(work, arguments.images, arguments.workers))
-            bare.append(bare_images_per_second(work / "generator", arguments.workers, batches))
-            # While every worker has work: before the first line they start, at the end they run out of chunks.
-            (began, first), (ended, last) = seen[0], next(line for line in seen if line[1] >= 0.9 * arguments.images)
-            stage = (last - first) / (ended - began)
-            report = json.loads((work / f"report-{arguments.images}" / "report.json").read_text())
-            figures |= {
-                "bare_images_per_second": statistics.mean(bare),
-                "stage_images_per_second": stage,
-                "stage_over_bare": stage / statistics.mean(bare),
-                "sampling_seconds_share": report["samples"][0]["seconds_per_image"] * stage / arguments.workers,
-            }
+            figures |= measure_throughput(work, arguments.images, arguments.workers)
         if "memory" in arguments.only:
-            for count in arguments.memory_samples:
-                peak: list[float] = []
-                run_stage(stage_arguments(work, count, arguments.workers), peak)
-                figures[f"peak_gigabytes_at_{count}"] = peak[0]
-            few, many = (figures[f"peak_gigabytes_at_{count}"] for count in arguments.memory_samples)
-            figures["peak_memory_growth"] = many / few
+            figures |= measure_memory(work, tuple(arguments.memory_samples), arguments.workers)
     return figures
 
 

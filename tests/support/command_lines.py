@@ -20,9 +20,7 @@ from pipelines.check.job import CheckJob
 from pipelines.convert.job import ConvertJob
 from pipelines.demo.images import DrawImages
 from pipelines.encode.job import EncodeJob
-from pipelines.evaluate.job import EvaluateJob
-from pipelines.evaluate.reference import ReferenceJob
-from pipelines.evaluate.side_by_side import SideBySideJob
+from pipelines.evaluate.job import EvaluateJob, ReferenceJob, SideBySideJob
 from pipelines.latent_cache import CacheJob
 from pipelines.plan.__main__ import parse_arguments as parse_plan
 from pipelines.train.run import parse_arguments as parse_training

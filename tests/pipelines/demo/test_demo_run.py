@@ -116,10 +116,10 @@ def test_demo_makes_plain_shapes_in_one_step_and_works_again(tmp_path, start_dem
 
     judge = load_judge(SHIPPED_JUDGE)
     train_images = torch.from_numpy(images.draw_many("train", 0, 8000)[0])
-    reference = FeatureStatistics.of(judge.look_at(train_images).features)
+    reference = FeatureStatistics.of(judge.predict(train_images).features)
 
     def distance(pixels):
-        return frechet_distance(FeatureStatistics.of(judge.look_at(pixels).features), reference)
+        return frechet_distance(FeatureStatistics.of(judge.predict(pixels).features), reference)
 
     noise = torch.randint(256, (1000, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ladder = [

@@ -1,4 +1,4 @@
-"""The evaluation's memory beside the number of samples."""
+"""Memory of an evaluation."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from tests.support.readme import REPOSITORY
 @pytest.mark.soak
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
-def test_peak_memory_does_not_grow_with_the_number_of_samples(tmp_path):
+def test_peak_memory_is_independent_of_the_number_of_samples(tmp_path):
     file = tmp_path / "figures.json"
     command = [sys.executable, "tests/benchmarks/evaluate.py", "--only", "memory", "--json", str(file)]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

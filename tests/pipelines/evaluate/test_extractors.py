@@ -10,7 +10,7 @@ import torch
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
-from pipelines.evaluate.extractors import describe, open_extractor
+from pipelines.evaluate.extractors import distance_name, open_extractor
 from pipelines.evaluate.judge import load_judge
 
 REPOSITORY = Path(__file__).parents[3]
@@ -227,7 +227,7 @@ def test_plain_script_gives_pooled_features_alone(tmp_path, pixels):
     seen = extractor(pixels)
     torch.testing.assert_close(seen.pooled, pixels.float().mean(dim=(1, 2)))
     assert (seen.logits, seen.spatial, extractor.class_names) == (None, None, None)
-    assert describe(extractor.identity) == "Fréchet distance (means.ts)"
+    assert distance_name(extractor.identity) == "Fréchet distance (means.ts)"
 
 
 def test_script_saved_in_training_sees_the_same_twice(tmp_path, pixels):
@@ -297,7 +297,7 @@ def test_judge_gives_its_features_and_answers_in_its_own_classes():
     extractor = open_extractor(str(SHIPPED_JUDGE), None, "cpu")
     drawn, labels = (torch.from_numpy(array) for array in images.draw_many("val", 0, 100))
     seen = extractor(drawn)
-    expected = load_judge(SHIPPED_JUDGE).look_at(drawn)
+    expected = load_judge(SHIPPED_JUDGE).predict(drawn)
     assert torch.equal(seen.pooled, expected.features)
     assert seen.logits.shape == (100, 10)
     assert (seen.logits.argmax(dim=1) == labels).double().mean() > 0.95
@@ -305,7 +305,7 @@ def test_judge_gives_its_features_and_answers_in_its_own_classes():
     assert not seen.pooled.requires_grad
     assert extractor.class_names == images.CLASS_NAMES
     assert extractor.identity["name"] == "judge"
-    assert describe(extractor.identity) == "Fréchet distance (judge)"
+    assert distance_name(extractor.identity) == "Fréchet distance (judge)"
     with pytest.raises(InputError, match="the judge sees images of 64x64, but got 32x32"):
         extractor(drawn[:, ::2, ::2])
 
@@ -339,5 +339,5 @@ def test_images_of_another_layout_are_refused(tmp_path, pixels):
 
 
 def test_only_torch_fidelitys_inception_is_called_fid():
-    assert describe({"name": "inception"}) == "FID"
-    assert describe({"name": "inception-2015-12-05.pt"}) == "Fréchet distance (inception-2015-12-05.pt)"
+    assert distance_name({"name": "inception"}) == "FID"
+    assert distance_name({"name": "inception-2015-12-05.pt"}) == "Fréchet distance (inception-2015-12-05.pt)"

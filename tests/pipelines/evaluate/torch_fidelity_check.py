@@ -19,7 +19,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from pipelines.errors import InputError
 from pipelines.evaluate import extractors
-from pipelines.evaluate.extractors import SPATIAL_CHANNELS, describe, open_extractor
+from pipelines.evaluate.extractors import SPATIAL_CHANNELS, distance_name, open_extractor
 
 SIZES = ((64, 64), (256, 256), (48, 80), (400, 320))
 
@@ -102,7 +102,7 @@ def check_inception(folder: Path) -> dict:
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path
     )
     figures: dict = {"identity": extractor.identity, "class_names": extractor.class_names, "differences": {}}
-    figures["describe"] = describe(extractor.identity)
+    figures["describe"] = distance_name(extractor.identity)
     extractors.PUBLISHED_WEIGHTS_SHA256 = hashlib.sha256(path.read_bytes()).hexdigest()  # as if these were they
     figures["name_of_published"] = open_extractor("inception", path, "cpu").identity["name"]
     figures["resize_errors"], figures["half_pixel_errors"] = {}, {}
@@ -162,7 +162,7 @@ def check_dinov2() -> dict:
     torch.hub.set_dir(hub.with_name("empty"))
     return {
         "identity": extractor.identity,
-        "describe": describe(extractor.identity),
+        "describe": distance_name(extractor.identity),
         "difference": relative(ours.pooled, theirs),
         "shape": list(ours.pooled.shape),
         "others": [ours.logits, ours.spatial],

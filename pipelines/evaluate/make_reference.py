@@ -1,0 +1,61 @@
+"""Computes a reference file from images, or from the decoded images of a latent dataset."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.evaluate.chunks import Chunk, decoded_chunks, image_file_chunks
+from pipelines.evaluate.extractors import open_extractor
+from pipelines.evaluate.job import ReferenceJob
+from pipelines.evaluate.measuring import measure_sets, start_cluster, worker_config
+from pipelines.evaluate.reference import reference_bytes, reference_protocol
+from pipelines.evaluate.sources import UINT8_RULE
+from pipelines.images.sources import find_images
+from pipelines.latents.manifest import read_manifest
+
+logger = logging.getLogger(__name__)
+
+
+def make_reference(job: ReferenceJob) -> dict[str, Any]:
+    """Measures the images, writes the file, and returns its protocol. Raises InputError for invalid input."""
+    storage.output_location(job.output.rpartition("/")[0] or ".", "--output")
+    job = replace(
+        job,
+        output=storage.absolute(job.output),
+        images=None if job.images is None else storage.absolute(job.images),
+        data=None if job.data is None else storage.absolute(job.data),
+    )
+    identity = open_extractor(job.extractor, job.extractor_weights, "cpu").identity
+    chunks, source, image_size = _plan(job)
+    num_images = sum(chunk.num_images for chunk in chunks)
+    logger.info("%d images of %d pixels in the features of %s", num_images, image_size, identity["name"])
+    workers = start_cluster(job)
+    sums = measure_sets(chunks, worker_config(job, autoencoder=job.data), workers)["reference"]
+    if sums.num_unreadable:
+        logger.warning("left out %d of %d images that cannot be read", sums.num_unreadable, num_images)
+    if sums.num_images < 2:
+        raise InputError(f"only {sums.num_images} of {num_images} images in {job.images} can be read; 2 are needed")
+    protocol = reference_protocol(identity, source, image_size, sums.num_images)
+    filesystem, path = storage.open_storage(job.output)
+    storage.write_bytes(filesystem, path, reference_bytes(sums, protocol))
+    return protocol
+
+
+def _plan(job: ReferenceJob) -> tuple[list[Chunk], dict[str, str], int]:
+    """The chunks to measure, what identifies their source, and the image size."""
+    if job.images is not None:
+        images = find_images(job.images)
+        chunks = image_file_chunks("reference", images, job.image_size, num_features_kept=job.num_features)
+        return chunks, {"images": job.images, "sha256": images[1].sha256}, job.image_size
+    assert job.data is not None
+    manifest = read_manifest(job.data)
+    chunks = decoded_chunks("reference", job.data, manifest, num_features_kept=job.num_features)
+    source = {
+        "latents": job.data,
+        "sha256": manifest.content_sha256,
+        "autoencoder_sha256": manifest.recipe.vae_sha256,
+        "uint8": UINT8_RULE,
+    }
+    return chunks, source, manifest.recipe.image_size

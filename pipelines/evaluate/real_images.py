@@ -1,0 +1,41 @@
+"""Real images: sources whose classes match the generator's, and a subset in memory."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pyarrow import fs
+
+from pipelines.errors import InputError
+from pipelines.images.decoding import read_pixels
+from pipelines.images.index import ImageIndex, Listing
+from pipelines.images.sources import find_images
+
+ImageSource = tuple[fs.FileSystem, Listing, ImageIndex]
+
+
+def find_real_images(location: str, class_names: Sequence[str] | None) -> ImageSource:
+    """Finds images and checks their classes. class_names: the generator's; None accepts any classes.
+
+    Raises InputError for other classes, or a class with fewer than two images.
+    """
+    source = find_images(location)
+    index = source[2]
+    if class_names is None:
+        return source
+    if index.class_names != list(class_names):
+        raise InputError(
+            f"the classes in {location} are {', '.join(index.class_names)}, but the generator's are "
+            f"{', '.join(class_names)}; every class needs images"
+        )
+    counts = np.bincount(index.entries["label"].to_numpy(), minlength=len(class_names))
+    if counts.min() < 2:
+        smallest = class_names[int(counts.argmin())]
+        raise InputError(f"{location} has {counts.min()} images of class {smallest}, but every class needs at least 2")
+    return source
+
+
+def read_evenly(images: ImageSource, size: int, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads at most `num_images` readable images spread evenly over a source: uint8 (N, size, size, 3), labels (N,)."""
+    pixels, labels = read_pixels(*images, size, num_images)
+    return torch.from_numpy(pixels), torch.from_numpy(labels)

@@ -1,4 +1,4 @@
-"""Makes an API key: prints it once, for its owner, and its hash, for the configuration.
+"""Makes an API key. Prints the key, for its owner, and its hash, for the configuration.
 
 python -m deploy.keys alice
 """
@@ -10,15 +10,15 @@ from deploy.api.auth import hash_key
 
 
 def main() -> None:
-    """The command."""
+    """Command line entry point."""
     parser = argparse.ArgumentParser(
         prog="python -m deploy.keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="whose key it is; appears in the access log")
+    parser.add_argument("name", help="owner of the key; appears in the access log")
     name = parser.parse_args().name
     key = f"mf-{secrets.token_urlsafe(32)}"
-    print(f"key for {name}, shown this once:  {key}")
-    print("under user_config of the deployment Api:")
+    print(f"key for {name}, shown only once:  {key}")
+    print("add to user_config of the deployment Api:")
     print(f'  api_keys: {{{name}: "{hash_key(key)}"}}')
 
 

@@ -1,4 +1,4 @@
-"""What the endpoint is told, asked and answers: the application's arguments, requests and responses."""
+"""Bodies of requests and responses. Class docstrings and descriptions are part of the OpenAPI document."""
 
 from typing import Annotated, Literal
 
@@ -8,12 +8,12 @@ from deploy.api.encoding import ImageFormat
 from deploy.messages import ModelInfo
 from deploy.settings import MAX_STEPS
 
-# Seeds of one request run from `seed` upwards and stay below 2^63.
+# The images of a request have consecutive seeds, which must stay below 2^63.
 MAX_SEED = 2**62
 
 
 class Strict(BaseModel):
-    """A body whose every field is known and of its own type."""
+    """Base class: unknown fields and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
@@ -23,7 +23,7 @@ Time = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Sampling(Strict):
-    """How an image is made; the same in both endpoints."""
+    """Sampling options, shared by both image routes."""
 
     seed: Seed | None = Field(default=None, description="Image i is that of seed + i; random if absent.")
     seed_end: Seed | None = Field(
@@ -85,31 +85,31 @@ class ImageData(BaseModel):
     """One image of an answer."""
 
     b64_json: str
-    """The file, in base64."""
+    """The image file in base64."""
     seed: int
     seed_end: int | None = None
     weight: float | None = None
-    """How far from seed to seed_end."""
+    """Place between seed (0) and seed_end (1)."""
 
 
 class Timing(BaseModel):
     """Where a request's time went, in milliseconds."""
 
     queue_ms: float
-    """From the replica's receipt to the start of the first batch."""
+    """From arrival at the generator replica to the start of the first batch."""
     model_ms: float
-    """Network calls of its batches."""
+    """Network calls of the request's batches."""
     decode_ms: float
     encode_ms: float
     total_ms: float
-    """From the request's arrival to its answer."""
+    """From arrival of the request to its response."""
 
 
 class ImagesResponse(BaseModel):
     """The answer of POST /v1/images/generations."""
 
     created: int
-    """Unix time."""
+    """Unix time of the response."""
     data: list[ImageData]
     model: str
     size: str
@@ -121,7 +121,7 @@ class ImagesResponse(BaseModel):
     seed: int
     num_inference_steps: int
     preview: bool
-    """True where the small decoder made these."""
+    """True if the preview decoder made the images."""
     timing: Timing
 
 
@@ -152,9 +152,9 @@ class Readiness(BaseModel):
 
     status: Literal["ready", "not ready"]
     model: str | None
-    """The model that serves."""
+    """Id of the serving model."""
     problem: str | None
-    """Why the model or a setting that was asked for is not in use, while an older one serves on."""
+    """Why the requested model or settings are not in use; the previous ones stay in force."""
 
 
 class ErrorBody(BaseModel):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
 
 from deploy.api.auth import require_safe_exposure
 from deploy.api.encoding import MEDIA_TYPES, encode_image
@@ -120,7 +119,7 @@ class ApiService:
                 self._limiter = RateLimiter(settings.rate_limit)
             self.settings = settings
             self.problem = None
-        except (ValidationError, ValueError) as error:
+        except ValueError as error:
             self.problem = f"settings of the HTTP side rejected, the previous ones stay in force: {error}"
             logger.error(self.problem)
             if not self.is_configured:
@@ -130,9 +129,8 @@ class ApiService:
         self.recorder.record("meanflow_settings_refused", float(self.problem is not None))
         if not self.is_configured:
             require_safe_exposure(self.settings, self._http_host)
-            logger.info(
-                "HTTP host of Serve: %s; API keys: %s", self._http_host, ", ".join(self.settings.api_keys) or "none"
-            )
+            key_names = ", ".join(self.settings.api_keys) or "none"
+            logger.info("Serve's HTTP host is %s; API keys: %s", self._http_host, key_names)
             self.is_configured = True
 
     def admit(self, caller: str, num_images: int) -> None:

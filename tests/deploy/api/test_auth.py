@@ -1,97 +1,96 @@
+"""API keys: exposure without them, their hashes, and who may send requests."""
+
 import hashlib
-import math
 import re
-import subprocess
-import sys
-import time
 
 import pytest
 from pydantic import ValidationError
 
+from deploy import keys
 from deploy.api.auth import find_key_name, hash_key, is_loopback, require_safe_exposure
-from deploy.api.rate_limit import RateLimiter
-from deploy.settings import API_SETTINGS, Arguments, apply_user_config
+from deploy.settings import Arguments
+from tests.support.api import KEYS, bearer, error_of
+
+GENERATE = {"json": {"class": "star"}}
+OPENAI = {"json": {"prompt": "star"}}
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost", "::1", "[::1]", "127.8.9.1"])
-def test_loopback_may_be_open(host):
+def test_an_endpoint_on_loopback_needs_no_keys(host):
     assert is_loopback(host)
     require_safe_exposure(Arguments(model="m"), host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org", ""])
-def test_an_endpoint_that_others_reach_wants_keys_or_a_word(host):
+def test_an_endpoint_on_other_hosts_needs_keys_or_auth_none(host):
     assert not is_loopback(host)
-    with pytest.raises(
-        ValueError, match=f"host {re.escape(host)} is reachable from other machines, and there are no API keys"
-    ):
+    with pytest.raises(ValueError, match=f"host {re.escape(host)} is reachable from other machines"):
         require_safe_exposure(Arguments(model="m"), host)
     require_safe_exposure(Arguments(model="m", auth="none"), host)
     require_safe_exposure(Arguments(model="m", api_keys={"alice": hash_key("k")}), host)
 
 
-def test_keys_are_found_by_their_hashes():
-    keys = {"alice": hash_key("one"), "bob": hash_key("two")}
-    assert find_key_name("two", keys) == "bob"
-    assert find_key_name("three", keys) is None
-    assert find_key_name(hash_key("one"), keys) is None  # the hash is no key
+def test_keys_are_found_by_their_hash():
+    api_keys = {"alice": hash_key("one"), "bob": hash_key("two")}
+    assert find_key_name("two", api_keys) == "bob"
+    assert find_key_name("three", api_keys) is None
+    assert find_key_name(hash_key("one"), api_keys) is None  # the hash itself is not a key
     assert hash_key("one") == hashlib.sha256(b"one").hexdigest()
 
 
 @pytest.mark.parametrize("digest", ["plain-key", "A" * 64, hash_key("x") + "0"])
-def test_a_key_in_plain_text_is_no_hash(digest):
+def test_a_plain_text_key_is_refused_in_place_of_a_hash(digest):
     with pytest.raises(ValidationError, match=r"'alice' must be given as its SHA-256"):
         Arguments(model="m", api_keys={"alice": digest})
 
 
-def test_rates_are_per_caller_and_by_images():
-    limiter = RateLimiter("10/minute;100/hour")
-    assert limiter.seconds_until_allowed("alice", 8) is None
-    wait = limiter.seconds_until_allowed("alice", 3)
-    assert 0 < wait <= 120
-    assert limiter.seconds_until_allowed("alice", 2) is None  # what was refused did not count
-    assert limiter.seconds_until_allowed("bob", 10) is None
-    assert limiter.seconds_until_allowed("carol", 11) == math.inf
-    assert RateLimiter(None).seconds_until_allowed("alice", 10**9) is None
-
-
-def test_whoever_comes_again_when_told_is_allowed():
-    limiter = RateLimiter("20/second")
-    waited = 0
-    for _ in range(12):
-        wait = limiter.seconds_until_allowed("alice", 15)
-        if wait is not None:
-            assert wait <= 2.0
-            time.sleep(wait + 0.01)
-            waited += 1
-            assert limiter.seconds_until_allowed("alice", 15) is None
-        if waited == 3:
-            break
-    assert waited == 3
-
-
-def test_settings_that_change_in_place_are_told_from_those_that_do_not():
-    arguments = Arguments(model="m", max_images=7)
-    changed = apply_user_config(arguments, {"max_steps": 3}, API_SETTINGS)
-    assert (changed.max_images, changed.max_steps) == (7, 3)
-    with pytest.raises(ValueError, match="but got model, num_gpus;"):
-        apply_user_config(arguments, {"num_gpus": 1, "model": "x"}, API_SETTINGS)
-    with pytest.raises(ValidationError, match="rate_limit"):
-        apply_user_config(arguments, {"rate_limit": "often"}, API_SETTINGS)
-
-
-def test_batch_sizes_come_from_the_command_line_and_reach_the_largest_batch():
-    assert Arguments(model="m", batch_sizes="1,4,16").batch_sizes == [1, 4, 16]
-    assert Arguments(model="m", compile=True, max_batch_size=12).batch_sizes == [1, 2, 4, 8, 12]
-    assert Arguments(model="m").batch_sizes == []
-    with pytest.raises(ValidationError, match=r"batch_sizes must reach max_batch_size, 16, but got \[1, 4\]"):
-        Arguments(model="m", batch_sizes="1,4")
-
-
-def test_the_command_makes_a_key_and_its_hash():
-    made = subprocess.run(
-        [sys.executable, "-m", "deploy.keys", "alice"], check=True, capture_output=True, text=True
-    ).stdout  # fmt: skip
-    key = re.search(r"mf-[\w-]{43}", made)[0]
-    digest = re.search(r'alice: "([0-9a-f]{64})"', made)[1]
+def test_keys_command_prints_a_key_and_its_hash(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["deploy.keys", "alice"])
+    keys.main()
+    output = capsys.readouterr().out
+    key = re.search(r"mf-[\w-]{43}", output)[0]
+    digest = re.search(r'alice: "([0-9a-f]{64})"', output)[1]
     assert find_key_name(key, {"alice": digest}) == "alice"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options"),
+    [
+        ("POST", "/generate", GENERATE), ("POST", "/v1/images/generations", OPENAI), ("GET", "/classes", {}),
+        ("GET", "/v1/models", {}), ("GET", "/v1/models/stub", {}), ("GET", "/version", {}),
+    ],
+)  # fmt: skip
+def test_images_and_models_need_a_valid_key(locked, method, path, options):
+    for headers in ({}, bearer("wrong"), {"Authorization": f"Basic {KEYS['alice']}"}, bearer("")):
+        response = locked.client.request(method, path, headers=headers, **options)
+        assert error_of(response, 401)["code"] == "invalid_api_key", headers
+        assert response.headers["www-authenticate"] == "Bearer"
+    for key in KEYS.values():
+        assert locked.client.request(method, path, headers=bearer(key), **options).status_code == 200
+
+
+def test_pages_and_health_need_no_key(locked):
+    for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
+        assert locked.client.get(path).status_code == 200
+
+
+def test_keys_are_exchanged_at_runtime_but_never_all_removed(locked):
+    locked.api.reconfigure({"api_keys": {"carol": hash_key("new-key")}})
+    assert locked.client.get("/version", headers=bearer("new-key")).status_code == 200
+    assert locked.client.get("/version", headers=bearer(KEYS["alice"])).status_code == 401
+    locked.api.reconfigure({"api_keys": {}})
+    assert locked.client.get("/version").status_code == 401
+    assert locked.client.get("/version", headers=bearer("new-key")).status_code == 200
+
+
+def test_readiness_gives_details_of_a_problem_only_with_a_key(locked):
+    locked.api.reconfigure({"api_keys": {}})
+    assert "not left out" in locked.client.get("/readyz", headers=bearer(KEYS["alice"])).json()["problem"]
+    assert "not left out" not in locked.client.get("/readyz").json()["problem"]
+
+
+def test_no_message_contains_a_plain_text_key(locked):
+    locked.api.reconfigure({"api_keys": {"carol": "a-plain-key"}})
+    problem = locked.client.get("/readyz", headers=bearer(KEYS["alice"])).json()["problem"]
+    assert "'carol' must be given as its SHA-256" in problem
+    assert "a-plain-key" not in problem

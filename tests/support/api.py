@@ -1,0 +1,112 @@
+"""The HTTP side for tests, around a generator without a model."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from deploy.api.auth import hash_key
+from deploy.api.routes import build_http_app
+from deploy.api.service import ApiService
+from deploy.messages import (
+    ClassEntry,
+    GenerationRequest,
+    GenerationResult,
+    GeneratorStatus,
+    ModelHashes,
+    ModelInfo,
+    ModelSource,
+    Refusal,
+)
+from deploy.settings import Arguments
+from tests.support.endpoint import Recorded
+
+KEYS = {"alice": "wonderland-key", "bob": "builder-key"}
+KEY_HASHES = {name: hash_key(key) for name, key in KEYS.items()}
+ERROR_FIELDS = {"message", "type", "param", "code"}
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header of a request with an API key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    """The error of a response, after a check of its status and shape."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == ERROR_FIELDS
+    return error
+
+
+def pixels(content: bytes) -> np.ndarray:
+    """An image file -> int (H, W, 3)."""
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+
+
+class StubGenerator:
+    """Makes smooth images of 64 pixels that depend on the seed alone, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[GenerationRequest] = []
+        self.refusal: Refusal | None = None
+        """If set, the answer to every request."""
+        self.classes = [ClassEntry(id=id, name=f"class {id}", wnid=f"n{id}") for id in range(10)]
+        self.status = GeneratorStatus(
+            model=ModelInfo(
+                id="stub", created=0, image_size=64, num_classes=10, takes_guidance=True, guidance_scale=1.0,
+                guidance_interval=[0.0, 1.0], has_previews=True, precision="float32", prediction="u",
+                source=ModelSource(model="stub", name="stub"), hashes=ModelHashes(transformer="0", vae="0"),
+            ),
+            problem=None,
+        )  # fmt: skip
+
+    @staticmethod
+    def image(seed: int) -> np.ndarray:
+        """uint8 (64, 64, 3)."""
+        corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        return np.asarray(Image.fromarray(corners).resize((64, 64)))
+
+    async def generate(self, generation: GenerationRequest) -> GenerationResult | Refusal:
+        self.requests.append(generation)
+        if self.refusal is not None:
+            return self.refusal
+        weights = None
+        if generation.seed_end is not None:
+            weights = [index / (generation.num_images - 1) for index in range(generation.num_images)]
+        return GenerationResult(
+            images=np.stack([self.image(generation.seed + index) for index in range(generation.num_images)]),
+            class_id=8, class_name="star", wnid="d0000008", model="stub", weights=weights,
+            queue_seconds=0.001, model_seconds=0.002, decode_seconds=0.003,
+        )  # fmt: skip
+
+    async def describe(self) -> GeneratorStatus:
+        return self.status
+
+    async def list_classes(self) -> list[ClassEntry]:
+        return self.classes
+
+
+@dataclass
+class StubEndpoint:
+    """The HTTP side in this process, around a stub generator."""
+
+    client: TestClient
+    generator: StubGenerator
+    api: ApiService
+    recorded: Recorded
+
+
+@contextlib.contextmanager
+def stub_endpoint(http_host: str | None = None, **arguments: Any) -> Iterator[StubEndpoint]:
+    """arguments: of the application, without the model."""
+    generator, recorded = StubGenerator(), Recorded()
+    api = ApiService(generator, Arguments(model="stub", **arguments), recorded, http_host)
+    api.reconfigure({})
+    with TestClient(build_http_app(api), raise_server_exceptions=False) as client:
+        yield StubEndpoint(client, generator, api, recorded)

@@ -35,7 +35,7 @@ FULL_QUEUE_SECONDS = 0.1
 class GeneratorClient(Protocol):
     """Makes images, in another process or in this one."""
 
-    async def generate(self, generation: GenerationRequest) -> GenerationResult | Refusal:
+    async def generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
         """The images, or the reason for a refusal."""
 
     async def describe(self) -> GeneratorStatus:
@@ -65,17 +65,17 @@ class FullQueue:
         self._refused: GenerationRequest | None = None
         self._until = 0.0
 
-    def refusal_for(self, generation: GenerationRequest) -> Refusal | None:
+    def refusal_for(self, request: GenerationRequest) -> Refusal | None:
         """The refusal to repeat, or None if the generator should be asked."""
         refused = self._refused
         if refused is None or time.monotonic() >= self._until:
             return None
-        is_same_group = (generation.timesteps, generation.is_preview) == (refused.timesteps, refused.is_preview)
-        return self._refusal if is_same_group and generation.num_images >= refused.num_images else None
+        is_same_group = (request.timesteps, request.is_preview) == (refused.timesteps, refused.is_preview)
+        return self._refusal if is_same_group and request.num_images >= refused.num_images else None
 
-    def remember(self, generation: GenerationRequest, refusal: Refusal) -> None:
+    def remember(self, request: GenerationRequest, refusal: Refusal) -> None:
         """Notes a refusal for a full queue."""
-        self._refused, self._refusal = generation, refusal
+        self._refused, self._refusal = request, refusal
         self._until = time.monotonic() + FULL_QUEUE_SECONDS
 
 
@@ -216,17 +216,15 @@ class ApiService:
             timeout_seconds=settings.deadline_seconds,
         )
 
-    async def generate(
-        self, generation: GenerationRequest, log: dict[str, object], class_field: str
-    ) -> GenerationResult:
+    async def generate(self, request: GenerationRequest, log: dict[str, object], class_field: str) -> GenerationResult:
         """The generator's images. Raises ApiError for a refusal.
 
         log: details of the access log. class_field: the body's name for the class, for the message.
         """
-        log["images"] = generation.num_images
+        log["images"] = request.num_images
         if self.settings.log_prompts:
-            log["class"] = generation.class_
-        answer = self.full_queue.refusal_for(generation) or await self._ask_generator(generation)
+            log["class"] = request.class_
+        answer = self.full_queue.refusal_for(request) or await self._ask_generator(request)
         if isinstance(answer, Refusal):
             param = class_field if answer.param == "class" else answer.param
             message = answer.message if param is None else f"{param}: {answer.message}"
@@ -234,15 +232,15 @@ class ApiService:
         log["model"] = answer.model
         return answer
 
-    async def _ask_generator(self, generation: GenerationRequest) -> GenerationResult | Refusal:
+    async def _ask_generator(self, request: GenerationRequest) -> GenerationResult | Refusal:
         """The generator's answer. Raises ApiError 504 if it does not answer in time."""
         try:
-            async with asyncio.timeout(generation.timeout_seconds + GRACE_SECONDS):
-                answer = await self.generator.generate(generation)
+            async with asyncio.timeout(request.timeout_seconds + GRACE_SECONDS):
+                answer = await self.generator.generate(request)
         except TimeoutError as error:
-            raise ApiError(504, f"not done within {generation.timeout_seconds:g} s", "deadline_exceeded") from error
+            raise ApiError(504, f"not done within {request.timeout_seconds:g} s", "deadline_exceeded") from error
         if isinstance(answer, Refusal) and answer.code == "overloaded":
-            self.full_queue.remember(generation, answer)
+            self.full_queue.remember(request, answer)
         return answer
 
     async def encode(self, encoder: Callable[[], T]) -> Encoded[T]:

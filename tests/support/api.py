@@ -72,15 +72,15 @@ class StubGenerator:
         corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
         return np.asarray(Image.fromarray(corners).resize((64, 64)))
 
-    async def generate(self, generation: GenerationRequest) -> GenerationResult | Refusal:
-        self.requests.append(generation)
+    async def generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
+        self.requests.append(request)
         if self.refusal is not None:
             return self.refusal
         weights = None
-        if generation.seed_end is not None:
-            weights = [index / (generation.num_images - 1) for index in range(generation.num_images)]
+        if request.seed_end is not None:
+            weights = [index / (request.num_images - 1) for index in range(request.num_images)]
         return GenerationResult(
-            images=np.stack([self.image(generation.seed + index) for index in range(generation.num_images)]),
+            images=np.stack([self.image(request.seed + index) for index in range(request.num_images)]),
             class_id=8, class_name="star", wnid="d0000008", model="stub", weights=weights,
             queue_seconds=0.001, model_seconds=0.002, decode_seconds=0.003,
         )  # fmt: skip

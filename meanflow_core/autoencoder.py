@@ -1,4 +1,4 @@
-"""The VAE at both ends: loading it, images -> moments, latents -> images."""
+"""The VAE: loading it, images -> moments, latents -> images."""
 
 import hashlib
 from pathlib import Path
@@ -10,61 +10,55 @@ from meanflow_core.latents import LatentNormalization
 
 
 def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Loads an AutoencoderKL by its hub id ("stabilityai/sd-vae-ft-mse") or from a local folder.
+    """Loads an AutoencoderKL from a local folder or by its hub id ("stabilityai/sd-vae-ft-mse"), for inference.
 
-    Raises ValueError where there is none, saying what was looked for.
+    Raises ValueError if there is none.
     """
     folder = Path(id_or_folder)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"no config.json in {folder}; an autoencoder is a folder that AutoencoderKL.save_pretrained wrote"
+            f"no config.json in {folder}; an autoencoder is a folder written by AutoencoderKL.save_pretrained"
         )
     return _open_model(AutoencoderKL, id_or_folder, dtype, "an autoencoder")
 
 
 def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
-    """Loads an AutoencoderTiny ("madebyollin/taesd" for the latents of Stable Diffusion), by hub id or from a folder.
+    """Loads an AutoencoderTiny from a folder or by its hub id ("madebyollin/taesd" for Stable Diffusion's latents).
 
-    Raises ValueError where there is none, saying what was looked for.
+    Raises ValueError if there is none.
     """
     return _open_model(AutoencoderTiny, id_or_folder, dtype, "an AutoencoderTiny")
 
 
 def _open_model(kind: type[ModelMixin], id_or_folder: str, dtype: torch.dtype, name: str) -> ModelMixin:
-    """From safetensors, for inference. Raises ValueError where there is none."""
     try:
-        model = kind.from_pretrained(
-            # Without `accelerate` that option only brings a warning; these models are small beside their activations.
-            id_or_folder,
-            dtype=dtype,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-        )
+        # low_cpu_mem_usage would only warn that `accelerate` is missing.
+        model = kind.from_pretrained(id_or_folder, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"cannot load {name} from {id_or_folder!r}, as folder or hub id: {reason}") from error
+        raise ValueError(f"cannot load {name} from {id_or_folder!r}, as a folder or a hub id: {reason}") from error
     return model.eval().requires_grad_(False)
 
 
 def downsampling_factor(vae: AutoencoderKL) -> int:
-    """Pixels per latent along a side: 8 for Stable Diffusion's."""
+    """Pixels per latent pixel along a side: 8 for Stable Diffusion's VAE."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def forbid_tf32() -> None:
-    """For the whole process: products and convolutions in full float32, where torch rounds convolutions' by itself."""
+    """Disables TF32 in matrix products and convolutions of this process; torch enables it for convolutions by default."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
 
 def allow_tf32() -> None:
-    """Lets this process multiply float32 on tensor cores, with 10 bits of mantissa: several times faster on GPUs."""
+    """Enables TF32 in this process: float32 products with 10-bit mantissas, several times faster on tensor cores."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
 
 def weight_hash(module: torch.nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of a module's state: the same weights, the same hash, on any device."""
+    """sha256 of names, dtypes, shapes and values of a module's state dict, independent of the device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
@@ -74,7 +68,7 @@ def weight_hash(module: torch.nn.Module) -> str:
 
 
 def to_float_images(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]: x / 127.5 - 1, as all latent ImageNet pipelines do."""
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]: x / 127.5 - 1, as in all latent ImageNet pipelines."""
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be uint8 of shape (B, H, W, 3), but got {images.dtype} {tuple(images.shape)}")
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
@@ -83,7 +77,7 @@ def to_float_images(images: torch.Tensor) -> torch.Tensor:
 def to_uint8_images(images: torch.Tensor) -> torch.Tensor:
     """float (B, 3, H, W), nominally in [-1, 1] -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated.
 
-    Source: DiT, SiT and the authors' MeanFlow code; other rules shift every pixel by up to half a level.
+    Source: DiT, SiT and the authors' MeanFlow code. Other rounding shifts every pixel by up to half a level.
     """
     return images.float().mul(127.5).add(128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
@@ -104,20 +98,17 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """What the autoencoder alone makes of images uint8 (B, 8H, 8W, 3), at the posterior's mean; the same shape.
-
-    The best that a generator on its latents can look like.
-    """
+    """Encodes and decodes images uint8 (B, 8H, 8W, 3) at the posterior's mean: an upper bound on a generator's quality."""
     mean, _ = encode_moments(vae, images).chunk(2, dim=1)
     return decode_latents(vae, LatentNormalization.from_vae_config(vae.config).normalize(mean))
 
 
 @torch.no_grad()
 def decode_preview(tiny: AutoencoderTiny, vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3) by a small decoder: quick, and a little off.
+    """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3), with a small, fast, approximate decoder.
 
-    vae: the autoencoder that the latents are of. The small one takes its latents scaled as its maker published them,
-    shift and scale for all channels alike, whatever normalisation this generator uses.
+    vae: the autoencoder of the latents. The small decoder takes latents in that VAE's published shift and scale, the
+    same for all channels, whichever normalisation the generator uses.
     """
     raw = LatentNormalization.from_vae_config(vae.config).denormalize(latents.float())
     scaled = (raw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -1,6 +1,6 @@
-"""What a training run is: frozen dataclasses, checked when they are made. Standard library only.
+"""The configuration of a training run: frozen dataclasses, validated on construction. Standard library only.
 
-Every field is a number or a name that a paper's table gives; nothing here says where data lie or on what it runs.
+Fields are hyperparameters as the papers' tables list them; data locations and devices are configured elsewhere.
 """
 
 import math
@@ -15,12 +15,13 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The network's kind and size (DiT's Table 1 has S to XL). The latent's shape and the classes come with the data."""
+    """Architecture and size of the network (DiT's Table 1 has S to XL). Latent shape and classes come from the data."""
 
     architecture: Literal["dit", "imf_dit"] = "dit"
-    """dit: conditioned on (t, t - r, label) by adaptive norms; imf_dit: improved MeanFlow's, with tokens and a v head."""
+    """dit: conditions on (t, t - r, label) by adaptive norms; imf_dit: improved MeanFlow's, with condition tokens and a v
+    head."""
     patch_size: int = 2
-    """Side of a patch in latent pixels; a latent of 32x32 makes (32 / patch_size)^2 tokens."""
+    """Side of a patch in latent pixels; a 32x32 latent has (32 / patch_size)^2 tokens."""
     hidden_size: int = 768
     """Width of a token."""
     depth: int = 12
@@ -28,9 +29,9 @@ class NetworkConfig:
     num_heads: int = 12
     """Attention heads; must divide hidden_size."""
     mlp_ratio: float = 4.0
-    """Width of the feed-forward layer over hidden_size."""
+    """Width of the feed-forward layer, as a multiple of hidden_size."""
     aux_head_depth: int = 8
-    """imf_dit alone: blocks of each of the two heads; the trunk has depth minus these."""
+    """Blocks of each of the two heads, for imf_dit only; the shared trunk has depth - aux_head_depth."""
 
     def __post_init__(self) -> None:
         _require(
@@ -64,14 +65,15 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSamplingConfig:
-    """How (t, r) is drawn: two logit-normal times, sorted (MeanFlow, Table 1d)."""
+    """Sampling of (t, r): two logit-normal times, sorted (MeanFlow, Table 1d)."""
 
     logit_mean: float = -0.4
-    """Mean of the normal variable whose sigmoid is a time."""
+    """Mean of the normal variable whose sigmoid is the time."""
     logit_std: float = 1.0
-    """Its standard deviation."""
+    """Standard deviation of that variable."""
     fraction_r_below_t: float = 0.25
-    """Share of a batch's rows with r < t; the others have r = t and learn the instantaneous velocity. 0 is flow matching."""
+    """Fraction of a batch with r < t; the other samples have r = t and teach the instantaneous velocity. 0 is flow
+    matching."""
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.logit_mean), f"times.logit_mean must be a number, but got {self.logit_mean}")
@@ -86,18 +88,18 @@ class TimeSamplingConfig:
 class GuidanceConfig:
     """Classifier-free guidance built into the target velocity (MeanFlow, Eq. 19 to 21).
 
-    v_guided = omega v_t + kappa u(z_t, t, t | label) + (1 - omega - kappa) u(z_t, t, t | null), of effective scale
+    v_guided = omega v_t + kappa u(z_t, t, t | label) + (1 - omega - kappa) u(z_t, t, t | null). The effective scale is
     omega / (1 - kappa). Sampling then needs no guidance.
     """
 
     omega: float = 1.0
-    """Weight of the conditional sample velocity v_t; 1 with kappa 0 is no guidance."""
+    """Weight of the conditional velocity v_t of the sample; omega 1 with kappa 0 is no guidance."""
     kappa: float = 0.0
-    """Weight of the network's own conditional velocity; below 1."""
+    """Weight of the network's own conditional velocity, below 1."""
     guidance_interval_start: float = 0.0
-    """Rows with t below this are not guided."""
+    """Samples with t below this are not guided."""
     guidance_interval_end: float = 1.0
-    """Rows with t above this are not guided."""
+    """Samples with t above this are not guided."""
 
     def __post_init__(self) -> None:
         _require(0.0 < self.omega < math.inf, f"guidance.omega must be above 0, but got {self.omega}")
@@ -110,26 +112,26 @@ class GuidanceConfig:
 
     @property
     def is_off(self) -> bool:
-        """True where v_guided is v_t everywhere."""
+        """Whether v_guided is v_t for every sample."""
         return self.omega == 1.0 and self.kappa == 0.0
 
     @property
     def effective_scale(self) -> float:
-        """The papers' omega': the guidance scale that omega and kappa amount to."""
+        """The effective guidance scale, the paper's omega'."""
         return self.omega / (1.0 - self.kappa)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceSamplingConfig:
-    """How improved MeanFlow draws the guidance that its network is told, per row (iMF, Section 4 and released code)."""
+    """Sampling of improved MeanFlow's guidance, per sample (iMF, Section 4 and released code)."""
 
     omega_max: float = 8.0
     """omega is drawn from [1, omega_max]."""
     omega_power: float = 1.0
-    """beta of its density, proportional to omega^-beta."""
+    """beta of omega's density, which is proportional to omega^-beta."""
     interval_split: float = 0.5
-    """The guidance interval starts uniformly in [0, interval_split] and ends uniformly in [interval_split, 1]; rows with
-    r = t have [0, 1]."""
+    """The interval's start is uniform in [0, interval_split], its end in [interval_split, 1]; samples with r = t have
+    [0, 1]."""
 
     def __post_init__(self) -> None:
         _require(self.omega_max > 1.0, f"guidance_sampling.omega_max must be above 1, but got {self.omega_max}")
@@ -141,35 +143,35 @@ class GuidanceSamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The objective: flow matching (no row with r < t), MeanFlow, or improved MeanFlow."""
+    """The training objective: flow matching (no sample with r < t), MeanFlow, or improved MeanFlow."""
 
     objective: Literal["meanflow", "improved_meanflow"] = "meanflow"
-    """meanflow: guidance as `guidance` says, built into the weights; improved_meanflow: drawn as `guidance_sampling` says,
-    told to the network, and a loss on its v head beside."""
+    """meanflow: guidance from `guidance`, built into the weights. improved_meanflow: guidance drawn by `guidance_sampling`
+    as an input of the network, and a second loss on its v head."""
     times: TimeSamplingConfig = field(default_factory=TimeSamplingConfig)
-    """How t and r are drawn."""
+    """Sampling of t and r."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    """Guidance of the target velocity, for meanflow."""
+    """Guidance of the target, for meanflow."""
     guidance_sampling: GuidanceSamplingConfig = field(default_factory=GuidanceSamplingConfig)
-    """Draws of guidance, for improved_meanflow."""
+    """Sampling of guidance, for improved_meanflow."""
     tangent: Literal["guided_velocity", "own_velocity"] = "guided_velocity"
-    """What du/dt is taken along: the target's guided velocity, or the network's own conditional velocity at r = t, of less
-    variance and free where kappa > 0 (iMF, Table 1). improved_meanflow always takes its own."""
+    """Direction of du/dt: the target's guided velocity, or the network's own conditional velocity at r = t, which has less
+    variance and costs nothing if kappa > 0 (iMF, Table 1). improved_meanflow always uses its own."""
     norm_p: float = 1.0
     """Power p of the adaptive weight 1 / (||error||^2 + norm_eps)^p; 0 is the plain squared error."""
     norm_eps: float = 0.01
     """Constant c of the adaptive weight."""
     label_drop_probability: float = 0.1
-    """Share of all rows whose label becomes the null class; taken from the r = t rows where these suffice."""
+    """Fraction of samples whose label becomes the null class; taken from those with r = t if there are enough."""
 
     @property
     def is_flow_matching(self) -> bool:
-        """True where the network learns the velocity alone, to be integrated in many steps."""
+        """Whether the network learns only the instantaneous velocity, for integration in many steps."""
         return self.times.fraction_r_below_t == 0.0
 
     @property
     def takes_own_velocity(self) -> bool:
-        """True where du/dt is taken along the network's own conditional velocity."""
+        """Whether du/dt is taken along the network's own conditional velocity."""
         return self.tangent == "own_velocity" or self.objective == "improved_meanflow"
 
     def __post_init__(self) -> None:
@@ -183,7 +185,7 @@ class LossConfig:
         )
         _require(
             self.objective == "meanflow" or self.guidance.is_off,
-            "loss.guidance is for meanflow; improved_meanflow draws its own (loss.guidance_sampling)",
+            "loss.guidance is for meanflow; improved_meanflow draws its guidance (loss.guidance_sampling)",
         )
         _require(
             self.objective == "meanflow" or not self.is_flow_matching,
@@ -199,20 +201,20 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam; the rate constant as in MeanFlow's Table 4, or with a warm-up before and a cool-down after."""
+    """Adam with a constant learning rate as in MeanFlow's Table 4, or with linear warm-up and cool-down."""
 
     learning_rate: float = 1e-4
-    """Adam's rate after warm-up."""
+    """Learning rate after warm-up."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay of the running mean of the gradient."""
     beta2: float = 0.95
-    """Decay of the squared gradient's running mean."""
+    """Decay of the running mean of the squared gradient."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Number of steps of linear warm-up from 0."""
     cooldown_steps: int = 0
-    """Last steps of the run, over which the rate falls linearly to 0; none in the papers, worth it in a short run."""
+    """Number of last steps with linear cool-down to 0; none in the papers, useful for short runs."""
     max_gradient_norm: float | None = None
-    """Clip the whole gradient to this norm; none as in the papers."""
+    """Clip the gradient to this norm; none in the papers."""
 
     def __post_init__(self) -> None:
         _require(
@@ -233,14 +235,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the trained generator samples unless asked otherwise; for networks that are told their guidance."""
+    """Default guidance of the trained generator, for improved MeanFlow and flow matching."""
 
     guidance_scale: float = 1.0
-    """omega, at least 1; 1 is no guidance."""
+    """Guidance scale, at least 1; 1 is no guidance."""
     guidance_interval_start: float = 0.0
-    """guidance_interval_start of the guidance interval."""
+    """Times below this are not guided."""
     guidance_interval_end: float = 1.0
-    """guidance_interval_end of the guidance interval."""
+    """Times above this are not guided."""
 
     def __post_init__(self) -> None:
         _require(
@@ -256,42 +258,42 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """One experiment, whole: what a preset returns, what is logged, and what every checkpoint carries."""
+    """The full configuration of an experiment: returned by presets, logged, and saved in every checkpoint."""
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    """The network's size."""
+    """Architecture and size of the network."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """The objective."""
+    """Training objective."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimiser."""
+    """Optimiser."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the generator samples unless asked otherwise."""
+    """Default sampling of the generator."""
     guidance_after_steps: int | None = None
-    """Steps without guidance of MeanFlow's target before it sets in. None is 0; but in a warm start from flow matching,
-    which guidance from the first step on makes unstable, 20 epochs or half the run."""
+    """Steps before MeanFlow's target is guided. Default: 0; in a warm start from flow matching, which early guidance makes
+    unstable, 20 epochs or half the run."""
     ema_decays: tuple[float, ...] = (0.9999,)
-    """Decays per step of moving averages of the parameters; the first one is what samples."""
+    """Decays of the moving averages of the parameters, per step; the first average samples."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """tf32: matrix products with 10 bits on tensor cores, du/dt's too; float32 where there are none. bfloat16 runs the
-    network under autocast. Parameters, averages and the optimiser stay in float32."""
+    """tf32: matrix products with 10-bit mantissas, du/dt's included, on GPUs with tensor cores. bfloat16: autocast.
+    Parameters, averages and optimiser stay in float32."""
     float32_derivative: bool = True
-    """Under bfloat16, take du/dt in float32 in a pass of its own; else beside the graded pass, in bfloat16."""
+    """With bfloat16, compute du/dt in a separate float32 forward instead of the training forward."""
     activation_checkpointing: bool = False
-    """Keep only what goes between blocks for backward, and compute the rest again: less memory, a forward more."""
+    """Store block inputs only and recompute activations in backward (one extra forward)."""
     compile: bool = False
-    """torch.compile the network's blocks."""
+    """Compile the network's blocks with torch.compile."""
     global_batch_size: int = 256
-    """Rows per optimiser step over all workers."""
+    """Samples per optimiser step over all workers."""
     num_steps: int = 1_200_960
-    """Optimiser steps; on ImageNet at batch 256 an epoch is 5,004 of them."""
+    """Number of optimiser steps; an epoch of ImageNet at batch 256 is 5,004 steps."""
     seed: int = 0
-    """Of the initial parameters, the order of the data and every draw of every step."""
+    """Seed of the initial parameters, the data order and every random draw."""
     log_interval_steps: int = 100
-    """Steps between two rows of metrics."""
+    """Steps between two logs of metrics."""
     checkpoint_interval_steps: int = 10_000
-    """Steps between two checkpoints; the last step always has one."""
+    """Steps between two checkpoints; the last step always saves one."""
     sample_interval_steps: int = 10_000
-    """Steps between two grids of samples at fixed seeds, in one step and in two."""
+    """Steps between two grids of samples with fixed seeds, in 1 and 2 sampling steps."""
 
     def __post_init__(self) -> None:
         _require(
@@ -312,8 +314,8 @@ class TrainingConfig:
         )
         _require(
             self.sampling.guidance_scale == 1.0 or self.network.architecture == "imf_dit" or self.loss.is_flow_matching,
-            f"sampling.guidance_scale is for improved MeanFlow and flow matching; MeanFlow has its guidance in the weights "
-            f"(loss.guidance), but got {self.sampling.guidance_scale}",
+            f"sampling.guidance_scale is for improved MeanFlow and flow matching; MeanFlow's guidance is built into the "
+            f"weights (loss.guidance), but got {self.sampling.guidance_scale}",
         )
         _require(
             self.guidance_after_steps is None or self.guidance_after_steps >= 0,
@@ -335,23 +337,23 @@ class TrainingConfig:
 
     @property
     def separate_derivative(self) -> bool:
-        """True where du/dt has a pass of its own: in float32 under bfloat16; and under checkpointing, which would compute
-        it again with the activations."""
+        """Whether du/dt has a forward of its own: in float32 under bfloat16, and with activation checkpointing, which would
+        recompute it with the activations."""
         return (self.precision == "bfloat16" and self.float32_derivative) or self.activation_checkpointing
 
     def loss_at(self, step: int) -> LossConfig:
-        """The objective of 0-based step `step`: without guidance before it sets in."""
+        """The objective of 0-based step `step`, without guidance before `guidance_after_steps`."""
         if step >= (self.guidance_after_steps or 0):
             return self.loss
         return replace(self.loss, guidance=GuidanceConfig())
 
     def flat(self) -> dict[str, Any]:
-        """{"network.patch_size": 2, "loss.times.logit_mean": -0.4, ...}: for parameters in a tracker."""
+        """All fields as one dictionary: {"network.patch_size": 2, "loss.times.logit_mean": -0.4, ...}."""
         return flatten(asdict(self))
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, its keys joined by dots."""
+    """Flattens nested dictionaries; keys are joined by dots."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, dict):

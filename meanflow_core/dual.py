@@ -1,13 +1,12 @@
-"""Pairs (value, tangent): a network written on them gives its directional derivative in the pass that gives its output.
+"""Duals (value, tangent): networks written on them compute a directional derivative and their output in one forward.
 
-A value has a graph where gradients are on; a tangent never has one. A tangent belongs to the *first b rows* of its
-value, b <= B: the MeanFlow objective wants du/dt on some rows only, and the others pay nothing for it. `None` means
-that no row has a tangent, and every function here is then the plain one.
+A value has a graph if gradients are enabled; a tangent never has one. A tangent belongs to the *first b rows* of its
+value, b <= B, because MeanFlow needs du/dt on some rows only. With tangent None, every function here is the plain one.
 
 Why not `torch.func.jvp` of the whole network: stock forward-mode AD multiplies by a zero weight tangent in every linear
-layer (three products where the mathematics has two), computes again the values that the graded pass has, has no
-formula for fused attention (pytorch#165530), and cannot pass through DDP (pytorch#102197). Here a linear layer's
-tangent is one product, fused attention stays in the graded pass, and the derivative is an ordinary output.
+layer (three products instead of two), recomputes the values of the training forward, has no formula for fused attention
+(pytorch#165530), and does not pass through DDP (pytorch#102197). Here, a linear layer's tangent is one product, the
+training forward keeps fused attention, and the derivative is an ordinary output.
 
     # B batch, b rows with a tangent, N tokens, D width
 """
@@ -21,29 +20,29 @@ from torch import nn
 
 
 class Dual(NamedTuple):
-    """A value and the derivative of its first rows. A tuple, so that hooks and checkpointing see its tensors."""
+    """A value and the tangent of its first rows. A tuple, so that hooks and checkpointing see its tensors."""
 
     value: torch.Tensor
-    """(B, ...), with a graph where gradients are on."""
+    """(B, ...), with a graph if gradients are enabled."""
     tangent: torch.Tensor | None = None
-    """(b, ...), without a graph; of the value's first b rows. None where no row has one."""
+    """(b, ...), without a graph: tangent of the value's first b rows, or None."""
 
 
 def lift(
     function: Callable[..., torch.Tensor], *arguments: Dual, derivative: Callable[..., torch.Tensor] | None = None
 ) -> Dual:
-    """`function` of the values, row by row, and its derivative along the tangents; all arguments have one, or none has.
+    """Applies a row-wise function to values, and its derivative to the tangents. All arguments have one, or none has.
 
-    For what has no large products: norms, activations, gates. The function may close over parameters.
-    derivative(*primals, *tangents) is for the functions that run at every token: `torch.func.jvp`, which serves for
-    the others, computes their values again, by several operations each. A function without one takes no views of its
-    arguments: compilers cannot trace them there.
+    Use it for normalisations, activations and gates; the function may close over parameters.
+    derivative: (*primals, *tangents) -> tangent. The default, `torch.func.jvp`, recomputes the value in several
+    operations, so functions that run on every token have an explicit derivative. Without one, the function must not
+    take views of its arguments, which compilers cannot trace.
     """
     value = function(*(argument.value for argument in arguments))
     tangents = [argument.tangent for argument in arguments if argument.tangent is not None]
     if not tangents:
         return Dual(value)
-    assert len(tangents) == len(arguments), "every argument of a lifted function needs a tangent, or none"
+    assert len(tangents) == len(arguments), "all arguments of a lifted function must have a tangent, or none"
     primals = tuple(argument.value[: len(tangents[0])] for argument in arguments)
     with torch.no_grad():
         if derivative is not None:
@@ -52,7 +51,7 @@ def lift(
 
 
 def lift_linear(function: Callable[[torch.Tensor], torch.Tensor], argument: Dual) -> Dual:
-    """A function that is linear and acts row by row, such as a view or a rotation: its own derivative."""
+    """Applies a linear row-wise function, such as a view or a rotation, which is its own derivative."""
     if argument.tangent is None:
         return Dual(function(argument.value))
     with torch.no_grad():
@@ -61,7 +60,7 @@ def lift_linear(function: Callable[[torch.Tensor], torch.Tensor], argument: Dual
 
 
 class Linear(nn.Linear):
-    """torch's linear layer on duals: a tangent is multiplied by the weight, and has no bias."""
+    """torch's linear layer on duals: the tangent is multiplied by the weight, without the bias."""
 
     def forward(self, x: Dual) -> Dual:  # type: ignore[override]
         """x: (B, ..., in_features) -> (B, ..., out_features)."""
@@ -73,13 +72,13 @@ class Linear(nn.Linear):
 
 
 def attention(query: Dual, key: Dual, value: Dual) -> Dual:
-    """Softmax attention of (B, heads, N, D / heads), fused for the values.
+    """Softmax attention of (B, heads, N, D / heads), with the fused kernel for the values.
 
     With P = softmax(S), S = Q K' / sqrt(d): dS = (dQ K' + Q dK') / sqrt(d); dP = P dS - P sum(P dS); dO = dP V + P dV.
     """
     output = F.scaled_dot_product_attention(query.value, key.value, value.value)
     if query.tangent is None or key.tangent is None or value.tangent is None:
-        assert query.tangent is key.tangent is value.tangent, "attention needs three tangents, or none"
+        assert query.tangent is key.tangent is value.tangent, "query, key and value must have a tangent, or none"
         return Dual(output)
     with torch.no_grad():
         scale, rows = query.value.shape[-1] ** -0.5, len(query.tangent)

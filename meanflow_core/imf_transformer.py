@@ -1,8 +1,8 @@
-"""The network of improved MeanFlow (Geng et al. 2025, arXiv 2512.02012): u and v from a shared trunk with two heads.
+"""Improved MeanFlow's network (Geng et al. 2025, arXiv 2512.02012): u and v from a shared trunk with two heads.
 
-What the network is told enters as tokens before the image's, without adaLN and without t itself: the class, the
-guidance scale omega, the start and the end of its interval, and h = t - r. The v head is there for training alone.
-Parameter names are the authors', without the names of their wrapper modules.
+Conditions enter as tokens before the image tokens, without adaLN and without t itself: the class, the guidance scale
+omega, the start and the end of its interval, and h = t - r. The v head is used in training only. Parameter names are
+the authors', without the names of their wrapper modules (t_min and t_max are the interval's start and end).
 
     # B batch, b rows with a tangent, C channels, H W latent size, N tokens, D width
 """
@@ -30,29 +30,29 @@ from meanflow_core.transformer import (
     unpatchify,
 )
 
-# Tokens of each condition, in their order in the sequence (the authors' code).
+# Number of tokens of each condition, in the order of the sequence (the authors' code).
 NUM_CLASS_TOKENS, NUM_OMEGA_TOKENS, NUM_INTERVAL_TOKENS, NUM_TIME_TOKENS = 8, 4, 2, 4
 NUM_CONDITION_TOKENS = NUM_CLASS_TOKENS + NUM_OMEGA_TOKENS + 2 * NUM_INTERVAL_TOKENS + NUM_TIME_TOKENS
 ROPE_THETA = 10_000.0
-BLOCK_INIT = 0.32  # of a block's linear layers: normal of deviation BLOCK_INIT / sqrt(fan in)
+BLOCK_INIT = 0.32  # linear layers of blocks: normal with standard deviation BLOCK_INIT / sqrt(fan in)
 
 
 def rotary_angles(head_size: int, num_tokens: int) -> torch.Tensor:
-    """Angles float32 (N, head_size / 2) by which rotary position embedding turns each pair of features."""
+    """Rotary position embedding: the rotation angle of each pair of features, float32 (N, head_size / 2)."""
     frequencies = ROPE_THETA ** -(torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     return torch.arange(num_tokens, dtype=torch.float32)[:, None] * frequencies
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns neighbouring pairs of features of x (B, N, heads, d) by angles whose cos and sin are (N, d / 2)."""
-    # Real arithmetic: viewing as complex numbers of another dtype would cut the gradient and the tangent, silently.
+    """Rotates neighbouring pairs of features of x (B, N, heads, d); cos and sin of the angles are (N, d / 2)."""
+    # Real arithmetic: a complex view of another dtype would silently drop the gradient and the tangent.
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation over the last axis, with a weight."""
+    """Root mean square normalisation over the last axis with a learned weight."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head self-attention with normalised queries and keys, turned by their position."""
+    """Multi-head self-attention with normalised queries and keys and rotary positions."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def _gate(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gate_derivative(gate: torch.Tensor, x: torch.Tensor, dgate: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
-    # Elementwise, so that silu's backward formula is the forward one too.
+    # SiLU is elementwise, so its backward formula gives the forward derivative.
     return torch.ops.aten.silu_backward(dgate, gate) * x + F.silu(gate) * dx
 
 
@@ -119,14 +119,14 @@ class SwiGLU(nn.Module):
 def _add_scaled(x: Dual, scale: torch.Tensor, branch: Dual) -> Dual:
     value = x.value + branch.value * scale
     if x.tangent is None or branch.tangent is None:
-        assert x.tangent is branch.tangent, "both summands need a tangent, or none"
+        assert x.tangent is branch.tangent, "both summands must have a tangent, or none"
         return Dual(value)
     with torch.no_grad():
         return Dual(value, x.tangent + branch.tangent * scale)
 
 
 class InContextBlock(nn.Module):
-    """A transformer block whose branches begin as nothing, by a learned scale per feature."""
+    """A transformer block whose branches have a learned scale per feature, initially zero."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -155,16 +155,16 @@ class LinearHead(nn.Module):
 
 
 class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
-    """u(z_t, r, t | label, omega, guidance_interval_start, guidance_interval_end), and v beside it while training.
+    """u(z_t, r, t | label, omega, interval), and v for training.
 
-    aux_head_depth: blocks of each head; the trunk has depth - aux_head_depth. has_velocity_head: False for a network
-    that only samples. Raises ValueError where sizes do not fit.
+    aux_head_depth: number of blocks of each head; the trunk has depth - aux_head_depth. has_velocity_head: False for
+    sampling only. Raises ValueError for incompatible sizes.
     """
 
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["InContextBlock"]
     takes_guidance: ClassVar[bool] = True
-    """Whether the network is told a guidance scale and its interval."""
+    """Whether guidance scale and interval are inputs of the network."""
 
     @register_to_config
     def __init__(
@@ -186,7 +186,7 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
             raise ValueError(f"aux_head_depth must lie in [0, depth = {depth}], but got {aux_head_depth}")
         if hidden_size % (2 * num_heads):
             raise ValueError(
-                f"hidden_size / num_heads must be even, and whole (rotary positions), but got {hidden_size} and {num_heads}"
+                f"hidden_size / num_heads must be an even number (rotary positions), but got {hidden_size} and {num_heads}"
             )
         self.patch_size = patch_size
         self.gradient_checkpointing = False
@@ -239,16 +239,15 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         tangent: torch.Tensor | None = None,
         velocity_only: bool = False,
     ) -> NetworkOutput:
-        """z: float (B, C, H, W), the noisy latent z_t; the conditioning with omega and its interval.
+        """Computes u and v of noisy latents z_t, float (B, C, H, W); the conditioning includes omega and its interval.
 
-        tangent: (b, C, H, W), b <= B: asks for du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
-        velocity_only: runs the v head and not the u head.
-        Raises ValueError for a latent or tangent of another shape, a conditioning without guidance, or a velocity
-        asked of a network without a v head.
+        tangent: (b, C, H, W), b <= B: also compute du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
+        velocity_only: run the v head only.
+        Raises ValueError for mismatched shapes, for missing guidance, or for velocity_only without a v head.
         """
         check_network_input(z, conditioning, tangent, self.config.in_channels, self.config.sample_size)
         if velocity_only and not self.config.has_velocity_head:
-            raise ValueError("the velocity was asked for, but this network was made without a v head, for sampling")
+            raise ValueError("velocity_only needs a v head, but this network has none; it is for sampling only")
         x = self._sequence(Dual(z, None if velocity_only else tangent), conditioning)
         x = self._run(self.shared_blocks, x)
         v = None
@@ -260,20 +259,11 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         return NetworkOutput(u=u.value, v=v, dudt=u.tangent)
 
     def _sequence(self, z: Dual, conditioning: Conditioning) -> Dual:
-        omega, guidance_interval_start, guidance_interval_end = (
-            conditioning.omega,
-            conditioning.guidance_interval_start,
-            conditioning.guidance_interval_end,
-        )
-        if omega is None or guidance_interval_start is None or guidance_interval_end is None:
-            given = [
-                name
-                for name in ("omega", "guidance_interval_start", "guidance_interval_end")
-                if getattr(conditioning, name) is not None
-            ]
+        omega = conditioning.omega
+        start, end = conditioning.guidance_interval_start, conditioning.guidance_interval_end
+        if omega is None or start is None or end is None:
             raise ValueError(
-                f"this network's conditioning needs omega, guidance_interval_start and guidance_interval_end, "
-                f"but got {' and '.join(given) or 'none'}"
+                "this network needs omega, guidance_interval_start and guidance_interval_end in its conditioning"
             )
         ones = None if z.tangent is None else torch.ones_like(conditioning.t[: len(z.tangent)])
         h = self.h_embedder(Dual(conditioning.t - conditioning.r, ones))  # (B, D)
@@ -281,8 +271,8 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         groups = [
             (self.class_tokens, self.y_embedder(conditioning.labels)),
             (self.omega_tokens, self.omega_embedder(Dual(1.0 - 1.0 / omega)).value),
-            (self.t_min_tokens, self.cfg_t_start_embedder(Dual(guidance_interval_start)).value),
-            (self.t_max_tokens, self.cfg_t_end_embedder(Dual(guidance_interval_end)).value),
+            (self.t_min_tokens, self.cfg_t_start_embedder(Dual(start)).value),
+            (self.t_max_tokens, self.cfg_t_end_embedder(Dual(end)).value),
             (self.time_tokens, h.value),
         ]
         tokens = [table + embedding.unsqueeze(1) for table, embedding in groups]
@@ -290,9 +280,9 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         if h.tangent is None or patches.tangent is None:
             return Dual(sequence)
         with torch.no_grad():
-            of_time = h.tangent.unsqueeze(1).expand(-1, NUM_TIME_TOKENS, -1)
-            of_others = torch.zeros_like(of_time[:, :1]).expand(-1, NUM_CONDITION_TOKENS - NUM_TIME_TOKENS, -1)
-            return Dual(sequence, torch.cat([of_others, of_time, patches.tangent], dim=1))
+            time = h.tangent.unsqueeze(1).expand(-1, NUM_TIME_TOKENS, -1)
+            others = torch.zeros_like(time[:, :1]).expand(-1, NUM_CONDITION_TOKENS - NUM_TIME_TOKENS, -1)
+            return Dual(sequence, torch.cat([others, time, patches.tangent], dim=1))
 
     def _run(self, blocks: nn.ModuleList, x: Dual) -> Dual:
         return run_blocks(blocks, x, self.rope_cos, self.rope_sin, checkpointing=self.gradient_checkpointing)

@@ -1,11 +1,11 @@
-"""Three words and their shapes: image -> moments -> latent.
+"""Three terms and their shapes: image -> moments -> latent.
 
     image    (B, 3, 8H, 8W)  pixels, uint8, or float in [-1, 1]
-    moments  (B, 2C, H, W)   the VAE's posterior: mean, then standard deviation; unscaled; what the encode stage stores
-    latent   (B, C, H, W)    a draw from the posterior, normalised: what the network sees
+    moments  (B, 2C, H, W)   mean and standard deviation of the VAE's posterior, unscaled; stored by the encode stage
+    latent   (B, C, H, W)    a sample of the posterior, normalised; the network's input
 
-A latent's normalisation is a property of a generator: it stands in its VAE's config (`scaling_factor` and
-`shift_factor`, or `latents_mean` and `latents_std`) and is read from there, by training and sampling alike.
+The normalisation is a property of a generator. Training and sampling both read it from the VAE's config
+(`scaling_factor` and `shift_factor`, or `latents_mean` and `latents_std`).
 """
 
 import math
@@ -45,17 +45,21 @@ class LatentNormalization:
 
     @classmethod
     def from_vae_config(cls, config: Mapping[str, Any]) -> "LatentNormalization":
-        """Reads an AutoencoderKL's config: `latents_mean` and `latents_std` where given, else shift and scale.
+        """Reads an AutoencoderKL's config: `latents_mean` and `latents_std` if present, else shift and scale.
 
-        Raises ValueError where neither is there, or only one of the two lists.
+        Raises ValueError if neither is present, or only one of the two lists.
         """
         channels = int(config["latent_channels"])
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if (mean is None) != (std is None):
-            raise ValueError("the VAE's config has one of latents_mean and latents_std, but needs both or neither")
+            raise ValueError(
+                "the VAE's config must have both latents_mean and latents_std or neither, but has one of them"
+            )
         if mean is not None and std is not None:
             if len(mean) != channels:
-                raise ValueError(f"latents_mean has {len(mean)} values, but the VAE has {channels} latent channels")
+                raise ValueError(
+                    f"latents_mean must have {channels} values, one per latent channel of the VAE, but has {len(mean)}"
+                )
             return cls(mean=tuple(mean), std=tuple(std))
         scale = config.get("scaling_factor")
         if not scale:
@@ -71,21 +75,21 @@ class LatentNormalization:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
 
     def normalize(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw VAE latents (B, C, H, W) -> latents of about unit variance, same shape and dtype."""
+        """Raw VAE latents (B, C, H, W) -> latents of about unit variance, in the same shape and dtype."""
         return (raw - self._per_channel(self.mean, raw)) / self._per_channel(self.std, raw)
 
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of `normalize`: what the VAE's decoder takes."""
+        """The inverse of `normalize`: the input of the VAE's decoder."""
         return latents * self._per_channel(self.std, latents) + self._per_channel(self.mean, latents)
 
 
 def sample_latents(
     moments: torch.Tensor, posterior_noise: torch.Tensor, normalization: LatentNormalization
 ) -> torch.Tensor:
-    """Draws latents from stored moments.
+    """Samples latents, float32 (B, C, H, W), from stored moments.
 
-    moments: (B, 2C, H, W), any float dtype, mean then standard deviation; posterior_noise: (B, C, H, W), standard
-    normal. Returns float32 (B, C, H, W). Raises ValueError where the shapes do not fit.
+    moments: (B, 2C, H, W), any float dtype, mean then standard deviation. posterior_noise: (B, C, H, W), standard
+    normal. Raises ValueError for mismatched shapes.
     """
     mean, std = moments.float().chunk(2, dim=1)
     if mean.shape != posterior_noise.shape:

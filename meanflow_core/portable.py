@@ -1,7 +1,7 @@
-"""A generator's folder that carries its code: it opens with diffusers alone, where this package is not installed.
+"""Portable generator folders, which contain their code and load with diffusers alone.
 
-diffusers reads a pipeline's class from pipeline.py, and a component's from a file in the component's folder; each must
-stand alone, so this package's modules are written one after the other into one file.
+diffusers reads the pipeline's class from pipeline.py and a component's class from a file in the component's folder. Each
+file must be self-contained, so modules of this package are concatenated into one.
 """
 
 import ast
@@ -9,14 +9,14 @@ import importlib
 import json
 from pathlib import Path
 
-# In the order of their imports of each other.
+# Each module comes after those that it imports.
 NETWORK_MODULES = ("dual", "transformer", "imf_transformer")
 PIPELINE_MODULES = ("formats", "latents", "dual", "transformer", "imf_transformer", "autoencoder", "pipeline")
 NETWORK_FILE = "meanflow_network"
 
 
 def merged_source(modules: tuple[str, ...]) -> str:
-    """The code of this package's modules as one module: imports of each other left out, the others once and first."""
+    """Concatenates modules of this package: imports of each other are removed, all others come first."""
     imports: set[str] = set()
     bodies = []
     for name in modules:
@@ -32,12 +32,12 @@ def merged_source(modules: tuple[str, ...]) -> str:
                 first, last = node.lineno, node.end_lineno or node.lineno
                 lines[first - 1 : last] = [""] * (last - first + 1)
         bodies.append("\n".join(lines).strip())
-    header = '"""Written by meanflow-ray beside a generator\'s weights, so that diffusers can open them by itself."""'
+    header = '"""Written by meanflow-ray, so that diffusers can load this generator without it."""'
     return "\n\n\n".join([header, "\n".join(sorted(imports)), *bodies]) + "\n"
 
 
 def add_code(folder: Path) -> None:
-    """Makes a folder that `save_pretrained` wrote portable: adds the code, and names it in model_index.json."""
+    """Makes a generator folder portable: adds the code and refers to it in model_index.json."""
     index = folder / "model_index.json"
     settings = json.loads(index.read_text())
     network_class = settings["transformer"][1]

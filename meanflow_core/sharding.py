@@ -1,7 +1,7 @@
-"""A network shared out over devices with FSDP2: parameters, gradients and optimiser moments, each device its part.
+"""Sharding a network over devices with FSDP2: parameters, gradients and optimiser moments.
 
-For networks too large for every device to hold whole; DDP is simpler and as exact. The objective calls a sharded
-network as it calls any other, twice or three times before one backward.
+Use it for networks that do not fit on one device; DDP is simpler and equally exact. The loss calls a sharded network
+two or three times before one backward.
 """
 
 import torch
@@ -12,29 +12,28 @@ from torch.torch_version import TorchVersion
 
 from meanflow_core.networks import AnyNetwork
 
-# The release that is tested; older ones fail where forward-mode AD meets FSDP2's hooks (pytorch#182641). Our
-# derivatives are ordinary tensors (see `dual`) and never do, but a check of them by torch.func.jvp does.
+# Older releases fail if forward-mode AD meets FSDP2's hooks (pytorch#182641). Our derivatives are ordinary tensors (see
+# `dual`), but tests compare them with torch.func.jvp.
 OLDEST_TORCH = "2.13"
 
 
 def shard_network(
     network: AnyNetwork, mesh: DeviceMesh | None = None, mixed_precision: MixedPrecisionPolicy | None = None
 ) -> None:
-    """Shards a network in place: every transformer block a group of its own, and the rest (embedders, tokens, last
-    layers) one more. Its parameters become DTensors; every call of it is then collective, and every read of them.
+    """Shards a network in place: one group per transformer block, and one for the rest (embedders, tokens, last layers).
 
-    Call it on every rank: after `training.compile_blocks`, which then compiles what lies between FSDP's hooks, and
-    before the optimiser is made. Moving averages are copied before and sharded alike. Backward averages gradients
-    over the ranks of `mesh` (by default all), so a loss over the global number of rows wants a factor of their number.
+    Parameters become DTensors, and every forward and every read of a parameter becomes collective. Call it on every
+    rank, after `training.compile_blocks` and before building the optimiser; shard moving averages likewise. Backward
+    averages gradients over the ranks of `mesh` (default: all), so multiply the loss by their number.
 
-    mixed_precision: none under plain autocast. With a param_dtype, blocks are gathered and kept for backward in it;
-    the network is still to be called under autocast, and there is no float32 pass for its derivative.
-    Raises RuntimeError for torch older than 2.13, ValueError for a policy that casts inputs, times among them.
+    mixed_precision: leave it out for plain autocast. With a param_dtype, blocks are gathered and kept for backward in
+    that dtype; the network must still run under autocast, and its derivative cannot be computed in float32.
+    Raises RuntimeError for torch older than 2.13, ValueError for a policy that casts inputs, because they include times.
     """
     if TorchVersion(torch.__version__) < OLDEST_TORCH:
         raise RuntimeError(
             f"sharding needs torch {OLDEST_TORCH} or newer, but this is {torch.__version__}: "
-            "older ones fail where forward-mode AD meets FSDP2's hooks (pytorch#182641)"
+            "older releases fail if forward-mode AD meets FSDP2's hooks (pytorch#182641)"
         )
     policy = mixed_precision or MixedPrecisionPolicy()
     if policy.param_dtype is not None and policy.cast_forward_inputs:
@@ -44,14 +43,14 @@ def shard_network(
         )
     blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
     for module in (*blocks, network):
-        module.register_forward_pre_hook(_forget_casts)
-        # The root too gives its parameters back after a call: sampling has no backward that would do it, and a moving
-        # average left gathered could not be updated.
+        module.register_forward_pre_hook(_clear_autocast_cache)
+        # The root is resharded too: sampling has no backward that would reshard it, and a gathered moving average could
+        # not be updated.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
 
 @torch.compiler.disable
-def _forget_casts(module: nn.Module, arguments: object) -> None:
-    # Autocast keeps a weight's cast from a call without a graph for the graded one. Its gradient would then arrive
-    # after FSDP has reduced the block's, and be lost without a word (pytorch#158232).
+def _clear_autocast_cache(module: nn.Module, arguments: object) -> None:
+    # Autocast would reuse a weight's cast from a no-grad forward in the training forward. Its gradient would then arrive
+    # after FSDP has reduced the block's gradients, and be lost silently (pytorch#158232).
     torch.clear_autocast_cache()

@@ -1,7 +1,7 @@
-"""The network u(z_t, r, t, label): a DiT (Peebles and Xie 2023) conditioned on t, t - r and the class.
+"""MeanFlow's network u(z_t, r, t, label): a DiT (Peebles and Xie 2023) conditioned on t, t - r and the class.
 
 Parameter names are those of DiT and SiT, with `h_embedder` for h = t - r, so that public checkpoints map one to one.
-Layers work on duals (see `dual`), so that du/dt comes out of the pass that gives u.
+Layers operate on duals (see `dual`), so that one forward computes both u and du/dt.
 
     # B batch, b rows with a tangent, C channels, H W latent size, P patch side, N tokens, D width
 """
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meanflow_core.dual import Dual, Linear, attention, lift, lift_linear
 
-# Sinusoidal features of a time before its MLP, and their longest period (DiT's code; times enter raw, in [0, 1]).
+# Number of sinusoidal features of a time and their longest period (DiT's code; times are in [0, 1], unscaled).
 FREQUENCY_EMBEDDING_SIZE = 256
 MAX_PERIOD = 10_000.0
 NORM_EPS = 1e-6
@@ -28,52 +28,52 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What a network is told beside z_t."""
+    """Conditioning inputs."""
 
     t: torch.Tensor
     """(B,) float, in [0, 1]: the time of z_t."""
     r: torch.Tensor
-    """(B,) float, in [0, t]: the time that a step of size t - r leads to."""
+    """(B,) float, in [0, t]: the time after a step of size t - r."""
     labels: torch.Tensor
-    """(B,) int64: class ids; num_classes is the null class."""
+    """(B,) int64: class ids; the id num_classes is the null class."""
     omega: torch.Tensor | None = None
-    """(B,) float, at least 1: the guidance scale, for a network that is told it (improved MeanFlow)."""
+    """(B,) float, at least 1: guidance scale, for improved MeanFlow's network."""
     guidance_interval_start: torch.Tensor | None = None
-    """(B,) float, in [0, 1]: where its guidance interval begins."""
+    """(B,) float, in [0, 1], for improved MeanFlow's network."""
     guidance_interval_end: torch.Tensor | None = None
-    """(B,) float, in [guidance_interval_start, 1]: where it ends."""
+    """(B,) float, in [guidance_interval_start, 1], for improved MeanFlow's network."""
 
     def rows(self, index: torch.Tensor) -> "Conditioning":
-        """The conditioning of some rows, int64 (b,)."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value[index] for name, value in given.items() if value is not None})
+        """Selects rows by an int64 index (b,)."""
+        inputs = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in inputs.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOutput:
-    """What a network says."""
+    """Outputs of a network."""
 
     u: torch.Tensor | None = None
-    """(B, C, H, W): the average velocity over [r, t]; None where only the velocity was asked for, from a v head."""
+    """(B, C, H, W): average velocity over [r, t]; None if velocity_only is set and there is a v head."""
     v: torch.Tensor | None = None
-    """(B, C, H, W): the velocity at t, from a network that has a head for it."""
+    """(B, C, H, W): instantaneous velocity at t, if there is a v head."""
     dudt: torch.Tensor | None = None
-    """(b, C, H, W), without a graph: du/dt of the first b rows, where a tangent was handed in."""
+    """(b, C, H, W), without a graph: du/dt of the first b rows, if a tangent is given."""
 
     @property
     def velocity(self) -> torch.Tensor:
-        """(B, C, H, W): the velocity at t of a call with r = t: the v head's, else u."""
+        """(B, C, H, W): instantaneous velocity of a call with r = t: v if there is a v head, else u."""
         velocity = self.u if self.v is None else self.v
-        assert velocity is not None, "a network gives u or v"
+        assert velocity is not None, "a network returns u or v"
         return velocity
 
 
-# A pytree, so that wrappers and compilers find the tensors in a module's output.
+# A pytree, so that wrappers and compilers find the tensors in the output.
 torch.export.register_dataclass(NetworkOutput)
 
 
 def check_patch_size(sample_size: int, patch_size: int) -> None:
-    """Raises ValueError where patches do not tile the latent."""
+    """Raises ValueError if the patch size does not divide the latent size."""
     if sample_size % patch_size:
         raise ValueError(
             f"the latent size must be a multiple of the patch size, but got {sample_size} and {patch_size}"
@@ -83,29 +83,21 @@ def check_patch_size(sample_size: int, patch_size: int) -> None:
 def check_network_input(
     z: torch.Tensor, conditioning: Conditioning, tangent: torch.Tensor | None, channels: int, size: int
 ) -> None:
-    """Raises ValueError where z is not (B, channels, size, size), its conditioning not of B rows, or the tangent not
-    (b, ...) with b <= B."""
+    """Raises ValueError unless z is (B, channels, size, size), each conditioning input has B rows, and the tangent has
+    b <= B rows of z's shape."""
     if z.shape[1:] != (channels, size, size):
         raise ValueError(f"latents must have shape (B, {channels}, {size}, {size}), but got {tuple(z.shape)}")
-    told = (
-        conditioning.t,
-        conditioning.r,
-        conditioning.labels,
-        conditioning.omega,
-        conditioning.guidance_interval_start,
-        conditioning.guidance_interval_end,
-    )
-    lengths = [len(values) for values in told if values is not None]
-    if any(length != len(z) for length in lengths):
-        raise ValueError(f"{len(z)} latents need a conditioning of as many rows, but got rows {lengths}")
+    lengths = {f.name: len(value) for f in fields(conditioning) if (value := getattr(conditioning, f.name)) is not None}
+    if any(length != len(z) for length in lengths.values()):
+        raise ValueError(f"each conditioning input must have {len(z)} rows, like the latents, but got {lengths}")
     if tangent is not None and (tangent.shape[1:] != z.shape[1:] or len(tangent) > len(z)):
         raise ValueError(
-            f"the tangent must be of the first rows of latents {tuple(z.shape)}, but got shape {tuple(tangent.shape)}"
+            f"the tangent must belong to the first rows of latents {tuple(z.shape)}, but got shape {tuple(tangent.shape)}"
         )
 
 
 class TimeEmbedder(nn.Module):
-    """A scalar (B,) -> (B, D): sinusoids, then an MLP."""
+    """Embeds a scalar (B,) as (B, D): sinusoids, then an MLP."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -114,7 +106,7 @@ class TimeEmbedder(nn.Module):
         )
 
     def forward(self, time: Dual) -> Dual:
-        # Times stay in float32 up to here: bfloat16 would merge neighbouring ones.
+        # Times stay in float32 up to here, because bfloat16 would merge neighbouring ones.
         first: Linear = self.mlp[0]  # type: ignore[assignment]
         column = lift_linear(lambda time: time[:, None], time)
         hidden = first(lift(lambda time: sinusoids(time).to(first.weight.dtype), column))
@@ -122,7 +114,7 @@ class TimeEmbedder(nn.Module):
 
 
 def sinusoids(time: torch.Tensor) -> torch.Tensor:
-    """Times (B, 1) -> features (B, 256), the cosines first."""
+    """Times (B, 1) -> features (B, 256): cosines, then sines."""
     half = FREQUENCY_EMBEDDING_SIZE // 2
     frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=time.device))
     angles = time * frequencies  # (B, 128)
@@ -130,7 +122,7 @@ def sinusoids(time: torch.Tensor) -> torch.Tensor:
 
 
 class LabelEmbedder(nn.Module):
-    """Class ids (B,) -> (B, D); the last row of the table is the null class."""
+    """Embeds class ids (B,) as (B, D); the last row of the table is the null class."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -141,16 +133,16 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """Latents (B, C, H, W) -> tokens (B, N, D), row by row."""
+    """Latents (B, C, H, W) -> tokens (B, N, D), in row-major order."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def initialize(self) -> None:
-        """Xavier over a patch's values, as if it were a linear layer (DiT, and the authors' networks)."""
+        """Xavier initialisation as for a linear layer on a patch's values (DiT, and the authors' networks)."""
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
-        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # typed as optional; it is there
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # typed as optional
 
     def forward(self, z: Dual) -> Dual:
         tokens = self.proj(z.value).flatten(2).transpose(1, 2).contiguous()
@@ -182,7 +174,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between."""
+    """Two linear layers with a tanh-approximated GELU in between."""
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
@@ -198,7 +190,7 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gelu_derivative(x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
-    # Elementwise, so that the backward formula is the forward one too.
+    # GELU is elementwise, so its backward formula gives the forward derivative.
     return torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
 
 
@@ -255,7 +247,7 @@ def _chunks(x: Dual, count: int) -> list[Dual]:
 
 
 class Block(nn.Module):
-    """A transformer block whose norms are shifted, scaled and gated by the condition (adaLN-Zero)."""
+    """A transformer block with adaptive layer norms and gates (adaLN-Zero)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -284,7 +276,7 @@ class FinalLayer(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Dual, *others: object, checkpointing: bool) -> Dual:
-    """Applies blocks one after the other; with checkpointing, a graded pass keeps only what goes in between them."""
+    """Applies blocks in sequence. checkpointing: with gradients, store only the inputs of blocks."""
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(block, x, *others, use_reentrant=False)
@@ -294,7 +286,7 @@ def run_blocks(blocks: nn.ModuleList, x: Dual, *others: object, checkpointing: b
 
 
 def unpatchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Patches (B, N, P * P * C), each (row, column, channel) -> (B, C, H, W)."""
+    """Patches (B, N, P * P * C), each in the order (row, column, channel), -> (B, C, H, W)."""
     batch, tokens, _ = x.shape
     side, patch = math.isqrt(tokens), patch_size
     x = x.view(batch, side, side, patch, patch, -1)
@@ -302,9 +294,9 @@ def unpatchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def sine_cosine_positions(hidden_size: int, grid_size: int) -> torch.Tensor:
-    """Fixed 2-D position embedding, float32 (grid_size^2, D): a half for the column, then one for the row.
+    """Fixed 2-D position embedding, float32 (grid_size^2, D): the first half for the column, the second for the row.
 
-    Source: MAE and DiT (the column, "w", goes first).
+    Source: MAE and DiT, which put the column ("w") first.
     """
     frequencies = MAX_PERIOD ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (G, D / 4)
@@ -315,15 +307,15 @@ def sine_cosine_positions(hidden_size: int, grid_size: int) -> torch.Tensor:
 
 
 class MeanFlowDiT(ModelMixin, ConfigMixin):
-    """The average velocity u(z_t, r, t, label) of Geng et al. 2025 as a DiT on (t, t - r, label).
+    """The average velocity u(z_t, r, t, label) of Geng et al. 2025: a DiT conditioned on (t, t - r, label).
 
-    Raises ValueError where sizes do not fit.
+    Raises ValueError for incompatible sizes.
     """
 
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["Block"]
     takes_guidance: ClassVar[bool] = False
-    """Whether the network is told a guidance scale and its interval."""
+    """Whether guidance scale and interval are inputs of the network."""
 
     @register_to_config
     def __init__(
@@ -357,7 +349,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
         self._initialize()
 
     def _initialize(self) -> None:
-        # DiT's initialisation: Xavier everywhere, small embedders, zeros where a block or the output begins as nothing.
+        # DiT's initialisation: Xavier, small embedders, zeros so that blocks start as the identity and the output as zero.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -377,11 +369,11 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
         tangent: torch.Tensor | None = None,
         velocity_only: bool = False,
     ) -> NetworkOutput:
-        """z: float (B, C, H, W), the noisy latent z_t.
+        """Computes u of noisy latents z_t, float (B, C, H, W).
 
-        tangent: (b, C, H, W), b <= B: asks for du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
-        velocity_only is for networks with a v head; here u at r = t is the velocity.
-        Raises ValueError for a latent or tangent of another shape.
+        tangent: (b, C, H, W), b <= B: also compute du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
+        velocity_only: no effect; it is for networks with a v head. Here the velocity is u at r = t.
+        Raises ValueError for mismatched shapes.
         """
         check_network_input(z, conditioning, tangent, self.config.in_channels, self.config.sample_size)
         ones = None if tangent is None else torch.ones_like(conditioning.t[: len(tangent)])

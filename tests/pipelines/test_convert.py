@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from meanflow_core.generator import load_pipeline
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.interop import convert_checkpoint
+from meanflow_core.interop.names import convert_checkpoint
 from meanflow_core.latents import SD_VAE_FT_MSE_MEAN, SD_VAE_FT_MSE_STD, LatentNormalization
 from meanflow_core.networks import build_network, require_same_kind
 from meanflow_core.presets import PRESETS, imf_network
@@ -218,7 +218,7 @@ def test_an_existing_output_is_refused_and_unchanged(monkeypatch, capsys, folder
         ({"class_names": "absent.txt"}, "cannot read class names from"),
         ({"vae": "vae_of_3"}, "latents with 4 channels, but those of"),
         ({"vae": "."}, "no config.json in"),
-        ({"sample_size": 16}, "latents of side 8, but asked was 16"),
+        ({"sample_size": 16}, "sample_size must be 8, the size of the stored positions, but got 16"),
         ({"num_heads": 5}, "must be a multiple of num_heads"),
     ],
 )

@@ -1,0 +1,365 @@
+"""Converting parameters of public checkpoints to this package's networks, with one function per source.
+
+If a source has other conventions, its values are rewritten, so that networks need no flags: t = 1 is noise, and
+velocities point from data to noise.
+
+    # C channels, P patch side, N tokens, D width
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+from meanflow_core.config import NetworkConfig, TrainingConfig
+from meanflow_core.dual import Dual
+from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
+from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
+from meanflow_core.presets import PRESETS, dit_network, imf_network
+from meanflow_core.transformer import FREQUENCY_EMBEDDING_SIZE, MeanFlowDiT, sine_cosine_positions, sinusoids
+
+T = TypeVar("T")
+
+# The authors' Flax modules wrap every layer and nest the layers of a Sequential; ours have the names of DiT and SiT.
+_OFFICIAL_RENAMES = (
+    (r"^net/", ""),
+    (r"/_flax_linear", ""),
+    (r"/_flax_embedding/embedding$", "/weight"),
+    (r"blocks/layers_(\d+)", r"blocks/\1"),
+    (r"(shared_blocks|u_heads|v_heads)_(\d+)", r"\1/\2"),
+    (r"/layers_(\d+)", r"/\1"),
+    (r"/kernel$", "/weight"),
+    (r"/", "."),
+)
+# The authors' PyTorch port keeps the wrappers' names.
+_IMF_TORCH_RENAMES = ((r"^net\.", ""), (r"\._flax_(linear|embedding)\.", "."))
+
+# Stored position embeddings passed through the moving average, whose rounding moves a constant by up to 1.7e-4 (measured
+# at decay 0.9999 in float32). Another layout differs by about 1.
+POSITION_TOLERANCE = 1e-3
+# Initialisation of an untrained step-size embedder: DiT's standard deviation, with a fixed seed.
+STEP_SIZE_INIT, STEP_SIZE_SEED = 0.02, 0
+DEFAULT_SAMPLE_SIZE = 32  # ImageNet 256x256 with an 8-fold VAE
+
+
+def _rename(state: Mapping[str, T], renames: tuple[tuple[str, str], ...]) -> dict[str, T]:
+    renamed: dict[str, T] = {}
+    for source_name, value in state.items():
+        name = source_name
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise ValueError(f"two entries of the checkpoint, {source_name} and another, map to {name}")
+        renamed[name] = value
+    return renamed
+
+
+def _from_flax(parameters: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
+    arrays = {}
+    for path, value in parameters.items():
+        array = np.asarray(value)
+        if path.endswith("/kernel"):  # linear (in, out), convolution HWIO; a norm's weight has one axis
+            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        arrays[path] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return _rename(arrays, _OFFICIAL_RENAMES)
+
+
+def _without_lone_velocity_layer(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drops the v head's last layer if the blocks of that head are missing, as in files for sampling."""
+    if any(name.startswith("v_heads.") for name in state):
+        return state
+    return {name: value for name, value in state.items() if not name.startswith("v_final_layer.")}
+
+
+def from_official_meanflow(parameters: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts flat Flax parameters of Gsunshine/meanflow.
+
+    Their names are like "net/blocks/layers_0/attn/qkv/_flax_linear/kernel". Returns a float32 state dict for MeanFlowDiT:
+    linear kernels (in, out) are transposed, the patch convolution becomes OIHW; qkv is packed in the same way. Missing
+    and unknown names are left to `convert_checkpoint`.
+    """
+    return _from_flax(parameters)
+
+
+def from_official_imf(parameters: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts flat Flax parameters of Lyy-iiis/imeanflow.
+
+    Their names are like "net/shared_blocks_0/attn/q_proj/_flax_linear/kernel". Returns a float32 state dict for
+    ImprovedMeanFlowDiT, without a v head if the file has none.
+    """
+    return _without_lone_velocity_layer(_from_flax(parameters))
+
+
+def from_imf_torch(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts parameters of Lyy-iiis/imeanflow's PyTorch port.
+
+    Their names are like "net.shared_blocks.0.attn.q_proj._flax_linear.weight". Returns a float32 state dict for
+    ImprovedMeanFlowDiT. The published files are for sampling: of the v head they have the last layer only, which is
+    dropped.
+    """
+    renamed = _rename(state, _IMF_TORCH_RENAMES)
+    return _without_lone_velocity_layer({name: value.float() for name, value in renamed.items()})
+
+
+def from_sit(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts parameters of willisma/SiT: a velocity v = x - e with data at t = 1, where ours has noise.
+
+    Returns a float32 state dict for MeanFlowDiT whose u is -SiT(z, 1 - t) for any r: the time embedder's first layer
+    reverses time, and the network's last layer changes the sign. The position embedding is checked against ours and
+    dropped, as is the predicted variance (the second C channels of each position in a patch).
+    Raises ValueError if the file is not a SiT checkpoint.
+    """
+    converted = _from_timm(state)
+    hidden_size, channels, patch_size = _patch_sizes(converted)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in converted:
+            converted[name] = -_without_variance(converted[name], channels, patch_size)
+    first = "t_embedder.mlp.0.weight"
+    if first in converted and converted[first].shape[1:] == (FREQUENCY_EMBEDDING_SIZE,):
+        converted[first] = reverse_time(converted[first])
+    return {**converted, **silent_step_size_embedder(hidden_size)}
+
+
+def from_repa(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts parameters of sihyun-yu/REPA's SiT: a velocity with our times and sign.
+
+    Returns a float32 state dict for MeanFlowDiT whose u does not depend on r. The position embedding is checked against
+    ours and dropped, as are `projectors`, which only REPA's training uses.
+    Raises ValueError if the file is not a REPA checkpoint.
+    """
+    converted = _from_timm(state, dropped="projectors.")
+    hidden_size, _, _ = _patch_sizes(converted)
+    return {**converted, **silent_step_size_embedder(hidden_size)}
+
+
+def from_zhuyu_cs(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts parameters of zhuyu-cs/MeanFlow: SiT's names, and an `r_embedder` of t - r, which is our h_embedder.
+
+    Returns a float32 state dict for MeanFlowDiT. The position embedding is checked against ours and dropped. Note: that
+    code decodes with sd-vae-ft-ema and, until it was corrected, with a scale of 0.18125 instead of 0.18215.
+    """
+    return _rename(_from_timm(state), ((r"^r_embedder\.", "h_embedder."),))
+
+
+def _from_timm(state: Mapping[str, torch.Tensor], dropped: str | None = None) -> dict[str, torch.Tensor]:
+    """Keeps SiT's names, which are ours, except its stored position embedding; SiT has no h_embedder."""
+    foreign = [name for name in state if name.startswith("h_embedder.")]
+    if foreign:
+        raise ValueError(f"{len(foreign)} unknown: {', '.join(foreign)}; files of this source have no h_embedder")
+    _grid_size(state)
+    kept = [name for name in state if name != "pos_embed" and not (dropped and name.startswith(dropped))]
+    return {name: state[name].float() for name in kept}
+
+
+def _grid_size(state: Mapping[str, torch.Tensor]) -> int | None:
+    """Tokens along a side according to the stored position embedding (1, N, D); None if there is none.
+
+    Raises ValueError if it is not the embedding that our network computes.
+    """
+    if "pos_embed" not in state:
+        return None
+    hidden_size, _, _ = _patch_sizes(state)
+    stored = state["pos_embed"].float()
+    side = math.isqrt(stored.numel() // hidden_size)
+    if stored.shape == (1, side**2, hidden_size) and hidden_size % 4 == 0:
+        ours = sine_cosine_positions(hidden_size, side)
+        if torch.allclose(stored[0], ours, rtol=0.0, atol=POSITION_TOLERANCE):
+            return side
+    raise ValueError(
+        f"pos_embed must be the fixed sine-cosine embedding (1, N, {hidden_size}), the only one that the network supports, "
+        f"but has shape {tuple(stored.shape)} or other values"
+    )
+
+
+def _without_variance(value: torch.Tensor, channels: int, patch_size: int) -> torch.Tensor:
+    """The last layer's rows (P * P * 2C, ...) -> (P * P * C, ...): the first C of each position."""
+    if value.shape[:1] != (2 * channels * patch_size**2,):
+        return value
+    return value.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+
+
+def reverse_time(weight: torch.Tensor) -> torch.Tensor:
+    """Rewrites a time embedder's first layer (D, 256) for inputs 1 - t to give the same output for inputs t, float32.
+
+    cos((1 - t) w) = cos w cos(t w) + sin w sin(t w), and sin((1 - t) w) = sin w cos(t w) - cos w sin(t w).
+    """
+    cos, sin = sinusoids(torch.ones(1, 1, dtype=torch.float64))[0].chunk(
+        2
+    )  # for every w, from the network's own function
+    of_cos, of_sin = weight.double().chunk(2, dim=1)
+    return torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1).float()
+
+
+def silent_step_size_embedder(hidden_size: int) -> dict[str, torch.Tensor]:
+    """An h_embedder that outputs 0 for every t - r but can be trained: its last layer is 0, its first is not."""
+    generator = torch.Generator().manual_seed(STEP_SIZE_SEED)
+    first = STEP_SIZE_INIT * torch.randn(hidden_size, FREQUENCY_EMBEDDING_SIZE, generator=generator)
+    return {
+        "h_embedder.mlp.0.weight": first,
+        "h_embedder.mlp.0.bias": torch.zeros(hidden_size),
+        "h_embedder.mlp.2.weight": torch.zeros(hidden_size, hidden_size),
+        "h_embedder.mlp.2.bias": torch.zeros(hidden_size),
+    }
+
+
+@torch.no_grad()
+def silence_step_size(network: MeanFlowDiT) -> None:
+    """Makes a network's output independent of t - r, in place; at t = r it is unchanged.
+
+    For networks trained with flow matching, whose step-size embedder has only seen t - r = 0. The last layer of the
+    embedder becomes its output at 0 and can be trained, as in `silent_step_size_embedder`.
+    """
+    embedder = network.h_embedder
+    output_at_zero = embedder(Dual(torch.zeros(1, device=network.device))).value[0]
+    last = {name: value for name, value in embedder.named_parameters() if name.startswith("mlp.2.")}
+    last["mlp.2.weight"].zero_()
+    last["mlp.2.bias"].copy_(output_at_zero)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A source of public checkpoints."""
+
+    convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    """Converts its parameters to a state dict of ours."""
+    architecture: Literal["dit", "imf_dit"]
+    """The network that they belong to."""
+    is_flow_matching: bool = False
+    """Whether its networks predict instantaneous velocities only."""
+
+
+SOURCES = {
+    "official-meanflow": Source(convert=from_official_meanflow, architecture="dit"),
+    "official-imf": Source(convert=from_official_imf, architecture="imf_dit"),
+    "imf-torch": Source(convert=from_imf_torch, architecture="imf_dit"),
+    "sit": Source(convert=from_sit, architecture="dit", is_flow_matching=True),
+    "repa": Source(convert=from_repa, architecture="dit", is_flow_matching=True),
+    "zhuyu-cs": Source(convert=from_zhuyu_cs, architecture="dit"),
+}
+
+
+def find_source(name: str) -> Source:
+    """Looks up a source by name. Raises ValueError, with the known names, for an unknown one."""
+    if name not in SOURCES:
+        raise ValueError(f"unknown source {name!r}; known: {', '.join(SOURCES)}")
+    return SOURCES[name]
+
+
+def published_training(architecture: str, hidden_size: int, depth: int) -> TrainingConfig | None:
+    """The first preset with a network of this architecture, width and depth, if any."""
+    size = (architecture, hidden_size, depth)
+    for preset in PRESETS.values():
+        config = preset()
+        if (config.network.architecture, config.network.hidden_size, config.network.depth) == size:
+            return config
+    return None
+
+
+def convert_checkpoint(
+    source_name: str, state: Mapping[str, torch.Tensor], *, sample_size: int | None = None, num_heads: int | None = None
+) -> AnyNetwork:
+    """Builds the float32 network of a source's parameters; its size follows from their shapes.
+
+    sample_size: side of the latents, if no stored position embedding gives it; default: 32. num_heads: required if the
+    size is not a published one. An improved MeanFlow network has a v head if the file has one.
+    Raises ValueError for an unknown source, for a file of another source, and, with all of them, for missing, unknown or
+    misshapen parameters.
+    """
+    source = find_source(source_name)
+    converted = source.convert(state)
+    grid_size = _grid_size(state)
+    if grid_size is not None:
+        stored_size = grid_size * _patch_sizes(converted)[2]
+        if sample_size not in (None, stored_size):
+            raise ValueError(
+                f"sample_size must be {stored_size}, the size of the stored positions, but got {sample_size}"
+            )
+        sample_size = stored_size
+    config = _read_network_config(converted, source.architecture, num_heads)
+    network = build_network(
+        config,
+        sample_size=DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size,
+        in_channels=_patch_sizes(converted)[1],
+        num_classes=len(_find(converted, "y_embedder.embedding_table.weight", 2)) - 1,
+    )
+    if isinstance(network, ImprovedMeanFlowDiT) and not _num_blocks(converted, "v_heads"):
+        network = without_velocity_head(network)
+    _require_same_shapes(source_name, converted, network)
+    network.load_state_dict(converted)
+    return network
+
+
+def _require_same_shapes(source_name: str, converted: Mapping[str, torch.Tensor], network: AnyNetwork) -> None:
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in converted.items()}
+    differences = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {found[name]} instead of {expected[name]}"
+            for name in expected
+            if name in found and found[name] != expected[name]
+        ],
+    }
+    listing = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in differences.items() if names)
+    if listing:
+        raise ValueError(f"the file does not fit a network of source {source_name}: {listing}")
+
+
+def _find(state: Mapping[str, torch.Tensor], name: str, num_axes: int) -> torch.Tensor:
+    if name not in state or state[name].dim() != num_axes:
+        some = ", ".join(list(state)[:5])
+        raise ValueError(
+            f"the file is from another source: it has no {name} with {num_axes} axes, but {len(state)} other names "
+            f"({some}, ...)"
+        )
+    return state[name]
+
+
+def _patch_sizes(state: Mapping[str, torch.Tensor]) -> tuple[int, int, int]:
+    """D, C and P."""
+    hidden_size, channels, patch_size, _ = _find(state, "x_embedder.proj.weight", 4).shape
+    return hidden_size, channels, patch_size
+
+
+def _num_blocks(state: Mapping[str, torch.Tensor], group: str) -> int:
+    numbers = [int(match[1]) for name in state if (match := re.match(rf"{group}\.(\d+)\.", name))]
+    return 1 + max(numbers, default=-1)
+
+
+def _read_network_config(state: Mapping[str, torch.Tensor], architecture: str, num_heads: int | None) -> NetworkConfig:
+    hidden_size, _, patch_size = _patch_sizes(state)
+    if architecture == "imf_dit":
+        base, first_layer = imf_network("B"), ".mlp.w1.weight"
+        aux_head_depth = _num_blocks(state, "u_heads")
+        depth = _num_blocks(state, "shared_blocks") + aux_head_depth
+    else:
+        base, first_layer = dit_network("B", 2), ".mlp.fc1.weight"
+        aux_head_depth, depth = base.aux_head_depth, _num_blocks(state, "blocks")
+    if depth == 0:
+        raise ValueError(f"the file is from another source: no transformer blocks among its {len(state)} names")
+    published = published_training(architecture, hidden_size, depth)
+    if num_heads is None:
+        if published is None:
+            raise ValueError(
+                f"no published network has width {hidden_size} and depth {depth}, and the file does not contain the number "
+                f"of attention heads; give num_heads"
+            )
+        num_heads = published.network.num_heads
+    mlp_ratio = base.mlp_ratio
+    widths = {len(value) for name, value in state.items() if name.endswith(first_layer)}
+    if len(widths) == 1 and widths != {int(hidden_size * mlp_ratio)}:
+        mlp_ratio = widths.pop() / hidden_size
+    return replace(
+        base,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=mlp_ratio,
+        aux_head_depth=aux_head_depth,
+    )

@@ -1,6 +1,8 @@
-"""Statistics of features that can be merged across workers, and what they measure: distances, scores, precision, recall.
+"""Feature statistics that can be merged across workers, and metrics: distances, scores, precision and recall.
 
-N samples, D features, P pixels. All sums are float64: the order of merging changes results by rounding alone.
+    # N samples, D features, K classes, P pixels
+
+All sums are float64, so the order of merging changes results only by rounding.
 """
 
 import functools
@@ -15,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Count, sum and sum of outer products of feature vectors: what a mean and a covariance need, and addable."""
+    """Count, sum and sum of outer products of feature vectors, from which mean and covariance follow; can be added."""
 
     count: int
     """N."""
@@ -26,7 +28,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "FeatureStatistics":
-        """The statistics of features (N, D), any float dtype. Raises ValueError for another shape or non-finite values."""
+        """Computes the statistics of features (N, D), any float dtype. Raises ValueError for non-finite values."""
         if features.dim() != 2:
             raise ValueError(f"features must have shape (N, D), but got {tuple(features.shape)}")
         if not bool(torch.isfinite(features).all()):
@@ -38,7 +40,7 @@ class FeatureStatistics:
         return FeatureStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
 
     def __sub__(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """The statistics without those of a part."""
+        """Removes a part from the statistics."""
         return FeatureStatistics(self.count - other.count, self.total - other.total, self.outer - other.outer)
 
     @property
@@ -48,7 +50,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """(D, D) float64, unbiased (over N - 1), as the field's FID implementations have it."""
+        """(D, D) float64, unbiased (divided by N - 1), as in common FID implementations."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, but got {self.count}")
         return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
@@ -56,7 +58,7 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The two moments that a reference file holds of a set of features."""
+    """Mean and covariance of a set of features, for example from a reference file."""
 
     mean: torch.Tensor
     """(D,) float64."""
@@ -65,7 +67,7 @@ class Gaussian:
 
 
 class Moments(Protocol):
-    """What a Frechet distance needs of a set: FeatureStatistics has it, and so has Gaussian."""
+    """The interface that a Frechet distance requires; FeatureStatistics and Gaussian implement it."""
 
     @property
     def mean(self) -> torch.Tensor:
@@ -79,15 +81,15 @@ class Moments(Protocol):
 def frechet_distance(first: Moments, second: Moments) -> float:
     """Squared Frechet distance between the Gaussians of two sets of features.
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the last trace by the eigenvalues of S2^(1/2) S1 S2^(1/2), which is
-    symmetric: no general matrix square root is needed. In Inception's features it is FID. Raises ValueError where the
-    numbers of features differ. Source: Dowson and Landau 1982; Heusel et al. 2017.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The last trace follows from the eigenvalues of the symmetric matrix
+    S2^(1/2) S1 S2^(1/2), without a general matrix square root. With Inception's features it is FID. Raises ValueError if
+    the numbers of features differ. Source: Dowson and Landau 1982; Heusel et al. 2017.
     """
     return frechet_distances([first], second)[0]
 
 
 def frechet_distances(sets: Iterable[Moments], reference: Moments) -> list[float]:
-    """The Frechet distance of each set to one reference, whose square root is taken once."""
+    """The Frechet distance of each set to one reference, whose matrix square root is computed once."""
     covariance = reference.covariance
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -95,7 +97,7 @@ def frechet_distances(sets: Iterable[Moments], reference: Moments) -> list[float
     for moments in sets:
         if moments.mean.shape != reference.mean.shape:
             raise ValueError(
-                f"features must be the reference's {len(reference.mean)} numbers, but are {len(moments.mean)}"
+                f"samples must have {len(reference.mean)} features like the reference, but have {len(moments.mean)}"
             )
         product = root @ moments.covariance @ root
         trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
@@ -107,20 +109,20 @@ def frechet_distances(sets: Iterable[Moments], reference: Moments) -> list[float
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and how far another draw of as many samples would move it."""
+    """A value with its standard error."""
 
     value: float
-    """Of all samples."""
+    """The value from all samples."""
     standard_error: float
-    """Of the value, over draws of the samples; the reference is held fixed."""
+    """Standard deviation of the value over sets of as many samples; the reference is fixed."""
 
 
 def frechet_estimate(groups: Sequence[FeatureStatistics], reference: Moments) -> Estimate:
-    """The Frechet distance of all groups together, with its standard error by a delete-a-group jackknife.
+    """The Frechet distance of all groups together, with its standard error from a delete-a-group jackknife.
 
-    groups: disjoint parts of the samples, 20 or more for an error that is itself known to a sixth; their sizes may differ.
-    The error is that of resampling N samples: the distance's bias, which falls with N, is no part of it. Raises
-    ValueError for fewer than two groups. Source: Busing, Meijer and van der Leeden 1999, Eq. 5 (groups of any size).
+    groups: disjoint parts of the samples, of any sizes; with 20 or more, the error is known to a sixth or better. The
+    error describes the resampling of N samples, not the distance's bias, which decreases with N. Raises ValueError for
+    fewer than two groups. Source: Busing, Meijer and van der Leeden 1999, Eq. 5 (groups of any size).
     """
     if len(groups) < 2:
         raise ValueError(f"a jackknife needs at least 2 groups, but got {len(groups)}")
@@ -143,7 +145,7 @@ def merged(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
 
 @dataclass(frozen=True)
 class ScoreSums:
-    """What the Inception Score needs of a set of class probabilities p (N, K); addable."""
+    """Sums of class probabilities p (N, K), from which the Inception Score follows; can be added."""
 
     count: int
     """N."""
@@ -154,10 +156,10 @@ class ScoreSums:
 
     @classmethod
     def of(cls, logits: torch.Tensor) -> "ScoreSums":
-        """The sums of logits (N, K), any float dtype."""
+        """Computes the sums of logits (N, K), any float dtype."""
         log_p = torch.log_softmax(logits.double(), dim=1)
         p = log_p.exp()
-        # Where a probability underflows to 0 its term is 0, though its logarithm may be minus infinity.
+        # If a probability underflows to 0, its term is 0, although its logarithm may be minus infinity.
         return cls(len(p), p.sum(dim=0), float(torch.where(p > 0, p * log_p, 0.0).sum()))
 
     def __add__(self, other: "ScoreSums") -> "ScoreSums":
@@ -167,17 +169,17 @@ class ScoreSums:
 
     @property
     def score(self) -> float:
-        """exp of the mean KL divergence of a sample's probabilities from their mean; from 1 to K."""
+        """exp of the mean KL divergence of the samples' probabilities from their mean, in [1, K]."""
         mean = self.total / self.count
         marginal = float(torch.special.xlogy(mean, mean).sum())
         return math.exp(self.negative_entropy / self.count - marginal)
 
 
 def inception_score(splits: Sequence[ScoreSums]) -> tuple[float, float]:
-    """Mean and standard deviation (over N) of the splits' scores.
+    """Mean and standard deviation (divided by N) of the splits' scores.
 
-    Ten splits in the field, and the score of a split falls with its size. In Inception's 1,008 logits without bias it is
-    the Inception Score. Source: Salimans et al. 2016.
+    Ten splits are usual, and the score of a split decreases with its size. With Inception's 1,008 logits without bias it
+    is the Inception Score. Source: Salimans et al. 2016.
     """
     scores = torch.tensor([split.score for split in splits], dtype=torch.float64)
     return float(scores.mean()), float(scores.std(correction=0))
@@ -185,7 +187,7 @@ def inception_score(splits: Sequence[ScoreSums]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Manifold:
-    """The union of balls around points, each reaching to its point's k-th nearest neighbour."""
+    """A union of balls around points, each with the distance to the k-th nearest neighbour as radius."""
 
     points: torch.Tensor
     """(N, D) float64."""
@@ -194,14 +196,14 @@ class Manifold:
 
     @classmethod
     def of(cls, points: torch.Tensor, num_neighbours: int = 3, chunk: int = 1024) -> "Manifold":
-        """Of points (N, D) of any float dtype, `chunk` rows of distances at a time.
+        """Builds the manifold of points (N, D), any float dtype, with `chunk` rows of distances at a time.
 
-        k = 3 as in ADM's evaluation. Raises ValueError where no point has a k-th neighbour.
+        k = 3 as in ADM's evaluation. Raises ValueError for k points or fewer.
         """
         if len(points) <= num_neighbours:
             raise ValueError(f"a manifold must have more than {num_neighbours} points, but got {len(points)}")
         points = points.double()
-        radii = [  # each point's nearest is itself, at no distance
+        radii = [  # the nearest neighbour of a point is the point itself
             torch.cdist(rows, points).topk(num_neighbours + 1, dim=1, largest=False).values[:, -1]
             for rows in points.split(chunk)
         ]
@@ -209,9 +211,9 @@ class Manifold:
 
 
 def precision_and_recall(samples: Manifold, reference: Manifold, chunk: int = 1024) -> tuple[float, float]:
-    """Share of the samples inside the reference's manifold, and of the reference inside the samples'.
+    """Fraction of the samples inside the reference's manifold, and of the reference inside the samples'.
 
-    In float64, `chunk` rows of distances at a time. Source: Kynkaanniemi et al. 2019.
+    Computed in float64, with `chunk` rows of distances at a time. Source: Kynkaanniemi et al. 2019.
     """
     is_inside = []
     reference_covered = torch.zeros(len(reference.points), dtype=torch.bool, device=reference.points.device)
@@ -223,36 +225,36 @@ def precision_and_recall(samples: Manifold, reference: Manifold, chunk: int = 10
 
 
 def mean_pairwise_distance(vectors: torch.Tensor) -> float:
-    """Mean Euclidean distance over all unordered pairs of rows (N, P), N >= 2."""
+    """Mean Euclidean distance over all unordered pairs of vectors (N, P). Raises ValueError for fewer than two."""
     if len(vectors) < 2:
-        raise ValueError(f"a pairwise distance needs at least 2 rows, but got {len(vectors)}")
+        raise ValueError(f"a pairwise distance needs at least 2 vectors, but got {len(vectors)}")
     return float(torch.pdist(vectors.float()).double().mean())
 
 
 def mean_within_class_distance(images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over classes of the mean pairwise Euclidean pixel distance: images (N, ...) in any dtype, labels (N,).
+    """Mean over classes of the mean pairwise Euclidean pixel distance; images (N, ...) of any dtype, labels (N,).
 
-    A class with one image has no pair, and is left out. Raises ValueError where no class has two.
+    Classes with one image are skipped. Raises ValueError if no class has two.
     """
     flat = images.flatten(1).float()
     classes, counts = labels.unique(return_counts=True)
     classes = classes[counts > 1]
     if len(classes) == 0:
-        raise ValueError(f"a class must have at least 2 images, but none of {len(counts)} has")
+        raise ValueError(f"at least one class must have 2 images, but none of {len(counts)} has")
     return sum(mean_pairwise_distance(flat[labels == label]) for label in classes) / len(classes)
 
 
 def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: int = 256) -> torch.Tensor:
-    """For each query (N, P) the Euclidean distance to its nearest reference (M, P): float32 (N,)."""
-    # cdist multiplies matrices: a difference of large squares, which in float32 leaves copies apart.
-    wanted = references.double()
-    return torch.cat([torch.cdist(rows.double(), wanted).amin(dim=1) for rows in queries.split(chunk)]).float()
+    """Euclidean distance of each query (N, P) to its nearest reference (M, P), float32 (N,)."""
+    # In float64, because cdist subtracts large squares, and in float32 a copy would not be at distance 0.
+    points = references.double()
+    return torch.cat([torch.cdist(rows.double(), points).amin(dim=1) for rows in queries.split(chunk)]).float()
 
 
 def peak_signal_to_noise(images: torch.Tensor, reference: torch.Tensor, peak: float = 255.0) -> float:
-    """PSNR in dB over all values of two tensors of one shape, of range `peak`: 255 for uint8. Infinite where they agree.
+    """PSNR in dB over all values of two tensors with range `peak` (255 for uint8); infinite if they are equal.
 
-    Raises ValueError where the shapes differ.
+    Raises ValueError if the shapes differ.
     """
     if images.shape != reference.shape:
         raise ValueError(

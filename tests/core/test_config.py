@@ -1,3 +1,5 @@
+"""The configuration and the presets: valid values, and the papers' settings."""
+
 import dataclasses
 import inspect
 
@@ -40,7 +42,7 @@ from meanflow_core.presets import PRESETS, imf_network
         (lambda: LossConfig(tangent="ema"), "guided_velocity or own_velocity, but got 'ema'"),
         (
             lambda: LossConfig(objective="improved_meanflow", guidance=GuidanceConfig(omega=2.0)),
-            "improved_meanflow draws its own",
+            "improved_meanflow draws its guidance",
         ),
         (lambda: GuidanceSamplingConfig(omega_max=1.0), "omega_max must be above 1"),
         (lambda: GuidanceSamplingConfig(interval_split=1.5), "interval_split must lie in"),
@@ -68,7 +70,7 @@ from meanflow_core.presets import PRESETS, imf_network
         (lambda: SamplingConfig(guidance_scale=float("inf")), "guidance_scale must be at least 1"),
         (
             lambda: TrainingConfig(sampling=SamplingConfig(guidance_scale=2.0)),
-            "MeanFlow has its guidance in the weights",
+            "guidance is built into the weights",
         ),
         (
             lambda: LossConfig(objective="improved_meanflow", times=TimeSamplingConfig(fraction_r_below_t=0.0)),
@@ -86,7 +88,7 @@ from meanflow_core.presets import PRESETS, imf_network
         ),
     ],
 )
-def test_impossible_settings_are_refused_with_the_value(build, words):
+def test_invalid_values_are_refused_with_the_value(build, words):
     with pytest.raises(ValueError, match=words):
         build()
 
@@ -96,13 +98,13 @@ def test_configs_are_frozen():
         TrainingConfig().num_steps = 3
 
 
-def test_guidance_scale_of_the_paper_follows_from_omega_and_kappa():
+def test_effective_guidance_scale_is_omega_over_one_minus_kappa():
     assert GuidanceConfig(omega=0.2, kappa=0.92).effective_scale == pytest.approx(2.5)
     assert GuidanceConfig().is_off
     assert not GuidanceConfig(kappa=0.5).is_off
 
 
-def test_flat_names_every_number_once():
+def test_flat_configuration_names_every_field():
     flat = PRESETS["xl2"]().flat()
     assert flat["loss.guidance.kappa"] == 0.92
     assert flat["network.depth"] == 28
@@ -110,14 +112,14 @@ def test_flat_names_every_number_once():
     assert not any(isinstance(value, dict) for value in flat.values())
 
 
-def test_every_preset_says_what_it_is():
+def test_every_preset_has_a_docstring_and_builds_a_configuration():
     for name, preset in PRESETS.items():
         assert preset.__name__ == name
         assert preset.__doc__
         assert isinstance(preset(), TrainingConfig)
 
 
-def test_defaults_are_meanflows():
+def test_defaults_are_those_of_the_meanflow_paper():
     config = TrainingConfig()
     adam, loss = config.optimizer, config.loss
     assert (adam.learning_rate, adam.beta1, adam.beta2, adam.max_gradient_norm) == (1e-4, 0.9, 0.95, None)
@@ -126,7 +128,7 @@ def test_defaults_are_meanflows():
     assert (config.ema_decays, config.global_batch_size) == ((0.9999,), 256)
 
 
-def test_improved_meanflow_always_takes_its_own_velocity():
+def test_improved_meanflow_always_uses_its_own_velocity():
     assert LossConfig(objective="improved_meanflow").takes_own_velocity
     assert LossConfig(tangent="own_velocity").takes_own_velocity
     assert not LossConfig().takes_own_velocity
@@ -185,7 +187,7 @@ def test_variants_differ_from_their_bases_as_named():
     assert (heads["s4"], heads["b4"], heads["m2"], heads["l2"], heads["xl2"]) == (6, 12, 16, 16, 16)
 
 
-def test_every_function_of_the_presets_module_that_makes_an_experiment_is_listed():
+def test_every_preset_function_is_listed():
     made = {
         name
         for name, function in vars(presets).items()

@@ -1,3 +1,5 @@
+"""Distributions of times and guidance, and the record of a step."""
+
 import pytest
 import torch
 

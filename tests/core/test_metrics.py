@@ -1,8 +1,11 @@
+"""Statistics, distances and scores against their definitions."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
+from scipy import linalg
 
 from meanflow_core.metrics import (
     FeatureStatistics,
@@ -58,7 +61,6 @@ def test_distance_between_diagonal_gaussians_has_its_closed_form():
 
 
 def test_distance_agrees_with_a_general_matrix_square_root():
-    linalg = pytest.importorskip("scipy.linalg")
     mixing = normal(6, 3)
     first, second = FeatureStatistics.of(normal(400, 4) @ mixing), FeatureStatistics.of(normal(300, 5, mean=0.3))
     root = linalg.sqrtm((first.covariance @ second.covariance).numpy()).real
@@ -67,7 +69,7 @@ def test_distance_agrees_with_a_general_matrix_square_root():
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-8)
 
 
-def test_unfit_features_are_refused():
+def test_invalid_features_are_refused():
     with pytest.raises(ValueError, match=r"\(N, D\)"):
         FeatureStatistics.of(torch.zeros(3))
     with pytest.raises(ValueError, match="finite"):
@@ -92,7 +94,7 @@ def test_psnr_of_a_known_error():
         peak_signal_to_noise(black, grey[0])
 
 
-def test_distance_of_fewer_samples_than_features_is_a_number():
+def test_distance_of_fewer_samples_than_features_is_finite():
     statistics = FeatureStatistics.of(normal(5, 1, size=12))  # rounding makes some eigenvalues negative
     assert frechet_distance(statistics, statistics) == pytest.approx(0.0, abs=1e-5)
 
@@ -101,18 +103,18 @@ def test_within_class_distance_is_the_mean_over_classes():
     points = torch.tensor([[0.0], [2.0], [10.0], [16.0], [13.0]])
     labels = torch.tensor([7, 7, 3, 3, 3])
     assert mean_within_class_distance(points, labels) == pytest.approx((2.0 + 4.0) / 2)
-    labels[:2] = torch.tensor([1, 2])  # of one image each: a thousand random samples of a thousand classes have such
+    labels[:2] = torch.tensor([1, 2])  # classes with one image each have no pair
     assert mean_within_class_distance(points, labels) == pytest.approx(4.0)
-    with pytest.raises(ValueError, match="at least 2 images, but none of 5 has"):
+    with pytest.raises(ValueError, match="at least one class must have 2 images, but none of 5 has"):
         mean_within_class_distance(points, torch.arange(5))
 
 
 def test_one_row_has_no_pairwise_distance():
-    with pytest.raises(ValueError, match="at least 2 rows, but got 1"):
+    with pytest.raises(ValueError, match="at least 2 vectors, but got 1"):
         mean_pairwise_distance(torch.zeros(1, 3))
 
 
-def test_a_copy_is_at_no_distance():
+def test_nearest_distance_of_a_copy_is_zero():
     images = torch.randint(256, (64, 3 * 64 * 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     near = images.float()
     near[:, 0] += 3.0
@@ -120,7 +122,7 @@ def test_a_copy_is_at_no_distance():
     torch.testing.assert_close(nearest_distances(near, images), torch.full((64,), 3.0))
 
 
-def test_statistics_without_a_part_are_those_of_the_rest():
+def test_statistics_minus_a_part_are_those_of_the_rest():
     features = normal(90, 6)
     whole, part, rest = (FeatureStatistics.of(rows) for rows in (features, features[:20], features[20:]))
     left = whole - part
@@ -129,14 +131,14 @@ def test_statistics_without_a_part_are_those_of_the_rest():
     torch.testing.assert_close(left.covariance, rest.covariance, rtol=1e-10, atol=1e-12)
 
 
-def test_distance_to_two_moments_is_that_to_the_statistics():
+def test_distance_to_moments_equals_the_distance_to_statistics():
     first, second = FeatureStatistics.of(normal(80, 7)), FeatureStatistics.of(normal(80, 8, mean=0.5))
     expected = frechet_distance(first, second)
     moments = Gaussian(second.mean, second.covariance)
     assert frechet_distance(first, moments) == expected
     assert frechet_distances([second, first], moments)[1] == expected
     assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-9)
-    with pytest.raises(ValueError, match="the reference's 6 numbers, but are 4"):
+    with pytest.raises(ValueError, match="must have 6 features like the reference, but have 4"):
         frechet_distance(FeatureStatistics.of(normal(80, 7, size=4)), moments)
 
 
@@ -144,7 +146,7 @@ def groups_of(features, num_groups):
     return [FeatureStatistics.of(rows) for rows in features.tensor_split(num_groups)]
 
 
-def test_error_bar_covers_the_distance_of_another_draw():
+def test_standard_error_covers_the_distances_of_other_samples():
     # The jackknife of 20 groups has 19 degrees of freedom: 2.093 errors are 95 % of a normal estimate's draws.
     size, num_samples, repeats = 8, 1000, 150
     reference = Gaussian(torch.full((size,), 0.3).double(), 1.5 * torch.eye(size, dtype=torch.float64))
@@ -160,7 +162,7 @@ def test_error_bar_covers_the_distance_of_another_draw():
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.15)
 
 
-def test_error_bar_takes_groups_of_any_size():
+def test_standard_error_supports_groups_of_any_size():
     reference = Gaussian(torch.zeros(6).double(), torch.eye(6, dtype=torch.float64))
     features = normal(2000, 3, mean=0.2)
     even = frechet_estimate(groups_of(features, 40), reference)
@@ -173,7 +175,7 @@ def test_error_bar_takes_groups_of_any_size():
         frechet_estimate(groups_of(features, 1), reference)
 
 
-def test_inception_score_is_that_of_its_definition():
+def test_inception_score_matches_its_definition():
     logits = 3.0 * normal(60, 9, size=7)
 
     def score(rows):  # exp(E KL(p(y|x) || p(y))), term by term
@@ -189,13 +191,13 @@ def test_inception_score_is_that_of_its_definition():
     assert (mean, deviation) == (pytest.approx(np.mean(expected)), pytest.approx(np.std(expected)))
 
 
-def test_inception_score_runs_from_one_to_the_number_of_classes():
+def test_inception_score_lies_between_one_and_the_number_of_classes():
     sure = 1e4 * torch.eye(5).repeat(8, 1)  # probabilities of 0 and 1, whose logarithms are infinite
     assert ScoreSums.of(sure).score == pytest.approx(5.0)
     assert ScoreSums.of(sure[:1].repeat(40, 1)).score == pytest.approx(1.0)
 
 
-def test_precision_and_recall_are_those_of_their_definition():
+def test_precision_and_recall_match_their_definition():
     samples, reference = normal(70, 10, mean=0.4, size=3), normal(50, 11, size=3)
 
     def share_inside(points, manifold, k):
@@ -216,7 +218,7 @@ def test_precision_and_recall_are_those_of_their_definition():
         assert 0.1 < expected[0] < 0.98
 
 
-def test_precision_and_recall_of_the_same_and_of_far_sets():
+def test_precision_and_recall_of_equal_distant_and_collapsed_sets():
     points = normal(40, 12)
     manifold = Manifold.of(points)
     assert precision_and_recall(manifold, manifold) == (1.0, 1.0)
@@ -229,7 +231,7 @@ def test_precision_and_recall_of_the_same_and_of_far_sets():
         Manifold.of(points[:3])
 
 
-def test_jackknife_weighs_groups_by_their_sizes():
+def test_jackknife_weights_groups_by_their_sizes():
     reference, parts = FeatureStatistics.of(normal(300, 7)), normal(120, 8, mean=0.4).split([10, 30, 80])
     value = frechet_distance(FeatureStatistics.of(torch.cat(parts)), reference)
     shares = [120 / len(part) for part in parts]
@@ -243,5 +245,5 @@ def test_jackknife_weighs_groups_by_their_sizes():
     assert found.standard_error == pytest.approx(variance**0.5, rel=1e-6)
 
 
-def test_impossible_classes_leave_the_score_a_number():
+def test_inception_score_with_impossible_classes_is_finite():
     assert ScoreSums.of(torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]])).score == pytest.approx(2.0)

@@ -1,3 +1,5 @@
+"""MeanFlow's DiT: initialisation, positions, patches."""
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ def conditioning(batch, t=0.8, r=0.3, label=1):
     return Conditioning(t=torch.full((batch,), t), r=torch.full((batch,), r), labels=torch.full((batch,), label))
 
 
-def test_fresh_network_says_zero():
+def test_fresh_network_outputs_zero():
     network = MeanFlowDiT(sample_size=8, hidden_size=48, depth=2, num_heads=3)
     assert torch.equal(network(torch.randn(2, 4, 8, 8), conditioning(2)).u, torch.zeros(2, 4, 8, 8))
 
@@ -22,9 +24,9 @@ def test_output_depends_on_every_input(network):
     assert not torch.allclose(network(z + 0.1, conditioning(1)).u, base, atol=1e-4)
 
 
-def test_patches_return_to_where_they_came_from():
+def test_unpatchify_restores_the_positions_of_patches():
     network = MeanFlowDiT(sample_size=4, in_channels=3, patch_size=2, hidden_size=12, depth=1, num_heads=1)
-    with torch.no_grad():  # the embedder copies a patch's 12 values, the final layer is asked to lay them out again
+    with torch.no_grad():  # the embedder copies a patch's 12 values
         network.x_embedder.proj.weight.copy_(torch.eye(12).view(12, 3, 2, 2))
     z = torch.arange(48.0).view(1, 3, 4, 4)
     # Values ordered (channel, row, column); the final layer's order is (row, column, channel).
@@ -33,7 +35,7 @@ def test_patches_return_to_where_they_came_from():
     assert torch.equal(unpatchify(rows, 2), z)
 
 
-def test_positions_are_distinct_and_put_the_column_first():
+def test_position_embeddings_are_distinct_with_the_column_first():
     positions = sine_cosine_positions(16, 3)
     assert positions.shape == (9, 16)
     assert len({tuple(row.tolist()) for row in positions}) == 9
@@ -41,12 +43,12 @@ def test_positions_are_distinct_and_put_the_column_first():
     assert torch.equal(positions[0, 8:], positions[1, 8:])  # same row
 
 
-def test_latent_that_patches_do_not_divide_is_refused():
+def test_patch_size_that_does_not_divide_the_latent_is_refused():
     with pytest.raises(ValueError, match="multiple of the patch size"):
         MeanFlowDiT(sample_size=9, patch_size=2)
 
 
-def test_fresh_network_has_dits_variances_and_begins_as_nothing():
+def test_fresh_network_has_dits_variances_and_zero_gates():
     torch.manual_seed(0)
     network = MeanFlowDiT(hidden_size=384, depth=1, num_heads=6)
     for parameter, deviation in (

@@ -66,6 +66,12 @@ def imf_network() -> ImprovedMeanFlowDiT:
 
 
 @pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory) -> str:
+    """An MLflow database for all tests, because creating one takes seconds. Use run and model names of your own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def vae():
     """The shipped demo autoencoder."""
     return load_autoencoder(str(SHIPPED_AUTOENCODER))

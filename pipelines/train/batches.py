@@ -1,4 +1,4 @@
-"""A worker's rows of any step, cut into the passes that it makes over them, and made while the device is at work."""
+"""A worker's samples and random draws of each step, split into passes and prepared while the device computes."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from pipelines.latents.sample_order import samples_of_step
 
 
 class BatchSource:
-    """A worker's contiguous rows of any step: which they are depends on (seed, step) and on nothing that came before."""
+    """A worker's contiguous share of any step's samples: a function of (seed, step), independent of earlier steps."""
 
     def __init__(
         self,
@@ -31,42 +31,43 @@ class BatchSource:
         self._device = device
 
     def batches(self, step: int) -> list[Batch]:
-        """The share of 0-based step `step`: one batch a pass, on the device."""
-        config, num_rows = self._config, self._config.global_batch_size
+        """The worker's share of 0-based step `step`: one batch per pass, on the device."""
+        config, batch_size = self._config, self._config.global_batch_size
         loss, latent_shape = config.loss_at(step), self._dataset.manifest.latent_shape
-        indices = samples_of_step(config.seed, step, num_rows, len(self._dataset))
-        record = draw_step_record(loss, seed=config.seed, step=step, num_rows=num_rows, latent_shape=latent_shape)
+        indices = samples_of_step(config.seed, step, batch_size, len(self._dataset))
+        record = draw_step_record(loss, seed=config.seed, step=step, num_rows=batch_size, latent_shape=latent_shape)
         batches = []
         for number in range(self._num_passes):
             first, last = contiguous_share(self._stop - self._start, number, self._num_passes)
             start, stop = self._start + first, self._start + last
-            share = record.rows(start, stop, loss)
-            moments, labels = self._dataset.read(indices[start:stop], share.mirrored.numpy())
+            draws = record.rows(start, stop, loss)
+            moments, labels = self._dataset.read(indices[start:stop], draws.mirrored.numpy())
             batches.append(
                 Batch(
                     moments=torch.from_numpy(moments).to(self._device, non_blocking=True),
                     labels=torch.from_numpy(labels).to(self._device, non_blocking=True),
-                    record=share.to(self._device),
+                    record=draws.to(self._device),
                 )
             )
         return batches
 
 
 class Prefetcher:
-    """Makes the next step's batches while the device is at work on this one's; none past the last step."""
+    """Prepares the next step's batches in a thread while the device computes; none after the last step."""
 
     def __init__(self, source: BatchSource, num_steps: int) -> None:
         self._source = source
         self._num_steps = num_steps
-        self._maker = ThreadPoolExecutor(1)
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._executor = ThreadPoolExecutor(1)
+        self._prefetched: tuple[int, Future[list[Batch]]] | None = None
 
     def batches(self, step: int) -> list[Batch]:
-        """As BatchSource has them; begins those of the step after it."""
-        made = (
-            self._next[1].result() if self._next is not None and self._next[0] == step else self._source.batches(step)
-        )
-        self._next = None
+        """The same batches as `BatchSource.batches`; starts to prepare those of the next step."""
+        if self._prefetched is not None and self._prefetched[0] == step:
+            batches = self._prefetched[1].result()
+        else:
+            batches = self._source.batches(step)
+        self._prefetched = None
         if step + 1 < self._num_steps:
-            self._next = (step + 1, self._maker.submit(self._source.batches, step + 1))
-        return made
+            self._prefetched = (step + 1, self._executor.submit(self._source.batches, step + 1))
+        return batches

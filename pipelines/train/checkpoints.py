@@ -1,7 +1,7 @@
-"""Checkpoints in a run's storage, through Ray Train: written, uploaded beside the steps, found by Ray's record.
+"""Checkpoints of a run: when one is saved, how Ray Train stores it, and which one a resumed run loads.
 
-A checkpoint is committed when all workers have uploaded their files and Ray has written its record; what a crash
-leaves before that is an orphan, which nothing ever takes for a checkpoint, and which the next start deletes.
+Ray Train commits a checkpoint when every worker has uploaded its files: it then adds the folder to its record. A crash
+before the commit leaves an orphan folder, which the next start deletes.
 """
 
 import json
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 import ray.train
 from pyarrow import fs
-from ray.train import Checkpoint, CheckpointUploadMode, Result, UserCallback
+from ray.train import Checkpoint, CheckpointUploadMode, Result
 
 from meanflow_core.checkpoint import STATE_FILE, damage_of, load_train_state, require_known_state, save_train_state
 from meanflow_core.config import TrainingConfig
@@ -27,13 +28,36 @@ from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"checkpoint_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")  # what Ray calls a checkpoint's folder
-RECORD = "checkpoint_manager_snapshot.json"  # Ray's, which it writes in place
-SPARE_RECORD = "checkpoint_manager_snapshot.spare.json"
-SCRATCH = "meanflow-ray-checkpoint-"
+NAME = re.compile(r"checkpoint_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")  # Ray's name for a checkpoint folder
+RECORD = "checkpoint_manager_snapshot.json"  # Ray's record of the committed checkpoints
+LOCAL_PREFIX = "meanflow-ray-checkpoint-"
 
 
-def report(
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDue:
+    """How to save the checkpoint that is due after a step."""
+
+    wait: bool
+    """Wait for the upload. Otherwise it runs in the background during the next steps."""
+    validate: bool
+    """Measure the errors on held-out data."""
+
+
+def checkpoint_due(
+    step: int, *, num_steps: int, interval_steps: int, stop_requested: bool, preemption_announced: bool
+) -> CheckpointDue | None:
+    """Decides whether a checkpoint is saved after `step` (1-based) steps; None if not.
+
+    One is saved every `interval_steps` steps, after the last step, on a stop request and on a preemption notice.
+    A run that is stopping does not wait for a validation.
+    """
+    is_urgent = stop_requested or preemption_announced or step == num_steps
+    if not is_urgent and step % interval_steps != 0:
+        return None
+    return CheckpointDue(wait=is_urgent, validate=not stop_requested)
+
+
+def save(
     state: TrainState,
     config: TrainingConfig,
     metrics: dict[str, float],
@@ -42,12 +66,12 @@ def report(
     wait: bool,
     validate: bool = False,
 ) -> None:
-    """Saves a checkpoint and has it uploaded; every worker must call this.
+    """Writes a checkpoint to local disk and lets Ray upload it; every worker must call this.
 
-    The upload goes on beside the next steps unless `wait`; a next one waits for it. `extra` as in `save_train_state`.
-    Raises OSError where a file cannot be written; an upload that fails ends the worker.
+    Without `wait`, the upload runs in the background; the next save waits for it. extra: as in `save_train_state`.
+    Raises OSError if a file cannot be written. A failed upload ends the worker.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{LOCAL_PREFIX}{os.getpid()}-"))
     try:
         save_train_state(state, config, folder, extra)
     except BaseException:
@@ -63,7 +87,7 @@ def report(
 
 
 def restore(state: TrainState) -> dict[str, Any] | None:
-    """Restores the run's last committed checkpoint, and returns its `extra`; None where there is none yet."""
+    """Loads the run's last committed checkpoint and returns its `extra`; None if there is no checkpoint yet."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
@@ -71,128 +95,33 @@ def restore(state: TrainState) -> dict[str, Any] | None:
         return load_train_state(state, Path(folder))
 
 
-def delete_scratch() -> None:
-    """Deletes what killed workers of this machine left on its disk."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        owner = folder.name.removeprefix(SCRATCH).split("-")[0]
-        if folder.is_dir() and owner.isdigit() and not psutil.pid_exists(int(owner)):
+def delete_local_leftovers() -> None:
+    """Deletes checkpoint files that killed workers left on this machine's disk."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{LOCAL_PREFIX}*"):
+        process_id = folder.name.removeprefix(LOCAL_PREFIX).split("-")[0]
+        if folder.is_dir() and process_id.isdigit() and not psutil.pid_exists(int(process_id)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-class SpareRecord(UserCallback):
-    """Keeps a copy of Ray's record, written whole or not at all, after every checkpoint.
-
-    Ray writes its record in place: a machine that dies at that moment leaves half of one, and Ray would not go on.
-    """
-
-    def __init__(self, run_location: str) -> None:
-        self._run_location = run_location
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Ray calls it in its controller, when its own record is written."""
-        if checkpoint is not None:
-            filesystem, path = storage.open_storage(self._run_location)
-            storage.write_bytes(
-                filesystem, f"{path}/{SPARE_RECORD}", storage.read_bytes(filesystem, f"{path}/{RECORD}")
-            )
-
-
-def mend_record(filesystem: fs.FileSystem, run_path: str) -> None:
-    """Makes Ray's record of a run one of whole checkpoints alone, for Ray does not start with any other.
-
-    A torn or missing record is replaced by the spare one, and checkpoints that are missing or torn, which a machine
-    that died may leave, are taken out of it. Nobody may train the run. Raises InputError where nothing whole is left, or
-    a later release wrote a checkpoint.
-    """
-    record, is_mended = _read_record(filesystem, f"{run_path}/{RECORD}"), False
-    spare = _read_record(filesystem, f"{run_path}/{SPARE_RECORD}")
-    if record is None:
-        is_mended = filesystem.get_file_info(f"{run_path}/{RECORD}").type == fs.FileType.File or spare is not None
-        if not is_mended:
-            return  # nothing was ever committed
-        if spare is None:
-            raise InputError(
-                f"{run_path}/{RECORD} is torn, and there is no spare; choose another --run-name, or remove it to begin anew"
-            )
-        record = spare
-        logger.warning("Ray's record of the checkpoints is torn or missing: going on with the spare one")
-    entries = list(zip(record["checkpoint_results"], record["checkpoint_report_indices"], strict=True))
-    kept = []
-    for result, index in entries:
-        damage = _damage(filesystem, f"{run_path}/{result['checkpoint_dir_name']}")
-        if damage is None:
-            kept.append((result, index))
-        else:
-            logger.warning("checkpoint of step %s: %s; going on without it", result["metrics"].get("step"), damage)
-    if entries and not kept:
-        raise InputError(
-            f"none of the {len(entries)} checkpoints in {run_path} is whole; choose another --run-name to begin anew"
-        )
-    if is_mended or len(kept) < len(entries):
-        names = {result["checkpoint_dir_name"] for result, _ in kept}
-        record["checkpoint_results"] = [result for result, _ in kept]
-        record["checkpoint_report_indices"] = [index for _, index in kept]
-        record["latest_checkpoint_result"] = max(kept, key=lambda entry: entry[1])[0] if kept else None
-        pending = zip(record["pending_training_results"], record["pending_validation_specs"], strict=True)
-        still = [(result, spec) for result, spec in pending if result["checkpoint_dir_name"] in names]
-        record["pending_training_results"] = [result for result, _ in still]
-        record["pending_validation_specs"] = [spec for _, spec in still]
-        storage.write_bytes(filesystem, f"{run_path}/{RECORD}", json.dumps(record).encode())
-    storage.write_bytes(filesystem, f"{run_path}/{SPARE_RECORD}", json.dumps(record).encode())
-
-
-def _read_record(filesystem: fs.FileSystem, path: str) -> dict[str, Any] | None:
-    """A record, or None where there is none that can be read."""
-    if filesystem.get_file_info(path).type != fs.FileType.File:
-        return None
-    try:
-        content = json.loads(storage.read_bytes(filesystem, path))
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _damage(filesystem: fs.FileSystem, path: str) -> str | None:
-    """What is wrong with a checkpoint's files, by their sizes; None where they are whole.
-
-    Raises InputError for one that a later release wrote: it must not be taken for a torn one, and deleted.
-    """
-    state_file = f"{path}/{STATE_FILE}"
-    if filesystem.get_file_info(state_file).type != fs.FileType.File:
-        return f"{state_file} is missing"
-    try:
-        content = json.loads(storage.read_bytes(filesystem, state_file))
-    except ValueError:
-        return f"{state_file} is torn"
-    try:
-        require_known_state(content, path)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if not isinstance(content, dict) or "files" not in content:
-        return f"{state_file} is torn"
-    listing = filesystem.get_file_info(fs.FileSelector(path))
-    return damage_of(content["files"], {info.base_name: info.size for info in listing})
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A run's committed checkpoints, by Ray's record."""
+    """A run's committed checkpoints, from Ray's record."""
 
     latest: Checkpoint
-    """The one that a resume begins with."""
+    """The checkpoint that a resumed run loads."""
     step: int
-    """Its step."""
+    """Its number of steps."""
     names: frozenset[str]
-    """Folder names of all that are kept."""
+    """Folder names of all checkpoints that are kept."""
 
 
 def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
-    """What Ray's record of a run says; None where it has none yet. Raises InputError where Ray cannot read it."""
+    """Reads Ray's record of a run; None if no checkpoint is committed yet. Raises InputError for an unreadable record."""
     if filesystem.get_file_info(f"{run_path}/{RECORD}").type != fs.FileType.File:
         return None
     try:
         result = Result.from_path(run_path, storage_filesystem=filesystem)
-    except Exception as error:  # Ray's own kinds, of a record of another release for one
+    except Exception as error:  # Ray's private error types, for example for a record of another Ray version
         raise InputError(f"Ray cannot read {run_path}/{RECORD}: {error}") from error
     if result.checkpoint is None:
         return None
@@ -204,23 +133,106 @@ def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
     )
 
 
-def delete_orphans(filesystem: fs.FileSystem, run_path: str) -> list[str]:
-    """Deletes checkpoint folders that Ray's record does not know, and returns their names.
+def repair_record(filesystem: fs.FileSystem, run_path: str) -> None:
+    """Rewrites Ray's record from the complete checkpoints in the run's folder if it is damaged or names a damaged one.
 
-    Only folders that Ray named, in a run that this project began; nobody may train it. Raises InputError, and deletes
-    nothing, where a later release wrote one.
+    Ray writes its record in place and refuses to start with half of one, or with a missing checkpoint: a machine that
+    loses power may leave either. Only call it while nobody trains the run. Raises InputError if no checkpoint is
+    complete, or one has another format version.
+    """
+    has_record = filesystem.get_file_info(f"{run_path}/{RECORD}").type == fs.FileType.File
+    recorded = _recorded_names(filesystem, f"{run_path}/{RECORD}") if has_record else None
+    steps, problems = {}, {}
+    for name in _checkpoint_folders(filesystem, run_path) | (recorded or set()):
+        step_or_problem = _complete_step(filesystem, f"{run_path}/{name}")
+        if isinstance(step_or_problem, int):
+            steps[name] = step_or_problem
+        else:
+            problems[name] = step_or_problem
+    if recorded is not None and recorded <= steps.keys():
+        return
+    if not steps:
+        if not has_record:
+            return  # nothing was ever committed
+        raise InputError(
+            f"{run_path} holds no complete checkpoint, but Ray's record of them; choose another --run-name, or delete "
+            f"{RECORD} to train from the beginning"
+        )
+    logger.warning("Ray's record of the checkpoints is damaged: rebuilt from the %d complete checkpoints", len(steps))
+    for name in sorted(problems):
+        logger.warning("continuing without %s: %s", name, problems[name])
+    results = [
+        {"checkpoint_dir_name": name, "metrics": {"step": steps[name]}}
+        for name in sorted(steps, key=lambda name: (steps[name], name))
+    ]
+    record = {
+        "ray_version": ray.__version__,
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(results))),
+        "latest_checkpoint_result": results[-1],
+        "current_report_index": len(results),
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+    storage.write_bytes(filesystem, f"{run_path}/{RECORD}", json.dumps(record).encode())
+
+
+def delete_orphans(filesystem: fs.FileSystem, run_path: str) -> list[str]:
+    """Deletes checkpoint folders that are not in Ray's record, and returns their names.
+
+    Only call it while nobody trains the run. Raises InputError, and deletes nothing, if one has another format version.
     """
     known = committed(filesystem, run_path)
-    kept = known.names if known is not None else frozenset()
-    listing = filesystem.get_file_info(fs.FileSelector(run_path, allow_not_found=True))
-    orphans = [
-        info.base_name
-        for info in listing
-        if info.type == fs.FileType.Directory and NAME.fullmatch(info.base_name) and info.base_name not in kept
-    ]
+    orphans = sorted(_checkpoint_folders(filesystem, run_path) - (known.names if known is not None else frozenset()))
     for name in orphans:
-        _damage(filesystem, f"{run_path}/{name}")  # refuses what a later release wrote
+        _complete_step(filesystem, f"{run_path}/{name}")  # refuses another format version
     for name in orphans:
         filesystem.delete_dir(f"{run_path}/{name}")
-        logger.info("deleted %s, which a crash left unfinished", name)
+        logger.info("deleted %s, an incomplete checkpoint of a crashed run", name)
     return orphans
+
+
+def _checkpoint_folders(filesystem: fs.FileSystem, run_path: str) -> set[str]:
+    listing = filesystem.get_file_info(fs.FileSelector(run_path, allow_not_found=True))
+    return {
+        info.base_name
+        for info in listing
+        if info.type == fs.FileType.Directory and NAME.fullmatch(info.base_name) is not None
+    }
+
+
+def _recorded_names(filesystem: fs.FileSystem, path: str) -> set[str] | None:
+    """Names of the checkpoints in Ray's record; None if it is damaged."""
+    try:
+        return {
+            result["checkpoint_dir_name"]
+            for result in json.loads(storage.read_bytes(filesystem, path))["checkpoint_results"]
+        }
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _complete_step(filesystem: fs.FileSystem, path: str) -> int | str:
+    """The step of a complete checkpoint, or what is wrong with its files, judged by their sizes.
+
+    Raises InputError for another format version: such a checkpoint must not be mistaken for a damaged one, and deleted.
+    """
+    state_file = f"{path}/{STATE_FILE}"
+    if filesystem.get_file_info(state_file).type != fs.FileType.File:
+        return f"{state_file} is missing"
+    try:
+        content = json.loads(storage.read_bytes(filesystem, state_file))
+    except ValueError:
+        return f"{state_file} is damaged"
+    try:
+        require_known_state(content, path)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if not isinstance(content, dict) or not {"files", "step"} <= content.keys():
+        return f"{state_file} is damaged"
+    listing = filesystem.get_file_info(fs.FileSelector(path))
+    problem = damage_of(content["files"], {info.base_name: info.size for info in listing})
+    return int(content["step"]) if problem is None else problem

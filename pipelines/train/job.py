@@ -1,84 +1,83 @@
-"""What the user asks of a training, and what makes two trainings the same."""
+"""Options of a training."""
 
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from meanflow_core.config import TrainingConfig
 from pipelines.cluster import Device
-from pipelines.latents.manifest import Manifest
+from pipelines.command_line import parse_preset_command_line
 
-# What may change on the way without making it another experiment: how long it is, what is shown, how it is computed.
-MAY_CHANGE = (
-    "num_steps",
-    "log_interval_steps",
-    "checkpoint_interval_steps",
-    "sample_interval_steps",
-    "activation_checkpointing",
-    "compile",
-)
+DESCRIPTION = """Train a generator on a latent dataset with Ray Train.
+
+    python -m pipelines.train xl2 --data latents --storage runs --run-name xl2-first --num-workers 8
+
+The same command resumes the run from its last checkpoint. SIGTERM (`ray job stop`) saves a checkpoint and ends.
+MLFLOW_TRACKING_URI names the MLflow server; without it, a database in the storage folder is used. The result is a
+diffusers pipeline folder, in the run's folder and in MLflow's model registry."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """One training: what to train (the preset, every number of which can be overridden), on what, and where to."""
+    """One training: the experiment, its data, its storage and its workers."""
 
     data: str
-    """Latent dataset that pipelines.encode wrote: a path or URI."""
+    """Latent dataset written by pipelines.encode: a path or URI."""
     storage: str
-    """Folder of runs, shared by all nodes: a path or URI."""
+    """Folder of all runs, shared by all nodes: a path or URI."""
     run_name: str
-    """Name of the run; an existing one is resumed."""
+    """Name of the run. An existing run is resumed."""
     num_workers: int = 1
-    """Training processes: one per GPU, or on CPUs any number."""
+    """Training processes: one per GPU, or any number on CPUs."""
     min_workers: int | None = None
-    """Fewest workers to go on with when machines are lost; more join again as machines come, and all then go back to the
-    last checkpoint. num_workers unless given."""
+    """Fewest workers to continue with when nodes are lost. Training restarts from the last checkpoint whenever workers
+    leave or join. Default: num_workers."""
     resize_interval_seconds: float = 60.0
-    """How often to look whether more workers could join, where there are fewer than num_workers."""
+    """Seconds between checks for more workers while there are fewer than num_workers."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
-    """ddp: every worker holds the whole network; fsdp2: a share of it, of its averages and of the optimiser."""
+    """ddp: every worker holds the whole network; fsdp2: network, averages and optimizer are sharded over the workers."""
     rows_per_pass: int | None = None
-    """Most rows that a worker takes at once; a larger share of the batch is taken in several passes. All unless given."""
+    """Maximum samples per forward pass and worker. A larger share of the batch accumulates gradients over several passes.
+    Default: one pass."""
     max_failures: int = 3
-    """How often workers may fail before the run does; each time training goes on from the last checkpoint. Machines that
-    were taken away do not count. -1 is without end."""
+    """Worker failures before the run fails; each restarts from the last checkpoint. Preempted nodes do not count.
+    -1: no limit."""
     skip_nonfinite: int = 0
-    """Steps of the whole run whose gradient may be infinite or not a number, and which then move nothing."""
+    """Maximum number of optimizer steps in the whole run that are skipped because their gradient is not finite."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep, the last ones."""
+    """Number of recent checkpoints to keep."""
     vae: str | None = None
-    """Autoencoder that the latents must have been made with (hub id or folder); checked if given."""
+    """Check that the latents were encoded with this autoencoder (hub id or folder)."""
     init_from: str | None = None
-    """What a new run's network begins with: a generator's folder, models:/name@alias or runs:/id/name, or with
-    --init-source a public checkpoint's file."""
+    """Initial network of a new run: a generator's folder, models:/name@alias or runs:/id/name, or with --init-source a
+    public checkpoint file."""
     init_source: str | None = None
-    """Where the public checkpoint of --init-from comes from, as pipelines.convert names them."""
+    """Source of the public checkpoint in --init-from, by its name in pipelines.convert."""
     validation_data: str | None = None
-    """Latent dataset of held-out images: the moving average's errors on it are measured at every checkpoint."""
+    """Latent dataset of held-out images. The moving average's errors on it are measured at every checkpoint."""
     cpu_threads: int | None = None
-    """Threads of a worker on CPUs. Unless given, its machine's cores over the workers there; given, the same bits come
-    out wherever workers are placed."""
+    """Threads per worker on CPUs. Set it for bitwise equal results wherever workers run. Default: the machine's cores
+    divided by its workers."""
     deterministic: bool = False
-    """On GPUs, compute so that the same step gives the same bits, as CPUs do anyway; slower."""
+    """Use deterministic (slower) GPU kernels: required for bitwise equal results on GPUs."""
     device: Device = "auto"
     """Device to train on. auto: GPUs if the cluster has any; a resumed run keeps its device."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
-    """Folder on each node's own disk for its memory-mapped copy of the latents; "none" maps mounted storage itself."""
+    """Folder on each node's local disk for a memory-mapped copy of the latents. "none": map the mounted storage itself."""
     mirror: bool = True
-    """Train on mirror images too, each with probability 1/2; without them the copy is half as large."""
+    """Mirror each training image with probability 1/2. Without mirroring, the cached copy is half as large."""
     experiment: str = "meanflow-ray"
     """MLflow experiment."""
     model_name: str | None = None
-    """Name in MLflow's model registry; "meanflow-" and the preset's name unless given."""
+    """Name in MLflow's model registry. Default: "meanflow-" and the preset's name."""
     portable: bool = False
-    """Write the generator with its code, to open with diffusers alone (trust_remote_code=True)."""
+    """Write the generator with its code, so that diffusers alone can open it (trust_remote_code=True)."""
     dry_run: bool = False
-    """Print what would be trained and what it costs, and stop."""
+    """Print the configuration and its costs without training."""
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
     """The experiment."""
 
@@ -94,22 +93,26 @@ class TrainJob:
         if self.skip_nonfinite < 0:
             raise ValueError(f"skip_nonfinite must be at least 0, but got {self.skip_nonfinite}")
         if self.max_failures < -1:
-            raise ValueError(f"max_failures must be at least 0, or -1 for without end, but got {self.max_failures}")
+            raise ValueError(f"max_failures must be at least 0, or -1 for no limit, but got {self.max_failures}")
         if self.init_source is not None and self.init_from is None:
-            raise ValueError("init_source says what --init-from is; give both, or neither")
+            raise ValueError("init_source requires init_from, the checkpoint file")
 
     @property
     def run_location(self) -> str:
         """The run's folder: a path or URI."""
         return f"{self.storage}/{self.run_name}"
 
-    def identity(self, manifest: Manifest) -> dict[str, Any]:
-        """What a run may not change on the way: the experiment, the data, what it began with. JSON-able, nested."""
-        config = {name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE}
-        return {
-            "config": config,
-            "data_sha256": manifest.content_sha256,
-            "vae_sha256": manifest.recipe.vae_sha256,
-            "mirror": self.mirror,
-            "init_from": self.init_from,
-        }
+    def registered_name(self, preset: str) -> str:
+        """The generator's name in MLflow's model registry."""
+        return self.model_name or f"meanflow-{preset}"
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, TrainJob]:
+    """Parses a preset's name and the options after it. Raises InputError for an unknown preset or invalid options."""
+    return parse_preset_command_line(
+        TrainJob,
+        arguments,
+        "pipelines.train",
+        DESCRIPTION,
+        lambda config: TrainJob(data=tyro.MISSING, storage=tyro.MISSING, run_name=tyro.MISSING, config=config),
+    )

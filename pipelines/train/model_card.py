@@ -1,46 +1,45 @@
-"""The README.md that training lays in every generator: what it is, what it was made of and with, and under which terms.
+"""The README.md of a generator: what it is, its data, its training and its terms.
 
-What a card should say, and what only its author can add, stands in docs/licences.md.
+docs/licences.md explains what a model card should say and what only its author can add.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from meanflow_core.config import TrainingConfig
 from pipelines import storage
 from pipelines.latents.manifest import Manifest
 from pipelines.tracking.provenance import code_identity
 
-IMAGENET_CLASSES = 1000
+IMAGENET_NUM_CLASSES = 1000
 
 IMAGENET_TERMS = """\
-The training images are ImageNet's: they were made available for non-commercial research and education, and their rights
-are their owners'. Whoever uses these weights for something else has to judge for themselves whether they may."""
+The training images are from ImageNet. They were made available for non-commercial research and education; their owners
+hold the rights. Check whether your use of these weights is permitted."""
 OTHER_TERMS = """\
-What may be done with these weights depends on the rights of the training images, which are not known here: add them."""
+The permitted use of these weights depends on the rights to the training images, which are unknown here: add them."""
 
 
 def is_imagenet(manifest: Manifest) -> bool:
-    """Whether the classes are 1,000 WordNet ids, as ImageNet's are."""
-    return len(manifest.wnids) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", wnid) for wnid in manifest.wnids)
+    """Whether the classes are 1,000 WordNet ids, as in ImageNet."""
+    return len(manifest.wnids) == IMAGENET_NUM_CLASSES and all(re.fullmatch(r"n\d{8}", wnid) for wnid in manifest.wnids)
 
 
 def write_card(
     folder: Path,
     *,
     name: str,
-    preset: str,
-    step: int,
     config: TrainingConfig,
     manifest: Manifest,
-    data: str,
     init_from: str | None,
-    run_id: str,
+    provenance: Mapping[str, Any],
 ) -> None:
-    """Writes README.md into a generator's folder. data: where the latent dataset lies; run_id: MLflow's."""
+    """Writes README.md into a generator's folder. provenance: as in its provenance.json."""
     code = code_identity()
-    names = ", ".join(manifest.class_names[:5]) + (", ..." if len(manifest.class_names) > 5 else "")
-    calls = "many network calls" if config.loss.is_flow_matching else "one network call, or several"
+    classes = ", ".join(manifest.class_names[:5]) + (", ..." if len(manifest.class_names) > 5 else "")
+    num_steps, steps = (50, "many steps") if config.loss.is_flow_matching else (1, "one or a few steps")
     (folder / "README.md").write_text(f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -48,7 +47,7 @@ tags: [meanflow, one-step, class-conditional]
 ---
 # {name}
 
-Images of {len(manifest.class_names):,} classes ({names}) at {manifest.recipe.image_size} pixels, in {calls}.
+Generates images of {len(manifest.class_names):,} classes ({classes}) at {manifest.recipe.image_size} pixels in {steps}.
 
 ```python
 from pathlib import Path
@@ -56,29 +55,30 @@ from pathlib import Path
 from meanflow_core.generator import load_pipeline
 
 pipeline = load_pipeline(Path("FOLDER"))
-images = pipeline.images_from_seeds([0], [7], {
-        50 if config.loss.is_flow_matching else 1
-    })  # class ids, seeds, network calls -> uint8 (B, H, W, 3)
+# class ids, seeds, steps -> uint8 (B, H, W, 3)
+images = pipeline.images_from_seeds([0], [7], {num_steps})
 ```
 
-- **Made with** meanflow-ray {code["meanflow_ray"]} (commit {code["git_commit"]}), preset {preset}, {step:,} steps of
-  {config.global_batch_size} images; the moving average of decay {config.ema_decays[0]:g}
-- **Trained on** {manifest.num_samples:,} images from {storage.shown(manifest.source)}; latent dataset {
-        storage.shown(data)
-    }, content {manifest.content_sha256}
-- **Autoencoder** {manifest.recipe.vae_id}, contained in this folder; weights {manifest.recipe.vae_sha256}
-- **Begun from** {storage.shown(init_from) if init_from else "nothing"}
-- **Measured** by `python -m pipelines.evaluate`: see MLflow run {run_id} and the tags of the registered version
+- **Trained with** meanflow-ray {code["meanflow_ray"]} (commit {code["git_commit"]}), preset {provenance["preset"]},
+  {provenance["step"]:,} steps of {config.global_batch_size} images; moving average with decay {
+        provenance["ema_decay"]:g}
+- **Training data** {manifest.num_samples:,} images from {storage.shown(manifest.source)}; latent dataset
+  {provenance["data"]}, content {provenance["data_sha256"]}
+- **Autoencoder** {manifest.recipe.vae_id}, included in this folder; weights {manifest.recipe.vae_sha256}
+- **Initial network** {storage.shown(init_from) if init_from else "random"}
+- **Evaluation** by `python -m pipelines.evaluate`: see MLflow run {
+        provenance["run_id"]
+    } and the tags of the registered version
 
 ## Terms
 
 {IMAGENET_TERMS if is_imagenet(manifest) else OTHER_TERMS} The autoencoder keeps its publisher's licence{
-        "" if init_from is None else ", and so does what the training began from"
+        "" if init_from is None else ", and so does the initial network"
     }.
 
-## Limits
+## Limitations
 
-Not for: images of real people, evidence, medical or other decisions. The classes and their skew are the training set's. The
-network may have learnt images by heart: the evaluation's nearest-train ratio says how near its samples come to them. One
-call trades detail for speed.
+Not for images of real people, evidence, medical or other decisions. The classes and their imbalance come from the training
+set. The network may have memorized training images: the evaluation's nearest-train ratio measures how close its samples
+come to them. One-step samples have less detail than multi-step samples.
 """)

@@ -1,50 +1,147 @@
-"""Writing and registering the generators of a finished training."""
+"""Publishing a finished training: the generator of every moving average, and the first one's registration in MLflow."""
 
+import logging
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from pyarrow import fs
-from ray.train import (
-    Checkpoint,
-)
+from ray.train import Checkpoint
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.checkpoint import load_average
-from meanflow_core.generator import for_sampling, save_generator
-from meanflow_core.networks import build_network
+from meanflow_core.config import TrainingConfig
+from meanflow_core.generator import build_pipeline, for_sampling, save_generator, write_provenance
+from meanflow_core.networks import AnyNetwork, build_network
+from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
+from pipelines.errors import RunError
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.manifest import Manifest
-from pipelines.tracking.registry import WEIGHTS_TAG
+from pipelines.tracking.registry import WEIGHTS_TAG, register_generator
+from pipelines.tracking.run import Run
 from pipelines.train.job import TrainJob
-from pipelines.train.worker import pipeline_of
+from pipelines.train.model_card import write_card
+from pipelines.train.record import Published
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "model_index.json"
 
 
-def build_generator(job: TrainJob, manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    """Writes the generator of a checkpoint: the moving average, the autoencoder, the scheduler, the class names.
+@dataclass(frozen=True, kw_only=True)
+class FinishedTraining:
+    """A finished training, as far as its generators depend on it."""
+
+    job: TrainJob
+    """The training, with absolute locations."""
+    preset: str
+    """Name of the preset."""
+    manifest: Manifest
+    """Of the latent dataset."""
+    checkpoint: Checkpoint
+    """The last checkpoint."""
+    step: int
+    """Its number of steps."""
+
+    def folder_name(self, decay: float) -> str:
+        """Name of a moving average's folder in the run's folder."""
+        return "generator" if decay == self.job.config.ema_decays[0] else f"generator-ema-{decay:g}"
+
+
+def training_pipeline(
+    network: AnyNetwork, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig
+) -> MeanFlowPipeline:
+    """The diffusers pipeline of a network in training."""
+    return build_pipeline(
+        network,
+        vae,
+        manifest.class_names,
+        wnids=manifest.wnids,
+        is_flow_matching=config.loss.is_flow_matching,
+        sampling=config.sampling,
+    )
+
+
+def publish_generators(training: FinishedTraining, run: Run) -> Published:
+    """Writes the generator of every moving average into the run's folder, and registers the first in MLflow.
+
+    The first is `generator/`, the others are `generator-ema-DECAY/`. Raises RunError if MLflow cannot register it.
+    """
+    first, *others = training.job.config.ema_decays
+    for decay in others:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_generator(training, decay, run, Path(scratch))
+            location = upload(training, decay, Path(scratch))
+            logger.info("generator of the moving average with decay %g: %s", decay, location)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        hashes = write_generator(training, first, run, folder)
+        location = upload(training, first, folder)
+        tags = {
+            **hashes,
+            "data": storage.shown(training.job.data),
+            "data.sha256": training.manifest.content_sha256,
+            "preset": training.preset,
+            "step": str(training.step),
+            "generator": storage.shown(location),
+        }
+        try:
+            model = register_generator(run, folder, training.job.registered_name(training.preset), tags)
+        except Exception as error:
+            raise RunError(
+                f"training has finished and the generator is in {location}, but MLflow did not register it: {error}; run "
+                f"the same command again to register it"
+            ) from error
+    return Published(step=training.step, generator=location, model=model)
+
+
+def write_generator(training: FinishedTraining, decay: float, run: Run, folder: Path) -> dict[str, str]:
+    """Writes the generator of a moving average with its model card and provenance.
 
     Returns {"transformer_sha256", "vae_sha256"}: the hashes of its weights.
     """
+    job, manifest = training.job, training.manifest
     with torch.random.fork_rng(devices=[]):
         network = build_network(job.config.network, **manifest.network_sizes).eval()
-    with checkpoint.as_directory() as source:
-        load_average(network, job.config.ema_decays[0], Path(source))
-    pipeline = pipeline_of(for_sampling(network), open_autoencoder(job.data), manifest, job.config)
+    with training.checkpoint.as_directory() as checkpoint:
+        load_average(network, decay, Path(checkpoint))
+    pipeline = training_pipeline(for_sampling(network), open_autoencoder(job.data), manifest, job.config)
     save_generator(pipeline, folder, portable=job.portable)
+    provenance: dict[str, Any] = {
+        "run_id": run.run_id,
+        "tracking_uri": storage.shown(run.tracking_uri),
+        "preset": training.preset,
+        "step": training.step,
+        "ema_decay": decay,
+        "data": storage.shown(job.data),
+        "data_sha256": manifest.content_sha256,
+    }
+    write_provenance(folder, provenance)
+    write_card(
+        folder,
+        name=job.registered_name(training.preset),
+        config=job.config,
+        manifest=manifest,
+        init_from=job.init_from,
+        provenance=provenance,
+    )
     return {WEIGHTS_TAG: weight_hash(pipeline.transformer), "vae_sha256": weight_hash(pipeline.vae)}
 
 
-def _publish(job: TrainJob, folder: Path) -> str:
-    """Puts a generator's files into the run's folder, model_index.json last, and returns its location."""
-    location = f"{job.run_location}/generator"
+def upload(training: FinishedTraining, decay: float, folder: Path) -> str:
+    """Uploads a generator's files into the run's folder, and returns its location.
+
+    model_index.json is deleted first and uploaded last, so that nobody opens a mixture of two generators.
+    """
+    location = f"{training.job.run_location}/{training.folder_name(decay)}"
     filesystem, target = storage.open_storage(location)
-    stale = f"{target}/model_index.json"
-    if filesystem.get_file_info(stale).type == fs.FileType.File:
-        filesystem.delete_file(stale)  # nobody may open a mixture of the old generator and the new
-    files = sorted(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == "model_index.json"
-    )
-    for path in files:
-        relative = path.relative_to(folder).as_posix()
-        storage.write_bytes(filesystem, f"{target}/{relative}", path.read_bytes())
+    if filesystem.get_file_info(f"{target}/{INDEX_FILE}").type == fs.FileType.File:
+        filesystem.delete_file(f"{target}/{INDEX_FILE}")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == INDEX_FILE):
+        storage.write_bytes(filesystem, f"{target}/{path.relative_to(folder).as_posix()}", path.read_bytes())
     return location

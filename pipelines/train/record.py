@@ -1,7 +1,8 @@
-"""A run's training.json: what was begun, with what, and which MLflow run tracks it. Continued, never begun twice."""
+"""A run's training.json: the experiment, its MLflow run and its published generator. A resumed run must match it."""
 
 import json
 import logging
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlflow.entities import DatasetInput
@@ -9,6 +10,7 @@ from pyarrow import fs
 
 from meanflow_core.config import flatten
 from pipelines import storage
+from pipelines.cluster import Device
 from pipelines.errors import InputError
 from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.tracking.provenance import code_identity, latents_used
@@ -18,66 +20,120 @@ from pipelines.train.job import TrainJob
 logger = logging.getLogger(__name__)
 
 TRAINING_RECORD = "training.json"
+# Settings that a resumed run may change: its length, its logging, and how it computes the same numbers.
+RESUMABLE_SETTINGS = (
+    "num_steps",
+    "log_interval_steps",
+    "checkpoint_interval_steps",
+    "sample_interval_steps",
+    "activation_checkpointing",
+    "compile",
+)
 
 
-def read_record(job: TrainJob) -> dict[str, Any] | None:
-    """A run's training.json: what it is, and which MLflow run tracks it; None where no run of this name was begun.
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """The published generator of a run."""
 
-    Raises InputError where its folder holds something else.
-    """
+    step: int
+    """Steps of its checkpoint."""
+    generator: str
+    """Location of its folder."""
+    model: str
+    """Its MLflow model URI."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """The content of training.json."""
+
+    identity: dict[str, Any]
+    """What a resumed run must not change: see `identity`."""
+    preset: str
+    """Name of the preset."""
+    num_steps: int
+    """Steps at the start of the run."""
+    init_sha256: str | None
+    """Hash of the initial network's weights; None for a random one."""
+    device: Device
+    """Device of the workers, which a resumed run keeps."""
+    mlflow_run_id: str
+    """The MLflow run that tracks it."""
+    tracking_uri: str
+    """Address of MLflow."""
+    code: dict[str, str]
+    """Commit and versions at the start of the run."""
+    published: Published | None = None
+    """The published generator; None while training has not finished."""
+
+
+def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
+    """What a resumed run must not change: the experiment, the data and the initial network, as nested JSON values."""
+    config = {name: value for name, value in asdict(job.config).items() if name not in RESUMABLE_SETTINGS}
+    content = {
+        "config": config,
+        "data_sha256": manifest.content_sha256,
+        "vae_sha256": manifest.recipe.vae_sha256,
+        "mirror": job.mirror,
+        "init_from": job.init_from,
+    }
+    return dict(json.loads(json.dumps(content)))
+
+
+def read_record(job: TrainJob) -> TrainingRecord | None:
+    """Reads a run's training.json; None for a new run. Raises InputError if its folder holds something else."""
     filesystem, folder = storage.open_storage(job.run_location)
-    if filesystem.get_file_info(f"{folder}/{TRAINING_RECORD}").type == fs.FileType.File:
-        return dict(json.loads(storage.read_bytes(filesystem, f"{folder}/{TRAINING_RECORD}")))
+    path = f"{folder}/{TRAINING_RECORD}"
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        try:
+            content = json.loads(storage.read_bytes(filesystem, path))
+            published = content.pop("published")
+            return TrainingRecord(**content, published=None if published is None else Published(**published))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{job.run_location}/{TRAINING_RECORD} is damaged or of another release ({error}); choose another --run-name"
+            ) from error
     if filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
         raise InputError(
-            f"{job.run_location} holds something else than a run of pipelines.train (it has no "
-            f"{TRAINING_RECORD}); choose another --run-name or --storage"
+            f"{job.run_location} is not a run of pipelines.train (it has no {TRAINING_RECORD}); choose another --run-name "
+            f"or --storage"
         )
     return None
 
 
-def write_record(job: TrainJob, content: dict[str, Any]) -> None:
-    """Writes a run's record, whole or not at all."""
+def write_record(job: TrainJob, record: TrainingRecord) -> None:
+    """Writes a run's training.json, atomically."""
     filesystem, folder = storage.open_storage(job.run_location)
-    storage.write_bytes(filesystem, f"{folder}/{TRAINING_RECORD}", (json.dumps(content, indent=2) + "\n").encode())
+    content = json.dumps(asdict(record), indent=2) + "\n"
+    storage.write_bytes(filesystem, f"{folder}/{TRAINING_RECORD}", content.encode())
 
 
-def require_same(job: TrainJob, manifest: Manifest, begun: dict[str, Any]) -> None:
-    """Raises InputError where a run was begun with another experiment; warns of other code."""
-    then, now = flatten(begun["identity"]), flatten(json.loads(json.dumps(job.identity(manifest))))
-    different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    if different:
-        changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in different)
+def require_same_experiment(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> None:
+    """Raises InputError if the run was started as another experiment; warns if its code has changed."""
+    before, now = flatten(record.identity), flatten(identity(job, manifest))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        changes = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
         raise InputError(
             f"run {job.run_name} in {job.storage} is another experiment ({changes}); choose another --run-name"
         )
-    code = begun.get("code", {})
-    changed = [
-        f"{name} was {code.get(name)}, is {value}" for name, value in code_identity().items() if code.get(name) != value
+    changed_code = [
+        f"{name} was {record.code.get(name)}, is {value}"
+        for name, value in code_identity().items()
+        if record.code.get(name) != value
     ]
-    if changed:
-        logger.warning("the run was begun with other code, and may not repeat itself: %s", "; ".join(changed))
-    if job.config.optimizer.cooldown_steps and begun.get("num_steps") != job.config.num_steps:
+    if changed_code:
+        logger.warning("the run was started with other code, so its results may differ: %s", "; ".join(changed_code))
+    if job.config.optimizer.cooldown_steps and record.num_steps != job.config.num_steps:
         logger.warning(
-            "num_steps was %s, is %d: the last steps' falling rate moves with it",
-            begun.get("num_steps"),
+            "num_steps was %d, is %d: the learning rate's cool-down moves to the new end",
+            record.num_steps,
             job.config.num_steps,
         )
 
 
-def begin_or_resume_run(
-    job: TrainJob,
-    preset: str,
-    manifest: Manifest,
-    tracking_uri: str,
-    begun: dict[str, Any] | None = None,
-    init_sha256: str | None = None,
-) -> tuple[Run, dict[str, Any]]:
-    """The training's MLflow run and its record, both new where no run of this name was begun."""
-    if begun is not None:
-        run = Run(tracking_uri, begun["mlflow_run_id"])
-        run.resume()
-        return run, begun
+def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str) -> Run:
+    """Creates the training's MLflow run with its parameters and data sets."""
     parameters = {
         "preset": preset,
         **job.config.flat(),
@@ -92,26 +148,13 @@ def begin_or_resume_run(
         "rows_per_pass": job.rows_per_pass,
         "init_from": job.init_from and storage.shown(job.init_from),
     }
-    code = code_identity()
     datasets = [_dataset(job.data, manifest, "training")]
     if job.validation_data is not None:
-        held_out = read_manifest(job.validation_data)
-        datasets.append(_dataset(job.validation_data, held_out, "validation"))
-    run = Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code, datasets=datasets)
-    record = {
-        "identity": job.identity(manifest),
-        "preset": preset,
-        "num_steps": job.config.num_steps,
-        "init_sha256": init_sha256,
-        "device": job.device,
-        "mlflow_run_id": run.run_id,
-        "tracking_uri": tracking_uri,
-        "code": code,
-    }
-    write_record(job, record)
+        datasets.append(_dataset(job.validation_data, read_manifest(job.validation_data), "validation"))
+    run = Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code_identity(), datasets=datasets)
     run.log_dict(job.config.flat(), "configuration.json")
     run.log_dict(json.loads(manifest.to_json()), "data_manifest.json")
-    return run, record
+    return run
 
 
 def _dataset(location: str, manifest: Manifest, context: str) -> DatasetInput:
@@ -122,4 +165,27 @@ def _dataset(location: str, manifest: Manifest, context: str) -> DatasetInput:
         num_classes=len(manifest.class_names),
         source=manifest.source,
         context=context,
+    )
+
+
+def resume_run(record: TrainingRecord, tracking_uri: str) -> Run:
+    """Marks the training's MLflow run as running again. Raises InputError if the address does not know it."""
+    run = Run(tracking_uri, record.mlflow_run_id)
+    run.resume()
+    return run
+
+
+def new_record(
+    job: TrainJob, preset: str, manifest: Manifest, run: Run, init_sha256: str | None = None
+) -> TrainingRecord:
+    """The record of a run that starts now."""
+    return TrainingRecord(
+        identity=identity(job, manifest),
+        preset=preset,
+        num_steps=job.config.num_steps,
+        init_sha256=init_sha256,
+        device=job.device,
+        mlflow_run_id=run.run_id,
+        tracking_uri=run.tracking_uri,
+        code=code_identity(),
     )

@@ -1,9 +1,8 @@
-"""What all workers of a training must learn at the same step: that it shall stop, or that a machine will go away.
+"""Stop requests and preemption notices, delivered to all workers after the same step.
 
-The driver is told to stop by a signal (`ray job stop` sends SIGTERM), and tells an actor; the first worker asks that
-actor once a second. Machines that will be taken away are known to Ray, and Ray's answer is collective. Workers must
-act on either after the same step, or wait for each other for ever: so each step begins a reduction of two numbers on
-the side, whose result the next step reads. Nothing waits for it.
+SIGTERM (`ray job stop`) reaches the driver, which forwards it to an actor; rank 0 polls that actor once a second. Ray
+itself knows which nodes will be preempted, through a collective call. Workers must react after the same step, or they
+deadlock. Therefore each step starts an asynchronous all-reduce of two flags, which the next step reads without waiting.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -29,157 +29,168 @@ from pipelines.errors import InputError
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "meanflow-ray"
-ASK_SECONDS = 1.0  # between two questions whether to stop
-PREEMPTION_SECONDS = 5.0  # between two questions about machines; Ray itself looks every five
-UNSEEN_SECONDS = 10.0  # a request to stop that no worker has seen by then: there are none to wait for
-# How long a killed driver's actor may be seen after it.
-GONE_SECONDS = 30.0
+STOP_POLL_SECONDS = 1.0
+PREEMPTION_POLL_SECONDS = 5.0  # Ray's own interval
+ACKNOWLEDGE_SECONDS = 10.0  # no worker is running if a stop request is not acknowledged by then
+# A killed driver's actor may outlive it by this much.
+ACTOR_EXIT_SECONDS = 30.0
 
 
 class StopRequest:
-    """Whether a training shall stop, asked for by its driver. It goes with the driver's job."""
+    """Actor: holds the driver's request to stop. It ends with the driver's job."""
 
     def __init__(self) -> None:
-        self._is_asked = self._is_seen = False
+        self._is_requested = self._is_acknowledged = False
 
-    def ask(self) -> None:
-        """Asks the training to stop after a checkpoint."""
-        self._is_asked = True
+    def request(self) -> None:
+        """Asks the workers to save a checkpoint and stop."""
+        self._is_requested = True
 
-    def is_asked(self) -> bool:
-        """For the first worker."""
-        self._is_seen = self._is_asked
-        return self._is_asked
+    def poll(self) -> bool:
+        """Whether to stop; called by rank 0, which thereby acknowledges a request."""
+        self._is_acknowledged = self._is_requested
+        return self._is_requested
 
-    def is_seen(self) -> bool:
-        """Whether the first worker knows."""
-        return self._is_seen
+    def is_acknowledged(self) -> bool:
+        """Whether rank 0 has seen the request."""
+        return self._is_acknowledged
 
 
 def claim_run(run: str) -> ActorHandle:
-    """The run's stop request, by which a cluster also knows that the run is being trained.
+    """Creates the run's stop request. Its name is also the lock that keeps a second job from training the run.
 
-    It lives on the driver's machine, and so as long as the driver. Raises InputError where another job of this cluster
-    trains the run: two would write each other's checkpoints.
+    The actor is pinned to the driver's node, so it lives as long as the driver. Raises InputError if another job of
+    this cluster trains the run: both would write the same checkpoints.
     """
-    deadline = time.monotonic() + GONE_SECONDS
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(StopRequest)
-    says = True
+    deadline = time.monotonic() + ACTOR_EXIT_SECONDS
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=this_node)(StopRequest)
+    has_logged = False
     while True:
         try:
             return actor.options(name=f"training {run}", namespace=NAMESPACE).remote()
         except ValueError as error:
-            if says:
-                logger.info("waiting: %s is held by another job of this cluster, or was until now", run)
-                says = False
+            if not has_logged:
+                logger.info("waiting for another job of this cluster to release %s", run)
+                has_logged = True
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"{run} is being trained by another job of this cluster; wait for it, or stop it (`ray job stop`)"
+                    f"another job of this cluster is training {run}; wait for it, or stop it (`ray job stop`)"
                 ) from error
-            time.sleep(0.5)  # a driver that was killed: its actors are a little later
+            time.sleep(0.5)
 
 
 @contextlib.contextmanager
 def stop_on_sigterm(request: ActorHandle) -> Iterator[None]:
-    """Inside, SIGTERM asks for a stop; a second one, or one that no worker is there to see, ends the process.
+    """Turns SIGTERM into a stop request. A second SIGTERM, or a request that no worker acknowledges, ends the process.
 
-    Ctrl-C is Ray's inside: it ends the workers, and is a KeyboardInterrupt outside.
+    Ray handles Ctrl-C inside by ending the workers and exiting with code 0; this becomes a KeyboardInterrupt.
     """
-    asked, done = threading.Event(), threading.Event()
+    received, finished = threading.Event(), threading.Event()
 
-    def on_signal(number: int, frame: Any) -> None:
-        if asked.is_set():
+    def on_sigterm(number: int, frame: Any) -> None:
+        if received.is_set():
             raise SystemExit(128 + signal.SIGTERM)
-        asked.set()
+        received.set()
 
-    def tell() -> None:
-        asked.wait()
-        if done.is_set():
+    def forward_request() -> None:
+        received.wait()
+        if finished.is_set():
             return
-        logger.warning("asked to stop: a checkpoint comes first")
-        deadline = time.monotonic() + UNSEEN_SECONDS
-        while time.monotonic() < deadline and not done.wait(0.2):
-            with contextlib.suppress(RayError):  # a call may be lost, and the next one arrive
-                ray.get(request.ask.remote())
-                if ray.get(request.is_seen.remote()):
+        logger.warning("stop requested: saving a checkpoint first")
+        deadline = time.monotonic() + ACKNOWLEDGE_SECONDS
+        while time.monotonic() < deadline and not finished.wait(0.2):
+            with contextlib.suppress(RayError):  # a lost call is repeated
+                ray.get(request.request.remote())
+                if ray.get(request.is_acknowledged.remote()):
                     return
-        if done.is_set():
-            return
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not finished.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    before, before_interrupt = signal.signal(signal.SIGTERM, on_signal), signal.getsignal(signal.SIGINT)
-    teller.start()
+    forwarder = threading.Thread(target=forward_request, daemon=True)
+    old_sigterm, old_sigint = signal.signal(signal.SIGTERM, on_sigterm), signal.getsignal(signal.SIGINT)
+    forwarder.start()
     try:
         yield
     except SystemExit as error:
-        if error.code == 0:  # Ray's answer to an interrupt
+        if error.code == 0:  # Ray's exit on Ctrl-C
             raise KeyboardInterrupt from error
         raise
     finally:
-        done.set()
-        asked.set()
-        teller.join()
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, before_interrupt)
+        finished.set()
+        received.set()
+        forwarder.join()
+        signal.signal(signal.SIGTERM, old_sigterm)
+        signal.signal(signal.SIGINT, old_sigint)
 
 
-def _name_interface() -> None:
-    """Has gloo talk where Ray does, and not at whatever the host's name resolves to, on Debian the loopback."""
-    own = ray.util.get_node_ip_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == own for address in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            return
+@dataclass(frozen=True)
+class Signals:
+    """What all workers know after a step."""
+
+    stop_requested: bool = False
+    """The run is to stop."""
+    preemption_announced: bool = False
+    """Ray announced that another node will be preempted."""
 
 
-class Notices:
-    """A worker's end: call `look` once a step, on every worker."""
+class SignalMonitor:
+    """Tells every worker of stop requests and preemption notices after the same step: call `poll` once per step."""
 
     def __init__(self, request: ActorHandle | None, rank: int) -> None:
-        _name_interface()
+        _choose_gloo_interface()
         self._group = distributed.new_group(backend="gloo")
-        self._votes = torch.zeros(2, dtype=torch.int32)  # stop; ask about machines
-        self._work: distributed.Work | None = None
-        self._known: object = None
-        self._stop_asked = threading.Event()
+        self._flags = torch.zeros(2, dtype=torch.int32)  # stop; query Ray for preemptions
+        self._reduction: distributed.Work | None = None
+        self._known_preemption: object = None
+        self._stop_requested = threading.Event()
         self._closed = threading.Event()
-        self._next_question = time.monotonic() + PREEMPTION_SECONDS
-        self._is_first = rank == 0
-        if self._is_first and request is not None:
-            threading.Thread(target=self._listen, args=(request,), daemon=True).start()
+        self._next_preemption_poll = time.monotonic() + PREEMPTION_POLL_SECONDS
+        self._is_rank_0 = rank == 0
+        if self._is_rank_0 and request is not None:
+            threading.Thread(target=self._poll_stop_request, args=(request,), daemon=True).start()
 
-    def _listen(self, request: ActorHandle) -> None:
-        while not self._closed.wait(ASK_SECONDS):
-            with contextlib.suppress(RayError):  # a call may be lost, and the next one arrive
-                if ray.get(request.is_asked.remote()):
-                    self._stop_asked.set()
-                    return
-
-    def look(self) -> tuple[bool, bool]:
-        """(the run shall stop, a machine is newly to be taken away), the same on every worker after the same step."""
-        shall_stop, asks = False, False
-        if self._work is not None:
-            self._work.wait()
-            shall_stop, asks = bool(self._votes[0]), bool(self._votes[1])
-        self._votes.zero_()
-        if self._is_first:
-            self._votes[0] = int(self._stop_asked.is_set())
-            if time.monotonic() >= self._next_question:
-                self._votes[1] = 1
-                self._next_question = time.monotonic() + PREEMPTION_SECONDS
-        self._work = distributed.all_reduce(self._votes, op=distributed.ReduceOp.MAX, group=self._group, async_op=True)
-        return shall_stop, asks and self._is_news()
-
-    def _is_news(self) -> bool:
-        info = ray.train.get_preemption_info()
-        is_news = info is not None and info != self._known
-        self._known = info
-        return is_news
+    def poll(self) -> Signals:
+        """The signals up to the previous step, the same on every worker."""
+        stop_requested = polls_preemption = False
+        if self._reduction is not None:
+            self._reduction.wait()
+            stop_requested, polls_preemption = bool(self._flags[0]), bool(self._flags[1])
+        self._flags.zero_()
+        if self._is_rank_0:
+            self._flags[0] = int(self._stop_requested.is_set())
+            if time.monotonic() >= self._next_preemption_poll:
+                self._flags[1] = 1
+                self._next_preemption_poll = time.monotonic() + PREEMPTION_POLL_SECONDS
+        self._reduction = distributed.all_reduce(
+            self._flags, op=distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return Signals(stop_requested, polls_preemption and self._has_new_preemption())
 
     def close(self) -> None:
-        """Ends the last reduction; every worker must call it."""
+        """Waits for the last all-reduce; every worker must call it."""
         self._closed.set()
-        if self._work is not None:
-            self._work.wait()
+        if self._reduction is not None:
+            self._reduction.wait()
+
+    def _poll_stop_request(self, request: ActorHandle) -> None:
+        while not self._closed.wait(STOP_POLL_SECONDS):
+            with contextlib.suppress(RayError):  # a lost call is repeated
+                if ray.get(request.poll.remote()):
+                    self._stop_requested.set()
+                    return
+
+    def _has_new_preemption(self) -> bool:
+        preemption = ray.train.get_preemption_info()  # collective
+        is_new = preemption is not None and preemption != self._known_preemption
+        self._known_preemption = preemption
+        return is_new
+
+
+def _choose_gloo_interface() -> None:
+    """Makes gloo use Ray's network interface. Its default, the host name's address, is the loopback on Debian."""
+    own_address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own_address for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return

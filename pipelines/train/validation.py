@@ -1,7 +1,7 @@
-"""Held-out errors of a training's checkpoints, beside its steps where the cluster has room for it.
+"""Errors of each checkpoint on held-out images, measured in a Ray task while training continues.
 
-The moving average's squared errors on latents of images that training did not see, with draws that never change: the
-same numbers as training's own, so that the distance of the two curves is overfitting.
+The squared errors of the moving average, as training logs them, on unseen latents and with fixed random draws. The gap
+between both curves shows overfitting.
 """
 
 import functools
@@ -31,15 +31,15 @@ from pipelines.train.job import TrainJob
 
 logger = logging.getLogger(__name__)
 
-SEED = 20_250_519  # of the draws, whatever the training's
-MAX_ROWS = 4096
-MAX_SECONDS = 1800.0  # for a checkpoint; the next ones wait
+SEED = 20_250_519  # of the draws; independent of the training's seed
+MAX_SAMPLES = 4096
+BATCH_SIZE = 64
+TIMEOUT_SECONDS = 1800.0  # per checkpoint; later checkpoints wait
 MLFLOW_PATIENCE_SECONDS = 600.0
-ROWS_AT_ONCE = 64
 
 
-def check(location: str, training: Manifest) -> None:
-    """Raises InputError where held-out latents cannot be compared with the training's."""
+def require_comparable(location: str, training: Manifest) -> None:
+    """Raises InputError if held-out latents differ from the training's in autoencoder, classes or shape."""
     held_out = read_manifest(location)
     for what, theirs, ours in (
         ("autoencoder", held_out.recipe.vae_sha256, training.recipe.vae_sha256),
@@ -48,30 +48,28 @@ def check(location: str, training: Manifest) -> None:
     ):
         if theirs != ours:
             raise InputError(
-                f"--validation-data {location} has another {what} than the training's latents; encode both alike"
+                f"--validation-data {location} differs from --data in {what}; encode both with the same options"
             )
 
 
-def validates_beside(job: TrainJob, *, use_gpu: bool) -> bool:
-    """Whether the cluster has a CPU, and on GPUs a GPU, that training leaves free."""
-    if job.validation_data is None:
-        return False
+def has_spare_resources(job: TrainJob) -> bool:
+    """Whether the cluster has a CPU, and on GPUs also a GPU, that training does not use."""
     resources = ray.cluster_resources()
-    kind = "GPU" if use_gpu else "CPU"
+    kind = "GPU" if job.device == "gpu" else "CPU"
     return min(resources.get("CPU", 0), resources.get(kind, 0)) >= job.num_workers + 1
 
 
-def config(job: TrainJob, tracking_uri: str, run_id: str, *, use_gpu: bool) -> ValidationConfig:
-    """What Ray Train runs on every checkpoint, as a task of its own."""
+def ray_config(job: TrainJob, tracking_uri: str, run_id: str) -> ValidationConfig:
+    """Makes Ray Train run `validate` on every checkpoint, as a separate task."""
     return ValidationConfig(
         functools.partial(validate, job=job, tracking_uri=tracking_uri, run_id=run_id),
-        task_config=ValidationTaskConfig(timeout_s=MAX_SECONDS),
-        ray_remote_kwargs={"num_cpus": 1, "num_gpus": 1 if use_gpu else 0},
+        task_config=ValidationTaskConfig(timeout_s=TIMEOUT_SECONDS),
+        ray_remote_kwargs={"num_cpus": 1, "num_gpus": 1 if job.device == "gpu" else 0},
     )
 
 
 def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: str) -> dict[str, float]:
-    """Measures a checkpoint and logs the figures to MLflow at its step; returns them."""
+    """Measures a checkpoint's errors, logs them to MLflow at its step, and returns them."""
     set_up_logging()
     assert job.validation_data is not None
     dataset = open_latents(job.validation_data, job.cache_dir, mirrored=False)
@@ -81,37 +79,37 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
         load_average(network, job.config.ema_decays[0], Path(folder))
     normalization = LatentNormalization.from_vae_config(open_autoencoder(job.validation_data).config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = held_out_errors(network.eval().to(device), dataset, normalization, job.config)
+    errors = held_out_errors(network.eval().to(device), dataset, normalization, job.config)
     run = Run(tracking_uri, run_id)
-    run.log_metrics(figures, step)
+    run.log_metrics(errors, step)
     run.flush(MLFLOW_PATIENCE_SECONDS)
-    logger.info("step %d on held-out images: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-    return figures
+    logger.info("step %d on held-out images: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in errors.items()))
+    return errors
 
 
 @torch.no_grad()
 def held_out_errors(
     network: AnyNetwork, dataset: LatentDataset, normalization: LatentNormalization, config: TrainingConfig
 ) -> dict[str, float]:
-    """Mean squared errors, summed over C, H, W, of rows with r = t and of rows with r < t, of at most 4,096 images."""
-    rows = np.linspace(0, len(dataset) - 1, num=min(len(dataset), MAX_ROWS), dtype=np.int64)
+    """Mean squared errors (summed over C, H, W) for r = t and for r < t, over at most 4,096 evenly spaced images."""
+    chosen = np.linspace(0, len(dataset) - 1, num=min(len(dataset), MAX_SAMPLES), dtype=np.int64)
     loss = replace(config.loss, label_drop_probability=0.0)
-    sums, counts = dict.fromkeys(("equals", "below"), 0.0), dict.fromkeys(("equals", "below"), 0)
+    sums, counts = {"equals": 0.0, "below": 0.0}, {"equals": 0, "below": 0}
     device = next(network.parameters()).device
-    for number, start in enumerate(range(0, len(rows), ROWS_AT_ONCE)):
-        chosen = rows[start : start + ROWS_AT_ONCE]
-        moments, labels = dataset.read(chosen, np.zeros(len(chosen), bool))
+    for number, start in enumerate(range(0, len(chosen), BATCH_SIZE)):
+        indices = chosen[start : start + BATCH_SIZE]
+        moments, labels = dataset.read(indices, np.zeros(len(indices), bool))
         record = draw_step_record(
-            loss, seed=SEED, step=number, num_rows=len(chosen), latent_shape=dataset.manifest.latent_shape
+            loss, seed=SEED, step=number, num_rows=len(indices), latent_shape=dataset.manifest.latent_shape
         )
-        below = record.r < record.t
+        is_below = record.r < record.t
         record = record.to(device)
         latents = sample_latents(torch.from_numpy(moments).to(device), record.posterior_noise, normalization)
         errors = meanflow_loss(
             network, network, latents, torch.from_numpy(labels).to(device), record, loss,
-            null_label=network.config.num_classes, global_num_rows=len(chosen), separate_derivative=True,
+            null_label=network.config.num_classes, global_num_rows=len(indices), separate_derivative=True,
         ).squared_error.cpu()  # fmt: skip
-        for name, which in (("equals", ~below), ("below", below)):
-            sums[name] += float(errors[which].sum())
-            counts[name] += int(which.sum())
+        for name, mask in (("equals", ~is_below), ("below", is_below)):
+            sums[name] += float(errors[mask].sum())
+            counts[name] += int(mask.sum())
     return {f"validation/squared_error_r_{name}_t": sums[name] / counts[name] for name in sums if counts[name]}

@@ -1,4 +1,4 @@
-"""What a training begins with instead of random parameters: a generator's network, or a public checkpoint's."""
+"""Warm starts: the initial network from a generator or a public checkpoint instead of random parameters."""
 
 import json
 import logging
@@ -19,42 +19,63 @@ from pipelines.errors import InputError
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.manifest import Manifest
 from pipelines.tracking.registry import fetch_generator
+from pipelines.train.job import TrainJob
 
 logger = logging.getLogger(__name__)
 
-# What fine-tuning of a public flow-matching network took before its guidance set in (zhuyu-cs/MeanFlow, "SiT").
-STAGE_EPOCHS = 20
+# Epochs without guidance when fine-tuning a flow-matching network. Source: zhuyu-cs/MeanFlow, "SiT".
+UNGUIDED_EPOCHS = 20
 
 
 @dataclass(frozen=True)
-class Initial:
-    """A network to begin with."""
+class InitialNetwork:
+    """A pretrained network."""
 
     network: AnyNetwork
-    """Of the configured kind and size, in float32."""
+    """Of the configured architecture and size, in float32."""
     is_flow_matching: bool
-    """It learnt velocities alone."""
+    """It was trained by flow matching: it knows only instantaneous velocities."""
 
 
-def initial_network(location: str, source: str | None, config: NetworkConfig, data: str, manifest: Manifest) -> Initial:
-    """The network of --init-from and --init-source, for training on the latents `data`.
+@dataclass(frozen=True)
+class WarmStart:
+    """How a new run starts."""
 
-    One that learnt flow matching has never seen t - r above 0: it is changed so that it says at every t - r what it
-    says at 0, its velocity, and can learn to say more. Raises InputError where there is none, or it is not of the
-    configured kind and size, or knows latents of another normalisation.
+    config: TrainingConfig
+    """The configuration, with `guidance_after_steps` decided."""
+    network: AnyNetwork | None
+    """The initial network; None for random parameters."""
+
+
+def prepare_warm_start(job: TrainJob, manifest: Manifest) -> WarmStart:
+    """Loads the network of --init-from, if given. Raises InputError as `load_initial_network`."""
+    if job.init_from is None:
+        return WarmStart(job.config, None)
+    initial = load_initial_network(job.init_from, job.init_source, job.config.network, job.data, manifest)
+    config = delay_guidance(job.config, manifest) if initial.is_flow_matching else job.config
+    return WarmStart(config, initial.network)
+
+
+def load_initial_network(
+    location: str, source: str | None, config: NetworkConfig, data: str, manifest: Manifest
+) -> InitialNetwork:
+    """Loads the network of --init-from and --init-source for training on the latent dataset `data`.
+
+    A flow-matching network was never trained with t - r > 0. It is changed to predict its velocity, that of t - r = 0,
+    for every t - r; training then learns the rest. Raises InputError if the network is missing, has another
+    architecture or size, or was trained on latents with another normalization.
     """
     with torch.device("meta"):
-        wanted = build_network(config, **manifest.network_sizes)
+        expected = build_network(config, **manifest.network_sizes)
     if source is None and Path(location).is_file():
         raise InputError(
-            f"--init-from {location} is a file; say with --init-source where the checkpoint comes from, or name a "
-            f"generator's folder"
+            f"--init-from {location} is a file; name its source with --init-source, or give a generator's folder"
         )
     try:
         if source is None:
             folder = fetch_generator(location, None)
             network = load_network(folder / "transformer")
-            require_same_kind(network, wanted)
+            require_same_kind(network, expected)
             _require_same_normalization(folder, data)
             is_flow_matching = json.loads((folder / "model_index.json").read_text()).get("prediction") == "velocity"
             if is_flow_matching and isinstance(network, MeanFlowDiT):
@@ -65,30 +86,30 @@ def initial_network(location: str, source: str | None, config: NetworkConfig, da
             network = convert_checkpoint(
                 source, state, sample_size=manifest.latent_shape[1], num_heads=config.num_heads
             )
-            require_same_kind(network, wanted)
+            require_same_kind(network, expected)
     except ValueError as error:
         raise InputError(f"--init-from {location}: {error}") from error
-    logger.info("begins with %s%s", location, ", which learnt flow matching" if is_flow_matching else "")
-    return Initial(network, is_flow_matching)
+    logger.info("initial network: %s%s", location, " (flow matching)" if is_flow_matching else "")
+    return InitialNetwork(network, is_flow_matching)
 
 
 def _require_same_normalization(folder: Path, data: str) -> None:
-    theirs = LatentNormalization.from_vae_config(load_autoencoder(str(folder / "vae")).config)
-    ours = LatentNormalization.from_vae_config(open_autoencoder(data).config)
-    if theirs != ours:
+    generator = LatentNormalization.from_vae_config(load_autoencoder(str(folder / "vae")).config)
+    dataset = LatentNormalization.from_vae_config(open_autoencoder(data).config)
+    if generator != dataset:
         raise InputError(
-            f"it knows latents normalised by {theirs}, but the data's are by {ours}; encode with its autoencoder"
+            f"its latents are normalized by {generator}, those of --data by {dataset}; encode the images with its autoencoder"
         )
 
 
-def staged(config: TrainingConfig, manifest: Manifest, *, is_flow_matching: bool) -> TrainingConfig:
-    """The configuration with the step decided at which guidance sets in, where it was left open.
+def delay_guidance(config: TrainingConfig, manifest: Manifest) -> TrainingConfig:
+    """The configuration with `guidance_after_steps` set for a flow-matching network, unless it is set already.
 
-    Guidance with a large kappa from the first step on makes a network that learnt flow matching diverge.
+    Guidance with a large kappa from the first step makes training from a flow-matching network diverge.
     """
-    guided = config.loss.objective == "meanflow" and not config.loss.guidance.is_off
-    if config.guidance_after_steps is not None or not is_flow_matching or not guided:
+    is_guided = config.loss.objective == "meanflow" and not config.loss.guidance.is_off
+    if config.guidance_after_steps is not None or not is_guided:
         return config
-    steps = min(STAGE_EPOCHS * manifest.num_samples // config.global_batch_size, config.num_steps // 2)
-    logger.info("guidance sets in after %d steps: the network to begin with learnt without", steps)
+    steps = min(UNGUIDED_EPOCHS * manifest.num_samples // config.global_batch_size, config.num_steps // 2)
+    logger.info("guidance starts after %d steps, because the initial network was trained without it", steps)
     return replace(config, guidance_after_steps=steps)

@@ -23,7 +23,7 @@ from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob, ReferenceJob, SideBySideJob
 from pipelines.latent_cache import CacheJob
 from pipelines.plan.__main__ import parse_arguments as parse_plan
-from pipelines.train.run import parse_arguments as parse_training
+from pipelines.train.job import parse_arguments as parse_training
 from tests.support.aws import understand_aws
 from tests.support.job_scripts import STAGES, parse_with_click, submission
 from tests.support.readme import REPOSITORY, text_of

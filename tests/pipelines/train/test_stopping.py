@@ -8,50 +8,47 @@ import pytest
 from torch import distributed
 
 from pipelines.train import stopping
-from pipelines.train.stopping import Notices, StopRequest, stop_on_sigterm
+from pipelines.train.stopping import SignalMonitor, Signals, StopRequest, stop_on_sigterm
 
 
 class Method:
-    """A method of an actor, as far as it is called here."""
+    """Stands in for an actor's method."""
 
     def __init__(self, call):
         self.remote = call
 
 
-class Actor:
-    """A stop request in this process. Without a worker nobody asks it."""
+class LocalActor:
+    """Stands in for the actor of a stop request, in this process. Without a worker nobody polls it."""
 
-    def __init__(self, *, has_worker):
-        self.request, self.has_worker = StopRequest(), has_worker
-        self.ask, self.is_asked, self.is_seen = (
-            Method(self.request.ask),
-            Method(self.request.is_asked),
-            Method(self._seen),
-        )
+    def __init__(self, *, has_worker=True):
+        self.state, self.has_worker = StopRequest(), has_worker
+        self.request, self.poll = Method(self.state.request), Method(self.state.poll)
+        self.is_acknowledged = Method(self._is_acknowledged)
 
-    def _seen(self):
+    def _is_acknowledged(self):
         if self.has_worker:
-            self.request.is_asked()
-        return self.request.is_seen()
+            self.state.poll()
+        return self.state.is_acknowledged()
 
 
 @pytest.fixture(autouse=True)
-def _answers(monkeypatch):
-    """Calls of an Actor are answered at once."""
-    monkeypatch.setattr(stopping.ray, "get", lambda answer: answer)
+def _local_calls(monkeypatch):
+    """Calls of a LocalActor return at once."""
+    monkeypatch.setattr(stopping.ray, "get", lambda result: result)
 
 
 @pytest.fixture
 def handlers():
-    """Those of both signals before, and after the test again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """The handlers of both signals, which are restored after the test."""
+    before = current_handlers()
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def now(handlers):
-    return {number: signal.getsignal(number) for number in handlers}
+def current_handlers():
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 def wait_until(condition):
@@ -61,17 +58,8 @@ def wait_until(condition):
     assert condition()
 
 
-def num_threads(of):
-    return sum(f"({of})" in thread.name for thread in threading.enumerate())
-
-
-def test_request_is_seen_when_a_worker_has_asked_after_it():
-    request = StopRequest()
-    assert not request.is_asked()
-    request.ask()
-    assert not request.is_seen()
-    assert request.is_asked()
-    assert request.is_seen()
+def num_threads(function):
+    return sum(f"({function})" in thread.name for thread in threading.enumerate())
 
 
 def run_inside(actor, work):
@@ -85,81 +73,74 @@ def terminate(times=1):
     time.sleep(20.0)
 
 
-def test_sigterm_asks_for_a_stop_and_a_second_one_ends_the_process(handlers):
-    actor = Actor(has_worker=True)
+def test_stop_request_is_acknowledged_when_a_worker_polls_it():
+    request = StopRequest()
+    assert not request.poll()
+    request.request()
+    assert not request.is_acknowledged()
+    assert request.poll()
+    assert request.is_acknowledged()
+
+
+def test_sigterm_requests_a_stop_and_a_second_one_ends_the_process(handlers):
+    actor = LocalActor()
     with stop_on_sigterm(actor):
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(actor.request.is_seen)
-    assert now(handlers) == handlers
+        wait_until(actor.state.is_acknowledged)
+        wait_until(lambda: num_threads("forward_request") == 0)  # the checkpoint may take any time
+    assert current_handlers() == handlers
     with pytest.raises(SystemExit) as stop:
         run_inside(actor, lambda: terminate(times=2))
     assert stop.value.code == 143
-    assert now(handlers) == handlers
+    assert current_handlers() == handlers
 
 
-def test_request_that_no_worker_sees_ends_the_process(handlers, monkeypatch):
-    monkeypatch.setattr(stopping, "UNSEEN_SECONDS", 1.0)
-    actor = Actor(has_worker=False)
-    began = time.monotonic()
+def test_process_ends_if_no_worker_acknowledges_the_request(handlers, monkeypatch):
+    monkeypatch.setattr(stopping, "ACKNOWLEDGE_SECONDS", 0.5)
+    actor = LocalActor(has_worker=False)
     with pytest.raises(SystemExit) as stop:
         run_inside(actor, terminate)
     assert stop.value.code == 143
-    assert time.monotonic() - began >= 1.0
-    assert actor.request.is_asked()
+    assert actor.state.poll()
 
 
-def test_lost_call_is_made_again(handlers, monkeypatch):
-    actor, failures = Actor(has_worker=True), [stopping.RayError(), stopping.RayError()]
+def test_lost_calls_are_repeated(handlers, monkeypatch):
+    actor, failures = LocalActor(), [stopping.RayError(), stopping.RayError()]
 
-    def get(answer):
+    def get(result):
         if failures:
             raise failures.pop()
-        return answer
+        return result
 
     monkeypatch.setattr(stopping.ray, "get", get)
     with stop_on_sigterm(actor):
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(lambda: not failures and actor.request.is_seen())
+        wait_until(lambda: not failures and actor.state.is_acknowledged())
 
 
-def test_work_that_ends_before_a_worker_has_seen_the_request_ends_as_it_would(handlers):
-    def work():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
-
-    run_inside(Actor(has_worker=False), work)
-    assert now(handlers) == handlers
+def test_training_that_finishes_before_the_acknowledgement_ends_normally(handlers):
+    run_inside(LocalActor(has_worker=False), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert current_handlers() == handlers
 
 
-def test_request_that_was_seen_has_all_the_time_that_a_checkpoint_takes(handlers):
-    def work():
-        assert num_threads("tell") == 1
-        os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(lambda: num_threads("tell") == 0)  # nobody is left to end the process
-
-    run_inside(Actor(has_worker=True), work)
-    assert now(handlers) == handlers
+def test_training_without_sigterm_requests_nothing(handlers, caplog):
+    actor = LocalActor()
+    run_inside(actor, lambda: None)
+    assert not actor.state.poll()
+    assert "stop requested" not in caplog.text
+    assert current_handlers() == handlers
 
 
-def test_work_that_ends_unasked_asks_nobody(handlers, caplog):
-    actor = Actor(has_worker=True)
-    with stop_on_sigterm(actor):
-        pass
-    assert not actor.request.is_asked()
-    assert "asked to stop" not in caplog.text
-    assert now(handlers) == handlers
-
-
-def test_rays_end_at_an_interrupt_is_an_interrupt_and_other_ends_stay(handlers):
+def test_rays_exit_on_an_interrupt_becomes_keyboard_interrupt(handlers):
     def end(code):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray takes it over
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray does
         raise SystemExit(code)
 
     with pytest.raises(KeyboardInterrupt):
-        run_inside(Actor(has_worker=True), lambda: end(0))
-    assert now(handlers) == handlers
+        run_inside(LocalActor(), lambda: end(0))
+    assert current_handlers() == handlers
     with pytest.raises(SystemExit) as stop:
-        run_inside(Actor(has_worker=True), lambda: end(3))
+        run_inside(LocalActor(), lambda: end(3))
     assert stop.value.code == 3
 
 
@@ -178,67 +159,66 @@ def _group(tmp_path_factory):
 
 
 @pytest.fixture
-def machines(monkeypatch):
-    """What Ray knows of machines that go, and when it was asked."""
-    known = {"info": None, "asked": 0}
+def preemption(monkeypatch):
+    """What Ray reports about preempted nodes, and how often it was called."""
+    reported = {"info": None, "num_calls": 0}
 
     def info():
-        known["asked"] += 1
-        return known["info"]
+        reported["num_calls"] += 1
+        return reported["info"]
 
     monkeypatch.setattr(stopping.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setattr(stopping.ray.train, "get_preemption_info", info)
-    return known
+    return reported
 
 
-@pytest.mark.usefixtures("_group", "machines")
+@pytest.mark.usefixtures("_group", "preemption")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_first_worker_tells_of_a_stop_a_step_after_it_heard(monkeypatch, rank):
-    monkeypatch.setattr(stopping, "ASK_SECONDS", 0.02)
-    actor = Actor(has_worker=True)
-    found = Notices(actor, rank)
-    assert found.look() == (False, False)
-    assert num_threads("_listen") == (rank == 0)  # one alone asks
-    actor.request.ask()
-    wait_until(lambda: found._stop_asked.is_set() or rank == 1)
-    assert found.look() == (False, False)
-    assert found.look() == (rank == 0, False)
-    found.close()
-    wait_until(lambda: num_threads("_listen") == 0)
+def test_stop_request_arrives_one_step_after_rank_0_has_it(monkeypatch, rank):
+    monkeypatch.setattr(stopping, "STOP_POLL_SECONDS", 0.02)
+    actor = LocalActor()
+    monitor = SignalMonitor(actor, rank)
+    assert monitor.poll() == Signals()
+    assert num_threads("_poll_stop_request") == (rank == 0)  # only rank 0 polls the actor
+    actor.state.request()
+    wait_until(lambda: monitor._stop_requested.is_set() or rank == 1)
+    assert monitor.poll() == Signals()
+    assert monitor.poll() == Signals(stop_requested=rank == 0)
+    monitor.close()
+    wait_until(lambda: num_threads("_poll_stop_request") == 0)
 
 
-@pytest.mark.usefixtures("_group", "machines")
-def test_run_that_ends_unasked_is_no_longer_listened_for(monkeypatch):
-    monkeypatch.setattr(stopping, "ASK_SECONDS", 0.02)
-    found = Notices(Actor(has_worker=True), 0)
-    found.look()
-    found.close()
-    wait_until(lambda: num_threads("_listen") == 0)
+@pytest.mark.usefixtures("_group", "preemption")
+def test_closed_monitor_no_longer_polls(monkeypatch):
+    monkeypatch.setattr(stopping, "STOP_POLL_SECONDS", 0.02)
+    monitor = SignalMonitor(LocalActor(), 0)
+    monitor.poll()
+    monitor.close()
+    wait_until(lambda: num_threads("_poll_stop_request") == 0)
 
 
 @pytest.mark.usefixtures("_group")
-def test_ray_is_asked_about_machines_at_intervals_and_its_news_are_told_once(monkeypatch, machines):
+def test_new_preemptions_are_announced_once_and_ray_is_called_at_intervals(monkeypatch, preemption):
     clock = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-    found = Notices(None, 0)
+    monitor = SignalMonitor(None, 0)
 
-    def told_after(seconds):
+    def announced_after(seconds):
         clock[0] += seconds
-        found.look()
-        return found.look()[1]
+        monitor.poll()
+        return monitor.poll().preemption_announced
 
-    assert not told_after(4.0)
-    assert machines["asked"] == 0
-    assert not told_after(2.0)
-    assert machines["asked"] == 1
-    machines["info"] = {"node": "a"}
-    assert not told_after(4.0)
-    assert machines["asked"] == 1
-    assert told_after(2.0)
-    assert machines["asked"] == 2
-    assert not told_after(6.0)  # known
-    machines["info"] = {"node": "a", "another": "b"}
-    assert told_after(6.0)
-    machines["info"] = None
-    assert not told_after(6.0)
-    found.close()
+    assert not announced_after(4.0)
+    assert preemption["num_calls"] == 0
+    assert not announced_after(2.0)
+    assert preemption["num_calls"] == 1
+    preemption["info"] = {"node": "a"}
+    assert not announced_after(4.0)
+    assert preemption["num_calls"] == 1
+    assert announced_after(2.0)
+    assert not announced_after(6.0)  # known
+    preemption["info"] = {"node": "a", "another": "b"}
+    assert announced_after(6.0)
+    preemption["info"] = None
+    assert not announced_after(6.0)
+    monitor.close()

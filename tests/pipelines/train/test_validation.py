@@ -42,7 +42,7 @@ def fresh_state():
     return build_train_state(CONFIG, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
 
 
-def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_step(latents, tmp_path):
+def test_validation_measures_the_moving_average_and_logs_at_the_checkpoints_step(latents, tmp_path, tracking_uri):
     state = fresh_state()
     perturbed(state.ema_network)
     state.step = 7
@@ -53,13 +53,12 @@ def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_s
         }
     (tmp_path / "checkpoint").mkdir()
     save_train_state(state, CONFIG, tmp_path / "checkpoint")
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run = Run.begin(uri, "experiment", "name", {})
+    run = Run.begin(tracking_uri, "validation", "name", {})
     job = TrainJob(
         data=str(latents), storage="s", run_name="r", validation_data=str(latents), config=CONFIG,
         cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
-    figures = validation.validate(Checkpoint(str(tmp_path / "checkpoint")), job, uri, run.run_id)
+    found = validation.validate(Checkpoint(str(tmp_path / "checkpoint")), job, tracking_uri, run.run_id)
 
     dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
     assert len(dataset) == 40
@@ -73,42 +72,41 @@ def test_checkpoints_average_is_measured_on_held_out_latents_and_logged_at_its_s
         record, loss, null_label=10, global_num_rows=40,
     ).squared_error  # fmt: skip
     below = record.r < record.t
-    assert figures["validation/squared_error_r_below_t"] == pytest.approx(float(errors[below].mean()), rel=1e-4)
-    assert figures["validation/squared_error_r_equals_t"] == pytest.approx(float(errors[~below].mean()), rel=1e-4)
-    client = MlflowClient(uri)
-    for name, value in figures.items():
+    assert found["validation/squared_error_r_below_t"] == pytest.approx(float(errors[below].mean()), rel=1e-4)
+    assert found["validation/squared_error_r_equals_t"] == pytest.approx(float(errors[~below].mean()), rel=1e-4)
+    client = MlflowClient(tracking_uri)
+    for name, value in found.items():
         assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, name)] == [(7, value)]
 
 
-def test_latents_that_cannot_be_compared_are_refused(latents):
+def test_latents_with_another_autoencoder_classes_or_shape_are_refused(latents):
     ours = read_manifest(str(latents))
-    validation.check(str(latents), ours)
+    validation.require_comparable(str(latents), ours)
     for what, other in (
         ("autoencoder", replace(ours, recipe=replace(ours.recipe, vae_sha256="0"))),
         ("classes", replace(ours, class_names=ours.class_names[:-1])),
         ("shape", replace(ours, recipe=replace(ours.recipe, moments_shape=(8, 4, 4)))),
     ):
-        with pytest.raises(InputError, match=f"has another {what} than the training's"):
-            validation.check(str(latents), other)
+        with pytest.raises(InputError, match=f"differs from --data in {what}"):
+            validation.require_comparable(str(latents), other)
 
 
 @pytest.mark.parametrize(
-    ("resources", "use_gpu", "beside"),
-    [({"CPU": 3}, False, True), ({"CPU": 2}, False, False), ({"CPU": 16, "GPU": 2}, True, False),
-     ({"CPU": 16, "GPU": 3}, True, True), ({"CPU": 2, "GPU": 3}, True, False)],
+    ("resources", "device", "expected"),
+    [({"CPU": 3}, "cpu", True), ({"CPU": 2}, "cpu", False), ({"CPU": 16, "GPU": 2}, "gpu", False),
+     ({"CPU": 16, "GPU": 3}, "gpu", True), ({"CPU": 2, "GPU": 3}, "gpu", False)],
 )  # fmt: skip
-def test_checkpoints_are_measured_beside_training_where_there_is_room(monkeypatch, resources, use_gpu, beside):
+def test_validation_during_training_requires_a_spare_device_and_cpu(monkeypatch, resources, device, expected):
     monkeypatch.setattr(validation.ray, "cluster_resources", lambda: resources)
-    job = TrainJob(data="d", storage="s", run_name="r", num_workers=2, validation_data="v", config=debug())
-    assert validation.validates_beside(job, use_gpu=use_gpu) == beside
-    assert not validation.validates_beside(replace(job, validation_data=None), use_gpu=use_gpu)
+    job = TrainJob(data="d", storage="s", run_name="r", num_workers=2, device=device, config=debug())
+    assert validation.has_spare_resources(job) == expected
 
 
-def test_errors_are_means_over_all_images_however_many_are_taken_at_once(latents, tmp_path, monkeypatch):
+def test_errors_are_means_over_all_images_for_any_batch_size(latents, tmp_path, monkeypatch):
     dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
     normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)
     network = perturbed(fresh_state().network)
-    with torch.no_grad():  # so that a label that is dropped is seen
+    with torch.no_grad():  # makes a dropped label visible
         network.y_embedder.embedding_table.weight.mul_(100.0)
     loss, below, equal = replace(debug().loss, label_drop_probability=0.0), [], []
     for number, rows in enumerate(np.split(np.arange(40), [16, 32])):
@@ -120,13 +118,13 @@ def test_errors_are_means_over_all_images_however_many_are_taken_at_once(latents
         ).squared_error.detach()  # fmt: skip
         below.append(errors[record.r < record.t])
         equal.append(errors[record.r == record.t])
-    monkeypatch.setattr(validation, "ROWS_AT_ONCE", 16)
-    figures = validation.held_out_errors(network, dataset, normalization, debug())
-    assert figures["validation/squared_error_r_below_t"] == pytest.approx(float(torch.cat(below).mean()), rel=1e-4)
-    assert figures["validation/squared_error_r_equals_t"] == pytest.approx(float(torch.cat(equal).mean()), rel=1e-4)
+    monkeypatch.setattr(validation, "BATCH_SIZE", 16)
+    found = validation.held_out_errors(network, dataset, normalization, debug())
+    assert found["validation/squared_error_r_below_t"] == pytest.approx(float(torch.cat(below).mean()), rel=1e-4)
+    assert found["validation/squared_error_r_equals_t"] == pytest.approx(float(torch.cat(equal).mean()), rel=1e-4)
 
 
-def test_large_set_is_measured_on_rows_from_all_of_it(latents, tmp_path, monkeypatch):
+def test_large_dataset_is_sampled_evenly(latents, tmp_path, monkeypatch):
     dataset, taken, inner = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False), [], LatentDataset.read
 
     def read(self, chosen, mirrored):
@@ -134,18 +132,18 @@ def test_large_set_is_measured_on_rows_from_all_of_it(latents, tmp_path, monkeyp
         return inner(self, chosen, mirrored)
 
     monkeypatch.setattr(LatentDataset, "read", read)
-    monkeypatch.setattr(validation, "MAX_ROWS", 4)
+    monkeypatch.setattr(validation, "MAX_SAMPLES", 4)
     flow = replace(debug().loss, times=replace(debug().loss.times, fraction_r_below_t=0.0))
     normalization = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
-    figures = validation.held_out_errors(fresh_state().network, dataset, normalization, replace(debug(), loss=flow))
+    found = validation.held_out_errors(fresh_state().network, dataset, normalization, replace(debug(), loss=flow))
     assert taken == [0, 13, 26, 39]
-    assert figures.keys() == {"validation/squared_error_r_equals_t"}  # flow matching has no others
+    assert found.keys() == {"validation/squared_error_r_equals_t"}  # flow matching has r = t only
 
 
-@pytest.mark.parametrize("use_gpu", [True, False])
-def test_measuring_wants_a_gpu_where_training_does_and_has_its_time(use_gpu):
-    job = TrainJob(data="d", storage="s", run_name="r", validation_data="v", config=debug())
-    asked = validation.config(job, "sqlite:///x", "1a2b", use_gpu=use_gpu)
-    assert asked.ray_remote_kwargs == {"num_cpus": 1, "num_gpus": int(use_gpu)}
-    assert asked.task_config.timeout_s == validation.MAX_SECONDS
-    assert asked.fn.keywords == {"job": job, "tracking_uri": "sqlite:///x", "run_id": "1a2b"}
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_validation_task_uses_the_training_device_and_has_a_time_limit(device):
+    job = TrainJob(data="d", storage="s", run_name="r", validation_data="v", device=device, config=debug())
+    config = validation.ray_config(job, "sqlite:///x", "1a2b")
+    assert config.ray_remote_kwargs == {"num_cpus": 1, "num_gpus": int(device == "gpu")}
+    assert config.task_config.timeout_s == validation.TIMEOUT_SECONDS
+    assert config.fn.keywords == {"job": job, "tracking_uri": "sqlite:///x", "run_id": "1a2b"}

@@ -1,0 +1,66 @@
+"""Messages for failed trainings: the cause, and where the same command resumes."""
+
+from dataclasses import dataclass
+
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+
+from pipelines import storage
+from pipelines.errors import InputError, RunError
+from pipelines.train import checkpoints
+from pipelines.train.job import TrainJob
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why training failed."""
+
+    error: BaseException
+    """The original error."""
+    rank: int | None
+    """The worker that raised it; None for Ray's controller."""
+
+
+def first_cause(error: TrainingFailedError) -> Cause:
+    """The error that made training fail, not the broken connections that it caused on other workers."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return Cause(getattr(error, "controller_failure", error), None)
+    causes = [Cause(getattr(failure, "_base_exc", failure), rank) for rank, failure in failures.items()]
+    consequences = ("connection", "nccl", "gloo", "timed out")
+    original = [
+        cause
+        for cause in causes
+        if isinstance(cause.error, RayError) or not any(word in str(cause.error).lower() for word in consequences)
+    ]
+    return (original or causes)[0]
+
+
+def as_command_error(error: TrainingFailedError, job: TrainJob) -> InputError | RunError:
+    """A failed training as an error for the command line."""
+    cause = first_cause(error)
+    if isinstance(cause.error, InputError):
+        return InputError(str(cause.error))
+    first_line = (str(cause.error).strip().splitlines() or [""])[0]
+    worker = "" if cause.rank is None else f"worker {cause.rank}: "
+    return RunError(f"training failed: {worker}{type(cause.error).__name__}: {first_line}; {resume_hint(job)}")
+
+
+def nonfinite_error(job: TrainJob, step: int) -> RunError:
+    """The error for a nonfinite gradient."""
+    return RunError(
+        f"the gradient of step {step} is not finite; {resume_hint(job)}, but fails again. Skip the step with "
+        f"--skip-nonfinite {job.skip_nonfinite + 1}, or start a new run with a smaller optimizer.learning_rate or "
+        f"optimizer.max_gradient_norm"
+    )
+
+
+def resume_hint(job: TrainJob) -> str:
+    """Where the same command resumes; never raises."""
+    try:
+        last = checkpoints.committed(*storage.open_storage(job.run_location))
+    except (InputError, OSError) as error:
+        return f"its checkpoints cannot be read now ({error})"
+    if last is None:
+        return "there is no checkpoint yet: the same command starts from the beginning"
+    return f"the last checkpoint is of step {last.step}, {last.latest.path}: the same command resumes from it"

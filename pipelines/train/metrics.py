@@ -1,0 +1,130 @@
+"""Training metrics: means over a logging interval, rates, and the detection of nonfinite gradients."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+
+from meanflow_core.config import TrainingConfig
+from meanflow_core.training import SUMS, StepMetrics, TrainState, relative_ema_distance
+
+
+class IntervalMetrics:
+    """Sums over the steps of a logging interval; `read` reduces them over the workers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts a new interval."""
+        self._sums = torch.zeros(len(SUMS) + 1, device=self._device)  # SUMS, then the gradient norm
+        self._num_steps = 0  # without skipped steps
+        self._num_timed_steps = 0
+        self._data_seconds = 0.0
+        self._start_time = time.monotonic()
+
+    def add(self, metrics: StepMetrics, data_seconds: float) -> None:
+        """Adds a step, without waiting for the device."""
+        self._data_seconds += data_seconds
+        self._num_timed_steps += 1
+        if metrics.skipped:
+            return
+        self._sums[:-1] += metrics.sums
+        self._sums[-1] += metrics.gradient_norm
+        self._num_steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time inside, of sampling and saving, from the interval's rates."""
+        start_time = time.monotonic()
+        yield
+        self._start_time += time.monotonic() - start_time
+
+    def state(self) -> dict[str, Any]:
+        """The interval's sums as JSON values, for a checkpoint in mid-interval; collective."""
+        parts = [torch.zeros_like(self._sums) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, self._sums)
+        return {"num_steps": self._num_steps, "sums": [part.tolist() for part in parts]}
+
+    def restore(self, state: dict[str, Any], rank: int) -> None:
+        """Continues an interval. Each rank takes its own sums; if the world size has changed, rank 0 takes all."""
+        self.clear()
+        self._num_steps = state["num_steps"]
+        sums = torch.tensor(state["sums"], device=self._device)
+        if len(sums) == torch.distributed.get_world_size():
+            self._sums = sums[rank]
+        elif rank == 0:
+            self._sums = sums.sum(dim=0)
+            self._sums[-1] = sums[0, -1]  # every rank holds the global gradient norm
+
+    def read(self, config: TrainingConfig, state: TrainState, step_flops: float) -> dict[str, float]:
+        """The interval's metrics, the same on every worker; collective."""
+        seconds = time.monotonic() - self._start_time
+        sums, gradient_norm = self._sums[:-1].clone(), self._sums[-1].item()
+        torch.distributed.all_reduce(sums)
+        peaks = torch.tensor([_peak_bytes(self._device), seconds, self._data_seconds], device=self._device)
+        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+        peak_bytes, seconds, data_seconds = peaks.tolist()
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        num_steps = max(self._num_steps, 1)
+        num_equal, num_below = max(total["rows_r_equals_t"], 1.0), max(total["rows_r_below_t"], 1.0)
+        num_samples = total["rows_r_equals_t"] + total["rows_r_below_t"]
+        velocity_head = {"squared_error_v": total["squared_error_v"] / num_samples} if total["squared_error_v"] else {}
+        return {
+            "loss": total["loss"] / num_steps,
+            **velocity_head,
+            "squared_error_r_equals_t": total["squared_error_r_equals_t"] / num_equal,
+            "squared_error_r_below_t": total["squared_error_r_below_t"] / num_below,
+            "dudt_norm": total["dudt_norm"] / num_below,
+            "gradient_norm": gradient_norm / num_steps,
+            "learning_rate": state.optimizer.param_groups[0]["lr"],
+            **{f"ema_distance_{decay}": value for decay, value in relative_ema_distance(state).items()},
+            "num_skipped": float(state.num_skipped),
+            "images_per_second": self._num_timed_steps * config.global_batch_size / seconds,
+            "model_flops_per_second": self._num_timed_steps * step_flops / seconds,
+            "data_wait_share": data_seconds / seconds,
+            "peak_memory_bytes": peak_bytes,
+        }
+
+
+def _peak_bytes(device: torch.device) -> float:
+    """Peak memory: on a GPU torch's allocations, on a CPU this process's resident set."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024.0
+
+
+class NonfiniteDetector:
+    """Finds the first nonfinite gradient, one step late, so that the device need not be synchronized."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
+        self.first_nonfinite_step: int | None = None
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Checks the previous step, and queues this one."""
+        self.check()
+        if metrics.skipped:
+            return
+        is_finite, event = torch.isfinite(metrics.gradient_norm), None
+        if is_finite.is_cuda:
+            is_finite = is_finite.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = step, is_finite, event
+
+    def check(self) -> None:
+        """Checks the queued step."""
+        if self._pending is None:
+            return
+        step, is_finite, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        if not bool(is_finite) and self.first_nonfinite_step is None:
+            self.first_nonfinite_step = step

@@ -1,0 +1,116 @@
+"""Checks and preparations before a training starts: nothing here writes, and invalid input is refused."""
+
+from dataclasses import dataclass, replace
+
+from meanflow_core.autoencoder import load_autoencoder, weight_hash
+from meanflow_core.networks import AnyNetwork
+from pipelines import storage
+from pipelines.errors import InputError
+from pipelines.latents.cache import NO_CACHE
+from pipelines.latents.manifest import Manifest, read_manifest
+from pipelines.tracking.registry import REGISTRY_SCHEMES
+from pipelines.train import checkpoints, validation
+from pipelines.train.job import TrainJob
+from pipelines.train.record import TrainingRecord, read_record, require_same_experiment
+from pipelines.train.warm_start import prepare_warm_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A training that is ready to start or to resume."""
+
+    job: TrainJob
+    """With absolute locations and the delay of guidance decided."""
+    manifest: Manifest
+    """Of the latent dataset."""
+    record: TrainingRecord | None
+    """Of the run to resume; None for a new run."""
+    initial_network: AnyNetwork | None
+    """The network of a warm start, for a new run."""
+
+
+def prepare(job: TrainJob) -> Preparation:
+    """Resolves locations, reads manifest and record, and loads the initial network of a new run.
+
+    Raises InputError for invalid input.
+    """
+    if not job.run_name.strip() or "/" in job.run_name or job.run_name.startswith("."):
+        raise InputError(f"--run-name must have no slash and no leading dot, but got {job.run_name!r}")
+    job = _with_absolute_locations(job)
+    manifest = read_manifest(job.data)
+    _require_fitting_data(job, manifest)
+    record = read_record(job)
+    if record is None:
+        start = prepare_warm_start(job, manifest)
+        job = replace(job, config=start.config)
+        return Preparation(job=job, manifest=manifest, record=None, initial_network=start.network)
+    if job.config.guidance_after_steps is None:  # decided by the warm start
+        decided = record.identity["config"].get("guidance_after_steps")
+        job = replace(job, config=replace(job.config, guidance_after_steps=decided))
+    require_same_experiment(job, manifest, record)
+    return Preparation(job=job, manifest=manifest, record=record, initial_network=None)
+
+
+def recover_initial_network(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> AnyNetwork | None:
+    """The initial network of a run to resume that has no checkpoint yet; None if it has one.
+
+    Raises InputError if the run has more than num_steps steps, or the initial network has changed.
+    """
+    latest = checkpoints.committed(*storage.open_storage(job.run_location))
+    if latest is not None:
+        if latest.step > job.config.num_steps:
+            raise InputError(
+                f"run {job.run_name} already has {latest.step} steps, more than num_steps {job.config.num_steps}; choose "
+                f"another --run-name, or at least as many steps"
+            )
+        return None
+    network = prepare_warm_start(job, manifest).network
+    if network is not None and weight_hash(network) != record.init_sha256:
+        raise InputError(
+            f"the weights of --init-from {job.init_from} have changed since run {job.run_name} was started; choose another "
+            f"--run-name"
+        )
+    return network
+
+
+def _with_absolute_locations(job: TrainJob) -> TrainJob:
+    init_from = job.init_from
+    if init_from is not None and not init_from.startswith(REGISTRY_SCHEMES):
+        init_from = storage.absolute(init_from)
+    return replace(
+        job,
+        data=storage.absolute(job.data),
+        storage=storage.output_location(job.storage, "--storage").rstrip("/"),
+        cache_dir=job.cache_dir if job.cache_dir == NO_CACHE else storage.absolute(job.cache_dir),
+        validation_data=job.validation_data and storage.absolute(job.validation_data),
+        init_from=init_from,
+    )
+
+
+def _require_fitting_data(job: TrainJob, manifest: Manifest) -> None:
+    """Raises InputError if the datasets do not fit the autoencoder, each other, the network or the workers."""
+    if job.vae is not None:
+        _require_autoencoder(job.vae, job.data, manifest)
+    if job.validation_data is not None:
+        validation.require_comparable(job.validation_data, manifest)
+    if manifest.latent_shape[1] % job.config.network.patch_size:
+        raise InputError(
+            f"the latent size {manifest.latent_shape[1]} must be a multiple of network.patch_size "
+            f"{job.config.network.patch_size}"
+        )
+    if job.config.global_batch_size < job.num_workers:
+        raise InputError(
+            f"global_batch_size {job.config.global_batch_size} must be at least num_workers {job.num_workers}"
+        )
+
+
+def _require_autoencoder(vae: str, data: str, manifest: Manifest) -> None:
+    try:
+        sha256 = weight_hash(load_autoencoder(vae))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if sha256 != manifest.recipe.vae_sha256:
+        raise InputError(
+            f"the latents in {data} were encoded with autoencoder {manifest.recipe.vae_id} (sha256 "
+            f"{manifest.recipe.vae_sha256[:12]}), not with {vae} ({sha256[:12]}); encode again with it, or omit --vae"
+        )

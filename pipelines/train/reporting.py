@@ -1,0 +1,61 @@
+"""What a training reports: metrics and sample grids in MLflow, progress in the log."""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from meanflow_core.grids import image_grid
+from meanflow_core.pipeline import MeanFlowPipeline
+from pipelines.progress import Progress
+from pipelines.tracking.run import Run
+
+logger = logging.getLogger(__name__)
+
+GRID_CLASSES, GRID_SEEDS = 10, 8  # rows and columns of the sample grid
+GRID_KEYS = {1: "samples/one_step", 2: "samples/two_steps"}  # by the number of sampling steps
+
+
+def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.ndarray:
+    """Samples at fixed seeds, one row per class: uint8 (H, W, 3)."""
+    num_classes = min(GRID_CLASSES, pipeline.transformer.config.num_classes)
+    labels = [label for label in range(num_classes) for _ in range(GRID_SEEDS)]
+    seeds = [seed for _ in range(num_classes) for seed in range(GRID_SEEDS)]
+    images = pipeline.images_from_seeds(labels, seeds, num_inference_steps)
+    return image_grid(images.cpu().numpy(), GRID_SEEDS)
+
+
+class Reporter:
+    """Reports metrics and samples. Without a run it reports nothing, but takes part in sampling a sharded network."""
+
+    def __init__(self, run: Run | None, pipeline: MeanFlowPipeline, num_steps: int, first_step: int) -> None:
+        self._run = run
+        self._pipeline = pipeline
+        self._progress = Progress(logger, "trained", "steps", num_steps, start=first_step)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Logs an interval's metrics."""
+        if self._run is None:
+            return
+        self._run.log_metrics(metrics, step)
+        self._progress.update(
+            step,
+            f"{metrics['images_per_second']:.0f} images/s, squared error {metrics['squared_error_r_equals_t']:.1f} "
+            f"(r = t) {metrics['squared_error_r_below_t']:.1f} (r < t)",
+        )
+
+    def log_samples(self, step: int) -> None:
+        """Logs sample grids of the moving average; collective if the network is sharded."""
+        for num_inference_steps, key in GRID_KEYS.items():
+            grid = sample_grid(self._pipeline, num_inference_steps)
+            if self._run is not None:
+                self._run.log_image(grid, key, step)
+
+    def pending_rows(self) -> list[dict[str, Any]]:
+        """Metrics that MLflow has not stored yet, for a checkpoint."""
+        return [] if self._run is None else self._run.pending()
+
+    def close(self) -> None:
+        """Waits until everything is logged, up to a time limit."""
+        if self._run is not None:
+            self._run.flush()

@@ -1,0 +1,177 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed
+
+from meanflow_core.presets import debug
+from meanflow_core.training import SUMS, StepMetrics, build_train_state
+from pipelines.train.metrics import IntervalMetrics, NonfiniteDetector
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group(tmp_path_factory):
+    """A process group of this process alone."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/meeting", rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The seconds that the clock shows, in a list."""
+    seconds = [100.0]
+    monkeypatch.setattr("pipelines.train.metrics.time.monotonic", lambda: seconds[0])
+    return seconds
+
+
+def metrics(seed, *, norm=1.5, skipped=False):
+    sums = torch.rand(len(SUMS), generator=torch.Generator().manual_seed(seed))
+    sums[2], sums[4] = 12.0, 4.0  # rows
+    return StepMetrics(sums=sums, gradient_norm=torch.tensor(norm), skipped=skipped)
+
+
+def state():
+    return build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=CPU)
+
+
+DETERMINISTIC = (
+    "loss",
+    "squared_error_r_equals_t",
+    "squared_error_r_below_t",
+    "squared_error_v",
+    "dudt_norm",
+    "gradient_norm",
+)
+
+
+def deterministic(found):
+    """The metrics that do not depend on time."""
+    return {name: found[name] for name in DETERMINISTIC}
+
+
+def test_metrics_are_means_over_steps_and_samples():
+    interval, steps = IntervalMetrics(CPU), [metrics(seed, norm=float(seed)) for seed in range(3)]
+    for step in steps:
+        interval.add(step, data_seconds=0.0)
+    trained = state()
+    trained.num_skipped = 2
+    found = interval.read(debug(), trained, step_flops=7.0)
+    sums = dict(zip(SUMS, sum(step.sums for step in steps).tolist(), strict=True))
+    assert found["loss"] == pytest.approx(sums["loss"] / 3)
+    assert found["squared_error_r_equals_t"] == pytest.approx(sums["squared_error_r_equals_t"] / 36)
+    assert found["squared_error_r_below_t"] == pytest.approx(sums["squared_error_r_below_t"] / 12)
+    assert found["squared_error_v"] == pytest.approx(sums["squared_error_v"] / 48)
+    assert found["dudt_norm"] == pytest.approx(sums["dudt_norm"] / 12)
+    assert found["gradient_norm"] == pytest.approx(1.0)
+    assert found["model_flops_per_second"] / found["images_per_second"] == pytest.approx(7.0 / 16)
+    assert found["peak_memory_bytes"] > 1e7
+    assert found["learning_rate"] == debug().optimizer.learning_rate
+    assert found["num_skipped"] == 2.0
+    assert found["ema_distance_0.9"] == 0.0
+
+
+def test_network_without_velocity_head_has_no_velocity_error():
+    interval, step = IntervalMetrics(CPU), metrics(0)
+    step.sums[SUMS.index("squared_error_v")] = 0.0
+    interval.add(step, data_seconds=0.0)
+    assert "squared_error_v" not in interval.read(debug(), state(), 1.0)
+
+
+def test_metrics_of_an_interval_of_skipped_steps_are_finite():
+    interval = IntervalMetrics(CPU)
+    interval.add(metrics(0, norm=float("nan"), skipped=True), data_seconds=0.0)
+    found = interval.read(debug(), state(), 1.0)
+    assert np.isfinite(list(found.values())).all()
+    assert found["loss"] == 0.0
+
+
+def test_skipped_steps_do_not_count():
+    interval, without = IntervalMetrics(CPU), IntervalMetrics(CPU)
+    nonfinite = replace(metrics(1), sums=torch.full((len(SUMS),), float("nan")), skipped=True)
+    for step in (metrics(0), nonfinite, metrics(2)):
+        interval.add(step, data_seconds=0.0)
+        if not step.skipped:
+            without.add(step, data_seconds=0.0)
+    assert deterministic(interval.read(debug(), state(), 1.0)) == deterministic(without.read(debug(), state(), 1.0))
+
+
+def test_resumed_interval_gives_the_same_bits():
+    straight, first = IntervalMetrics(CPU), IntervalMetrics(CPU)
+    for seed in range(6):
+        straight.add(metrics(seed), data_seconds=0.0)
+        if seed < 4:
+            first.add(metrics(seed), data_seconds=0.0)
+    resumed = IntervalMetrics(CPU)
+    resumed.restore(first.state(), rank=0)
+    for seed in (4, 5):
+        resumed.add(metrics(seed), data_seconds=0.0)
+    assert deterministic(resumed.read(debug(), state(), 1.0)) == deterministic(straight.read(debug(), state(), 1.0))
+
+
+def test_rank_0_takes_all_sums_if_the_world_size_has_changed():
+    saved = {"num_steps": 2, "sums": [[1.0] * len(SUMS) + [5.0], [2.0] * len(SUMS) + [5.0]]}
+    first, other = IntervalMetrics(CPU), IntervalMetrics(CPU)
+    first.restore(saved, rank=0)
+    other.restore(saved, rank=1)
+    assert first.state() == {"num_steps": 2, "sums": [[3.0] * len(SUMS) + [5.0]]}
+    assert other.state() == {"num_steps": 2, "sums": [[0.0] * (len(SUMS) + 1)]}
+
+
+def test_each_rank_restores_its_own_sums(monkeypatch):
+    saved = {"num_steps": 2, "sums": [[1.0] * (len(SUMS) + 1), [2.0] * (len(SUMS) + 1)]}
+    second = IntervalMetrics(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "get_world_size", lambda: 2)
+        second.restore(saved, rank=1)
+    assert second.state() == {"num_steps": 2, "sums": saved["sums"][1:]}
+
+
+def test_rates_count_the_steps_of_this_interval_and_process(now):
+    interval = IntervalMetrics(CPU)
+    interval.add(metrics(0), data_seconds=7.0)
+    now[0] += 50.0
+    interval.clear()
+    interval.add(metrics(0), data_seconds=0.5)
+    interval.add(metrics(1, skipped=True), data_seconds=0.5)
+    now[0] += 4.0
+    found = interval.read(debug(), state(), 1.0)
+    assert found["images_per_second"] == pytest.approx(2 * 16 / 4.0)
+    assert found["data_wait_share"] == pytest.approx(0.25)
+    resumed = IntervalMetrics(CPU)
+    resumed.restore({"num_steps": 9, "sums": [[1.0] * (len(SUMS) + 1)]}, rank=0)
+    resumed.add(metrics(0), data_seconds=0.0)
+    now[0] += 4.0
+    assert resumed.read(debug(), state(), 1.0)["images_per_second"] == pytest.approx(16 / 4.0)
+
+
+def test_rates_exclude_pauses(now):
+    interval = IntervalMetrics(CPU)
+    interval.add(metrics(0), data_seconds=0.5)
+    now[0] += 2.0
+    with interval.paused():
+        now[0] += 10.0
+    found = interval.read(debug(), state(), 1.0)
+    assert found["images_per_second"] == pytest.approx(8.0)
+    assert found["data_wait_share"] == pytest.approx(0.25)
+
+
+def test_nonfinite_gradient_is_found_one_step_later():
+    detector = NonfiniteDetector()
+    detector.add(1, metrics(1))
+    detector.add(2, metrics(2, norm=float("nan"), skipped=True))  # skipped steps are ignored
+    detector.add(3, metrics(3, norm=float("inf")))
+    assert detector.first_nonfinite_step is None
+    detector.add(4, metrics(4, norm=float("nan")))
+    assert detector.first_nonfinite_step == 3
+    detector.check()
+    assert detector.first_nonfinite_step == 3
+    settled = NonfiniteDetector()
+    settled.add(7, metrics(7, norm=float("nan")))
+    settled.check()
+    assert settled.first_nonfinite_step == 7

@@ -111,6 +111,6 @@ def test_dry_run_describes_the_training_and_writes_nothing(job, tmp_path):
     text = train_run.dry_run("debug", job)
     assert "optimizer.learning_rate" in text
     assert "an epoch      25.0 steps" in text
-    assert "2: 8 rows each, in 2 passes of 4" in text
+    assert "2: 8 samples each, in 2 passes of 4" in text
     assert "float32, one of 2 shards" in text  # the fewest workers hold the largest shards
     assert not (tmp_path / "runs").exists()

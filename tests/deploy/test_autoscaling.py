@@ -1,26 +1,24 @@
-"""As many replicas as are wanted, by the shipped Serve config, whose waiting times are shortened here."""
+"""Autoscaling with the shipped Serve config and shortened delays."""
 
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from meanflow_core.generator import load_pipeline
-from tests.deploy.test_live import CLASS, SEEDS, Load, wait_for_replicas
 from tests.support.endpoint import running_endpoint, write_generator
+from tests.support.endpoint_load import Load, expected_images, wait_for_replicas
 
-SHIPPED = Path(__file__).parents[2] / "deploy" / "serve.yaml"
+SERVE_CONFIG = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 
 
 @pytest.mark.soak
 @pytest.mark.cluster
-def test_replicas_come_with_the_load_and_go_with_it_and_no_request_is_lost(tmp_path):
+def test_replicas_follow_the_load_and_no_request_is_lost(tmp_path):
     model = write_generator(tmp_path / "first")
-    images = load_pipeline(model).images_from_seeds([CLASS] * len(SEEDS), list(SEEDS)).numpy().astype(int)
+    expected = {"first": expected_images(model)}
     generator = next(
         deployment
-        for deployment in yaml.safe_load(SHIPPED.read_text())["applications"][0]["deployments"]
+        for deployment in yaml.safe_load(SERVE_CONFIG.read_text())["applications"][0]["deployments"]
         if deployment["name"] == "ImageGenerator"
     )
     shortened = {"max_replicas": 2, "target_ongoing_requests": 3, "upscale_delay_s": 1, "downscale_delay_s": 3}
@@ -29,13 +27,11 @@ def test_replicas_come_with_the_load_and_go_with_it_and_no_request_is_lost(tmp_p
     arguments = {"model": str(model), "max_batch_size": 8, "batch_wait_seconds": 0.002}
     with running_endpoint(arguments, [generator], num_cpus=4) as endpoint:
         wait_for_replicas(endpoint, 1)
-        with Load(endpoint.url, {"first": images}, num_callers=8) as load:
+        with Load(endpoint.url, expected, num_clients=8) as heavy:
             wait_for_replicas(endpoint, 2)
-            first = sum(load.kinds.values())
-            while sum(load.kinds.values()) < first + 200:
-                time.sleep(0.05)
-        with Load(endpoint.url, {"first": images}, num_callers=1) as calm:
+            heavy.wait_for_answers(200)
+        with Load(endpoint.url, expected, num_clients=1) as light:
             wait_for_replicas(endpoint, 1)
-    print("more:", dict(load.kinds), "fewer:", dict(calm.kinds))
-    assert load.wrong == calm.wrong == []
-    assert set(load.kinds) == set(calm.kinds) == {(200, "first")}
+    print("scaled up:", dict(heavy.outcomes), "scaled down:", dict(light.outcomes))
+    assert heavy.wrong_images == light.wrong_images == []
+    assert set(heavy.outcomes) == set(light.outcomes) == {(200, "first")}

@@ -190,9 +190,37 @@ class RunningEndpoint:
         )  # fmt: skip
 
 
+def _serve_config(arguments: dict, deployments: list[dict], port: int) -> dict:
+    application = {
+        "name": "meanflow",
+        "route_prefix": "/",
+        "import_path": "deploy.app:build_app",
+        "args": arguments,
+        "deployments": deployments,
+    }
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [application],
+    }
+
+
+def _stop(endpoint: RunningEndpoint) -> None:
+    """Stops `serve run` and every process that it left behind."""
+    processes = endpoint.family()
+    endpoint.server.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        endpoint.server.wait(timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    endpoint.server.kill()
+
+
 @contextlib.contextmanager
 def running_endpoint(
-    arguments: dict | None = None, deployments: list[dict] | None = None, num_cpus: int | None = None
+    arguments: dict | None = None, deployments: list[dict] | None = None, num_cpus: int = 4
 ) -> Iterator[RunningEndpoint]:
     """Starts the endpoint as a user does, on its own Ray cluster. Stops every process in the end."""
     folder = Path(tempfile.mkdtemp(prefix="mfe-", dir="/tmp"))  # Unix sockets require short paths
@@ -200,20 +228,8 @@ def running_endpoint(
     if "model" not in arguments:
         arguments["model"] = str(write_generator(folder / "generator"))
     port, dashboard_port, metrics_port = free_port(0), free_port(0), free_port(0)
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "meanflow",
-                "route_prefix": "/",
-                "import_path": "deploy.app:build_app",
-                "args": arguments,
-                "deployments": deployments or [],
-            }
-        ],
-    }
-    path = folder / "serve.yaml"
+    config = _serve_config(arguments, deployments or [], port)
+    path, log = folder / "serve.yaml", folder / "log"
     path.write_text(yaml.safe_dump(config))
     environment = {
         **os.environ,
@@ -224,13 +240,12 @@ def running_endpoint(
     }
     # `ray.init` starts a head on the chosen ports; `serve run` joins it.
     program = (
-        "import ray, sys, runpy; "
-        f"ray.init(num_cpus={num_cpus or 4}, include_dashboard=True, dashboard_port={dashboard_port}, "
+        "import ray, sys; "
+        f"ray.init(num_cpus={num_cpus}, include_dashboard=True, dashboard_port={dashboard_port}, "
         f"_metrics_export_port={metrics_port}, object_store_memory=150 * 2**20, log_to_driver=True); "
         f"sys.argv = ['serve', 'run', {str(path)!r}]; "
         "from ray.serve.scripts import cli; cli()"
     )
-    log = folder / "log"
     with open(log, "wb") as output:
         server = subprocess.Popen(
             [sys.executable, "-c", program], cwd=folder, env=environment, stdout=output, stderr=output,
@@ -244,13 +259,5 @@ def running_endpoint(
         running.wait_until(lambda status, _: status == 200)
         yield running
     finally:
-        processes = running.family()
-        server.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(timeout=60)
-        _, alive = psutil.wait_procs(processes, timeout=20)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        server.kill()
+        _stop(running)
         shutil.rmtree(folder, ignore_errors=True)

@@ -147,7 +147,6 @@ class RunningEndpoint:
     server: subprocess.Popen
     folder: Path
     config: dict
-    environment: dict[str, str]
     dashboard: str
     log: Path
     metrics_port: int
@@ -181,13 +180,11 @@ class RunningEndpoint:
         raise AssertionError(f"not within {seconds} s; the log ends with {self.log.read_text()[-4000:]}")
 
     def deploy(self, config: dict) -> None:
-        """Applies another configuration with `serve deploy`."""
-        path = self.folder / "next.yaml"
-        path.write_text(yaml.safe_dump(config))
-        subprocess.run(
-            [str(Path(sys.executable).with_name("serve")), "deploy", str(path), "--address", self.dashboard],
-            env=self.environment, check=True, capture_output=True, timeout=60,
-        )  # fmt: skip
+        """Applies another configuration through the API that `serve deploy` calls."""
+        headers = {"content-type": "application/json"}
+        url = f"{self.dashboard}/api/serve/applications/"
+        request = urllib.request.Request(url, json.dumps(config).encode(), headers, method="PUT")
+        urllib.request.urlopen(request, timeout=60).close()
 
 
 def _serve_config(arguments: dict, deployments: list[dict], port: int) -> dict:
@@ -252,7 +249,7 @@ def running_endpoint(
             start_new_session=True,
         )  # fmt: skip
     running = RunningEndpoint(
-        f"http://127.0.0.1:{port}", server, folder, config, environment, f"http://127.0.0.1:{dashboard_port}", log,
+        f"http://127.0.0.1:{port}", server, folder, config, f"http://127.0.0.1:{dashboard_port}", log,
         metrics_port,
     )  # fmt: skip
     try:

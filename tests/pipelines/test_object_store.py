@@ -29,30 +29,37 @@ def upload(folder, uri):
         storage.write_bytes(filesystem, f"{root}/{path.relative_to(folder)}", path.read_bytes())
 
 
+@pytest.fixture(scope="module")
+def local(image_root, tmp_path_factory):
+    """The same images encoded on a local disk."""
+    output = tmp_path_factory.mktemp("local") / "latents"
+    encode_here(encode_job(image_root / "val", output, limit=10))
+    return output
+
+
 @pytest.mark.parametrize("form", ["folders", "webdataset"])
-def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_path, form):
+def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_path, local, form):
     if form == "folders":
         upload(image_root / "val", f"{bucket}/{form}/images")
     else:
         write_tar(tmp_path / "tars/train-0.tar", as_samples(images_of(image_root / "val")))
         upload(tmp_path / "tars", f"{bucket}/{form}/images")
     output = f"{bucket}/{form}/latents"
-    manifest = encode_here(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=16))
-    assert manifest.shard_rows == [16, 16, 8]
-    encode_here(encode_job(image_root / "val", tmp_path / "local"))
-    store = open_latents(output, str(tmp_path / "cache"))
-    assert_same(output, tmp_path / "local")
+    manifest = encode_here(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10))
+    assert manifest.shard_rows == [4, 4, 2]
+    latents = open_latents(output, str(tmp_path / "cache"))
+    assert_same(output, local)
     filesystem, root = storage.open_storage(output)
-    assert len(store) == 40
+    assert len(latents) == 10
     assert pq.read_table(f"{root}/rejected.parquet", filesystem=filesystem).num_rows == 0
-    report = check(CheckJob(data=output, figure=tmp_path / "check.png"))
+    report = check(CheckJob(data=output, figure=tmp_path / "check.png", num_samples=1))
     assert report.problems == []
 
     # Only missing files are written again.
     filesystem.delete_file(f"{root}/manifest.json")
     filesystem.delete_file(f"{root}/{shard_name(1)}")
     before = filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime
-    assert encode_here(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=16)) == manifest
+    assert encode_here(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10)) == manifest
     assert filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime == before
 
 

@@ -1,10 +1,10 @@
-"""How many latents a second training can be given in random order, beside how public trainers keep them.
+"""Latents per second in random order, compared with the storage of public MeanFlow trainers.
 
     python tests/benchmarks/ingest.py --json ingest.json
 
-Moments of ImageNet's shape (8x32x32 float16), batches of 256 rows as tensors, everything in the page cache. Ours: the
-mapped shards of a node's copy, in one process. Theirs: a `torch.save` file per image (the authors' MeanFlow), and LMDB
-with pickled records (zhuyu-cs/MeanFlow), each through a `DataLoader` with two workers.
+Moments of ImageNet's shape (8x32x32 float16) in batches of 256, all in the page cache. Ours: the memory-mapped shards of
+a node's copy, in one process. Theirs: one `torch.save` file per image (the authors' MeanFlow), and LMDB with pickled
+records (zhuyu-cs/MeanFlow), each through a `DataLoader` with two workers.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines import storage
 from pipelines.latents.cache import open_latents
-from pipelines.latents.manifest import EncodingRecipe, Manifest, shard_name
+from pipelines.latents.manifest import EncodingRecipe, Manifest, shard_name, write_manifest
 from pipelines.latents.sample_order import samples_of_step
 from pipelines.latents.shards import read_shard_bytes, shard_bytes
 
@@ -32,7 +32,7 @@ SHAPE, BATCH, ROWS_PER_SHARD = (8, 32, 32), 256, 512
 
 
 class FilePerImage(Dataset):
-    """A file of torch.save for every image."""
+    """One torch.save file per image."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self._paths = [folder / f"{index:08d}.pt" for index in range(count)]
@@ -46,7 +46,7 @@ class FilePerImage(Dataset):
 
 
 class PickledRecords(Dataset):
-    """LMDB with a pickled record for every image, opened by each worker for itself."""
+    """LMDB with one pickled record per image. Each worker opens it once."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self._folder, self._count = folder, count
@@ -64,7 +64,7 @@ class PickledRecords(Dataset):
 
 
 def write_all(folder: Path, count: int) -> Manifest:
-    """The same latents in all three forms."""
+    """Writes the same latents in all three formats."""
     generator = np.random.default_rng(0)
     (folder / "files").mkdir()
     hashes = []
@@ -91,13 +91,13 @@ def write_all(folder: Path, count: int) -> Manifest:
         recipe=recipe, num_samples=count, num_rejected=0, shard_rows=[ROWS_PER_SHARD] * len(hashes),
         shard_sha256=hashes, class_names=[str(label) for label in range(1000)], wnids=[""] * 1000, source="none",
     )  # fmt: skip
-    (folder / "latents/manifest.json").write_text(manifest.to_json())
+    write_manifest(str(folder / "latents"), manifest)
     return manifest
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Rows per second of each, as the median over epochs that take turns."""
-    count = arguments.rows // ROWS_PER_SHARD * ROWS_PER_SHARD
+    """Samples per second of each format: median over interleaved epochs."""
+    count = arguments.samples // ROWS_PER_SHARD * ROWS_PER_SHARD
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_all(folder, count)
@@ -122,15 +122,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
             for kind, batches in epochs.items():
                 began = time.perf_counter()
                 rows = sum(len(moments) for moments, _ in batches())
-                if epoch:  # the first starts the workers and fills the page cache
+                if epoch:  # the first epoch starts the workers and fills the page cache
                     rates[kind].append(rows / (time.perf_counter() - began))
-    figures = {f"{kind}_rows_per_second": statistics.median(values) for kind, values in rates.items()}
-    fastest = max(figures["file_per_image_rows_per_second"], figures["lmdb_pickles_rows_per_second"])
-    return {**figures, "ours_over_the_faster": figures["ours_rows_per_second"] / fastest}
+    figures = {f"{kind}_samples_per_second": statistics.median(values) for kind, values in rates.items()}
+    fastest = max(figures["file_per_image_samples_per_second"], figures["lmdb_pickles_samples_per_second"])
+    return {**figures, "ours_over_the_faster": figures["ours_samples_per_second"] / fastest}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--samples", type=int, default=8192)
     parser.add_argument("--epochs", type=int, default=5)
     main(measure, {"ours_over_the_faster": (">=", 5.0)}, parser)

@@ -1,9 +1,9 @@
-"""In which files latents are read fastest: whole, as the encode stage's checks do, and row by row, as training does.
+"""Speed of file formats for latents: reading whole files, as checks do, and random samples, as training does.
 
     python tests/benchmarks/layout.py --json layout.json
 
-Rows of ImageNet's shape (8x32x32 float16 moments of one image), 512 a file, as the encode stage writes them. Everything
-is in the page cache; random access is in batches of 256 rows of all files. Ratios are to the shards as they are.
+Samples of ImageNet's shape (8x32x32 float16), 512 per file as the encode stage writes them, all in the page cache. Random
+access reads batches of 256 samples from all files. Ratios are relative to the shards' format, arrow_tensor.
 """
 
 import argparse
@@ -24,7 +24,7 @@ NAMES = ("arrow_tensor", "parquet_tensor", "parquet_bytes", "npy")
 
 
 def write(folder: Path, name: str, number: int, moments: np.ndarray) -> Path:
-    """A file of one of the layouts."""
+    """Writes a file in one of the formats."""
     path = folder / f"{name}-{number}"
     labels = np.zeros(len(moments), np.int32)
     if name == "arrow_tensor":
@@ -45,7 +45,7 @@ def write(folder: Path, name: str, number: int, moments: np.ndarray) -> Path:
 
 
 def read_whole(name: str, path: Path) -> np.ndarray:
-    """All moments of a file, (N, *SHAPE)."""
+    """Reads all moments of a file, (N, *SHAPE)."""
     if name == "arrow_tensor":
         return read_shard(fs.LocalFileSystem(), str(path)).moments
     if name == "npy":
@@ -57,7 +57,7 @@ def read_whole(name: str, path: Path) -> np.ndarray:
 
 
 def row_reader(name: str, paths: list[Path]) -> Callable[[np.ndarray], np.ndarray]:
-    """rows (B,) of all files together -> moments (B, *SHAPE)."""
+    """Returns a function from sample indices (B,) over all files to moments (B, *SHAPE)."""
     if name in ("arrow_tensor", "npy"):
         if name == "npy":
             files = [np.load(path, mmap_mode="r") for path in paths]
@@ -74,7 +74,7 @@ def row_reader(name: str, paths: list[Path]) -> Callable[[np.ndarray], np.ndarra
 
     def read_groups(rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), *SHAPE), np.float16)
-        places = rows // 256  # its row group, of all
+        places = rows // 256  # row group over all files
         for place in np.unique(places):
             group = opened[place * 256 // ROWS].read_row_group(int(place % (ROWS // 256)), columns=["moments"])
             column = group["moments"].combine_chunks()
@@ -89,7 +89,7 @@ def row_reader(name: str, paths: list[Path]) -> Callable[[np.ndarray], np.ndarra
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Rows per second of each layout, and ratios to the shards'."""
+    """Samples per second of each format, and ratios to the shards' format."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
@@ -110,8 +110,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         randoms: dict[str, Callable[[], object]] = {name: lambda name=name: readers[name](rows) for name in NAMES}
         whole, random = interleaved_medians(wholes, arguments.rounds), interleaved_medians(randoms, arguments.rounds)
         figures = {f"{name}_megabytes": paths[name][0].stat().st_size / 1e6 for name in NAMES}
-    figures |= {f"{name}_whole_rows_per_second": arguments.files * ROWS / whole[name] for name in NAMES}
-    figures |= {f"{name}_random_rows_per_second": BATCH / random[name] for name in NAMES}
+    figures |= {f"{name}_whole_samples_per_second": arguments.files * ROWS / whole[name] for name in NAMES}
+    figures |= {f"{name}_random_samples_per_second": BATCH / random[name] for name in NAMES}
     for kind, seconds in (("whole", whole), ("random", random)):
         for name in NAMES[1:]:
             figures[f"shards_over_{name}_{kind}"] = seconds[name] / seconds["arrow_tensor"]
@@ -120,7 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--files", type=int, default=16, help="of 512 rows")
+    parser.add_argument("--files", type=int, default=16, help="files of 512 samples")
     parser.add_argument("--rounds", type=int, default=7)
     main(
         measure,

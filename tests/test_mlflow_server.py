@@ -239,7 +239,7 @@ def test_training_without_the_password_is_refused_before_it_starts(deployment, s
     training = start("refused", environment)
     log = training.finish(code=2)
     [error] = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert f"{deployment.server.uri} does not know who asks; set MLFLOW_TRACKING_USERNAME" in error
+    assert f"MLflow at {deployment.server.uri} requires a login; set MLFLOW_TRACKING_USERNAME" in error
     assert "Traceback" not in log
     assert not training.folder.exists()
     experiment = as_user("admin").get_experiment_by_name("meanflow-ray")

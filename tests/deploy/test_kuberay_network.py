@@ -3,7 +3,9 @@
 import ipaddress
 from dataclasses import dataclass, field
 
-from tests.support.kubernetes import STAGES, of_kind, pods
+import pytest
+
+from tests.support.kubernetes import KUBERAY, STAGES, of_kind, pods, render
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,12 @@ STRANGER = Place("default")
 INGRESS = Place("ingress-nginx")
 PROMETHEUS = Place("monitoring")
 DNS = Place("kube-system", {"k8s-app": "kube-dns"})
+
+
+@pytest.fixture(scope="module")
+def manifests() -> list[dict]:
+    """The base's documents; no overlay changes these parts."""
+    return render(KUBERAY / "base")
 
 
 def places(documents: list[dict]) -> dict[str, Place]:
@@ -65,8 +73,8 @@ def _selects(selector: dict, labels: dict[str, str]) -> bool:
     )
 
 
-def test_policies_allow_what_the_stages_need(overlay):
-    policies, at = of_kind(overlay, "NetworkPolicy"), places(overlay)
+def test_policies_allow_what_the_stages_need(manifests):
+    policies, at = of_kind(manifests, "NetworkPolicy"), places(manifests)
     needed = [
         (OPERATOR, at["serve head"], 8000),
         (INGRESS, at["serve gpu"], 8000),
@@ -84,8 +92,8 @@ def test_policies_allow_what_the_stages_need(overlay):
         assert is_allowed(policies, source, target, port), (source, target, port)
 
 
-def test_policies_refuse_everything_else(overlay):
-    policies, at = of_kind(overlay, "NetworkPolicy"), places(overlay)
+def test_policies_refuse_everything_else(manifests):
+    policies, at = of_kind(manifests, "NetworkPolicy"), places(manifests)
     refused = [(at["train gpu"], STRANGER, 443)]
     for stage in STAGES:
         for target in (at[f"{stage} head"], at[f"{stage} gpu"]):
@@ -106,8 +114,8 @@ def test_policies_refuse_everything_else(overlay):
         assert not is_allowed(policies, source, target, port), (source, target, port)
 
 
-def test_traffic_to_the_internet_excludes_private_addresses(overlay):
-    rules = [rule for policy in of_kind(overlay, "NetworkPolicy") for rule in policy["spec"].get("egress", [])]
+def test_traffic_to_the_internet_excludes_private_addresses(manifests):
+    rules = [rule for policy in of_kind(manifests, "NetworkPolicy") for rule in policy["spec"].get("egress", [])]
     blocks = [peer["ipBlock"] for rule in rules for peer in rule.get("to", []) if "ipBlock" in peer]
     assert [block["cidr"] for block in blocks] == ["0.0.0.0/0"] * 2
     for block in blocks:

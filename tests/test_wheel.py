@@ -19,6 +19,7 @@ from tests.support.environments import PACKAGES, Environment, command_modules, c
 from tests.support.readme import REPOSITORY, text_of
 
 PROJECT = tomllib.loads(text_of("pyproject.toml"))["project"]
+SLOW_IMPORTS = {"diffusers", "matplotlib", "mlflow", "pandas", "ray", "torch", "transformers"}
 NOT_PACKED = {"deploy/Dockerfile"}  # it copies the repository, so it builds nowhere else
 
 
@@ -115,9 +116,13 @@ def installed(wheel, tmp_path_factory) -> Environment:
 @pytest.mark.soak
 @pytest.mark.timeout(2400)  # of which the installation takes most
 @pytest.mark.parametrize("module", command_modules())
-def test_every_command_of_the_installed_wheel_prints_its_usage(installed, module):
-    usage = re.sub(r"\x1b\[[\d;]*m", "", installed.help_of(module)).strip()
+def test_every_command_of_the_installed_wheel_prints_its_usage_quickly(installed, module):
+    output = installed.run("python", "-X", "importtime", "-m", module, "--help", timeout_seconds=120)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", output).strip().splitlines()
+    usage = "\n".join(line for line in lines if not line.startswith("import time:")).strip()
     assert usage.startswith(f"usage: python -m {module} ")
+    imported = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    assert not imported & SLOW_IMPORTS  # --help takes at most 2 s of CPU
 
 
 @pytest.mark.soak

@@ -13,9 +13,9 @@ import yaml
 from mlflow import MlflowClient
 
 from pipelines.demo import images
-from pipelines.demo.__main__ import free_port
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.judge import SHIPPED_JUDGE
+from pipelines.demo.serving import free_port
 from tests.support.endpoint import fetch
 from tests.support.mlflow_server import Server
 from tests.support.readme import REPOSITORY, commands

@@ -33,7 +33,7 @@ from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
 from pipelines import storage
 from pipelines.demo import images
-from pipelines.demo.__main__ import fetch, free_port, wait_until_healthy
+from pipelines.demo.serving import fetch, free_port, wait_until_ready
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import read_manifest
 from pipelines.train.batches import BatchSource
@@ -324,7 +324,7 @@ def test_serve_answers_with_the_image_of_class_and_seed(trained, workspace, tmp_
         )  # fmt: skip
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, server)
+        wait_until_ready(url, server)
         curl = shlex.split(next(line for line in commands("stages") if line.startswith("curl")))
         body = json.loads(curl[curl.index("-d") + 1])
         status, content_type, content = fetch(f"{url}/generate", body)

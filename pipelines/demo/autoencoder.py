@@ -1,7 +1,7 @@
-"""Trains the demo's autoencoder: an `AutoencoderKL` small enough to ship, with ImageNet's factor of 8 (64x64 -> 4x8x8).
+"""Trains the demo's autoencoder: a small `AutoencoderKL` that downsamples by 8 (64x64 -> 4x8x8).
 
-The result lies in pipelines/demo/autoencoder_weights/ in the repository; `python -m pipelines.demo.autoencoder --output DIR`
-makes it again. It is trained on drawn images of a split of its own, and judged on held-out ones.
+The repository ships the result in pipelines/demo/autoencoder_weights/; `python -m pipelines.demo.autoencoder --output DIR`
+reproduces it. It is trained on its own split of drawn images and measured on held-out ones.
 """
 
 import logging
@@ -28,26 +28,26 @@ SHIPPED_AUTOENCODER = Path(__file__).parent / "autoencoder_weights"
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTraining:
-    """How the demo's autoencoder is trained."""
+    """Train the demo's autoencoder."""
 
     output: Path
     """Folder to write: config.json, diffusion_pytorch_model.safetensors, README.md (the model card)."""
     num_images: int = 30_000
-    """Drawn training images, taken in turn."""
+    """Drawn training images."""
     num_steps: int = 5_000
     """Optimiser steps."""
     batch_size: int = 24
     """Images per step."""
     learning_rate: float = 2e-3
-    """Peak of AdamW's learning rate; 100 steps of warm-up, then a cosine down to zero."""
+    """Peak learning rate of AdamW, with 100 warm-up steps and cosine decay to zero."""
     l1_weight: float = 0.1
-    """Weight of the absolute error beside the squared one."""
+    """Weight of the absolute error, relative to the squared one."""
     kl_weight: float = 1e-6
-    """Weight of the posterior's divergence from a standard normal, per latent value."""
+    """Weight of the KL divergence of the posterior from a standard normal, per latent value."""
     num_held_out: int = 1_000
     """Held-out images for the PSNR."""
     seed: int = 0
-    """Of the initialisation, the order and the posterior noise."""
+    """Seed of the initialisation, the order and the posterior noise."""
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -82,7 +82,7 @@ def latent_statistics(
 
 
 def train(config: AutoencoderTraining) -> tuple[AutoencoderKL, float]:
-    """Trains and returns the autoencoder, its latent statistics in its config, and its held-out PSNR in dB."""
+    """Trains the autoencoder, with its latent statistics in its config; returns it and its held-out PSNR in dB."""
     torch.manual_seed(config.seed)
     pixels = torch.from_numpy(images.draw_many("autoencoder", 0, config.num_images)[0])
     held_out = torch.from_numpy(images.draw_many("val", 0, config.num_held_out)[0])
@@ -122,12 +122,12 @@ def model_card(config: AutoencoderTraining, vae: AutoencoderKL, psnr: float, sec
     return f"""# The demo's autoencoder
 
 A diffusers `AutoencoderKL` for the synthetic demo images of this project (`pipelines/demo/images.py`), and for nothing
-else: 3x64x64 -> 4x8x8, {num_parameters:,} parameters. Real images want a real one (`--vae stabilityai/sd-vae-ft-mse`).
+else: 3x64x64 -> 4x8x8, {num_parameters:,} parameters. Use another one for real images (`--vae stabilityai/sd-vae-ft-mse`).
 
 | | |
 |---|---|
-| made by | `python -m pipelines.demo.autoencoder --output DIR --num-steps {config.num_steps}` |
-| trained on | {config.num_images:,} drawn images of a split that no other stage sees |
+| command | `python -m pipelines.demo.autoencoder --output DIR --num-steps {config.num_steps}` |
+| trained on | {config.num_images:,} drawn images of a split that no other stage uses |
 | time | {format_seconds(seconds)} on 2 CPU cores |
 | held-out PSNR | {psnr:.2f} dB over {config.num_held_out:,} images of the `val` split |
 | latent statistics | `latents_mean` and `latents_std` in config.json, over 4,000 training images |
@@ -136,7 +136,7 @@ else: 3x64x64 -> 4x8x8, {num_parameters:,} parameters. Real images want a real o
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     config = parse_command_line(AutoencoderTraining, __doc__)
     storage.output_location(str(config.output), "--output")
     began = time.monotonic()

@@ -1,15 +1,15 @@
 """The demo's images: ten drawn shapes, each a pure function of (split, index).
 
-They are synthetic, and made to be learnt in minutes on two CPU cores while leaving something to learn: position, size,
-rotation, colour and background vary within a class, and none of them tells the class. Every shape covers the same
-area, so neither does the mean or the spread of an image's colours. Every factor's distribution is symmetric under
-mirroring, because training uses each image and its mirror image.
+A model learns them in minutes on two CPU cores, but not trivially: position, size, rotation, colour and background vary
+within a class and are independent of it. Every shape covers the same area, so the mean and the spread of an image's colours
+are independent of the class, too. Every factor's distribution is symmetric under mirroring, because training uses each image
+and its mirror image.
 
-Written as JPEG in ImageNet's folder layout, so that the encode stage reads them as it reads ImageNet:
+The images are JPEGs in ImageNet's folder layout, so that the encode stage reads them as it reads ImageNet:
 
     root/train/d0000003/d0000003_13.JPEG
     root/val/d0000003/d0000003_3.JPEG
-    root/LOC_synset_mapping.txt             "d0000003 cross", one line a class, as Kaggle's ImageNet has it
+    root/LOC_synset_mapping.txt             "d0000003 cross", a line per class, as in Kaggle's ImageNet
 """
 
 import colorsys
@@ -30,11 +30,11 @@ from pipelines.progress import Progress
 logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = 64
-# The reader's class order is that of the sorted folder names, which is this one.
+# In the order of the sorted folder names, which is the reader's order of classes.
 CLASS_NAMES = ("arrow", "circle", "crescent", "cross", "flower", "heart", "ring", "square", "star", "triangle")
-# Each consumer has a split of its own: no image is drawn for two of them.
+# Each consumer has its own split; splits share no image.
 SPLITS = ("train", "val", "autoencoder", "judge")
-# Equal-area radius: a shape covers as much as a disc of this radius, in half image widths.
+# Radius of the disc with the area of the shape, in half image widths.
 RADIUS = (0.42, 0.52)
 MAX_SHIFT = 0.15  # of the half width, along each axis
 MAX_ROTATION_DEGREES = 20.0
@@ -44,12 +44,12 @@ Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def wnid(label: int) -> str:
-    """The folder name of a class: WordNet-like, but with a "d" so that nobody takes it for a real one."""
+    """Folder name of a class: like a WordNet id, but with a "d" to avoid confusion with real ones."""
     return f"d{label:07d}"
 
 
 def _polygon(corners: np.ndarray) -> Shape:
-    """Signed distance to a simple polygon with the given corners (K, 2), negative inside."""
+    """Signed distance to a simple polygon with corners (K, 2); negative inside."""
 
     def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         nearest = np.full(x.shape, np.inf)
@@ -72,7 +72,7 @@ def _star_corners(points: int, inner_radius: float) -> np.ndarray:
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Two discs' upper halves on a square standing on its corner; exact outside and inside by case.
+    # The upper halves of two discs on a square rotated by 45 degrees; exact outside and inside.
     x, y = np.abs(x), y + 0.6
     lobe = np.hypot(x - 0.25, y - 0.75) - np.sqrt(2.0) / 4.0
     diagonal = np.maximum(x + y, 0.0) / 2.0
@@ -81,21 +81,21 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _flower(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Five petals, r = 0.68 + 0.32 cos(5 (angle - 90 degrees)): the radial gap over the curve's slope, right to first
-    # order at the edge, which is where antialiasing reads it.
+    # Five petals, r = 0.68 + 0.32 cos(5 (angle - 90 degrees)): the radial distance over the norm of the gradient. Correct to
+    # first order at the edge, where antialiasing evaluates it.
     radius, angle = np.hypot(x, y), np.arctan2(y, x) - np.pi / 2
     slope = -1.6 * np.sin(5 * angle) / np.maximum(radius, 0.2)
     return (radius - 0.68 - 0.32 * np.cos(5 * angle)) / np.hypot(1.0, slope)
 
 
 _ARROW_CORNERS = np.array([(0.0, 1.0), (0.8, 0.1), (0.32, 0.1), (0.32, -0.9), (-0.32, -0.9), (-0.32, 0.1), (-0.8, 0.1)])
-_CROSS_ARM = [(-0.3, 0.3), (-0.3, 1.0), (0.3, 1.0)]  # turned by 90 degrees four times
+_CROSS_ARM = [(-0.3, 0.3), (-0.3, 1.0), (0.3, 1.0)]  # rotated four times by 90 degrees
 _CROSS_CORNERS = np.array(
     [corner for turn in range(4) for corner in np.array(_CROSS_ARM) @ np.linalg.matrix_power([[0, -1], [1, 0]], turn)]
 )
 _SQUARE_CORNERS = np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)])
 
-# Any size will do here: `shape_scale` brings all of them to the same area.
+# Of any size: `shape_scale` normalises all of them to the same area.
 SHAPES: dict[str, Shape] = {
     "arrow": _polygon(_ARROW_CORNERS),
     "circle": lambda x, y: np.hypot(x, y) - 1.0,
@@ -112,7 +112,7 @@ SHAPES: dict[str, Shape] = {
 
 @functools.cache
 def shape_scale(name: str) -> float:
-    """The factor by which a shape's coordinates are divided so that it covers the area of a unit disc."""
+    """Divisor of a shape's coordinates that gives it the area of the unit disc."""
     axis = np.linspace(-2.0, 2.0, 801)
     x, y = np.meshgrid(axis, axis)
     area = float(np.count_nonzero(SHAPES[name](x, y) < 0)) * (axis[1] - axis[0]) ** 2
@@ -128,33 +128,33 @@ def _gradient(
 
 @dataclass(frozen=True)
 class Factors:
-    """What varies within a class: none of it tells the class."""
+    """Factors of variation within a class, independent of it."""
 
     shift_x: float
-    """Of the shape's centre, in half image widths."""
+    """Horizontal shift of the shape's centre, in half image widths."""
     shift_y: float
-    """The same, upwards."""
+    """Vertical shift, upwards."""
     rotation: float
-    """Radians."""
+    """In radians."""
     radius: float
-    """Of the disc of the shape's area, in half image widths."""
+    """Radius of the disc with the shape's area, in half image widths."""
     hue: float
-    """Of the shape, in turns."""
+    """Hue of the shape, in turns."""
     hue_change: float
-    """Along the shape's gradient."""
+    """Change of hue along the shape's gradient."""
     saturation: float
-    """Of the shape."""
+    """Saturation of the shape."""
     angle: float
     """Direction of the shape's gradient in radians."""
     background_hue: float
-    """In turns."""
+    """Hue of the background, in turns."""
     background_hue_change: float
-    """Along the background's gradient."""
+    """Change of hue along the background's gradient."""
     background_angle: float
     """Direction of the background's gradient in radians."""
 
     def as_targets(self) -> np.ndarray:
-        """float32 (13,), each of mean 0 and of the order of 1; circular ones as cosine and sine. For a judge to learn."""
+        """Regression targets for the judge: float32 (13,), of mean 0 and order 1; angles and hues as cosine and sine."""
         turns = np.array([2 * np.pi * self.hue, 2 * np.pi * self.background_hue, self.angle, self.background_angle])
         middle, half = (RADIUS[0] + RADIUS[1]) / 2, (RADIUS[1] - RADIUS[0]) / 2
         plain = [
@@ -168,7 +168,7 @@ class Factors:
 
 
 def factors(split: str, index: int) -> Factors:
-    """The factors of image `index` of a split. Raises ValueError for an unknown split."""
+    """Factors of image `index` of a split. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     random = np.random.default_rng([SPLITS.index(split), index])
@@ -186,31 +186,31 @@ def factors(split: str, index: int) -> Factors:
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, int]:
-    """Draws image `index` of a split: uint8 RGB (64, 64, 3), and its label, which is index mod 10.
+    """Draws image `index` of a split: uint8 RGB (64, 64, 3), and its label, index mod 10.
 
     Raises ValueError for an unknown split.
     """
     label = index % len(CLASS_NAMES)
     name = CLASS_NAMES[label]
-    of = factors(split, index)
+    f = factors(split, index)
 
     half_pixel = 1.0 / IMAGE_SIZE
     axis = np.linspace(-1.0 + half_pixel, 1.0 - half_pixel, IMAGE_SIZE)
     x, y = np.meshgrid(axis, -axis)  # y upwards
     background = _gradient(
-        colorsys.hsv_to_rgb(of.background_hue, 0.55, 0.34),
-        colorsys.hsv_to_rgb(of.background_hue + of.background_hue_change, 0.65, 0.10),
-        of.background_angle, x, y,
+        colorsys.hsv_to_rgb(f.background_hue, 0.55, 0.34),
+        colorsys.hsv_to_rgb(f.background_hue + f.background_hue_change, 0.65, 0.10),
+        f.background_angle, x, y,
     )  # fmt: skip
     fill = _gradient(
-        colorsys.hsv_to_rgb(of.hue, of.saturation, 1.0),
-        colorsys.hsv_to_rgb(of.hue + of.hue_change, of.saturation, 0.78),
-        of.angle, 2 * x, 2 * y,
+        colorsys.hsv_to_rgb(f.hue, f.saturation, 1.0),
+        colorsys.hsv_to_rgb(f.hue + f.hue_change, f.saturation, 0.78),
+        f.angle, 2 * x, 2 * y,
     )  # fmt: skip
 
-    scale = of.radius * shape_scale(name)
-    dx, dy = (x - of.shift_x) / scale, (y - of.shift_y) / scale
-    cos, sin = np.cos(of.rotation), np.sin(of.rotation)
+    scale = f.radius * shape_scale(name)
+    dx, dy = (x - f.shift_x) / scale, (y - f.shift_y) / scale
+    cos, sin = np.cos(f.rotation), np.sin(f.rotation)
     distance = SHAPES[name](cos * dx + sin * dy, cos * dy - sin * dx) * scale
     coverage = np.clip(0.5 - distance / (2.0 * half_pixel), 0.0, 1.0)[..., None]  # one pixel of antialiasing
     image = background * (1.0 - coverage) + fill * coverage
@@ -228,13 +228,13 @@ def _write_range(job: tuple[Path, str, int, int]) -> int:
     for index in range(start, stop):
         image, label = draw(split, index)
         path = root / split / wnid(label) / f"{wnid(label)}_{index}.JPEG"
-        # Full chroma resolution: subsampled colour edges would cost the autoencoder more than anything else here.
+        # No chroma subsampling: blurred colour edges would dominate the autoencoder's error.
         Image.fromarray(image).save(path, quality=95, subsampling=0)
     return stop - start
 
 
 def write_folder(root: Path, num_train: int, num_val: int, num_processes: int = 2) -> None:
-    """Writes train/ and val/ JPEG folders and LOC_synset_mapping.txt under `root`; existing files are overwritten."""
+    """Writes train/, val/ and LOC_synset_mapping.txt under `root`, and overwrites existing files."""
     for split in ("train", "val"):
         for label in range(len(CLASS_NAMES)):
             (root / split / wnid(label)).mkdir(parents=True, exist_ok=True)
@@ -247,11 +247,11 @@ def write_folder(root: Path, num_train: int, num_val: int, num_processes: int = 
         for split, count in (("train", num_train), ("val", num_val))
         for start in range(0, count, chunk)
     ]
-    progress, done = Progress(logger, "drew", "images", num_train + num_val), 0
+    progress, num_written = Progress(logger, "drew", "images", num_train + num_val), 0
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
         for written in pool.imap_unordered(_write_range, jobs):
-            done += written
-            progress.update(done)
+            num_written += written
+            progress.update(num_written)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,11 +265,11 @@ class DrawImages:
     num_val: int = 1000
     """Held-out images."""
     num_processes: int = 2
-    """Processes that draw."""
+    """Number of processes that draw."""
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     config = parse_command_line(DrawImages, __doc__)
     output = Path(storage.output_location(str(config.output), "--output"))
     write_folder(output, config.num_train, config.num_val, config.num_processes)

@@ -1,7 +1,7 @@
-"""Trains the demo's judge on drawn images that neither the autoencoder nor the generator sees.
+"""Trains the demo's judge, a small classifier, on drawn images that neither the autoencoder nor the generator uses.
 
-The result lies in pipelines/demo/judge_weights/ in the repository, fixed, so that figures of different days compare;
-`python -m pipelines.demo.judge --output DIR` makes it again.
+The repository ships the result in pipelines/demo/judge_weights/, so that figures stay comparable;
+`python -m pipelines.demo.judge --output DIR` reproduces it.
 """
 
 import logging
@@ -28,7 +28,7 @@ SHIPPED_JUDGE = Path(__file__).parent / "judge_weights"
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeTraining:
-    """How the demo's judge is trained."""
+    """Train the demo's judge."""
 
     output: Path
     """Folder to write."""
@@ -39,11 +39,11 @@ class JudgeTraining:
     batch_size: int = 64
     """Images per step."""
     learning_rate: float = 2e-3
-    """Peak of AdamW's rate, with a cosine down to zero."""
+    """Peak learning rate of AdamW, with cosine decay to zero."""
     num_held_out: int = 1_000
     """Held-out images for the accuracy."""
     seed: int = 0
-    """Of the initialisation and the order."""
+    """Seed of the initialisation and the order."""
 
 
 def _factors(split: str, count: int) -> torch.Tensor:
@@ -52,16 +52,16 @@ def _factors(split: str, count: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How well a judge knows images that it has not seen."""
+    """Performance of a judge on held-out images."""
 
     accuracy: float
-    """Share of right classes."""
+    """Fraction of correct classes."""
     explained: float
-    """Share of the factors' variance that it reads off."""
+    """Fraction of the factors' variance that it explains."""
 
 
 def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
-    """Trains and returns the judge and what it knows of held-out images."""
+    """Trains the judge; returns it and its performance on held-out images."""
     torch.manual_seed(config.seed)
     pixels, labels = (torch.from_numpy(array) for array in images.draw_many("judge", 0, config.num_images))
     factors = _factors("judge", config.num_images)
@@ -75,7 +75,7 @@ def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
     for step in range(config.num_steps):
         rows = torch.randint(len(pixels), (config.batch_size,))
         x = to_float_images(pixels[rows]).to(memory_format=torch.channels_last)
-        # A little noise, or it would read JPEG's and decoders' traces.
+        # A little noise keeps it from learning the artefacts of JPEG and of the decoder.
         _, logits, guesses = judge(x + 0.03 * torch.randn_like(x))
         loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05) + F.mse_loss(guesses, factors[rows])
         optimizer.zero_grad(set_to_none=True)
@@ -84,16 +84,16 @@ def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
         schedule.step()
         progress.update(step + 1, f"loss {loss.item():.3f}")
     judge = judge.to(memory_format=torch.contiguous_format).eval()
-    held_out, truth = (torch.from_numpy(array) for array in images.draw_many("val", 0, config.num_held_out))
-    wanted = _factors("val", config.num_held_out)
+    held_out, expected = (torch.from_numpy(array) for array in images.draw_many("val", 0, config.num_held_out))
+    targets = _factors("val", config.num_held_out)
     with torch.no_grad():
         _, logits, guesses = judge(to_float_images(held_out))
-    accuracy = float((logits.argmax(dim=1) == truth).double().mean())
-    return judge, HeldOut(accuracy, 1.0 - float((guesses - wanted).square().mean() / wanted.var(dim=0).mean()))
+    accuracy = float((logits.argmax(dim=1) == expected).double().mean())
+    return judge, HeldOut(accuracy, 1.0 - float((guesses - targets).square().mean() / targets.var(dim=0).mean()))
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     config = parse_command_line(JudgeTraining, __doc__)
     storage.output_location(str(config.output), "--output")
     began = time.monotonic()
@@ -103,17 +103,17 @@ def main() -> None:
     num_parameters = sum(parameter.numel() for parameter in judge.parameters())
     (config.output / "README.md").write_text(f"""# The demo's judge
 
-Knows the classes of this project's synthetic demo images, and what varies within them (place, size, rotation, colours,
-gradients); {num_parameters:,} parameters. Its 64 features measure a Frechet distance on the demo (not FID), its answers a
-class accuracy.
+A small classifier of this project's synthetic demo images, which also predicts their factors of variation (position, size,
+rotation, colours, gradients); {num_parameters:,} parameters. Its 64 features give the demo's Fréchet distance (not FID), its
+predictions the class accuracy.
 
 | | |
 |---|---|
-| made by | `python -m pipelines.demo.judge --output DIR --num-steps {config.num_steps}` |
-| trained on | {config.num_images:,} drawn images of the `judge` split, which no other stage sees |
+| command | `python -m pipelines.demo.judge --output DIR --num-steps {config.num_steps}` |
+| trained on | {config.num_images:,} drawn images of the `judge` split, which no other stage uses |
 | time | {format_seconds(seconds)} on 2 CPU cores |
 | held-out accuracy | {held_out.accuracy:.4f} over {config.num_held_out:,} images of the `val` split |
-| variance of the factors explained there | {held_out.explained:.3f} |
+| explained variance of the factors | {held_out.explained:.3f} |
 | licence | Apache-2.0, as the project |
 """)
     logger.info(

@@ -28,9 +28,9 @@ from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.networks import build_network
 from meanflow_core.presets import demo
 from pipelines.cluster import FAST_MALLOC
-from pipelines.demo.__main__ import free_port
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.images import CLASS_NAMES
+from pipelines.demo.serving import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 BODY = {"class": 1, "seed": 1}

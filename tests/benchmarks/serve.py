@@ -44,7 +44,7 @@ from meanflow_core.networks import build_network
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.presets import dit_network
 from pipelines.cluster import FAST_MALLOC
-from pipelines.demo.__main__ import free_port
+from pipelines.demo.serving import free_port
 from tests.benchmarks._serve_server import (
     Answers,
     Server,

@@ -34,8 +34,8 @@ from meanflow_core.generator import build_pipeline, for_sampling, save_generator
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.demo import images
-from pipelines.demo.__main__ import free_port
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.demo.serving import free_port
 
 WNIDS = [images.wnid(label) for label in range(10)]
 

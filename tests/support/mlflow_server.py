@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import psutil
 
-from pipelines.demo.__main__ import free_port
+from pipelines.demo.serving import free_port
 
 
 class Server:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipelines.demo.__main__ import free_port
+from pipelines.demo.serving import free_port
 
 # Debian's packages put the programs here, outside PATH.
 _FOLDERS = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]

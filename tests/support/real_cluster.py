@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.demo.__main__ import free_port
+from pipelines.demo.serving import free_port
 
 BIN = Path(sys.executable).parent
 

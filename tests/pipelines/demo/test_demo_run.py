@@ -1,4 +1,4 @@
-"""The demo as a user runs it: whole, again, and interrupted."""
+"""The demo as a user runs it: complete, repeated, and interrupted."""
 
 import json
 import signal
@@ -24,13 +24,13 @@ from pipelines.latents.cache import open_latents
 from pipelines.train.batches import BatchSource
 from tests.support.readme import REPOSITORY
 
-# Set from the first honest run, which gave 5.62, in the judge's features of today, and never to be loosened.
+# From the first complete run, which gave 5.62. Never loosen it.
 FRECHET_ONE_STEP = 7.5
 
 
 @pytest.fixture
 def start_demo():
-    """Starts demos, and ends those that a failing test leaves running."""
+    """Starts demos, and ends those that are still running after the test."""
     started = []
 
     def start(*arguments):
@@ -49,13 +49,13 @@ def start_demo():
             demo.communicate(timeout=60)
 
 
-def family(demo):
-    """Every process below a demo; it adopts its orphans, so that none hangs elsewhere."""
+def descendants(demo):
+    """All processes below a demo, which adopts its orphans."""
     return psutil.Process(demo.pid).children(recursive=True)
 
 
 def ray_processes():
-    """The pids of all Ray processes of this machine."""
+    """Pids of all Ray processes of this machine."""
     names = {process.pid: process.name() for process in psutil.process_iter()}
     return {pid for pid, name in names.items() if name.startswith(("ray::", "raylet", "gcs_server"))}
 
@@ -73,22 +73,22 @@ def ray_processes():
 def test_interrupted_demo_leaves_no_process(tmp_path, start_demo, signal_number):
     demo = start_demo("--work", str(tmp_path / "demo"), "--preset", "debug", "--num-train", "60", "--num-val", "20")
     deadline = time.monotonic() + 120
-    while not any(process.name().startswith("ray::") for process in family(demo)):
+    while not any(process.name().startswith("ray::") for process in descendants(demo)):
         assert time.monotonic() < deadline, "no Ray worker came up"
         assert demo.poll() is None, demo.stdout.read()
         time.sleep(0.2)
-    relatives = family(demo)
-    assert any("raylet" in process.name() for process in relatives)
+    processes = descendants(demo)
+    assert any("raylet" in process.name() for process in processes)
     demo.send_signal(signal_number)
     demo.communicate(timeout=60)
     assert demo.returncode != 0
-    _, alive = psutil.wait_procs(relatives, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive
 
 
 @pytest.mark.soak
 @pytest.mark.cluster
-def test_demo_makes_plain_shapes_in_one_step_and_works_again(tmp_path, start_demo):
+def test_demo_generates_recognisable_shapes_in_one_step_and_can_be_repeated(tmp_path, start_demo):
     work = tmp_path / "demo"
     quick = start_demo(
         "--work", str(work), "--preset", "debug", "--num-train", "200", "--num-val", "60", "--num-samples", "40"
@@ -134,7 +134,7 @@ def test_demo_makes_plain_shapes_in_one_step_and_works_again(tmp_path, start_dem
 
 
 def samples_after_a_tenth(latents):
-    """One-step samples of the demo's training when a tenth of its steps are done."""
+    """One-step samples after a tenth of the demo's training steps."""
     config = PRESETS["demo"]()
     dataset, vae = open_latents(str(latents), "none"), open_autoencoder(str(latents))
     normalization = LatentNormalization.from_vae_config(vae.config)

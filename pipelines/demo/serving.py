@@ -1,0 +1,106 @@
+"""Serves the demo's model, requests images from it, and stops the server."""
+
+import json
+import logging
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+from pipelines.demo.processes import Processes
+from pipelines.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Above the ports of Ray's workers and below the ephemeral ports, which most Ray processes use.
+FREE_PORTS = range(20_000, 32_768)
+
+
+def free_port(port: int) -> int:
+    """Returns `port` if it is free on 127.0.0.1; for 0, a free port that no other process is likely to take.
+
+    Raises InputError if the port is taken.
+    """
+    candidates = random.SystemRandom().sample(FREE_PORTS, 100) if port == 0 else [port]
+    for candidate in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", candidate))
+                return candidate
+            except OSError as error:
+                last_error = error
+    raise InputError(
+        f"port {candidates[-1]} on 127.0.0.1 is in use; choose another --port, or 0 for any"
+    ) from last_error
+
+
+def fetch(url: str, body: dict | None = None, timeout: float = 30.0) -> tuple[int, str, bytes]:
+    """One HTTP request: status, content type and body, also of an error response."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return response.status, response.headers.get_content_type(), response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers.get_content_type(), error.read()
+
+
+def wait_until_ready(url: str, server: subprocess.Popen, patience_seconds: float = 180.0) -> None:
+    """Waits for /readyz. Raises InputError if the server ends, or is not ready in time."""
+    started = time.monotonic()
+    while time.monotonic() - started < patience_seconds:
+        if server.poll() is not None:
+            raise InputError(f"serve ended with exit code {server.returncode} before it was ready; its output is above")
+        try:
+            if fetch(f"{url}/readyz", timeout=5.0)[0] == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise InputError(f"{url}/readyz did not answer within {patience_seconds:.0f} s")
+
+
+def serve_and_request(work: Path, port: int, processes: Processes, model: str, tracking_uri: str) -> str:
+    """Serves the model, requests four images twice, writes the second response, and stops the server.
+
+    work: the demo's folder; gets serve.yaml and served.png. Returns a summary. Raises InputError if anything fails.
+    """
+    port = free_port(port)
+    application = {
+        "name": "meanflow",
+        "route_prefix": "/",
+        "import_path": "deploy.app:build_app",
+        "args": {"model": model, "tracking_uri": tracking_uri},
+    }
+    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    config_path = work / "serve.yaml"
+    config_path.write_text(yaml.safe_dump(config))
+    server = processes.start([str(Path(sys.executable).with_name("serve")), "run", str(config_path)])
+    url = f"http://127.0.0.1:{port}"
+    wait_until_ready(url, server)
+    body = {"class": "star", "seed": 7, "num_images": 4}
+    fetch(f"{url}/generate", body)  # the first request warms up
+    started = time.perf_counter()
+    status, content_type, content = fetch(f"{url}/generate", body)
+    milliseconds = 1000.0 * (time.perf_counter() - started)
+    if (status, content_type) != (200, "image/png"):
+        raise InputError(f"POST /generate answered {status} {content_type}: {content[:300]!r}")
+    (work / "served.png").write_bytes(content)
+    refused, _, message = fetch(f"{url}/generate", {**body, "class": "unicorn"})
+    logger.info("POST %s/generate %s: 4 images in %.0f ms", url, json.dumps(body), milliseconds)
+    logger.info("the same with class unicorn: %d %s", refused, message.decode())
+    server.send_signal(signal.SIGINT)
+    try:
+        server.wait(timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise InputError("serve did not stop within 60 s of an interrupt") from error
+    processes.end_all()
+    return f"4 stars over HTTP in {milliseconds:.0f} ms"

@@ -1,15 +1,13 @@
-"""Compares extractors and distances with torch-fidelity's: python tests/pipelines/evaluate/torch_fidelity_check.py FOLDER
+"""Compares extractors and distances with torch-fidelity's. test_extractors.py runs it where torch-fidelity can be imported.
 
-Needs torch-fidelity, and a torchvision to import beside it; of that, only normalize is called. The published weights
-cannot be had here, so the networks are the library's with random weights. Prints one JSON object of figures.
+The published weights are not available here, so the networks are the library's with random weights.
 """
 
 import hashlib
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 import torch_fidelity
@@ -21,8 +19,6 @@ from pipelines.errors import InputError
 from pipelines.evaluate import extractors
 from pipelines.evaluate.extractors import SPATIAL_CHANNELS, distance_name, open_extractor
 
-SIZES = ((64, 64), (256, 256), (48, 80), (400, 320))
-
 HUBCONF = """
 import torch
 
@@ -33,14 +29,16 @@ def dinov2_vits14():
 
 
 class Untrained(torch_fidelity.FeatureExtractorInceptionV3):
-    """The library's network as it is made, before weights are loaded."""
+    """The library's network before it loads weights."""
 
     def load_state_dict(self, state_dict):
         """Loads nothing."""
 
 
-def random_weights(folder: Path) -> Path:
-    """A file of weights with which features are neither all alike nor huge."""
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Random weights with which features differ between images and stay small."""
+    folder = tmp_path_factory.mktemp("weights")
     torch.save({}, folder / "empty.pth")
     torch.manual_seed(0)
     network = Untrained("untrained", ["2048"], feature_extractor_weights_path=folder / "empty.pth")
@@ -49,13 +47,23 @@ def random_weights(folder: Path) -> Path:
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.bias, std=0.1)
-    path = folder / "random.pth"
-    torch.save(network.state_dict(), path)
-    return path
+    torch.save(network.state_dict(), folder / "random.pth")
+    return folder / "random.pth"
+
+
+@pytest.fixture(scope="module")
+def inception(weights):
+    return open_extractor("inception", weights, "cpu")
+
+
+@pytest.fixture(scope="module")
+def library(weights):
+    return torch_fidelity.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+    )
 
 
 def random_images(height: int, width: int, count: int = 2) -> torch.Tensor:
-    """uint8 (count, height, width, 3) of full range."""
     generator = torch.Generator().manual_seed(height * width)
     return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
 
@@ -76,17 +84,17 @@ def tensorflow_bilinear(images: np.ndarray, size: int) -> np.ndarray:
     return resized(resized(images, 1), 2)
 
 
-def first_convolution_input(extractor, images: torch.Tensor) -> torch.Tensor:
-    """What the first convolution is given, (B, 3, 299, 299)."""
-    seen = []
+def network_input(extractor, images: torch.Tensor) -> torch.Tensor:
+    """Input of the first convolution, (B, 3, 299, 299)."""
+    inputs_of_convolutions = []
 
     def keep(module, inputs):
         if isinstance(module, torch.nn.Conv2d):
-            seen.append(inputs[0])
+            inputs_of_convolutions.append(inputs[0])
 
     with torch.nn.modules.module.register_module_forward_pre_hook(keep):
         extractor(images)
-    return seen[0]
+    return inputs_of_convolutions[0]
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -94,125 +102,95 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def check_inception(folder: Path) -> dict:
-    """Features, layout, resize and range, against the library's own network."""
-    path = random_weights(folder)
-    extractor = open_extractor("inception", path, "cpu")
-    library = torch_fidelity.FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path
-    )
-    figures: dict = {"identity": extractor.identity, "class_names": extractor.class_names, "differences": {}}
-    figures["describe"] = distance_name(extractor.identity)
-    extractors.PUBLISHED_WEIGHTS_SHA256 = hashlib.sha256(path.read_bytes()).hexdigest()  # as if these were they
-    figures["name_of_published"] = open_extractor("inception", path, "cpu").identity["name"]
-    figures["resize_errors"], figures["half_pixel_errors"] = {}, {}
-    for height, width in SIZES:
-        images = random_images(height, width)
-        ours = extractor(images)
-        kept = []
-        library.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output, kept=kept: kept.append(output))
-        pooled, logits = library(images.permute(0, 3, 1, 2).contiguous())
-        name = f"{height}x{width}"
-        figures["differences"][name] = max(relative(ours.pooled, pooled), relative(ours.logits, logits))
-        seen = first_convolution_input(extractor, images).permute(0, 2, 3, 1).double().numpy()
-        wanted = (tensorflow_bilinear(images.double().numpy(), 299) - 128) / 128
-        figures["resize_errors"][name] = float(np.abs(seen - wanted).max())
-        other = F.interpolate(images.permute(0, 3, 1, 2).double(), size=(299, 299), mode="bilinear")
-        other = (other.permute(0, 2, 3, 1).numpy() - 128) / 128
-        figures["half_pixel_errors"][name] = float(np.abs(other - wanted).max())
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (400, 320)])
+def test_inception_has_the_librarys_features_and_tensorflows_resize(inception, library, height, width):
+    images = random_images(height, width)
+    ours = inception(images)
+    pooled, logits = library(images.permute(0, 3, 1, 2).contiguous())
+    assert max(relative(ours.pooled, pooled), relative(ours.logits, logits)) <= 1e-6
+    pixels = network_input(inception, images).permute(0, 2, 3, 1).double().numpy()
+    expected = (tensorflow_bilinear(images.double().numpy(), 299) - 128) / 128
+    assert np.abs(pixels - expected).max() < 1e-4
+    half_pixel = F.interpolate(images.permute(0, 3, 1, 2).double(), size=(299, 299), mode="bilinear")
+    half_pixel = (half_pixel.permute(0, 2, 3, 1).numpy() - 128) / 128
+    assert np.abs(half_pixel - expected).max() > 0.1  # these images distinguish the two rules
 
+
+def test_inception_depends_on_range_and_order_of_channels_and_axes(inception):
+    for level, value in ((0, -1.0), (128, 0.0), (255, 127 / 128)):
+        images = torch.full((1, 8, 8, 3), level, dtype=torch.uint8)
+        assert network_input(inception, images).unique().tolist() == [value]
     images = random_images(64, 64)
-    ours = extractor(images)
-    figures["shapes"] = [list(part.shape) for part in (ours.pooled, ours.logits, ours.spatial)]
-    figures["dtypes"] = [str(part.dtype) for part in (ours.pooled, ours.logits, ours.spatial)]
-    figures["needs_gradient"] = ours.pooled.requires_grad or ours.spatial.requires_grad
-    figures["swapped_channels"] = relative(extractor(images.flip(-1)).pooled, ours.pooled)
-    figures["transposed"] = relative(extractor(images.transpose(1, 2)).pooled, ours.pooled)
-    kept = []
-    library.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    library(images.permute(0, 3, 1, 2))
-    activations = kept[0]  # (B, 192, 17, 17)
-    figures["spatial_spread"] = float(activations[:, :SPATIAL_CHANNELS].std())
-    figures["spatial_matches"] = all(
-        float(ours.spatial[image, (row * 17 + column) * 7 + channel]) == float(activations[image, channel, row, column])
-        for image in range(2)
-        for row in range(17)
-        for column in range(17)
-        for channel in range(7)
-    )
-    figures["levels"] = {
-        level: first_convolution_input(extractor, torch.full((1, 8, 8, 3), level, dtype=torch.uint8)).unique().tolist()
-        for level in (0, 128, 255)
-    }
-    torch.save({"fc.bias": torch.zeros(1008)}, folder / "other.pth")
-    figures["other_weights"] = error_of("inception", folder / "other.pth")
-    return figures
+    pooled = inception(images).pooled
+    assert relative(inception(images.flip(-1)).pooled, pooled) > 1e-3
+    assert relative(inception(images.transpose(1, 2)).pooled, pooled) > 1e-3
 
 
-def check_dinov2() -> dict:
-    """The library's class around a small network in place of the published ones; then without any network."""
-    hub = Path(torch.hub.get_dir())
-    (hub / "facebookresearch_dinov2_main").mkdir(parents=True)
-    (hub / "facebookresearch_dinov2_main" / "hubconf.py").write_text(HUBCONF)
+def test_spatial_features_are_flattened_height_by_width_by_channel(inception, library):
+    images = random_images(64, 64)
+    outputs = []
+    with library.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
+        library(images.permute(0, 3, 1, 2))
+    expected = outputs[0][:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17)
+    assert float(expected.std()) > 0.1
+    ours = inception(images)
+    assert [tuple(part.shape) for part in (ours.pooled, ours.logits, ours.spatial)] == [(2, 2048), (2, 1008), (2, 2023)]
+    assert {part.dtype for part in (ours.pooled, ours.logits, ours.spatial)} == {torch.float32}
+    assert not ours.pooled.requires_grad
+    assert torch.equal(ours.spatial.view(2, 17, 17, 7), expected.permute(0, 2, 3, 1))
+
+
+def test_only_the_published_weights_are_called_fid(inception, weights, tmp_path, monkeypatch):
+    assert inception.class_names is None
+    assert inception.identity["name"] == "inception-other-weights"
+    assert inception.identity["library"] == "torch-fidelity 0.4.0"
+    assert distance_name(inception.identity) == "Fréchet distance (inception-other-weights)"
+    published = hashlib.sha256(weights.read_bytes()).hexdigest()
+    monkeypatch.setattr(extractors, "PUBLISHED_WEIGHTS_SHA256", published)
+    assert distance_name(open_extractor("inception", weights, "cpu").identity) == "FID"
+    torch.save({"fc.bias": torch.zeros(1008)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="does not have the weights of Inception-2015"):
+        open_extractor("inception", tmp_path / "other.pth", "cpu")
+
+
+def test_dinov2_gives_the_librarys_features_only(tmp_path):
+    torch.hub.set_dir(tmp_path)
+    (tmp_path / "facebookresearch_dinov2_main").mkdir()
+    (tmp_path / "facebookresearch_dinov2_main" / "hubconf.py").write_text(HUBCONF)
     extractor = open_extractor("dinov2-vit-s-14", None, "cpu")
     library = torch_fidelity.FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
     images = random_images(48, 80)
     ours = extractor(images)
     (theirs,) = library(images.permute(0, 3, 1, 2))
-    torch.hub.set_dir(hub.with_name("empty"))
-    return {
-        "identity": extractor.identity,
-        "describe": distance_name(extractor.identity),
-        "difference": relative(ours.pooled, theirs),
-        "shape": list(ours.pooled.shape),
-        "others": [ours.logits, ours.spatial],
-        "unreachable": error_of("dinov2-vit-s-14", None),
-    }
+    assert ours.pooled.shape == (2, 384)
+    assert relative(ours.pooled, theirs) <= 1e-6
+    assert (ours.logits, ours.spatial) == (None, None)
+    assert distance_name(extractor.identity) == "Fréchet distance (dinov2-vit-s-14)"
 
 
-def error_of(name: str, weights: Path | None) -> str:
-    """The message with which opening an extractor is refused."""
-    try:
-        open_extractor(name, weights, "cpu")
-    except InputError as error:
-        return str(error)
-    return "nothing was refused"
+def test_failed_downloads_name_a_remedy(tmp_path):
+    torch.hub.set_dir(tmp_path / "empty")
+    with pytest.raises(InputError, match="give its path as --extractor-weights"):
+        open_extractor("inception", None, "cpu")
+    with pytest.raises(InputError, match="save it as TorchScript elsewhere"):
+        open_extractor("dinov2-vit-s-14", None, "cpu")
 
 
-def check_frechet() -> dict[str, float]:
-    """Relative differences of the distance: many samples, and fewer samples than dimensions."""
-    differences = {}
+# With fewer samples than dimensions, square roots of rounding errors remain.
+@pytest.mark.parametrize(("count", "tolerance"), [(2000, 1e-9), (100, 1e-6)])
+def test_frechet_distance_is_the_librarys(count, tolerance):
     generator = torch.Generator().manual_seed(0)
-    for count in (2000, 100):
-        mixing = torch.randn(128, 128, generator=generator, dtype=torch.float64)
-        first = torch.randn(count, 128, generator=generator, dtype=torch.float64) @ mixing
-        second = torch.randn(count, 128, generator=generator, dtype=torch.float64) @ mixing * 1.1 + 0.5
-        ours = frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(second))
-        statistics = (fid_features_to_statistics(first), fid_features_to_statistics(second))
-        theirs = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
-        differences[str(count)] = abs(ours - theirs) / theirs
-    return differences
+    mixing, first, second = (
+        torch.randn(rows, 128, generator=generator, dtype=torch.float64) for rows in (128, count, count)
+    )
+    first, second = first @ mixing, second @ mixing * 1.1 + 0.5
+    ours = frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(second))
+    statistics = (fid_features_to_statistics(first), fid_features_to_statistics(second))
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    assert ours == pytest.approx(theirs, rel=tolerance)
 
 
-def check_probabilities() -> float:
-    """Relative difference of the library's Inception Score of logits and of logarithms of their probabilities."""
+def test_log_probabilities_give_the_inception_score_of_logits():
     logits = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
     scores = [isc_features_to_metric(values)[KEY_METRIC_ISC_MEAN] for values in (logits, logits.softmax(dim=1).log())]
-    return abs(scores[0] - scores[1]) / scores[0]
-
-
-def main() -> None:
-    """The command."""
-    folder = Path(sys.argv[1])
-    figures = {
-        "inception": check_inception(folder),
-        "dinov2": check_dinov2(),
-        "download": error_of("inception", None),
-        "frechet": check_frechet(),
-        "probabilities": check_probabilities(),
-    }
-    print(json.dumps(figures))
-
-
-if __name__ == "__main__":
-    main()
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)

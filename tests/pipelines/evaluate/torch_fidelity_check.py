@@ -84,6 +84,10 @@ def tensorflow_bilinear(images: np.ndarray, size: int) -> np.ndarray:
     return resized(resized(images, 1), 2)
 
 
+class StopForwardError(Exception):
+    """Ends a forward early."""
+
+
 def network_input(extractor, images: torch.Tensor) -> torch.Tensor:
     """Input of the first convolution, (B, 3, 299, 299)."""
     inputs_of_convolutions = []
@@ -91,8 +95,9 @@ def network_input(extractor, images: torch.Tensor) -> torch.Tensor:
     def keep(module, inputs):
         if isinstance(module, torch.nn.Conv2d):
             inputs_of_convolutions.append(inputs[0])
+            raise StopForwardError
 
-    with torch.nn.modules.module.register_module_forward_pre_hook(keep):
+    with torch.nn.modules.module.register_module_forward_pre_hook(keep), pytest.raises(StopForwardError):
         extractor(images)
     return inputs_of_convolutions[0]
 
@@ -102,7 +107,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (400, 320)])
+@pytest.mark.parametrize(("height", "width"), [(48, 80), (400, 320)])
 def test_inception_has_the_librarys_features_and_tensorflows_resize(inception, library, height, width):
     images = random_images(height, width)
     ours = inception(images)
@@ -120,10 +125,10 @@ def test_inception_depends_on_range_and_order_of_channels_and_axes(inception):
     for level, value in ((0, -1.0), (128, 0.0), (255, 127 / 128)):
         images = torch.full((1, 8, 8, 3), level, dtype=torch.uint8)
         assert network_input(inception, images).unique().tolist() == [value]
-    images = random_images(64, 64)
-    pooled = inception(images).pooled
-    assert relative(inception(images.flip(-1)).pooled, pooled) > 1e-3
-    assert relative(inception(images.transpose(1, 2)).pooled, pooled) > 1e-3
+    images = random_images(64, 64, count=1)
+    own, flipped, transposed = inception(torch.cat([images, images.flip(-1), images.transpose(1, 2)])).pooled
+    assert relative(flipped, own) > 1e-3
+    assert relative(transposed, own) > 1e-3
 
 
 def test_spatial_features_are_flattened_height_by_width_by_channel(inception, library):

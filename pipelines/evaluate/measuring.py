@@ -94,7 +94,7 @@ class Measurer:
             sums.num_images += len(batch.pixels)
             features.append(self.extractor(batch.pixels))
             self._count_correct(sums, batch, features[-1])
-            num_missing = max(0, chunk.num_images_kept - sum(map(len, sums.images)))
+            num_missing = chunk.num_images_kept - sum(map(len, sums.images))
             if num_missing:
                 sums.images.append(_copy_to_cpu(batch.pixels[:num_missing]))
                 if batch.labels is not None:

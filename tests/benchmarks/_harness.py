@@ -1,6 +1,7 @@
-"""What every benchmark shares: the command line, interleaved timing, and the JSON that it writes."""
+"""Shared by all benchmarks: command line, interleaved timing, a stage as a job, and the JSON with the results."""
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -20,13 +21,13 @@ import torch
 
 
 def synchronize() -> None:
-    """Waits for the GPU, where there is one."""
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each function, called in turn A B A B, so that a drifting machine drifts for all of them."""
+    """Median seconds of each function. They take turns (A B A B), so that a drifting machine affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
     for round_index in range(warmup + rounds):
@@ -35,32 +36,32 @@ def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int,
             print(f"round {round_index + 1} of {warmup + rounds}, about {left:.0f} s left", file=sys.stderr)
         for name, function in functions.items():
             synchronize()
-            began = time.perf_counter()
+            function_started = time.perf_counter()
             function()
             synchronize()
             if round_index >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - function_started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def family_gigabytes(pid: int) -> float:
+    """Sum of PSS over a process and its descendants. PSS counts pages that several processes share only once."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+    return total / 1e9
+
+
 def watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
-    """The largest sum of PSS over a process and its descendants, in GB."""
+    """Keeps the peak of family_gigabytes in peak[0] until `stop` is set."""
     peak.append(0.0)
     while not stop.wait(0.5):
-        total = 0
-        try:
-            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
-        for process in family:
-            try:
-                total += process.memory_full_info().pss
-            except psutil.Error:
-                continue
-        peak[0] = max(peak[0], total / 1e9)
+        peak[0] = max(peak[0], family_gigabytes(pid))
 
 
-# A stage's own command, with every piece of its progress logged, and a fixed object store.
+# Runs a stage's own command, logs every progress message, and limits the object store.
 LAUNCHER = """
 import functools, importlib, sys, ray
 from pipelines.command_line import run_command
@@ -75,11 +76,11 @@ run_command(stage.main)
 def run_stage(
     module: str, progress_module: str, verb: str, arguments: list[str], peak: list[float] | None = None
 ) -> list[tuple[float, int]]:
-    """Runs a stage as a job; returns (time, images done) at each line of its progress, "VERB 512 of 9000 images, ...".
+    """Runs a stage as a job; returns (time, number of images) for each progress line "VERB 512 of 9000 images, ...".
 
-    progress_module: whose Progress it is. peak: gets the largest sum of PSS over the job's processes, in GB.
+    progress_module: the module whose Progress logs these lines. peak: receives the peak memory of the job, in GB.
     """
-    from pipelines.cluster import FAST_MALLOC  # here: other benchmarks run where there is no Ray
+    from pipelines.cluster import FAST_MALLOC  # here: other benchmarks run without Ray
 
     ray_folder = tempfile.mkdtemp(prefix="mfb-", dir="/tmp")
     environment = {
@@ -90,27 +91,27 @@ def run_stage(
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     stop = threading.Event()
-    watcher = threading.Thread(target=watch_memory, args=(job.pid, peak, stop)) if peak is not None else None
-    if watcher is not None:
+    watcher = threading.Thread(target=watch_memory, args=(job.pid, peak, stop))
+    if peak is not None:  # only then, because reading PSS slows the job down
         watcher.start()
     assert job.stderr is not None
-    seen, lines = [], []
+    progress, lines = [], []
     for line in job.stderr:
         lines.append(line)
-        found = re.search(rf"{verb} (\d+) of", line)
-        if found:
-            seen.append((time.monotonic(), int(found[1])))
+        match = re.search(rf"{verb} (\d+) of", line)
+        if match:
+            progress.append((time.monotonic(), int(match[1])))
     stop.set()
-    if watcher is not None:
+    if peak is not None:
         watcher.join()
     if job.wait() != 0:
         raise SystemExit("".join(lines[-30:]))
     shutil.rmtree(ray_folder, ignore_errors=True)
-    return seen
+    return progress
 
 
 def machine() -> dict[str, object]:
-    """What the figures were made on."""
+    """The machine and versions that produced the figures."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -123,29 +124,32 @@ def machine() -> dict[str, object]:
 
 def main(
     measure: Callable[[argparse.Namespace], dict[str, float]],
-    wanted: dict[str, tuple[str, float]],
+    bounds: dict[str, tuple[str, float]],
     parser: argparse.ArgumentParser | None = None,
 ) -> None:
-    """Measures, prints figure beside wanted, writes the JSON, and exits 1 where a wanted bound is missed."""
+    """Measures, prints the figures with their bounds, writes the JSON, and exits with 1 if a bound is missed.
+
+    bounds: {name of a figure: (">=" or "<=", bound)}.
+    """
     parser = parser or argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
+    parser.add_argument("--json", type=Path, required=True, help="output file for the figures")
     arguments = parser.parse_args()
     figures = measure(arguments)
-    missed = False
+    is_any_missed = False
     for name, value in figures.items():
         verdict = ""
-        if name in wanted:
-            relation, bound = wanted[name]
+        if name in bounds:
+            relation, bound = bounds[name]
             holds = value <= bound if relation == "<=" else value >= bound
-            missed |= not holds
-            verdict = f"   wanted {relation} {bound:g}: {'holds' if holds else 'MISSED'}"
+            is_any_missed |= not holds
+            verdict = f"   must be {relation} {bound:g}: {'holds' if holds else 'MISSED'}"
         print(f"{name:48s} {value:10.4g}{verdict}")
     content = {
         "figures": figures,
-        "wanted": {name: list(bound) for name, bound in wanted.items()},
+        "bounds": {name: list(bound) for name, bound in bounds.items()},
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
         "machine": machine(),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-    raise SystemExit(1 if missed else 0)
+    raise SystemExit(1 if is_any_missed else 0)

@@ -1,4 +1,4 @@
-"""What the endpoint is measured against: Serve doing nothing, the pipeline behind plain FastAPI, diffusers' DiTPipeline."""
+"""Baselines of the serving benchmark: an empty Serve application, plain FastAPI, and diffusers' DiTPipeline."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from meanflow_core.generator import load_pipeline
 
 
 class ImageRequest(BaseModel):
-    """As much of the endpoint's body as the load sends."""
+    """The fields of the endpoint's body that the load sends."""
 
     class_: Annotated[int, Field(alias="class")]
     seed: int
@@ -30,16 +30,16 @@ noop_api = FastAPI()
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 class NoopGenerator:
-    """Where the model would be."""
+    """Takes the place of the model."""
 
     async def make(self, label: int, seed: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 @serve.ingress(noop_api)
 class NoopApi:
-    """The endpoint's way of a request: read the body, ask another deployment by its handle, answer bytes."""
+    """Handles a request as the endpoint does: parse the body, call another deployment, return bytes."""
 
     def __init__(self, generator: DeploymentHandle, num_bytes: int) -> None:
         self._generator = generator
@@ -47,24 +47,24 @@ class NoopApi:
 
     @noop_api.post("/generate")
     async def generate(self, request: ImageRequest) -> Response:
-        """Bytes of no meaning, as many as an image's."""
+        """Returns random bytes of an image's size."""
         await self._generator.make.remote(request.class_, request.seed)
         return Response(self._answer, media_type="image/png")
 
 
 class NoopArguments(BaseModel):
-    """Arguments of the application that does nothing."""
+    """Arguments of the empty application."""
 
     num_bytes: int
 
 
 def build_noop(arguments: NoopArguments) -> Application:
-    """The application that does nothing, of the endpoint's topology."""
+    """An empty application with the endpoint's topology."""
     return NoopApi.bind(NoopGenerator.bind(), arguments.num_bytes)  # type: ignore[attr-defined]
 
 
 def build_plain() -> FastAPI:
-    """The pipeline in MEANFLOW_GENERATOR behind FastAPI as one writes it first: one image a request, one at a time."""
+    """The simplest server: the pipeline in MEANFLOW_GENERATOR behind FastAPI, one image at a time."""
     torch.set_num_threads(int(os.environ["MEANFLOW_THREADS"]))
     pipeline = load_pipeline(Path(os.environ["MEANFLOW_GENERATOR"]))
     lock = threading.Lock()
@@ -82,7 +82,7 @@ def build_plain() -> FastAPI:
 
 
 def build_dit_pipeline(vae: AutoencoderKL, num_classes: int = 1000) -> DiTPipeline:
-    """diffusers' pipeline around a DiT-S/2 of random weights."""
+    """diffusers' DiTPipeline with a DiT-S/2 of random weights."""
     network = DiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, patch_size=2,
         sample_size=32, num_embeds_ada_norm=num_classes,

@@ -1,4 +1,4 @@
-"""The endpoint's page in a real browser, against a running endpoint."""
+"""The endpoint's page in a real browser, with a running endpoint."""
 
 import re
 import shutil
@@ -6,12 +6,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from deploy.api.auth import hash_key
 from deploy.settings import Arguments
+from tests.support.api import KEY_HASHES, KEYS
 from tests.support.endpoint import over_http, running_endpoint
 
-NEEDS = "make soak-deps installs them"
-sync_api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing; {NEEDS}")
+REMEDY = "run make soak-deps"
+sync_api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing; {REMEDY}")
 expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -19,12 +19,12 @@ pytestmark = [
     pytest.mark.soak,
     pytest.mark.cluster,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(CHROMIUM is None, reason=f"neither chromium nor chromium-browser is on PATH; {NEEDS}"),
+    pytest.mark.skipif(CHROMIUM is None, reason=f"neither chromium nor chromium-browser is on PATH; {REMEDY}"),
 ]
 
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 740}
-# Chromium reports every failed request this way, also those that the page explains.
-EXPLAINED = re.compile(r"Failed to load resource: (the server responded with a status of [45]\d\d|net::ERR_FAILED)")
+# Chromium logs every failed request like this, including those that the page handles.
+HANDLED = re.compile(r"Failed to load resource: (the server responded with a status of [45]\d\d|net::ERR_FAILED)")
 PIXELS = """async (image) => {
   const context = new OffscreenCanvas(64, 64).getContext("2d");
   context.drawImage(await createImageBitmap(image), 0, 0);
@@ -48,16 +48,16 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, page_url):
-    """Opens the page in a fresh context; afterwards nothing came from elsewhere and the console is clean."""
-    contexts, asked, said = [], [], []
+    """Opens the page in a fresh context. Afterwards checks that it contacted no other host and logged no error."""
+    contexts, urls, console = [], [], []
 
     def open_it(fragment="", *, address=None, before=None, viewport=WIDE, **options):
         contexts.append(browser.new_context(viewport=viewport, **options))
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: urls.append(request.url))
+        page.on("console", lambda line: console.append(line.text) if line.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: console.append(str(error)))
         if before:
             before(page)
         page.goto((address or page_url) + fragment)
@@ -66,9 +66,9 @@ def open_page(browser, page_url):
     yield open_it
     for context in contexts:
         context.close()
-    hosts = {urlsplit(url).hostname for url in asked if urlsplit(url).scheme not in ("data", "blob")}
+    hosts = {urlsplit(url).hostname for url in urls if urlsplit(url).scheme not in ("data", "blob")}
     assert hosts == {"127.0.0.1"}
-    assert [text for text in said if not EXPLAINED.match(text)] == []
+    assert [text for text in console if not HANDLED.match(text)] == []
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def page(open_page):
 
 
 def generated(page):
-    """The images in view, once the page is done."""
+    """The visible images, after the page has finished."""
     expect(page.locator("#result .tile img").first).to_be_visible()
     expect(page.locator("#generate")).to_have_text("Generate")
     return page.locator("#result .tile img")
@@ -92,7 +92,7 @@ def natural_sizes(images):
 
 
 def refuse_once(page, path, status, code, message, retry_after):
-    """The next request for a path is answered with an error; those after it reach the endpoint."""
+    """Answers the next request for a path with an error. Later ones reach the endpoint."""
     error = {"message": message, "type": "server_error", "param": None, "code": code}
     page.route(
         f"**/{path}",
@@ -101,14 +101,14 @@ def refuse_once(page, path, status, code, message, retry_after):
     )
 
 
-def test_a_click_leads_to_images_and_their_times(page, tmp_path):
-    page.fill("#seed", "7.0")  # a whole number, however it is written
+def test_a_click_shows_images_and_their_timing(page, tmp_path):
+    page.fill("#seed", "7.0")  # a whole number in another notation
     page.fill("#num-images", "3")
     page.click("#generate")
     images = generated(page)
     assert natural_sizes(images) == [[64, 64]] * 3
     expect(page.locator(".result-head")).to_contain_text("seeds 7 to 9")
-    assert images.first.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"  # 3 times enlarged
+    assert images.first.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"  # enlarged 3 times
     for name in ("queue", "model", "decode", "encode", "server", "round trip"):
         expect(page.locator(".timing")).to_have_text(re.compile(rf"{name} \d+(\.\d)? ms"))
     expect(page.locator("#status")).to_have_text(re.compile(r"3 images of .+ in .+ milliseconds"))
@@ -116,9 +116,9 @@ def test_a_click_leads_to_images_and_their_times(page, tmp_path):
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-def test_a_class_is_found_by_part_of_its_name_without_a_mouse(page):
+def test_typing_part_of_a_class_name_and_enter_selects_the_class(page):
     box = page.locator("#class")
-    box.focus()  # selects what stands there
+    box.focus()  # selects the current text
     page.keyboard.type("angl")
     expect(box).to_have_attribute("aria-expanded", "true")
     expect(page.locator("#class-list [role=option]")).to_have_count(1)
@@ -129,7 +129,7 @@ def test_a_class_is_found_by_part_of_its_name_without_a_mouse(page):
     assert generated(page).first.get_attribute("alt").startswith("triangle, seed ")
 
 
-def test_arrow_keys_walk_through_the_classes_and_escape_closes_them(page):
+def test_arrow_keys_move_through_the_classes_and_escape_closes_the_list(page):
     box = page.locator("#class")
     box.fill("s")
     rows = page.locator("#class-list [role=option]")
@@ -144,7 +144,7 @@ def test_arrow_keys_walk_through_the_classes_and_escape_closes_them(page):
     expect(box).to_have_value("star (8)")
 
 
-def test_steps_stand_side_by_side_each_with_its_time(page):
+def test_numbers_of_steps_are_compared_side_by_side_with_their_timing(page):
     page.focus("#tab-generate")
     page.keyboard.press("ArrowRight")
     expect(page.locator("#tab-steps")).to_have_attribute("aria-selected", "true")
@@ -158,7 +158,7 @@ def test_steps_stand_side_by_side_each_with_its_time(page):
     assert len({box["y"] for box in (image.bounding_box() for image in images.all())}) == 1
 
 
-def test_an_interpolation_is_a_strip_and_a_slider(page):
+def test_interpolation_shows_a_strip_and_a_slider(page):
     page.click("#tab-interpolate")
     page.fill("#seed", "7")
     page.fill("#seed-end", "9")
@@ -176,7 +176,7 @@ def test_an_interpolation_is_a_strip_and_a_slider(page):
     assert shown.get_attribute("src") != first
 
 
-def test_a_refused_seed_is_explained_beside_its_field_and_the_page_goes_on(page):
+def test_an_invalid_seed_is_explained_next_to_its_field_and_can_be_corrected(page):
     page.fill("#seed", "-1")
     page.keyboard.press("Enter")
     error = page.locator("#seed-error")
@@ -192,7 +192,7 @@ def test_a_refused_seed_is_explained_beside_its_field_and_the_page_goes_on(page)
     assert page.get_attribute("#seed", "aria-invalid") is None
 
 
-def test_no_steps_to_compare_is_said_beside_them(page):
+def test_comparing_no_steps_is_explained_next_to_the_choices(page):
     page.click("#tab-steps")
     for steps in (1, 2, 4):
         page.uncheck(f"#compare-{steps}", force=True)
@@ -200,7 +200,7 @@ def test_no_steps_to_compare_is_said_beside_them(page):
     expect(page.locator("#compare-error")).to_have_text("Choose at least one number of steps.")
 
 
-def test_an_unknown_class_is_explained_beside_its_field(page):
+def test_an_unknown_class_is_explained_next_to_its_field(page):
     page.fill("#class", "unicorn")
     page.keyboard.press("Enter")
     expect(page.locator("#class-error")).to_contain_text("unicorn")
@@ -210,7 +210,7 @@ def test_an_unknown_class_is_explained_beside_its_field(page):
     assert generated(page).first.get_attribute("alt").startswith("heart")
 
 
-def test_a_seed_beyond_javascripts_numbers_arrives_digit_by_digit(page):
+def test_a_seed_above_javascripts_largest_integer_is_sent_exactly(page):
     page.fill("#seed", str(2**62 - 1))
     page.fill("#num-images", "1")
     with page.expect_request("**/v1/images/generations") as sent:
@@ -219,7 +219,7 @@ def test_a_seed_beyond_javascripts_numbers_arrives_digit_by_digit(page):
     assert str(2**62 - 1) in generated(page).first.get_attribute("alt")
 
 
-def test_a_link_brings_the_same_result(page, open_page):
+def test_a_link_reproduces_the_result(page, open_page):
     page.fill("#class", "ring")
     page.keyboard.press("Enter")
     page.fill("#num-images", "2")
@@ -233,7 +233,7 @@ def test_a_link_brings_the_same_result(page, open_page):
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1
 
 
-def test_earlier_results_stay_and_can_be_seen_again(page):
+def test_the_history_restores_an_earlier_result(page):
     page.fill("#num-images", "1")
     for seed in ("3", "4"):
         page.fill("#seed", seed)
@@ -262,7 +262,7 @@ def test_an_image_can_be_enlarged_and_downloaded(page):
     expect(page.locator("#viewer")).to_be_hidden()
 
 
-def test_a_busy_endpoint_is_asked_again_after_its_retry_after(page):
+def test_a_request_to_a_busy_endpoint_is_retried_after_retry_after(page):
     refuse_once(page, "v1/images/generations", 429, "overloaded", "The queue is full.", "1")
     page.click("#generate")
     expect(page.locator("#form-error")).to_have_text("The queue is full. Trying again in 1 s.")
@@ -270,7 +270,7 @@ def test_a_busy_endpoint_is_asked_again_after_its_retry_after(page):
     expect(page.locator("#problem")).to_be_hidden()
 
 
-def test_an_endpoint_that_is_not_ready_is_asked_again_and_makes_nothing_unasked(open_page):
+def test_a_page_opened_before_the_endpoint_is_ready_retries_and_generates_nothing(open_page):
     page = open_page(before=lambda page: refuse_once(page, "v1/models", 503, "not_ready", "The model is loading.", "1"))
     expect(page.locator("#form-error")).to_have_text("The model is loading. Trying again in 1 s.")
     expect(page.locator("#fact-model")).not_to_be_empty()
@@ -278,7 +278,7 @@ def test_an_endpoint_that_is_not_ready_is_asked_again_and_makes_nothing_unasked(
     expect(page.locator("#result img")).to_have_count(0)
 
 
-def test_a_broken_connection_is_said_and_can_be_tried_again(page):
+def test_a_broken_connection_is_reported_and_can_be_retried(page):
     page.route("**/v1/images/generations", lambda route: route.abort(), times=1)
     page.click("#generate")
     expect(page.locator("#form-error")).to_contain_text("cannot be reached")
@@ -286,8 +286,8 @@ def test_a_broken_connection_is_said_and_can_be_tried_again(page):
     generated(page)
 
 
-def test_a_key_is_asked_for_and_sent(open_page):
-    error = {"message": "An API key is wanted.", "type": "auth", "param": None, "code": "invalid_api_key"}
+def test_the_page_asks_for_an_api_key_and_sends_it(open_page):
+    error = {"message": "An API key is required.", "type": "auth", "param": None, "code": "invalid_api_key"}
 
     def guard(page):
         def answer(route):
@@ -302,13 +302,13 @@ def test_a_key_is_asked_for_and_sent(open_page):
     expect(page.locator("#api-key")).to_be_focused()
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#api-key-error")).to_contain_text("An API key is wanted.")
+    expect(page.locator("#api-key-error")).to_contain_text("An API key is required.")
     page.fill("#api-key", "secret")
     page.keyboard.press("Enter")
     generated(page)
 
 
-def test_guidance_and_previews_are_offered_by_models_that_have_them_alone(page, open_page):
+def test_guidance_and_previews_are_offered_only_if_the_model_supports_them(page, open_page):
     expect(page.locator("#guidance")).to_be_hidden()
 
     def guided(page):
@@ -329,7 +329,7 @@ def test_guidance_and_previews_are_offered_by_models_that_have_them_alone(page, 
     assert (body["guidance_scale"], body["guidance_interval"]) == (1.5, [0, 0.7])
 
 
-def test_the_snippets_hold_the_request(page, page_url):
+def test_the_code_snippets_contain_the_request(page, page_url):
     page.fill("#class", "star")
     page.keyboard.press("Enter")
     page.fill("#seed", "7")
@@ -343,34 +343,34 @@ def test_the_snippets_hold_the_request(page, page_url):
 
 
 @pytest.mark.parametrize("mode", ["generate", "steps", "interpolate"])
-def test_a_phone_scrolls_in_one_direction(open_page, mode):
+def test_a_phone_screen_does_not_scroll_sideways(open_page, mode):
     page = open_page(f"#mode={mode}&class=8&seed=7&to=9&n=5&frames=8", viewport=PHONE)
     generated(page)
     page.click("#snippets summary")
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
 
 
-def test_a_dark_scheme_changes_the_colours(open_page):
-    def colours(scheme):
+def test_a_dark_color_scheme_changes_the_colors(open_page):
+    def brightness(scheme):
         page = open_page(color_scheme=scheme)
         style = page.evaluate(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
         )
         return [sum(int(part) for part in re.findall(r"\d+", text)[:3]) for text in style]
 
-    (light_paper, light_ink), (dark_paper, dark_ink) = colours("light"), colours("dark")
+    (light_paper, light_ink), (dark_paper, dark_ink) = brightness("light"), brightness("dark")
     assert light_paper > 600 > 200 > light_ink
     assert dark_paper < 200 < 600 < dark_ink
 
 
-def test_a_locked_endpoint_whose_model_takes_guidance_is_unlocked_and_asked(open_page, guided_folder):
-    arguments = Arguments(model=str(guided_folder), api_keys={"me": hash_key("the-key")})
+def test_guidance_works_on_an_endpoint_with_api_keys(open_page, guided_folder):
+    arguments = Arguments(model=str(guided_folder), api_keys=KEY_HASHES)
     with over_http(arguments) as address:
         page = open_page(address=f"{address}/")
         expect(page.locator("#api-key")).to_be_focused()
-        page.keyboard.type("the-key")
+        page.keyboard.type(KEYS["alice"])
         page.keyboard.press("Enter")
-        expect(page.locator("#guidance-scale")).to_have_value("1")  # its own
+        expect(page.locator("#guidance-scale")).to_have_value("1")  # the model's own scale
         page.fill("#class", "star")
         page.keyboard.press("Enter")
         page.fill("#guidance-scale", "0.5")
@@ -382,6 +382,6 @@ def test_a_locked_endpoint_whose_model_takes_guidance_is_unlocked_and_asked(open
         page.context.close()
 
 
-def test_the_interface_page_works_without_other_hosts(open_page):
+def test_the_docs_page_loads_nothing_from_other_hosts(open_page):
     page = open_page("docs")
     expect(page.locator(".opblock-post").first).to_contain_text("/v1/images/generations")

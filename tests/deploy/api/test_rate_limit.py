@@ -20,7 +20,7 @@ def test_rates_count_images_per_caller():
 
 
 @pytest.mark.parametrize("num_images", [5, 15, 20])
-def test_a_caller_that_waits_as_told_is_allowed(monkeypatch, num_images):
+def test_a_caller_that_waits_for_the_given_time_is_allowed(monkeypatch, num_images):
     now = [1_000_000.3]
     monkeypatch.setattr(time, "time", lambda: now[0])
     limiter = RateLimiter("20/second")

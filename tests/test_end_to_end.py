@@ -1,10 +1,9 @@
-"""The README's stage commands as a user types them, each a process of its own, on few images and few steps."""
+"""The README's commands of all stages, each in its own process, with few images and few steps."""
 
 import contextlib
 import io
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -12,8 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,37 +22,31 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from pyarrow import fs
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import load_pipeline
-from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import PRESETS
-from meanflow_core.training import build_train_state, train_step
-from pipelines import storage
 from pipelines.demo import images
 from pipelines.demo.serving import fetch, free_port, wait_until_ready
-from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import read_manifest
-from pipelines.train.batches import BatchSource
 from tests.support.latents import read_shards
-from tests.support.object_store import s3_bucket
 from tests.support.readme import REPOSITORY, commands
-from tests.support.training_checkpoints import last_checkpoint
+from tests.support.training_checkpoints import train_in_this_process
 
+# Options added to the README's commands: few images, few steps, few processes.
 SMALLER = {
-    "pipelines.demo.images": ["--num-train", "200", "--num-val", "60"],
-    "pipelines.encode": ["--rows-per-shard", "64", "--max-rejected-fraction", "0.01"],
+    "pipelines.demo.images": ["--num-train", "80", "--num-val", "40"],
+    "pipelines.encode": ["--rows-per-shard", "32", "--max-rejected-fraction", "0.02", "--num-workers", "1"],
     "pipelines.check": ["--figure", "check.png"],
-    "pipelines.train": ["--cache-dir", "cache"],
-    "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2"],
+    "pipelines.train": ["--cache-dir", "cache", "--num-steps", "15", "--sample-interval-steps", "15"],
+    "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2", "--num-workers", "1"],
 }
-TORN = "d0000004/d0000004_104"  # cut short before the encode
+DAMAGED = "d0000004/d0000004_24"  # truncated before encoding
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder of its own to type the README's commands in, literally: their paths are relative."""
+    """A folder to run the README's commands in, because their paths are relative."""
 
     folder: Path
     environment: dict[str, str]
@@ -64,7 +56,7 @@ class Workspace:
         return self.folder / "build"
 
     def documented(self, prefix: str) -> list[str]:
-        """The README's command that starts so, at the debug preset and with fewer images."""
+        """The README's command with this prefix, with the debug preset and the options of SMALLER."""
         line = next(line for line in commands("stages") if line.startswith(prefix))
         words = shlex.split(line.replace("pipelines.train demo", "pipelines.train debug"))
         return words + SMALLER.get(words[2], [])
@@ -80,8 +72,8 @@ class Workspace:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "pipelines").symlink_to(REPOSITORY / "pipelines")  # for the autoencoder that a command names
-    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets want short paths
+    (folder / "pipelines").symlink_to(REPOSITORY / "pipelines")  # a command names the autoencoder in it
+    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix socket paths must be short
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {"RAY_TMPDIR": ray_folder, "PATH": path, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1"}
     yield Workspace(folder, {**os.environ, **environment})
@@ -90,7 +82,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(workspace):
-    """The folder after the README's commands up to evaluate, and what they printed."""
+    """The folder after the README's commands up to evaluate, and the finished processes."""
     output = {}
     for stage in (
         "pipelines.demo.images",
@@ -100,43 +92,43 @@ def trained(workspace):
         "pipelines.evaluate",
     ):
         if stage == "pipelines.encode":
-            torn = workspace.build / "images/train" / f"{TORN}.JPEG"
-            torn.write_bytes(torn.read_bytes()[:400])
+            damaged = workspace.build / "images/train" / f"{DAMAGED}.JPEG"
+            damaged.write_bytes(damaged.read_bytes()[:400])
         output[stage] = workspace.run(workspace.documented(f"python -m {stage}"))
     return workspace.build, output
 
 
 @pytest.mark.cluster
-def test_encode_keeps_every_image_once(trained):
+def test_encode_keeps_every_readable_image_once(trained):
     build, output = trained
     manifest = json.loads((build / "latents" / "manifest.json").read_text())
-    assert (manifest["num_samples"], manifest["num_rejected"]) == (199, 1)
-    assert sorted(manifest["shard_rows"]) == [8, 63, 64, 64]
-    assert pq.read_table(build / "latents/rejected.parquet")["sample_id"].to_pylist() == [TORN]
+    assert (manifest["num_samples"], manifest["num_rejected"]) == (79, 1)
+    assert sorted(manifest["shard_rows"]) == [16, 31, 32]
+    assert pq.read_table(build / "latents/rejected.parquet")["sample_id"].to_pylist() == [DAMAGED]
     ids = [sample_id for shard in read_shards(build / "latents") for sample_id in shard.sample_ids]
     images = build / "images/train"
     on_disk = sorted(str(path.relative_to(images).with_suffix("")) for path in images.rglob("*.JPEG"))
-    assert ids == [sample_id for sample_id in on_disk if sample_id != TORN]
-    assert "images/s" in output["pipelines.encode"].stderr  # progress with a rate
-    assert "199 samples of 10 classes, 1 rejected" in output["pipelines.encode"].stderr
+    assert ids == [sample_id for sample_id in on_disk if sample_id != DAMAGED]
+    assert "images/s" in output["pipelines.encode"].stderr
+    assert "79 samples of 10 classes, 1 rejected" in output["pipelines.encode"].stderr
 
 
 @pytest.mark.cluster
-def test_check_finds_nothing_wrong_and_draws_what_is_there(trained, workspace):
+def test_check_finds_no_problem_and_draws_samples(trained, workspace):
     _, output = trained
     report = output["pipelines.check"].stdout
-    assert "199 samples of 10 classes" in report
+    assert "79 samples of 10 classes" in report
     assert "problems: none" in report
     assert float(re.search(r"against their images: ([\d.]+) dB", report)[1]) > 30
     assert Image.open(workspace.folder / "check.png").size[0] > 1000
 
 
 @pytest.mark.cluster
-def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
+def test_train_publishes_a_generator_an_mlflow_run_and_a_registered_model(trained):
     build, output = trained
     assert f"generator: {build}/runs/first/generator" in output["pipelines.train"].stdout
     assert "model: models:/meanflow-debug@champion" in output["pipelines.train"].stdout
-    assert "30 of 30 steps" in output["pipelines.train"].stderr + output["pipelines.train"].stdout
+    assert "15 of 15 steps" in output["pipelines.train"].stderr + output["pipelines.train"].stdout
     pipeline = load_pipeline(build / "runs/first/generator")
     assert pipeline.class_names[8] == "star"
     config = json.loads((build / "runs/first/generator/vae/config.json").read_text())
@@ -151,10 +143,10 @@ def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
                  "ema_distance_0.9", "learning_rate", "images_per_second", "model_flops_per_second",
                  "peak_memory_bytes", "data_wait_share"):  # fmt: skip
         history = client.get_metric_history(run_id, name)
-        assert [metric.step for metric in history] == [5, 10, 15, 20, 25, 30], name
+        assert [metric.step for metric in history] == [5, 10, 15], name
         assert np.isfinite([metric.value for metric in history]).all()
     for key in ("one_step", "two_steps"):
-        assert len(list((build / "runs/mlflow-artifacts").rglob(f"*{key}*.png"))) == 2
+        assert len(list((build / "runs/mlflow-artifacts").rglob(f"*{key}*.png"))) == 1
     assert "system/node-0/cpu_utilization_percentage" in run.data.metrics
     assert run.data.tags["torch"] == torch.__version__
     files = {file.path for file in client.list_artifacts(run_id)}
@@ -168,51 +160,42 @@ def test_train_leaves_a_generator_a_run_and_a_registered_model(trained):
     assert version.run_id == run_id
     assert version.tags["data.sha256"] == run.data.params["data.sha256"] == manifest.content_sha256
     assert version.tags["transformer_sha256"] == weight_hash(pipeline.transformer)
-    assert (version.tags["step"], version.tags["generator"]) == ("30", f"{build}/runs/first/generator")
+    assert (version.tags["step"], version.tags["generator"]) == ("15", f"{build}/runs/first/generator")
     card = (build / "runs/first/generator/README.md").read_text()
     assert f"MLflow run {run_id}" in card
     assert manifest.content_sha256 in card
 
 
 @pytest.mark.cluster
-def test_two_workers_trained_what_one_process_trains(trained, tmp_path):
+def test_two_workers_train_the_same_network_as_one_process(trained):
     build, _ = trained
-    config = PRESETS["debug"]()
-    dataset = open_latents(str(build / "latents"), str(tmp_path))
-    device = torch.device("cpu")
-    state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=device)
-    source = BatchSource(dataset, config, rank=0, world_size=1, device=device)
-    vae_config = json.loads((build / "latents/vae/config.json").read_text())
-    normalization = LatentNormalization.from_vae_config(vae_config)
-    norms = []
-    for step in range(config.num_steps):
-        metrics = train_step(state, state.network, source.batches(step), normalization, config)
-        norms.append(float(metrics.gradient_norm))
+    config = replace(PRESETS["debug"](), num_steps=15)
+    expected = train_in_this_process(build / "latents", config)
     client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
     run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
     logged = [metric.value for metric in client.get_metric_history(run_id, "gradient_norm")]
-    np.testing.assert_allclose(logged, np.reshape(norms, (6, 5)).mean(axis=1), rtol=1e-3)
+    np.testing.assert_allclose(logged, np.reshape(expected.gradient_norms, (3, 5)).mean(axis=1), rtol=1e-3)
 
     trained_network = load_pipeline(build / "runs/first/generator").transformer
     ours, theirs = (
         torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
-        for network in (state.ema_network, trained_network)
+        for network in (expected.state.ema_network, trained_network)
     )
     assert (ours - theirs).norm() / ours.norm() < 1e-3
 
 
 @pytest.mark.cluster
-def test_evaluate_writes_table_grid_plot_and_report(trained):
+def test_evaluate_writes_table_samples_plot_and_report(trained):
     build, output = trained
     report = json.loads((build / "report/report.json").read_text())
     assert [entry["num_steps"] for entry in report["samples"]] == [1, 2]
     assert report["autoencoder_psnr"] > 30
     assert report["held_out"]["accuracy"] >= 0.97
-    assert report["held_out"]["frechet"] < report["samples"][0]["frechet"]  # thirty steps learn nothing
+    assert report["held_out"]["frechet"] < report["samples"][0]["frechet"]  # 15 steps learn nothing
     assert Image.open(build / "report/samples.png").size == (4 * 66 - 2, 10 * 66 - 2)  # a row per class
     assert (build / "report/quality_against_steps.png").stat().st_size > 5000
     assert "| samples, 1 step | 1 |" in output["pipelines.evaluate"].stdout
-    client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")  # found through the run's folder
+    client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
     run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
     assert [metric.step for metric in client.get_metric_history(run_id, "evaluate/accuracy")] == [1, 2]
     assert {file.path for file in client.list_artifacts(run_id, "evaluate")} >= {
@@ -225,80 +208,17 @@ def test_evaluate_writes_table_grid_plot_and_report(trained):
     assert tags["evaluate.frechet.2-steps"].startswith(f"{report['samples'][1]['frechet']:.4g} +- ")
 
 
-def logged(client, record, name):
-    return [(metric.step, metric.value) for metric in client.get_metric_history(record["mlflow_run_id"], name)]
-
-
-@pytest.mark.soak
-@pytest.mark.cluster
-@pytest.mark.timeout(300)
-def test_training_into_an_object_store_whose_worker_is_killed_ends_with_the_same_numbers(trained, workspace):
-    build, _ = trained
-    train = workspace.documented("python -m pipelines.train")
-    train[train.index("--run-name") + 1] = "killed"
-    tracking_uri = f"sqlite:///{build}/runs/mlflow.db"
-    client, log = MlflowClient(tracking_uri), workspace.folder / "killed.log"
-    kill_after = random.choice([5, 10, 15, 20, 25])  # steps; there is a checkpoint at 15
-    print(f"kill a worker after step {kill_after}")
-    with s3_bucket() as bucket:
-        train[train.index("--storage") + 1] = f"{bucket}/runs"
-        filesystem, run_folder = storage.open_storage(f"{bucket}/runs/killed")
-        with open(log, "wb") as output:
-            driver = subprocess.Popen(
-                [*train, "--model-name", "killed"], cwd=workspace.folder, stdout=output, stderr=output,
-                env={
-                    **os.environ, **workspace.environment, "MLFLOW_TRACKING_URI": tracking_uri,
-                    "RAY_DEDUP_LOGS": "0",  # or Ray writes one line for two workers' that come close to each other
-                },
-            )  # fmt: skip
-        try:
-            record = None
-            while record is None or max([step for step, _ in logged(client, record, "loss")], default=0) < kill_after:
-                assert driver.poll() is None, log.read_text()[-4000:]
-                with contextlib.suppress(FileNotFoundError):
-                    record = json.loads(storage.read_bytes(filesystem, f"{run_folder}/training.json"))
-                time.sleep(0.02)
-            workers = [
-                process
-                for process in psutil.Process(driver.pid).children(recursive=True)
-                if any("RayTrainWorker" in word for word in process.cmdline())
-            ]
-            assert len(workers) == 2
-            orphan = "checkpoint_2026-01-01_00-00-00.000000"
-            storage.write_bytes(filesystem, f"{run_folder}/{orphan}/state.json", b"{")
-            random.choice(workers).kill()
-            assert driver.wait(timeout=200) == 0, log.read_text()[-4000:]
-        finally:
-            driver.kill()
-        step, ours = last_checkpoint(f"{bucket}/runs/killed")
-        names = [info.base_name for info in filesystem.get_file_info(fs.FileSelector(run_folder))]
-    assert log.read_text().count("one of 2 workers") == 4  # both, twice
-    kept = [name for name in names if name.startswith("checkpoint_2")]
-    assert len(kept) == 2
-    assert orphan not in kept
-    assert {"checkpoint_manager_snapshot.json", "generator", "training.json"} < set(names)
-    _, straight = last_checkpoint(build / "runs/first")
-    assert step == 30
-    assert set(ours) == set(straight)
-    assert [name for name, value in straight.items() if not torch.equal(ours[name], value)] == []
-
-    first = json.loads((build / "runs/first/training.json").read_text())
-    assert client.get_run(record["mlflow_run_id"]).info.status == "FINISHED"
-    for name in ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm"):
-        assert logged(client, record, name) == logged(client, first, name), name
-
-
 @pytest.mark.cluster
 @pytest.mark.soak
-def test_training_again_under_the_same_name_resumes_and_another_experiment_is_refused(trained, workspace):
+def test_same_run_name_resumes_and_another_experiment_is_refused(trained, workspace):
     build, _ = trained
     train = workspace.documented("python -m pipelines.train")
-    again = workspace.run([*train, "--num-steps", "40", "--num-workers", "1"])  # the number of workers is no matter
-    assert "resumed at step 30" in again.stderr + again.stdout
+    again = workspace.run([*train, "--num-steps", "20", "--num-workers", "1"])
+    assert "resumed at step 15" in again.stderr + again.stdout
     client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
     run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
     steps = [metric.step for metric in client.get_metric_history(run_id, "loss")]
-    assert steps == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert steps == [5, 10, 15, 20]
     assert client.get_model_version_by_alias("meanflow-debug", "champion").version == 2
 
     other = workspace.run([*train, "--optimizer.learning-rate", "0.5"], expected_code=2)
@@ -307,10 +227,10 @@ def test_training_again_under_the_same_name_resumes_and_another_experiment_is_re
 
 
 @pytest.mark.cluster
-def test_serve_answers_with_the_image_of_class_and_seed(trained, workspace, tmp_path):
+def test_serve_returns_the_image_of_class_and_seed(trained, workspace, tmp_path):
     build, _ = trained
     words = workspace.documented("serve run")
-    # `serve run IMPORT` has no option for the port, so the same application goes through a config with a free one.
+    # `serve run IMPORT` has no option for the port, so use a config with a free port.
     port = free_port(0)
     config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
     config["http_options"]["port"] = port
@@ -334,7 +254,7 @@ def test_serve_answers_with_the_image_of_class_and_seed(trained, workspace, tmp_
         assert np.abs(served - expected).max() <= 1
         batch = fetch(f"{url}/generate", {**body, "seed": 5, "num_images": 4, "response_format": "png"})[2]
         third = np.asarray(Image.open(io.BytesIO(batch)))[66:, :64].astype(int)
-        assert np.abs(third - expected).max() <= 1  # seed 7 again, now among others
+        assert np.abs(third - expected).max() <= 1  # seed 7, now in a batch
         status, _, message = fetch(f"{url}/generate", {**body, "class": "unicorn"})
         assert status == 400
         assert b"unknown class" in message

@@ -1,23 +1,72 @@
-"""What the checkpoints of a training with the debug preset hold."""
+"""The tensors of a training with the debug preset, from its checkpoints or from a loop without a cluster."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from meanflow_core.checkpoint import load_train_state
+from meanflow_core.config import TrainingConfig
+from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import debug
-from meanflow_core.training import build_train_state
+from meanflow_core.training import TrainState, build_train_state, train_step
 from pipelines import storage
+from pipelines.latents.autoencoder import open_autoencoder
+from pipelines.latents.cache import open_latents
 from pipelines.train import checkpoints
+from pipelines.train.batches import BatchSource
+
+CPU = torch.device("cpu")
+
+
+def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
+    """Parameters, moving averages and optimizer state, by name."""
+    tensors = {f"network/{name}": value for name, value in state.network.state_dict().items()}
+    for decay, network in state.ema_networks.items():
+        tensors |= {f"ema_{decay}/{name}": value for name, value in network.state_dict().items()}
+    for name, parameter in state.network.named_parameters():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
+    return tensors
 
 
 def last_checkpoint(location: str | Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The step of a run's last committed checkpoint, and everything in it by name, on any storage."""
-    state = build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
+    """The step of a run's last committed checkpoint, and its tensors, on any storage."""
+    state = build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=CPU)
     with checkpoints.committed(*storage.open_storage(str(location))).latest.as_directory() as folder:
         load_train_state(state, Path(folder))
-    found = {f"network/{name}": value for name, value in state.network.state_dict().items()}
-    found |= {f"ema/{name}": value for name, value in state.ema_network.state_dict().items()}
-    for name, parameter in state.network.named_parameters():
-        found |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
-    return state.step, found
+    return state.step, tensors_of(state)
+
+
+def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that differ in any bit, or that only one side has."""
+    return [
+        name
+        for name in sorted({*ours, *theirs})
+        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+    ]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """A training in this process, without Ray."""
+
+    state: TrainState
+    """After the last step."""
+    gradient_norms: list[float]
+    """Of every step."""
+
+
+def train_in_this_process(latents: Path, config: TrainingConfig, num_threads: int | None = None) -> LocalTraining:
+    """Takes all steps of a training on 10 classes, one after the other."""
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or threads_before)
+    dataset = open_latents(str(latents), "none")
+    state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=CPU)
+    source = BatchSource(dataset, config, rank=0, world_size=1, device=CPU)
+    normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)
+    norms = [
+        float(train_step(state, state.network, source.batches(step), normalization, config).gradient_norm)
+        for step in range(config.num_steps)
+    ]
+    torch.set_num_threads(threads_before)
+    return LocalTraining(state, norms)

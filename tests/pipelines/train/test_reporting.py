@@ -7,9 +7,16 @@ from PIL import Image
 from meanflow_core.generator import build_pipeline
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.tracking.run import MlflowClient, Run
+from pipelines.train import reporting
 from pipelines.train.reporting import Reporter, sample_grid
 
 METRICS = {"loss": 1.0, "images_per_second": 5.0, "squared_error_r_equals_t": 2.0, "squared_error_r_below_t": 3.0}
+
+
+@pytest.fixture
+def _two_seeds(monkeypatch):
+    """Sample grids of two columns, because decoding takes time."""
+    monkeypatch.setattr(reporting, "GRID_SEEDS", 2)
 
 
 @pytest.fixture
@@ -18,12 +25,13 @@ def unreachable():
     return Run("http://127.0.0.1:9", "1a2b")
 
 
+@pytest.mark.usefixtures("_two_seeds")
 def test_sample_grid_has_a_row_per_class_and_a_column_per_seed(pipeline):
     grid = sample_grid(pipeline)
     assert grid.dtype == np.uint8
-    assert grid.shape == (10 * 66 - 2, 8 * 66 - 2, 3)
-    [expected] = pipeline.images_from_seeds([3], [5], 1)
-    found = grid[66 * 3 :, 66 * 5 :][:64, :64]
+    assert grid.shape == (10 * 66 - 2, 2 * 66 - 2, 3)
+    [expected] = pipeline.images_from_seeds([3], [1], 1)
+    found = grid[66 * 3 :, 66:][:64, :64]
     assert np.abs(found.astype(int) - expected.numpy().astype(int)).max() <= 1
 
 
@@ -32,6 +40,7 @@ def test_sample_grid_of_two_classes_has_two_rows(vae):
     assert sample_grid(build_pipeline(network.eval(), vae, ["a", "b"])).shape == (2 * 66 - 2, 8 * 66 - 2, 3)
 
 
+@pytest.mark.usefixtures("_two_seeds")
 def test_only_the_reporter_with_a_run_logs(pipeline, tmp_path, tracking_uri, caplog):
     run = Run.begin(tracking_uri, "reporting", "name", {})
     with caplog.at_level(logging.INFO):

@@ -1,4 +1,4 @@
-"""The train stage on a cluster of two nodes and a real MLflow server, while parts of all that are taken away."""
+"""Training on a cluster of two nodes with an MLflow server, while parts of both are killed."""
 
 import contextlib
 import json
@@ -12,38 +12,32 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
-import ray
 import torch
 from mlflow import MlflowClient
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from meanflow_core.config import TrainingConfig
-from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import debug
-from meanflow_core.training import build_train_state, train_step
 from pipelines import storage
 from pipelines.demo import images
-from pipelines.latents.cache import open_latents
 from pipelines.train import checkpoints
-from pipelines.train.batches import BatchSource
+from pipelines.train.record import TRAINING_RECORD
 from tests.core.test_world_sizes import without_key_bias
 from tests.support.clusters import cluster_of_two, processes_of
 from tests.support.latents import encode_drawn
 from tests.support.mlflow_server import Server
 from tests.support.readme import REPOSITORY
-from tests.support.training_checkpoints import last_checkpoint
+from tests.support.training_checkpoints import differing, last_checkpoint, tensors_of, train_in_this_process
 
 NUM_STEPS = 240
 OPTIONS = [
     "--num-steps", str(NUM_STEPS), "--log-interval-steps", "5", "--checkpoint-interval-steps", "20",
     "--sample-interval-steps", "1000", "--num-workers", "2", "--max-failures", "20", "--global-batch-size", "256",
 ]  # fmt: skip
-FIGURES = ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm")
+METRICS = ("loss", "squared_error_r_equals_t", "squared_error_r_below_t", "gradient_norm", "dudt_norm")
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(1500)]
 
@@ -70,15 +64,15 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("trainings")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
-    """Two nodes with room for a worker each."""
+    """Two nodes with one CPU each. A test that removes the second node adds another."""
     with cluster_of_two(num_cpus=1) as started:
         yield started
 
 
 class Training:
-    """A training that is started again and again until it is done."""
+    """A training command that can be started several times."""
 
     def __init__(self, cluster, server, latents, root, name, *options):
         self.cluster, self.server, self.root, self.name = cluster, server, root, name
@@ -102,7 +96,7 @@ class Training:
             )  # fmt: skip
 
     def wait_for_step(self, step: int, patience_seconds: float = 240.0):
-        """Waits until a checkpoint of this step or a later one is committed, or MLflow has its figures."""
+        """Waits until MLflow or the last checkpoint has reached a step."""
         began = time.monotonic()
         while self.step() < step:
             assert time.monotonic() - began < patience_seconds, self.log()[-6000:]
@@ -110,7 +104,7 @@ class Training:
             time.sleep(0.05)
 
     def step(self) -> int:
-        """As far as MLflow knows; while it is away, as far as the checkpoints are."""
+        """The last step in MLflow; while MLflow is down, the step of the last checkpoint."""
         try:
             data = MlflowClient(self.server.uri).get_run(self.run_id()).data.to_proto()
             return max([metric.step for metric in data.metrics if metric.key == "loss"], default=0)
@@ -118,7 +112,7 @@ class Training:
             return self.committed_step()
 
     def run_id(self) -> str:
-        return json.loads((self.folder / "training.json").read_text())["mlflow_run_id"]
+        return json.loads((self.folder / TRAINING_RECORD).read_text())["mlflow_run_id"]
 
     def committed_step(self) -> int:
         known = checkpoints.committed(*storage.open_storage(str(self.folder)))
@@ -131,26 +125,24 @@ class Training:
         return processes_of(self.cluster.ray_folder, "RayTrainWorker")
 
     def tensors(self, num_steps: int = NUM_STEPS) -> dict[str, torch.Tensor]:
-        """Everything in the last checkpoint, by name."""
+        """The tensors of the last checkpoint."""
         step, found = last_checkpoint(self.folder)
         assert step == num_steps
         return found
 
-    def figures(self) -> dict[str, list[tuple[int, float]]]:
+    def metrics(self) -> dict[str, list[tuple[int, float]]]:
         client = MlflowClient(self.server.uri)
         return {
             name: [(metric.step, metric.value) for metric in client.get_metric_history(self.run_id(), name)]
-            for name in FIGURES
+            for name in METRICS
         }
 
 
 def check_same(training: Training, straight: Training):
-    """The same bits in the checkpoint, the same figures in MLflow, one finished run with steps that only rise."""
-    ours, theirs = training.tensors(), straight.tensors()
-    assert set(ours) == set(theirs)
-    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
+    """Checks that a run equals the uninterrupted one: the same bits and metrics, and one finished MLflow run."""
+    assert differing(training.tensors(), straight.tensors()) == []
     check_history(training)
-    assert training.figures() == straight.figures()
+    assert training.metrics() == straight.metrics()
 
 
 def check_history(training: Training, steps: Sequence[int] = range(5, NUM_STEPS + 1, 5)):
@@ -159,36 +151,35 @@ def check_history(training: Training, steps: Sequence[int] = range(5, NUM_STEPS 
     [run] = client.search_runs([experiment], f"attributes.run_name = '{training.name}'")
     assert run.info.run_id == training.run_id()
     assert run.info.status == "FINISHED"
-    for name, history in training.figures().items():
+    for name, history in training.metrics().items():
         assert [step for step, _ in history] == list(steps), name
     kept = [path for path in training.folder.iterdir() if path.name.startswith("checkpoint_2")]
-    assert len(kept) == 2  # and no orphan
+    assert len(kept) == 2  # no orphans
 
 
 @pytest.fixture(scope="module")
-def straight(server, latents, root):
-    """The run that nothing happens to."""
-    with cluster_of_two(num_cpus=1) as cluster:
-        training = Training(cluster, server, latents, root, "straight")
-        training.start()
-        training.finish()
+def straight(cluster, server, latents, root):
+    """The uninterrupted run."""
+    training = Training(cluster, server, latents, root, "straight")
+    training.start()
+    training.finish()
     check_history(training)
     return training
 
 
 def fill_disk(training: Training):
-    """No worker can write a file above 1 kB any more: what follows is what a full disk does."""
+    """Limits the workers' files to 1 kB, which fails like a full disk."""
     for worker in training.workers():
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_whatever_is_killed_the_run_ends_with_the_same_numbers(cluster, server, latents, root, straight, seed):
+def test_run_matches_the_uninterrupted_one_whatever_is_killed(cluster, server, latents, root, straight, seed):
     random.seed(seed)
     training = Training(cluster, server, latents, root, f"chaos-{seed}")
     training.start()
-    # The server last: it takes longer to come back than the steps that are left then.
+    # The server last: its restart takes longer than the steps that are left.
     events = [*random.sample(["worker", "driver", "node", "disk"], 4), "server"]
     for number, event in enumerate(events):
         training.wait_for_step(5 + number * NUM_STEPS // 6 + random.randint(0, 10))
@@ -212,9 +203,7 @@ def test_whatever_is_killed_the_run_ends_with_the_same_numbers(cluster, server, 
     check_same(training, straight)
 
 
-def test_terminated_training_leaves_a_checkpoint_of_its_last_step_and_goes_on_from_there(
-    cluster, server, latents, root, straight
-):
+def test_sigterm_saves_a_checkpoint_from_which_the_run_resumes(cluster, server, latents, root, straight):
     training = Training(cluster, server, latents, root, "terminated")
     training.start()
     training.wait_for_step(45)
@@ -232,20 +221,20 @@ def test_terminated_training_leaves_a_checkpoint_of_its_last_step_and_goes_on_fr
     check_same(training, straight)
 
 
-def test_second_driver_of_a_run_is_refused(cluster, server, latents, root):
+def test_second_job_of_the_same_run_is_refused(cluster, server, latents, root):
     options = ("--num-steps", "100000")
     training, second = (Training(cluster, server, latents, root, "claimed", *options) for _ in range(2))
     training.start()
     training.wait_for_step(5)
     second.start()
     second.finish(code=2)
-    assert "is being trained by another job of this cluster" in second.log()
+    assert "another job of this cluster is training" in second.log()
     assert training.driver.poll() is None
     training.driver.send_signal(signal.SIGTERM)
     training.finish(code=128 + signal.SIGTERM)
 
 
-def test_cluster_that_dies_whole_and_comes_back_changes_nothing(server, latents, root, straight):
+def test_run_resumes_on_a_new_cluster_after_the_old_one_died(server, latents, root, straight):
     with cluster_of_two(num_cpus=1) as cluster:
         training = Training(cluster, server, latents, root, "restarted")
         training.start()
@@ -261,7 +250,7 @@ def test_cluster_that_dies_whole_and_comes_back_changes_nothing(server, latents,
     check_same(training, straight)
 
 
-def test_notice_of_preemption_makes_a_checkpoint_at_once(cluster, server, latents, root, straight):
+def test_preemption_notice_saves_a_checkpoint_at_once(cluster, server, latents, root, straight):
     training = Training(cluster, server, latents, root, "preempted", "--checkpoint-interval-steps", "1000")
     training.start()
     training.wait_for_step(10)
@@ -281,26 +270,12 @@ def test_notice_of_preemption_makes_a_checkpoint_at_once(cluster, server, latent
     cluster.add_second()
     training.finish()
     assert f"resumed at step {saved}" in training.log()
-    assert training.figures() == straight.figures()
-    ours, theirs = training.tensors(), straight.tensors()
-    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
-
-
-def in_one_process(latents: Path, config: TrainingConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The parameters after a run without any cluster, and the norm of every step's gradient."""
-    dataset, device = open_latents(str(latents), "none"), torch.device("cpu")
-    state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=device)
-    source = BatchSource(dataset, config, rank=0, world_size=1, device=device)
-    normalization = LatentNormalization.from_vae_config(json.loads((latents / "vae/config.json").read_text()))
-    norms = [
-        float(train_step(state, state.network, source.batches(step), normalization, config).gradient_norm)
-        for step in range(config.num_steps)
-    ]
-    return {f"network/{name}": value for name, value in state.network.state_dict().items()}, norms
+    assert training.metrics() == straight.metrics()
+    assert differing(training.tensors(), straight.tensors()) == []
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
-def test_number_of_workers_may_change_on_the_way(cluster, server, latents, root, parallelism):
+def test_workers_may_leave_and_join_during_training(cluster, server, latents, root, parallelism):
     training = Training(
         cluster, server, latents, root, f"elastic-{parallelism}", "--min-workers", "1", "--resize-interval-seconds", "3",
         "--parallelism", parallelism, "--rows-per-pass", "1100", "--checkpoint-interval-steps", "4",
@@ -317,19 +292,21 @@ def test_number_of_workers_may_change_on_the_way(cluster, server, latents, root,
     assert 2 in sizes[: sizes.index(1)]
     assert 2 in sizes[sizes.index(1) :]
     config = replace(debug(), global_batch_size=4000, num_steps=50)
-    ours, (theirs, norms) = training.tensors(50), in_one_process(latents, config)
-    whole = [torch.cat([without_key_bias(name, of[name]).flatten() for name in theirs]) for of in (ours, theirs)]
+    expected = train_in_this_process(latents, config)
+    ours, theirs = training.tensors(50), tensors_of(expected.state)
+    names = [name for name in theirs if name.startswith("network/")]
+    whole = [
+        torch.cat([without_key_bias(name, tensors[name]).flatten() for name in names]) for tensors in (ours, theirs)
+    ]
     error = float((whole[0] - whole[1]).norm() / whole[1].norm())
     print(f"{parallelism}: 2, 1 and 2 workers against one process, relative difference after 50 steps: {error:.2g}")
     assert error < 1e-5
     check_history(training, list(range(1, 51)))
-    logged = [value for _, value in training.figures()["gradient_norm"]]
-    assert logged == pytest.approx(norms, rel=1e-4)
+    logged = [value for _, value in training.metrics()["gradient_norm"]]
+    assert logged == pytest.approx(expected.gradient_norms, rel=1e-4)
 
 
-def test_gradient_that_is_not_finite_ends_the_run_with_its_step_and_the_last_good_checkpoint(
-    cluster, server, latents, root
-):
+def test_nonfinite_gradient_fails_the_run_and_names_the_last_checkpoint(cluster, server, latents, root):
     training = Training(
         cluster, server, latents, root, "diverged", "--optimizer.learning-rate", "1e36", "--checkpoint-interval-steps", "1",
     )  # fmt: skip
@@ -337,12 +314,7 @@ def test_gradient_that_is_not_finite_ends_the_run_with_its_step_and_the_last_goo
     training.finish(code=1)
     [message] = [line for line in training.log().splitlines() if line.startswith("error: ")]
     step = int(re.search(r"the gradient of step (\d+) is not finite", message)[1])
-    assert f"the last good checkpoint is of step {step - 1}, " in message
-    assert "--skip-nonfinite 1 skips such a step" in message
+    assert f"the last checkpoint is of step {step - 1}, " in message
+    assert "--skip-nonfinite 1" in message
     assert training.committed_step() == step - 1
     assert MlflowClient(server.uri).get_run(training.run_id()).info.status == "FAILED"
-
-
-def teardown_module():
-    if ray.is_initialized():
-        ray.shutdown()

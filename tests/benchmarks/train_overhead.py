@@ -1,12 +1,12 @@
-"""What the whole trainer costs beside a bare loop of the same step.
+"""Overhead of the trainer compared with a bare training loop.
 
     python tests/benchmarks/train_overhead.py --json train_overhead.json
 
-The trainer: `python -m pipelines.train demo` with one worker of one thread, its rows and draws made for every step,
-DDP, the moving average, figures in MLflow (sqlite) every 25 steps, system metrics, a checkpoint every 200. Its pace is
-that between the times of the figures of step 25 and of the last, checkpoints included. The bare loop: network, loss,
-backward and Adam on the same number of rows, drawn beforehand, with one thread; no average, no wrapper, no figures. They
-take turns. With --threads 2 on two cores, Ray's own processes and the steps want the same cores.
+The trainer is `python -m pipelines.train demo` with one worker and one thread: it prepares the batches of every step, uses
+DDP, updates the moving average, logs metrics to MLflow (SQLite) every 25 steps, logs system metrics, and saves a
+checkpoint every 200 steps. Its seconds per step are measured between the metrics of step 25 and of the last step. The
+bare loop runs network, loss, backward and Adam on prepared batches, with one thread and none of the rest. Both alternate.
+With --threads 2 on two cores, Ray's own processes compete with the training for the cores.
 """
 
 import argparse
@@ -39,7 +39,7 @@ INTERVAL, CHECKPOINT_INTERVAL = 25, 200
 
 
 def make_latents(folder: Path, count: int) -> Path:
-    """A small dataset of the demo's."""
+    """Encodes demo images."""
     images.write_folder(folder / "images", num_train=count, num_val=10)
     subprocess.run(
         [sys.executable, "-m", "pipelines.encode", "--images", str(folder / "images/train"), "--output",
@@ -50,7 +50,7 @@ def make_latents(folder: Path, count: int) -> Path:
 
 
 class BareLoop:
-    """The step alone, on batches that lie ready."""
+    """Training steps alone, on prepared batches."""
 
     def __init__(self, latents: Path, folder: Path, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -64,7 +64,7 @@ class BareLoop:
         self._normalization = LatentNormalization.from_vae_config(load_autoencoder(str(SHIPPED_AUTOENCODER)).config)
 
     def seconds_per_step(self, num_steps: int) -> float:
-        """Of so many steps."""
+        """Takes `num_steps` steps; the mean duration."""
         began = time.perf_counter()
         for step in range(num_steps):
             batches = self._batches[step % len(self._batches)]
@@ -73,7 +73,7 @@ class BareLoop:
 
 
 def train(latents: Path, folder: Path, name: str, num_steps: int, num_threads: int) -> float:
-    """Seconds per step of the whole trainer."""
+    """Runs the trainer; seconds per step."""
     subprocess.run(
         [sys.executable, "-m", "pipelines.train", "demo", "--data", str(latents), "--storage", str(folder / "runs"),
          "--run-name", name, "--num-workers", "1", "--cpu-threads", str(num_threads), "--cache-dir", str(folder / "cache"),
@@ -88,12 +88,12 @@ def train(latents: Path, folder: Path, name: str, num_steps: int, num_threads: i
 
 
 def logging_microseconds(folder: Path, rows: int = 200) -> float:
-    """What a call that logs an interval's figures costs its caller."""
+    """Median duration of a call that logs the metrics of an interval."""
     run = Run.begin(f"sqlite:///{folder}/logging.db", "logging", "logging", {})
     seconds = []
     for step in range(rows):
         began = time.perf_counter()
-        run.log_metrics({f"figure_{index}": float(step) for index in range(15)}, step)
+        run.log_metrics({f"metric_{index}": float(step) for index in range(15)}, step)
         seconds.append(time.perf_counter() - began)
         time.sleep(0.005)
     run.end("FINISHED")
@@ -101,7 +101,7 @@ def logging_microseconds(folder: Path, rows: int = 200) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Medians over turns."""
+    """Medians over the repetitions."""
     num_steps = 2 * CHECKPOINT_INTERVAL + INTERVAL
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         for repeat in range(arguments.repeats):
             runs.append(train(latents, folder, f"run-{repeat}", num_steps, arguments.threads))
             loops.append(bare.seconds_per_step(100))
-            print(f"turn {repeat + 1} of {arguments.repeats}: trainer {runs[-1]:.4f} s a step, "
+            print(f"repetition {repeat + 1} of {arguments.repeats}: trainer {runs[-1]:.4f} s per step, "
                   f"bare loop {loops[-1]:.4f}", file=sys.stderr)  # fmt: skip
         microseconds = logging_microseconds(folder)
     loop, run = statistics.median(loops), statistics.median(runs)
@@ -128,6 +128,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=3, help="turns of trainer and bare loop")
-    parser.add_argument("--threads", type=int, default=1, help="threads that compute, in both")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of trainer and bare loop")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads of both")
     main(measure, {"trainer_over_bare_loop": (">=", 0.93)}, parser)

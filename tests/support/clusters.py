@@ -1,4 +1,4 @@
-"""Ray clusters of several nodes on this machine, for tests that take parts of them away."""
+"""Ray clusters of two nodes on this machine, for tests that remove a node."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-# A node that is gone is noticed in seconds instead of half a minute.
+# A lost node is detected within seconds instead of half a minute.
 QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
@@ -20,8 +20,8 @@ QUICK_HEALTH_CHECKS = {
 
 @contextlib.contextmanager
 def cluster_of_two(num_cpus: int) -> Iterator[Cluster]:
-    """A head and a second node, which may be taken away (`remove_second`) and come back (`add_second`)."""
-    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets want short paths
+    """A head and a second node, with the methods `remove_second` and `add_second`."""
+    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix socket paths must be short
     node = {"num_cpus": num_cpus, "object_store_memory": 150 * 2**20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", ray_folder)
@@ -50,7 +50,7 @@ def cluster_of_two(num_cpus: int) -> Iterator[Cluster]:
 
 
 def processes_of(ray_folder: str, word: str = "") -> list[psutil.Process]:
-    """Processes of a test's cluster, by its folder in their environment; those with a word in their command line."""
+    """Processes with this RAY_TMPDIR in their environment and this word in their command line."""
     found = []
     for process in psutil.process_iter():
         try:

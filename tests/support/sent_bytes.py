@@ -1,4 +1,4 @@
-"""The bytes that a training step sends between two processes on this machine, as the kernel counts them."""
+"""The bytes that a training step sends between two processes, from the kernel's TCP counters."""
 
 import json
 import os
@@ -24,7 +24,7 @@ NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
 
 
 def batches(config: TrainingConfig, rank: int, world_size: int, passes: int) -> list[Batch]:
-    """Equal parts of a step's rows: this process's, in so many passes."""
+    """This process's samples of a step, in equal passes."""
     rows = config.global_batch_size
     record = draw_step_record(config.loss, seed=0, step=0, num_rows=rows, latent_shape=(4, 8, 8))
     part = rows // world_size // passes
@@ -40,14 +40,14 @@ def batches(config: TrainingConfig, rank: int, world_size: int, passes: int) -> 
 
 
 def sent_bytes() -> int:
-    """What this process has sent over TCP so far."""
+    """Bytes that this process has sent over TCP so far."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
             connection = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # closed since
+        except OSError:  # closed in the meantime
             continue
         with connection:
             if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
@@ -58,7 +58,7 @@ def sent_bytes() -> int:
 
 
 def count_sent(rank: int, folder: str) -> None:
-    """One of two processes: the first writes the bytes of a step that it sends, by "KIND PASSES", to sent.json."""
+    """Runs one of two processes. Rank 0 writes its sent bytes per step, {"KIND PASSES": bytes}, to sent.json."""
     join_group(rank, 2, f"{folder}/meeting", 120)
     found = {}
     for kind in ("ddp", "fsdp2"):
@@ -66,17 +66,19 @@ def count_sent(rank: int, folder: str) -> None:
             GUIDED, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"),
             shard=shard_network if kind == "fsdp2" else None,
         )  # fmt: skip
-        graded = state.network
+        training_network = state.network
         if kind == "ddp":
-            graded = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            training_network = DistributedDataParallel(
+                state.network, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
         for passes in (1, 2):
             before = 0
-            for number in range(3):  # DDP's first step arranges its buckets
+            for number in range(3):  # DDP rebuilds its buckets after the first step
                 if number == 1:
                     before = sent_bytes()
                 train_step(
-                    state, graded, batches(GUIDED, rank, 2, passes), NORMALIZATION, GUIDED,
-                    **({"accumulating": graded.no_sync} if kind == "ddp" else {}),
+                    state, training_network, batches(GUIDED, rank, 2, passes), NORMALIZATION, GUIDED,
+                    **({"accumulating": training_network.no_sync} if kind == "ddp" else {}),
                 )  # fmt: skip
             found[f"{kind} {passes}"] = (sent_bytes() - before) / 2
     if rank == 0:

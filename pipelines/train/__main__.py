@@ -14,10 +14,11 @@ def main() -> None:
     if job.dry_run:
         print(run.dry_run(preset, job))
         return
-    result = run.train(preset, job)
-    print(f"generator: {result.generator}")
-    print(f"model: {result.model}")
-    print(f"tracking: {result.tracking_uri}")
+    record = run.train(preset, job)
+    assert record.published is not None
+    print(f"generator: {record.published.generator}")
+    print(f"model: {record.published.model}")
+    print(f"tracking: {record.tracking_uri}")
 
 
 if __name__ == "__main__":

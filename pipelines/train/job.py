@@ -82,18 +82,15 @@ class TrainJob:
     """The experiment."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "min_workers", "rows_per_pass", "keep_checkpoints", "cpu_threads"):
+        at_least_one = ("num_workers", "min_workers", "rows_per_pass", "keep_checkpoints", "cpu_threads")
+        for name, minimum in {**dict.fromkeys(at_least_one, 1), "skip_nonfinite": 0, "max_failures": -1}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but got {value}")
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, but got {value}")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers must be at most num_workers {self.num_workers}, but got {self.min_workers}")
         if self.resize_interval_seconds <= 0:
             raise ValueError(f"resize_interval_seconds must be above 0, but got {self.resize_interval_seconds}")
-        if self.skip_nonfinite < 0:
-            raise ValueError(f"skip_nonfinite must be at least 0, but got {self.skip_nonfinite}")
-        if self.max_failures < -1:
-            raise ValueError(f"max_failures must be at least 0, or -1 for no limit, but got {self.max_failures}")
         if self.init_source is not None and self.init_from is None:
             raise ValueError("init_source requires init_from, the checkpoint file")
 

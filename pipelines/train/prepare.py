@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from meanflow_core.autoencoder import load_autoencoder, weight_hash
-from meanflow_core.networks import AnyNetwork
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.latents.cache import NO_CACHE
@@ -12,7 +11,7 @@ from pipelines.tracking.registry import REGISTRY_SCHEMES
 from pipelines.train import checkpoints, validation
 from pipelines.train.job import TrainJob
 from pipelines.train.record import TrainingRecord, read_record, require_same_experiment
-from pipelines.train.warm_start import prepare_warm_start
+from pipelines.train.warm_start import InitialNetwork, delay_guidance, load_initial_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class Preparation:
     """Of the latent dataset."""
     record: TrainingRecord | None
     """Of the run to resume; None for a new run."""
-    initial_network: AnyNetwork | None
+    initial: InitialNetwork | None
     """The network of a warm start, for a new run."""
 
 
@@ -41,17 +40,18 @@ def prepare(job: TrainJob) -> Preparation:
     _require_fitting_data(job, manifest)
     record = read_record(job)
     if record is None:
-        start = prepare_warm_start(job, manifest)
-        job = replace(job, config=start.config)
-        return Preparation(job=job, manifest=manifest, record=None, initial_network=start.network)
+        initial = load_initial_network(job, manifest)
+        if initial is not None and initial.is_flow_matching:
+            job = replace(job, config=delay_guidance(job.config, manifest))
+        return Preparation(job=job, manifest=manifest, record=None, initial=initial)
     if job.config.guidance_after_steps is None:  # decided by the warm start
         decided = record.identity["config"].get("guidance_after_steps")
         job = replace(job, config=replace(job.config, guidance_after_steps=decided))
     require_same_experiment(job, manifest, record)
-    return Preparation(job=job, manifest=manifest, record=record, initial_network=None)
+    return Preparation(job=job, manifest=manifest, record=record, initial=None)
 
 
-def recover_initial_network(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> AnyNetwork | None:
+def recover_initial(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> InitialNetwork | None:
     """The initial network of a run to resume that has no checkpoint yet; None if it has one.
 
     Raises InputError if the run has more than num_steps steps, or the initial network has changed.
@@ -64,13 +64,13 @@ def recover_initial_network(job: TrainJob, manifest: Manifest, record: TrainingR
                 f"another --run-name, or at least as many steps"
             )
         return None
-    network = prepare_warm_start(job, manifest).network
-    if network is not None and weight_hash(network) != record.init_sha256:
+    initial = load_initial_network(job, manifest)
+    if initial is not None and weight_hash(initial.network) != record.init_sha256:
         raise InputError(
             f"the weights of --init-from {job.init_from} have changed since run {job.run_name} was started; choose another "
             f"--run-name"
         )
-    return network
+    return initial
 
 
 def _with_absolute_locations(job: TrainJob) -> TrainJob:

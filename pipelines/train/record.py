@@ -168,9 +168,9 @@ def _dataset(location: str, manifest: Manifest, context: str) -> DatasetInput:
     )
 
 
-def resume_run(record: TrainingRecord, tracking_uri: str) -> Run:
+def resume_run(record: TrainingRecord) -> Run:
     """Marks the training's MLflow run as running again. Raises InputError if the address does not know it."""
-    run = Run(tracking_uri, record.mlflow_run_id)
+    run = Run(record.tracking_uri, record.mlflow_run_id)
     run.resume()
     return run
 

@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ray
 from ray.actor import ActorHandle
@@ -18,7 +18,6 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from meanflow_core.autoencoder import weight_hash
-from meanflow_core.networks import AnyNetwork
 from pipelines import storage
 from pipelines.cluster import choose_gpus, start_ray
 from pipelines.errors import InputError
@@ -26,38 +25,26 @@ from pipelines.latents.manifest import Manifest
 from pipelines.plan.cost import step_flops
 from pipelines.plan.estimate import Workload
 from pipelines.plan.report import describe
-from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
 from pipelines.train import checkpoints, failures, stopping, validation
 from pipelines.train.job import TrainJob
-from pipelines.train.prepare import prepare, recover_initial_network
+from pipelines.train.prepare import prepare, recover_initial
 from pipelines.train.publishing import FinishedTraining, publish_generators
-from pipelines.train.record import Published, TrainingRecord, begin_run, new_record, resume_run, write_record
+from pipelines.train.record import TrainingRecord, begin_run, new_record, resume_run, write_record
+from pipelines.train.warm_start import InitialNetwork
 from pipelines.train.worker import Outcome, WorkerTask, train_worker
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a training leaves."""
-
-    generator: str
-    """Location of the generator's folder."""
-    model: str
-    """Its URI in MLflow's model registry."""
-    tracking_uri: str
-    """Address of MLflow."""
-
-
-def train(preset: str, job: TrainJob) -> TrainResult:
-    """Trains, or resumes a training, and publishes its generators.
+def train(preset: str, job: TrainJob) -> TrainingRecord:
+    """Trains, or resumes a training, publishes its generators, and returns its record.
 
     Raises InputError for invalid input, RunError if training fails, and SystemExit if it is stopped.
     """
     ready = prepare(job)
-    job, manifest, record, initial = ready.job, ready.manifest, ready.record, ready.initial_network
+    job, manifest, record, initial = ready.job, ready.manifest, ready.record, ready.initial
     start_ray(needed_cpus=job.num_workers)
     job = _with_device(job, record)
     tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
@@ -65,13 +52,14 @@ def train(preset: str, job: TrainJob) -> TrainResult:
     filesystem, run_path = storage.open_storage(job.run_location)
     if record is None:
         run = begin_run(job, preset, manifest, tracking_uri)
-        record = new_record(job, preset, manifest, run, None if initial is None else weight_hash(initial))
+        record = new_record(job, preset, manifest, run, None if initial is None else weight_hash(initial.network))
         write_record(job, record)
     else:
         checkpoints.repair_record(filesystem, run_path)
         checkpoints.delete_orphans(filesystem, run_path)
-        initial = recover_initial_network(job, manifest, record)
-        run = resume_run(record, tracking_uri)
+        initial = recover_initial(job, manifest, record)
+        record = replace(record, tracking_uri=tracking_uri)
+        run = resume_run(record)
     try:
         logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
         for key, value in job.config.flat().items():
@@ -83,12 +71,12 @@ def train(preset: str, job: TrainJob) -> TrainResult:
         checkpoint, step = result.checkpoint, result.return_value.step
         assert checkpoint is not None, "the last step always saves a checkpoint"
         training = FinishedTraining(job=job, preset=preset, manifest=manifest, checkpoint=checkpoint, step=step)
-        published = _publish(training, run, record, is_validated=validates)
+        record = _publish(training, run, record, is_validated=validates)
     except BaseException as error:
         run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
         raise
     run.end("FINISHED")
-    return TrainResult(generator=published.generator, model=published.model, tracking_uri=tracking_uri)
+    return record
 
 
 def dry_run(preset: str, job: TrainJob) -> str:
@@ -122,7 +110,7 @@ def _run_workers(
     manifest: Manifest,
     run: Run,
     stop_request: ActorHandle,
-    initial: AnyNetwork | None,
+    initial: InitialNetwork | None,
     *,
     validates: bool,
 ) -> Result:
@@ -133,9 +121,8 @@ def _run_workers(
         tracking_uri=run.tracking_uri,
         run_id=run.run_id,
         stop_request=stop_request,
-        initial_network=None if initial is None else ray.put(initial),
+        initial_network=None if initial is None else ray.put(initial.network),
         step_flops=step_flops(job.config, **manifest.network_sizes),
-        code=code_identity(),
         validates=validates,
     )
     trainer = TorchTrainer(
@@ -173,14 +160,17 @@ def _require_finished(job: TrainJob, outcome: Outcome) -> None:
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def _publish(training: FinishedTraining, run: Run, record: TrainingRecord, *, is_validated: bool) -> Published:
-    """Validates the last checkpoint, unless done during training, and publishes its generators, once per step."""
+def _publish(training: FinishedTraining, run: Run, record: TrainingRecord, *, is_validated: bool) -> TrainingRecord:
+    """Validates the last checkpoint, unless done during training, and publishes its generators, once per step.
+
+    Returns the record with `published`.
+    """
     if record.published is not None and record.published.step == training.step:
         logger.info("the generators of step %d are already published", training.step)
-        return record.published
+        return record
     if training.job.validation_data is not None and not is_validated:
         logger.info("validating the last checkpoint now: there were no spare resources during training")
         validation.validate(training.checkpoint, training.job, run.tracking_uri, run.run_id)
-    published = publish_generators(training, run)
-    write_record(training.job, replace(record, published=published))
-    return published
+    record = replace(record, published=publish_generators(training, run))
+    write_record(training.job, record)
+    return record

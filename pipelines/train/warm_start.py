@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.config import NetworkConfig, TrainingConfig
+from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import load_network
 from meanflow_core.interop.names import convert_checkpoint, find_source, silence_step_size
 from meanflow_core.interop.readers import read_checkpoint
@@ -37,36 +37,18 @@ class InitialNetwork:
     """It was trained by flow matching: it knows only instantaneous velocities."""
 
 
-@dataclass(frozen=True)
-class WarmStart:
-    """How a new run starts."""
-
-    config: TrainingConfig
-    """The configuration, with `guidance_after_steps` decided."""
-    network: AnyNetwork | None
-    """The initial network; None for random parameters."""
-
-
-def prepare_warm_start(job: TrainJob, manifest: Manifest) -> WarmStart:
-    """Loads the network of --init-from, if given. Raises InputError as `load_initial_network`."""
-    if job.init_from is None:
-        return WarmStart(job.config, None)
-    initial = load_initial_network(job.init_from, job.init_source, job.config.network, job.data, manifest)
-    config = delay_guidance(job.config, manifest) if initial.is_flow_matching else job.config
-    return WarmStart(config, initial.network)
-
-
-def load_initial_network(
-    location: str, source: str | None, config: NetworkConfig, data: str, manifest: Manifest
-) -> InitialNetwork:
-    """Loads the network of --init-from and --init-source for training on the latent dataset `data`.
+def load_initial_network(job: TrainJob, manifest: Manifest) -> InitialNetwork | None:
+    """Loads the network of --init-from and --init-source; None without --init-from.
 
     A flow-matching network was never trained with t - r > 0. It is changed to predict its velocity, that of t - r = 0,
     for every t - r; training then learns the rest. Raises InputError if the network is missing, has another
     architecture or size, or was trained on latents with another normalization.
     """
+    location, source = job.init_from, job.init_source
+    if location is None:
+        return None
     with torch.device("meta"):
-        expected = build_network(config, **manifest.network_sizes)
+        expected = build_network(job.config.network, **manifest.network_sizes)
     if source is None and Path(location).is_file():
         raise InputError(
             f"--init-from {location} is a file; name its source with --init-source, or give a generator's folder"
@@ -76,7 +58,7 @@ def load_initial_network(
             folder = fetch_generator(location, None)
             network = load_network(folder / "transformer")
             require_same_kind(network, expected)
-            _require_same_normalization(folder, data)
+            _require_same_normalization(folder, job.data)
             is_flow_matching = json.loads((folder / "model_index.json").read_text()).get("prediction") == "velocity"
             if is_flow_matching and isinstance(network, MeanFlowDiT):
                 silence_step_size(network)
@@ -84,7 +66,7 @@ def load_initial_network(
             is_flow_matching = find_source(source).is_flow_matching
             state = read_checkpoint(Path(location))
             network = convert_checkpoint(
-                source, state, sample_size=manifest.latent_shape[1], num_heads=config.num_heads
+                source, state, sample_size=manifest.latent_shape[1], num_heads=job.config.network.num_heads
             )
             require_same_kind(network, expected)
     except ValueError as error:

@@ -30,7 +30,6 @@ from pipelines.train.batches import BatchSource, Prefetcher
 from pipelines.train.job import TrainJob
 from pipelines.train.metrics import IntervalMetrics, NonfiniteDetector
 from pipelines.train.publishing import training_pipeline
-from pipelines.train.record import identity
 from pipelines.train.reporting import Reporter
 from pipelines.train.stopping import SignalMonitor
 
@@ -53,8 +52,6 @@ class WorkerTask:
     """The network of a warm start, while there is no checkpoint."""
     step_flops: float
     """Floating-point operations of the model per step, over all workers."""
-    code: dict[str, str]
-    """Commit and versions, stored in every checkpoint."""
     validates: bool
     """Validate every checkpoint while training continues."""
 
@@ -99,7 +96,7 @@ class TrainingWorker:
         restored = checkpoints.restore(self._state)
         if restored is not None:
             self._metrics.restore(restored["interval_metrics"], self._rank)
-            self._log_resume(restored["arrangement"])
+            logger.info("resumed at step %d", self._state.step)
         logger.info("one of %d workers", self._world_size)
 
         self._reporter = self._build_reporter(stack, [] if restored is None else restored["unlogged"])
@@ -128,15 +125,6 @@ class TrainingWorker:
             initial=initial,
             shard=shard_network if self._job.parallelism == "fsdp2" else None,
         )
-
-    def _log_resume(self, saved_arrangement: str) -> None:
-        logger.info("resumed at step %d", self._state.step)
-        if self._rank == 0 and saved_arrangement != self._arrangement():
-            logger.warning(
-                "the checkpoint was saved by %s, now training with %s: results may differ by rounding",
-                saved_arrangement,
-                self._arrangement(),
-            )
 
     def _build_reporter(self, stack: ExitStack, unlogged: list[dict[str, Any]]) -> Reporter | None:
         """Reports on rank 0; None on other ranks, unless they hold a shard that sampling needs."""
@@ -215,16 +203,9 @@ class TrainingWorker:
         extra = {
             "interval_metrics": self._metrics.state(),
             "unlogged": [] if self._reporter is None else self._reporter.pending_rows(),
-            "arrangement": self._arrangement(),
-            "identity": identity(self._job, self._manifest),
-            "code": self._task.code,
         }
         validate = due.validate and self._task.validates
         checkpoints.save(self._state, self._config, self._last_metrics, extra, wait=due.wait, validate=validate)
-
-    def _arrangement(self) -> str:
-        """What the rounding of sums depends on."""
-        return f"{self._world_size} workers with {torch.get_num_threads()} threads, {self._job.parallelism}"
 
 
 def _set_up_device(job: TrainJob) -> torch.device:

@@ -54,7 +54,7 @@ def test_help_imports_neither_ray_nor_torch_nor_mlflow():
         ("--min-workers", "2", "min_workers must be at most num_workers 1, but got 2"),
         ("--resize-interval-seconds", "0", "resize_interval_seconds must be above 0, but got 0"),
         ("--skip-nonfinite", "-1", "skip_nonfinite must be at least 0, but got -1"),
-        ("--max-failures", "-2", "max_failures must be at least 0, or -1"),
+        ("--max-failures", "-2", "max_failures must be at least -1, but got -2"),
         ("--init-source", "sit", "init_source requires init_from"),
     ],
 )

@@ -45,7 +45,8 @@ def run(tracking_uri):
 def test_every_average_is_published_and_the_first_is_registered_once(training, run, tmp_path):
     finished, averages = training
     record = new_record(finished.job, "debug", small_manifest(), run)
-    published = train_run._publish(finished, run, record, is_validated=True)
+    after = train_run._publish(finished, run, record, is_validated=True)
+    published = after.published
     assert (published.step, published.generator) == (20, f"{tmp_path}/runs/r/generator")
     assert published.model == f"models:/{tmp_path.name}@champion"
     for decay, name in ((0.9, "generator"), (0.5, "generator-ema-0.5")):
@@ -58,8 +59,8 @@ def test_every_average_is_published_and_the_first_is_registered_once(training, r
         }  # fmt: skip
         assert f"moving average with decay {decay:g}" in (folder / "README.md").read_text()
         assert load_pipeline(folder).class_names == {0: "a", 1: "b"}
-    assert read_record(finished.job) == replace(record, published=published)
-    assert train_run._publish(finished, run, read_record(finished.job), is_validated=True) == published
+    assert read_record(finished.job) == after == replace(record, published=published)
+    assert train_run._publish(finished, run, after, is_validated=True) == after
     [version] = MlflowClient(run.tracking_uri).search_model_versions(f"name='{tmp_path.name}'")
     assert version.tags["transformer_sha256"] == weight_hash(load_network(tmp_path / "runs/r/generator/transformer"))
     assert (version.tags["step"], version.tags["generator"]) == ("20", published.generator)

@@ -36,7 +36,7 @@ def test_record_and_mlflow_run_describe_the_training(started, tracking_uri):
     assert {"configuration.json", "data_manifest.json"} <= files
     assert client.get_run(record.mlflow_run_id).data.params["data.num_samples"] == "5"
     assert client.get_run(record.mlflow_run_id).info.status == "KILLED"
-    resume_run(record, tracking_uri)
+    resume_run(record)
     assert client.get_run(record.mlflow_run_id).info.status == "RUNNING"
 
 

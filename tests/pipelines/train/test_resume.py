@@ -79,7 +79,7 @@ def test_run_with_a_killed_worker_matches_an_uninterrupted_loop_bit_for_bit(
         killer = Killer(job.run_location)
         killer.start()
         try:
-            result = train_run.train("debug", job)
+            returned = train_run.train("debug", job)
         finally:
             ray.shutdown()
         killer.join(timeout=10.0)
@@ -97,7 +97,8 @@ def test_run_with_a_killed_worker_matches_an_uninterrupted_loop_bit_for_bit(
     assert {checkpoints.RECORD, TRAINING_RECORD, "generator"} < names
     assert len([name for name in names if name.startswith("checkpoint_2")]) == 2
     assert ORPHAN not in names
-    assert record.published.generator == result.generator == f"{job.run_location}/generator"
+    assert record == returned
+    assert record.published.generator == f"{job.run_location}/generator"
 
     client = MlflowClient(tracking_uri)
     assert client.get_run(record.mlflow_run_id).info.status == "FINISHED"

@@ -14,7 +14,7 @@ from pipelines.demo import images
 from pipelines.errors import InputError
 from pipelines.train.job import TrainJob
 from pipelines.train.prepare import prepare
-from pipelines.train.warm_start import WarmStart, delay_guidance, load_initial_network, prepare_warm_start
+from pipelines.train.warm_start import delay_guidance, load_initial_network
 from tests.conftest import perturbed
 from tests.support.manifests import make_manifest
 
@@ -37,6 +37,14 @@ def saved(network, vae, folder, *, is_flow_matching):
     return str(folder)
 
 
+def load(location, source, network, data):
+    job = TrainJob(
+        data=data, storage="s", run_name="r", init_from=location, init_source=source,
+        config=replace(debug(), network=network),
+    )  # fmt: skip
+    return load_initial_network(job, manifest())
+
+
 def u(network, t, r):
     generator = torch.Generator().manual_seed(3)
     z, labels = torch.randn(6, 4, 8, 8, generator=generator), torch.arange(6)
@@ -47,7 +55,7 @@ def u(network, t, r):
 @pytest.mark.parametrize("is_flow_matching", [True, False])
 def test_warm_start_loads_a_generators_network(network, vae, data, tmp_path, is_flow_matching):
     location = saved(network, vae, tmp_path / "generator", is_flow_matching=is_flow_matching)
-    found = load_initial_network(location, None, CONFIG, data, manifest())
+    found = load(location, None, CONFIG, data)
     assert found.is_flow_matching == is_flow_matching
     torch.testing.assert_close(u(found.network, 0.7, 0.7), u(network, 0.7, 0.7))
     if is_flow_matching:  # predicts its velocity for every t - r
@@ -74,24 +82,24 @@ def test_warm_start_loads_a_public_checkpoint(network, data, tmp_path):
     # zhuyu-cs uses our names, except for the step size's embedder.
     state = {name.replace("h_embedder", "r_embedder"): value for name, value in network.state_dict().items()}
     torch.save({"ema": state}, tmp_path / "checkpoint.pt")
-    found = load_initial_network(str(tmp_path / "checkpoint.pt"), "zhuyu-cs", CONFIG, data, manifest())
+    found = load(str(tmp_path / "checkpoint.pt"), "zhuyu-cs", CONFIG, data)
     assert not found.is_flow_matching
     torch.testing.assert_close(u(found.network, 0.7, 0.2), u(network, 0.7, 0.2))
     with pytest.raises(InputError, match="--init-from .*depth is 2, wanted 7"):
-        load_initial_network(str(tmp_path / "checkpoint.pt"), "zhuyu-cs", replace(CONFIG, depth=7), data, manifest())
+        load(str(tmp_path / "checkpoint.pt"), "zhuyu-cs", replace(CONFIG, depth=7), data)
     without = {name: value for name, value in state.items() if not name.startswith("r_embedder")}
     torch.save({"ema": without}, tmp_path / "sit.pt")
-    assert load_initial_network(str(tmp_path / "sit.pt"), "sit", CONFIG, data, manifest()).is_flow_matching
+    assert load(str(tmp_path / "sit.pt"), "sit", CONFIG, data).is_flow_matching
     with pytest.raises(InputError, match="is a file; name its source with --init-source"):
-        load_initial_network(str(tmp_path / "checkpoint.pt"), None, CONFIG, data, manifest())
+        load(str(tmp_path / "checkpoint.pt"), None, CONFIG, data)
     with pytest.raises(InputError, match=r"--init-from .*unknown source 'x'; known: .*zhuyu-cs"):
-        load_initial_network(str(tmp_path / "checkpoint.pt"), "x", CONFIG, data, manifest())
+        load(str(tmp_path / "checkpoint.pt"), "x", CONFIG, data)
 
 
 def test_network_that_does_not_fit_is_refused_with_the_differences(network, vae, data, tmp_path):
     location = saved(network, vae, tmp_path / "generator", is_flow_matching=False)
     with pytest.raises(InputError, match="--init-from .*depth is 2, wanted 7"):
-        load_initial_network(location, None, replace(CONFIG, depth=7), data, manifest())
+        load(location, None, replace(CONFIG, depth=7), data)
     config = json.loads((tmp_path / "generator/vae/config.json").read_text())
     ours, theirs = config["latents_std"][0], 2.0 * config["latents_std"][0]
     config["latents_std"] = [2.0 * value for value in config["latents_std"]]
@@ -99,9 +107,9 @@ def test_network_that_does_not_fit_is_refused_with_the_differences(network, vae,
     with pytest.raises(
         InputError, match=rf"its latents are normalized by .*std=\({theirs}, .* those of --data by .*std=\({ours}, "
     ):
-        load_initial_network(location, None, CONFIG, data, manifest())
+        load(location, None, CONFIG, data)
     with pytest.raises(InputError, match="--init-from .*nowhere does not exist"):
-        load_initial_network(str(tmp_path / "nowhere"), None, CONFIG, data, manifest())
+        load(str(tmp_path / "nowhere"), None, CONFIG, data)
 
 
 def test_guidance_starts_twenty_epochs_after_flow_matching_by_default():
@@ -120,7 +128,7 @@ def test_new_run_delays_guidance_after_flow_matching_only(network, vae, data, tm
     (Path(data) / "manifest.json").write_text(manifest().to_json())
     location = saved(network, vae, tmp_path / "generator", is_flow_matching=is_flow_matching)
     job = TrainJob(data=data, storage=str(tmp_path), run_name="r", config=replace(debug(), network=CONFIG))
-    assert prepare_warm_start(job, manifest()) == WarmStart(job.config, None)
+    assert load_initial_network(job, manifest()) is None
     ready = prepare(replace(job, init_from=location))
     assert ready.job.config.guidance_after_steps == (15 if is_flow_matching else None)
-    torch.testing.assert_close(u(ready.initial_network, 0.7, 0.7), u(network, 0.7, 0.7))
+    torch.testing.assert_close(u(ready.initial.network, 0.7, 0.7), u(network, 0.7, 0.7))

@@ -1,7 +1,7 @@
-"""What a training costs, known before it starts: parameters, floating-point operations and memory.
+"""Costs of a training, counted before it starts: parameters, floating-point operations (FLOPs) and memory.
 
-Nothing is computed: the objective itself runs on tensors that have shapes and no data, and what it would multiply and
-keep is counted. The blocks of a network are alike, so two or three shallow networks tell what a deep one costs.
+The objective runs on tensors without data, and its FLOPs and allocations are counted. Blocks of a network are alike, so the
+cost of a deep network is extrapolated from two or three shallow ones.
 
     # B batch, C channels, H W latent size
 """
@@ -29,9 +29,9 @@ from meanflow_core.networks import AnyNetwork, build_network, without_velocity_h
 from meanflow_core.transformer import Conditioning
 
 FLOAT32_BYTES = 4
-# Rows over which the shares of rows that need velocities are averaged: 0.2 % of a step's operations at most.
+# Samples over which the fractions of samples that need velocities are averaged: within 0.2 % of a step's FLOPs.
 ROWS_OF_SHARES = 8192
-# Under FSDP2: a block and the one that is fetched ahead, each with its parameters and its gradient.
+# Under FSDP2: the current block and the prefetched one, each with parameters and gradient.
 GATHERED_BLOCKS = 2
 
 
@@ -39,26 +39,24 @@ GATHERED_BLOCKS = 2
 class MemoryEstimate:
     """Bytes on one device in a training step.
 
-    Counted: what training keeps from step to step, and the tensors of one pass through the objective. Not counted:
-    the CUDA context and the libraries' workspaces (about 1 GB), fragmentation and rounding of the allocator, what
-    torch.compile adds or spares, communication buffers, and the autoencoder and sampling of the worker that draws
-    pictures.
+    Includes the persistent state and the tensors of one pass through the objective. Excludes the CUDA context and library
+    workspaces (about 1 GB), the allocator's fragmentation and rounding, effects of torch.compile, communication buffers, and
+    the autoencoder and sampling of the worker that draws samples.
     """
 
     parameters: int
-    """In float32, this device's share."""
+    """This device's share, in float32."""
     gradients: int
-    """Likewise."""
+    """This device's share, in float32."""
     optimizer: int
-    """Adam's two moments, likewise."""
+    """This device's share of Adam's two moments."""
     averages: int
-    """The moving averages, likewise."""
+    """This device's share of the moving averages."""
     activations: int
-    """What a pass has kept when its backward begins; under bfloat16 with the parameters in it, which shards do not
-    divide."""
+    """Tensors saved when backward begins; under bfloat16 including the cast parameters, which are not sharded."""
     temporaries: int
-    """What comes on top at the worst moment: of the pass, or of the optimiser, which holds a copy of the parameters
-    when the activations are gone. With shards, an allowance for the blocks that are gathered."""
+    """Additional bytes at the peak, either of the pass or of the optimiser, which copies the parameters after the activations
+    are freed. With shards, plus an allowance for gathered blocks."""
 
     @property
     def total(self) -> int:
@@ -68,18 +66,18 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutedFlops:
-    """Floating-point operations that a step really runs, over the global batch."""
+    """FLOPs that a step executes, over the global batch."""
 
     in_precision: float
-    """At the configured precision."""
+    """FLOPs at the configured precision."""
     in_float32: float
-    """In the float32 pass of its own that du/dt takes under bfloat16; else 0."""
+    """FLOPs of the separate float32 pass that computes du/dt under bfloat16; else 0."""
 
 
 def num_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
-    """Parameters of the network as it is trained; improved MeanFlow's with its v head.
+    """Number of parameters in training, including improved MeanFlow's v head.
 
-    Raises ValueError where the sizes do not fit.
+    Raises ValueError for sizes that do not fit.
     """
     with torch.device("meta"):
         network = build_network(config, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
@@ -87,16 +85,16 @@ def num_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int,
 
 
 def checkpoint_bytes(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
-    """Bytes of the tensors of one checkpoint: parameters, averages, Adam's moments; float32. Headers come on top."""
+    """Bytes of a checkpoint's tensors: parameters, averages and Adam's moments in float32, without headers."""
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     return FLOAT32_BYTES * num_parameters(config.network, **sizes) * (3 + len(config.ema_decays))
 
 
 def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> float:
-    """Floating-point operations of one network call on one image, as in sampling (without improved MeanFlow's v head).
+    """FLOPs of one function evaluation on one image in sampling, without improved MeanFlow's v head.
 
-    A multiplication and its addition are two: twice what papers on image generators call GFLOPs. Products of matrices
-    and convolutions alone are counted, attention's among them.
+    A multiply-add counts as two, twice what papers on image generators call GFLOPs. Only matrix products and convolutions are
+    counted, including those of attention.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
 
@@ -123,17 +121,16 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
 def step_flops(
     config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int, rows: int | None = None
 ) -> float:
-    """Floating-point operations of one optimiser step over the global batch: the objective and its backward.
+    """Model FLOPs of one optimiser step over the global batch: the objective and its backward.
 
-    "Model FLOPs", as the share of a device's peak (MFU) is reckoned with: what the mathematics needs, whatever the
-    precision, sharding and compilation. So du/dt is counted beside the graded pass, without the second forward of a
-    pass of its own; what activation checkpointing computes again, and the rows that pad calls to a few sizes, are not
-    counted. A multiplication and its addition are two; products of matrices and convolutions alone are counted,
-    attention's among them, which are all but a percent of the work.
+    These are the FLOPs that the mathematics requires, independent of precision, sharding and compilation, as used for model
+    FLOPs utilisation (MFU). Recomputation is excluded: the second forward of a separate du/dt pass, activation checkpointing,
+    and padding of calls to few sizes. A multiply-add counts as two. Only matrix products and convolutions are counted,
+    including those of attention; they are about 99 % of the work.
 
-    The shares of rows with r < t and of guided rows are those of `rows` rows as training draws them (8,192 unless
-    given): within 0.2 % of the mean over many steps. A single step of 256 rows differs by 1 % or so.
-    Raises ValueError where the sizes do not fit.
+    The fractions of samples with r < t and with guidance are those of `rows` samples drawn as in training (default: 8,192),
+    within 0.2 % of the long-run mean. A single step of 256 samples differs by about 1 %.
+    Raises ValueError for sizes that do not fit.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     rows = rows or ROWS_OF_SHARES
@@ -149,19 +146,18 @@ def step_flops(
 
 @lru_cache(maxsize=64)
 def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> ExecutedFlops:
-    """Floating-point operations of a step as `config` arranges it, counted as `step_flops` counts.
+    """FLOPs that a step executes under `config`.
 
-    On top of `step_flops`: the pass of its own that du/dt takes under bfloat16 and under activation checkpointing, and
-    the forward that checkpointing runs again. Rows that pad calls to a few sizes are not counted.
-    Raises ValueError where the sizes do not fit.
+    Adds recomputation to `step_flops`: the separate du/dt pass under bfloat16 or activation checkpointing, and the forward
+    that checkpointing repeats. Padding of calls to few sizes is excluded. Raises ValueError for sizes that do not fit.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-    if not config.separate_derivative:  # nor is anything computed again
+    if not config.separate_derivative:  # nothing is recomputed
         return ExecutedFlops(in_precision=step_flops(config, **sizes), in_float32=0.0)
     record = _mean_record(config, ROWS_OF_SHARES)
 
     def count(network_config: NetworkConfig) -> np.ndarray:
-        with FakeTensorMode():  # and not meta, where there is no autocast to leave
+        with FakeTensorMode():  # not meta tensors, which have no autocast
             network = build_network(network_config, **sizes)
             if config.activation_checkpointing:
                 network.enable_gradient_checkpointing()
@@ -184,14 +180,13 @@ def memory_estimate(
     rows_per_pass: int,
     num_shards: int = 1,
 ) -> MemoryEstimate:
-    """Memory of one device that takes at most rows_per_pass rows of a step in one pass.
+    """Memory of one device with micro-batches of at most rows_per_pass samples.
 
-    Parameters, gradients, Adam's moments and averages are in float32 and divided by num_shards (FSDP2); gradients are
-    there all the time, as where a step has several passes. Activations and temporaries are those of the objective and
-    its backward at the configured precision and activation checkpointing, with fused attention: every storage that is
-    alive, once, in a pass whose operations are traced without data. The pass is the one of step 0 with most rows that
-    need a derivative and a velocity. On CPUs, real steps have agreed within 3 %.
-    Raises ValueError where the sizes do not fit, or a number is below 1.
+    Parameters, gradients, Adam's moments and averages are float32 and divided by num_shards (FSDP2); gradients are always
+    allocated, as in a step of several passes. Activations and temporaries come from tracing the objective and its backward
+    without data, at the configured precision and activation checkpointing, with fused attention. The traced pass is the one
+    of step 0 with most samples that need a derivative and a velocity. Real steps on CPUs agree within 3 %.
+    Raises ValueError for sizes that do not fit, or numbers below 1.
     """
     for name, value in (("rows_per_pass", rows_per_pass), ("num_shards", num_shards)):
         if value < 1:
@@ -210,22 +205,22 @@ def memory_estimate(
         optimizer=2 * share,
         averages=len(config.ema_decays) * share,
         activations=kept,
-        # Adam over lists of tensors takes the root of all its second moments at once.
+        # Adam with foreach takes the square root of all second moments at once.
         temporaries=max(temporaries, share - kept),
     )
 
 
-@lru_cache(maxsize=64)  # seconds for a deep network, and the same for any number of shards
+@lru_cache(maxsize=64)  # takes seconds for a deep network, and is the same for any number of shards
 def _bytes_of_pass(
     config: TrainingConfig, rows_per_pass: int, sizes: tuple[tuple[str, int], ...]
 ) -> tuple[int, int, int]:
-    """`_traced_bytes` of the heaviest pass of so many rows."""
+    """`_traced_bytes` of the largest pass with this many samples."""
     record = _heaviest_pass(config, rows_per_pass)
 
     def trace(network_config: NetworkConfig) -> np.ndarray:
         return _traced_bytes(replace(config, network=network_config), record, dict(sizes))
 
-    # Deep enough that the worst moment is the same as in a deeper one.
+    # Three blocks have their peak at the same place as a deeper network.
     kept, forward_peak, backward_peak = (int(n) for n in _at_full_depth(config.network, trace, shallow=3))
     return kept, forward_peak, backward_peak
 
@@ -235,7 +230,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _gathered_bytes(network: AnyNetwork) -> int:
-    """Whole parameters, and gradients not yet shared out, that FSDP2 holds at once: of blocks, and of all the rest."""
+    """Unsharded parameters and gradients that FSDP2 holds at once: of GATHERED_BLOCKS blocks and of all other layers."""
     lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
     blocks = [_count(block) for blocks in lists for block in blocks]
     return 2 * FLOAT32_BYTES * (GATHERED_BLOCKS * max(blocks) + _count(network) - sum(blocks))
@@ -244,17 +239,17 @@ def _gathered_bytes(network: AnyNetwork) -> int:
 def _at_full_depth(
     config: NetworkConfig, measure: Callable[[NetworkConfig], np.ndarray], *, shallow: int
 ) -> np.ndarray:
-    """`measure`, affine in the numbers of blocks of each kind, at the network's own: from networks with few of each."""
+    """Extrapolates `measure`, which is affine in the number of blocks of each kind, from shallow networks."""
     heads = config.aux_head_depth if config.architecture == "imf_dit" else 0
-    wanted = (config.depth - heads, heads)
+    depths = (config.depth - heads, heads)
 
     def at(trunk: int, heads: int) -> np.ndarray:
-        return measure(replace(config, depth=trunk + heads, aux_head_depth=heads))  # a DiT does not read the second
+        return measure(replace(config, depth=trunk + heads, aux_head_depth=heads))  # a DiT ignores the second
 
-    first = (min(shallow, wanted[0]), min(shallow, wanted[1]))
+    first = (min(shallow, depths[0]), min(shallow, depths[1]))
     base = total = at(*first)
     for kind in range(2):
-        more = wanted[kind] - first[kind]
+        more = depths[kind] - first[kind]
         if more > 0:
             one_more = at(first[0] + (kind == 0), first[1] + (kind == 1))
             total = total + more * (one_more - base)
@@ -268,7 +263,7 @@ def _mean_record(config: TrainingConfig, rows: int) -> StepRecord:
 
 
 def _derivative(network: AnyNetwork, record: StepRecord) -> torch.Tensor:
-    """du/dt of a record's rows with r < t in a pass of its own, on tensors without data."""
+    """du/dt of the samples with r < t in a separate pass, on tensors without data."""
     size = (len(record.rows_below), network.config.in_channels, network.config.sample_size, network.config.sample_size)
     z, of_row = torch.empty(size), torch.empty(size[0])
     guidance = (
@@ -282,7 +277,7 @@ def _derivative(network: AnyNetwork, record: StepRecord) -> torch.Tensor:
 def _loss(
     network: AnyNetwork, config: LossConfig, record: StepRecord, *, separate_derivative: bool = False
 ) -> torch.Tensor:
-    """The objective of a record's rows, on tensors without data of the kind that is made in the caller's context."""
+    """The objective of a record's samples, on tensors without data of the kind that the caller's context creates."""
     size = (len(record.t), network.config.in_channels, network.config.sample_size, network.config.sample_size)
     given: Mapping[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
     empty = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in given.items() if v is not None}
@@ -301,7 +296,7 @@ def _loss(
 
 
 def _count_flops(function: Callable[[], object]) -> np.ndarray:
-    # Fused attention would count as nothing, or with what it computes again.
+    # Fused attention would be counted as zero, or with its recomputation.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return np.array([float(counter.get_total_flops())])
@@ -316,10 +311,10 @@ def _heaviest_pass(config: TrainingConfig, rows_per_pass: int) -> StepRecord:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make, until nobody holds them."""
+    """Tracks the bytes of all storages that operations create, until they are freed."""
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
-        """known: tensors that are not counted."""
+        """known: tensors to exclude."""
         super().__init__()
         self.now = self.peak = 0
         self._storages = WeakKeyDictionary({tensor.untyped_storage(): None for tensor in known})
@@ -344,11 +339,11 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _traced_bytes(config: TrainingConfig, record: StepRecord, sizes: Mapping[str, int]) -> np.ndarray:
-    """(3,): bytes alive when backward begins, and the most before and after, of one pass of these rows.
+    """(3,): bytes alive when backward begins, and the peaks before and after, in one pass.
 
-    Parameters, buffers and gradients are not counted, though a layer's gradient is until it is added to the others.
+    Excludes parameters, buffers and gradients, but includes a layer's gradient until it is accumulated.
     """
-    # Tensors that pretend to be a CPU's: its fused attention keeps what a GPU's does, and meta tensors have none.
+    # Fake CPU tensors: their fused attention saves the same tensors as a GPU's; meta tensors have no fused attention.
     with FakeTensorMode():
         network = build_network(config.network, **sizes).train()
         if config.activation_checkpointing:

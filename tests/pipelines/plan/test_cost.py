@@ -1,4 +1,4 @@
-"""Costs counted without computing: against published figures, against the mathematics, against a real step's memory."""
+"""Counted costs, compared with published figures, with the mathematics, and with the memory of a real step."""
 
 from dataclasses import replace
 
@@ -65,47 +65,47 @@ def test_networks_have_the_published_numbers_of_parameters(preset, millions):
     ("preset", "gigaflops"),
     [(b4, 5.6), (b2, 23.1), (m2, 54.0), (l2, 80.9), (xl2, 119.0), (imf_b2, 24.9), (imf_l2, 116.4), (imf_xl2, 174.6)],
 )
-def test_a_forward_costs_twice_the_published_multiply_adds(preset, gigaflops):
+def test_forward_costs_twice_the_published_multiply_adds(preset, gigaflops):
     assert forward_flops(preset().network, **IMAGENET) == pytest.approx(2e9 * gigaflops, rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("preset", "forwards"),
     [
-        (fm_b4, 3.0),  # forward, and backward with twice its products
-        (b4_unguided, 3.25),  # du/dt of a quarter of the rows, one forward's worth
-        (b4_omega3, 3.25 + 0.9),  # the null class's velocity of all rows but the dropped tenth
-        (b4, 3.25 + 0.9 + 0.25),  # and the label's own, of the rows with r < t
+        (fm_b4, 3.0),  # forward, and backward at twice its cost
+        (b4_unguided, 3.25),  # plus du/dt of a quarter of the samples, at the cost of a forward
+        (b4_omega3, 3.25 + 0.9),  # plus the unconditional velocity of all samples with a label (nine tenths)
+        (b4, 3.25 + 0.9 + 0.25),  # plus the conditional velocity of the samples with r < t
     ],
 )
-def test_a_step_costs_what_its_passes_add_up_to(preset, forwards):
+def test_step_costs_the_sum_of_its_passes(preset, forwards):
     config = preset()
     forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
     assert step_flops(config, **IMAGENET) / forward == pytest.approx(forwards, rel=0.005)
 
 
-def test_improved_meanflow_pays_for_the_heads_that_it_calls():
-    # With S, U, V the operations of the trunk and of the heads, U = V: all three graded, then du/dt of half the rows
-    # through S and U, the label's velocity of that half and the null class's of the guided rows through S and V.
+def test_improved_meanflow_step_counts_each_head_where_it_runs():
+    # With S, U and V for the FLOPs of the trunk and the heads, U = V: the training forward runs all three; du/dt of half the
+    # samples runs S and U; the conditional velocity of that half and the unconditional one of guided samples run S and V.
     config = small_improved()
     record = draw_step_record(config.loss, seed=0, step=0, num_rows=8192, latent_shape=(1, 1, 1))
     guided = len(record.rows_null) / 8192
     one_head = forward_flops(config.network, **SMALL)
     trunk_and_output = forward_flops(replace(config.network, depth=2, aux_head_depth=0), **SMALL)
-    wanted = 3 * (2 * one_head - trunk_and_output) + (0.5 + 0.5 + guided) * one_head
-    assert step_flops(config, **SMALL) / config.global_batch_size == pytest.approx(wanted, rel=0.05)
+    expected = 3 * (2 * one_head - trunk_and_output) + (0.5 + 0.5 + guided) * one_head
+    assert step_flops(config, **SMALL) / config.global_batch_size == pytest.approx(expected, rel=0.05)
 
 
-def test_twice_the_batch_costs_twice_the_operations():
+def test_flops_are_proportional_to_the_batch():
     config = small()
     once, twice = (step_flops(replace(config, global_batch_size=size), **SMALL) for size in (48, 96))
     assert twice == pytest.approx(2 * once, rel=1e-12)
 
 
-def test_operations_are_those_of_the_mathematics_whatever_the_arrangement():
+def test_model_flops_do_not_depend_on_precision_checkpointing_and_compile():
     config = small()
-    arranged = replace(config, precision="bfloat16", activation_checkpointing=True, compile=True)
-    assert step_flops(arranged, **SMALL) == step_flops(config, **SMALL)
+    other = replace(config, precision="bfloat16", activation_checkpointing=True, compile=True)
+    assert step_flops(other, **SMALL) == step_flops(config, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_operations_are_those_of_the_mathematics_whatever_the_arrangement():
     [
         ({}, 0.0, 0.0),
         ({"precision": "bfloat16", "float32_derivative": False}, 0.0, 0.0),
-        # du/dt of a quarter of the rows beside u of their own: in the graded pass only du/dt came on top.
+        # The separate du/dt pass also recomputes u of a quarter of the samples.
         ({"precision": "bfloat16"}, 0.25, 0.5),
-        ({"activation_checkpointing": True}, 1.25, 0.0),  # and a forward again
+        ({"activation_checkpointing": True}, 1.25, 0.0),  # plus a recomputed forward
         ({"precision": "bfloat16", "activation_checkpointing": True}, 1.25, 0.5),
     ],
 )
-def test_what_is_run_is_the_mathematics_and_what_is_computed_again(changes, more, in_float32):
+def test_executed_flops_include_recomputation(changes, more, in_float32):
     config = replace(b4(), **changes)
     forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
     found = executed_flops(config, **IMAGENET)
@@ -128,7 +128,7 @@ def test_what_is_run_is_the_mathematics_and_what_is_computed_again(changes, more
     assert found.in_float32 / forward == pytest.approx(in_float32, abs=0.03)
 
 
-def test_checkpointed_flow_matching_runs_a_forward_more_and_no_derivative():
+def test_checkpointed_flow_matching_recomputes_one_forward_and_no_derivative():
     config = replace(fm_b4(), precision="bfloat16", activation_checkpointing=True)
     forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
     found = executed_flops(config, **IMAGENET)
@@ -136,7 +136,7 @@ def test_checkpointed_flow_matching_runs_a_forward_more_and_no_derivative():
     assert found.in_float32 == 0.0
 
 
-def test_a_few_rows_tell_the_operations_within_a_few_percent():
+def test_few_samples_estimate_the_flops_within_a_few_percent():
     config = small()
     assert step_flops(config, **SMALL, rows=32) == pytest.approx(step_flops(config, **SMALL), rel=0.05)
 
@@ -144,14 +144,14 @@ def test_a_few_rows_tell_the_operations_within_a_few_percent():
 @pytest.mark.parametrize(
     ("config", "deeper"), [(small(), {"depth": 5}), (small_improved(), {"depth": 5, "aux_head_depth": 2})]
 )
-def test_operations_of_a_deep_network_follow_from_shallow_ones(config, deeper, monkeypatch):
+def test_flops_of_a_deep_network_are_extrapolated_from_shallow_ones(config, deeper, monkeypatch):
     config = replace(config, network=replace(config.network, **deeper))
     flops = step_flops(config, **SMALL)
-    monkeypatch.setattr("meanflow_core.cost._at_full_depth", lambda network, measure, shallow: measure(network))
+    monkeypatch.setattr("pipelines.plan.cost._at_full_depth", lambda network, measure, shallow: measure(network))
     assert flops == pytest.approx(step_flops(config, **SMALL), rel=1e-12)
 
 
-def test_what_is_kept_from_step_to_step_is_in_float32_and_divided_by_the_shards():
+def test_persistent_state_is_float32_and_divided_among_shards():
     config = small(ema_decays=(0.9, 0.99))
     parameters = 4 * num_parameters(config.network, **SMALL)
     whole, half = (memory_estimate(config, **SMALL, rows_per_pass=4, num_shards=shards) for shards in (1, 2))
@@ -165,27 +165,27 @@ def test_what_is_kept_from_step_to_step_is_in_float32_and_divided_by_the_shards(
     assert half.total == sum(getattr(half, name) for name in lines)
 
 
-def test_activations_grow_with_the_rows_and_checkpointing_spares_most_of_them():
+def test_activations_grow_with_samples_and_checkpointing_removes_most():
     few, many = (memory_estimate(small(), **SMALL, rows_per_pass=rows) for rows in (8, 32))
     assert many.activations == pytest.approx(4 * few.activations, rel=0.02)
-    spared = memory_estimate(small(activation_checkpointing=True), **SMALL, rows_per_pass=32)
-    assert spared.activations < many.activations / 8
-    assert spared.total < many.total
+    checkpointed = memory_estimate(small(activation_checkpointing=True), **SMALL, rows_per_pass=32)
+    assert checkpointed.activations < many.activations / 8
+    assert checkpointed.total < many.total
 
 
-def test_bfloat16_keeps_fewer_bytes_of_a_large_pass():
-    halved = memory_estimate(small(precision="bfloat16"), **SMALL, rows_per_pass=32)
-    assert halved.activations < 0.75 * memory_estimate(small(), **SMALL, rows_per_pass=32).activations
+def test_bfloat16_reduces_activations():
+    in_bfloat16 = memory_estimate(small(precision="bfloat16"), **SMALL, rows_per_pass=32)
+    assert in_bfloat16.activations < 0.75 * memory_estimate(small(), **SMALL, rows_per_pass=32).activations
 
 
 def real_peak_bytes(config: TrainingConfig, rows: int) -> int:
-    """The most that a real step of these rows allocates beside what is kept from step to step, as torch reports it."""
+    """Peak bytes that a real step allocates on top of its persistent state, as reported by torch."""
     torch.manual_seed(0)
     state = build_train_state(config, **SMALL, device=torch.device("cpu"))
     network = state.network
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()  # makes the moments
+    state.optimizer.step()  # creates the moments
     record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(4, 16, 16))
     latents, labels = torch.randn(rows, 4, 16, 16), torch.randint(10, (rows,))
     in_bfloat16 = config.precision == "bfloat16"
@@ -212,19 +212,19 @@ def real_peak_bytes(config: TrainingConfig, rows: int) -> int:
     ("make", "changes", "rows"),
     [
         (small, {}, 32),
-        (small, {}, 1),  # the optimiser's copy of the parameters is more than the activations
+        (small, {}, 1),  # the optimiser's copy of the parameters exceeds the activations
         (small, {"precision": "bfloat16", "activation_checkpointing": True}, 32),
         (small_improved, {"precision": "bfloat16", "activation_checkpointing": True}, 16),
     ],
 )
-def test_a_real_step_allocates_what_was_estimated(make, changes, rows):
+def test_real_step_allocates_the_estimated_memory(make, changes, rows):
     config = make(**changes, global_batch_size=rows)
     memory = memory_estimate(config, **SMALL, rows_per_pass=rows)
     assert memory.activations + memory.temporaries == pytest.approx(real_peak_bytes(config, rows), rel=0.03)
 
 
 def saved_bytes(config: TrainingConfig, rows: int) -> int:
-    """Bytes that the objective's graph keeps for backward, parameters aside, every storage once."""
+    """Bytes that the graph saves for backward, without parameters, counting every storage once."""
     network = build_train_state(config, **SMALL, device=torch.device("cpu")).network
     parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     sizes: dict[int, int] = {}
@@ -245,23 +245,23 @@ def saved_bytes(config: TrainingConfig, rows: int) -> int:
     return sum(sizes.values())
 
 
-def test_activations_are_what_the_graph_of_a_real_pass_keeps():
+def test_activations_are_the_tensors_saved_for_backward():
     assert memory_estimate(small(), **SMALL, rows_per_pass=32).activations == pytest.approx(
         saved_bytes(small(), 32), rel=0.01
     )
 
 
-def test_memory_of_a_deep_network_follows_from_shallow_ones(monkeypatch):
+def test_memory_of_a_deep_network_is_extrapolated_from_shallow_ones(monkeypatch):
     config = small(precision="bfloat16", activation_checkpointing=True)
     config = replace(config, network=replace(config.network, depth=6))
     estimate = memory_estimate(config, **SMALL, rows_per_pass=16)
-    monkeypatch.setattr("meanflow_core.cost._at_full_depth", lambda network, measure, shallow: measure(network))
+    monkeypatch.setattr("pipelines.plan.cost._at_full_depth", lambda network, measure, shallow: measure(network))
     traced = memory_estimate(config, **SMALL, rows_per_pass=16)
     assert estimate.activations == traced.activations
     assert estimate.total == pytest.approx(traced.total, rel=0.02)
 
 
-def test_a_checkpoint_holds_parameters_averages_and_moments():
+def test_checkpoint_holds_parameters_averages_and_moments():
     config = small(ema_decays=(0.9, 0.99))
     assert checkpoint_bytes(config, **SMALL) == 4 * num_parameters(config.network, **SMALL) * 5
 

@@ -16,7 +16,8 @@ from meanflow_core.autoencoder import (
 )
 from meanflow_core.latents import LatentNormalization
 from pipelines.demo import images
-from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER, held_out_psnr
+from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+from pipelines.demo.train_autoencoder import held_out_psnr
 
 
 def test_uint8_rule_is_127_5_x_plus_128_truncated():

@@ -1,15 +1,15 @@
 # make demo    from nothing to a served one-step image, on a laptop
 # make test    lint, types, import contracts, tests
 # make compare flow matching, MeanFlow and improved MeanFlow side by side; about an hour on 2 cores
-# make env     the environment alone;   make lint, make soak, make soak-deps, make bench, make lock: see README.md
+# make env     only the environment;   make lint, make soak, make soak-deps, make bench, make lock: see README.md
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPARISON := build/compare
-# Keeps glibc from giving large temporaries back to the system at every step: 3 to 10 times faster on CPUs. One arena,
-# because the thresholds hold in the first one alone, and Ray calls its workers' code from other threads.
+# Keeps glibc from returning large temporaries to the system at every step: 3 to 10 times faster on CPUs. One arena, because
+# the thresholds only apply to the first, and Ray calls its workers' code from other threads.
 FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \
     MALLOC_ARENA_MAX=1
 
@@ -19,7 +19,7 @@ FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=42949672
 demo: $(STAMP)
 	@$(FAST_MALLOC) $(BIN)/python -m pipelines.demo
 
-# What an earlier call made is kept: a comparison that was cut short goes on.
+# Resumes an interrupted comparison: images, latents and results of earlier calls are kept.
 compare: $(STAMP)
 	@test -f $(COMPARISON)/images/drawn || { \
 	    $(BIN)/python -m pipelines.demo.images --output $(COMPARISON)/images && touch $(COMPARISON)/images/drawn; }
@@ -34,7 +34,7 @@ env: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	    || { echo "error: Python 3.11 or newer is wanted, but $(PYTHON) is $$($(PYTHON) -V); give PYTHON=python3.11" >&2; exit 2; }
+	    || { echo "error: $(PYTHON) must be Python 3.11 or newer, but is $$($(PYTHON) -V); set PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev]"
 	@touch $@
@@ -51,7 +51,7 @@ test: lint
 soak: $(STAMP)
 	$(FAST_MALLOC) $(BIN)/python -m pytest -m soak --timeout 3600
 
-# What soak tests want beyond Python: a browser and PostgreSQL, from Debian's packages, and what drives them. Wants root.
+# Installs what some soak tests need: a browser and PostgreSQL from Debian's packages, and their drivers. Requires root.
 soak-deps: $(STAMP)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev,browser,server]"
 	apt-get update && apt-get install --yes --no-install-recommends chromium postgresql
@@ -63,7 +63,7 @@ bench: $(STAMP)
 	    $(FAST_MALLOC) $(BIN)/python $$script --json build/bench/$$name.json; \
 	done
 
-# Resolves everything afresh and writes exact public versions.
+# Resolves all dependencies again, and writes exact public versions.
 lock: $(STAMP)
 	$(BIN)/python .ci/lock.py constraints.txt
 

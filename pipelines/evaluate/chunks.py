@@ -22,6 +22,16 @@ from pipelines.latents.manifest import Manifest, shard_name
 CHUNK_SIZE = 500  # images per chunk: 34 MB of sums in Inception's features
 
 
+class Kept(NamedTuple):
+    """How many images of a set or chunk the workers return, and of how many the features."""
+
+    features: int = 0
+    images: int = 0
+
+
+NOTHING_KEPT = Kept()
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Consecutive images of a set, processed by one call of a worker. If the worker dies, the chunk is processed again."""
@@ -31,10 +41,8 @@ class Chunk:
     """Jackknife group that the images belong to."""
     num_images: int
     source: Source
-    num_features_kept: int = 0
-    """Leading images whose features are returned."""
-    num_images_kept: int = 0
-    """Leading images that are returned."""
+    kept: Kept
+    """Counted from the chunk's first image."""
 
 
 class Span(NamedTuple):
@@ -61,10 +69,8 @@ def share(num_kept: int, num_images: int, start: int, stop: int) -> int:
     return stop * kept // num_images - start * kept // num_images
 
 
-def make_chunks(
-    set_name: str, parts: Sequence[tuple[Span, Source]], *, num_features_kept: int = 0, num_images_kept: int = 0
-) -> list[Chunk]:
-    """One chunk per part. The spans must be consecutive and start at 0; kept features and images are spread evenly."""
+def make_chunks(set_name: str, parts: Sequence[tuple[Span, Source]], kept: Kept = NOTHING_KEPT) -> list[Chunk]:
+    """One chunk per part. The spans must be consecutive and start at 0; what is kept is spread evenly over them."""
     num_images = parts[-1][0].stop if parts else 0
     return [
         Chunk(
@@ -72,35 +78,22 @@ def make_chunks(
             span.group,
             span.stop - span.start,
             source,
-            num_features_kept=share(num_features_kept, num_images, span.start, span.stop),
-            num_images_kept=share(num_images_kept, num_images, span.start, span.stop),
+            Kept(*(share(count, num_images, span.start, span.stop) for count in kept)),
         )
         for span, source in parts
     ]
 
 
 def generated_chunks(
-    set_name: str,
-    setting: Setting,
-    rule: SampleRule,
-    num_samples: int,
-    *,
-    num_features_kept: int = 0,
-    num_images_kept: int = 0,
+    set_name: str, setting: Setting, rule: SampleRule, num_samples: int, kept: Kept = NOTHING_KEPT
 ) -> list[Chunk]:
     """Samples 0 to num_samples - 1 of the generator."""
     parts = [(span, GeneratedSamples(setting, rule, np.arange(span.start, span.stop))) for span in spans(num_samples)]
-    return make_chunks(set_name, parts, num_features_kept=num_features_kept, num_images_kept=num_images_kept)
+    return make_chunks(set_name, parts, kept)
 
 
 def image_file_chunks(
-    set_name: str,
-    images: ImageSource,
-    size: int,
-    *,
-    shuffle: bool = False,
-    num_features_kept: int = 0,
-    num_images_kept: int = 0,
+    set_name: str, images: ImageSource, size: int, kept: Kept = NOTHING_KEPT, *, shuffle: bool = False
 ) -> list[Chunk]:
     """All images of a source, cropped to `size`.
 
@@ -114,16 +107,16 @@ def image_file_chunks(
     parts = [
         (span, ImageFiles(ImageSlice.of(*images, order[span.start : span.stop]), size)) for span in spans(len(index))
     ]
-    return make_chunks(set_name, parts, num_features_kept=num_features_kept, num_images_kept=num_images_kept)
+    return make_chunks(set_name, parts, kept)
 
 
-def sample_file_chunks(set_name: str, path: Path, num_images: int, *, num_features_kept: int = 0) -> list[Chunk]:
+def sample_file_chunks(set_name: str, path: Path, num_images: int, kept: Kept = NOTHING_KEPT) -> list[Chunk]:
     """The first `num_images` images of a sample file."""
     parts = [(span, SampleFileRows(path, slice(span.start, span.stop))) for span in spans(num_images)]
-    return make_chunks(set_name, parts, num_features_kept=num_features_kept)
+    return make_chunks(set_name, parts, kept)
 
 
-def decoded_chunks(set_name: str, dataset: str, manifest: Manifest, *, num_features_kept: int = 0) -> list[Chunk]:
+def decoded_chunks(set_name: str, dataset: str, manifest: Manifest, kept: Kept = NOTHING_KEPT) -> list[Chunk]:
     """All shards of a latent dataset, decoded. One chunk per shard."""
     num_shards = len(manifest.shard_rows)
     edges = np.cumsum([0, *manifest.shard_rows]).tolist()
@@ -131,4 +124,4 @@ def decoded_chunks(set_name: str, dataset: str, manifest: Manifest, *, num_featu
         (Span(number * NUM_GROUPS // num_shards, start, stop), DecodedShard(dataset, shard_name(number)))
         for number, (start, stop) in enumerate(itertools.pairwise(edges))
     ]
-    return make_chunks(set_name, parts, num_features_kept=num_features_kept)
+    return make_chunks(set_name, parts, kept)

@@ -6,10 +6,10 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.evaluate.chunks import Chunk, decoded_chunks, image_file_chunks
-from pipelines.evaluate.extractors import open_extractor
+from pipelines.evaluate.chunks import Chunk, Kept, decoded_chunks, image_file_chunks
+from pipelines.evaluate.extractors import absolute_extractor, open_extractor
 from pipelines.evaluate.job import ReferenceJob
-from pipelines.evaluate.measuring import measure_sets, start_cluster, worker_config
+from pipelines.evaluate.measuring import WorkerConfig, measure_sets, start_cluster
 from pipelines.evaluate.reference import reference_bytes, reference_protocol
 from pipelines.evaluate.sources import UINT8_RULE
 from pipelines.images.sources import find_images
@@ -26,13 +26,15 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
         output=storage.absolute(job.output),
         images=None if job.images is None else storage.absolute(job.images),
         data=None if job.data is None else storage.absolute(job.data),
+        extractor=absolute_extractor(job.extractor),
+        extractor_weights=None if job.extractor_weights is None else job.extractor_weights.absolute(),
     )
     identity = open_extractor(job.extractor, job.extractor_weights, "cpu").identity
     chunks, source, image_size = _plan(job)
     num_images = sum(chunk.num_images for chunk in chunks)
     logger.info("%d images of %d pixels in the features of %s", num_images, image_size, identity["name"])
     workers = start_cluster(job)
-    sums = measure_sets(chunks, worker_config(job, autoencoder=job.data), workers)["reference"]
+    sums = measure_sets(chunks, WorkerConfig(options=job, autoencoder=job.data), workers)["reference"]
     if sums.num_unreadable:
         logger.warning("left out %d of %d images that cannot be read", sums.num_unreadable, num_images)
     if sums.num_images < 2:
@@ -47,11 +49,11 @@ def _plan(job: ReferenceJob) -> tuple[list[Chunk], dict[str, str], int]:
     """The chunks to measure, what identifies their source, and the image size."""
     if job.images is not None:
         images = find_images(job.images)
-        chunks = image_file_chunks("reference", images, job.image_size, num_features_kept=job.num_features)
+        chunks = image_file_chunks("reference", images, job.image_size, Kept(features=job.num_features))
         return chunks, {"images": job.images, "sha256": images[1].sha256}, job.image_size
     assert job.data is not None
     manifest = read_manifest(job.data)
-    chunks = decoded_chunks("reference", job.data, manifest, num_features_kept=job.num_features)
+    chunks = decoded_chunks("reference", job.data, manifest, Kept(features=job.num_features))
     source = {
         "latents": job.data,
         "sha256": manifest.content_sha256,

@@ -9,7 +9,6 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from meanflow_core.metrics import FeatureStatistics, ScoreSums
 from pipelines.cluster import choose_gpus, num_gpus, start_ray
 from pipelines.errors import InputError
 from pipelines.evaluate.chunks import Chunk
-from pipelines.evaluate.extractors import Extractor, Features, absolute_extractor, open_extractor
+from pipelines.evaluate.extractors import Extractor, Features, open_extractor
 from pipelines.evaluate.job import MeasuringOptions
 from pipelines.evaluate.sources import ImageBatch, Models
 from pipelines.evaluate.sums import SetSums
@@ -35,36 +34,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:
-    """What a worker loads."""
+    """What a worker loads. All paths are absolute."""
 
-    extractor: str
-    """Name, or absolute path."""
-    extractor_weights: Path | None = None
-    batch_size: int
-    """Images per forward. Rounding depends on it, so reports state it."""
+    options: MeasuringOptions
     model: str | None = None
     """Generator, for samples and reconstructions."""
     tracking_uri: str | None = None
     autoencoder: str | None = None
     """Latent dataset whose autoencoder decodes its latents, if there is no generator."""
-
-
-def worker_config(
-    options: MeasuringOptions,
-    *,
-    model: str | None = None,
-    tracking_uri: str | None = None,
-    autoencoder: str | None = None,
-) -> WorkerConfig:
-    """The configuration for a job's options."""
-    return WorkerConfig(
-        extractor=absolute_extractor(options.extractor),
-        extractor_weights=None if options.extractor_weights is None else options.extractor_weights.absolute(),
-        batch_size=options.batch_size,
-        model=model,
-        tracking_uri=tracking_uri,
-        autoencoder=autoencoder,
-    )
 
 
 class Measurer:
@@ -73,8 +50,9 @@ class Measurer:
     def __init__(self, config: WorkerConfig, device: str) -> None:
         torch.set_num_threads(1)  # a worker per CPU
         forbid_tf32()  # reports state float32
-        self._batch_size = config.batch_size
-        self.extractor: Extractor = open_extractor(config.extractor, config.extractor_weights, torch.device(device))
+        options = config.options
+        self._batch_size = options.batch_size  # rounding depends on it, so reports state it
+        self.extractor: Extractor = open_extractor(options.extractor, options.extractor_weights, device)
         self._models = _load_models(config, torch.device(device))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -94,7 +72,7 @@ class Measurer:
             sums.num_images += len(batch.pixels)
             features.append(self.extractor(batch.pixels))
             self._count_correct(sums, batch, features[-1])
-            num_missing = chunk.num_images_kept - sum(map(len, sums.images))
+            num_missing = chunk.kept.images - sum(map(len, sums.images))
             if num_missing:
                 sums.images.append(_copy_to_cpu(batch.pixels[:num_missing]))
                 if batch.labels is not None:
@@ -123,8 +101,8 @@ def _add_features(sums: SetSums, chunk: Chunk, batches: Sequence[Features]) -> N
     # On the extractor's device: outer products of 2,048 features take a CPU thread longer than a GPU's forward.
     pooled = torch.cat([features.pooled for features in batches])
     sums.groups[chunk.group] = _statistics(pooled)
-    if chunk.num_features_kept:
-        sums.features.append(_copy_to_cpu(pooled[: chunk.num_features_kept]))
+    if chunk.kept.features:
+        sums.features.append(_copy_to_cpu(pooled[: chunk.kept.features]))
     logits = [features.logits for features in batches if features.logits is not None]
     if logits:
         sums.scores[chunk.group] = ScoreSums.of(torch.cat(logits).cpu())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import storage
-from pipelines.evaluate.chunks import Chunk, generated_chunks, image_file_chunks, sample_file_chunks
+from pipelines.evaluate.chunks import Chunk, Kept, generated_chunks, image_file_chunks, sample_file_chunks
 from pipelines.evaluate.inputs import Inputs
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.sample_files import open_sample_file
@@ -35,21 +35,20 @@ def plan_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     if inputs.samples is None:
         return chunks + _generated_chunks(job, inputs)
     assert job.samples is not None
-    num_features = job.num_precision_recall
-    return chunks + sample_file_chunks(samples_set(0), job.samples, len(inputs.samples), num_features_kept=num_features)
+    kept = Kept(features=job.num_precision_recall)
+    return chunks + sample_file_chunks(samples_set(0), job.samples, len(inputs.samples), kept)
 
 
 def _reference_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     """Training images to compute a reference from, or a reference's images if it has no features."""
-    num_features, reference = job.num_precision_recall, inputs.reference
+    reference, kept = inputs.reference, Kept(features=job.num_precision_recall)
     if reference is None:
         assert inputs.train is not None
-        return image_file_chunks(TRAINING_IMAGES, inputs.train, inputs.image_size, num_features_kept=num_features)
+        return image_file_chunks(TRAINING_IMAGES, inputs.train, inputs.image_size, kept)
     is_readable = reference.has_images and storage.is_local(reference.location)
-    if is_readable and reference.features is None and num_features:
+    if is_readable and reference.features is None and kept.features:
         path = Path(reference.location)
-        num_images = min(num_features, len(open_sample_file(path)))
-        return sample_file_chunks(REFERENCE_IMAGES, path, num_images, num_features_kept=num_features)
+        return sample_file_chunks(REFERENCE_IMAGES, path, min(kept.features, len(open_sample_file(path))), kept)
     return []
 
 
@@ -57,14 +56,8 @@ def _held_out_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     """Held-out images, and their reconstructions by the generator's autoencoder."""
     if inputs.held_out is None:
         return []
-    real = image_file_chunks(
-        HELD_OUT_IMAGES,
-        inputs.held_out,
-        inputs.image_size,
-        shuffle=True,
-        num_features_kept=job.num_precision_recall,
-        num_images_kept=NUM_PIXEL_SAMPLES,
-    )
+    kept = Kept(job.num_precision_recall, NUM_PIXEL_SAMPLES)
+    real = image_file_chunks(HELD_OUT_IMAGES, inputs.held_out, inputs.image_size, kept, shuffle=True)
     return real + [
         replace(chunk, set_name=RECONSTRUCTIONS, source=replace(chunk.source, reconstruct=True))
         for chunk in real
@@ -77,19 +70,13 @@ def _generated_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     assert inputs.generator is not None
     has_pixel_distances = inputs.held_out is not None and inputs.train is not None
     num_images = NUM_PIXEL_SAMPLES if has_pixel_distances else 0
+    kept = Kept(job.num_precision_recall, num_images if job.save_samples is None else job.num_samples)
     chunks: list[Chunk] = []
     for number, setting in enumerate(job.settings):
-        chunks += generated_chunks(
-            samples_set(number),
-            setting,
-            job.rule,
-            job.num_samples,
-            num_features_kept=job.num_precision_recall,
-            num_images_kept=num_images if job.save_samples is None else job.num_samples,
-        )
+        chunks += generated_chunks(samples_set(number), setting, job.rule, job.num_samples, kept)
     indices = grid_indices(job, inputs.generator.num_classes)
     grid = GeneratedSamples(job.settings[0], job.rule, indices)
-    return [*chunks, Chunk(GRID, 0, len(indices), grid, num_images_kept=len(indices))]
+    return [*chunks, Chunk(GRID, 0, len(indices), grid, Kept(images=len(indices)))]
 
 
 def grid_indices(job: EvaluateJob, num_classes: int) -> np.ndarray:

@@ -18,9 +18,10 @@ from meanflow_core.grids import image_grid
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.evaluate.chunks import share
+from pipelines.evaluate.extractors import absolute_extractor
 from pipelines.evaluate.inputs import Inputs, open_inputs
 from pipelines.evaluate.job import EvaluateJob
-from pipelines.evaluate.measuring import Workers, measure_sets, start_cluster, worker_config
+from pipelines.evaluate.measuring import WorkerConfig, Workers, measure_sets, start_cluster
 from pipelines.evaluate.mlflow_log import log_report
 from pipelines.evaluate.plan import (
     GRID,
@@ -79,6 +80,8 @@ def with_absolute_locations(job: EvaluateJob) -> EvaluateJob:
         output=Path(storage.output_location(str(job.output), "--output")),
         samples=None if job.samples is None else job.samples.absolute(),
         save_samples=None if save is None else Path(storage.output_location(str(save), "--save-samples")),
+        extractor=absolute_extractor(job.extractor),
+        extractor_weights=None if job.extractor_weights is None else job.extractor_weights.absolute(),
         reference=_absolute(job.reference),
         train_images=_absolute(job.train_images),
         held_out_images=_absolute(job.held_out_images),
@@ -102,7 +105,7 @@ def _measure(job: EvaluateJob, inputs: Inputs) -> Measured:
     chunks = plan_chunks(job, inputs)
     workers = start_cluster(job)
     tracking_uri = job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    config = worker_config(job, model=job.model, tracking_uri=tracking_uri)
+    config = WorkerConfig(options=job, model=job.model, tracking_uri=tracking_uri)
     saver = SampleSaver(job, inputs.image_size)
     started = time.monotonic()
     sets = measure_sets(chunks, config, workers, on_chunk=saver)

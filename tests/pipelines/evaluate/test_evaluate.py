@@ -13,7 +13,7 @@ from meanflow_core.generator import build_pipeline, write_provenance
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
-from pipelines.evaluate.chunks import generated_chunks
+from pipelines.evaluate.chunks import Kept, generated_chunks
 from pipelines.evaluate.inputs import open_inputs
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.plan import samples_set
@@ -107,12 +107,12 @@ def test_saving_samples_leaves_only_the_images_for_pixel_distances(job, tmp_path
     saver = SampleSaver(job, 1)
     for number, setting in enumerate(job.settings):
         kept = []
-        for chunk in generated_chunks(samples_set(number), setting, job.rule, 2000, num_images_kept=1000):
+        for chunk in generated_chunks(samples_set(number), setting, job.rule, 2000, Kept(images=1000)):
             indices = torch.from_numpy(chunk.source.indices)
             pixels = (indices % 256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3)
             sums = SetSums(chunk.set_name, images=[pixels], labels=[indices])
             saver(sums)
-            assert torch.cat(sums.labels).tolist() == indices[: chunk.num_images_kept].tolist()
+            assert torch.cat(sums.labels).tolist() == indices[: chunk.kept.images].tolist()
             kept += sums.images
         assert len(torch.cat(kept)) == 1000
     assert list(job.save_samples.glob("*.npz")) == []  # until they are complete

@@ -13,8 +13,9 @@ from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.metrics import FeatureStatistics
 from pipelines.cluster import start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate.chunks import generated_chunks, image_file_chunks, make_chunks, sample_file_chunks, spans
+from pipelines.evaluate.chunks import Kept, generated_chunks, image_file_chunks, make_chunks, sample_file_chunks, spans
 from pipelines.evaluate.extractors import Features
+from pipelines.evaluate.job import MeasuringOptions
 from pipelines.evaluate.judge import load_judge
 from pipelines.evaluate.measuring import Measurer, WorkerConfig, Workers, measure_sets
 from pipelines.evaluate.samples import SampleRule, Setting
@@ -23,7 +24,7 @@ from pipelines.evaluate.sums import SetSums
 from pipelines.images.sources import find_images
 
 RULE = SampleRule(base_seed=3, labels="balanced")
-CONFIG = WorkerConfig(extractor=str(SHIPPED_JUDGE), batch_size=4)
+CONFIG = WorkerConfig(options=MeasuringOptions(extractor=str(SHIPPED_JUDGE), batch_size=4))
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def measure(worker, chunks):
 
 
 def test_samples_and_sums_are_those_of_the_sample_indices(config, pipeline):
-    chunks = generated_chunks("samples", Setting(num_steps=2), RULE, 30, num_features_kept=30, num_images_kept=30)
+    chunks = generated_chunks("samples", Setting(num_steps=2), RULE, 30, Kept(30, 30))
     sums = measure(Measurer(config, "cpu"), chunks)
     seeds, labels = [3 * 2**32 + index for index in range(30)], [index % 10 for index in range(30)]
     expected = pipeline.images_from_seeds(labels, seeds, 2)
@@ -58,8 +59,8 @@ def test_samples_and_sums_are_those_of_the_sample_indices(config, pipeline):
 
 
 def test_a_chunk_returns_only_the_features_and_images_to_keep(config):
-    chunk, *_ = generated_chunks("x", Setting(num_steps=1), RULE, 200, num_features_kept=20, num_images_kept=20)
-    sums = Measurer(replace(config, batch_size=20), "cpu").measure(chunk)
+    chunk, *_ = generated_chunks("x", Setting(num_steps=1), RULE, 200, Kept(20, 20))
+    sums = Measurer(replace(config, options=replace(config.options, batch_size=20)), "cpu").measure(chunk)
     assert (sums.num_images, sums.features[0].shape, sums.images[0].shape) == (10, (1, 64), (1, 64, 64, 3))
     received = pickle.loads(pickle.dumps(sums))
     for kept in (received.features[0], received.images[0]):
@@ -95,7 +96,7 @@ def test_every_image_of_a_sample_file_is_measured_once(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "samples.npz", pixels)
     chunks = sample_file_chunks("samples", tmp_path / "samples.npz", 40)
-    sums = measure(Measurer(CONFIG, "cpu"), [replace(chunk, num_images_kept=500) for chunk in chunks])
+    sums = measure(Measurer(CONFIG, "cpu"), [replace(chunk, kept=Kept(images=500)) for chunk in chunks])
     assert sums.num_images == 40
     np.testing.assert_array_equal(torch.cat(sums.images), pixels)
 
@@ -135,7 +136,7 @@ def assert_equal_bits(ours, theirs):
 @pytest.mark.soak
 @pytest.mark.cluster
 def test_one_two_and_four_workers_give_equal_bits_even_if_one_is_killed(config):
-    chunks = generated_chunks("samples", Setting(num_steps=1), RULE, 120, num_features_kept=120, num_images_kept=120)
+    chunks = generated_chunks("samples", Setting(num_steps=1), RULE, 120, Kept(120, 120))
     killed = []
 
     def kill_one(sums):

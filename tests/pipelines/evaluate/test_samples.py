@@ -8,7 +8,7 @@ import torch
 
 from meanflow_core.generator import build_pipeline
 from pipelines.demo import images
-from pipelines.evaluate.chunks import CHUNK_SIZE, image_file_chunks, make_chunks, spans
+from pipelines.evaluate.chunks import CHUNK_SIZE, Kept, image_file_chunks, make_chunks, spans
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.plan import grid_indices
 from pipelines.evaluate.samples import SampleRule, Setting
@@ -50,8 +50,8 @@ def test_chunks_have_every_image_once_in_equal_groups(num_images):
     assert max(span.stop - span.start for span in parts) <= CHUNK_SIZE
     sizes = np.bincount([span.group for span in parts], [span.stop - span.start for span in parts])
     assert sizes[sizes > 0].max() - sizes[sizes > 0].min() <= 1
-    chunks = make_chunks("x", [(span, None) for span in parts], num_features_kept=30)
-    kept = [chunk.num_features_kept for chunk in chunks]
+    chunks = make_chunks("x", [(span, None) for span in parts], Kept(features=30))
+    kept = [chunk.kept.features for chunk in chunks]
     assert sum(kept) == min(30, num_images)
     assert max(kept) <= -(-30 // len(parts)) + 1  # spread over the chunks, not only from the first ones
 

@@ -1,4 +1,4 @@
-"""One, two and four processes on this machine, DDP and FSDP2, in whole shares and in passes: the same fifty steps."""
+"""One, two and four processes, with DDP and FSDP2, in whole shares and in passes: training ends with the same parameters."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,12 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.checkpoint import load_train_state, save_train_state
 from meanflow_core.config import GuidanceConfig, OptimizerConfig
-from meanflow_core.draws import draw_step_record
-from meanflow_core.latents import LatentNormalization
 from meanflow_core.presets import debug
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import (
-    Batch,
     build_train_state,
     contiguous_share,
     num_passes,
@@ -26,37 +23,28 @@ from meanflow_core.training import (
     train_step,
 )
 from tests.support.processes import join_group, run_processes
+from tests.support.training_steps import IDENTITY, make_batch, part_of
 
-NUM_STEPS, HALF, LITTLE_LATER = 50, 25, 30
-NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
+NUM_STEPS, HALF = 10, 4
 CONFIG = replace(
     debug(),
     loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5, guidance_interval_end=0.8)),
     optimizer=OptimizerConfig(learning_rate=1e-3, max_gradient_norm=1.0),
-    global_batch_size=22,  # shares of 11, of 5 and 6, and no two alike in passes
+    global_batch_size=22,  # shares of 11, or of 5 and 6, in passes of different sizes
     num_steps=NUM_STEPS,
     ema_decays=(0.9, 0.99),
 )
-GRACE_SECONDS = 120
+ROWS_PER_PASS = {1: 5, 2: 4, 4: 2}
+KINDS = ("ddp", "fsdp2")
+TIMEOUT_SECONDS = 120
 
 
 def batches(step, rank, world_size, rows_per_pass):
-    num_rows = CONFIG.global_batch_size
-    record = draw_step_record(CONFIG.loss, seed=0, step=step, num_rows=num_rows, latent_shape=(4, 8, 8))
-    generator = torch.Generator().manual_seed(step)
-    moments = torch.randn(num_rows, 8, 8, 8, generator=generator).abs()
-    labels = torch.randint(10, (num_rows,), generator=generator)
+    batch, num_rows = make_batch(CONFIG, step), CONFIG.global_batch_size
     first, last = contiguous_share(num_rows, rank, world_size)
     passes = num_passes(num_rows, world_size, rows_per_pass)
     edges = [contiguous_share(last - first, number, passes) for number in range(passes)]
-    return [
-        Batch(
-            moments=moments[first + start : first + stop],
-            labels=labels[first + start : first + stop],
-            record=record.rows(first + start, first + stop, CONFIG.loss),
-        )
-        for start, stop in edges
-    ]
+    return [part_of(batch, first + start, first + stop, CONFIG) for start, stop in edges]
 
 
 def fresh(kind="ddp"):
@@ -66,22 +54,25 @@ def fresh(kind="ddp"):
     )  # fmt: skip
 
 
-def take_steps(state, until, *, kind="ddp", rank=0, world_size=1, rows_per_pass=None):
-    graded, accumulating = state.network, nullcontext
+def take_steps(state, *, kind="ddp", rank=0, world_size=1, rows_per_pass=None, save=None):
+    """Trains to the end; `save` is called after HALF steps."""
+    network, accumulating = state.network, nullcontext
     if world_size > 1 and kind == "ddp":
-        graded = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        accumulating = graded.no_sync
-        rehearse(state, graded, batches(state.step, rank, world_size, rows_per_pass)[0], CONFIG)
-    while state.step < until:
+        network = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        accumulating = network.no_sync
+        rehearse(state, network, batches(state.step, rank, world_size, rows_per_pass)[0], CONFIG)
+    while state.step < NUM_STEPS:
         train_step(
-            state, graded, batches(state.step, rank, world_size, rows_per_pass), NORMALIZATION, CONFIG,
+            state, network, batches(state.step, rank, world_size, rows_per_pass), IDENTITY, CONFIG,
             gradient_scale=float(world_size), accumulating=accumulating,
         )  # fmt: skip
+        if save is not None and state.step == HALF:
+            save(state)
     return state
 
 
 def tensors(state):
-    """Every tensor of a state, whole, by name; collective where they are sharded."""
+    """Every tensor of a state by name, unsharded; collective."""
     found = {}
     for prefix, network in (("network", state.network), *state.ema_networks.items()):
         found |= {f"{prefix}/{name}": value for name, value in network.state_dict().items()}
@@ -93,84 +84,88 @@ def tensors(state):
     }
 
 
-def run_two(rank, folder):
-    results = {"ddp": tensors(take_steps(fresh(), NUM_STEPS, rank=rank, world_size=2))}
-    for kind in ("fsdp2", "ddp"):
-        state = take_steps(fresh(kind), HALF, kind=kind, rank=rank, world_size=2, rows_per_pass=4)
-        (folder / f"{kind}-{rank}").mkdir()
-        save_train_state(state, CONFIG, folder / f"{kind}-{rank}")  # as on two nodes: a folder each
-        take_steps(state, NUM_STEPS, kind=kind, rank=rank, world_size=2, rows_per_pass=4)
+def saver(kind, rank, folder):
+    """Saves a checkpoint into one folder per process, as on several nodes, and merges them, as Ray Train does."""
+
+    def save(state):
+        own, merged = folder / f"{kind}-{rank}", folder / kind
+        own.mkdir()
+        save_train_state(state, CONFIG, own)
+        merged.mkdir(exist_ok=True)
+        for path in own.iterdir():
+            path.rename(merged / path.name)
+        distributed.barrier()
+
+    return save
+
+
+def train_and_save(rank, world_size, folder):
+    process = {"rank": rank, "world_size": world_size}
+    results = {"ddp": tensors(take_steps(fresh(), **process))}
+    process["rows_per_pass"] = ROWS_PER_PASS[world_size]
+    for kind in KINDS:
+        state = take_steps(fresh(kind), kind=kind, save=saver(kind, rank, folder), **process)
         results[f"{kind} in passes"] = tensors(state)
         results[f"{kind} distances"] = relative_ema_distance(state)
+    resumed = fresh()
+    load_train_state(resumed, folder / "ddp")
+    results["ddp resumed"] = tensors(take_steps(resumed, **process))
     return results
 
 
-def run_four(rank, folder):
-    results = {}
-    for kind in ("ddp", "fsdp2"):
-        state = take_steps(fresh(kind), NUM_STEPS, kind=kind, rank=rank, world_size=4)
-        results[kind] = tensors(state)
-    how = {"rank": rank, "world_size": 4, "rows_per_pass": 2}
-    results["straight"] = tensors(take_steps(fresh(), LITTLE_LATER, **how))
-    half = take_steps(fresh(), HALF, **how)
-    (folder / "four").mkdir(exist_ok=True)
-    distributed.barrier()
-    save_train_state(half, CONFIG, folder / "four")
-    distributed.barrier()
-    again = fresh()
-    load_train_state(again, folder / "four")
-    results["again"] = tensors(take_steps(again, LITTLE_LATER, **how))
-    resumed = fresh("fsdp2")
-    assert load_train_state(resumed, folder / "fsdp2") == {}
-    results["read"] = tensors(resumed)
-    results["resumed"] = tensors(take_steps(resumed, NUM_STEPS, kind="fsdp2", rank=rank, world_size=4))
+def resume_sharded(rank, world_size, folder):
+    state = fresh("fsdp2")
+    load_train_state(state, folder / "fsdp2")
+    results = {"loaded": tensors(state)}
+    results["resumed"] = tensors(take_steps(state, kind="fsdp2", rank=rank, world_size=world_size))
     return results
 
 
-def work(rank, world_size, folder):
-    join_group(rank, world_size, f"{folder}/meeting-{world_size}", GRACE_SECONDS)
-    results = {2: run_two, 4: run_four}[world_size](rank, Path(folder))
+def work(rank, function, world_size, folder):
+    join_group(rank, world_size, f"{folder}/meeting-{world_size}", TIMEOUT_SECONDS)
+    results = function(rank, world_size, Path(folder))
     if rank == 0:
         torch.save(results, Path(folder) / f"results-{world_size}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def run_group(world_size, folder):
-    """What the first process saved."""
-    run_processes(work, (world_size, str(folder)), world_size, 3 * GRACE_SECONDS)
+def run_group(function, world_size, folder):
+    """The results of rank 0."""
+    run_processes(work, (function, world_size, str(folder)), world_size, 3 * TIMEOUT_SECONDS)
     return torch.load(folder / f"results-{world_size}.pt")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """{name: tensors after fifty steps}, and the folder of the checkpoints after twenty-five."""
-    folder = tmp_path_factory.mktemp("world-sizes")
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes
-    two = run_group(2, folder)
-    for kind in ("fsdp2", "ddp"):  # as Ray Train does with the files of all workers
-        (folder / kind).mkdir()
-        for rank in range(2):
-            for path in (folder / f"{kind}-{rank}").iterdir():
-                path.rename(folder / kind / path.name)
-    four = run_group(4, folder)
-    found = {"one": tensors(take_steps(fresh(), NUM_STEPS))}
-    found["one in passes"] = tensors(take_steps(fresh(), NUM_STEPS, rows_per_pass=5))
-    for kind in ("fsdp2", "ddp"):
-        resumed = fresh()
-        load_train_state(resumed, folder / kind)
-        found[f"one read of {kind}"] = tensors(resumed)
-        found[f"one resumed of {kind}"] = tensors(take_steps(resumed, NUM_STEPS))
-    yield folder, found | {f"two {k}": v for k, v in two.items()} | {f"four {k}": v for k, v in four.items()}
+    torch.set_num_threads(1)  # like the other processes
+    yield
     torch.set_num_threads(before)
 
 
-def without_key_bias(name, value):
-    """Of the qkv bias the query's and the value's parts.
+@pytest.fixture(scope="module", params=[4, pytest.param(2, marks=pytest.mark.soak)])
+def runs(request, tmp_path_factory):
+    """The folder of the checkpoints after HALF steps, and {name: tensors after NUM_STEPS}."""
+    folder = tmp_path_factory.mktemp("world-sizes")
+    results = run_group(train_and_save, request.param, folder)
+    results["one"] = tensors(take_steps(fresh()))
+    results["one in passes"] = tensors(take_steps(fresh(), rows_per_pass=ROWS_PER_PASS[1]))
+    for kind in KINDS:
+        state = fresh()
+        load_train_state(state, folder / kind)
+        results[f"one loaded from {kind}"] = tensors(state)
+        results[f"one resumed from {kind}"] = tensors(take_steps(state))
+    if request.param == 2:
+        results |= {f"four {name}": value for name, value in run_group(resume_sharded, 4, folder).items()}
+    return folder, results
 
-    The key's adds the same to all of a row's attention weights, which the softmax takes out again: its true gradient is
-    zero, what is computed is rounding, and Adam makes steps of the learning rate's size out of it.
+
+def without_key_bias(name, value):
+    """The query's and the value's part of a qkv bias.
+
+    The key's bias adds a constant to all attention weights of a row, which softmax removes. Its true gradient is zero;
+    the computed one is rounding, from which Adam makes steps of the size of the learning rate.
     """
     if not name.endswith("attn.qkv.bias"):
         return value
@@ -182,65 +177,65 @@ def relative(ours, theirs):
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "one in passes", "two ddp", "two ddp in passes", "two fsdp2 in passes", "four ddp", "four fsdp2", "four resumed",
-        "one resumed of fsdp2", "one resumed of ddp",
-    ],
-)  # fmt: skip
-def test_fifty_steps_end_with_the_same_parameters(runs, name):
-    ours, theirs = runs[1][name], runs[1]["one"]
-    for prefix in ("network", 0.9, 0.99):
-        names = [key for key in theirs if key.startswith(f"{prefix}/")]
-        kept = {key: (without_key_bias(key, ours[key]), without_key_bias(key, theirs[key])) for key in names}
-        whole = [torch.cat([pair[side].flatten() for pair in kept.values()]) for side in (0, 1)]
-        assert relative(*whole) < 1e-5
-        errors = {key: relative(*pair) for key, pair in kept.items() if pair[1].norm() > 0}
-        assert max(errors.values()) < 1e-4, max(errors, key=errors.get)
+def test_every_number_of_processes_ends_with_the_same_parameters(runs):
+    results = runs[1]
+    expected = results["one"]
+    names = [name for name in results if "distances" not in name and "loaded" not in name and name != "one"]
+    assert len(names) >= 7
+    for name in names:
+        for prefix in ("network", 0.9, 0.99):
+            pairs = {
+                key: (without_key_bias(key, results[name][key]), without_key_bias(key, value))
+                for key, value in expected.items()
+                if key.startswith(f"{prefix}/")
+            }
+            whole = [torch.cat([pair[side].flatten() for pair in pairs.values()]) for side in (0, 1)]
+            assert relative(*whole) < 1e-5, name
+            errors = {key: relative(*pair) for key, pair in pairs.items() if pair[1].norm() > 0}
+            assert max(errors.values()) < 1e-4, (name, max(errors, key=errors.get))
 
 
-def test_run_of_four_that_is_resumed_ends_with_the_same_bits(runs):
-    # Of four: with more than two, a sum depends on where in DDP's buckets a number lies.
-    ours, theirs = runs[1]["four again"], runs[1]["four straight"]
-    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
-
-
-def test_fifty_steps_learn_something_to_be_compared(runs):
+def test_training_moves_every_parameter(runs):
     start = {f"network/{name}": value for name, value in fresh().network.state_dict().items()}
     moved = [relative(runs[1]["one"][name], value) for name, value in start.items() if value.norm() > 0]
     assert min(moved) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["four read", "one read of fsdp2"])
-def test_checkpoint_of_two_shards_is_read_alike_by_one_process_and_by_four(runs, name):
-    _, found = runs
-    wanted = found["one read of fsdp2"]
-    assert set(found[name]) == set(wanted)
-    assert all(torch.equal(found[name][key], value) for key, value in wanted.items())
-    near = {
-        key: relative(value, wanted[key]) for key, value in found["one read of ddp"].items() if wanted[key].norm() > 0
+def test_resumed_ddp_run_ends_with_the_same_bits(runs):
+    # Of interest for four processes: with more than two, a sum depends on the position in DDP's buckets.
+    ours, theirs = runs[1]["ddp resumed"], runs[1]["ddp in passes"]
+    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
+
+
+def test_sharded_checkpoint_loads_alike_in_any_number_of_processes(runs):
+    results = runs[1]
+    expected = results["one loaded from fsdp2"]
+    if "four loaded" in results:
+        assert set(results["four loaded"]) == set(expected)
+        assert all(torch.equal(results["four loaded"][key], value) for key, value in expected.items())
+    errors = {
+        key: relative(value, expected[key])
+        for key, value in results["one loaded from ddp"].items()
+        if expected[key].norm() > 0
     }
-    assert max(error for key, error in near.items() if not key.endswith("qkv.bias")) < 1e-3
+    assert max(error for key, error in errors.items() if not key.endswith("qkv.bias")) < 1e-3
 
 
-def test_checkpoint_holds_no_pickled_code_and_every_number_once(runs):
-    folder, found = runs
-    for kind in ("fsdp2", "ddp"):
-        files = sorted(path.name for path in (folder / kind).iterdir())
-        assert [Path(name).suffix for name in files] == [".safetensors", ".safetensors", ".json"]
+def test_checkpoint_contains_no_pickled_code_and_every_number_once(runs):
+    folder, results = runs
+    for kind in KINDS:
+        suffixes = {path.suffix for path in (folder / kind).iterdir()}
+        assert suffixes == {".safetensors", ".json"}
         size = sum(path.stat().st_size for path in (folder / kind).glob("*.safetensors"))
-        numbers = sum(value.numel() for value in found["one read of fsdp2"].values())
-        assert 4 * numbers < size < 4.1 * numbers + 100_000  # and the files' headers
+        numbers = sum(value.numel() for value in results["one loaded from fsdp2"].values())
+        assert 4 * numbers < size < 4.1 * numbers + 200_000  # headers of the files included
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_distance_of_averages_is_that_of_the_whole_network(runs, kind):
-    found = runs[1]
-    whole = found[f"two {kind} in passes"]
-    names = [key.removeprefix("network/") for key in whole if key.startswith("network/")]
-    parameters = dict(fresh().network.named_parameters())
-    ours = torch.cat([whole[f"network/{name}"].flatten() for name in names if name in parameters])
-    for decay, distance in found[f"two {kind} distances"].items():
-        average = torch.cat([whole[f"{decay}/{name}"].flatten() for name in names if name in parameters])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ema_distance_is_that_of_the_whole_network(runs, kind):
+    whole, distances = (runs[1][f"{kind} {name}"] for name in ("in passes", "distances"))
+    names = [name for name, _ in fresh().network.named_parameters()]
+    ours = torch.cat([whole[f"network/{name}"].flatten() for name in names])
+    for decay, distance in distances.items():
+        average = torch.cat([whole[f"{decay}/{name}"].flatten() for name in names])
         assert distance == pytest.approx(float((average - ours).norm() / ours.norm()), rel=1e-3)

@@ -1,5 +1,6 @@
-"""Several processes of torch.distributed on this machine, over gloo, for tests."""
+"""Several processes of torch.distributed on this machine, over gloo."""
 
+import multiprocessing
 import os
 import sys
 import time
@@ -10,10 +11,10 @@ import torch
 from torch import distributed
 
 
-def join_group(rank: int, world_size: int, meeting: str, grace_seconds: float) -> None:
-    """Makes the calling process, with one thread, one of a group that meets at a file.
+def join_group(rank: int, world_size: int, meeting: str, timeout_seconds: float) -> None:
+    """Makes this process, with one thread, a member of a process group that meets at a file.
 
-    A collective that another process never joins fails after the grace.
+    A collective that another process never joins fails after the timeout.
     """
     torch.set_num_threads(1)
     if sys.platform == "linux":
@@ -23,19 +24,23 @@ def join_group(rank: int, world_size: int, meeting: str, grace_seconds: float) -
         init_method=f"file://{meeting}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=grace_seconds),
+        timeout=timedelta(seconds=timeout_seconds),
     )
 
 
-def run_processes(work: Callable, arguments: tuple, num_processes: int, patience_seconds: float) -> None:
-    """Runs work(rank, *arguments) in so many processes; none may fail or outlast its time."""
+def run_processes(function: Callable, arguments: tuple, num_processes: int, timeout_seconds: float) -> None:
+    """Runs function(rank, *arguments) in that many processes; none may fail or exceed the timeout."""
+    # Imported once by the fork server instead of by every process, which takes seconds of CPU time.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["meanflow_core.checkpoint", "meanflow_core.sharding", "torch.nn.parallel", "pytest"]
+    )
     context = torch.multiprocessing.start_processes(
-        work, arguments, nprocs=num_processes, join=False, start_method="spawn"
+        function, arguments, nprocs=num_processes, join=False, start_method="forkserver"
     )
-    deadline = time.monotonic() + patience_seconds
+    deadline = time.monotonic() + timeout_seconds
     try:
         while not context.join(timeout=1.0):
-            assert time.monotonic() < deadline, "the processes wait for ever: has one made a call less?"
+            assert time.monotonic() < deadline, "the processes do not end: did one make fewer collective calls?"
     finally:
         for process in context.processes:
             process.kill()

@@ -6,25 +6,29 @@ import shutil
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow_core.draws import draw_step_record
-from meanflow_core.loss import meanflow_loss
 from meanflow_core.training import compile_blocks
 from meanflow_core.transformer import Conditioning
-from tests.core.test_loss import NULL, OBJECTIVES, draw_batch, gradients, relative
-
-GUIDED, IMPROVED = OBJECTIVES["omega, kappa, interval"], OBJECTIVES["improved MeanFlow"]
-BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
-NO_COMPILER = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="inductor wants a C++ compiler, and g++ is not here"
+from tests.support.objectives import (
+    FLOW_MATCHING,
+    GUIDED,
+    IMPROVED,
+    NULL,
+    draw_batch,
+    gradients,
+    relative,
+    run_loss,
 )
+
+BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled_yet():
+def _reset_compiler():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small only wait for a second one
+    torch.set_num_threads(1)  # small networks gain nothing from a second one
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -39,44 +43,37 @@ def kind(request, network, imf_network):
     return (network, GUIDED) if request.param == "dit" else (imf_network, IMPROVED)
 
 
-def run(network, batch, config, separate):
-    return meanflow_loss(
-        network, network, *batch, config,
-        null_label=NULL, global_num_rows=len(batch[1]), separate_derivative=separate,
-    )  # fmt: skip
-
-
-def check_like(ours, plain, batch, config, bound):
-    """Loss, du/dt and gradient of both, with the derivative beside the graded pass and in one of its own."""
+def assert_same_loss(ours, plain, batch, config, bound):
+    """Compares loss, du/dt and gradient, with the derivative in the training forward and in one of its own."""
     for separate in (False, True):
-        found, wanted = run(ours, batch, config, separate), run(plain, batch, config, separate)
-        assert wanted.dudt.norm() > 1.0
-        assert found.loss.item() == pytest.approx(wanted.loss.item(), rel=bound)
-        assert relative(found.dudt, wanted.dudt) < bound
-        assert relative(gradients(ours, found.loss), gradients(plain, wanted.loss)) < bound
+        found, expected = (run_loss(module, batch, config, separate=separate) for module in (ours, plain))
+        assert expected.dudt.norm() > 1.0
+        assert found.loss.item() == pytest.approx(expected.loss.item(), rel=bound)
+        assert relative(found.dudt, expected.dudt) < bound
+        assert relative(gradients(ours, found.loss), gradients(plain, expected.loss)) < bound
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        ("aot_eager", torch.float64),  # traced as for inductor, and then run by torch's own kernels
+        ("aot_eager", torch.float64),  # traced as for inductor, but run by torch's own kernels
         pytest.param("aot_eager", torch.float32, marks=pytest.mark.soak),
-        # A minute's work for the C++ compiler each.
+        # A minute of C++ compilation each.
         pytest.param("inductor", torch.float64, marks=[NO_COMPILER, pytest.mark.soak]),
         pytest.param("inductor", torch.float32, marks=[NO_COMPILER, pytest.mark.soak]),
     ],
 )
-def test_compiled_blocks_compute_what_plain_ones_do(kind, backend, dtype):
+def test_compiled_blocks_compute_the_same_as_plain_ones(kind, backend, dtype):
     network, config = kind[0].to(dtype), kind[1]
     plain = copy.deepcopy(network)
     compile_blocks(network, backend=backend)
-    check_like(network, plain, draw_batch(config=config, dtype=dtype), config, BOUNDS[dtype])
+    assert_same_loss(network, plain, draw_batch(config=config, dtype=dtype), config, BOUNDS[dtype])
     assert counters["stats"]["unique_graphs"] >= 3
     assert counters["graph_break"] == {}
 
 
-def test_blocks_are_handed_contiguous_tokens(kind):
-    # Inductor's C++ kernels of torch 2.13 give wrong gradients, by per cents, to a block whose input is transposed.
+def test_inputs_of_blocks_are_contiguous(kind):
+    # With torch 2.13, inductor's C++ kernels compute gradients that are wrong by percents if a block's input is transposed.
     network, config = kind
     seen = []
 
@@ -86,20 +83,20 @@ def test_blocks_are_handed_contiguous_tokens(kind):
     for module in network.modules():
         if type(module).__name__ in network._repeated_blocks:
             module.register_forward_pre_hook(note)
-    run(network, draw_batch(config=config), config, separate=False)
+    run_loss(network, draw_batch(config=config), config, separate=False)
     assert len(seen) >= 6
     assert all(seen)
 
 
 @NO_COMPILER
-def test_inductors_backward_is_that_of_the_plain_network(network):
-    config = OBJECTIVES["flow matching"]
+def test_inductor_computes_the_same_gradient_as_the_plain_network(network):
+    config = FLOW_MATCHING
     network = network.double()
     plain, batch = copy.deepcopy(network), draw_batch(config=config, dtype=torch.float64)
     compile_blocks(network)
-    found, wanted = (run(module, batch, config, separate=False).loss for module in (network, plain))
+    found, expected = (run_loss(module, batch, config, separate=False).loss for module in (network, plain))
     assert counters["stats"]["unique_graphs"] == 1
-    assert relative(gradients(network, found), gradients(plain, wanted)) < 1e-9
+    assert relative(gradients(network, found), gradients(plain, expected)) < 1e-9
 
 
 @pytest.mark.soak
@@ -107,62 +104,38 @@ def test_whole_network_compiles_to_a_graph_without_breaks(kind):
     network, config = kind[0].double(), kind[1]
     compiled = torch.compile(network, dynamic=False, fullgraph=True, backend="aot_eager")
     batch = draw_batch(config=config, dtype=torch.float64)
-    wanted = run(network, batch, config, separate=False)
-    found = run(compiled, batch, config, separate=False)
-    assert relative(found.dudt, wanted.dudt) < 1e-9
-    assert relative(gradients(network, found.loss), gradients(network, wanted.loss)) < 1e-9
+    expected = run_loss(network, batch, config, separate=False)
+    found = run_loss(compiled, batch, config, separate=False)
+    assert relative(found.dudt, expected.dudt) < 1e-9
+    assert relative(gradients(network, found.loss), gradients(network, expected.loss)) < 1e-9
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_compiled_derivative_is_that_of_forward_mode_through_the_plain_network(kind):
-    # Stock compiled graphs drop the jvp of a custom autograd function without a word (pytorch#192985).
-    network, config = kind[0].double(), kind[1]
-    plain = copy.deepcopy(network)
-    compile_blocks(network, backend="aot_eager")
-    latents, labels, record = draw_batch(config=config, dtype=torch.float64)
-    told = {
-        "omega": record.omega,
-        "guidance_interval_start": record.guidance_interval_start,
-        "guidance_interval_end": record.guidance_interval_end,
-    }
-
-    def u(z, t, r):
-        return plain(z, Conditioning(t=t, r=r, labels=labels, **told)).u
-
-    along = record.noise, torch.ones_like(record.t), torch.zeros_like(record.t)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        wanted = torch.func.jvp(u, (latents, record.t, record.r), along)[1]
-    found = network(latents, Conditioning(t=record.t, r=record.r, labels=labels, **told), record.noise)
-    assert found.u.requires_grad
-    assert relative(found.dudt, wanted) < 1e-9
-
-
-def test_number_of_compilations_is_bounded_over_steps_of_different_draws(kind):
+def test_number_of_compilations_is_bounded_over_many_steps(kind):
     network, config = kind
-    compile_blocks(network, backend="aot_eager")
+    compile_blocks(network, backend="eager")  # traces only
 
     def take_steps(steps):
         sizes = set()
         for step in steps:
             record = draw_step_record(config, seed=1, step=step, num_rows=64, latent_shape=(4, 8, 8))
             batch = torch.randn(64, 4, 8, 8), torch.randint(NULL, (64,)), record
-            run(network, batch, config, separate=step % 2 == 0).loss.backward()
+            run_loss(network, batch, config, separate=step % 2 == 0).loss.backward()
             sizes.add(len(record.rows_velocity))
         return sizes
 
-    sizes = take_steps(range(20))
+    sizes = take_steps(range(12))
     assert 2 <= len(sizes) <= 4
-    # Blocks of a kind share their graphs. One for each size of the velocities' batch; the graded pass with a tangent
-    # and without, and the derivative's own; improved MeanFlow's v head has no tangent in that one either.
-    of_sizes = len(sizes)
-    assert counters["stats"]["unique_graphs"] == of_sizes + (3 if config is GUIDED else 4)
+    # Blocks of a class share their graphs: one for each size of the velocities' batch, the training forward with a tangent
+    # and without, and the separate derivative, in which improved MeanFlow's v head has no tangent.
+    assert counters["stats"]["unique_graphs"] == len(sizes) + (3 if config is GUIDED else 4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert take_steps(range(5)) <= sizes
 
 
-def test_every_size_that_a_long_run_meets_is_compiled(network):
-    # Twelve sizes, where dynamo stops at eight: the fixture makes reaching its limit an error.
-    compile_blocks(network, backend="aot_eager")
+def test_every_batch_size_of_a_long_run_is_compiled(network):
+    # Twelve sizes, more than dynamo's default limit of eight; the fixture makes reaching a limit an error.
+    compile_blocks(network, backend="eager")
     z = torch.randn(12, 4, 8, 8)
     with torch.no_grad():
         for rows in range(1, 13):
@@ -171,16 +144,17 @@ def test_every_size_that_a_long_run_meets_is_compiled(network):
     assert counters["stats"]["unique_graphs"] == 12
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[NO_COMPILER, pytest.mark.soak])])
-def test_compiled_blocks_in_bfloat16_are_as_near_as_plain_ones(kind, backend):
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NO_COMPILER)])
+def test_compiled_blocks_in_bfloat16_are_as_accurate_as_plain_ones(kind, backend):
     network, config = kind
     plain, batch = copy.deepcopy(network), draw_batch(config=config)
     compile_blocks(network, backend=backend)
-    exact = run(plain, batch, config, separate=False)
+    exact = run_loss(plain, batch, config, separate=False)
 
     def errors(module, separate):
         with torch.autocast("cpu", torch.bfloat16):
-            output = run(module, batch, config, separate)
+            output = run_loss(module, batch, config, separate=separate)
         return relative(output.dudt, exact.dudt), relative(gradients(module, output.loss), gradient)
 
     gradient = gradients(plain, exact.loss)
@@ -190,34 +164,34 @@ def test_compiled_blocks_in_bfloat16_are_as_near_as_plain_ones(kind, backend):
             assert 1e-4 < ours < 1.5 * theirs
 
 
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["plain", "compiled"])
 def test_checkpointed_blocks_have_the_same_gradient(kind, is_compiled):
     network, config = kind[0].double(), kind[1]
     plain = copy.deepcopy(network)
     network.enable_gradient_checkpointing()
     if is_compiled:
         compile_blocks(network, backend="aot_eager")
-    check_like(network, plain, draw_batch(config=config, dtype=torch.float64), config, 1e-12)
+    assert_same_loss(network, plain, draw_batch(config=config, dtype=torch.float64), config, 1e-12)
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
 def test_checkpointed_blocks_have_the_same_gradient_in_bfloat16(kind, separate):
-    # The pass that runs again may not find other casts of the weights than the first one did.
+    # The recomputed forward must use the same casts of the weights as the first one.
     network, config = kind
     plain, batch = copy.deepcopy(network), draw_batch(config=config)
     network.enable_gradient_checkpointing()
     with torch.autocast("cpu", torch.bfloat16):
-        found, wanted = (run(module, batch, config, separate).loss for module in (network, plain))
-    assert relative(gradients(network, found), gradients(plain, wanted)) < 1e-6
+        found, expected = (run_loss(module, batch, config, separate=separate).loss for module in (network, plain))
+    assert relative(gradients(network, found), gradients(plain, expected)) < 1e-6
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
-def test_checkpointed_blocks_keep_less_for_backward(kind, separate):
+def test_checkpointed_blocks_save_less_for_backward(kind, separate):
     network, config = kind
     batch = draw_batch(num_rows=32, config=config)
 
-    def kept():
-        """Bytes of what autograd saves, and of what goes into blocks, which checkpointing keeps by itself."""
+    def saved_bytes():
+        """Bytes that autograd saves, and bytes of the inputs of blocks, which checkpointing saves itself."""
         sizes = {}
 
         def pack(tensor):
@@ -233,12 +207,12 @@ def test_checkpointed_blocks_keep_less_for_backward(kind, separate):
         blocks = [module for module in network.modules() if type(module).__name__ in network._repeated_blocks]
         handles = [block.register_forward_pre_hook(note) for block in blocks]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = run(network, batch, config, separate).loss
+            loss = run_loss(network, batch, config, separate=separate).loss
         for handle in handles:
             handle.remove()
         assert loss.requires_grad
         return sum(sizes.values())
 
-    without = kept()
+    without = saved_bytes()
     network.enable_gradient_checkpointing()
-    assert kept() < 0.4 * without
+    assert saved_bytes() < 0.4 * without

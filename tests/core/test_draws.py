@@ -3,33 +3,53 @@
 import pytest
 import torch
 
-from meanflow_core.config import GuidanceSamplingConfig, TimeSamplingConfig
-from meanflow_core.draws import draw_guidance_interval, draw_omega, draw_times, rows_below
+from meanflow_core.config import GuidanceConfig, GuidanceSamplingConfig, LossConfig, TimeSamplingConfig
+from meanflow_core.draws import (
+    GUIDANCE_INPUTS,
+    StepRecord,
+    draw_guidance_interval,
+    draw_omega,
+    draw_step_record,
+    draw_times,
+    rows_below,
+)
+from tests.support.objectives import GUIDED, HALF, IMPROVED
+
+DRAWS = {
+    "t": torch.tensor([0.7, 0.5]),
+    "r": torch.tensor([0.2, 0.5]),
+    "noise": torch.zeros(2, 1, 1, 1),
+    "label_dropped": torch.tensor([False, False]),
+    "omega": torch.tensor([1.0, 8.0]),
+    "guidance_interval_start": torch.tensor([0.2, 0.0]),
+    "guidance_interval_end": torch.tensor([0.5, 1.0]),
+}
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
-@pytest.mark.parametrize("num_rows", [1, 7, 10, 128])
-def test_share_of_rows_below_is_exact_and_even(num_rows, fraction):
+@pytest.mark.parametrize("num_rows", [1, 7, 32])
+def test_rows_below_have_the_exact_number_spread_evenly(num_rows, fraction):
     below = rows_below(num_rows, fraction)
     assert int(below.sum()) == int(num_rows * fraction + 1e-9)
-    for start in range(num_rows):  # every contiguous block has its share, to within one row
+    for start in range(num_rows):  # every contiguous share has its part, to within one row
         for stop in range(start + 1, num_rows + 1):
             assert abs(float(below[start:stop].sum()) - fraction * (stop - start)) < 1.0 + 1e-6
 
 
-def test_times_are_sorted_and_equal_where_they_should_be():
+def test_times_are_sorted_and_equal_on_rows_that_are_not_below():
     t, r = draw_times(1000, TimeSamplingConfig(), torch.Generator().manual_seed(0))
     below = rows_below(1000, 0.25)
     assert ((r > 0) & (r <= t) & (t < 1)).all()
     assert torch.equal(r < t, below)
 
 
-def test_times_follow_the_logit_normal_law():
-    t, _ = draw_times(40_000, TimeSamplingConfig(logit_mean=-0.4, logit_std=1.0), torch.Generator().manual_seed(1))
-    # t is the larger of two: its logit's mean is mu + sigma / sqrt(pi), its variance 1 - 1 / pi.
-    logits = torch.logit(t)
-    assert float(logits.mean()) == pytest.approx(-0.4 + 1 / torch.pi**0.5, abs=0.02)
-    assert float(logits.var()) == pytest.approx(1 - 1 / torch.pi, abs=0.02)
+@pytest.mark.parametrize(("mean", "std"), [(-0.4, 1.0), (0.3, 2.0)])
+def test_times_follow_the_logit_normal_distribution(mean, std):
+    t, _ = draw_times(40_000, TimeSamplingConfig(logit_mean=mean, logit_std=std), torch.Generator().manual_seed(1))
+    # t is the larger of two: its logit has mean mu + sigma / sqrt(pi) and variance sigma^2 (1 - 1 / pi).
+    logits = torch.logit(t.double())
+    assert float(logits.mean()) == pytest.approx(mean + std / torch.pi**0.5, abs=0.02 * std)
+    assert float(logits.std()) == pytest.approx(std * (1 - 1 / torch.pi) ** 0.5, abs=0.02 * std)
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
@@ -46,7 +66,7 @@ def test_guidance_scales_have_the_density_omega_to_the_minus_beta(power):
         assert float((omega <= bound).double().mean()) == pytest.approx(expected, abs=0.006)
 
 
-def test_guidance_interval_is_everything_where_r_equals_t():
+def test_guidance_interval_is_zero_to_one_on_rows_with_r_equal_to_t():
     below = torch.arange(10_000) % 2 == 0
     start, end = draw_guidance_interval(below, GuidanceSamplingConfig(), torch.Generator().manual_seed(0))
     assert torch.equal(start[~below], torch.zeros(5_000))
@@ -56,17 +76,118 @@ def test_guidance_interval_is_everything_where_r_equals_t():
     assert float(start.max()) <= 0.5 <= float(end.min())
 
 
-def test_times_spread_with_the_standard_deviation():
-    t, _ = draw_times(40_000, TimeSamplingConfig(logit_mean=0.3, logit_std=2.0), torch.Generator().manual_seed(1))
-    logits = torch.logit(t.double())
-    assert float(logits.mean()) == pytest.approx(0.3 + 2 / torch.pi**0.5, abs=0.04)
-    assert float(logits.std()) == pytest.approx(2 * (1 - 1 / torch.pi) ** 0.5, abs=0.04)
-
-
-def test_ends_of_the_guidance_interval_are_drawn_apart_on_either_side_of_the_split():
+def test_ends_of_the_guidance_interval_are_independent_and_uniform_on_either_side_of_the_split():
     below, config = torch.ones(10_000, dtype=torch.bool), GuidanceSamplingConfig(interval_split=0.2)
     start, end = draw_guidance_interval(below, config, torch.Generator().manual_seed(0))
     assert float(start.mean()) == pytest.approx(0.1, abs=0.01)
     assert float(end.mean()) == pytest.approx(0.6, abs=0.01)
     assert float(end.max()) == pytest.approx(1.0, abs=0.01)
     assert abs(float(torch.corrcoef(torch.stack([start, end]))[0, 1])) < 0.05
+
+
+def test_draws_are_a_function_of_seed_and_step():
+    def draw(seed, step):
+        return draw_step_record(IMPROVED, seed=seed, step=step, num_rows=8, latent_shape=(4, 8, 8))
+
+    assert torch.equal(draw(1, 2).noise, draw(1, 2).noise)
+    assert torch.equal(draw(1, 2).omega, draw(1, 2).omega)
+    assert not torch.equal(draw(1, 2).noise, draw(1, 3).noise)
+    assert not torch.equal(draw(1, 2).t, draw(2, 2).t)
+    assert not torch.equal(draw(1, 2).noise, draw(1, 2).posterior_noise)
+    assert not torch.equal(draw(1, 2).noise, draw(2, 1).noise)
+
+
+def test_half_of_the_rows_are_mirrored_and_posterior_noise_is_standard_normal():
+    record = draw_step_record(LossConfig(), seed=0, step=0, num_rows=40_000, latent_shape=(1, 1, 1))
+    assert float(record.mirrored.double().mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(record.posterior_noise.mean()) == pytest.approx(0.0, abs=0.02)
+    assert float(record.posterior_noise.std()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_labels_are_dropped_on_rows_with_r_equal_to_t_if_there_are_enough():
+    def draw(probability, fraction, num_rows):
+        times = TimeSamplingConfig(fraction_r_below_t=fraction)
+        config = LossConfig(label_drop_probability=probability, times=times)
+        return draw_step_record(config, seed=0, step=0, num_rows=num_rows, latent_shape=(1, 1, 1))
+
+    record = draw(0.1, 0.25, 40_000)
+    assert not record.label_dropped[record.rows_below].any()
+    assert float(record.label_dropped.double().mean()) == pytest.approx(0.1, abs=0.006)
+    for probability, fraction in ((0.5, 0.5), (0.1, 0.9)):  # just enough, although 1 - 0.9 is rounded
+        record = draw(probability, fraction, 1000)
+        assert torch.equal(record.label_dropped, record.r == record.t)
+    record = draw(0.5, 0.75, 40_000)
+    assert float(record.label_dropped[record.rows_below].double().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_rows_of_the_no_grad_forward_have_few_sizes():
+    sizes = {
+        len(draw_step_record(GUIDED, seed=0, step=step, num_rows=64, latent_shape=(1, 1, 1)).rows_velocity)
+        for step in range(200)
+    }
+    assert all(size % 8 == 0 for size in sizes)
+    assert len(sizes) <= 6
+
+
+def test_rows_at_the_bounds_of_the_interval_are_guided_and_omega_may_be_one():
+    t = torch.tensor([0.125, 0.25, 0.75, 0.875])
+    draws = {"t": t, "r": t, "noise": torch.zeros(4, 1, 1, 1), "label_dropped": torch.zeros(4, dtype=torch.bool)}
+    config = LossConfig(
+        guidance=GuidanceConfig(omega=0.7, kappa=0.5, guidance_interval_start=0.25, guidance_interval_end=0.75)
+    )
+    assert (StepRecord.from_draws(**draws, config=config).weight_conditional > 0).tolist() == [False, True, True, False]
+    guidance = {
+        "omega": torch.tensor([2.0, 2.0, 2.0, 1.0]),
+        "guidance_interval_start": torch.full((4,), 0.25),
+        "guidance_interval_end": torch.full((4,), 0.75),
+    }
+    record = StepRecord.from_draws(**draws, **guidance, config=IMPROVED)
+    assert record.weight_conditional.tolist() == [0.0, 0.5, 0.5, 0.0]
+
+
+def test_share_of_a_record_has_every_draw_of_its_rows():
+    whole = draw_step_record(IMPROVED, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
+    share = whole.rows(3, 9, IMPROVED)
+    for name in ("t", "r", "noise", "posterior_noise", "label_dropped", "mirrored", *GUIDANCE_INPUTS):
+        assert torch.equal(getattr(share, name), getattr(whole, name)[3:9]), name
+
+
+def test_record_moves_to_a_device():
+    for config in (IMPROVED, LossConfig(times=HALF)):
+        record = draw_step_record(config, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
+        moved = vars(record.to(torch.device("meta")))
+        for name, value in vars(record).items():
+            assert (
+                (moved[name] is None)
+                if value is None
+                else (moved[name].device.type, moved[name].shape)
+                == (
+                    "meta",
+                    value.shape,
+                )
+            )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"t": torch.tensor([1.2, 0.5])}, "0 <= r <= t <= 1"),
+        ({"t": torch.tensor([float("nan"), 0.5])}, "0 <= r <= t <= 1"),
+        ({"t": torch.tensor([0.7, 0.25])}, "but row 1 has r = 0.5, t = 0.25"),
+        ({"r": torch.tensor([-0.1, 0.5])}, "0 <= r <= t <= 1"),
+        ({"noise": torch.full((2, 1, 1, 1), torch.inf)}, "finite"),
+        ({"noise": torch.zeros(2, 1)}, "shape"),
+        ({"label_dropped": torch.tensor([True])}, "shape"),
+        ({"mirrored": torch.tensor([True])}, "label_dropped, mirrored, omega, .* must have shape"),
+        ({"posterior_noise": torch.zeros(2, 1, 1, 2)}, r"shape \(2, 1, 1, 1\), but got \(2, 1, 1, 2\)"),
+        ({"omega": torch.tensor([0.5, 2.0])}, "omega >= 1"),
+        ({"omega": torch.tensor([torch.inf, 2.0])}, "omega >= 1"),
+        ({"omega": None}, "needs omega"),
+        ({"guidance_interval_start": torch.tensor([0.6, 0.0])}, "guidance_interval_start <= guidance_interval_end"),
+        ({"guidance_interval_start": torch.tensor([-0.1, 0.0])}, "0 <= guidance_interval_start"),
+        ({"guidance_interval_end": torch.tensor([1.1, 1.0])}, "guidance_interval_end <= 1"),
+    ],
+)
+def test_invalid_draws_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        StepRecord.from_draws(**{**DRAWS, **changes}, config=IMPROVED)

@@ -1,0 +1,75 @@
+"""Every form of the objective with a batch for it, and helpers to compare losses and gradients."""
+
+from dataclasses import replace
+
+import torch
+
+from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig
+from meanflow_core.draws import GUIDANCE_INPUTS, StepRecord, draw_step_record
+from meanflow_core.loss import LossOutput, Network, meanflow_loss
+from meanflow_core.transformer import Conditioning
+
+NULL = 10
+HALF = TimeSamplingConfig(fraction_r_below_t=0.5)
+GUIDED = LossConfig(
+    guidance=GuidanceConfig(omega=0.7, kappa=0.5, guidance_interval_start=0.1, guidance_interval_end=0.8),
+    times=HALF,
+    label_drop_probability=0.3,
+)
+IMPROVED = LossConfig(objective="improved_meanflow", times=HALF, label_drop_probability=0.3)
+FLOW_MATCHING = LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
+# With a label_drop_probability above 1/2, labels are also dropped on rows with r < t.
+OBJECTIVES = {
+    "flow matching": FLOW_MATCHING,
+    "no guidance": LossConfig(times=HALF),
+    "omega": LossConfig(times=HALF, guidance=GuidanceConfig(omega=2.0)),
+    "kappa and no null class": LossConfig(times=HALF, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
+    "omega, kappa, interval": GUIDED,
+    "no null class except by rounding": LossConfig(times=HALF, guidance=GuidanceConfig(omega=0.7, kappa=0.3)),
+    "guided flow matching": replace(FLOW_MATCHING, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
+    "labels dropped anywhere": replace(GUIDED, label_drop_probability=0.6),
+    "every row r < t": replace(GUIDED, times=TimeSamplingConfig(fraction_r_below_t=1.0)),
+    "own velocity": replace(GUIDED, tangent="own_velocity"),
+    "own velocity, no guidance": LossConfig(times=HALF, tangent="own_velocity"),
+    "improved MeanFlow": IMPROVED,
+    "improved MeanFlow, labels dropped anywhere": replace(IMPROVED, label_drop_probability=0.6),
+}
+
+Batch = tuple[torch.Tensor, torch.Tensor, StepRecord]
+
+
+def draw_batch(num_rows: int = 16, config: LossConfig = GUIDED, dtype: torch.dtype = torch.float32) -> Batch:
+    """Latents, labels and the step's record, on 4x8x8 latents of 10 classes."""
+    record = draw_step_record(config, seed=3, step=5, num_rows=num_rows, latent_shape=(4, 8, 8))
+    generator = torch.Generator().manual_seed(11)
+    latents = torch.randn(num_rows, 4, 8, 8, generator=generator).to(dtype)
+    labels = torch.randint(10, (num_rows,), generator=generator)
+    draws = {name: getattr(record, name) for name in ("t", "r", "noise", *GUIDANCE_INPUTS)}
+    draws = {name: value.to(dtype) for name, value in draws.items() if value is not None}
+    return latents, labels, StepRecord.from_draws(**draws, label_dropped=record.label_dropped, config=config)
+
+
+def run_loss(network: Network, batch: Batch, config: LossConfig, *, separate: bool = False) -> LossOutput:
+    """The loss of a whole batch."""
+    return meanflow_loss(
+        network, network, *batch, config,
+        null_label=NULL, global_num_rows=len(batch[1]), separate_derivative=separate,
+    )  # fmt: skip
+
+
+def conditioning_of(record: StepRecord, labels: torch.Tensor) -> Conditioning:
+    """The record's conditioning inputs, without dropped labels."""
+    guidance = {name: getattr(record, name) for name in GUIDANCE_INPUTS}
+    return Conditioning(t=record.t, r=record.r, labels=labels, **guidance)
+
+
+def gradients(network: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    """The whole gradient as one vector; zero for unused parameters."""
+    found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    pairs = zip(found, network.parameters(), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative error by norm."""
+    return float((ours - theirs).norm() / theirs.norm())

@@ -221,7 +221,7 @@ def train_step(
     return StepMetrics(sums=torch.stack(sums).sum(dim=0), gradient_norm=gradient_norm, skipped=skipped)
 
 
-def rehearse(state: TrainState, training_network: Network, batch: Batch, config: TrainingConfig) -> None:
+def warm_up_ddp_buckets(state: TrainState, training_network: Network, batch: Batch, config: TrainingConfig) -> None:
     """Runs one backward through a new DistributedDataParallel and discards the gradient.
 
     DDP rearranges its buckets after its first backward, and a sum over more than two workers depends on the position

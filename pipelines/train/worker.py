@@ -20,7 +20,7 @@ from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import Network
 from meanflow_core.sharding import shard_network
-from meanflow_core.training import TrainState, build_train_state, rehearse, train_step
+from meanflow_core.training import TrainState, build_train_state, train_step, warm_up_ddp_buckets
 from pipelines.command_line import set_up_logging
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
@@ -111,7 +111,7 @@ class TrainingWorker:
         self._batches = Prefetcher(source, self._config.num_steps)
         self._network, self._no_sync = _wrap_network(self._state, self._job)
         if self._job.parallelism == "ddp" and self._state.step < self._config.num_steps:
-            rehearse(self._state, self._network, source.batches(self._state.step)[0], self._config)
+            warm_up_ddp_buckets(self._state, self._network, source.batches(self._state.step)[0], self._config)
         self._signals = SignalMonitor(task.stop_request, self._rank)
 
     def _build_state(self) -> TrainState:

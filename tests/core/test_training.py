@@ -18,10 +18,10 @@ from meanflow_core.training import (
     contiguous_share,
     learning_rate,
     num_passes,
-    rehearse,
     relative_ema_distance,
     train_step,
     update_emas,
+    warm_up_ddp_buckets,
 )
 from meanflow_core.transformer import Conditioning
 from tests.support.training_steps import (
@@ -321,7 +321,7 @@ def test_rehearsal_changes_nothing():
     state = fresh_state()
     take_steps(state, debug(), 1)
     before = parameters(state.network), parameters(state.ema_network)
-    rehearse(state, state.network, make_batch(debug(), 1), debug())
+    warm_up_ddp_buckets(state, state.network, make_batch(debug(), 1), debug())
     assert all(parameter.grad is None for parameter in state.network.parameters())
     assert torch.equal(parameters(state.network), before[0])
     assert torch.equal(parameters(state.ema_network), before[1])

@@ -18,9 +18,9 @@ from meanflow_core.training import (
     build_train_state,
     contiguous_share,
     num_passes,
-    rehearse,
     relative_ema_distance,
     train_step,
+    warm_up_ddp_buckets,
 )
 from tests.support.processes import join_group, run_processes
 from tests.support.training_steps import IDENTITY, make_batch, part_of
@@ -60,7 +60,7 @@ def take_steps(state, *, kind="ddp", rank=0, world_size=1, rows_per_pass=None, s
     if world_size > 1 and kind == "ddp":
         network = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
         accumulating = network.no_sync
-        rehearse(state, network, batches(state.step, rank, world_size, rows_per_pass)[0], CONFIG)
+        warm_up_ddp_buckets(state, network, batches(state.step, rank, world_size, rows_per_pass)[0], CONFIG)
     while state.step < NUM_STEPS:
         train_step(
             state, network, batches(state.step, rank, world_size, rows_per_pass), IDENTITY, CONFIG,

@@ -317,7 +317,7 @@ def test_step_with_a_non_finite_gradient_is_taken_by_default():
     assert not torch.isfinite(parameters(state.network)).all()
 
 
-def test_rehearsal_changes_nothing():
+def test_ddp_warm_up_changes_nothing():
     state = fresh_state()
     take_steps(state, debug(), 1)
     before = parameters(state.network), parameters(state.ema_network)

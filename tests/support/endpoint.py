@@ -22,6 +22,7 @@ import psutil
 import torch
 import uvicorn
 import yaml
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from deploy.api.routes import build_http_app
@@ -40,7 +41,7 @@ from pipelines.demo.serving import free_port
 WNIDS = [images.wnid(label) for label in range(10)]
 
 
-def write_generator(folder: Path, seed: int = 0, *, takes_guidance: bool = False, class_names: Any = None) -> Path:
+def write_generator(folder: Path, seed: int = 0, *, takes_guidance: bool = False) -> Path:
     """Writes a generator of a tiny network with random weights and the demo's autoencoder: 10 classes, 64 pixels."""
     torch.manual_seed(seed)
     size = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 48, "num_heads": 3}
@@ -53,7 +54,7 @@ def write_generator(folder: Path, seed: int = 0, *, takes_guidance: bool = False
             # More for guided networks: with 0.05, a guidance scale of 50 moves no pixel by two levels.
             parameter.add_((0.2 if takes_guidance else 0.05) * torch.randn(parameter.shape))
     vae = load_autoencoder(str(SHIPPED_AUTOENCODER))
-    pipeline = build_pipeline(network.eval(), vae, class_names or images.CLASS_NAMES, wnids=WNIDS)
+    pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES, wnids=WNIDS)
     save_generator(pipeline, folder)
     return folder
 
@@ -71,45 +72,35 @@ class Recorded:
         return [value for recorded, value, _ in self.entries if recorded == name]
 
 
-@dataclass
-class InProcess:
-    """Both sides of the endpoint in this process, on one event loop."""
-
-    client: TestClient
-    generator: GeneratorService
-    api: ApiService
-    recorded: Recorded
-
-    def reconfigure(self, user_config: dict) -> None:
-        self.client.portal.call(self.generator.reconfigure, user_config)
-
-
 def make_service(arguments: Arguments, recorded: Recorded, **options: Any) -> GeneratorService:
     """The generator side without Ray. options: of ModelSwapper."""
     return GeneratorService(arguments, ModelSwapper(arguments.model, recorded, **options), recorded)
 
 
-@contextlib.contextmanager
-def in_process(arguments: Arguments, *, http_host: str | None = None) -> Iterator[InProcess]:
-    """The endpoint without Ray."""
-    recorded = Recorded()
-    generator = make_service(arguments, recorded)
-    api = ApiService(generator, arguments, recorded, http_host)
+def build_api(arguments: Arguments, generator: GeneratorService) -> FastAPI:
+    """The HTTP side around a generator in the same process."""
+    api = ApiService(generator, arguments, Recorded())
     api.reconfigure({})
-    with TestClient(build_http_app(api), raise_server_exceptions=False) as client:
-        running = InProcess(client, generator, api, recorded)
-        running.reconfigure({})
-        yield running
+    return build_http_app(api)
+
+
+@contextlib.contextmanager
+def in_process(arguments: Arguments) -> Iterator[TestClient]:
+    """A client of the endpoint without Ray and without HTTP."""
+    generator = make_service(arguments, Recorded())
+    with TestClient(build_api(arguments, generator)) as client:
+        client.portal.call(generator.reconfigure, {})
+        yield client
 
 
 @contextlib.contextmanager
 def over_http(arguments: Arguments) -> Iterator[str]:
     """The endpoint without Ray, on a local port."""
     generator = make_service(arguments, Recorded())
-    api = ApiService(generator, arguments, Recorded())
-    api.reconfigure({})
-    app, port = build_http_app(api), free_port(0)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    port = free_port(0)
+    server = uvicorn.Server(
+        uvicorn.Config(build_api(arguments, generator), host="127.0.0.1", port=port, log_level="error")
+    )
 
     async def serve() -> None:
         await generator.reconfigure({})

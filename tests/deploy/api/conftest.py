@@ -9,8 +9,8 @@ from tests.support.endpoint import in_process
 def client(generator_folder):
     """A client of an endpoint with a real model and low limits."""
     arguments = Arguments(model=str(generator_folder), max_images=4, max_steps=8, max_body_bytes=2000)
-    with in_process(arguments) as running:
-        yield running.client
+    with in_process(arguments) as test_client:
+        yield test_client
 
 
 @pytest.fixture

@@ -12,11 +12,6 @@ from pipelines.tracking.registry import WEIGHTS_TAG, fetch_generator, find_run, 
 from pipelines.tracking.run import Run
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
-
-
 @pytest.fixture
 def run(database):
     return Run.begin(database, "experiment", "name", {})

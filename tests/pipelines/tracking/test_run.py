@@ -29,11 +29,6 @@ def test_several_machines_without_a_server_are_refused(storage, num_nodes, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
-
-
 @pytest.fixture
 def run(database):
     return Run.begin(database, "experiment", "name", {"network.depth": 2}, {"git_commit": "0a1b"})

@@ -41,7 +41,7 @@ class EvaluateJob(MeasuringOptions):
     output: Path
     """Folder for the report."""
     model: str | None = None
-    """Generator to sample: a folder, models:/name@alias or runs:/id/name."""
+    """Generator to sample: a folder, a URI, models:/name@alias or runs:/id/name."""
     samples: Path | None = None
     """Samples to measure instead of a generator: .npz with arr_0, uint8 (N, H, W, 3), as in ADM's evaluation suite."""
     reference: str | None = None

@@ -16,7 +16,7 @@ from pipelines.errors import InputError
 from pipelines.evaluate.chunks import Kept, generated_chunks
 from pipelines.evaluate.inputs import open_inputs
 from pipelines.evaluate.job import EvaluateJob
-from pipelines.evaluate.plan import samples_set
+from pipelines.evaluate.plan import REFERENCE_IMAGES, plan_chunks, samples_set
 from pipelines.evaluate.real_images import find_real_images, read_evenly
 from pipelines.evaluate.run import SampleSaver, evaluate
 from pipelines.evaluate.sample_files import open_sample_file
@@ -100,6 +100,14 @@ def test_the_report_states_the_decay_of_the_moving_average(job, tmp_path):
     assert open_inputs(job).generator.ema_decay is None
     write_provenance(tmp_path / "generator", {"ema_decay": 0.9995})
     assert open_inputs(job).generator.ema_decay == 0.9995
+
+
+def test_images_of_a_reference_give_the_features_for_precision_and_recall(job, tmp_path):
+    adm = tmp_path / "adm.npz"
+    np.savez(adm, mu=np.zeros(64), sigma=np.eye(64), arr_0=np.zeros((30, 64, 64, 3), np.uint8))
+    job = replace(job, reference=str(adm), train_images=None, held_out_images=None)
+    chunks = plan_chunks(job, open_inputs(job))
+    assert sum(chunk.kept.features for chunk in chunks if chunk.set_name == REFERENCE_IMAGES) == 30
 
 
 def test_saving_samples_leaves_only_the_images_for_pixel_distances(job, tmp_path):

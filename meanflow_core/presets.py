@@ -1,11 +1,12 @@
-"""One function per experiment, each returning its full configuration. A variant is `replace(...)` of another.
+"""Presets: one function per experiment, each returning its full configuration. Variants are `replace(...)` of another.
 
-FID is 50,000 samples in one network call, ImageNet 256x256, unless said otherwise: the paper's number, for none of
-these has been trained with this code yet. GFLOPs are one forward of one image, a multiplication and its addition
-counted once. Common to MeanFlow's rows (arXiv 2505.13447, Tables 1, 2, 4): batch 256, Adam (0.9, 0.95) at 1e-4, EMA
-0.9999, 25 % of rows with r < t; latents normalised by 0.18215. Common to improved MeanFlow's (arXiv 2512.02012):
-batch 1024, ten epochs of warm-up, 50 % of rows with r < t; latents normalised per channel
-(`latents.SD_VAE_FT_MSE_MEAN` and `_STD`, as `latents_mean` and `latents_std` of the VAE's config).
+Unless stated otherwise, FID is the paper's value for 50,000 samples on ImageNet 256x256 in one network call; no preset
+has been trained with this code yet. GFLOPs are for one forward of one image, with a multiply-add as one operation.
+
+MeanFlow (arXiv 2505.13447, Tables 1, 2, 4): batch 256, Adam (0.9, 0.95) at 1e-4, EMA 0.9999, 25 % of samples with r < t,
+latents normalised by 0.18215. Improved MeanFlow (arXiv 2512.02012): batch 1024, ten epochs of warm-up, 50 % of samples
+with r < t, latents normalised per channel (`latents.SD_VAE_FT_MSE_MEAN` and `_STD`, as `latents_mean` and `latents_std`
+of the VAE's config).
 """
 
 from collections.abc import Callable
@@ -25,16 +26,16 @@ from meanflow_core.config import (
 _STEPS_PER_EPOCH = 5004  # 1,281,167 images at batch 256, rounded down
 _IMF_STEPS_PER_EPOCH = 1251  # at batch 1024
 
-# DiT's sizes (Peebles and Xie 2023, Table 1; M is MeanFlow's own), by name and patch.
+# Width, depth and heads of DiT's sizes (Peebles and Xie 2023, Table 1; M is MeanFlow's).
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "M": (1024, 16, 16), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-# Improved MeanFlow's sizes: narrower and deeper.
+# Improved MeanFlow's sizes are narrower and deeper.
 _IMF_SIZES = {"B": (768, 12, 12), "M": (768, 24, 12), "L": (1024, 32, 16), "XL": (1024, 48, 16)}
 
 
 def dit_network(size: str, patch_size: int) -> NetworkConfig:
-    """A DiT of size S, B, M, L or XL, on patches of any side that divides the latent's.
+    """A DiT of size S, B, M, L or XL, with any patch size that divides the latent size.
 
-    Raises ValueError for another size.
+    Raises ValueError for an unknown size.
     """
     if size not in _SIZES:
         raise ValueError(f"size must be one of {', '.join(_SIZES)}, but got {size!r}")
@@ -43,7 +44,7 @@ def dit_network(size: str, patch_size: int) -> NetworkConfig:
 
 
 def imf_network(size: str, patch_size: int = 2) -> NetworkConfig:
-    """Improved MeanFlow's network of size B, M, L or XL. Raises ValueError for another size."""
+    """Improved MeanFlow's network of size B, M, L or XL. Raises ValueError for an unknown size."""
     if size not in _IMF_SIZES:
         raise ValueError(f"size must be one of {', '.join(_IMF_SIZES)}, but got {size!r}")
     hidden_size, depth, num_heads = _IMF_SIZES[size]
@@ -68,12 +69,12 @@ def _with_own_velocity(base: TrainingConfig) -> TrainingConfig:
 
 
 def s2() -> TrainingConfig:
-    """MeanFlow-S/2, 80 epochs: 33 M parameters, 6.1 GFLOPs; for development, no FID published."""
+    """MeanFlow-S/2, 80 epochs: 33 M parameters, 6.1 GFLOPs; for development, no published FID."""
     return _meanflow("S", 2, epochs=80, guidance=GuidanceConfig(omega=1.0, kappa=0.5))
 
 
 def s4() -> TrainingConfig:
-    """MeanFlow-S/4, 80 epochs: 33 M parameters, 1.5 GFLOPs; for benchmarks on a CPU, no FID published."""
+    """MeanFlow-S/4, 80 epochs: 33 M parameters, 1.5 GFLOPs; for benchmarks on CPUs, no published FID."""
     return replace(s2(), network=dit_network("S", 4))
 
 
@@ -93,7 +94,7 @@ def b4() -> TrainingConfig:
 
 
 def b4_240() -> TrainingConfig:
-    """MeanFlow-B/4, 240 epochs, omega 1, kappa 0.5: FID 11.35 (authors' repository); their released checkpoint."""
+    """MeanFlow-B/4, 240 epochs, omega 1, kappa 0.5: FID 11.35 (authors' repository); the released checkpoint."""
     return replace(b4(), num_steps=240 * _STEPS_PER_EPOCH)
 
 
@@ -118,7 +119,7 @@ def l2() -> TrainingConfig:
 
 
 def xl2() -> TrainingConfig:
-    """MeanFlow-XL/2, 240 epochs: 676 M parameters, 119.0 GFLOPs; FID 3.43, with two calls 2.93."""
+    """MeanFlow-XL/2, 240 epochs: 676 M parameters, 119.0 GFLOPs; FID 3.43, and 2.93 in two calls."""
     return _meanflow("XL", 2, epochs=240, guidance=GuidanceConfig(omega=0.2, kappa=0.92, guidance_interval_end=0.75))
 
 
@@ -128,7 +129,7 @@ def xl2_own() -> TrainingConfig:
 
 
 def xl2_plus() -> TrainingConfig:
-    """MeanFlow-XL/2+, 1000 epochs: with two calls FID 2.20. Its guidance is known from one transcription alone."""
+    """MeanFlow-XL/2+, 1000 epochs: FID 2.20 in two calls. Its guidance is known from a single transcription."""
     return _meanflow(
         "XL",
         2,
@@ -138,9 +139,9 @@ def xl2_plus() -> TrainingConfig:
 
 
 def xl2_512() -> TrainingConfig:
-    """MeanFlow-XL/2 for images of 512x512 (latents of 64x64, 1,024 tokens): 525 GFLOPs; no FID published.
+    """MeanFlow-XL/2 for 512x512 images (64x64 latents, 1,024 tokens): 525 GFLOPs; no published FID.
 
-    The image size comes with the data: this is xl2 with the memory of four times as many tokens spared.
+    The image size comes from the data; this is xl2 with activation checkpointing for four times as many tokens.
     """
     return replace(xl2(), activation_checkpointing=True)
 
@@ -163,7 +164,7 @@ def _improved(size: str, sampling: SamplingConfig) -> TrainingConfig:
             objective="improved_meanflow",
             tangent="own_velocity",
             times=TimeSamplingConfig(fraction_r_below_t=0.5),
-            # Known for B/2 alone; the authors name 1 or 2 for the larger ones and have not said which.
+            # Published for B/2 only; for larger networks, the authors give 1 or 2 without saying which.
             guidance_sampling=GuidanceSamplingConfig(omega_power=1.0),
         ),
         optimizer=OptimizerConfig(warmup_steps=10 * _IMF_STEPS_PER_EPOCH),
@@ -201,17 +202,17 @@ def imf_l2() -> TrainingConfig:
 def imf_xl2() -> TrainingConfig:
     """iMF-XL/2, 640 epochs: 610 M parameters (711 M in training), 174.6 GFLOPs; FID 1.72 at omega 8 in [0.42, 0.62].
 
-    With two calls 1.54, at omega 4 in [0.36, 0.64].
+    FID 1.54 in two calls, at omega 4 in [0.36, 0.64].
     """
     return _improved("XL", SamplingConfig(guidance_scale=8.0, guidance_interval_start=0.42, guidance_interval_end=0.62))
 
 
 def demo() -> TrainingConfig:
-    """The drawn shapes, latents 4x8x8: 1.6 M parameters, some six minutes on 2 CPU cores; unpublished, no FID."""
+    """Demo on drawn shapes, 4x8x8 latents: 1.6 M parameters, about six minutes on 2 CPU cores; no published FID."""
     return TrainingConfig(
         network=NetworkConfig(patch_size=2, hidden_size=128, depth=5, num_heads=4),
         loss=LossConfig(guidance=GuidanceConfig(omega=1.0, kappa=0.5)),
-        # A short run wants a high rate, and an average that has forgotten the beginning by the end.
+        # A short run needs a high learning rate, and a moving average that forgets the first steps.
         optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=100, cooldown_steps=300),
         ema_decays=(0.99,),
         global_batch_size=128,
@@ -223,7 +224,7 @@ def demo() -> TrainingConfig:
 
 
 def debug() -> TrainingConfig:
-    """Everything runs and nothing is learnt: seconds on one CPU core, for tests of the machinery."""
+    """A few steps of a tiny network, for tests: seconds on one CPU core; it learns nothing."""
     return replace(
         demo(),
         network=NetworkConfig(patch_size=4, hidden_size=64, depth=2, num_heads=2),
@@ -238,7 +239,7 @@ def debug() -> TrainingConfig:
 
 
 def debug_imf() -> TrainingConfig:
-    """`debug` with improved MeanFlow's objective and a small network of its kind."""
+    """`debug` with improved MeanFlow's objective and network."""
     return replace(
         debug(),
         network=NetworkConfig(

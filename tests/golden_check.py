@@ -1,8 +1,8 @@
-"""Compares the core with numbers that the authors' JAX code computed: python tests/golden_check.py FILE...
+"""Compares the core with values computed by the authors' JAX code: python tests/golden_check.py FILE...
 
-Each file holds a training step and two samplings of a tiny network: parameters, draws, outputs and gradients. Prints
-the largest relative error of each quantity, by norm; where the reference's norm is below 1e-6, the absolute error
-against 1e-6. Exits 0 where all are at most 1e-4.
+Each file contains a training step and two samplings of a tiny network: parameters, draws, outputs and gradients. Prints
+the largest relative error of each quantity, by norm. If the reference's norm is below 1e-6, the error is absolute, in
+units of 1e-6. The exit code is 0 if all errors are at most 1e-4.
 """
 
 import argparse
@@ -33,22 +33,22 @@ DRAWS = {name: name for name in ("t", "r", "noise", "label_dropped", "omega")} |
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """A file's arrays."""
+    """Loads the arrays of a file."""
     with np.load(path, allow_pickle=False) as golden:
         return {key: golden[key] for key in golden.files}
 
 
 def difference(ours: torch.Tensor, theirs: np.ndarray | torch.Tensor) -> float:
-    """Relative error by norm; absolute, in units of FLOOR, where the reference is smaller than that."""
+    """Relative error by norm; absolute, in units of FLOOR, if the reference's norm is below FLOOR."""
     ours, theirs = ours.detach().double(), torch.as_tensor(theirs).double()
     if ours.shape != theirs.shape:
-        raise ValueError(f"wanted shape {tuple(theirs.shape)}, but got {tuple(ours.shape)}")
+        raise ValueError(f"the shape must be {tuple(theirs.shape)}, but is {tuple(ours.shape)}")
     error, norm = float((ours - theirs).norm()), float(theirs.norm())
     return error / norm if norm >= FLOOR else error / FLOOR * BOUND
 
 
 def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict, LossConfig]:
-    """The network, its shape arguments, and the objective, from a file's `config` in the authors' names."""
+    """The network, its shape arguments and the objective, from the file's `config` in the authors' names."""
     settings = json.loads(str(golden["config"]))
     is_improved = "net" in settings
     network, method = settings["net" if is_improved else "dit"], settings["method"]
@@ -85,13 +85,13 @@ def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict
 
 
 def parameters(golden: Mapping[str, np.ndarray], prefix: str, is_improved: bool) -> dict[str, torch.Tensor]:
-    """The values under `prefix`, by our parameters' names."""
+    """The arrays with this prefix, by the names of our parameters."""
     convert = from_official_imf if is_improved else from_official_meanflow
     return convert({key[len(prefix) :]: golden[key] for key in golden if key.startswith(prefix)})
 
 
 def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False) -> dict[str, float]:
-    """{quantity: relative error}, of every value, gradient and sampling in a file."""
+    """{quantity: relative error} of every value, gradient and sampling in a file."""
     network_config, shape, loss_config = read_settings(golden)
     is_improved = loss_config.objective == "improved_meanflow"
     network = build_network(network_config, **shape)
@@ -111,7 +111,7 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     )  # fmt: skip
     output.loss.backward()
 
-    # du/dt over the whole batch, along the tangent that the authors' code used.
+    # du/dt over the whole batch, along the tangent of the authors' code.
     column = draws["t"].view(-1, 1, 1, 1)
     z = (1.0 - column) * latents + column * draws["noise"]
     guidance = {
@@ -142,7 +142,7 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
 
 
 def check_sampling(network: AnyNetwork, golden: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The pipeline's own sampler against both samplings."""
+    """Compares the pipeline with both samplings."""
     guidance = {}
     if "sample_guidance" in golden:
         scale, start, end = (float(value) for value in golden["sample_guidance"])
@@ -156,7 +156,7 @@ def check_sampling(network: AnyNetwork, golden: Mapping[str, np.ndarray]) -> dic
 
 
 def main() -> int:
-    """Checks each file and prints its figures."""
+    """Checks each file and prints the errors."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path)
     holds = True
@@ -168,9 +168,9 @@ def main() -> int:
         for name, error in errors.items():
             if name not in gradients:
                 print(f"  {name:24s} {error:.1e}")
-        print(f"  {'gradients':24s} {gradients[worst]:.1e}  (the largest of {len(gradients)}: {worst[12:]})")
+        print(f"  {'gradients':24s} {gradients[worst]:.1e}  (largest of {len(gradients)}: {worst[12:]})")
         missed = [name for name, error in errors.items() if not error <= BOUND]
-        print(f"  largest {max(errors.values()):.1e}, wanted at most {BOUND:g}: {'MISSED' if missed else 'holds'}")
+        print(f"  largest {max(errors.values()):.1e}, at most {BOUND:g}: {'FAILED' if missed else 'passed'}")
         holds &= not missed
     return 0 if holds else 1
 

@@ -1,12 +1,12 @@
-"""What a training step costs beside a flow-matching step of the same network, in the same run.
+"""The cost of a training step relative to a flow matching step of the same network, in the same run.
 
     python tests/benchmarks/step.py --json step.json
     python tests/benchmarks/step.py --json step.json --preset xl2 --batch-size 64 --device cuda --precision bfloat16 --peers
 
-FLOPs (counted with math attention in every pass, since fused attention counts as nothing on a CPU), median time and
-bytes saved for backward, each as a ratio; guided is omega 1, kappa 0.5 on [0, 1], 25 % of rows r < t, 10 % of labels
-dropped. Improved MeanFlow's FLOPs stand beside the least that its mathematics needs. `--peers` adds two other
-arrangements of the same mathematics, as public trainers have it.
+Ratios of FLOPs, median time and bytes saved for backward. FLOPs are counted with math attention, because fused
+attention is not counted on CPUs. "guided" is omega 1, kappa 0.5 on [0, 1], with 25 % of rows r < t and 10 % of labels
+dropped. Improved MeanFlow's FLOPs are compared with the minimum that its mathematics needs. `--peers` adds two other
+implementations of the same mathematics, as in public trainers.
 """
 
 import argparse
@@ -44,12 +44,12 @@ class Batch:
 
     @property
     def latents(self) -> torch.Tensor:
-        """The mean of the posterior, for passes outside train_step."""
+        """The mean of the posterior, for forwards outside train_step."""
         return self.moments[:, :CHANNELS]
 
 
 def make_batch(loss: LossConfig, rows: int, device: str, step: int = 0) -> Batch:
-    """The same latents and labels for every objective; draws by (seed 0, step)."""
+    """The same latents and labels for every objective; draws from seed 0 and the step."""
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(rows, 2 * CHANNELS, SIZE, SIZE, generator=generator).abs()
     labels = torch.randint(CLASSES, (rows,), generator=generator)
@@ -58,7 +58,7 @@ def make_batch(loss: LossConfig, rows: int, device: str, step: int = 0) -> Batch
 
 
 def fresh_state(config: TrainingConfig, device: str) -> TrainState:
-    """A state whose zero-initialised layers are zero no more, so that every pass has something to multiply."""
+    """A state with noise added to its parameters, so that no layer is zero."""
     state = build_train_state(
         config, sample_size=SIZE, in_channels=CHANNELS, num_classes=CLASSES, device=torch.device(device)
     )
@@ -70,7 +70,7 @@ def fresh_state(config: TrainingConfig, device: str) -> TrainState:
 
 
 def run_loss(network, batch: Batch, loss: LossConfig) -> LossOutput:
-    """The loss of a batch in float32, derivative beside the graded pass."""
+    """The loss of a batch in float32, with the derivative in the training forward."""
     return meanflow_loss(
         network, network, batch.latents, batch.labels, batch.record, loss,
         null_label=CLASSES, global_num_rows=len(batch.labels),
@@ -87,7 +87,7 @@ def count_flops(function: Callable[[], object]) -> float:
 
 
 def count_step_flops(network, loss: LossConfig, rows: int) -> float:
-    """FLOPs of forward and backward, on the meta device: nothing is computed."""
+    """FLOPs of forward and backward, on the meta device, without computing anything."""
     batch = make_batch(loss, rows, "meta")
     return count_flops(lambda: run_loss(network, batch, loss).loss.backward())
 
@@ -105,10 +105,10 @@ def measure_flops(config: TrainingConfig, rows: int) -> dict[str, float]:
 
 
 def measure_improved_flops(config: TrainingConfig, rows: int) -> dict[str, float]:
-    """Improved MeanFlow's FLOPs over the least that its mathematics needs, each over its baseline 3 (S + U + V).
+    """Improved MeanFlow's FLOPs over the minimum that its mathematics needs, each over its baseline 3 (S + U + V).
 
     With S, U, V a forward of the shared, u's and v's blocks: 3 (S + U + V) + rho (S + U) for the tangent + rho (S + V)
-    for the conditional velocity + g (S + V) for the null class's, g the share of rows that are guided.
+    for the conditional velocity + g (S + V) for the null velocity, with g the fraction of guided rows.
     """
     loss = config.loss
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def measure_improved_flops(config: TrainingConfig, rows: int) -> dict[str, float
 
 
 def saved_bytes(network, batch: Batch, loss: LossConfig) -> int:
-    """Bytes that a graded pass keeps for backward, parameters aside."""
+    """Bytes that the training forward saves for backward, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     sizes: dict[int, int] = {}
 
@@ -156,7 +156,7 @@ def saved_bytes(network, batch: Batch, loss: LossConfig) -> int:
 
 
 def measure_saved(state: TrainState, rows: int, device: str) -> dict[str, float]:
-    """Bytes kept for backward over flow matching's."""
+    """Bytes saved for backward, relative to flow matching."""
     kept = {
         name: saved_bytes(state.network, make_batch(loss, rows, device), loss)
         for name, loss in (("flow_matching", FLOW_MATCHING), ("unguided", UNGUIDED), ("guided", GUIDED))
@@ -169,10 +169,10 @@ def measure_saved(state: TrainState, rows: int, device: str) -> dict[str, float]
 
 
 def whole_batch_loss(network, batch: Batch, loss: LossConfig, *, separate: bool) -> torch.Tensor:
-    """The same loss as public trainers arrange it: the JVP over every row, guidance by two forwards of every row.
+    """The same loss as in public trainers: the JVP over every row, and guidance by two forwards of every row.
 
-    In one graded pass as the authors' (JAX) code has it, or, `separate`, after a graded pass of its own and with its
-    graph, as PyTorch ports have it.
+    separate: the JVP, with its graph, follows a forward of its own, as in PyTorch ports; otherwise both are one forward,
+    as in the authors' JAX code.
     """
     record, x, column = batch.record, batch.latents, (-1, 1, 1, 1)
     t, r = record.t, record.r
@@ -202,7 +202,7 @@ def whole_batch_loss(network, batch: Batch, loss: LossConfig, *, separate: bool)
 def make_steps(
     arguments: argparse.Namespace, config: TrainingConfig, state: TrainState
 ) -> dict[str, Callable[[], object]]:
-    """{name: a whole training step}, all of the same state."""
+    """{name: function that takes a whole training step}, all on the same state."""
     rows, device = arguments.batch_size, arguments.device
     steps: dict[str, Callable[[], object]] = {}
     for name, loss in (("flow_matching", FLOW_MATCHING), ("unguided", UNGUIDED), ("guided", GUIDED)):
@@ -231,7 +231,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def compare_with_compiled(state: TrainState, rows: int, device: str) -> dict[str, float]:
-    """Compiles the network's blocks, in place, and proves gradient and tangent against eager."""
+    """Compiles the network's blocks in place and compares gradient and derivative with eager mode."""
     batch = make_batch(GUIDED, rows, device)
     results = []
     for compiled in (False, True):
@@ -250,7 +250,7 @@ def compare_with_compiled(state: TrainState, rows: int, device: str) -> dict[str
 def time_steps(
     arguments: argparse.Namespace, config: TrainingConfig, state: TrainState, label: str
 ) -> dict[str, float]:
-    """Median seconds of each step over flow matching's; on a GPU its peak memory too."""
+    """Median time of each step relative to flow matching, and on GPUs its peak memory."""
     steps = make_steps(arguments, config, state)
     seconds = interleaved_medians(steps, rounds=arguments.rounds)
     figures = {f"{label}flow_matching_step_seconds": seconds["flow_matching"]}
@@ -275,7 +275,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         compile=False,
     )
     if config.network.architecture != "dit":
-        raise SystemExit(f"--preset must be one with MeanFlow's network, but got {arguments.preset}")
+        raise SystemExit(f"--preset must have MeanFlow's network (dit), but got {arguments.preset}")
     figures = measure_flops(config, arguments.batch_size)
     figures |= measure_improved_flops(imf_b2(), arguments.batch_size)
     state = fresh_state(config, arguments.device)
@@ -299,9 +299,13 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each kind")
-    parser.add_argument("--peers", action="store_true", help="time public trainers' arrangements too")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the compiled step out")
-    parser.add_argument("--peak-teraflops", type=float, help="of the device at this precision, for the share of it")
+    parser.add_argument("--peers", action="store_true", help="also time the implementations of public trainers")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="skip the compiled step")
+    parser.add_argument(
+        "--peak-teraflops",
+        type=float,
+        help="peak of the device at this precision; reports the fraction that is reached",
+    )
     main(
         measure,
         {

@@ -216,7 +216,7 @@ def test_output_must_be_a_folder_and_absolute_in_a_submitted_job(image_root, tmp
     with pytest.raises(InputError, match="is a file, but must be a folder"):
         encode(encode_job(image_root / "val", tmp_path / "out"))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(InputError, match="--output latents is relative, and a submitted job"):
+    with pytest.raises(InputError, match="--output latents is relative, but a submitted job"):
         encode(encode_job(image_root / "val", "latents"))
 
 

@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import yaml
@@ -15,8 +16,14 @@ from tests.support.job_scripts import JOBS, STAGES, submission
 from tests.support.readme import commands, text_of
 
 SIZES = {"sample_size": 32, "in_channels": 4, "num_classes": 1000}
+XL2 = replace(PRESETS["xl2"](), precision="tf32")
 NUM_IMAGES = 1_281_167
 GPU_FLOPS, NODE_PRICE, SPOT_PRICE = 50e12, 22.0, 10.0  # the runbook's assumptions
+
+
+@cache
+def xl2_step_flops() -> float:
+    return step_flops(XL2, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +50,7 @@ def option(words: list[str], name: str) -> str:
 
 
 def test_counted_figures_are_those_of_the_code(text):
-    config = replace(PRESETS["xl2"](), precision="tf32")
-    step = step_flops(config, **SIZES)
+    config, step = XL2, xl2_step_flops()
     assert f"{step / 1e12:.1f} TFLOP a step" in text
     assert f"{step * config.num_steps / 1e18:.1f} EFLOP" in text
     assert f"{config.num_steps:,} steps" in text
@@ -59,17 +65,15 @@ def test_counted_figures_are_those_of_the_code(text):
 
 @pytest.mark.soak
 def test_memory_figures_are_those_of_the_code(text):
-    config = replace(PRESETS["xl2"](), precision="tf32")
     for rows in (8, 32):
-        memory = memory_estimate(config, **SIZES, rows_per_pass=rows, num_shards=1)
+        memory = memory_estimate(XL2, **SIZES, rows_per_pass=rows, num_shards=1)
         assert f"{memory.total / 1e9:.2f} GB" in text
 
 
 def test_hours_and_prices_follow_from_the_assumptions(text):
     assert f"sustains {GPU_FLOPS / 1e12:.0f} TFLOP/s" in text
     assert f"**{NODE_PRICE:.0f} dollars an hour**, {SPOT_PRICE:.0f} as a spot machine" in text
-    config = PRESETS["xl2"]()
-    step = step_flops(config, **SIZES)
+    config, step = XL2, xl2_step_flops()
     hours = {gpus: step * config.num_steps / gpus / GPU_FLOPS / 3600 for gpus in (8, 32, 64)}
     for gpus in (8, 32):
         assert f"| {hours[gpus]:.{0 if gpus == 8 else 1}f} h: {hours[gpus] / 24:.1f} days |" in text
@@ -88,8 +92,7 @@ def test_hours_and_prices_follow_from_the_assumptions(text):
 
 
 def test_network_figures_follow_from_the_gradient_and_the_step(text):
-    config = PRESETS["xl2"]()
-    step = step_flops(config, **SIZES)
+    config, step = XL2, xl2_step_flops()
     seconds = {gpus: step / gpus / GPU_FLOPS for gpus in (8, 32, 64)}
     assert f"One node of 8: {seconds[8]:.3f} s a step" in text
     assert f"{seconds[32]:.3f} s on 32 GPUs" in text
@@ -107,7 +110,7 @@ def test_network_figures_follow_from_the_gradient_and_the_step(text):
 
 
 def test_epochs_of_the_table_are_steps_of_the_presets(text):
-    steps_per_epoch = PRESETS["xl2"]().num_steps // 240
+    steps_per_epoch = XL2.num_steps // 240
     rows = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
         for line in text.splitlines()

@@ -76,22 +76,50 @@ def test_notice_is_read_from_the_metadata_service(metadata, cloud):
         has_notice(cloud, metadata.address)
 
 
+@pytest.fixture
+def watcher(metadata, monkeypatch):
+    """Starts `python -m deploy.spot_notice` for a head's address, in a thread."""
+    monkeypatch.setattr(spot_notice, "POLL_SECONDS", 0.05)
+
+    def start(address: str) -> threading.Thread:
+        words = ["--cloud", "aws", "--address", address, "--metadata", metadata.address]
+        monkeypatch.setattr(sys, "argv", ["spot_notice", *words])
+        thread = threading.Thread(target=spot_notice.main, daemon=True)
+        thread.start()
+        return thread
+
+    return start
+
+
+def test_watcher_polls_through_failures_and_retries_the_drain_until_it_succeeds(metadata, watcher, monkeypatch, caplog):
+    drained = []
+
+    def fake_drain(address, node_ip, seconds):
+        drained.append((address, seconds))
+        if len(drained) < 2:
+            raise RuntimeError("the head is away")
+
+    monkeypatch.setattr(spot_notice, "drain", fake_drain)
+    metadata.status = 503
+    thread = watcher("127.0.0.1:6379")
+    wait_until(lambda: caplog.text.count("503") >= 2)
+    assert drained == []
+    metadata.status, metadata.notice = 200, True
+    thread.join(timeout=30)
+    assert drained == [("127.0.0.1:6379", 120)] * 2
+    assert "the head is away" in caplog.text
+
+
+@pytest.mark.soak
 @pytest.mark.cluster
-def test_notice_drains_the_nodes_of_the_machine(metadata, monkeypatch, caplog):
-    monkeypatch.setattr(spot_notice, "POLL_SECONDS", 0.1)
+def test_notice_drains_the_nodes_of_the_machine(metadata, watcher):
     with cluster_of_two(num_cpus=1) as cluster:
         client = GcsClient(address=cluster.address)
-        words = ["--cloud", "aws", "--address", cluster.address, "--metadata", metadata.address]
-        monkeypatch.setattr(sys, "argv", ["spot_notice", *words])
-        metadata.status = 503
-        listener = threading.Thread(target=spot_notice.main, daemon=True)
-        listener.start()
-        wait_until(lambda: caplog.text.count("503") >= 2)  # keeps polling
-        metadata.status = 200
         assert all(info.state == info.ALIVE for info in client.get_all_node_info().values())
         metadata.notice = True
-        listener.join(timeout=30)
-        assert not listener.is_alive()
+        thread = watcher(cluster.address)
+        thread.join(timeout=30)
+        assert not thread.is_alive()
         # Both nodes are on this machine and idle, so Ray ends them at once.
         wait_until(lambda: all(info.state == info.DEAD for info in client.get_all_node_info().values()))
         deaths = [info.death_info for info in client.get_all_node_info().values()]

@@ -153,7 +153,7 @@ def find_generator(folder: Path) -> Path:
     A model downloaded from a registry contains the generator and other files. Raises ValueError if there is no
     generator, if there are several, or if it has another format version.
     """
-    found = [path.parent for path in sorted(folder.rglob("model_index.json"))]
+    found = sorted(path.parent for path in folder.rglob("model_index.json"))
     if folder in found:
         found = [folder]
     if len(found) != 1:

@@ -1,0 +1,6 @@
+"""The short name of a command: `python -m pipelines.latent_cache` runs pipelines.latents.cache_command."""
+
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_module("pipelines.latents.cache_command", run_name="__main__")

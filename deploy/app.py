@@ -30,8 +30,8 @@ from deploy.settings import Arguments
 
 logger = logging.getLogger(__name__)
 
-# Effectively no limit. The generator bounds its own queue, by images, and refuses requests beyond it at once. Serve's
-# limits count requests: they would hold up health checks behind images, and their errors have another format.
+# Effectively no limit. The generator limits its own queue by images, and immediately refuses what exceeds the limit.
+# Serve's limits count requests: health checks would wait behind image requests, and errors would have another format.
 UNLIMITED_REQUESTS = 10_000
 
 
@@ -47,7 +47,7 @@ class ImageGenerator:
     async def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
         """Applies settings and swaps the model in place. The first call loads the first model.
 
-        rank: unused. With an empty `user_config:`, Serve only calls this method because it takes a rank.
+        rank: Unused. With an empty `user_config`, Serve calls this method only if it takes a rank.
         """
         await self._service.reconfigure(user_config)
 
@@ -86,8 +86,8 @@ class RemoteGenerator:
         except (RayTaskError, TaskCancelledError):  # our own bug, or a client that disconnected
             raise
         except RayError:
-            logger.exception("a replica died during a request, or its answer was lost")
-            message = "the replica that held this request died; send the request again"
+            logger.exception("a replica died during a request, or its response was lost")
+            message = "the replica died while it processed the request; send the request again"
             return Refusal(status=503, code="replica_died", message=message, retry_after_seconds=1.0)
 
     async def describe(self) -> GeneratorStatus:
@@ -95,32 +95,32 @@ class RemoteGenerator:
         try:
             return await self._handle.describe.remote()
         except (RayError, RayServeException) as error:
-            return GeneratorStatus(model=None, problem=f"no replica answers: {type(error).__name__}")
+            return GeneratorStatus(model=None, problem=f"no replica responds: {type(error).__name__}")
 
     async def list_classes(self) -> list[ClassEntry]:
-        """The classes, by id; empty if no replica answers."""
+        """The classes, by id; empty if no replica responds."""
         try:
             return await self._handle.list_classes.remote()
         except (RayError, RayServeException):
-            logger.exception("no replica answers with its classes")
+            logger.exception("no replica responds to list_classes")
             return []
 
 
 @serve.deployment
 @serve.ingress()
 class Api:
-    """The HTTP side."""
+    """The HTTP API."""
 
     def __init__(self, generator: DeploymentHandle, arguments: Arguments) -> None:
         log_to_serve("deploy", "meanflow.access")
-        client = _get_global_client()  # Serve has no public way to ask for its HTTP host
+        client = _get_global_client()  # Serve has no public API for its HTTP host
         http_host = "unknown" if client is None else client.http_config.host
         self._service = ApiService(RemoteGenerator(generator), arguments, RayRecorder(), http_host)
 
     def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
-        """Applies settings in place. Raises ValueError at the start if the endpoint would be open to everybody.
+        """Applies settings in place. Raises ValueError at startup if the endpoint would be open to everybody.
 
-        rank: unused, as in ImageGenerator.
+        rank: Unused, as in ImageGenerator.
         """
         self._service.reconfigure(user_config)
 
@@ -129,7 +129,7 @@ class Api:
 
 
 def log_to_serve(*names: str) -> None:
-    """Sends the output of these loggers to the replica's log file, tagged with request and replica as Serve's own is."""
+    """Sends the output of these loggers to the replica's log file, tagged with request and replica like Serve's own."""
     serve_logger = logging.getLogger("ray.serve")
     for name in names:
         logger = logging.getLogger(name)
@@ -143,7 +143,7 @@ def build_app(arguments: Arguments) -> Application:
     Raises ValueError if the model does not exist.
     """
     tracking_uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-    # Resolved once, here: replicas start later, elsewhere, when an alias may name another version.
+    # Resolve the alias once: replicas start later, when it may already refer to another version.
     model = resolve_model(arguments.model, tracking_uri)
     arguments = arguments.model_copy(update={"model": model, "tracking_uri": tracking_uri})
     common = {

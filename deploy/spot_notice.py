@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 2.0
 
 
 def _request(url: str, headers: dict[str, str], *, method: str = "GET") -> str | None:
-    """The response's text; None for 404, by which AWS says that there is no notice."""
+    """The response's text; None for 404, which AWS returns while there is no notice."""
     request = urllib.request.Request(url, method=method, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
@@ -57,14 +57,14 @@ def drain(address: str, node_ip: str, seconds: int) -> None:
     """Drains the Ray nodes of a machine.
 
     Args:
-        address: Ray's head, HEAD:6379.
-        node_ip: The machine.
-        seconds: Time until it ends.
+        address: Address of Ray's head node, HEAD:6379.
+        node_ip: IP address of the machine.
+        seconds: Time until the machine is taken away.
 
     Raises:
         RuntimeError: The cluster has no such node, or refuses to drain it.
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # of compiled code
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled module
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     client = GcsClient(address=address)
@@ -78,34 +78,34 @@ def drain(address: str, node_ip: str, seconds: int) -> None:
     deadline_ms = int((time.time() + seconds) * 1000)
     for node in nodes:
         is_accepted, reason = client.drain_node(
-            node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "the cloud preempts the machine", deadline_ms
+            node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "the cloud is preempting the machine", deadline_ms
         )
         if not is_accepted:
-            raise RuntimeError(f"Ray does not drain node {node}: {reason}")
+            raise RuntimeError(f"Ray refused to drain node {node}: {reason}")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m deploy.spot_notice", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cloud", choices=sorted(METADATA), required=True)
-    parser.add_argument("--address", required=True, help="Ray's head, HEAD:6379")
+    parser.add_argument("--address", required=True, help="address of Ray's head node, HEAD:6379")
     parser.add_argument("--metadata", help="address of the metadata service (default: the cloud's)")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """Polls for the notice, drains the node once it comes, and ends."""
+    """Polls for the notice, drains the node when it arrives, and exits."""
     job = parse_arguments(sys.argv[1:])
     from ray.util import get_node_ip_address
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    is_noticed = False
+    is_preempted = False
     while True:
         try:
-            is_noticed = is_noticed or has_notice(job.cloud, job.metadata or METADATA[job.cloud])
-            if is_noticed:
+            is_preempted = is_preempted or has_notice(job.cloud, job.metadata or METADATA[job.cloud])
+            if is_preempted:
                 drain(job.address, get_node_ip_address(job.address), NOTICE_SECONDS[job.cloud])
-                logger.info("the cloud preempts this machine; its Ray node is draining")
+                logger.info("the cloud is preempting this machine; its Ray node is draining")
                 return
         except Exception as error:  # retried at the next poll
             logger.warning("%s: %s", type(error).__name__, error)

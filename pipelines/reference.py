@@ -3,9 +3,9 @@
     python -m pipelines.reference --images ILSVRC/Data/CLS-LOC/train --output imagenet256.npz
     python -m pipelines.reference --data latents --output decoded.npz
 
-Writes an .npz without pickles: mu and sigma, the names that ADM's and other tools read; mu_s and sigma_s if the
-extractor has spatial features; features for precision and recall; and `protocol`, a JSON text that says how the file was
-made.
+Writes an .npz without pickles: mu and sigma, the names that ADM's evaluator and other tools expect; mu_s and sigma_s if
+the extractor has spatial features; features for precision and recall; and `protocol`, a JSON string that describes how
+the file was made.
 """
 
 from pipelines.command_line import parse_command_line, run_command
@@ -15,7 +15,7 @@ from pipelines.evaluate.job import ReferenceJob
 def main() -> None:
     """Computes and writes the reference."""
     job = parse_command_line(ReferenceJob, __doc__)
-    from pipelines.evaluate.extractors import distance_name  # after parsing: --help must be quick
+    from pipelines.evaluate.extractors import distance_name  # after parsing, to keep --help fast
     from pipelines.evaluate.make_reference import make_reference
 
     protocol = make_reference(job)

@@ -14,7 +14,7 @@ from pipelines.evaluate.job import SideBySideJob
 def main() -> None:
     """Compares the reports and prints the table."""
     job = parse_command_line(SideBySideJob, __doc__)
-    from pipelines.evaluate.side_by_side import compare  # after parsing: --help must be quick
+    from pipelines.evaluate.side_by_side import compare  # after parsing, to keep --help fast
 
     print(compare(job), end="")
     print(f"written to {job.output}")

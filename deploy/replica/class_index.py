@@ -17,7 +17,7 @@ class ClassIndex:
     """A lookup table from class names, synonyms and WordNet ids to class ids."""
 
     def __init__(self, entries: Sequence[ClassEntry]) -> None:
-        """entries: by id. A name with commas lists synonyms, each of which is found too."""
+        """entries: In the order of their ids. A name with commas lists synonyms, which can be looked up one by one."""
         self.entries = list(entries)
         self._ids: dict[str, list[int]] = {}
         for entry in entries:

@@ -28,12 +28,12 @@ NUM_TIMED_IMAGES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingTimes:
-    """Milliseconds per image."""
+    """Times per image."""
 
     by_nfe: dict[int, dict[str, float]]
-    """{NFE: {method: milliseconds of network and decoder}}."""
+    """{NFE: {method: milliseconds of network and decoder together}}."""
     decoder: float
-    """Of the decoder alone."""
+    """Milliseconds of the decoder alone."""
 
 
 def interleaved_medians(
@@ -41,7 +41,7 @@ def interleaved_medians(
 ) -> dict[str, float]:
     """{name: median seconds} of actions that alternate, A B C A B C, after one warm-up round.
 
-    Interleaving exposes every action to the same drift of the machine's speed.
+    Interleaving spreads any drift of the machine's speed evenly over the actions.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(num_rounds + 1):
@@ -93,7 +93,7 @@ def time_sampling(
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """The hardware and the torch version that were timed."""
+    """The hardware and the torch version that the times were measured with."""
     processor = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.is_file():

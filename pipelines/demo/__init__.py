@@ -1,1 +1,1 @@
-"""The demo: drawn images, a small autoencoder and a judge for them, and all stages in a row."""
+"""The demo: drawn images, a small autoencoder and a judge for them, and a command that runs all stages."""

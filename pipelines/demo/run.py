@@ -1,4 +1,4 @@
-"""Runs the demo's stages in a row and reports them."""
+"""Runs the demo's stages one after another and reports their results."""
 
 import json
 import logging
@@ -31,37 +31,37 @@ MARKER = ".meanflow-demo"
 
 @dataclass(frozen=True)
 class StageResult:
-    """A line of the closing table."""
+    """A row of the summary table."""
 
     stage: str
     seconds: float
-    made: str
-    where: str
+    result: str
+    location: str
 
 
 def prepare_work(work: Path) -> None:
-    """Makes an empty work folder. Raises InputError for a folder that holds something other than a demo."""
+    """Makes an empty work folder. Raises InputError if it holds anything other than an earlier demo."""
     storage.output_location(str(work), "--work")
     if work.is_dir() and any(work.iterdir()) and not (work / MARKER).is_file():
-        raise InputError(f"--work {work} holds something other than an earlier demo; name an empty or a new folder")
+        raise InputError(f"--work {work} holds something other than an earlier demo; choose an empty or a new folder")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     (work / MARKER).touch()
 
 
 def run_stages(demo: Demo, processes: Processes) -> dict:
-    """Runs the stages in a row, prints the closing table, and returns the report."""
+    """Runs the stages one after another, prints the summary table, and returns the report."""
     work = demo.work.absolute()
     num_workers = demo.num_workers or torch.cuda.device_count() or 2
     results: list[StageResult] = []
     tracking_uri = f"sqlite:///{work}/runs/mlflow.db"
     model = f"models:/meanflow-{demo.preset}@champion"
 
-    def stage(name: str, run: Callable[[], object], made: Callable[[], str], where: Path) -> None:
+    def stage(name: str, run: Callable[[], object], result: Callable[[], str], location: Path) -> None:
         logger.info("--- %s", name)
         started = time.monotonic()
         run()
-        results.append(StageResult(name, time.monotonic() - started, made(), os.path.relpath(where)))
+        results.append(StageResult(name, time.monotonic() - started, result(), os.path.relpath(location)))
 
     def command(*arguments: str) -> Callable[[], object]:
         return lambda: processes.run([sys.executable, "-m", *arguments])
@@ -71,7 +71,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
         "data",
         command("pipelines.demo.images", "--output", str(images),
                 "--num-train", str(demo.num_train), "--num-val", str(demo.num_val)),
-        lambda: f"{demo.num_train + demo.num_val} drawn JPEGs of 10 classes",
+        lambda: f"{demo.num_train + demo.num_val} synthetic JPEGs of 10 classes",
         images,
     )  # fmt: skip
     stage(
@@ -111,7 +111,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print()
     print((report_folder / "table.md").read_text())
-    print(closing_table(results))
+    print(summary_table(results))
     print(f"\nsamples: {os.path.relpath(work / 'samples.png')}    report: {os.path.relpath(work / 'report.json')}")
     print(f"runs:    mlflow ui --backend-store-uri {tracking_uri}")
     return report
@@ -134,11 +134,11 @@ def summarize(evaluation: dict, results: list[StageResult]) -> dict:
     }
 
 
-def closing_table(results: list[StageResult]) -> str:
-    """A table of the stages: seconds, result and its location."""
+def summary_table(results: list[StageResult]) -> str:
+    """A table of the stages with their seconds, results and locations."""
     total = StageResult("all", sum(result.seconds for result in results), "", "")
-    rows = [("stage", "seconds", "made", "where")]
-    rows += [(result.stage, f"{result.seconds:.1f}", result.made, result.where) for result in [*results, total]]
+    rows = [("stage", "seconds", "result", "location")]
+    rows += [(result.stage, f"{result.seconds:.1f}", result.result, result.location) for result in [*results, total]]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -146,15 +146,15 @@ def closing_table(results: list[StageResult]) -> str:
 
 
 def run_demo(demo: Demo) -> None:
-    """Runs the demo; ends all of its processes however it ends. Raises InputError for a taken port or folder."""
+    """Runs the demo, and always ends all of its processes. Raises InputError if the port or the folder is taken."""
     if demo.port:
         free_port(demo.port)
     prepare_work(demo.work)
-    # A shell's background job starts with interrupts ignored, and its children would inherit that.
+    # A shell starts background jobs with SIGINT ignored, and child processes would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # as an interrupt: runs the `finally` below
-    # Paths of Unix sockets are limited to about 100 characters, so Ray's files cannot be below --work.
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that `finally` runs
+    # Paths of Unix sockets are limited to about 100 characters, so Ray's files cannot be in --work.
     ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")
     inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     processes = Processes(
@@ -163,7 +163,7 @@ def run_demo(demo: Demo) -> None:
             **FAST_MALLOC,
             "RAY_TMPDIR": ray_folder,
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),  # given here, Ray writes no token file into the home folder
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),  # keeps Ray from writing a token file to the home folder
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONUNBUFFERED": "1",
         }

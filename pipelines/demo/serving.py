@@ -53,19 +53,19 @@ def fetch(url: str, body: dict | None = None, timeout: float = 30.0) -> tuple[in
         return error.code, error.headers.get_content_type(), error.read()
 
 
-def wait_until_ready(url: str, server: subprocess.Popen, patience_seconds: float = 180.0) -> None:
+def wait_until_ready(url: str, server: subprocess.Popen, timeout_seconds: float = 180.0) -> None:
     """Waits for /readyz. Raises InputError if the server ends, or is not ready in time."""
     started = time.monotonic()
-    while time.monotonic() - started < patience_seconds:
+    while time.monotonic() - started < timeout_seconds:
         if server.poll() is not None:
-            raise InputError(f"serve ended with exit code {server.returncode} before it was ready; its output is above")
+            raise InputError(f"serve exited with code {server.returncode} before it was ready; its output is above")
         try:
             if fetch(f"{url}/readyz", timeout=5.0)[0] == 200:
                 return
         except OSError:
             pass
         time.sleep(0.5)
-    raise InputError(f"{url}/readyz did not answer within {patience_seconds:.0f} s")
+    raise InputError(f"{url}/readyz did not answer within {timeout_seconds:.0f} s")
 
 
 def serve_and_request(work: Path, port: int, processes: Processes, model: str, tracking_uri: str) -> str:

@@ -1,4 +1,4 @@
-"""Training the demo's autoencoder."""
+"""Trains the demo's autoencoder."""
 
 import logging
 import math
@@ -48,7 +48,7 @@ def latent_statistics(
 
 
 def train(config: AutoencoderTraining) -> tuple[AutoencoderKL, float]:
-    """Trains the autoencoder, with its latent statistics in its config; returns it and its held-out PSNR in dB."""
+    """Trains the autoencoder and stores its latent statistics in its config. Returns it and its held-out PSNR in dB."""
     torch.manual_seed(config.seed)
     pixels = torch.from_numpy(images.draw_many("autoencoder", 0, config.num_images)[0])
     held_out = torch.from_numpy(images.draw_many("val", 0, config.num_held_out)[0])
@@ -83,12 +83,12 @@ def train(config: AutoencoderTraining) -> tuple[AutoencoderKL, float]:
 
 
 def model_card(config: AutoencoderTraining, vae: AutoencoderKL, psnr: float, seconds: float) -> str:
-    """The README.md beside the weights."""
+    """The README.md stored with the weights."""
     num_parameters = sum(parameter.numel() for parameter in vae.parameters())
     return f"""# The demo's autoencoder
 
-A diffusers `AutoencoderKL` for the synthetic demo images of this project (`pipelines/demo/images.py`), and for nothing
-else: 3x64x64 -> 4x8x8, {num_parameters:,} parameters. Use another one for real images (`--vae stabilityai/sd-vae-ft-mse`).
+A diffusers `AutoencoderKL` for the synthetic demo images of this project (`pipelines/demo/images.py`)
+only: 3x64x64 -> 4x8x8, {num_parameters:,} parameters. Use another one for real images (`--vae stabilityai/sd-vae-ft-mse`).
 
 | | |
 |---|---|
@@ -97,5 +97,5 @@ else: 3x64x64 -> 4x8x8, {num_parameters:,} parameters. Use another one for real 
 | time | {format_seconds(seconds)} on 2 CPU cores |
 | held-out PSNR | {psnr:.2f} dB over {config.num_held_out:,} images of the `val` split |
 | latent statistics | `latents_mean` and `latents_std` in config.json, over 4,000 training images |
-| licence | Apache-2.0, as the project |
+| licence | Apache-2.0, like the project |
 """

@@ -1,4 +1,4 @@
-"""Training the demo's judge."""
+"""Trains the demo's judge."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ class HeldOut:
     accuracy: float
     """Fraction of correct classes."""
     explained: float
-    """Fraction of the factors' variance that it explains."""
+    """Fraction of the factors' variance that the judge explains."""
 
 
 def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
@@ -46,7 +46,7 @@ def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
     for step in range(config.num_steps):
         rows = torch.randint(len(pixels), (config.batch_size,))
         x = to_float_images(pixels[rows]).to(memory_format=torch.channels_last)
-        # A little noise keeps it from learning the artefacts of JPEG and of the decoder.
+        # A little noise keeps the judge from learning the artefacts of JPEG and of the decoder.
         _, logits, guesses = judge(x + 0.03 * torch.randn_like(x))
         loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05) + F.mse_loss(guesses, factors[rows])
         optimizer.zero_grad(set_to_none=True)
@@ -64,13 +64,13 @@ def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
 
 
 def model_card(config: JudgeTraining, judge: Judge, held_out: HeldOut, seconds: float) -> str:
-    """The README.md beside the weights."""
+    """The README.md stored with the weights."""
     num_parameters = sum(parameter.numel() for parameter in judge.parameters())
     return f"""# The demo's judge
 
 A small classifier of this project's synthetic demo images, which also predicts their factors of variation (position, size,
-rotation, colours, gradients); {num_parameters:,} parameters. Its 64 features give the demo's Fréchet distance (not FID), its
-predictions the class accuracy.
+rotation, colours, gradients); {num_parameters:,} parameters. Its 64 features are used for the demo's Fréchet distance
+(not FID), and its predictions for the class accuracy.
 
 | | |
 |---|---|
@@ -79,5 +79,5 @@ predictions the class accuracy.
 | time | {format_seconds(seconds)} on 2 CPU cores |
 | held-out accuracy | {held_out.accuracy:.4f} over {config.num_held_out:,} images of the `val` split |
 | explained variance of the factors | {held_out.explained:.3f} |
-| licence | Apache-2.0, as the project |
+| licence | Apache-2.0, like the project |
 """

@@ -19,7 +19,7 @@ from pipelines.evaluate.job import EvaluateJob
 def main() -> None:
     """Evaluates as the command line says, and prints the table."""
     job = parse_command_line(EvaluateJob, __doc__)
-    from pipelines.evaluate.run import evaluate  # after parsing: --help must be quick
+    from pipelines.evaluate.run import evaluate  # after parsing, to keep --help fast
     from pipelines.evaluate.table import report_table
 
     report = evaluate(job)

@@ -1,6 +1,7 @@
-"""Memory, time, traffic and cost of a training, from counted operations and assumed rates.
+"""Memory, time, traffic and cost of a training run, from counted operations and assumed rates.
 
-Nothing is measured here. GB are 10^9 bytes. A range runs from communication fully hidden behind compute to not hidden.
+Nothing is measured here. 1 GB is 10^9 bytes. A range spans two extremes: communication fully overlapped
+with compute, and not overlapped at all.
 
     # W GPUs in all, G GPUs per node, N nodes
 """
@@ -34,9 +35,9 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A training, independent of the machines it runs on.
+    """A training run, independent of the machines it runs on.
 
-    Raises ValueError for latents that are not square and for counts below 1.
+    Raises ValueError for non-square latents and for counts below 1.
     """
 
     config: TrainingConfig
@@ -79,7 +80,7 @@ class Workload:
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes of the gradient, and of the parameters: float32 at any precision."""
+        """Bytes of the gradient, and also of the parameters: both are float32 at any precision."""
         return FLOAT32_BYTES * num_parameters(self.config.network, **self.sizes)
 
     def num_shards(self, num_gpus: int) -> int:
@@ -87,14 +88,14 @@ class Workload:
         return num_gpus if self.parallelism == "fsdp2" else 1
 
     def with_epochs(self, epochs: float) -> "Workload":
-        """The same training for a number of epochs. Batches may cross the border between epochs."""
+        """The same workload for a number of epochs. A batch may span two epochs."""
         steps = max(1, round(epochs * self.num_images / self.config.global_batch_size))
         return replace(self, config=replace(self.config, num_steps=steps))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A training on W GPUs."""
+    """Estimate for W GPUs."""
 
     num_gpus: int
     num_nodes: int
@@ -103,24 +104,24 @@ class Training:
     compute_seconds: float
     """Compute time of a step."""
     gpu_bytes: float
-    """Bytes that each GPU sends in a step, and each node: a ring carries (W - 1) / W of the payload."""
+    """Bytes that each GPU sends in a step: (W - 1) / W of the payload. In a ring, each node sends as many to the next."""
     communication_seconds: float
-    """Communication time of a step at the slowest link, without latencies."""
+    """Communication time of a step over the slowest link, without latencies."""
     step_seconds: Range
-    """The longer of compute and communication, to their sum."""
+    """From the longer of compute and communication (full overlap) to their sum (no overlap)."""
     images_per_second: Range
     seconds: Range
-    """All steps, without sampling, checkpoints and restarts."""
+    """Time of all steps, without sampling, checkpoints and restarts."""
     gpu_hours: Range
     cost: Range | None
     """In the currency of the price; None without a price."""
     efficiency: Range
-    """Time of a step on one GPU over W times the time here; lowest first."""
+    """Scaling efficiency: step time on one GPU / (W x step time on W GPUs); lowest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A training on the requested number of GPUs, and on other numbers of them."""
+    """Estimates for the requested number of GPUs and for other numbers of GPUs."""
 
     workload: Workload
     cluster: Cluster
@@ -135,29 +136,29 @@ class Estimate:
     largest_rows: int
     """Largest micro-batch that fits the memory of a GPU."""
     trainings: tuple[Training, ...]
-    """On the requested and on other numbers of GPUs, in order."""
+    """For the requested and the other numbers of GPUs, in ascending order."""
     left_out: tuple[int, ...]
-    """Numbers of GPUs above the batch size, or on which not one sample fits."""
+    """Numbers of GPUs that exceed the batch size, or on which not even one sample fits in memory."""
     node_images_per_second: float
-    """Images per second that a node reads from its copy of the latents, at most."""
+    """Highest rate at which a node reads from its copy of the latents, in images per second."""
     copy_seconds: float
     """Time to copy the latents to a node."""
     checkpoint_bytes: int
     checkpoint_seconds: Range
     """Time between two checkpoints."""
     upload_seconds: float
-    """Time to upload one, each node its part."""
+    """Time to upload a checkpoint; every node uploads its part."""
     hiding_gbit: float
-    """Gbit/s between nodes at which communication takes as long as compute; 0 on one node."""
+    """Network rate in Gbit/s at which communication takes as long as compute; 0 on one node."""
 
 
 def largest_pass(batch: int, num_workers: int, rows_per_pass: int) -> int:
-    """Size of the largest micro-batch on the worker with most samples."""
+    """Size of the largest micro-batch on the worker with the most samples."""
     return ceil(ceil(batch / num_workers) / num_passes(batch, num_workers, rows_per_pass))
 
 
 def seconds_of_flops(flops: float, batch: int, num_workers: int, teraflops: float) -> float:
-    """Seconds of a step: the worker with most samples sets the pace."""
+    """Seconds of a step. All workers wait for the one with the most samples."""
     return flops * ceil(batch / num_workers) / batch / (teraflops * 1e12)
 
 
@@ -180,7 +181,7 @@ def compute_seconds(workload: Workload, cluster: Cluster, num_gpus: int) -> floa
 
 
 def payload_bytes(workload: Workload, passes: int) -> float:
-    """Bytes that circulate in a step; each GPU sends (W - 1) / W of them.
+    """Payload of all collectives of a step, in bytes; each GPU sends (W - 1) / W of it.
 
     DDP reduce-scatters and all-gathers the gradient once. In every pass, FSDP2 all-gathers the parameters for each network
     call (extra velocities, a separate du/dt, the training forward) and for backward, and reduce-scatters the gradient.
@@ -195,7 +196,7 @@ def payload_bytes(workload: Workload, passes: int) -> float:
 
 
 def ring_seconds(gpu_bytes: float, cluster: Cluster, num_gpus: int) -> float:
-    """Seconds for each GPU to send these bytes to the next in a ring: the slowest link sets the pace."""
+    """Seconds for each GPU to send these bytes to its neighbour in a ring, limited by the slowest link."""
     link, network = cluster.link_gbyte * 1e9, cluster.network_gbit * 1e9 / 8.0
     return gpu_bytes / (link if cluster.num_nodes(num_gpus) == 1 else min(link, network))
 
@@ -205,19 +206,19 @@ def _memory(workload: Workload, rows: int, num_shards: int) -> MemoryEstimate:
 
 
 def largest_rows(workload: Workload, num_gpus: int, usable_bytes: float) -> int:
-    """Largest micro-batch, at most a GPU's share of the batch, that fits the usable memory; 0 if not one sample does."""
+    """Largest micro-batch that fits in memory, up to a GPU's share of the batch; 0 if not even one sample fits."""
     shards, share = workload.num_shards(num_gpus), ceil(workload.config.global_batch_size / num_gpus)
 
     def total(rows: int) -> int:
         return _memory(workload, rows, shards).total
 
-    if total(share) <= usable_bytes:  # the usual case, with a single trace
+    if total(share) <= usable_bytes:  # the usual case: the network is traced only once
         return share
     return bisect_right(range(1, share), usable_bytes, key=total)
 
 
 def train_on(workload: Workload, cluster: Cluster, num_gpus: int, rows: int) -> Training:
-    """A training on W GPUs with micro-batches of at most `rows` samples. Raises ValueError as `Cluster.num_nodes`."""
+    """Estimates W GPUs with micro-batches of up to `rows` samples. Raises ValueError like `Cluster.num_nodes`."""
     batch, steps = workload.config.global_batch_size, workload.config.num_steps
     compute = compute_seconds(workload, cluster, num_gpus)
     gpu_bytes = payload_bytes(workload, num_passes(batch, num_gpus, rows)) * (num_gpus - 1) / num_gpus
@@ -245,22 +246,22 @@ def train_on(workload: Workload, cluster: Cluster, num_gpus: int, rows: int) -> 
 def estimate(
     workload: Workload, cluster: Cluster, num_gpus: int, others: tuple[int, ...] = OTHER_NUMBERS_OF_GPUS
 ) -> Estimate:
-    """Estimates a training on W GPUs, and on other numbers of them that fill whole nodes.
+    """Estimates W GPUs and those of the other numbers of GPUs that fill whole nodes.
 
-    Raises ValueError if W does not fill nodes, exceeds the batch size, or not one sample fits a GPU.
+    Raises ValueError if W does not fill whole nodes or exceeds the batch size, or if not even one sample fits on a GPU.
     """
     batch, usable = workload.config.global_batch_size, cluster.gpu.usable_bytes
     nodes = cluster.num_nodes(num_gpus)
     if num_gpus > batch:
         raise ValueError(
-            f"gpus must be at most global_batch_size = {batch}, one image each, but got {num_gpus}; "
-            f"use fewer GPUs, or a larger --global-batch-size (another experiment)"
+            f"gpus must be at most global_batch_size = {batch} (one image per GPU), but got {num_gpus}; "
+            f"use fewer GPUs, or a larger --global-batch-size (a different experiment)"
         )
     fitting = largest_rows(workload, num_gpus, usable)
     if fitting == 0:
         needed = _memory(workload, 1, workload.num_shards(num_gpus)).total
         raise ValueError(
-            f"one sample takes {needed / 1e9:.1f} GB, but {cluster.gpu.name} has {usable / 1e9:.1f} GB for a training; "
+            f"one sample needs {needed / 1e9:.1f} GB, but {cluster.gpu.name} has {usable / 1e9:.1f} GB available; "
             f"use {_ways_to_save_memory(workload)}"
         )
     requested = train_on(workload, cluster, num_gpus, workload.rows_per_pass or fitting)

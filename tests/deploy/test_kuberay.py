@@ -1,4 +1,4 @@
-"""The manifests for Kubernetes: fields, pods, commands and the endpoint, for the base and each overlay, without a cluster."""
+"""Tests the Kubernetes manifests without a cluster: fields, pods, commands and the endpoint of the base and overlays."""
 
 import importlib.metadata
 import re
@@ -52,7 +52,7 @@ def ray_container(pod: dict) -> dict:
 def test_every_field_is_known():
     for path in KUBERAY.rglob("*.yaml"):
         for document in read_documents(path):
-            if isinstance(document, dict):  # the others are patches, seen below where they are applied
+            if isinstance(document, dict):  # the others are patches, checked below once applied
                 assert unknown_fields(document) == [], path
 
 
@@ -71,7 +71,7 @@ def test_every_rendered_field_is_known(overlay):
         ("  tolerations:", "  toleration:", "RayJob.spec.rayClusterSpec.workerGroupSpecs.template.spec.toleration"),
     ],
 )  # fmt: skip
-def test_unknown_field_is_noticed(tmp_path, old, new, place):
+def test_unknown_field_is_found(tmp_path, old, new, place):
     text = (KUBERAY / "base" / "train.yaml").read_text()
     assert old in text
     (tmp_path / "train.yaml").write_text(text.replace(old, new))
@@ -236,7 +236,7 @@ def test_storage_is_shared_and_the_node_cache_holds_imagenet(overlay):
 # Jobs.
 
 
-def test_entrypoints_parse_and_fit_each_other(overlay):
+def test_entrypoints_parse_and_agree_with_each_other(overlay):
     jobs = {}
     for job in of_kind(overlay, "RayJob"):
         stage = job["metadata"]["name"]
@@ -262,7 +262,7 @@ def test_jobs_wait_for_nodes_and_survive_a_lost_submitter(overlay):
         spec = job["spec"]
         assert spec["preRunningDeadlineSeconds"] >= 1800
         assert spec["ttlSecondsAfterFinished"] >= 300  # time to look at the pods of a failed job
-        assert spec["shutdownAfterJobFinishes"] is True  # required by KubeRay for the time above
+        assert spec["shutdownAfterJobFinishes"] is True  # KubeRay requires it for ttlSecondsAfterFinished
         assert (spec["submissionMode"], spec["backoffLimit"]) == ("K8sJobMode", 0)
         assert spec["submitterConfig"]["backoffLimit"] >= 10
 
@@ -292,7 +292,7 @@ def test_evicted_worker_is_drained_before_it_ends(overlay, stage):
     assert 90 <= seconds <= pod["terminationGracePeriodSeconds"] - 20
 
 
-def test_shell_stays_for_a_copy_that_takes_a_day(overlay):
+def test_shell_runs_until_it_is_deleted(overlay):
     assert ray_container(named(overlay, "Pod", "shell")["spec"])["command"] == ["sleep", "infinity"]
 
 
@@ -302,12 +302,12 @@ def test_shell_stays_for_a_copy_that_takes_a_day(overlay):
 def test_serve_config_differs_from_deploy_serve_only_where_it_must(overlay):
     config, _ = validated(named(overlay, "RayService", "endpoint")["spec"]["serveConfigV2"])
     expected = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
-    expected["proxy_location"] = "EveryNode"  # KubeRay's Service leads to the workers
+    expected["proxy_location"] = "EveryNode"  # KubeRay's Service routes requests to the workers
     expected["http_options"]["host"] = "0.0.0.0"
     arguments, own = expected["applications"][0]["args"], config["applications"][0]["args"]
-    del arguments["tracking_uri"]  # the pods have MLFLOW_TRACKING_URI
+    del arguments["tracking_uri"]  # the pods set MLFLOW_TRACKING_URI
     keys = config["applications"][0]["deployments"][1]["user_config"].pop("api_keys")
-    assert list(keys.values()) == ["0" * 64]  # the hash of no key: closed until the user adds one
+    assert list(keys.values()) == ["0" * 64]  # no key has this hash: the endpoint is closed until the user adds a key
     if own["model"] == "models:/meanflow-b4@champion":  # the overlay for one GPU
         own["model"] = arguments["model"]
         for application in (config, expected):
@@ -332,11 +332,11 @@ def test_gpu_pods_match_replicas_and_outlive_their_requests(overlay):
     drain = settings["ImageGenerator"].drain_seconds
     assert service["rayClusterDeletionDelaySeconds"] > drain
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > drain
-    # A second cluster needs as many GPUs again.
+    # An upgrade through a second cluster needs twice the GPUs.
     assert (service["upgradeStrategy"]["type"] == "None") == (scaling["max_replicas"] == 1)
 
 
-def test_probes_ask_the_application_on_workers_only(overlay):
+def test_only_workers_have_probes_that_ask_the_application(overlay):
     cluster = clusters(overlay)["serve"]
     head = ray_container(cluster["headGroupSpec"]["template"]["spec"])
     worker = ray_container(gpu_group(cluster)["template"]["spec"])

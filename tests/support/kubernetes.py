@@ -1,4 +1,4 @@
-"""The manifests of deploy/kuberay: rendered as Kustomize does, checked for unknown fields, and taken apart."""
+"""Renders the manifests of deploy/kuberay like Kustomize, checks them for unknown fields, and looks up their parts."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ KUBERAY = REPOSITORY / "deploy" / "kuberay"
 STAGES = ("encode", "train", "evaluate", "serve")
 Document = dict[str, Any]
 
-# {field: the fields that it may hold}, for every field in use. Lists count as their items.
+# {field: its allowed fields}, for every field in use. The fields of a list are those of its items.
 FIELDS = {
     "RayJob": "apiVersion kind metadata spec",
     "RayService": "apiVersion kind metadata spec",
@@ -90,14 +90,14 @@ FIELDS = {
     "patches": "path target",
     "target": "group version kind name",
 }
-# Fields with keys of the user's own, whose values must be strings.
+# Fields with free keys, whose values must be strings.
 STRINGS = ("labels", "matchLabels", "data", "rayStartParams", "requests", "limits", "nodeSelector")
 POD_OWNERS = ("Pod", "template", "submitterPodTemplate")
 CLAIM_OWNERS = ("PersistentVolumeClaim", "volumeClaimTemplates")
 
 
 def unknown_fields(document: Document) -> list[str]:
-    """Paths of the fields that the API server would not know, and of values that must be strings but are not."""
+    """Paths of fields that the API server does not know, and of values that must be strings but are not."""
     return list(_unknown_fields(document, document["kind"], document["kind"]))
 
 
@@ -119,12 +119,12 @@ def _unknown_fields(value: Any, name: str, path: str) -> Iterator[str]:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """The documents of a YAML file, each without shared parts, so that a patch of one place changes no other."""
+    """The documents of a YAML file. Aliased parts are copied, so that a patch changes only the place that it names."""
     return [json.loads(json.dumps(document)) for document in yaml.safe_load_all(path.read_text())]
 
 
 def render(folder: Path) -> list[Document]:
-    """What `kubectl kustomize` prints for a folder, for what this repository uses: resources, JSON patches and images."""
+    """The output of `kubectl kustomize`. Supports what this repository uses: resources, JSON patches and images."""
     [kustomization] = read_documents(folder / "kustomization.yaml")
     documents: list[Document] = []
     for name in kustomization["resources"]:
@@ -152,14 +152,14 @@ def render(folder: Path) -> list[Document]:
 
 
 def _replace(document: Document, operation: Document) -> None:
-    """Applies a `replace` of a JSON patch (RFC 6902). Raises KeyError or IndexError where there is nothing to replace."""
+    """Applies a `replace` operation of a JSON patch (RFC 6902). Raises KeyError or IndexError if its path is missing."""
     assert set(operation) == {"op", "path", "value"}
     assert operation["op"] == "replace"
     place: Any = document
     *parents, last = operation["path"].removeprefix("/").split("/")
     for part in parents:
         place = place[int(part) if isinstance(place, list) else part]
-    place[last]
+    place[last]  # must exist
     place[last] = operation["value"]
 
 
@@ -193,7 +193,7 @@ def gpu_group(cluster: Document) -> Document:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod that the documents lead to, with the labels that KubeRay adds."""
+    """A pod that the documents create, with the labels that KubeRay adds."""
 
     namespace: str
     name: str
@@ -202,7 +202,7 @@ class Pod:
 
 
 def pods(documents: list[Document]) -> Iterator[Pod]:
-    """Every pod."""
+    """All pods that the documents create."""
     for stage, cluster in clusters(documents).items():
         groups = [("head", cluster["headGroupSpec"])]
         groups += [(group["groupName"], group) for group in cluster["workerGroupSpecs"]]
@@ -224,10 +224,10 @@ def pods(documents: list[Document]) -> Iterator[Pod]:
 
 
 def environment(container: Document) -> dict[str, Any]:
-    """{name: its value, or where the value comes from}."""
+    """{variable: its `value` or `valueFrom`}."""
     return {variable["name"]: variable.get("value", variable.get("valueFrom")) for variable in container.get("env", [])}
 
 
 def mounts(container: Document) -> dict[str, str]:
-    """{path: the volume there}."""
+    """{mount path: name of the volume}."""
     return {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}

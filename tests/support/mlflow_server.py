@@ -1,4 +1,4 @@
-"""An MLflow server on loopback, which tests stop and restart."""
+"""An MLflow server on loopback that tests can stop and restart."""
 
 import contextlib
 import os
@@ -19,9 +19,10 @@ class Server:
     """A server on a free port of 127.0.0.1.
 
     Args:
-        folder: Holds its log and, by default, its database (SQLite) and its artifacts.
-        options: Of `mlflow server`, without host and port. Default: SQLite and artifacts in the folder, one worker.
-        environment: Variables in addition to the test's own.
+        folder: Folder for the log and, by default, for the SQLite database and the artifacts.
+        options: Options of `mlflow server` other than --host and --port. Default: SQLite and artifacts in the folder,
+            one worker.
+        environment: Environment variables added to those of the test process.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class Server:
         self._process: subprocess.Popen | None = None
 
     def launch(self) -> None:
-        """Starts it without waiting."""
-        # Without this variable, by which tests find the processes of their Ray clusters.
+        """Starts the server without waiting until it answers."""
+        # Tests find the processes of their Ray clusters by RAY_TMPDIR; the server must not be taken for one of them.
         environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
         with open(self._folder / "log", "ab") as log:
             self._process = subprocess.Popen(
@@ -50,12 +51,12 @@ class Server:
             )  # fmt: skip
 
     def start(self) -> None:
-        """Starts it, and waits until it answers."""
+        """Starts the server and waits until it answers."""
         self.launch()
         self.wait()
 
     def wait(self) -> None:
-        """Waits until it answers."""
+        """Waits until the server answers."""
         deadline = time.monotonic() + 120
         while True:
             with contextlib.suppress(OSError):
@@ -66,10 +67,10 @@ class Server:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Kills it and its child processes."""
-        family = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
-        for member in family:
+        """Kills the server and its descendants."""
+        processes = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family, timeout=10)
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
         self._process.wait()

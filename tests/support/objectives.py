@@ -1,4 +1,4 @@
-"""Every form of the objective with a batch for it, and helpers to compare losses and gradients."""
+"""Variants of the training objective, a batch for each, and helpers that compare losses and gradients."""
 
 from dataclasses import replace
 
@@ -25,7 +25,9 @@ OBJECTIVES = {
     "omega": LossConfig(times=HALF, guidance=GuidanceConfig(omega=2.0)),
     "kappa and no null class": LossConfig(times=HALF, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
     "omega, kappa, interval": GUIDED,
-    "no null class except by rounding": LossConfig(times=HALF, guidance=GuidanceConfig(omega=0.7, kappa=0.3)),
+    "weight of the null class is a rounding error": LossConfig(
+        times=HALF, guidance=GuidanceConfig(omega=0.7, kappa=0.3)
+    ),
     "guided flow matching": replace(FLOW_MATCHING, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
     "labels dropped anywhere": replace(GUIDED, label_drop_probability=0.6),
     "every row r < t": replace(GUIDED, times=TimeSamplingConfig(fraction_r_below_t=1.0)),
@@ -71,5 +73,5 @@ def gradients(network: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Relative error by norm."""
+    """Norm of the difference, relative to the norm of `theirs`."""
     return float((ours - theirs).norm() / theirs.norm())

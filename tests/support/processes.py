@@ -1,4 +1,4 @@
-"""Several processes of torch.distributed on this machine, over gloo."""
+"""Runs several torch.distributed processes on this machine, connected by gloo."""
 
 import multiprocessing
 import os
@@ -11,17 +11,17 @@ import torch
 from torch import distributed
 
 
-def join_group(rank: int, world_size: int, meeting: str, timeout_seconds: float) -> None:
-    """Makes this process, with one thread, a member of a process group that meets at a file.
+def join_group(rank: int, world_size: int, rendezvous: str, timeout_seconds: float) -> None:
+    """Limits this process to one thread and adds it to the process group whose rendezvous is a file.
 
-    A collective that another process never joins fails after the timeout.
+    A collective that some process never joins fails after the timeout.
     """
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     distributed.init_process_group(
         "gloo",
-        init_method=f"file://{meeting}",
+        init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
@@ -29,8 +29,8 @@ def join_group(rank: int, world_size: int, meeting: str, timeout_seconds: float)
 
 
 def run_processes(function: Callable, arguments: tuple, num_processes: int, timeout_seconds: float) -> None:
-    """Runs function(rank, *arguments) in that many processes; none may fail or exceed the timeout."""
-    # Imported once by the fork server instead of by every process, which takes seconds of CPU time.
+    """Runs function(rank, *arguments) in `num_processes` processes. Fails if one of them fails or exceeds the timeout."""
+    # The fork server imports these once: importing them in every process would take seconds of CPU time.
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["meanflow_core.checkpoint", "meanflow_core.sharding", "torch.nn.parallel", "pytest"]
     )
@@ -40,7 +40,9 @@ def run_processes(function: Callable, arguments: tuple, num_processes: int, time
     deadline = time.monotonic() + timeout_seconds
     try:
         while not context.join(timeout=1.0):
-            assert time.monotonic() < deadline, "the processes do not end: did one make fewer collective calls?"
+            assert time.monotonic() < deadline, (
+                "the processes did not finish; did one of them make fewer collective calls?"
+            )
     finally:
         for process in context.processes:
             process.kill()

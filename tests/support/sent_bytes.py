@@ -59,7 +59,7 @@ def sent_bytes() -> int:
 
 def count_sent(rank: int, folder: str) -> None:
     """Runs one of two processes. Rank 0 writes its sent bytes per step, {"KIND PASSES": bytes}, to sent.json."""
-    join_group(rank, 2, f"{folder}/meeting", 120)
+    join_group(rank, 2, f"{folder}/rendezvous", 120)
     found = {}
     for kind in ("ddp", "fsdp2"):
         state = build_train_state(

@@ -1,4 +1,4 @@
-"""The tensors of a training with the debug preset, from its checkpoints or from a loop without a cluster."""
+"""Tensors of a training run with the debug preset, from its checkpoints or from a training loop without a cluster."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def last_checkpoint(location: str | Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The step of a run's last committed checkpoint, and its tensors, on any storage."""
+    """Step and tensors of a run's last committed checkpoint; `location` may be on any storage."""
     state = build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=CPU)
     with checkpoints.committed(*storage.open_storage(str(location))).latest.as_directory() as folder:
         load_train_state(state, Path(folder))
@@ -38,7 +38,7 @@ def last_checkpoint(location: str | Path) -> tuple[int, dict[str, torch.Tensor]]
 
 
 def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that differ in any bit, or that only one side has."""
+    """Names of the tensors that are not bitwise equal, or that only one side has."""
     return [
         name
         for name in sorted({*ours, *theirs})
@@ -48,16 +48,16 @@ def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """A training in this process, without Ray."""
+    """Result of a training run in this process, without Ray."""
 
     state: TrainState
     """After the last step."""
     gradient_norms: list[float]
-    """Of every step."""
+    """One per step."""
 
 
 def train_in_this_process(latents: Path, config: TrainingConfig, num_threads: int | None = None) -> LocalTraining:
-    """Takes all steps of a training on 10 classes, one after the other."""
+    """Runs all training steps on a dataset of 10 classes."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads or threads_before)
     dataset = open_latents(str(latents), "none")

@@ -314,8 +314,8 @@ def test_one_step_with_the_velocity_ends_at_the_mean_of_the_data():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ("meanflow", "gan")}, "methods must be some of flow_matching, .* but got gan"),
-        ({"seeds": (1, 1)}, "seeds must name at least one value, each once"),
+        ({"methods": ("meanflow", "gan")}, "methods must be among flow_matching, .* but got gan"),
+        ({"seeds": (1, 1)}, "seeds must have at least one value and no duplicates"),
         ({"nfe": (0, 1)}, "nfe must be at least 1"),
     ],
 )

@@ -53,7 +53,7 @@ def test_distribution_is_symmetric_under_mirroring():
         assert (np.abs(mean - mean[:, ::-1]) / (spread + 1)).mean() < 2.5, images.CLASS_NAMES[label]
 
 
-def test_folder_has_imagenets_layout(image_root):
+def test_folder_has_the_layout_of_imagenet(image_root):
     assert len(list((image_root / "train").glob("d*/d*_*.JPEG"))) == 60
     assert (image_root / "LOC_synset_mapping.txt").read_text().splitlines()[3] == "d0000003 cross"
 
@@ -65,7 +65,8 @@ def test_taken_port_is_refused_and_zero_finds_a_free_one():
         port = server.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} on 127.0.0.1 is in use; choose another"):
             free_port(port)
-    assert free_port(0) in FREE_PORTS  # the server binds it seconds later, so no other process may be likely to take it
+    # The server binds the port seconds later, so the port must be one that other processes are unlikely to take.
+    assert free_port(0) in FREE_PORTS
 
 
 def test_work_folder_replaces_only_an_earlier_demo(tmp_path):
@@ -109,7 +110,7 @@ def test_stages_run_in_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_failing_stage_stops_the_demo():
-    with pytest.raises(InputError, match="ended with exit code 3"):
+    with pytest.raises(InputError, match="failed with exit code 3"):
         Processes(dict(os.environ)).run([sys.executable, "-c", "raise SystemExit(3)"])
 
 

@@ -1,4 +1,4 @@
-"""Estimates, compared with arithmetic by hand, the runbook, and bytes measured on this machine."""
+"""Compares estimates with hand calculations, the runbook's figures, and bytes measured on this machine."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def small_gpu(memory: int) -> Cluster:
 
 
 def one_figure(pattern: str) -> float:
-    """The number in place of NUMBER in a sentence that the runbook has once."""
+    """The number at NUMBER in a phrase that occurs exactly once in the runbook."""
     text = (REPOSITORY / "docs/runbook.md").read_text()
     [found] = re.findall(re.escape(pattern).replace("NUMBER", r"([\d.,]*\d)"), text)
     return float(found.replace(",", ""))
@@ -112,7 +112,7 @@ def test_runbook_figures_match_the_estimate():
         digits = len(written.partition(".")[2])
         assert stated == pytest.approx(ours, abs=0.5000001 * 10**-digits), pattern
     # Rounded to tens.
-    assert one_figure("so hiding it wants **NUMBER Gbit/s a node**") == round(many.hiding_gbit, -1)
+    assert one_figure("so hiding it requires **NUMBER Gbit/s a node**") == round(many.hiding_gbit, -1)
     assert one_figure("9.0 days | 54.1 h: 2.3 days | 27.0 h | NUMBER; spot") == round(one_node.cost[0], -1)
 
 
@@ -126,7 +126,7 @@ def test_flops_and_parameters_match_the_published_networks():
     assert of_xl2.gradient_bytes / 4e6 == pytest.approx(676, abs=0.5)
 
 
-def test_ring_runs_at_the_pace_of_its_slowest_link():
+def test_slowest_link_limits_the_ring():
     assert ring_seconds(80e9, cluster(), 32) == pytest.approx(80e9 / 12.5e9)  # the network
     assert ring_seconds(80e9, cluster(), 4) == pytest.approx(80e9 / 200e9)  # one node: its links
     assert ring_seconds(80e9, cluster(network_gbit=6400.0), 32) == pytest.approx(80e9 / 200e9)
@@ -150,7 +150,7 @@ def test_step_takes_between_the_longer_of_compute_and_communication_and_their_su
     assert alone.efficiency == (1.0, 1.0)
 
 
-def test_gpu_with_most_samples_sets_the_pace():
+def test_step_takes_as_long_as_the_gpu_with_the_most_samples():
     load = workload(replace(debug(), global_batch_size=16))
     of_three, of_two = (compute_seconds(load, cluster(), number) for number in (3, 2))
     assert of_three / of_two == pytest.approx(6 / 8)
@@ -159,7 +159,7 @@ def test_gpu_with_most_samples_sets_the_pace():
 def test_assumed_rates_reproduce_the_published_one():
     h800 = cluster(gpu=GPUS["h100"], teraflops=None)
     assert h800.sustained_teraflops("bfloat16") == pytest.approx(119.0)
-    # The runbook assumes 50 TFLOP/s for an A100 in tf32 and 100 for an H100.
+    # In tf32, the runbook assumes 50 TFLOP/s for an A100 and 100 TFLOP/s for an H100.
     a100 = cluster(gpu=GPUS["a100"], teraflops=None)
     assert a100.sustained_teraflops("tf32") == pytest.approx(50.0, rel=0.1)
     assert h800.sustained_teraflops("tf32") == pytest.approx(100.0, rel=0.1)
@@ -199,7 +199,7 @@ def test_fsdp2_gathers_parameters_for_every_call_of_every_pass(passes):
     assert payload_bytes(workload(), passes) == 2 * workload().gradient_bytes  # DDP reduces once per step
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the counters of sent bytes are Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counters of sent bytes")
 def test_two_processes_send_the_predicted_bytes(tmp_path):
     run_processes(count_sent, (str(tmp_path),), 2, 240)
     sent = json.loads((tmp_path / "sent.json").read_text())
@@ -215,8 +215,8 @@ def test_checkpoint_on_disk_has_the_predicted_size(tmp_path):
     config = replace(debug(), ema_decays=(0.9, 0.99))
     state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
     train_step(state, state.network, batches(config, 0, 1, 1), NORMALIZATION, config)
-    join = f"file://{tmp_path / 'meeting'}"
-    distributed.init_process_group("gloo", init_method=join, rank=0, world_size=1)
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
     try:
         (tmp_path / "checkpoint").mkdir()
         save_train_state(state, config, tmp_path / "checkpoint")
@@ -256,13 +256,13 @@ def test_largest_micro_batch_fits_and_one_more_sample_does_not(parallelism):
     shards = load.num_shards(2)
     assert shards == (2 if parallelism == "fsdp2" else 1)
     just_enough = total(load, 20, shards)
-    assert just_enough < total(load, 21, shards)  # below, Adam's temporaries exceed those of a pass
+    assert just_enough < total(load, 21, shards)  # with fewer samples, Adam's temporaries exceed those of a pass
     assert largest_rows(load, 2, just_enough) == 20
     assert largest_rows(load, 2, 1e12) == 32  # the whole share
     assert largest_rows(load, 2, 1e6) == 0
 
 
-def test_default_micro_batch_fits_and_a_given_one_may_not():
+def test_default_micro_batch_fits_and_a_requested_one_may_not():
     load = workload(replace(debug(), global_batch_size=64))
     machines = small_gpu(total(load, 20))
     found = estimate(load, machines, 2, others=())
@@ -288,7 +288,7 @@ def test_numbers_of_gpus_that_cannot_train_are_left_out():
     [
         ("--gpus 12", r"gpus must be at most gpus_per_node = 8 or a multiple of it, but got 12; use 8"),
         ("--gpus 0", "gpus must be at least 1, but got 0"),
-        ("--gpus 32", r"gpus must be at most global_batch_size = 16, one image each, but got 32; use fewer"),
+        ("--gpus 32", r"gpus must be at most global_batch_size = 16 \(one image per GPU\), but got 32; use fewer"),
         ("--gpu v100", "gpu must be one of h200, h100, a100, a100-40, l4, but got 'v100'; for another kind"),
         ("--rows-per-pass 0", "rows_per_pass must be at least 1, but got 0"),
         ("--teraflops 0", "teraflops must be above 0, but got 0"),
@@ -306,10 +306,10 @@ def test_invalid_options_are_refused_with_a_remedy(arguments, message):
 
 def test_network_that_does_not_fit_is_refused_with_ways_to_save_memory():
     machines = small_gpu(1_000_000)
-    with pytest.raises(ValueError, match="one sample takes 0.0 GB, but A100 SXM, 80 GB has 0.0 GB .* --activation-ch"):
+    with pytest.raises(ValueError, match="one sample needs 0.0 GB, but A100 SXM, 80 GB has 0.0 GB .* --activation-ch"):
         estimate(workload(), machines, 1)
     without_options = workload(replace(debug(), activation_checkpointing=True), parallelism="fsdp2")
-    with pytest.raises(ValueError, match="for a training; use a GPU with more memory, or a smaller network"):
+    with pytest.raises(ValueError, match="available; use a GPU with more memory, or a smaller network"):
         estimate(without_options, machines, 1)
 
 
@@ -329,7 +329,7 @@ def test_epochs_set_the_number_of_steps():
     assert build_workload(job).config.num_steps == 1000 * 10 / debug().global_batch_size
 
 
-def test_trainings_on_other_numbers_of_gpus_equal_their_own_estimate():
+def test_other_numbers_of_gpus_get_the_same_estimate_as_when_requested():
     for changes in ({"parallelism": "fsdp2"}, {"rows_per_pass": 4}):
         load, machines = workload(GUIDED, **changes), cluster(gpus_per_node=2)
         of_many = estimate(load, machines, 4, others=(1, 2))
@@ -405,7 +405,7 @@ def test_data_option_takes_sizes_from_the_manifest(image_root, tmp_path):
     assert not load.mirrored
 
 
-def test_micro_batches_are_those_of_training():
+def test_micro_batches_match_those_of_training():
     load = workload(replace(debug(), global_batch_size=22))
     found = train_on(load, cluster(), 4, 2)
     assert found.rows_at_once == ceil(ceil(22 / 4) / num_passes(22, 4, 2))

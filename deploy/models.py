@@ -39,7 +39,7 @@ def _client(model: str, tracking_uri: str | None) -> "MlflowClient":
     import mlflow
 
     if not tracking_uri:
-        raise ValueError(f"model {model} is in MLflow; give tracking_uri, or set MLFLOW_TRACKING_URI")
+        raise ValueError(f"model {model} is in MLflow; pass tracking_uri or set MLFLOW_TRACKING_URI")
     # For the whole process: MLflow 3.17 resolves names at the global address, whatever registry_uri it is given.
     mlflow.set_tracking_uri(tracking_uri)
     return mlflow.MlflowClient(tracking_uri)
@@ -57,7 +57,7 @@ def _as_value_error(failure: str) -> Iterator[None]:
 
 
 def resolve_model(model: str, tracking_uri: str | None) -> str:
-    """The model without aliases: "models:/name@alias" and "models:/name/latest" -> "models:/name/3"; folders absolute.
+    """Resolves "models:/name@alias" and "models:/name/latest" to "models:/name/3", and makes paths of folders absolute.
 
     Raises ValueError if there is no such model.
     """
@@ -89,7 +89,7 @@ def find_source(model: str, tracking_uri: str | None) -> ModelSource:
         from meanflow_core.generator import find_generator, read_provenance
 
         folder = Path(model)
-        # In a run's folder the generator is called "generator"; the run's name says more.
+        # Every run calls its generator folder "generator", so the name of the run's folder is more informative.
         name = folder.parent.name if folder.name == "generator" else folder.name
         run_id = read_provenance(find_generator(folder)).get("run_id")
         return ModelSource(model=model, name=name, run_id=run_id)
@@ -103,7 +103,7 @@ def find_source(model: str, tracking_uri: str | None) -> ModelSource:
 
 
 def announce(source: ModelSource, served_name: str) -> None:
-    """Tags a registered version in MLflow with the UTC time from which it serves: `endpoint.SERVED_NAME`.
+    """Tags a registered version in MLflow with the UTC time at which serving started: `endpoint.SERVED_NAME`.
 
     Does nothing for folders and runs:/ models. Raises MLflow's errors.
     """
@@ -153,7 +153,7 @@ def describe_model(model: str, tracking_uri: str | None) -> str:
 
 
 def main() -> None:
-    """Prints a model without aliases, or everything known about it."""
+    """Prints a model with its alias resolved, or its details as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m deploy.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

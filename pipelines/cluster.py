@@ -1,4 +1,4 @@
-"""Connecting to a Ray cluster or starting one, and choosing the device."""
+"""Connects to a Ray cluster or starts one, and chooses the device."""
 
 import logging
 import os
@@ -20,9 +20,9 @@ FAST_MALLOC = {
 def start_ray(needed_cpus: int) -> None:
     """Connects to the cluster of the submitted job, or starts one on this machine.
 
-    needed_cpus: minimum of logical CPUs on this machine. They only schedule work and may exceed its cores.
+    needed_cpus: Minimum number of Ray's logical CPUs. They only limit scheduling, and may exceed this machine's cores.
     """
-    import ray  # not at the top: --help must be quick
+    import ray  # imported here to keep --help fast
 
     if ray.is_initialized():
         return
@@ -51,7 +51,7 @@ def choose_gpus(device: Device, num_processes: int = 1) -> bool:
     if use_gpus and "RAY_ADDRESS" not in os.environ and num_processes > available:
         raise InputError(
             f"{num_processes} processes need one GPU each, but torch can use {available} on this machine; "
-            f"give fewer --num-workers, or --device cpu"
+            f"use fewer --num-workers, or --device cpu"
         )
     return use_gpus
 
@@ -59,7 +59,7 @@ def choose_gpus(device: Device, num_processes: int = 1) -> bool:
 def num_gpus() -> int:
     """The number of GPUs in the cluster. On this machine, only those that torch can use."""
     import ray
-    import torch  # not at the top: tasks without torch start in 1 s instead of 10 s
+    import torch  # imported here: tasks without torch start in 1 s instead of 10 s
 
     available = int(ray.cluster_resources().get("GPU", 0))
     return available if "RAY_ADDRESS" in os.environ else min(available, torch.cuda.device_count())

@@ -4,7 +4,7 @@
     v(z, t) = E[e - x | z_t = z]                          instantaneous velocity: tangent to the paths
     u(z, r, t) = 1 / (t - r) integral of v over [r, t]    average velocity on the path through z at time t
 
-Data are at t = 0, noise at t = 1. Source: Geng et al. 2025, Figures 1 to 3 and Eq. 3.
+Data is at t = 0, noise at t = 1. Source: Geng et al. 2025, Figures 1 to 3 and Eq. 3.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Mixture of K Gaussians in the plane, with equal weights and one standard deviation."""
+    """Mixture of K Gaussians in the plane, with equal weights and equal standard deviations."""
 
     means: np.ndarray
-    """(K, 2): m_k."""
+    """Means m_k (K, 2)."""
     std: float
-    """s."""
+    """Standard deviation s."""
 
     def sample(self, count: int, generator: np.random.Generator) -> np.ndarray:
         """Draws points (count, 2)."""
@@ -38,11 +38,11 @@ class Mixture:
         variance = (1.0 - t) ** 2 * self.std**2 + t**2
         offsets = z[:, None, :] - (1.0 - t) * self.means  # (N, K, 2)
         exponents = -np.square(offsets).sum(axis=2) / (2.0 * variance)  # (N, K)
-        shares = np.exp(exponents - exponents.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
+        responsibilities = np.exp(exponents - exponents.max(axis=1, keepdims=True))
+        responsibilities /= responsibilities.sum(axis=1, keepdims=True)
         noise = t / variance * offsets  # E[e | z, k]
         data = self.means + (1.0 - t) * self.std**2 / variance * offsets  # E[x | z, k]
-        return (shares[:, :, None] * (noise - data)).sum(axis=1)
+        return (responsibilities[:, :, None] * (noise - data)).sum(axis=1)
 
     def path(self, z: np.ndarray, t: float, r: float, num_steps: int = 200) -> np.ndarray:
         """Paths of points (N, 2) from time t to r by the fourth-order Runge-Kutta method: (num_steps + 1, N, 2)."""
@@ -64,7 +64,7 @@ class Mixture:
         return (z - self.path(z, t, r, num_steps)[-1]) / (t - r)
 
 
-# To the right of the noise, so that paths do not cross: one bends up, one bends down, one goes far.
+# The data lies to the right of the noise, so that paths do not cross: some bend up, some bend down, some go far.
 EXAMPLE = Mixture(means=np.array([[5.0, 2.6], [7.2, 0.1], [4.6, -2.5]]), std=0.35)
 
 
@@ -94,9 +94,9 @@ def draw_velocities(path: Path, mixture: Mixture = EXAMPLE) -> None:
     for axis in axes[:2]:
         axis.plot(*few_paths.transpose(2, 0, 1), color="0.45", lw=1.0, zorder=2)
     arrows = {"angles": "xy", "scale_units": "xy", "scale": 1.0, "width": 0.005, "zorder": 3}
-    for share in (0.0, 0.4, 0.75):
-        index = round(share * (len(few_paths) - 1))
-        points, t = few_paths[index], 1.0 - share
+    for fraction in (0.0, 0.4, 0.75):
+        index = round(fraction * (len(few_paths) - 1))
+        points, t = few_paths[index], 1.0 - fraction
         axes[0].scatter(*points.T, s=14, color="black", zorder=4)
         axes[0].quiver(*points.T, *(-0.22 * mixture.velocity(points, t)).T, color="tab:orange", **arrows)
     axes[1].scatter(*few.T, s=14, color="black", zorder=4)

@@ -1,4 +1,4 @@
-"""GPUs and clusters as numbers: published data sheets, and assumptions where nothing was measured."""
+"""Specifications of GPUs and clusters: from data sheets, and assumed where nothing was measured."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -22,7 +22,7 @@ class Gpu:
 
     @property
     def usable_bytes(self) -> float:
-        """Memory available to a training."""
+        """Memory available for training."""
         return self.memory_bytes * (1.0 - FRAGMENTATION) - RESERVED_BYTES
 
 
@@ -53,7 +53,7 @@ LINK_FRACTION = 0.75  # fraction of a link's rate that NCCL's collectives reach:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Identical nodes, and the rates that their parts sustain.
+    """Identical nodes and their sustained rates.
 
     Raises ValueError for rates that are not positive and finite.
     """
@@ -63,13 +63,13 @@ class Cluster:
     teraflops: float | None
     """Measured TFLOP/s per GPU over whole steps, in `step_flops`; None assumes a rate from the data sheet."""
     link_gbyte: float
-    """GB/s in one direction between GPUs of a node, as collectives reach."""
+    """GB/s in one direction that collectives reach between GPUs of a node."""
     network_gbit: float
-    """Gbit/s in one direction between nodes, as collectives reach."""
+    """Gbit/s in one direction that collectives reach between nodes."""
     storage_gbyte: float
     """GB/s between a node and the storage of latents and checkpoints."""
     price_per_gpu_hour: float | None
-    """In any currency; None prints no cost."""
+    """Price in any currency; None omits the cost."""
 
     def __post_init__(self) -> None:
         for name in ("gpus_per_node", "teraflops", "link_gbyte", "network_gbit", "storage_gbyte", "price_per_gpu_hour"):

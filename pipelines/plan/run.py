@@ -1,4 +1,4 @@
-"""Builds the workload and the cluster that a planner's job describes, and reports the estimate."""
+"""Builds the workload and the cluster that a PlanJob describes, and reports the estimate."""
 
 import json
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from pipelines.plan.report import assumptions, describe_estimate
 
 
 def build_workload(job: PlanJob) -> Workload:
-    """The training. Raises InputError if --data is not a latent dataset, ValueError for invalid sizes."""
+    """The training workload. Raises InputError if --data is not a latent dataset, ValueError for invalid sizes."""
     images, shape, classes, mirrored = job.images, job.latent_shape, job.classes, job.mirror
     if job.data is not None:
         manifest = read_manifest(job.data)
@@ -35,11 +35,11 @@ def build_workload(job: PlanJob) -> Workload:
 
 
 def build_cluster(job: PlanJob) -> Cluster:
-    """The machines. Raises InputError for an unknown GPU, ValueError for invalid rates."""
+    """The cluster. Raises InputError for an unknown GPU, ValueError for invalid rates."""
     if job.gpu not in GPUS:
         raise InputError(
-            f"gpu must be one of {', '.join(GPUS)}, but got {job.gpu!r}; for another kind, name one with as much memory "
-            f"and give --teraflops and --link-gbyte"
+            f"gpu must be one of {', '.join(GPUS)}, but got {job.gpu!r}; for another GPU, choose one with as much "
+            f"memory and set --teraflops and --link-gbyte"
         )
     gpu = GPUS[job.gpu]
     return Cluster(
@@ -70,7 +70,10 @@ def as_json(preset: str, estimate: Estimate) -> str:
 
 
 def plan(preset: str, job: PlanJob) -> str:
-    """Estimates the training, writes the requested files, and returns the text. Raises InputError for invalid input."""
+    """Estimates the training run, writes the JSON file if requested, and returns a text report.
+
+    Raises InputError for invalid input.
+    """
     try:
         estimated = estimate(build_workload(job), build_cluster(job), job.gpus)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The cluster files for `ray up`: valid for Ray, and with what the stages need. No machine is started."""
+"""Tests the cluster files for `ray up`: Ray accepts them, and the stages find what they need. Starts no machine."""
 
 import copy
 import re
@@ -26,14 +26,14 @@ def loaded(name: str) -> dict:
 
 
 def prepared(text: str) -> dict:
-    """The cluster file with Ray's defaults, once it is valid for Ray's schema."""
+    """The cluster file with Ray's defaults, validated against Ray's schema."""
     config = prepare_config(copy.deepcopy(yaml.safe_load(text)))
     validate_config(config)
     return config
 
 
 def with_efa(text: str) -> str:
-    """The file with its commented lines for EFA."""
+    """The file with its commented-out lines for EFA enabled."""
     return re.sub(r"^#efa", "    ", text, flags=re.MULTILINE)
 
 
@@ -43,13 +43,13 @@ def start_options(commands: list[str]) -> list[str]:
 
 
 def container_options(config: dict, kind: str) -> list[str]:
-    """Docker's options on a worker of a kind."""
+    """Docker options for workers of a node type."""
     own = config.get("available_node_types", {}).get(kind, {}).get("docker", {})
     return config["docker"]["run_options"] + own.get("worker_run_options", [])
 
 
 def initialization(config: dict) -> dict[str, list[str]]:
-    """{kind of machine: its commands before the container starts}."""
+    """{node type: its commands before the container starts}."""
     common = config["initialization_commands"]
     return {
         kind: settings.get("initialization_commands", common)
@@ -65,7 +65,7 @@ def test_cluster_file_is_valid_and_its_start_commands_parse(name):
         start.make_context("ray start", start_options(commands)[2:])
 
 
-def test_misspelt_key_is_noticed():
+def test_misspelt_key_is_rejected():
     with pytest.raises(Exception, match="idle_timeout_minuets"):
         prepared(text_of("ray_cluster.yaml").replace("idle_timeout_minutes", "idle_timeout_minuets"))
 
@@ -89,13 +89,18 @@ def test_cloud_scales_from_zero_and_prefers_spot_machines(name):
     for kind in ("gpu", "gpu_spot", "cpu"):
         assert (kinds[kind]["min_workers"], kinds[kind]["max_workers"] > 0) == (0, True)
     spot = {kind: bool(re.search("spot|preemptible", yaml.safe_dump(kinds[kind]["node_config"]))) for kind in kinds}
-    assert spot == {"head": False, "gpu": False, "gpu_spot": True, "cpu": False}  # a job ends with its driver
+    assert spot == {
+        "head": False,
+        "gpu": False,
+        "gpu_spot": True,
+        "cpu": False,
+    }  # a job ends with its driver, on the head
     assert kinds["gpu_spot"]["priority"] > kinds["gpu"].get("priority", 0)
-    # Otherwise a training waits for its machines in several rounds.
+    # Otherwise Ray starts the machines of a training run in several rounds.
     assert config["upscaling_speed"] >= kinds["gpu"]["max_workers"]
-    # The next job finds its machines, and forgotten ones end.
+    # Long enough for the next job to reuse the machines, short enough to end forgotten ones.
     assert 5 <= config["idle_timeout_minutes"] <= 30
-    # A stopped machine still costs its disk, and its latents are gone.
+    # The disk of a stopped machine still costs money, and its latents are lost.
     assert config["provider"].get("cache_stopped_nodes", False) is False
 
 
@@ -103,7 +108,7 @@ def test_cloud_scales_from_zero_and_prefers_spot_machines(name):
 def test_machines_run_one_image_and_share_storage_and_mlflow(name):
     docker = loaded(name)["docker"]
     assert not {"head_image", "worker_image"} & set(docker)
-    assert docker["pull_before_run"] is True  # otherwise a machine may keep an older image of the tag
+    assert docker["pull_before_run"] is True  # otherwise a machine may keep an older image with the same tag
     assert re.search(r"image: \S+  +# CHANGE", text_of(name))
     options = "\n".join(docker["run_options"])
     assert "MLFLOW_TRACKING_URI=http" in options
@@ -192,7 +197,7 @@ def test_containers_of_gpu_machines_have_limits_variables_and_folders_for_traini
 
 def test_aws_machines_have_the_disks_and_the_network_that_the_runbook_states():
     config = yaml.safe_load(with_efa(text_of("ray_cluster.yaml")))
-    assert config["auth"]["ssh_user"] == "ubuntu"  # of the images that the file names
+    assert config["auth"]["ssh_user"] == "ubuntu"  # the user of the images in the file
     kinds = config["available_node_types"]
     for kind in ("gpu", "gpu_spot"):
         node = kinds[kind]["node_config"]

@@ -61,7 +61,7 @@ def test_an_unknown_model_is_refused(registry, model, words):
 
 
 def test_a_registered_model_requires_a_tracking_uri():
-    with pytest.raises(ValueError, match="give tracking_uri, or set MLFLOW_TRACKING_URI"):
+    with pytest.raises(ValueError, match="pass tracking_uri or set MLFLOW_TRACKING_URI"):
         resolve_model("models:/stars/1", None)
 
 

@@ -10,7 +10,7 @@ from moto.server import ThreadedMotoServer
 
 @contextlib.contextmanager
 def s3_bucket() -> Iterator[str]:
-    """Yields the URI of an empty bucket; meanwhile, the environment leads to its server."""
+    """Yields the URI of an empty bucket. Until exit, environment variables point S3 clients to its server."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

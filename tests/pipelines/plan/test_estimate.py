@@ -289,7 +289,7 @@ def test_numbers_of_gpus_that_cannot_train_are_left_out():
         ("--gpus 12", r"gpus must be at most gpus_per_node = 8 or a multiple of it, but got 12; use 8"),
         ("--gpus 0", "gpus must be at least 1, but got 0"),
         ("--gpus 32", r"gpus must be at most global_batch_size = 16 \(one image per GPU\), but got 32; use fewer"),
-        ("--gpu v100", "gpu must be one of h200, h100, a100, a100-40, l4, but got 'v100'; for another kind"),
+        ("--gpu v100", "gpu must be one of h200, h100, a100, a100-40, l4, but got 'v100'; for another GPU"),
         ("--rows-per-pass 0", "rows_per_pass must be at least 1, but got 0"),
         ("--teraflops 0", "teraflops must be above 0, but got 0"),
         ("--network-gbit -1", "network_gbit must be above 0, but got -1"),

@@ -1,4 +1,4 @@
-"""Makes an API key. Prints the key, for its owner, and its hash, for the configuration.
+"""Creates an API key, and prints it for its owner and its hash for the configuration.
 
 python -m deploy.keys alice
 """

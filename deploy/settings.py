@@ -7,7 +7,7 @@ import limits
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# Upper bound of `max_steps`, and so of the steps that any request may ask for.
+# Upper bound of `max_steps`, and thus of the steps of any request.
 MAX_STEPS = 1000
 
 
@@ -31,7 +31,7 @@ class Arguments(BaseModel):
     num_replicas: int = Field(default=1, ge=1)
     """Replicas of the generator. An autoscaling_config under `deployments:` of a Serve config replaces this number."""
     num_api_replicas: int = Field(default=1, ge=1)
-    """Replicas of the HTTP side, which validate requests and encode images."""
+    """Replicas of the HTTP API, which validate requests and encode images."""
     num_gpus: float = Field(default=0.0, ge=0.0)
     """GPUs per generator replica; a fraction lets several replicas share one GPU."""
     cpu_threads: int = Field(default=1, ge=1)
@@ -55,10 +55,10 @@ class Arguments(BaseModel):
     batch_wait_seconds: float = Field(default=0.005, ge=0.0, le=10.0)
     """How long the first image of a batch waits for others."""
     max_queued_images: int = Field(default=256, ge=1)
-    """Images that may wait at a replica; a request beyond that gets 429."""
+    """Maximum number of images queued per replica; a request that exceeds it gets 429."""
 
     deadline_seconds: float = Field(default=60.0, gt=0.0)
-    """A request not finished in this time leaves the queue and gets 504."""
+    """Time limit of a request; one that exceeds it is removed from the queue and gets 504."""
     max_images: int = Field(default=64, ge=1)
     """Maximum number of images per request."""
     max_steps: int = Field(default=128, ge=1, le=MAX_STEPS)
@@ -66,7 +66,7 @@ class Arguments(BaseModel):
     auth: Literal["keys", "none"] | None = None
     """"none" opens the endpoint to everybody. By default, an endpoint without keys only starts on loopback."""
     api_keys: dict[str, str] = Field(default_factory=dict)
-    """{name: SHA-256 of the key}; `python -m deploy.keys NAME` makes both. With any key set, every request needs one."""
+    """{name: SHA-256 of the key}; `python -m deploy.keys NAME` creates both. If any key is set, requests require one."""
     rate_limit: str | None = None
     """Images per key (or per address, without keys) and API replica: "600/minute", "10/second;10000/day"."""
     log_prompts: bool = False
@@ -108,7 +108,8 @@ class Arguments(BaseModel):
             self.batch_sizes.append(self.max_batch_size)
         if self.batch_sizes and max(self.batch_sizes) < self.max_batch_size:
             raise ValueError(
-                f"batch_sizes must reach max_batch_size, {self.max_batch_size}, but got {self.batch_sizes}"
+                f"batch_sizes must include a size of at least max_batch_size = {self.max_batch_size}, "
+                f"but got {self.batch_sizes}"
             )
         return self
 

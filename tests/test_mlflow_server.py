@@ -32,7 +32,7 @@ from pipelines.tracking.run import Run
 from pipelines.train import checkpoints
 from tests.support.clusters import processes_of
 from tests.support.compose import MLFLOW, compose_file, filled_in
-from tests.support.latents import encode_drawn
+from tests.support.latents import encode_demo_images
 from tests.support.mlflow_server import Server
 from tests.support.object_store import s3_bucket
 from tests.support.postgres import Postgres, missing_programs
@@ -147,7 +147,7 @@ def as_user(deployment, monkeypatch):
 def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     images.write_folder(root / "images", num_train=200, num_val=10, num_processes=1)
-    return encode_drawn(root / "images/train", root / "latents", 64)
+    return encode_demo_images(root / "images/train", root / "latents", 64)
 
 
 @pytest.fixture

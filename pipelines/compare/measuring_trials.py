@@ -35,10 +35,10 @@ RULE = SampleRule(base_seed=0, labels="balanced")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPoint:
-    """A way of sampling."""
+    """A solver with a number of function evaluations."""
 
     solver: Literal["euler", "heun"]
-    """euler also stands for MeanFlow's step along an average velocity."""
+    """MeanFlow's steps along the average velocity are also called euler."""
     nfe: int
     """Function evaluations per image."""
 
@@ -68,7 +68,7 @@ class Quality:
     frechet: float
     """Fréchet distance to the training images in the judge's features."""
     accuracy: float
-    """Fraction that the judge assigns to its class."""
+    """Fraction of the images that the judge assigns to their class."""
 
 
 def measure(judge: Judge, train: FeatureStatistics, images: torch.Tensor, labels: torch.Tensor) -> Quality:
@@ -151,7 +151,7 @@ def measure_all(
     *,
     use_gpu: bool,
 ) -> None:
-    """Measures what is missing, each trial as a Ray task with one thread, and one GPU if use_gpu."""
+    """Measures the missing points. Each trial is a Ray task with one thread, and one GPU if use_gpu."""
     points = {trial: missing_points(trial, folder, nfe) for trial in trials}
     missing = [trial for trial in trials if points[trial]]
     evaluations = {trial.name: num_samples * sum(point.nfe for point in points[trial]) for trial in missing}

@@ -14,7 +14,7 @@ IMAGENET_IMAGES, IMAGENET_CLASSES, IMAGENET_LATENTS = 1_281_167, 1000, (4, 32, 3
 
 @dataclass(frozen=True, kw_only=True)
 class PlanJob:
-    """What to train, on which machines, and their measured rates."""
+    """What to train, on which machines, and the measured rates of these machines."""
 
     gpus: int = 8
     """Number of GPUs."""
@@ -23,22 +23,22 @@ class PlanJob:
     gpu: str = "h100"
     """Kind of GPU: h200, h100, a100, a100-40 or l4."""
     teraflops: float | None = None
-    """Measured TFLOP/s per GPU over whole steps: MLflow's model_flops_per_second of a trial, over its GPUs and 10^12.
+    """Measured TFLOP/s per GPU over whole steps: model_flops_per_second of a trial run in MLflow / number of GPUs / 10^12.
     Default: assumed from the GPU's peak and memory bandwidth."""
     link_gbyte: float | None = None
-    """GB/s in one direction between the GPUs of a node, as collectives reach. Default: three quarters of the data sheet's."""
+    """GB/s in one direction that collectives reach between GPUs of a node. Default: three quarters of the data sheet's."""
     network_gbit: float = 100.0
-    """Gbit/s in one direction between nodes, as collectives reach. Plain TCP has 100, EFA and InfiniBand 400 to 3,200."""
+    """Gbit/s in one direction that collectives reach between nodes. Plain TCP: 100; EFA and InfiniBand: 400 to 3,200."""
     storage_gbyte: float = 1.0
     """GB/s between a node and the storage of latents and checkpoints."""
     price_per_gpu_hour: float | None = None
-    """Price of a GPU hour; without it no cost is printed."""
+    """Price of a GPU hour. Default: no cost is printed."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
-    """As in pipelines.train."""
+    """Parallelism of pipelines.train."""
     rows_per_pass: int | None = None
     """Largest micro-batch of a GPU. Default: the largest that fits."""
     epochs: float | None = None
-    """Length of the training in epochs, instead of --num-steps."""
+    """Length of the training run in epochs, instead of --num-steps."""
     data: str | None = None
     """Latent dataset to plan for; replaces the next four options."""
     images: int = IMAGENET_IMAGES
@@ -52,4 +52,4 @@ class PlanJob:
     json: Path | None = None
     """Write all figures to this JSON file."""
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
-    """The experiment."""
+    """The training config."""

@@ -19,7 +19,7 @@ from tests.support.public_checkpoints import (
     C,
     D,
     P,
-    file_of,
+    checkpoint_of,
     imf_torch_state,
     positions_of_mae,
     reference_imf,
@@ -123,7 +123,7 @@ def test_authors_flax_file_for_sampling_has_no_velocity_head():
 
 @pytest.mark.parametrize("source", ["sit", "repa"])
 def test_converted_flow_matching_network_is_independent_of_r_but_can_learn_it(source):
-    network = convert_checkpoint(source, file_of(source)).double()
+    network = convert_checkpoint(source, checkpoint_of(source)).double()
     z, labels, t = batch()
     with torch.no_grad():
         outputs = [network(z, conditioning(t, share * t, labels)).u for share in (0.0, 0.4, 1.0)]
@@ -132,7 +132,7 @@ def test_converted_flow_matching_network_is_independent_of_r_but_can_learn_it(so
     network(z, conditioning(t, 0.4 * t, labels)).u.square().sum().backward()
     assert network.h_embedder.mlp[2].weight.grad.norm() > 1e-3
     assert 0.019 < network.h_embedder.mlp[0].weight.std() < 0.021
-    again = convert_checkpoint(source, file_of(source)).double()
+    again = convert_checkpoint(source, checkpoint_of(source)).double()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in network.state_dict().items())
 
 
@@ -144,7 +144,7 @@ def test_reversing_time_twice_restores_the_layer():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_parameter_of_a_file_reaches_one_parameter_of_the_network(source):
-    state = file_of(source)
+    state = checkpoint_of(source)
     network = convert_checkpoint(source, state, sample_size=SIZE)
     assert network.config.num_heads == HEADS  # as in the debug preset of this width and depth
     assert (network.config.hidden_size, network.config.patch_size) == (D, P)
@@ -163,7 +163,7 @@ def test_every_parameter_of_a_file_reaches_one_parameter_of_the_network(source):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_refusal_lists_every_parameter_that_does_not_fit(source):
-    state = file_of(source)
+    state = checkpoint_of(source)
     converted = SOURCES[source].convert(state)
     network = convert_checkpoint(source, state, sample_size=SIZE)
     biases = [name for name in state if name.endswith("bias") and "x_embedder" not in name and "v_final" not in name]
@@ -208,12 +208,12 @@ def test_missing_and_misshapen_parameters_that_sit_rewrites_are_listed_too(name)
 )
 def test_file_of_another_source_is_refused(source, file, words):
     with pytest.raises(ValueError, match=words):
-        convert_checkpoint(source, file_of(file), sample_size=SIZE)
+        convert_checkpoint(source, checkpoint_of(file), sample_size=SIZE)
 
 
 @pytest.mark.parametrize("source", ["sit", "repa", "zhuyu-cs"])
 def test_source_without_a_step_size_embedder_refuses_one(source):
-    state = file_of(source)
+    state = checkpoint_of(source)
     state["h_embedder.mlp.0.bias"] = torch.zeros(D)
     with pytest.raises(ValueError, match=re.escape("1 unknown: h_embedder.mlp.0.bias")):
         convert_checkpoint(source, state)

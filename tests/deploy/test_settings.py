@@ -18,5 +18,5 @@ def test_batch_sizes_are_parsed_from_the_command_line_and_reach_the_largest_batc
     assert Arguments(model="m", batch_sizes="1,4,16").batch_sizes == [1, 4, 16]
     assert Arguments(model="m", compile=True, max_batch_size=12).batch_sizes == [1, 2, 4, 8, 12]
     assert Arguments(model="m").batch_sizes == []
-    with pytest.raises(ValidationError, match=r"batch_sizes must reach max_batch_size, 16, but got \[1, 4\]"):
+    with pytest.raises(ValidationError, match=r"a size of at least max_batch_size = 16, but got \[1, 4\]"):
         Arguments(model="m", batch_sizes="1,4")

@@ -17,14 +17,14 @@ from pipelines.command_line import run_command
 from pipelines.errors import InputError
 from pipelines.latents.manifest import MANIFEST, shard_name
 from pipelines.latents.shards import read_shard, shard_bytes
-from tests.support.latents import encode_here, encode_job
+from tests.support.latents import encode_job, encode_without_ray
 
 
 @pytest.fixture(scope="module")
 def encoded(image_root, tmp_path_factory):
     """60 images in three shards. Tests must not change it."""
     root = tmp_path_factory.mktemp("checked")
-    encode_here(encode_job(image_root / "train", root / "latents", rows_per_shard=25))
+    encode_without_ray(encode_job(image_root / "train", root / "latents", rows_per_shard=25))
     return root / "latents"
 
 

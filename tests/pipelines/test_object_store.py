@@ -11,7 +11,7 @@ from pipelines.errors import InputError
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import shard_name
 from tests.support.image_forms import as_samples, images_of, write_tar
-from tests.support.latents import assert_same, encode_here, encode_job
+from tests.support.latents import assert_same, encode_job, encode_without_ray
 from tests.support.object_store import s3_bucket
 
 
@@ -33,7 +33,7 @@ def upload(folder, uri):
 def local(image_root, tmp_path_factory):
     """The same images encoded on a local disk."""
     output = tmp_path_factory.mktemp("local") / "latents"
-    encode_here(encode_job(image_root / "val", output, limit=10))
+    encode_without_ray(encode_job(image_root / "val", output, limit=10))
     return output
 
 
@@ -45,7 +45,7 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
         write_tar(tmp_path / "tars/train-0.tar", as_samples(images_of(image_root / "val")))
         upload(tmp_path / "tars", f"{bucket}/{form}/images")
     output = f"{bucket}/{form}/latents"
-    manifest = encode_here(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10))
+    manifest = encode_without_ray(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10))
     assert manifest.shard_rows == [4, 4, 2]
     latents = open_latents(output, str(tmp_path / "cache"))
     assert_same(output, local)
@@ -59,7 +59,7 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
     filesystem.delete_file(f"{root}/manifest.json")
     filesystem.delete_file(f"{root}/{shard_name(1)}")
     before = filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime
-    assert encode_here(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10)) == manifest
+    assert encode_without_ray(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10)) == manifest
     assert filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime == before
 
 

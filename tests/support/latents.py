@@ -1,4 +1,4 @@
-"""Encoding without a cluster, and comparison of latent datasets."""
+"""Encodes latent datasets without a cluster, and compares them."""
 
 import pickle
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from pipelines.latents.shards import Shard, read_shard
 
 
 def encode_job(images: str | Path, output: str | Path, **options) -> EncodeJob:
-    """A job on 64x64 images with the demo's autoencoder."""
+    """A job that encodes 64x64 images with the demo's autoencoder."""
     settings = {"vae": str(SHIPPED_AUTOENCODER), "image_size": 64, **options}
     return EncodeJob(images=str(images), output=str(output), **settings)
 
 
-def encode_in_process(job: EncodeJob, plan: Plan, shards: list[int]):
+def encode_shards_without_ray(job: EncodeJob, plan: Plan, shards: list[int]):
     """Replaces `encode.run._encode_shards`: runs the same stages in sequence, without a cluster."""
     encoder = EncodeShard(job.output, "cpu", precision=job.precision, mirror=job.mirror, batch_size=job.batch_size)
     num_threads = torch.get_num_threads()
@@ -36,7 +36,7 @@ def encode_in_process(job: EncodeJob, plan: Plan, shards: list[int]):
     torch.set_num_threads(num_threads)
 
 
-def encode_here(job: EncodeJob, encode_shards: Callable | None = encode_in_process) -> Manifest:
+def encode_without_ray(job: EncodeJob, encode_shards: Callable | None = encode_shards_without_ray) -> Manifest:
     """Runs a job in this process, without Ray."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode_run, "_encode_shards", encode_shards)
@@ -45,9 +45,9 @@ def encode_here(job: EncodeJob, encode_shards: Callable | None = encode_in_proce
         return encode_run.encode(job)
 
 
-def encode_drawn(images: Path, output: Path, rows_per_shard: int) -> Path:
+def encode_demo_images(images: Path, output: Path, rows_per_shard: int) -> Path:
     """Encodes the demo's images with its autoencoder. Returns the dataset's folder."""
-    encode_here(encode_job(images, output, rows_per_shard=rows_per_shard))
+    encode_without_ray(encode_job(images, output, rows_per_shard=rows_per_shard))
     return output
 
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server on loopback, which tests crash and restart."""
+"""A PostgreSQL server on loopback that tests can crash and restart."""
 
 import os
 import secrets
@@ -23,17 +23,17 @@ def missing_programs() -> list[str]:
 
 
 class Postgres:
-    """A server on a free port of 127.0.0.1, with a password. All its files are in one folder, which `remove` deletes."""
+    """A password-protected server on a free port of 127.0.0.1. `remove` deletes the folder that holds all its files."""
 
     def __init__(self) -> None:
         self.port, self.password = free_port(0), secrets.token_hex(24)
-        # Outside pytest's folders, which other users may not enter; and sockets need short paths.
+        # Not in pytest's folders: other users cannot enter them, and sockets need short paths.
         self.folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
         self._data, self._log = self.folder / "data", self.folder / "log"
         self._process: subprocess.Popen | None = None
         password_file = self.folder / "password"
         password_file.write_text(self.password)
-        # PostgreSQL refuses to run as root; Debian's package makes this user.
+        # PostgreSQL refuses to run as root; Debian's package creates this user.
         self._identity = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
         if self._identity:
             for path in (self.folder, password_file):
@@ -47,7 +47,7 @@ class Postgres:
         self._run("createdb", "--host=127.0.0.1", f"--port={self.port}", f"--username={NAME}", NAME)
 
     def start(self) -> None:
-        """Starts it, and waits until it accepts connections."""
+        """Starts the server and waits until it accepts connections."""
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
                 [shutil.which("postgres", path=_PATH), "-D", self._data, "-h", "127.0.0.1", "-p", str(self.port),
@@ -61,11 +61,11 @@ class Postgres:
             time.sleep(0.1)
 
     def crash(self) -> None:
-        """Ends it without a shutdown, so that the next start recovers from its log."""
+        """Stops the server without a clean shutdown, so that the next start recovers from the write-ahead log."""
         self._end(signal.SIGQUIT)
 
     def remove(self) -> None:
-        """Ends it, and deletes its folder."""
+        """Stops the server and deletes its folder."""
         if self._process is not None and self._process.poll() is None:
             self._end(signal.SIGINT)
         shutil.rmtree(self.folder)

@@ -1,4 +1,4 @@
-"""Small files of every public source with random values, and the sources' networks written from the papers."""
+"""Small checkpoints in the format of every public source, with random values, and reference networks from the papers."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import torch
 
 from meanflow_core.interop import names
 
-# Width and depth of the debug presets, whose number of heads is known; patches of 2 on 4x8x8 latents, 7 classes.
+# Width and depth of the debug presets, so that the number of heads is known; patches of 2 on 4x8x8 latents, 7 classes.
 D, DEPTH, HEADS, P, C, SIZE, CLASSES = 64, 2, 2, 2, 4, 8, 7
 AUX_DEPTH, IMF_INNER = 1, int(D * 8 / 3)
 
@@ -76,7 +76,7 @@ def imf_torch_state(has_velocity_head=False):
         shapes |= {f"{block}.attn.{name}_proj._flax_linear.weight": (D, D) for name in ("q", "k", "v", "out")}
         shapes |= {f"{block}.mlp.{name}._flax_linear.weight": (IMF_INNER, D) for name in ("w1", "w3")}
         shapes[f"{block}.mlp.w2._flax_linear.weight"] = (D, IMF_INNER)
-    for head in ("u", "v"):  # the published files hold the v head's last layer, and no block of it
+    for head in ("u", "v"):  # the published files contain the last layer of the v head, but none of its blocks
         shapes[f"{head}_final_layer.norm.weight"] = (D,)
         shapes[f"{head}_final_layer.linear._flax_linear.weight"] = (P * P * C, D)
         shapes[f"{head}_final_layer.linear._flax_linear.bias"] = (P * P * C,)
@@ -102,8 +102,8 @@ def as_flax(state):
     return flat
 
 
-def file_of(source):
-    """A small file of a source."""
+def checkpoint_of(source):
+    """A small checkpoint in the format of a public source."""
     if source == "sit":
         return sit_state(out_channels=2 * C)
     if source == "repa":
@@ -185,14 +185,14 @@ def rms_normed(state, name, x):
 
 
 def rotated(x):
-    """Rotary positions on (B, N, heads, d), pairs of neighbours as complex numbers."""
+    """Applies rotary position embeddings to (B, N, heads, d); adjacent features form complex numbers."""
     angles = torch.arange(x.shape[1])[:, None] / 10000.0 ** (torch.arange(0, x.shape[-1], 2) / x.shape[-1])
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.exp(1j * angles.to(x.dtype))[:, None]).flatten(-2)
 
 
 def reference_imf(state, z, labels, h, omega, guidance_interval_start, guidance_interval_end):
-    """(u, v) of improved MeanFlow (Geng et al. 2025); v None where the file has no blocks for it."""
+    """(u, v) of improved MeanFlow (Geng et al. 2025); v is None if the checkpoint has no blocks for it."""
     wrap = "_flax_linear."
     table = state["net.y_embedder.embedding_table._flax_embedding.weight"]
     groups = [

@@ -23,13 +23,13 @@ BIN = Path(sys.executable).parent
 
 @dataclass
 class Node:
-    """One `ray start --block`."""
+    """A Ray node, started by `ray start --block`."""
 
     process: subprocess.Popen
     log: Path
 
     def kill(self) -> None:
-        """Sends SIGKILL to all its processes, as if the machine were lost."""
+        """Sends SIGKILL to all processes of the node, as if the machine were lost."""
         processes = [
             self.process.pid,
             *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True)),
@@ -42,7 +42,7 @@ class Node:
 
 @dataclass
 class RealCluster:
-    """A head without CPUs, and its workers."""
+    """A head node without CPUs, and its worker nodes."""
 
     folder: Path
     environment: dict[str, str]
@@ -52,15 +52,15 @@ class RealCluster:
 
     @property
     def dashboard(self) -> str:
-        """The address for jobs and Serve configs."""
+        """The address to which jobs and Serve configs are submitted."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def command(self, *words: str) -> list[str]:
-        """A command line with the path of this environment's program."""
+        """The command, with the path of the program in this Python environment."""
         return [str(BIN / words[0]), *words[1:]]
 
     def run(self, *words: str, timeout: float = 300.0, cwd: Path | None = None) -> subprocess.CompletedProcess:
-        """Runs a command to its end with the cluster's environment."""
+        """Runs a command in the cluster's environment and waits until it exits."""
         return subprocess.run(
             self.command(*words), env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=cwd
         )
@@ -83,7 +83,7 @@ class RealCluster:
         return self.start_node("--address", f"127.0.0.1:{self.head_port}", "--num-cpus", str(num_cpus))
 
     def nodes_alive(self) -> int:
-        """The number of alive nodes, as the head reports it."""
+        """The number of alive nodes, as reported by the head."""
         headers = {}
         if self.environment.get("RAY_AUTH_TOKEN"):
             headers["Authorization"] = f"Bearer {self.environment['RAY_AUTH_TOKEN']}"
@@ -102,12 +102,12 @@ class RealCluster:
                     return
             time.sleep(0.3)
         logs = "".join(node.log.read_text()[-1500:] for node in self.nodes)
-        raise AssertionError(f"must be {count} nodes, but got {seen} after {seconds} s: {logs}")
+        raise AssertionError(f"expected {count} alive nodes, but got {seen} after {seconds} s: {logs}")
 
 
 @contextlib.contextmanager
 def real_cluster(num_workers: int, cpus_each: int, token: str | None = None) -> Iterator[RealCluster]:
-    """Yields a head and workers, and kills all their processes afterwards. token: for Ray's authentication (default: off)."""
+    """Yields a head and workers, and kills all their processes on exit. token: enables Ray's token authentication."""
     folder = Path(tempfile.mkdtemp(prefix="mfk-", dir="/tmp"))  # Unix sockets need short paths
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
     environment |= {
@@ -115,7 +115,7 @@ def real_cluster(num_workers: int, cpus_each: int, token: str | None = None) -> 
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token" if token else "disabled",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        # A lost node is noticed within seconds instead of half a minute.
+        # Detects a lost node within seconds instead of half a minute.
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_failure_threshold": "3",
@@ -130,7 +130,7 @@ def real_cluster(num_workers: int, cpus_each: int, token: str | None = None) -> 
             "--ray-client-server-port", str(free_port(0)),
         )  # fmt: skip
         cluster.wait_for_nodes(1)
-        for number in range(num_workers):  # one at a time: with two cores, one of several times out
+        for number in range(num_workers):  # one at a time: on two cores, starting several at once makes one time out
             cluster.start_worker(cpus_each)
             cluster.wait_for_nodes(2 + number)
         yield cluster

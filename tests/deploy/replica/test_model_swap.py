@@ -24,7 +24,7 @@ def loaded_models(generator_folder, other_folder):
 
 
 class Loader:
-    """Stands in for load_model: hands out loaded models, fails for the broken ones, and waits at a model's gate."""
+    """Replaces load_model: returns loaded models, fails for broken ones, and blocks until a model's gate is set."""
 
     def __init__(self, loaded_models):
         self.loaded_models, self.broken, self.gates = loaded_models, {"broken"}, {}
@@ -63,9 +63,9 @@ def service_of(folder, load, **options):
     return service
 
 
-async def until(holds):
+async def until(condition):
     async with asyncio.timeout(60):
-        while not holds():
+        while not condition():
             await asyncio.sleep(0.005)
 
 
@@ -78,7 +78,7 @@ def test_the_old_model_serves_until_the_next_one_is_loaded(service, loader, gene
 
     async def work():
         await service.reconfigure({})
-        async with asyncio.timeout(30):  # returns while the gate holds up the load
+        async with asyncio.timeout(30):  # returns although the gate blocks the load
             await service.reconfigure({"model": str(other_folder)})
         await until(lambda: len(loader.calls) == 2)
         before = await service.generate(request())
@@ -94,14 +94,14 @@ def test_the_old_model_serves_until_the_next_one_is_loaded(service, loader, gene
     assert service.models.problem is None
 
 
-def test_a_broken_model_changes_nothing_and_is_retried_with_growing_pauses(service, loader):
+def test_a_broken_model_changes_nothing_and_is_retried_with_increasing_delays(service, loader):
     async def work():
         await service.reconfigure({})
         await service.reconfigure({"model": "broken"})
         await until(lambda: loader.models.count("broken") == 4)
         status, result = await service.describe(), await service.generate(request())
         refused = service.recorded.values("meanflow_model_refused")[-1]
-        await service.reconfigure({})  # takes the request back
+        await service.reconfigure({})  # withdraws the request
         return status, result, refused
 
     status, result, refused = asyncio.run(work())
@@ -110,7 +110,7 @@ def test_a_broken_model_changes_nothing_and_is_retried_with_growing_pauses(servi
     assert status.problem.endswith("first instead")
     assert refused == 1.0
     times = [seconds for model, seconds in loader.calls if model == "broken"]
-    assert all(pause > minimum for pause, minimum in zip(np.diff(times), (0.05, 0.1, 0.2), strict=True))
+    assert all(delay > minimum for delay, minimum in zip(np.diff(times), (0.05, 0.1, 0.2), strict=True))
     assert service.models.problem is None
     assert service.recorded.values("meanflow_model_refused")[-1] == 0.0
 
@@ -131,7 +131,7 @@ def test_a_model_that_failed_serves_once_it_loads(service, loader, other_folder)
 
 
 def test_the_latest_request_wins_even_over_loads_that_hang(service, loader, generator_folder, other_folder):
-    hanging = [f"hanging-{index}" for index in range(33)]  # more than an event loop has threads by default
+    hanging = [f"hanging-{index}" for index in range(33)]  # more than the default number of threads of an event loop
     gate = threading.Event()
     loader.gates = dict.fromkeys([*hanging, str(other_folder)], gate)
 
@@ -149,7 +149,7 @@ def test_the_latest_request_wins_even_over_loads_that_hang(service, loader, gene
     assert (status.model.id, status.problem) == ("first", None)
 
 
-def test_the_problem_of_an_earlier_request_is_dropped_with_it(service, loader, other_folder):
+def test_a_new_request_clears_the_problem_of_the_previous_one(service, loader, other_folder):
     gate = loader.gates[str(other_folder)] = threading.Event()
 
     async def work():
@@ -258,7 +258,7 @@ def test_a_failed_load_keeps_no_device_memory(generator_folder, loaded_models, m
         if model == str(generator_folder):
             return loaded_models[model]
         was_freed.extend(weight() is None for weight in weights)
-        tensor = torch.zeros(1)  # stands for weights on the device
+        tensor = torch.zeros(1)  # represents the weights on the device
         weights.append(weakref.ref(tensor))
         service.models.current.engine.max_size_that_fits = 1  # a batch that ran out of memory meanwhile
         raise torch.OutOfMemoryError("full")

@@ -30,7 +30,7 @@ from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError
 from pipelines.evaluate.judge import load_judge
 from pipelines.plan.cost import num_parameters
-from tests.support.latents import encode_here
+from tests.support.latents import encode_without_ray
 
 SIZES = {"sample_size": 8, "in_channels": 4, "num_classes": 10}
 FLOPS = {"flow_matching": 10.0, "meanflow": 12.0, "meanflow_own_velocity": 12.0, "improved_meanflow": 40.0}
@@ -39,7 +39,9 @@ FLOPS = {"flow_matching": 10.0, "meanflow": 12.0, "meanflow_own_velocity": 12.0,
 @pytest.fixture(scope="module")
 def latents(image_root, tmp_path_factory):
     output = str(tmp_path_factory.mktemp("comparison") / "latents")
-    encode_here(EncodeJob(images=str(image_root / "train"), output=output, vae=str(SHIPPED_AUTOENCODER), image_size=64))
+    encode_without_ray(
+        EncodeJob(images=str(image_root / "train"), output=output, vae=str(SHIPPED_AUTOENCODER), image_size=64)
+    )
     return output
 
 

@@ -18,14 +18,21 @@ from pipelines.images.sources import find_images
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import MANIFEST, read_manifest, shard_name
 from tests.support.image_forms import as_samples, images_of, write_parquet, write_tar
-from tests.support.latents import assert_same, by_stem, encode_here, encode_in_process, encode_job, read_shards
+from tests.support.latents import (
+    assert_same,
+    by_stem,
+    encode_job,
+    encode_shards_without_ray,
+    encode_without_ray,
+    read_shards,
+)
 
 
 @pytest.fixture(scope="module")
 def encoded(image_root, tmp_path_factory):
     """The dataset of the 40 held-out images in three shards. Tests must not change it."""
     output = tmp_path_factory.mktemp("encoded") / "latents"
-    encode_here(encode_job(image_root / "val", output, rows_per_shard=16))
+    encode_without_ray(encode_job(image_root / "val", output, rows_per_shard=16))
     return output
 
 
@@ -61,8 +68,8 @@ def test_folders_parquet_and_webdataset_give_the_same_latents(image_root, encode
     write_parquet(tmp_path / "parquet/train-1.parquet", rows[23:])
     for part, chunk in enumerate((images[:11], images[11:])):
         write_tar(tmp_path / f"tars/train-{part}.tar", as_samples(chunk))
-    encode_here(encode_job(tmp_path / "parquet", tmp_path / "parquet_out", rows_per_shard=13))
-    encode_here(encode_job(tmp_path / "tars", tmp_path / "tars_out", rows_per_shard=40))
+    encode_without_ray(encode_job(tmp_path / "parquet", tmp_path / "parquet_out", rows_per_shard=13))
+    encode_without_ray(encode_job(tmp_path / "tars", tmp_path / "tars_out", rows_per_shard=40))
     assert len(by_stem(encoded)) == 40
     for output in ("parquet_out", "tars_out"):
         assert_same(tmp_path / output, encoded)
@@ -70,7 +77,7 @@ def test_folders_parquet_and_webdataset_give_the_same_latents(image_root, encode
 
 def test_limit_selects_images_of_all_classes_and_mirror_images_are_optional(image_root, tmp_path):
     job = encode_job(image_root / "train", tmp_path / "latents", limit=20, rows_per_shard=8, mirror=False)
-    manifest = encode_here(job)
+    manifest = encode_without_ray(job)
     assert (manifest.num_samples, manifest.class_names[8], manifest.recipe.mirrored) == (20, "star", False)
     latents = open_latents(str(tmp_path / "latents"), str(tmp_path / "cache"))
     assert sorted(set(latents.labels.tolist())) == list(range(10))
@@ -95,12 +102,12 @@ def test_interrupted_job_encodes_the_missing_shards_only(copied, tmp_path):
 
     def record(job, plan, shards):
         encoded_shards.append(shards)
-        encode_in_process(job, plan, shards)
+        encode_shards_without_ray(job, plan, shards)
 
-    assert encode_here(copied, record) == complete
+    assert encode_without_ray(copied, record) == complete
     assert encoded_shards == [[1]]
     assert [path.read_bytes() for path in sorted(output.glob("shards/*"))] == before
-    assert encode_here(copied, record) == complete  # nothing is missing
+    assert encode_without_ray(copied, record) == complete  # nothing is missing
     assert encoded_shards == [[1]]
 
 
@@ -115,7 +122,7 @@ def test_too_many_unreadable_images_fail_and_repeating_with_a_larger_fraction_co
         r"3 of 40 images \(7\.50%\) cannot be read, more than --max-rejected-fraction 0\.001 .*UnidentifiedImageError"
     )
     with pytest.raises(InputError, match=message):
-        encode_here(encode_job(images, output, rows_per_shard=3))
+        encode_without_ray(encode_job(images, output, rows_per_shard=3))
     rejected = pq.read_table(output / "rejected.parquet").to_pylist()
     assert {image["sample_id"] for image in rejected} == {f"d0000000/{path.stem}" for path in unreadable}
     assert all(image["reason"] for image in rejected)
@@ -123,7 +130,7 @@ def test_too_many_unreadable_images_fail_and_repeating_with_a_larger_fraction_co
         read_manifest(str(output))
 
     job = encode_job(images, output, rows_per_shard=3, max_rejected_fraction=0.1)
-    manifest = encode_here(job, encode_shards=None)  # no shard is missing
+    manifest = encode_without_ray(job, encode_shards=None)  # no shard is missing
     assert (manifest.num_samples, manifest.num_rejected) == (37, 3)
     assert manifest.shard_rows[0] == 0
     assert len(open_latents(str(output), str(tmp_path / "cache"))) == 37
@@ -137,10 +144,10 @@ def test_images_are_read_again_after_none_could_be_read(image_root, tmp_path):
         path.write_bytes(bytes(len(content)))
     job = encode_job(images, tmp_path / "latents", limit=4)
     with pytest.raises(InputError, match="none of the 4 images"):
-        encode_here(job)
+        encode_without_ray(job)
     for path, content in contents.items():
         path.write_bytes(content)
-    assert encode_here(job).num_samples == 4
+    assert encode_without_ray(job).num_samples == 4
 
 
 def test_damaged_shard_is_replaced_as_the_error_of_a_node_says(copied, tmp_path):
@@ -152,7 +159,7 @@ def test_damaged_shard_is_replaced_as_the_error_of_a_node_says(copied, tmp_path)
         open_latents(str(output), str(tmp_path / "cache"))
     (output / shard_name(1)).unlink()
     (output / MANIFEST).unlink()
-    assert encode_here(copied) == complete
+    assert encode_without_ray(copied) == complete
     assert len(open_latents(str(output), str(tmp_path / "cache"))) == 40
 
 
@@ -160,9 +167,9 @@ def test_damaged_manifest_is_written_again_after_deleting_it(copied, tmp_path):
     complete = read_manifest(copied.output)
     (tmp_path / "latents" / MANIFEST).write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json is damaged .*; delete it and run pipelines\.encode again"):
-        encode_here(copied)
+        encode_without_ray(copied)
     (tmp_path / "latents" / MANIFEST).unlink()
-    assert encode_here(copied, encode_shards=None) == complete
+    assert encode_without_ray(copied, encode_shards=None) == complete
 
 
 @pytest.mark.parametrize(
@@ -177,7 +184,7 @@ def test_invalid_shard_prevents_the_manifest(copied, tmp_path, damage, message):
     (tmp_path / "latents" / MANIFEST).unlink()
     damage(tmp_path / "latents" / shard_name(1))
     with pytest.raises(InputError, match=rf"shard-00001\.arrow {message}.*; delete it and run again"):
-        encode_here(copied)
+        encode_without_ray(copied)
 
 
 def test_output_of_another_recipe_is_refused_and_kept(copied, image_root, tmp_path):
@@ -192,7 +199,7 @@ def test_output_of_another_recipe_is_refused_and_kept(copied, image_root, tmp_pa
         "precision is tf32, not float16": {"precision": "float16"},
     }.items():
         with pytest.raises(InputError, match=f"contains another encoding .*{name}"):
-            encode_here(replace(copied, **options))
+            encode_without_ray(replace(copied, **options))
     assert (tmp_path / "latents" / MANIFEST).read_text() == before
 
 

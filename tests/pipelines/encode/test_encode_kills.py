@@ -15,7 +15,7 @@ from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.latents.manifest import read_manifest
 from tests.support.clusters import cluster_of_two, processes_of
-from tests.support.latents import assert_same, encode_drawn, read_shards
+from tests.support.latents import assert_same, encode_demo_images, read_shards
 from tests.support.readme import REPOSITORY
 
 NUM_IMAGES, ROWS_PER_SHARD = 1200, 32
@@ -32,7 +32,7 @@ def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("kills")
     images.write_folder(root / "images", num_train=NUM_IMAGES, num_val=10)
     (root / "images/train/d0000004/d0000004_104.JPEG").write_bytes(b"truncated")
-    encode_drawn(root / "images/train", root / "expected", ROWS_PER_SHARD)
+    encode_demo_images(root / "images/train", root / "expected", ROWS_PER_SHARD)
     return root
 
 

@@ -19,7 +19,7 @@ from pipelines.evaluate.real_images import read_evenly
 from pipelines.evaluate.reference import read_reference, reference_bytes, reference_protocol, require_same_protocol
 from pipelines.evaluate.sums import SetSums
 from pipelines.images.sources import find_images
-from tests.support.latents import encode_here
+from tests.support.latents import encode_without_ray
 
 EXTRACTOR = {"name": "judge", "weights_sha256": "abc"}
 
@@ -129,7 +129,7 @@ def test_references_of_images_and_of_their_latents_on_any_storage(image_root, va
     assert len(reference.features) == 12
 
     latents = str(tmp_path / "latents")
-    encode_here(
+    encode_without_ray(
         EncodeJob(
             images=val, output=latents, vae=str(SHIPPED_AUTOENCODER), image_size=64, rows_per_shard=9,
             precision="float32",

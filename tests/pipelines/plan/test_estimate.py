@@ -35,7 +35,7 @@ from pipelines.plan.hardware import GPUS, Cluster
 from pipelines.plan.job import PlanJob
 from pipelines.plan.report import describe_estimate
 from pipelines.plan.run import build_cluster, build_workload, plan
-from tests.support.latents import encode_here
+from tests.support.latents import encode_without_ray
 from tests.support.processes import run_processes
 from tests.support.sent_bytes import GUIDED, NORMALIZATION, batches, count_sent
 
@@ -395,7 +395,7 @@ def test_options_reach_the_workload_and_the_cluster():
 def test_data_option_takes_sizes_from_the_manifest(image_root, tmp_path):
     output = str(tmp_path / "latents")
     vae = str(SHIPPED_AUTOENCODER)
-    manifest = encode_here(
+    manifest = encode_without_ray(
         EncodeJob(images=str(image_root / "val"), output=output, vae=vae, image_size=64, mirror=False)
     )
     load = build_workload(PlanJob(config=debug(), data=output))

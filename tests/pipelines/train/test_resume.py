@@ -18,7 +18,7 @@ from pipelines.train import checkpoints
 from pipelines.train import run as train_run
 from pipelines.train.job import TrainJob
 from pipelines.train.record import TRAINING_RECORD, read_record
-from tests.support.latents import encode_drawn
+from tests.support.latents import encode_demo_images
 from tests.support.object_store import s3_bucket
 from tests.support.training_checkpoints import differing, last_checkpoint, tensors_of, train_in_this_process
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def latents(image_root, tmp_path_factory):
-    return encode_drawn(image_root / "train", tmp_path_factory.mktemp("resume") / "latents", 64)
+    return encode_demo_images(image_root / "train", tmp_path_factory.mktemp("resume") / "latents", 64)
 
 
 def train_workers() -> list[psutil.Process]:

@@ -27,7 +27,7 @@ from pipelines.train import checkpoints
 from pipelines.train.record import TRAINING_RECORD
 from tests.core.test_world_sizes import without_key_bias
 from tests.support.clusters import cluster_of_two, processes_of
-from tests.support.latents import encode_drawn
+from tests.support.latents import encode_demo_images
 from tests.support.mlflow_server import Server
 from tests.support.readme import REPOSITORY
 from tests.support.training_checkpoints import differing, last_checkpoint, tensors_of, train_in_this_process
@@ -56,7 +56,7 @@ def server(tmp_path_factory):
 def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     images.write_folder(root / "images", num_train=200, num_val=10)
-    return encode_drawn(root / "images/train", root / "latents", 64)
+    return encode_demo_images(root / "images/train", root / "latents", 64)
 
 
 @pytest.fixture(scope="module")

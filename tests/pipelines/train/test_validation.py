@@ -23,7 +23,7 @@ from pipelines.tracking.run import Run
 from pipelines.train import validation
 from pipelines.train.job import TrainJob
 from tests.conftest import perturbed
-from tests.support.latents import encode_here
+from tests.support.latents import encode_without_ray
 
 CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 
@@ -32,7 +32,7 @@ CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 def latents(tmp_path_factory, image_root):
     """Forty held-out images."""
     output = tmp_path_factory.mktemp("validation") / "latents"
-    encode_here(
+    encode_without_ray(
         EncodeJob(images=str(image_root / "val"), output=str(output), vae=str(SHIPPED_AUTOENCODER), image_size=64)
     )
     return output

@@ -141,7 +141,7 @@ def exists(words: list[str]) -> bool:
 
 def test_commands_within_sentences_exist():
     seen = 0
-    for page in PAGES:
+    for page in set(PAGES) - {"CHANGELOG.md"}:  # which also names removed commands
         prose = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
         for code in re.findall(r"`([^`]+)`", prose):
             words = code.replace("\n", " ").split()

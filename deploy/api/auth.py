@@ -10,7 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from deploy.api.errors import ApiError
 from deploy.settings import Arguments
 
-bearer = HTTPBearer(auto_error=False, description="An API key, where the endpoint has any.")
+bearer = HTTPBearer(auto_error=False, description="API key; required if the endpoint has keys.")
 
 
 def hash_key(key: str) -> str:
@@ -43,7 +43,9 @@ def identify_caller(
     name = find_key_name(credentials.credentials, api_keys) if credentials else None
     if name is None:
         received = "an unknown one" if credentials else "none"
-        raise ApiError(401, f"wanted an API key as `Authorization: Bearer KEY`, but got {received}", "invalid_api_key")
+        raise ApiError(
+            401, f"expected an API key as `Authorization: Bearer KEY`, but got {received}", "invalid_api_key"
+        )
     request.state.log["key"] = name
     return f"key {name}"
 

@@ -14,15 +14,15 @@ from deploy.api.schema import ErrorBody, ErrorResponse
 MAX_VALIDATION_ERRORS = 10
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 DESCRIPTIONS = {
-    400: "A field has a value that this model does not take; `param` names it.",
-    401: "No API key, or an unknown one.",
+    400: "A field has a value that this model does not support; `param` names the field.",
+    401: "Missing or unknown API key.",
     404: "Not found.",
     413: "The body is too long.",
-    422: "A field is missing, unknown, or of another type or range; `param` names it.",
-    429: "Too many images wait, or the key's rate is used up; Retry-After says when to come again.",
-    500: "A fault of the server.",
-    503: "No replica could do it just now; the same request may succeed a moment later.",
-    504: "Not done by the deadline.",
+    422: "A field is missing, unknown, or has a wrong type or range; `param` names the field.",
+    429: "Too many images are queued, or the rate limit is exceeded; Retry-After says when to try again.",
+    500: "Internal server error.",
+    503: "No replica is available; the same request may succeed later.",
+    504: "Deadline exceeded.",
 }
 
 

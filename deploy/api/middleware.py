@@ -92,7 +92,7 @@ class AccessLog:
                 raise
             # Starlette's own handler is outside of all middleware, so its response would lack headers and log line.
             logger.error("a request failed", exc_info=error)
-            response = error_response(ApiError(500, "a fault of the server; its log says more"))
+            response = error_response(ApiError(500, "internal server error; see the server's log"))
             await response(scope, receive, send_and_note_status)
         finally:
             self._record(scope, status or CLIENT_DISCONNECTED, time.perf_counter() - started, details)

@@ -64,10 +64,10 @@ Caller = Annotated[str, Depends(get_caller)]
 
 @images.post("/v1/images/generations", response_model=ImagesResponse)
 async def images_generations(body: ImagesRequest, request: Request, service: Service, caller: Caller) -> Response:
-    """Images as OpenAI's Images API answers them; the `openai` client works with this address as its base URL."""
+    """Generates images like OpenAI's Images API. Works with the `openai` client and this server's /v1 as the base URL."""
     started = time.perf_counter()
     if body.response_format == "url":
-        raise invalid_value("response_format", "images are not kept, so there is no url; ask for b64_json")
+        raise invalid_value("response_format", "images are not stored, so there is no url; use b64_json")
     generation = service.make_generation_request(
         body,
         class_=body.prompt,
@@ -126,7 +126,7 @@ def image_data(generation: GenerationRequest, result: GenerationResult, files: l
     response_class=Response,
     responses={
         200: {
-            "description": "One PNG, several images as a grid, or a ZIP of PNGs.",
+            "description": "One PNG, with several images in a grid, or a ZIP of PNGs.",
             "content": {
                 media_type: {"schema": {"type": "string", "format": "binary"}}
                 for media_type in (MEDIA_TYPES["png"], "application/zip")
@@ -135,7 +135,7 @@ def image_data(generation: GenerationRequest, result: GenerationResult, files: l
     },
 )
 async def generate(body: GenerateRequest, request: Request, service: Service, caller: Caller) -> Response:
-    """Images of one class as a file."""
+    """Generates images of one class, as a file."""
     started = time.perf_counter()
     generation = service.make_generation_request(
         body, class_=body.class_, num_images=body.num_images, count_field="num_images", model=None, size="auto"
@@ -167,13 +167,13 @@ def file_names(generation: GenerationRequest, result: GenerationResult) -> list[
 
 @models.get("/v1/models", name="models")
 async def list_models(service: Service, caller: Caller) -> ModelList:
-    """The model that serves."""
+    """Lists the serving model."""
     return ModelList(data=[await service.model_info()])
 
 
 @models.get("/v1/models/{model_id:path}")
 async def model(model_id: str, service: Service, caller: Caller) -> ModelInfo:
-    """The model that serves, by its id."""
+    """The serving model, by its id."""
     info = await service.model_info()
     if model_id != info.id:
         raise ApiError(404, f"unknown model {model_id!r}; {info.id!r} serves here", "model_not_found", "model")
@@ -184,10 +184,10 @@ async def model(model_id: str, service: Service, caller: Caller) -> ModelInfo:
 async def classes(
     service: Service,
     caller: Caller,
-    search: Annotated[str | None, Query(max_length=200, description="Part of a name, a wnid, or an id.")] = None,
+    search: Annotated[str | None, Query(max_length=200, description="Part of a name, or a whole wnid or id.")] = None,
     limit: Annotated[int | None, Query(ge=1, le=100_000)] = None,
 ) -> list[ClassEntry]:
-    """The classes, by id; with `search`, those that it may mean."""
+    """Lists the classes by id. `search` filters by name, wnid or id."""
     entries = await service.classes()
     if search is not None:
         word = search.strip().lower()
@@ -201,7 +201,7 @@ async def classes(
 
 @health.get("/version", responses=LOOKUP_ERRORS)
 async def version(request: Request, service: Service, caller: Caller) -> Version:
-    """What runs here, and which weights."""
+    """Versions of the software and of the weights."""
     return Version(
         version=request.app.version,
         torch=torch.__version__,
@@ -212,13 +212,13 @@ async def version(request: Request, service: Service, caller: Caller) -> Version
 
 @health.get("/healthz")
 async def healthz() -> Health:
-    """200 while this process answers."""
+    """200 while the process is alive."""
     return Health()
 
 
-@health.get("/readyz", responses={503: {"model": Readiness, "description": "No model serves yet."}})
+@health.get("/readyz", responses={503: {"model": Readiness, "description": "No model is serving yet."}})
 async def readyz(request: Request, service: Service) -> Response:
-    """200 once a model serves; what was asked for and is not in use stands in `problem`."""
+    """200 once a model serves. `problem` says why a requested model or setting is not in use."""
     body = await service.readiness()
     if body.problem is not None:
         try:
@@ -241,7 +241,7 @@ def build_http_app(service: ApiService) -> FastAPI:
     api = FastAPIOffline(
         title="meanflow-ray",
         version=importlib.metadata.version("meanflow-ray"),
-        description="Class-conditional images in one network call.",
+        description="Generates class-conditional images in one network call.",
         redoc_url=None,
         static_url="/static-docs",
         exception_handlers=EXCEPTION_HANDLERS,

@@ -25,24 +25,32 @@ Time = Annotated[float, Field(ge=0.0, le=1.0)]
 class Sampling(Strict):
     """Sampling options, shared by both image routes."""
 
-    seed: Seed | None = Field(default=None, description="Image i is that of seed + i; random if absent.")
+    seed: Seed | None = Field(default=None, description="Image i uses seed + i. Default: random.")
     seed_end: Seed | None = Field(
-        default=None, description="Image i lies i / (n - 1) of the way from `seed` to this one; at least 2 images."
+        default=None,
+        description="Interpolate from `seed` to this seed: image i has weight i / (n - 1). At least 2 images.",
     )
-    num_inference_steps: int = Field(default=1, ge=1, le=MAX_STEPS, description="Network calls per image.")
+    num_inference_steps: int = Field(
+        default=1, ge=1, le=MAX_STEPS, description="Sampling steps; each calls the network once."
+    )
     timesteps: list[Time] | None = Field(
         default=None,
         min_length=2,
         max_length=MAX_STEPS + 1,
-        description="Times from 1.0 down to 0.0 in place of equal steps; one call for each but the last.",
+        description="Decreasing times from 1.0 to 0.0 in place of equal steps. N + 1 times make N steps.",
     )
     guidance_scale: float | None = Field(
-        default=None, ge=1.0, le=1000.0, description="1 is no guidance; for models that are told their guidance."
+        default=None,
+        ge=1.0,
+        le=1000.0,
+        description="1 disables guidance. Only for models that take guidance as an input.",
     )
     guidance_interval: list[Time] | None = Field(
-        default=None, min_length=2, max_length=2, description="[start, end] of the times that are guided."
+        default=None, min_length=2, max_length=2, description="[start, end]: the times at which guidance applies."
     )
-    preview: bool = Field(default=False, description="Decode by the small decoder: quicker, and a little off.")
+    preview: bool = Field(
+        default=False, description="Decode with the small preview decoder: faster and slightly less accurate."
+    )
 
 
 class GenerateRequest(Sampling):
@@ -53,36 +61,36 @@ class GenerateRequest(Sampling):
     )
 
     class_: int | Annotated[str, Field(min_length=1, max_length=200)] = Field(
-        alias="class", description="Class id, wnid, or a name as GET /classes lists them."
+        alias="class", description="Class id, wnid or name, as listed by GET /classes."
     )
-    num_images: int = Field(default=1, ge=1, description="Images of this class.")
+    num_images: int = Field(default=1, ge=1, description="Number of images.")
     response_format: Literal["png", "zip"] = Field(
-        default="png", description="One PNG, several images as a grid; or a ZIP of PNGs."
+        default="png", description="png: one file, several images in a grid. zip: one PNG per image."
     )
 
 
 class ImagesRequest(Sampling):
-    """The body of POST /v1/images/generations: OpenAI's, and what one-step generators have beyond it."""
+    """The body of POST /v1/images/generations: OpenAI's fields and sampling options."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "star", "n": 1, "seed": 7}]})
 
     prompt: str = Field(min_length=1, max_length=200, description='Class name, wnid, or "class:207".')
-    model: str | None = Field(default=None, max_length=500, description="As GET /v1/models lists it; there is one.")
-    n: int | None = Field(default=1, ge=1, description="Images of this class.")
-    size: str | None = Field(default="auto", max_length=20, description='"auto", or the size that the model has.')
+    model: str | None = Field(default=None, max_length=500, description="Id from GET /v1/models. There is one model.")
+    n: int | None = Field(default=1, ge=1, description="Number of images.")
+    size: str | None = Field(default="auto", max_length=20, description='"auto" or the size of the model\'s images.')
     response_format: Literal["b64_json", "url"] | None = Field(
-        default="b64_json", description="b64_json alone; images are not kept, so there is no URL."
+        default="b64_json", description="Only b64_json: images are not stored, so there is no URL."
     )
     output_format: ImageFormat | None = Field(default="png")
     output_compression: int | None = Field(default=None, ge=0, le=100, description="Quality of JPEG and WebP.")
-    quality: Literal["auto", "standard"] | None = Field(default="auto", description="There is one quality.")
-    background: Literal["auto", "opaque"] | None = Field(default="auto", description="Images are opaque.")
-    stream: Literal[False] | None = Field(default=False, description="Images come whole.")
-    user: str | None = Field(default=None, max_length=500, description="Not used.")
+    quality: Literal["auto", "standard"] | None = Field(default="auto", description="Ignored: there is one quality.")
+    background: Literal["auto", "opaque"] | None = Field(default="auto", description="Ignored: images are opaque.")
+    stream: Literal[False] | None = Field(default=False, description="Streaming is not supported.")
+    user: str | None = Field(default=None, max_length=500, description="Ignored.")
 
 
 class ImageData(BaseModel):
-    """One image of an answer."""
+    """One image of a response."""
 
     b64_json: str
     """The image file in base64."""
@@ -93,7 +101,7 @@ class ImageData(BaseModel):
 
 
 class Timing(BaseModel):
-    """Where a request's time went, in milliseconds."""
+    """Durations of the parts of a request, in milliseconds."""
 
     queue_ms: float
     """From arrival at the generator replica to the start of the first batch."""
@@ -106,7 +114,7 @@ class Timing(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """The answer of POST /v1/images/generations."""
+    """The response of POST /v1/images/generations."""
 
     created: int
     """Unix time of the response."""
@@ -126,14 +134,14 @@ class ImagesResponse(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The answer of GET /v1/models."""
+    """The response of GET /v1/models."""
 
     object: Literal["list"] = "list"
     data: list[ModelInfo]
 
 
 class Version(BaseModel):
-    """The answer of GET /version."""
+    """The response of GET /version."""
 
     version: str
     torch: str
@@ -142,13 +150,13 @@ class Version(BaseModel):
 
 
 class Health(BaseModel):
-    """The answer of GET /healthz: this process answers."""
+    """The response of GET /healthz."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(BaseModel):
-    """The answer of GET /readyz."""
+    """The response of GET /readyz."""
 
     status: Literal["ready", "not ready"]
     model: str | None
@@ -158,7 +166,7 @@ class Readiness(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What went wrong, in OpenAI's shape."""
+    """An error in OpenAI's format."""
 
     message: str
     type: str
@@ -167,6 +175,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The answer of every request that failed."""
+    """The response to a failed request."""
 
     error: ErrorBody

@@ -195,12 +195,12 @@ class ApiService:
             field = "num_inference_steps" if body.timesteps is None else "timesteps"
             raise invalid_value(field, f"at most {settings.max_steps} steps here, but got {num_steps}")
         if body.timesteps is not None and body.num_inference_steps not in (1, num_steps):
-            raise invalid_value("timesteps", "give either timesteps or num_inference_steps")
+            raise invalid_value("timesteps", "set either timesteps or num_inference_steps")
         interval = body.guidance_interval
         if interval is not None and interval[0] > interval[1]:
-            raise invalid_value("guidance_interval", f"wanted [start, end], start <= end, but got {interval}")
+            raise invalid_value("guidance_interval", f"must be [start, end] with start <= end, but got {interval}")
         if body.seed_end is not None and num_images < 2:
-            message = f"wanted at least 2 images on the way to it, but {count_field} is {num_images}"
+            message = f"requires at least 2 images, but {count_field} is {num_images}"
             raise invalid_value("seed_end", message)
         return GenerationRequest(
             class_=class_,

@@ -27,7 +27,7 @@ OPENAI = "/v1/images/generations"
         ({"prompt": "star", "timesteps": [0.9, 0.0]}, 400, "timesteps", "from 1.0 to 0.0"),
         ({"prompt": "star", "timesteps": [1.0, 0.5, 0.0], "num_inference_steps": 4}, 400, "timesteps", "either"),
         ({"prompt": "star", "size": "256x256"}, 400, "size", "64x64"),
-        ({"prompt": "star", "response_format": "url"}, 400, "response_format", "ask for b64_json"),
+        ({"prompt": "star", "response_format": "url"}, 400, "response_format", "use b64_json"),
         ({"prompt": "star", "output_format": "gif"}, 422, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"prompt": "star", "guidance_scale": 3.0}, 400, "guidance_scale", "built into its weights"),
         ({"prompt": "star", "guidance_interval": [0.8, 0.2]}, 400, "guidance_interval", "start <= end"),

@@ -129,7 +129,7 @@ def test_every_command_of_the_installed_wheel_prints_its_usage_quickly(installed
 @pytest.mark.timeout(2400)
 def test_installed_wheel_imports_every_module_and_opens_its_data(installed):
     installed.run("python", "-m", "pip", "check")
-    assert installed.use_everything().startswith(str(installed.folder / "venv"))
+    assert installed.import_everything().startswith(str(installed.folder / "venv"))
     assert "--num-steps" in installed.run("python", "-m", "pipelines.train", "demo", "--help")
 
 

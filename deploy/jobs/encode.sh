@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Encode ImageNet to latents: submits one Ray job and follows its log. Ctrl-C stops following; the job goes on.
+# Encode ImageNet to latents: submits a Ray job and follows its log. Ctrl-C only stops following; the job continues.
 #
 #   export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 STORAGE=s3://BUCKET/imagenet
 #   deploy/jobs/encode.sh                                       # arguments are passed to pipelines.encode
 #   SUBMISSION_ID=encode-imagenet256-2 deploy/jobs/encode.sh    # after a failure: encodes what is missing
 #
-# Ray accepts a submission id once. `ray job list`, `ray job logs -f ID` and `ray job stop ID` show, follow and stop jobs.
+# Each submission id can be used only once. `ray job list`, `ray job logs -f ID` and `ray job stop ID` list, follow and
+# stop jobs.
 # The driver runs on the head, which is never preempted. It only hands out shards and needs at most 2 GB.
 # --device gpu: a cluster that scales from zero has no GPU yet when the driver looks for one.
 set -euo pipefail

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Train MeanFlow-XL/2 on the latents: submits one Ray job and follows its log. Ctrl-C stops following; the job goes on.
+# Train MeanFlow-XL/2 on the latents: submits a Ray job and follows its log. Ctrl-C only stops following; the job continues.
 #
 #   export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 STORAGE=s3://BUCKET/imagenet
 #   deploy/jobs/train.sh                              # arguments are passed to pipelines.train
 #   SUBMISSION_ID=train-xl2-2 deploy/jobs/train.sh    # after a stop or a failure: resumes from the latest checkpoint
 #
-# Ray accepts a submission id once. `ray job list`, `ray job logs -f ID` and `ray job stop ID` show, follow and stop jobs;
-# a stop writes a checkpoint first.
-# The driver runs on the head, which is never preempted, because Ray Train's controller ends with it. It needs 8 GB at the
-# end, to write the generator.
+# Each submission id can be used only once. `ray job list`, `ray job logs -f ID` and `ray job stop ID` list, follow and
+# stop jobs; stopping writes a checkpoint first.
+# The driver runs on the head, which is never preempted, because Ray Train's controller stops with the driver. It needs
+# 8 GB at the end to write the generator.
 set -euo pipefail
 : "${STORAGE:?must be set to s3://BUCKET/imagenet or to a folder that every machine mounts}"
 

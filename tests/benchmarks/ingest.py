@@ -1,10 +1,10 @@
-"""Latents per second in random order, compared with the storage of public MeanFlow trainers.
+"""Measures reads of latents in random order, compared with the storage formats of public MeanFlow trainers.
 
     python tests/benchmarks/ingest.py --json ingest.json
 
-Moments of ImageNet's shape (8x32x32 float16) in batches of 256, all in the page cache. Ours: the memory-mapped shards of
-a node's copy, in one process. Theirs: one `torch.save` file per image (the authors' MeanFlow), and LMDB with pickled
-records (zhuyu-cs/MeanFlow), each through a `DataLoader` with two workers.
+Reads moments of ImageNet's shape (8x32x32 float16) from the page cache in batches of 256. Ours: memory-mapped shards
+of the node's local cache, in one process. Theirs: one `torch.save` file per image (the authors' MeanFlow) and LMDB
+with pickled records (zhuyu-cs/MeanFlow), each with a `DataLoader` of two workers.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The runbook's commands for a new AWS account, run against moto, and the machines that Ray's launcher makes there."""
+"""Runs the runbook's commands for a new AWS account, and then Ray's cluster launcher, against moto."""
 
 import copy
 import re
@@ -10,7 +10,7 @@ import yaml
 from moto import mock_aws
 
 from tests.deploy.test_clusters import prepared, with_efa
-from tests.support.aws import understand_aws, words_of
+from tests.support.aws import parse_aws, words_of
 from tests.support.readme import commands, text_of
 
 ACCOUNT, REGION = "123456789012", "us-west-2"
@@ -23,7 +23,7 @@ def runbook() -> list[str]:
 
 @pytest.fixture(scope="module")
 def account(tmp_path_factory):
-    """{variable: value} of the reader's shell after the runbook's commands for AWS."""
+    """Runs the runbook's AWS commands; yields {shell variable: value}."""
     with pytest.MonkeyPatch.context() as patch, mock_aws():
         for name, value in {
             "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": REGION,
@@ -37,7 +37,7 @@ def account(tmp_path_factory):
             for placeholder, value in (("YOUR-ADDRESS", "192.0.2.7"), ("BUCKET", "a-bucket"), ("ACCOUNT", ACCOUNT)):
                 line = line.replace(placeholder, value)
             name, words = words_of(line, variables)
-            call = understand_aws(words[1:])
+            call = parse_aws(words[1:])
             if call.operation in NOT_IN_MOTO:
                 continue
             client = boto3.client(call.service, REGION)
@@ -49,7 +49,10 @@ def account(tmp_path_factory):
 
 
 def launched(text, account, monkeypatch):
-    """{kind of machine: (its resources, EC2's description)}, launched by Ray from a cluster file without placeholders."""
+    """Fills in the placeholders of a cluster file and launches one node of each type.
+
+    Returns {node type: (its resources, EC2's description of the instance)}.
+    """
     from ray.autoscaler._private.aws import config as launcher
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
@@ -88,7 +91,7 @@ def test_machines_start_in_the_runbooks_group_and_subnet_with_its_roles(account,
 
 
 @pytest.mark.soak
-def test_security_group_admits_only_itself_and_your_ssh(account):
+def test_security_group_admits_only_its_members_and_ssh_from_your_address(account):
     [group] = boto3.client("ec2").describe_security_groups(GroupIds=[account["GROUP"]])["SecurityGroups"]
     inside, ssh = sorted(group["IpPermissions"], key=lambda rule: rule["IpProtocol"])
     assert (inside["IpProtocol"], [pair["GroupId"] for pair in inside["UserIdGroupPairs"]]) == (
@@ -105,7 +108,7 @@ def test_security_group_admits_only_itself_and_your_ssh(account):
 
 
 @pytest.mark.soak
-def test_shared_storage_is_mounted_from_the_zone_and_the_group(account):
+def test_shared_storage_has_a_mount_target_in_the_clusters_zone_and_group(account):
     client = boto3.client("efs")
     [target] = client.describe_mount_targets(FileSystemId=account["FILES"])["MountTargets"]
     assert target["SubnetId"] == account["SUBNET"]
@@ -116,7 +119,7 @@ def test_shared_storage_is_mounted_from_the_zone_and_the_group(account):
 
 
 @pytest.mark.soak
-def test_head_may_start_machines_with_the_workers_role_and_workers_may_not(account):
+def test_only_the_head_may_launch_instances_with_the_workers_role(account):
     client = boto3.client("iam")
 
     def as_list(value: str | list[str]) -> list[str]:
@@ -141,8 +144,8 @@ def test_head_may_start_machines_with_the_workers_role_and_workers_may_not(accou
 
 
 def calls(name):
-    """Parameters of the runbook's calls of an AWS command."""
-    return [understand_aws(words_of(line, {})[1][1:]).parameters for line in runbook() if f" {name} " in line]
+    """The parameters of each use of an AWS command in the runbook."""
+    return [parse_aws(words_of(line, {})[1][1:]).parameters for line in runbook() if f" {name} " in line]
 
 
 def test_quotas_and_placement_group_fit_the_largest_cluster():
@@ -156,6 +159,6 @@ def test_quotas_and_placement_group_fit_the_largest_cluster():
     assert placement == {"GroupName": gpu["node_config"]["Placement"]["GroupName"], "Strategy": "cluster"}
 
 
-def test_account_gets_the_role_for_spot_machines():
+def test_runbook_creates_the_service_linked_role_for_spot_instances():
     # A new account lacks this role, and the head is not allowed to create it.
     assert calls("create-service-linked-role") == [{"AWSServiceName": "spot.amazonaws.com"}]

@@ -12,7 +12,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
 from deploy.spot_notice import parse_arguments
-from tests.support.aws import understand_aws
+from tests.support.aws import parse_aws
 from tests.support.command_lines import parse_job
 from tests.support.readme import text_of
 
@@ -172,7 +172,7 @@ def test_machines_create_mounted_folders_and_log_in_to_the_clouds_registry(name)
         if name == "ray_cluster.yaml":
             words = shlex.split(login)
             assert config["provider"]["region"] in words
-            assert understand_aws(words[1 : words.index("|")]).operation == "GetAuthorizationToken"
+            assert parse_aws(words[1 : words.index("|")]).operation == "GetAuthorizationToken"
     assert "project_id" in config["provider"] or config["provider"]["type"] == "aws"  # Ray's schema does not require it
 
 

@@ -1,4 +1,4 @@
-"""The Serve config and the Grafana dashboard of deploy/, and that every YAML file of the repository has a test."""
+"""Checks deploy/serve.yaml and the Grafana dashboard, and that every YAML file in the repository has a test."""
 
 import json
 import re
@@ -13,15 +13,15 @@ from tests.support.serve_config import validated
 
 def test_serve_config_is_valid_and_listens_on_loopback():
     config, _ = validated(text_of("deploy/serve.yaml"))
-    assert config["http_options"]["host"] == "127.0.0.1"  # Serve's default in a config is every interface
+    assert config["http_options"]["host"] == "127.0.0.1"  # Serve config files default to 0.0.0.0
     assert config["applications"][0]["import_path"] == "deploy.app:build_app"
 
 
-def test_commented_settings_of_the_serve_config_are_valid():
+def test_commented_out_settings_in_serve_config_are_valid():
     text = text_of("deploy/serve.yaml")
-    suggested = re.sub(r"^( +)# (?=(model|rate_limit|api_keys):|  alice:)", r"\1", text, flags=re.MULTILINE)
-    assert suggested.count("alice:") == 1
-    _, settings = validated(suggested)
+    uncommented = re.sub(r"^( +)# (?=(model|rate_limit|api_keys):|  alice:)", r"\1", text, flags=re.MULTILINE)
+    assert uncommented.count("alice:") == 1
+    _, settings = validated(uncommented)
     assert settings["ImageGenerator"].model == "models:/meanflow-xl2/4"
     assert set(settings["Api"].api_keys) == {"alice"}
 
@@ -39,14 +39,14 @@ def test_commented_settings_of_the_serve_config_are_valid():
         ("name: ImageGenerator", "name: Generator"),
     ],
 )
-def test_mistake_in_a_serve_config_is_noticed(old, new):
+def test_invalid_serve_config_is_rejected(old, new):
     text = text_of("deploy/serve.yaml")
     assert old in text
     with pytest.raises((AssertionError, ValueError, KeyError)):
         validated(text.replace(old, new))
 
 
-def test_dashboard_shows_every_metric_by_labels_that_it_has():
+def test_dashboard_shows_every_metric_and_groups_by_existing_labels():
     dashboard = json.loads(text_of("deploy/grafana/endpoint.json"))
     queries = "\n".join(target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", []))
     metrics = re.findall(r"ray_(meanflow_\w+?)(_bucket|_sum|_count)?\{[^}]*\}", queries)
@@ -66,9 +66,10 @@ def test_every_metric_is_recorded():
 def test_every_yaml_file_has_a_test():
     files = {name for name in tracked_files() if name.endswith((".yaml", ".yml"))}
     tested = {
-        "deploy/serve.yaml",  # here
+        "deploy/serve.yaml",  # this file
         "ray_cluster.yaml", "deploy/clusters/gcp.yaml", "deploy/clusters/local.yaml",  # test_clusters.py
         "deploy/jobs/runtime_env.yaml",  # test_jobs.py
         "deploy/mlflow/compose.yaml",  # test_mlflow_deployments.py
     }  # fmt: skip
-    assert {name for name in files if not name.startswith("deploy/kuberay/")} == tested  # and test_kuberay.py
+    # test_kuberay.py checks the rest.
+    assert {name for name in files if not name.startswith("deploy/kuberay/")} == tested

@@ -189,7 +189,7 @@ def image(tmp_path_factory) -> Environment:
 @pytest.mark.soak
 @pytest.mark.timeout(2400)
 def test_every_command_runs_after_the_dockerfiles_steps(image):
-    assert image.use_everything() == str(image.folder / "home" / "ray" / "meanflow-ray")
+    assert image.import_everything() == str(image.folder / "home" / "ray" / "meanflow-ray")
     assert not list((image.folder / "tmp").iterdir())
     image.run("python", "-m", "pip", "check")
     for module in command_modules():

@@ -1,4 +1,4 @@
-"""The network policies of deploy/kuberay: which connections they allow, added up as Kubernetes does."""
+"""Connections that the network policies of deploy/kuberay allow, evaluated by Kubernetes' rules."""
 
 import ipaddress
 from dataclasses import dataclass, field
@@ -9,37 +9,38 @@ from tests.support.kubernetes import KUBERAY, STAGES, of_kind, pods, render
 
 
 @dataclass(frozen=True)
-class Place:
-    """A pod, by what policies see of it."""
+class Pod:
+    """The parts of a pod that network policies match."""
 
     namespace: str
     labels: dict[str, str] = field(default_factory=dict)
 
 
-OPERATOR = Place("kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"})
-STRANGER = Place("default")
-INGRESS = Place("ingress-nginx")
-PROMETHEUS = Place("monitoring")
-DNS = Place("kube-system", {"k8s-app": "kube-dns"})
+OPERATOR = Pod("kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"})
+UNRELATED = Pod("default")
+INGRESS = Pod("ingress-nginx")
+PROMETHEUS = Pod("monitoring")
+DNS = Pod("kube-system", {"k8s-app": "kube-dns"})
 
 
 @pytest.fixture(scope="module")
 def manifests() -> list[dict]:
-    """The base's documents; no overlay changes these parts."""
+    """The manifests of the base. No overlay changes the network policies."""
     return render(KUBERAY / "base")
 
 
-def places(documents: list[dict]) -> dict[str, Place]:
-    return {pod.name: Place(pod.namespace, pod.labels) for pod in pods(documents)}
+def pods_by_name(documents: list[dict]) -> dict[str, Pod]:
+    return {pod.name: Pod(pod.namespace, pod.labels) for pod in pods(documents)}
 
 
-def is_allowed(policies: list[dict], source: Place, target: Place, port: int) -> bool:
-    """Whether a connection is let out at the source and in at the target."""
+def is_allowed(policies: list[dict], source: Pod, target: Pod, port: int) -> bool:
+    """Whether the source's egress rules and the target's ingress rules both allow the connection."""
     return _passes(policies, source, target, port, "Egress") and _passes(policies, target, source, port, "Ingress")
 
 
-def _passes(policies: list[dict], own: Place, other: Place, port: int, direction: str) -> bool:
-    chosen = [
+def _passes(policies: list[dict], own: Pod, other: Pod, port: int, direction: str) -> bool:
+    """Whether the policies of pod `own` allow the connection; a pod without policies allows everything."""
+    selected = [
         policy["spec"]
         for policy in policies
         if policy["metadata"]["namespace"] == own.namespace
@@ -47,17 +48,17 @@ def _passes(policies: list[dict], own: Place, other: Place, port: int, direction
         and direction in policy["spec"]["policyTypes"]
     ]
     peers = "from" if direction == "Ingress" else "to"
-    rules = [rule for spec in chosen for rule in spec.get(direction.lower(), [])]
-    return not chosen or any(
+    rules = [rule for spec in selected for rule in spec.get(direction.lower(), [])]
+    return not selected or any(
         ("ports" not in rule or port in [one["port"] for one in rule["ports"]])
         and (peers not in rule or any(_is_peer(peer, own, other) for peer in rule[peers]))
         for rule in rules
     )
 
 
-def _is_peer(peer: dict, own: Place, other: Place) -> bool:
+def _is_peer(peer: dict, own: Pod, other: Pod) -> bool:
     if "ipBlock" in peer:
-        return False  # every block excludes the private addresses that pods have
+        return False  # every block excludes private addresses, which pods have
     if "namespaceSelector" in peer:
         namespace = _selects(peer["namespaceSelector"], {"kubernetes.io/metadata.name": other.namespace})
     else:
@@ -66,50 +67,50 @@ def _is_peer(peer: dict, own: Place, other: Place) -> bool:
 
 
 def _selects(selector: dict, labels: dict[str, str]) -> bool:
-    """Every label and every expression must hold; an empty selector takes all."""
+    """Whether all labels and expressions match; an empty selector matches every pod."""
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
         (labels.get(one["key"]) in one["values"]) == (one["operator"] == "In")
         for one in selector.get("matchExpressions", [])
     )
 
 
-def test_policies_allow_what_the_stages_need(manifests):
-    policies, at = of_kind(manifests, "NetworkPolicy"), places(manifests)
+def test_policies_allow_required_connections(manifests):
+    policies, pod = of_kind(manifests, "NetworkPolicy"), pods_by_name(manifests)
     needed = [
-        (OPERATOR, at["serve head"], 8000),
-        (INGRESS, at["serve gpu"], 8000),
-        (at["mlflow"], at["mlflow-postgres"], 5432),
-        (at["mlflow"], DNS, 53),
+        (OPERATOR, pod["serve head"], 8000),
+        (INGRESS, pod["serve gpu"], 8000),
+        (pod["mlflow"], pod["mlflow-postgres"], 5432),
+        (pod["mlflow"], DNS, 53),
     ]
     for stage in STAGES:
-        head, gpu = at[f"{stage} head"], at[f"{stage} gpu"]
+        head, gpu = pod[f"{stage} head"], pod[f"{stage} gpu"]
         needed += [(head, gpu, 23456), (gpu, head, 23456), (gpu, gpu, 23456), (OPERATOR, head, 8265)]
-        needed += [(gpu, at["mlflow"], 5000), (head, at["mlflow"], 5000), (gpu, DNS, 53), (PROMETHEUS, gpu, 8080)]
+        needed += [(gpu, pod["mlflow"], 5000), (head, pod["mlflow"], 5000), (gpu, DNS, 53), (PROMETHEUS, gpu, 8080)]
         if stage != "serve":
-            submitter = at[f"{stage} submitter"]
+            submitter = pod[f"{stage} submitter"]
             needed += [(submitter, head, 8265), (submitter, DNS, 53)]
     for source, target, port in needed:
         assert is_allowed(policies, source, target, port), (source, target, port)
 
 
-def test_policies_refuse_everything_else(manifests):
-    policies, at = of_kind(manifests, "NetworkPolicy"), places(manifests)
-    refused = [(at["train gpu"], STRANGER, 443)]
+def test_policies_refuse_other_connections(manifests):
+    policies, pod = of_kind(manifests, "NetworkPolicy"), pods_by_name(manifests)
+    refused = [(pod["train gpu"], UNRELATED, 443)]
     for stage in STAGES:
-        for target in (at[f"{stage} head"], at[f"{stage} gpu"]):
+        for target in (pod[f"{stage} head"], pod[f"{stage} gpu"]):
             for port in (8265, 6379, 10001, 52365, 8000, 23456):
-                sources = [STRANGER, at["shell"], at["mlflow"]]
+                sources = [UNRELATED, pod["shell"], pod["mlflow"]]
                 if (stage, port) != ("serve", 8000):
                     sources.append(INGRESS)
-                if stage != "serve":  # the endpoint answers strangers, so it reaches no training
-                    sources.append(at["serve gpu"])
+                if stage != "serve":  # the endpoint is exposed to clients, so it must not reach training pods
+                    sources.append(pod["serve gpu"])
                 refused += [(source, target, port) for source in sources]
-    for source in (STRANGER, INGRESS, at["shell"], at["encode submitter"], Place("mlflow")):
-        refused.append((source, at["mlflow"], 5000))
-    for source in (STRANGER, at["train gpu"], at["serve gpu"], Place("mlflow")):
-        refused.append((source, at["mlflow-postgres"], 5432))
-    for source in (STRANGER, INGRESS, at["train gpu"], at["serve gpu"]):
-        refused += [(source, at["shell"], 8000), (source, at["train submitter"], 8000)]
+    for source in (UNRELATED, INGRESS, pod["shell"], pod["encode submitter"], Pod("mlflow")):
+        refused.append((source, pod["mlflow"], 5000))
+    for source in (UNRELATED, pod["train gpu"], pod["serve gpu"], Pod("mlflow")):
+        refused.append((source, pod["mlflow-postgres"], 5432))
+    for source in (UNRELATED, INGRESS, pod["train gpu"], pod["serve gpu"]):
+        refused += [(source, pod["shell"], 8000), (source, pod["train submitter"], 8000)]
     for source, target, port in refused:
         assert not is_allowed(policies, source, target, port), (source, target, port)
 

@@ -24,7 +24,7 @@ class Call:
     query: str | None
 
 
-def understand_aws(words: list[str]) -> Call | None:
+def parse_aws(words: list[str]) -> Call | None:
     """The request of `aws WORDS`; None for `aws s3`, which makes many. Raises ValueError for an unknown command or option."""
     service, operation, *rest = words
     if service == "s3":

@@ -1,4 +1,4 @@
-"""Parses a documented command with the parser of the program that would run it."""
+"""Parses documented commands with the argument parsers of their programs."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from pipelines.evaluate.job import EvaluateJob, ReferenceJob, SideBySideJob
 from pipelines.latents.cache_command import CacheJob
 from pipelines.plan.__main__ import parse_arguments as parse_plan
 from pipelines.train.job import parse_arguments as parse_training
-from tests.support.aws import understand_aws
+from tests.support.aws import parse_aws
 from tests.support.job_scripts import STAGES, parse_with_click, submission
 from tests.support.readme import REPOSITORY, text_of
 
@@ -56,12 +56,12 @@ MODULES: dict[str, Callable[[list[str]], object]] = {
 
 
 def parse_module(module: str, words: list[str]) -> object:
-    """The options of `python -m module words`; for pipelines.train, (preset, options)."""
+    """The options of `python -m MODULE WORDS`; for pipelines.train, (preset, options)."""
     return MODULES[module](words)
 
 
 def parse_job(stage: str) -> object:
-    """The options of the stage that a script of deploy/jobs submits."""
+    """The options of the job that deploy/jobs/STAGE.sh submits."""
     job = submission(stage)
     return parse_module(job.module, job.arguments)
 
@@ -165,7 +165,7 @@ def _ssh(words: list[str]) -> None:
 
 
 def _export(words: list[str]) -> None:
-    """Variables that Ray, MLflow, AWS's tools, PostgreSQL or a job script read."""
+    """Accepts the variables that Ray, MLflow, the AWS CLI, PostgreSQL or a job script reads."""
     known = {
         "RAY_API_SERVER_ADDRESS",
         "RAY_AUTH_MODE",
@@ -188,7 +188,7 @@ def _source(words: list[str]) -> None:
     assert words == [".venv/bin/activate"]
 
 
-# Shell variables that earlier lines of the runbook set.
+# Shell variables set by earlier lines of the runbook, with example values.
 IDS = {"$GROUP": "sg-0123456789abcdef0", "$SUBNET": "subnet-0123456789abcdef0", "$FILES": "fs-0123456789abcdef0"}
 
 TOOLS: dict[str, Callable[[list[str]], object]] = {
@@ -200,7 +200,7 @@ TOOLS: dict[str, Callable[[list[str]], object]] = {
     "docker": _docker,
     "make": _make,
     "pip": _pip,
-    "aws": lambda words: understand_aws([IDS.get(word, word) for word in words]),
+    "aws": lambda words: parse_aws([IDS.get(word, word) for word in words]),
     "export": _export,
     "openssl": _openssl,
     "source": _source,
@@ -209,7 +209,12 @@ TOOLS: dict[str, Callable[[list[str]], object]] = {
 
 
 def parse_command(line: str) -> object:
-    """Parses a shell line as its program would. Raises whatever that parser raises, or KeyError for an unknown program."""
+    """Parses a shell line as its program would.
+
+    Raises:
+        KeyError: The program is unknown.
+        AssertionError, ValueError, SystemExit, ...: The program's parser rejects the line.
+    """
     if exported := re.fullmatch(r"export (\w+)=\$\((.*)\)", line):
         _export([f"{exported[1]}=x"])
         return parse_command(exported[2])

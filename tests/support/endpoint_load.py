@@ -1,4 +1,4 @@
-"""Concurrent requests to a running endpoint, and what came back."""
+"""Sends concurrent requests to a running endpoint and checks the responses."""
 
 import collections
 import io
@@ -28,12 +28,12 @@ def decode_image(content: bytes) -> np.ndarray:
 
 
 def generate(url: str, seed: int) -> tuple[int, dict[str, str], bytes]:
-    """Requests one image of CLASS."""
+    """Requests one image of CLASS; returns the status, headers and body."""
     return fetch(f"{url}/generate", json.dumps({"class": CLASS, "seed": seed}).encode())
 
 
 class Load:
-    """Requests images from several threads while its block runs, and checks them."""
+    """Context manager: requests images from several threads and compares them with the expected ones."""
 
     def __init__(self, url: str, expected: dict[str, np.ndarray], num_clients: int) -> None:
         """expected: {model: expected_images}."""
@@ -42,7 +42,7 @@ class Load:
         """{(status, model) or exception name: count}."""
         self.wrong_images: list[tuple[int, str]] = []
         self.retried: collections.Counter = collections.Counter()
-        """Statuses of second attempts."""
+        """{status of a retry: count}."""
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(index,)) for index in range(num_clients)]
 
@@ -51,7 +51,7 @@ class Load:
         return sum(self.outcomes.values())
 
     def wait_for_answers(self, count: int) -> None:
-        """Waits for further answers."""
+        """Waits for `count` more answers."""
         target = self.num_answers + count
         while self.num_answers < target:
             time.sleep(0.05)
@@ -83,16 +83,16 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=90)
-        assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
+        assert not any(thread.is_alive() for thread in self._threads), "a request did not finish within 90 s"
 
 
 def served_models(endpoint: RunningEndpoint) -> set[str]:
-    """Models that answered 20 requests."""
+    """Sends 20 requests and returns the models that answered."""
     return {generate(endpoint.url, 1)[1].get("x-model") for _ in range(20)}
 
 
 def wait_for_models(endpoint: RunningEndpoint, *models: str, seconds: float = 120.0) -> None:
-    """Waits until exactly these models serve."""
+    """Waits until 20 requests in a row are answered by exactly these models."""
     deadline = time.monotonic() + seconds
     while (seen := served_models(endpoint)) != set(models):
         assert time.monotonic() < deadline, seen
@@ -100,7 +100,7 @@ def wait_for_models(endpoint: RunningEndpoint, *models: str, seconds: float = 12
 
 
 def wait_for_replicas(endpoint: RunningEndpoint, count: int, seconds: float = 180.0) -> None:
-    """Waits until so many replicas of the generator run."""
+    """Waits until `count` replicas of the generator are running."""
     deadline = time.monotonic() + seconds
     while len(running := endpoint.running_replicas("ImageGenerator")) != count:
         assert time.monotonic() < deadline, running

@@ -1,4 +1,4 @@
-"""Virtual environments that the project is installed into, and the files and commands that must work there."""
+"""Creates virtual environments for install tests, and lists the files and commands that must work in them."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from tests.support.readme import REPOSITORY
 
 PACKAGES = ("meanflow_core", "pipelines", "deploy")
 
-# Imports every module, and opens data files of every kind.
-USE_EVERYTHING = """
+# Imports every module and opens data files of each kind.
+IMPORT_EVERYTHING = """
 import importlib, json, pkgutil
 from pathlib import Path
 packages = [importlib.import_module(name) for name in ("meanflow_core", "pipelines", "deploy")]
@@ -37,20 +37,20 @@ print(len(modules), "modules;", *sorted({str(Path(package.__file__).parents[1]) 
 
 
 def tracked_files() -> list[str]:
-    """Paths of the files that git tracks, from the repository's root."""
+    """Paths of the files that git tracks, relative to the repository's root."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True, text=True)
     return [name for name in listed.stdout.split("\0") if name]
 
 
 def copy_files(names: list[str], folder: Path) -> None:
-    """Copies files of the repository, with their folders and modes."""
+    """Copies files of the repository to `folder`, keeping their relative paths and modes."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, folder / name)
 
 
 def command_modules() -> list[str]:
-    """The modules that `python -m` can start, found by looking, so that a new one is tested, too."""
+    """The modules that `python -m` can run. Searches the sources, so that new modules are tested, too."""
     found = []
     for name in tracked_files():
         if name.split("/")[0] in PACKAGES and name.endswith(".py"):
@@ -62,31 +62,31 @@ def command_modules() -> list[str]:
 
 @dataclass(frozen=True)
 class Environment:
-    """A new virtual environment, and an empty folder in which its commands run."""
+    """A virtual environment, and an empty folder to run its commands in."""
 
     folder: Path
 
     @classmethod
     def create(cls, folder: Path) -> "Environment":
-        """Creates it, with this interpreter's version and the pip that comes with it."""
+        """Creates the environment with this interpreter's Python version and bundled pip."""
         (folder / "empty").mkdir(parents=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
         return cls(folder)
 
     @property
     def empty(self) -> Path:
-        """The folder in which commands run."""
+        """The default working directory of commands."""
         return self.folder / "empty"
 
     @property
     def python(self) -> str:
-        """Its interpreter."""
+        """Path of the environment's interpreter."""
         return str(self.folder / "venv" / "bin" / "python")
 
     def run(self, *command: str, timeout_seconds: float = 600, cwd: Path | None = None, **environment: str) -> str:
-        """Runs a command and returns its output; `python` is this environment's.
+        """Runs a command and returns its output (stdout and stderr). `python` is the environment's interpreter.
 
-        Raises AssertionError if the command fails or exceeds the timeout, after which it is terminated.
+        Raises AssertionError if the command fails or exceeds the timeout; in the latter case the command is terminated.
         """
         removed = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_CONSTRAINT", "PIP_USER")
         inherited = {key: value for key, value in os.environ.items() if key not in removed}
@@ -111,18 +111,18 @@ class Environment:
         except BaseException:
             process.terminate()
             output, _ = process.communicate()
-            message = f"not done within {timeout_seconds:.0f} s: {' '.join(command)}\n{output[-6000:]}"
+            message = f"did not finish within {timeout_seconds:.0f} s: {' '.join(command)}\n{output[-6000:]}"
             raise AssertionError(message) from None
         assert process.returncode == 0, f"{' '.join(command)}\n{output[-6000:]}"
         return output
 
     def help_of(self, module: str) -> str:
-        """What `python -m module --help` prints."""
+        """The output of `python -m module --help`."""
         return self.run("python", "-m", module, "--help", timeout_seconds=120)
 
-    def use_everything(self) -> str:
-        """Imports every module and opens data files of every kind; returns the folder that they are in."""
-        last = self.run("python", "-c", USE_EVERYTHING, timeout_seconds=300).splitlines()[-1]
+    def import_everything(self) -> str:
+        """Imports every module and opens data files of each kind; returns the folder that contains the packages."""
+        last = self.run("python", "-c", IMPORT_EVERYTHING, timeout_seconds=300).splitlines()[-1]
         count, _, places = last.partition(" modules; ")
         assert int(count) >= 70
         return places

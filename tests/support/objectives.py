@@ -1,4 +1,4 @@
-"""Variants of the training objective, a batch for each, and helpers that compare losses and gradients."""
+"""Variants of the training objective, random batches, and helpers that compare losses and gradients."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ GUIDED = LossConfig(
 )
 IMPROVED = LossConfig(objective="improved_meanflow", times=HALF, label_drop_probability=0.3)
 FLOW_MATCHING = LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
-# With a label_drop_probability above 1/2, labels are also dropped on rows with r < t.
+# With a label_drop_probability above 1/2, labels are also dropped for samples with r < t.
 OBJECTIVES = {
     "flow matching": FLOW_MATCHING,
     "no guidance": LossConfig(times=HALF),
@@ -41,7 +41,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, StepRecord]
 
 
 def draw_batch(num_rows: int = 16, config: LossConfig = GUIDED, dtype: torch.dtype = torch.float32) -> Batch:
-    """Latents, labels and the step's record, on 4x8x8 latents of 10 classes."""
+    """Latents (4x8x8), labels (10 classes) and the step record of a batch."""
     record = draw_step_record(config, seed=3, step=5, num_rows=num_rows, latent_shape=(4, 8, 8))
     generator = torch.Generator().manual_seed(11)
     latents = torch.randn(num_rows, 4, 8, 8, generator=generator).to(dtype)
@@ -66,7 +66,7 @@ def conditioning_of(record: StepRecord, labels: torch.Tensor) -> Conditioning:
 
 
 def gradients(network: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
-    """The whole gradient as one vector; zero for unused parameters."""
+    """The gradients of all parameters as one vector; zero for unused parameters."""
     found = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
     pairs = zip(found, network.parameters(), strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])

@@ -9,7 +9,7 @@ from pipelines.tracking import provenance
 from pipelines.tracking.provenance import code_identity, latents_used
 
 
-def test_code_identity_has_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+def test_code_identity_has_the_commit_and_whether_files_are_modified(tmp_path, monkeypatch):
     def git(*arguments):
         command = ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
@@ -21,7 +21,7 @@ def test_code_identity_has_the_commit_and_whether_files_differ_from_it(tmp_path,
     assert code_identity()["git_commit"] == "unknown"  # no repository
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "m")
-    outside = code_identity()  # another repository, such as one around a virtual environment
+    outside = code_identity()  # a repository that does not track the code, such as one around a virtual environment
     assert (outside["git_commit"], outside["git_dirty"]) == ("unknown", "unknown")
     git("add", ".")
     git("commit", "-q", "-m", "m")
@@ -39,7 +39,7 @@ def test_code_identity_has_the_commit_and_whether_files_differ_from_it(tmp_path,
     }  # fmt: skip
 
 
-def test_latents_used_shows_no_credentials():
+def test_latents_used_removes_credentials():
     used = latents_used(
         "s3://key:secret@bucket/latents",
         "a" * 64,

@@ -1,8 +1,9 @@
 """Compares the core with values computed by the authors' JAX code: python tests/golden_check.py FILE...
 
-Each file contains a training step and two samplings of a tiny network: parameters, draws, outputs and gradients. Prints
-the largest relative error of each quantity, by norm. If the reference's norm is below 1e-6, the error is absolute, in
-units of 1e-6. The exit code is 0 if all errors are at most 1e-4.
+Each file contains the parameters, random draws, outputs and gradients of a training step of a tiny network, and the
+outputs of one-step and two-step sampling. Prints the relative error (by norm) of each quantity and, for gradients, the
+largest. If the reference's norm is below 1e-6, the error is absolute and scaled so that the bound of 1e-4 corresponds
+to 1e-6. The exit code is 0 if all errors are at most 1e-4.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from meanflow_core.transformer import Conditioning
 GOLDEN_FOLDER = Path(__file__).parent / "data" / "golden"
 BOUND = 1e-4
 FLOOR = 1e-6
-# A file's names of the draws -> StepRecord's.
+# {name of a draw in the files: name in StepRecord}
 DRAWS = {name: name for name in ("t", "r", "noise", "label_dropped", "omega")} | {
     "t_min": "guidance_interval_start",
     "t_max": "guidance_interval_end",
@@ -39,7 +40,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def difference(ours: torch.Tensor, theirs: np.ndarray | torch.Tensor) -> float:
-    """Relative error by norm; absolute, in units of FLOOR, if the reference's norm is below FLOOR."""
+    """Relative error by norm. If the reference's norm is below FLOOR, an absolute error of FLOOR counts as BOUND."""
     ours, theirs = ours.detach().double(), torch.as_tensor(theirs).double()
     if ours.shape != theirs.shape:
         raise ValueError(f"the shape must be {tuple(theirs.shape)}, but is {tuple(ours.shape)}")
@@ -48,7 +49,7 @@ def difference(ours: torch.Tensor, theirs: np.ndarray | torch.Tensor) -> float:
 
 
 def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict, LossConfig]:
-    """The network, its shape arguments and the objective, from the file's `config` in the authors' names."""
+    """Translates the file's `config`, which has the authors' names, to the network, its shape and the objective."""
     settings = json.loads(str(golden["config"]))
     is_improved = "net" in settings
     network, method = settings["net" if is_improved else "dit"], settings["method"]
@@ -85,23 +86,19 @@ def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict
 
 
 def parameters(golden: Mapping[str, np.ndarray], prefix: str, is_improved: bool) -> dict[str, torch.Tensor]:
-    """The arrays with this prefix, by the names of our parameters."""
+    """The arrays with this prefix, converted to this project's parameter names."""
     convert = from_official_imf if is_improved else from_official_meanflow
     return convert({key[len(prefix) :]: golden[key] for key in golden if key.startswith(prefix)})
 
 
 def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False) -> dict[str, float]:
-    """{quantity: relative error} of every value, gradient and sampling in a file."""
+    """{quantity: relative error} of every output, gradient and sample in a file."""
     network_config, shape, loss_config = read_settings(golden)
     is_improved = loss_config.objective == "improved_meanflow"
     network = build_network(network_config, **shape)
     network.load_state_dict(parameters(golden, "param:", is_improved))
 
-    draws = {
-        ours: torch.from_numpy(np.asarray(golden[theirs]))  # the authors' name
-        for theirs, ours in DRAWS.items()
-        if theirs in golden
-    }
+    draws = {ours: torch.from_numpy(np.asarray(golden[theirs])) for theirs, ours in DRAWS.items() if theirs in golden}
     latents, labels = torch.from_numpy(golden["latents"]), torch.from_numpy(golden["labels"]).long()
     record = StepRecord.from_draws(**draws, config=loss_config)
     null_label = shape["num_classes"]
@@ -111,7 +108,7 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     )  # fmt: skip
     output.loss.backward()
 
-    # du/dt over the whole batch, along the tangent of the authors' code.
+    # du/dt of the whole batch, along the tangent from the authors' code.
     column = draws["t"].view(-1, 1, 1, 1)
     z = (1.0 - column) * latents + column * draws["noise"]
     guidance = {
@@ -142,12 +139,12 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
 
 
 def check_sampling(network: AnyNetwork, golden: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Compares the pipeline with both samplings."""
+    """Compares the pipeline's latents after one and two steps."""
     guidance = {}
     if "sample_guidance" in golden:
         scale, start, end = (float(value) for value in golden["sample_guidance"])
         guidance = {"guidance_scale": scale, "guidance_interval": (start, end)}
-    pipeline = build_pipeline(network, None, [])  # latents alone
+    pipeline = build_pipeline(network, None, [])  # latents only, no autoencoder
     noise, labels = torch.from_numpy(golden["noise"]), golden["labels"].tolist()
     return {
         key: difference(pipeline.sample_latents(labels, noise, num_steps, **guidance), golden[key])

@@ -114,7 +114,7 @@ class ApiService:
         try:
             settings = apply_user_config(self._arguments, user_config, API_SETTINGS)
             if self.settings.api_keys and not settings.api_keys:
-                raise ValueError("api_keys may be exchanged while the endpoint runs, but not left out")
+                raise ValueError("api_keys can be replaced while the endpoint runs, but not removed")
             if settings.rate_limit != self.settings.rate_limit:
                 self._limiter = RateLimiter(settings.rate_limit)
             self.settings = settings

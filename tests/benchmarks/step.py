@@ -1,12 +1,12 @@
-"""The cost of a training step relative to a flow matching step of the same network, in the same run.
+"""Measures the cost of a MeanFlow training step relative to a flow matching step of the same network.
 
     python tests/benchmarks/step.py --json step.json
     python tests/benchmarks/step.py --json step.json --preset xl2 --batch-size 64 --device cuda --precision bfloat16 --peers
 
-Ratios of FLOPs, median time and bytes saved for backward. FLOPs are counted with math attention, because fused
-attention is not counted on CPUs. "guided" is omega 1, kappa 0.5 on [0, 1], with 25 % of rows r < t and 10 % of labels
-dropped. Improved MeanFlow's FLOPs are compared with the minimum that its mathematics needs. `--peers` adds two other
-implementations of the same mathematics, as in public trainers.
+Reports ratios of FLOPs, median time and bytes saved for backward. FLOPs are counted with math attention, because the
+counter misses fused attention on CPUs. "guided" means omega 1 and kappa 0.5 on [0, 1], with r < t in 25 % of samples
+and 10 % of labels dropped. Improved MeanFlow's FLOPs are compared with the theoretical minimum of its objective.
+`--peers` adds two other implementations of the same objective, as in public trainers.
 """
 
 import argparse
@@ -36,7 +36,7 @@ IDENTITY = LatentNormalization(mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS)
 
 @dataclass
 class Batch:
-    """Random data and draws of one step."""
+    """Random latent moments and labels, and the random draws of one step."""
 
     moments: torch.Tensor
     labels: torch.Tensor
@@ -44,12 +44,12 @@ class Batch:
 
     @property
     def latents(self) -> torch.Tensor:
-        """The mean of the posterior, for forwards outside train_step."""
+        """The posterior means, for forwards outside train_step."""
         return self.moments[:, :CHANNELS]
 
 
 def make_batch(loss: LossConfig, rows: int, device: str, step: int = 0) -> Batch:
-    """The same latents and labels for every objective; draws from seed 0 and the step."""
+    """Makes a batch whose data is the same for every objective and whose draws depend on the step."""
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(rows, 2 * CHANNELS, SIZE, SIZE, generator=generator).abs()
     labels = torch.randint(CLASSES, (rows,), generator=generator)
@@ -58,7 +58,7 @@ def make_batch(loss: LossConfig, rows: int, device: str, step: int = 0) -> Batch
 
 
 def fresh_state(config: TrainingConfig, device: str) -> TrainState:
-    """A state with noise added to its parameters, so that no layer is zero."""
+    """A new training state. Noise is added to the parameters, so that no layer is zero."""
     state = build_train_state(
         config, sample_size=SIZE, in_channels=CHANNELS, num_classes=CLASSES, device=torch.device(device)
     )
@@ -78,7 +78,7 @@ def run_loss(network, batch: Batch, loss: LossConfig) -> LossOutput:
 
 
 def count_flops(function: Callable[[], object]) -> float:
-    """FLOPs of a call, attention included."""
+    """FLOPs of a call, including attention."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     by_operator = counter.get_flop_counts()["Global"]
@@ -87,13 +87,13 @@ def count_flops(function: Callable[[], object]) -> float:
 
 
 def count_step_flops(network, loss: LossConfig, rows: int) -> float:
-    """FLOPs of forward and backward, on the meta device, without computing anything."""
+    """FLOPs of forward and backward, counted on the meta device without computing them."""
     batch = make_batch(loss, rows, "meta")
     return count_flops(lambda: run_loss(network, batch, loss).loss.backward())
 
 
 def measure_flops(config: TrainingConfig, rows: int) -> dict[str, float]:
-    """The objective's FLOPs over flow matching's, for MeanFlow's two settings."""
+    """FLOPs of MeanFlow with and without guidance, relative to flow matching."""
     with torch.device("meta"):
         network = build_network(config.network, sample_size=SIZE, in_channels=CHANNELS, num_classes=CLASSES)
     flow_matching = count_step_flops(network, FLOW_MATCHING, rows)
@@ -105,10 +105,11 @@ def measure_flops(config: TrainingConfig, rows: int) -> dict[str, float]:
 
 
 def measure_improved_flops(config: TrainingConfig, rows: int) -> dict[str, float]:
-    """Improved MeanFlow's FLOPs over the minimum that its mathematics needs, each over its baseline 3 (S + U + V).
+    """FLOPs of improved MeanFlow and their theoretical minimum, relative to the baseline 3 (S + U + V).
 
-    With S, U, V a forward of the shared, u's and v's blocks: 3 (S + U + V) + rho (S + U) for the tangent + rho (S + V)
-    for the conditional velocity + g (S + V) for the null velocity, with g the fraction of guided rows.
+    S, U and V are the FLOPs of one forward of the shared blocks, the blocks of u and the blocks of v. The minimum is
+    3 (S + U + V) + rho (S + U) for the tangent + rho (S + V) for the conditional velocity + g (S + V) for the null
+    velocity, where rho is the fraction of samples with r < t and g the fraction of guided samples.
     """
     loss = config.loss
     with torch.device("meta"):
@@ -169,10 +170,10 @@ def measure_saved(state: TrainState, rows: int, device: str) -> dict[str, float]
 
 
 def whole_batch_loss(network, batch: Batch, loss: LossConfig, *, separate: bool) -> torch.Tensor:
-    """The same loss as in public trainers: the JVP over every row, and guidance by two forwards of every row.
+    """The same loss as public trainers compute it: a JVP and two forwards for guidance, all on the whole batch.
 
-    separate: the JVP, with its graph, follows a forward of its own, as in PyTorch ports; otherwise both are one forward,
-    as in the authors' JAX code.
+    With `separate`, an additional forward computes u, as in PyTorch ports. Otherwise u comes from the JVP, as in the
+    authors' JAX code.
     """
     record, x, column = batch.record, batch.latents, (-1, 1, 1, 1)
     t, r = record.t, record.r
@@ -202,7 +203,7 @@ def whole_batch_loss(network, batch: Batch, loss: LossConfig, *, separate: bool)
 def make_steps(
     arguments: argparse.Namespace, config: TrainingConfig, state: TrainState
 ) -> dict[str, Callable[[], object]]:
-    """{name: function that takes a whole training step}, all on the same state."""
+    """{name: function that runs a whole training step}. All functions share one state."""
     rows, device = arguments.batch_size, arguments.device
     steps: dict[str, Callable[[], object]] = {}
     for name, loss in (("flow_matching", FLOW_MATCHING), ("unguided", UNGUIDED), ("guided", GUIDED)):
@@ -226,7 +227,7 @@ def make_steps(
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Relative difference by norm."""
+    """Norm of the difference, relative to the norm of `theirs`."""
     return float((ours - theirs).norm() / theirs.norm())
 
 
@@ -250,7 +251,7 @@ def compare_with_compiled(state: TrainState, rows: int, device: str) -> dict[str
 def time_steps(
     arguments: argparse.Namespace, config: TrainingConfig, state: TrainState, label: str
 ) -> dict[str, float]:
-    """Median time of each step relative to flow matching, and on GPUs its peak memory."""
+    """Median time of each step relative to flow matching and, on GPUs, its peak memory."""
     steps = make_steps(arguments, config, state)
     seconds = interleaved_medians(steps, rounds=arguments.rounds)
     figures = {f"{label}flow_matching_step_seconds": seconds["flow_matching"]}
@@ -267,7 +268,7 @@ def time_steps(
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """All figures of a preset."""
+    """Measures everything for a preset."""
     config = replace(
         PRESETS[arguments.preset](),
         global_batch_size=arguments.batch_size,
@@ -275,7 +276,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         compile=False,
     )
     if config.network.architecture != "dit":
-        raise SystemExit(f"--preset must have MeanFlow's network (dit), but got {arguments.preset}")
+        raise SystemExit(f"--preset must use the dit architecture, but got {arguments.preset}")
     figures = measure_flops(config, arguments.batch_size)
     figures |= measure_improved_flops(imf_b2(), arguments.batch_size)
     state = fresh_state(config, arguments.device)
@@ -304,7 +305,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--peak-teraflops",
         type=float,
-        help="peak of the device at this precision; reports the fraction that is reached",
+        help="peak throughput of the device at this precision; adds the achieved fraction to the report",
     )
     main(
         measure,

@@ -1,4 +1,4 @@
-"""Parses the commands of AWS's command line that the documents use, with botocore's models of the services."""
+"""Parses the AWS CLI commands in the documentation, using botocore's service models."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from botocore import xform_name
 from botocore.model import ListShape, Shape, StructureShape
 from botocore.validate import ParamValidator
 
-# Options of every command, which do not go to the service, and their choices.
+# {option that every command accepts: its choices}. These options are not part of the request.
 GLOBAL_OPTIONS = {"query": None, "output": ("text", "json", "table"), "region": None}
 
 
@@ -25,14 +25,19 @@ class Call:
 
 
 def parse_aws(words: list[str]) -> Call | None:
-    """The request of `aws WORDS`; None for `aws s3`, which makes many. Raises ValueError for an unknown command or option."""
+    """The request that `aws WORDS` sends; None for `aws s3`, which sends several.
+
+    Raises ValueError for an unknown command or option.
+    """
     service, operation, *rest = words
     if service == "s3":
-        if operation not in ("cp", "sync") or len(rest) != 2 or not any(place.startswith("s3://") for place in rest):
-            raise ValueError(f"must be aws s3 cp or sync with two places, one of them in S3, but got {words}")
+        if operation not in ("cp", "sync") or len(rest) != 2 or not any(path.startswith("s3://") for path in rest):
+            raise ValueError(
+                f"must be aws s3 cp or sync with two paths, at least one in S3, but got aws {shlex.join(words)}"
+            )
         return None
     service = "s3" if service == "s3api" else service
-    if (service, operation) == ("ecr", "get-login-password"):  # the command line derives it from this request
+    if (service, operation) == ("ecr", "get-login-password"):  # the CLI implements it with this request
         operation = "get-authorization-token"
     model = botocore.session.get_session().get_service_model(service)
     operations = {xform_name(name, "-"): name for name in model.operation_names}
@@ -67,7 +72,7 @@ def parse_aws(words: list[str]) -> Call | None:
 def _value(shape: Shape, words: list[str]) -> Any:
     if shape.type_name == "boolean":
         if words:
-            raise ValueError(f"a switch takes no value, but got {words}")
+            raise ValueError(f"a flag takes no value, but got {words}")
         return True
     if isinstance(shape, ListShape):
         if len(words) == 1 and words[0].startswith("["):
@@ -82,17 +87,17 @@ def _value(shape: Shape, words: list[str]) -> Any:
 
 
 def _shorthand(shape: StructureShape, word: str) -> dict[str, Any]:
-    """Name=a,Values=b"""
-    made = {}
+    """Parses the CLI's shorthand syntax, such as Name=a,Values=b."""
+    values = {}
     for name, text in (part.split("=", 1) for part in word.split(",")):
         if name not in shape.members:
             raise ValueError(f"{shape.name} has no {name}")
-        made[name] = [text] if isinstance(shape.members[name], ListShape) else text
-    return made
+        values[name] = [text] if isinstance(shape.members[name], ListShape) else text
+    return values
 
 
 def words_of(line: str, variables: dict[str, str]) -> tuple[str | None, list[str]]:
-    """(variable that is set, words) of `NAME=$(aws ...)` or `aws ...`, after replacing `variables`."""
+    """Splits `NAME=$(aws ...)` or `aws ...` into (NAME or None, words), after substituting `variables`."""
     name = None
     if line.endswith(")") and "=$(" in line.split(" ")[0]:
         name, line = line[:-1].split("=$(", 1)

@@ -1,4 +1,4 @@
-"""Manifests and small latent datasets without encoding."""
+"""Makes manifests and small latent datasets without encoding images."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def make_manifest(
     mirrored: bool = True,
     hashes: list[str] | None = None,
 ) -> Manifest:
-    """A manifest with the given samples per shard; the default hashes are zeros."""
+    """A manifest with the given number of samples per shard. By default, all hashes are zeros."""
     recipe = EncodingRecipe(
         vae_id="some/vae",
         vae_sha256="0" * 64,

@@ -1,4 +1,4 @@
-"""API keys: exposure without them, their hashes, and who may send requests."""
+"""API keys: which hosts and routes require one, and how keys are hashed and replaced."""
 
 import hashlib
 import re
@@ -16,13 +16,13 @@ OPENAI = {"json": {"prompt": "star"}}
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "localhost", "::1", "[::1]", "127.8.9.1"])
-def test_an_endpoint_on_loopback_needs_no_keys(host):
+def test_endpoint_on_loopback_needs_no_keys(host):
     assert is_loopback(host)
     require_safe_exposure(Arguments(model="m"), host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org", ""])
-def test_an_endpoint_on_other_hosts_needs_keys_or_auth_none(host):
+def test_endpoint_on_other_hosts_needs_keys_or_auth_none(host):
     assert not is_loopback(host)
     with pytest.raises(ValueError, match=f"host {re.escape(host)} is reachable from other machines"):
         require_safe_exposure(Arguments(model="m"), host)
@@ -39,7 +39,7 @@ def test_keys_are_found_by_their_hash():
 
 
 @pytest.mark.parametrize("digest", ["plain-key", "A" * 64, hash_key("x") + "0"])
-def test_a_plain_text_key_is_refused_in_place_of_a_hash(digest):
+def test_plain_text_key_is_refused_where_a_hash_is_required(digest):
     with pytest.raises(ValidationError, match=r"'alice' must be given as its SHA-256"):
         Arguments(model="m", api_keys={"alice": digest})
 
@@ -69,12 +69,12 @@ def test_images_and_models_need_a_valid_key(locked, method, path, options):
         assert locked.client.request(method, path, headers=bearer(key), **options).status_code == 200
 
 
-def test_pages_and_health_need_no_key(locked):
+def test_pages_and_health_checks_need_no_key(locked):
     for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
         assert locked.client.get(path).status_code == 200
 
 
-def test_keys_are_exchanged_at_runtime_but_never_all_removed(locked):
+def test_keys_can_be_replaced_at_runtime_but_not_removed(locked):
     locked.api.reconfigure({"api_keys": {"carol": hash_key("new-key")}})
     assert locked.client.get("/version", headers=bearer("new-key")).status_code == 200
     assert locked.client.get("/version", headers=bearer(KEYS["alice"])).status_code == 401
@@ -83,13 +83,13 @@ def test_keys_are_exchanged_at_runtime_but_never_all_removed(locked):
     assert locked.client.get("/version", headers=bearer("new-key")).status_code == 200
 
 
-def test_readiness_gives_details_of_a_problem_only_with_a_key(locked):
+def test_readiness_details_require_a_key(locked):
     locked.api.reconfigure({"api_keys": {}})
-    assert "not left out" in locked.client.get("/readyz", headers=bearer(KEYS["alice"])).json()["problem"]
-    assert "not left out" not in locked.client.get("/readyz").json()["problem"]
+    assert "not removed" in locked.client.get("/readyz", headers=bearer(KEYS["alice"])).json()["problem"]
+    assert "not removed" not in locked.client.get("/readyz").json()["problem"]
 
 
-def test_no_message_contains_a_plain_text_key(locked):
+def test_messages_never_contain_a_plain_text_key(locked):
     locked.api.reconfigure({"api_keys": {"carol": "a-plain-key"}})
     problem = locked.client.get("/readyz", headers=bearer(KEYS["alice"])).json()["problem"]
     assert "'carol' must be given as its SHA-256" in problem

@@ -1,4 +1,4 @@
-"""Fuzzing: requests generated from the OpenAPI document, and random bodies."""
+"""Fuzz tests with requests generated from the OpenAPI document and with random bodies."""
 
 import collections
 import json
@@ -12,12 +12,12 @@ from deploy.settings import Arguments
 from tests.support.api import ERROR_FIELDS, KEY_HASHES, KEYS
 from tests.support.endpoint import fetch, over_http, running_endpoint
 
-# Without positive_data_acceptance: the document allows any string as a class name.
+# Excludes positive_data_acceptance: the OpenAPI document allows any string as a class name.
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
     "response_schema_conformance,negative_data_rejection,unsupported_method,ignored_auth"
 )
-# Schemathesis' own list plus 413: invalid data may be too long as well.
+# Schemathesis' defaults plus 413, because invalid data may also be too long.
 CONFIG = """
 [checks.negative_data_rejection]
 expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 428, 429]
@@ -26,7 +26,7 @@ KEY = KEYS["alice"]
 
 
 def run_schemathesis(url, folder, num_examples, seed=None):
-    """Tests every operation of a running endpoint. Without a seed, it draws one and prints it."""
+    """Tests every operation of a running endpoint. Without a seed, Schemathesis draws one and prints it."""
     config = folder / "schemathesis.toml"
     config.write_text(CONFIG)
     command = [
@@ -49,7 +49,7 @@ def test_responses_conform_to_the_openapi_document(generator_folder, tmp_path):
 
 
 def random_body(draw):
-    """A body that may or may not be a valid request."""
+    """Draws a request body that may be invalid."""
     values = [None, True, 0, 1, -1, 3, 2**63, 2**70, 1e308, 0.5, "", "star", "class:3", "class:99", "x" * 300, "\u0000",
               "\ud7ff", [], {}, [1.0, 0.0], [1, 0.5, 0], ["a"], {"a": 1}, "png", "url", "64x64"]  # fmt: skip
     fields = ["class", "prompt", "n", "num_images", "seed", "seed_end", "num_inference_steps", "timesteps", "preview",
@@ -67,7 +67,7 @@ def random_body(draw):
 @pytest.mark.cluster
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_ten_thousand_random_bodies_crash_no_replica(generator_folder, tmp_path):
+def test_replicas_survive_ten_thousand_random_bodies(generator_folder, tmp_path):
     arguments = {"model": str(generator_folder), "max_images": 4, "max_steps": 4, "api_keys": KEY_HASHES}
     with running_endpoint(arguments) as endpoint:
         replicas = {process.pid for process in endpoint.family("ServeReplica")}

@@ -1,4 +1,4 @@
-"""The VAE: loading it, images -> moments, latents -> images."""
+"""Loads VAEs, encodes images to moments and decodes latents to images."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from meanflow_core.latents import LatentNormalization
 def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """Loads an AutoencoderKL from a local folder or by its hub id ("stabilityai/sd-vae-ft-mse"), for inference.
 
-    Raises ValueError if there is none.
+    Raises ValueError if it cannot be loaded.
     """
     folder = Path(id_or_folder)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -25,14 +25,14 @@ def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> A
 def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
     """Loads an AutoencoderTiny from a folder or by its hub id ("madebyollin/taesd" for Stable Diffusion's latents).
 
-    Raises ValueError if there is none.
+    Raises ValueError if it cannot be loaded.
     """
     return _open_model(AutoencoderTiny, id_or_folder, dtype, "an AutoencoderTiny")
 
 
 def _open_model(kind: type[ModelMixin], id_or_folder: str, dtype: torch.dtype, name: str) -> ModelMixin:
     try:
-        # low_cpu_mem_usage would only warn that `accelerate` is missing.
+        # low_cpu_mem_usage=True logs a warning if `accelerate` is not installed.
         model = kind.from_pretrained(id_or_folder, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -77,7 +77,7 @@ def to_float_images(images: torch.Tensor) -> torch.Tensor:
 def to_uint8_images(images: torch.Tensor) -> torch.Tensor:
     """float (B, 3, H, W), nominally in [-1, 1] -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated.
 
-    Source: DiT, SiT and the authors' MeanFlow code. Other rounding shifts every pixel by up to half a level.
+    Source: DiT, SiT and the authors' MeanFlow code. Any other rounding shifts pixels by up to half a level.
     """
     return images.float().mul(127.5).add(128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
@@ -107,8 +107,8 @@ def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 def decode_preview(tiny: AutoencoderTiny, vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3), with a small, fast, approximate decoder.
 
-    vae: the autoencoder of the latents. The small decoder takes latents in that VAE's published shift and scale, the
-    same for all channels, whichever normalisation the generator uses.
+    vae: the autoencoder of the latents. The small decoder expects latents with this VAE's shift_factor and
+    scaling_factor applied, even if the generator normalises each channel separately.
     """
     raw = LatentNormalization.from_vae_config(vae.config).denormalize(latents.float())
     scaled = (raw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -92,7 +92,7 @@ def check_network_input(
         raise ValueError(f"each conditioning input must have {len(z)} rows, like the latents, but got {lengths}")
     if tangent is not None and (tangent.shape[1:] != z.shape[1:] or len(tangent) > len(z)):
         raise ValueError(
-            f"the tangent must belong to the first rows of latents {tuple(z.shape)}, but got shape {tuple(tangent.shape)}"
+            f"tangent must have the shape of the first samples of z {tuple(z.shape)}, but got {tuple(tangent.shape)}"
         )
 
 

@@ -1,7 +1,7 @@
-"""Converting parameters of public checkpoints to this package's networks, with one function per source.
+"""Converts parameters of public checkpoints to this package's networks, with one function per source.
 
-If a source has other conventions, its values are rewritten, so that networks need no flags: t = 1 is noise, and
-velocities point from data to noise.
+In this package t = 1 is noise, and velocities point from data to noise. The values of a source with other conventions
+are rewritten, so that the networks need no flags.
 
     # C channels, P patch side, N tokens, D width
 """
@@ -38,8 +38,8 @@ _OFFICIAL_RENAMES = (
 # The authors' PyTorch port keeps the wrappers' names.
 _IMF_TORCH_RENAMES = ((r"^net\.", ""), (r"\._flax_(linear|embedding)\.", "."))
 
-# Stored position embeddings passed through the moving average, whose rounding moves a constant by up to 1.7e-4 (measured
-# at decay 0.9999 in float32). Another layout differs by about 1.
+# Checkpoints hold the moving average of the position embedding, whose rounding changes a constant by up to 1.7e-4
+# (measured at decay 0.9999 in float32). A different layout differs by about 1.
 POSITION_TOLERANCE = 1e-3
 # Initialisation of an untrained step-size embedder: DiT's standard deviation, with a fixed seed.
 STEP_SIZE_INIT, STEP_SIZE_SEED = 0.02, 0
@@ -79,8 +79,8 @@ def from_official_meanflow(parameters: Mapping[str, np.ndarray | torch.Tensor]) 
     """Converts flat Flax parameters of Gsunshine/meanflow.
 
     Their names are like "net/blocks/layers_0/attn/qkv/_flax_linear/kernel". Returns a float32 state dict for MeanFlowDiT:
-    linear kernels (in, out) are transposed, the patch convolution becomes OIHW; qkv is packed in the same way. Missing
-    and unknown names are left to `convert_checkpoint`.
+    linear kernels (in, out) are transposed, the patch convolution becomes OIHW; qkv is packed in the same order.
+    `convert_checkpoint` reports missing and unknown names.
     """
     return _from_flax(parameters)
 
@@ -98,7 +98,7 @@ def from_imf_torch(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """Converts parameters of Lyy-iiis/imeanflow's PyTorch port.
 
     Their names are like "net.shared_blocks.0.attn.q_proj._flax_linear.weight". Returns a float32 state dict for
-    ImprovedMeanFlowDiT. The published files are for sampling: of the v head they have the last layer only, which is
+    ImprovedMeanFlowDiT. The published files are for sampling and contain only the last layer of the v head, which is
     dropped.
     """
     renamed = _rename(state, _IMF_TORCH_RENAMES)
@@ -106,11 +106,11 @@ def from_imf_torch(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def from_sit(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Converts parameters of willisma/SiT: a velocity v = x - e with data at t = 1, where ours has noise.
+    """Converts parameters of willisma/SiT: a velocity v = x - e with data at t = 1.
 
-    Returns a float32 state dict for MeanFlowDiT whose u is -SiT(z, 1 - t) for any r: the time embedder's first layer
-    reverses time, and the network's last layer changes the sign. The position embedding is checked against ours and
-    dropped, as is the predicted variance (the second C channels of each position in a patch).
+    Returns a float32 state dict for MeanFlowDiT whose u is -SiT(z, 1 - t) for any r: the first layer of the
+    time embedder is rewritten to reverse time, and the last layer of the network is negated. The position embedding is
+    checked against ours and dropped, as is the predicted variance (the second C channels of each position in a patch).
     Raises ValueError if the file is not a SiT checkpoint.
     """
     converted = _from_timm(state)
@@ -121,7 +121,7 @@ def from_sit(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     first = "t_embedder.mlp.0.weight"
     if first in converted and converted[first].shape[1:] == (FREQUENCY_EMBEDDING_SIZE,):
         converted[first] = reverse_time(converted[first])
-    return {**converted, **silent_step_size_embedder(hidden_size)}
+    return {**converted, **zero_step_size_embedder(hidden_size)}
 
 
 def from_repa(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -133,11 +133,11 @@ def from_repa(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     converted = _from_timm(state, dropped="projectors.")
     hidden_size, _, _ = _patch_sizes(converted)
-    return {**converted, **silent_step_size_embedder(hidden_size)}
+    return {**converted, **zero_step_size_embedder(hidden_size)}
 
 
 def from_zhuyu_cs(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Converts parameters of zhuyu-cs/MeanFlow: SiT's names, and an `r_embedder` of t - r, which is our h_embedder.
+    """Converts parameters of zhuyu-cs/MeanFlow: SiT's names, plus an `r_embedder` of t - r (our h_embedder).
 
     Returns a float32 state dict for MeanFlowDiT. The position embedding is checked against ours and dropped. Note: that
     code decodes with sd-vae-ft-ema and, until it was corrected, with a scale of 0.18125 instead of 0.18215.
@@ -146,17 +146,17 @@ def from_zhuyu_cs(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _from_timm(state: Mapping[str, torch.Tensor], dropped: str | None = None) -> dict[str, torch.Tensor]:
-    """Keeps SiT's names, which are ours, except its stored position embedding; SiT has no h_embedder."""
-    foreign = [name for name in state if name.startswith("h_embedder.")]
-    if foreign:
-        raise ValueError(f"{len(foreign)} unknown: {', '.join(foreign)}; files of this source have no h_embedder")
+    """Checks and drops the stored position embedding. The other names are the same as ours, without an h_embedder."""
+    unexpected = [name for name in state if name.startswith("h_embedder.")]
+    if unexpected:
+        raise ValueError(f"{len(unexpected)} unknown: {', '.join(unexpected)}; files of this source have no h_embedder")
     _grid_size(state)
     kept = [name for name in state if name != "pos_embed" and not (dropped and name.startswith(dropped))]
     return {name: state[name].float() for name in kept}
 
 
 def _grid_size(state: Mapping[str, torch.Tensor]) -> int | None:
-    """Tokens along a side according to the stored position embedding (1, N, D); None if there is none.
+    """Number of tokens per side, from the stored position embedding (1, N, D); None if there is none.
 
     Raises ValueError if it is not the embedding that our network computes.
     """
@@ -176,26 +176,25 @@ def _grid_size(state: Mapping[str, torch.Tensor]) -> int | None:
 
 
 def _without_variance(value: torch.Tensor, channels: int, patch_size: int) -> torch.Tensor:
-    """The last layer's rows (P * P * 2C, ...) -> (P * P * C, ...): the first C of each position."""
+    """Keeps the first C of the 2C channels of each position: last layer (P * P * 2C, ...) -> (P * P * C, ...)."""
     if value.shape[:1] != (2 * channels * patch_size**2,):
         return value
     return value.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
 
 
 def reverse_time(weight: torch.Tensor) -> torch.Tensor:
-    """Rewrites a time embedder's first layer (D, 256) for inputs 1 - t to give the same output for inputs t, float32.
+    """Rewrites a time embedder's first layer (D, 256) so that input t gives the former output for 1 - t; float32.
 
     cos((1 - t) w) = cos w cos(t w) + sin w sin(t w), and sin((1 - t) w) = sin w cos(t w) - cos w sin(t w).
     """
-    cos, sin = sinusoids(torch.ones(1, 1, dtype=torch.float64))[0].chunk(
-        2
-    )  # for every w, from the network's own function
+    embedding_of_one = sinusoids(torch.ones(1, 1, dtype=torch.float64))[0]  # every cos w, then every sin w
+    cos, sin = embedding_of_one.chunk(2)
     of_cos, of_sin = weight.double().chunk(2, dim=1)
     return torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1).float()
 
 
-def silent_step_size_embedder(hidden_size: int) -> dict[str, torch.Tensor]:
-    """An h_embedder that outputs 0 for every t - r but can be trained: its last layer is 0, its first is not."""
+def zero_step_size_embedder(hidden_size: int) -> dict[str, torch.Tensor]:
+    """An h_embedder that outputs 0 for every t - r. It can be trained, because only its last layer is 0."""
     generator = torch.Generator().manual_seed(STEP_SIZE_SEED)
     first = STEP_SIZE_INIT * torch.randn(hidden_size, FREQUENCY_EMBEDDING_SIZE, generator=generator)
     return {
@@ -207,11 +206,12 @@ def silent_step_size_embedder(hidden_size: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def silence_step_size(network: MeanFlowDiT) -> None:
+def ignore_step_size(network: MeanFlowDiT) -> None:
     """Makes a network's output independent of t - r, in place; at t = r it is unchanged.
 
-    For networks trained with flow matching, whose step-size embedder has only seen t - r = 0. The last layer of the
-    embedder becomes its output at 0 and can be trained, as in `silent_step_size_embedder`.
+    For networks trained with flow matching, whose step-size embedder was only trained at t - r = 0. The last layer's
+    weight becomes 0 and its bias the embedder's output at 0. The embedder can still be trained, as in
+    `zero_step_size_embedder`.
     """
     embedder = network.h_embedder
     output_at_zero = embedder(Dual(torch.zeros(1, device=network.device))).value[0]
@@ -227,7 +227,7 @@ class Source:
     convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     """Converts its parameters to a state dict of ours."""
     architecture: Literal["dit", "imf_dit"]
-    """The network that they belong to."""
+    """Architecture of its networks."""
     is_flow_matching: bool = False
     """Whether its networks predict instantaneous velocities only."""
 
@@ -262,12 +262,12 @@ def published_training(architecture: str, hidden_size: int, depth: int) -> Train
 def convert_checkpoint(
     source_name: str, state: Mapping[str, torch.Tensor], *, sample_size: int | None = None, num_heads: int | None = None
 ) -> AnyNetwork:
-    """Builds the float32 network of a source's parameters; its size follows from their shapes.
+    """Builds a float32 network from the parameters of a source. Their shapes determine its size.
 
-    sample_size: side of the latents, if no stored position embedding gives it; default: 32. num_heads: required if the
+    sample_size: side of the latents, if the file has no position embedding; default: 32. num_heads: required if the
     size is not a published one. An improved MeanFlow network has a v head if the file has one.
-    Raises ValueError for an unknown source, for a file of another source, and, with all of them, for missing, unknown or
-    misshapen parameters.
+    Raises ValueError for an unknown source, a file of another source, or parameters that are missing, unknown or of
+    the wrong shape; the error lists all of them.
     """
     source = find_source(source_name)
     converted = source.convert(state)
@@ -276,7 +276,7 @@ def convert_checkpoint(
         stored_size = grid_size * _patch_sizes(converted)[2]
         if sample_size not in (None, stored_size):
             raise ValueError(
-                f"sample_size must be {stored_size}, the size of the stored positions, but got {sample_size}"
+                f"sample_size must be {stored_size}, the size of the stored position embedding, but got {sample_size}"
             )
         sample_size = stored_size
     config = _read_network_config(converted, source.architecture, num_heads)
@@ -299,7 +299,7 @@ def _require_same_shapes(source_name: str, converted: Mapping[str, torch.Tensor]
     differences = {
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
-        "of another shape": [
+        "of the wrong shape": [
             f"{name} {found[name]} instead of {expected[name]}"
             for name in expected
             if name in found and found[name] != expected[name]
@@ -307,7 +307,7 @@ def _require_same_shapes(source_name: str, converted: Mapping[str, torch.Tensor]
     }
     listing = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in differences.items() if names)
     if listing:
-        raise ValueError(f"the file does not fit a network of source {source_name}: {listing}")
+        raise ValueError(f"the file does not match a network of source {source_name}: {listing}")
 
 
 def _find(state: Mapping[str, torch.Tensor], name: str, num_axes: int) -> torch.Tensor:
@@ -347,7 +347,7 @@ def _read_network_config(state: Mapping[str, torch.Tensor], architecture: str, n
         if published is None:
             raise ValueError(
                 f"no published network has width {hidden_size} and depth {depth}, and the file does not contain the number "
-                f"of attention heads; give num_heads"
+                f"of attention heads; pass num_heads"
             )
         num_heads = published.network.num_heads
     mlp_ratio = base.mlp_ratio

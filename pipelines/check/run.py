@@ -26,13 +26,13 @@ class CheckReport:
     manifest: Manifest
     """Manifest of the dataset."""
     normalization: LatentNormalization
-    """Normalisation of its autoencoder."""
+    """Normalisation of the latents, from the dataset's autoencoder."""
     statistics: ChannelStatistics
     """Statistics of all samples."""
     class_counts: np.ndarray
     """Number of samples per class, int64."""
     problems: list[str] = field(default_factory=list)
-    """Errors; empty for an undamaged dataset."""
+    """Errors; empty if the dataset is intact."""
     notes: list[str] = field(default_factory=list)
     """Warnings."""
     psnr: float | None = None
@@ -54,7 +54,7 @@ def check(job: CheckJob) -> CheckReport:
         class_counts=np.zeros(len(manifest.class_names), dtype=np.int64),
     )
     if len(manifest.shard_rows) != len(manifest.shard_sha256) or sum(manifest.shard_rows) != manifest.num_samples:
-        report.problems.append("the manifest is inconsistent about the number of samples")
+        report.problems.append("the sample counts in the manifest disagree")
         return report
     samples = _check_shards(job, report)
     report.notes += report.statistics.unlikely(report.normalization)
@@ -72,11 +72,11 @@ def check(job: CheckJob) -> CheckReport:
 
 
 def _check_shards(job: CheckJob, report: CheckReport) -> list[Sample]:
-    """Adds problems and statistics of all shards to the report. Returns the samples to draw."""
+    """Adds problems and statistics of all shards to the report. Returns the samples for the figure."""
     filesystem, root = storage.open_storage(job.data)
     manifest = report.manifest
     count = min(job.num_samples, manifest.num_samples)
-    drawn = np.arange(count) * manifest.num_samples // count
+    figure_rows = np.arange(count) * manifest.num_samples // count
     samples: list[Sample] = []
     known_ids: set[str] = set()
     progress, start = Progress(logger, "checked", "latents", manifest.num_samples), 0
@@ -95,7 +95,7 @@ def _check_shards(job: CheckJob, report: CheckReport) -> list[Sample]:
             if shard.moments.shape[1:] == manifest.recipe.moments_shape:
                 report.statistics.add(shard.moments)
             if not problems:
-                samples += _select(shard, drawn[(drawn >= start) & (drawn < stop)] - start)
+                samples += _select(shard, figure_rows[(figure_rows >= start) & (figure_rows < stop)] - start)
         start = stop
         progress.update(start)
     return samples
@@ -113,7 +113,7 @@ def _select(shard: Shard, rows: np.ndarray) -> list[Sample]:
 
 
 def _shard_problems(shard: Shard, manifest: Manifest, number: int, known_ids: set[str]) -> list[str]:
-    """Problems of a shard that could be read. known_ids: the ids of earlier shards."""
+    """Lists the problems of a readable shard. known_ids: sample ids of earlier shards."""
     problems = []
     if len(shard.labels) != manifest.shard_rows[number]:
         problems.append(f"{len(shard.labels)} samples instead of {manifest.shard_rows[number]} in the manifest")
@@ -127,7 +127,7 @@ def _shard_problems(shard: Shard, manifest: Manifest, number: int, known_ids: se
     problems += invalid_values(shard, len(manifest.class_names))
     repeated = [sample_id for sample_id in shard.sample_ids if sample_id in known_ids]
     if repeated:
-        problems.append(f"{len(repeated)} samples are also in earlier shards, such as {repeated[0]}")
+        problems.append(f"{len(repeated)} sample ids also occur in earlier shards, such as {repeated[0]}")
     return problems
 
 

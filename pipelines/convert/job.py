@@ -20,10 +20,10 @@ class ConvertJob:
     """Text file with one class name per line, in the order of the ids. A line may begin with a WordNet id, as in
     ImageNet's LOC_synset_mapping.txt. Default: "class 0", "class 1", ..."""
     use_ema: bool = True
-    """From a whole training state, take the moving average instead of the optimizer's parameters."""
+    """If the file is a full training state, convert its moving average instead of the raw parameters."""
     sample_size: int | None = None
     """Side of the latents, if the file does not determine it. Default: 32."""
     num_heads: int | None = None
-    """Attention heads, which no file determines. Default: those of the published size."""
+    """Number of attention heads, which no file contains. Default: that of the published network of this size."""
     portable: bool = False
     """Include the code, so that diffusers alone can open the generator (trust_remote_code=True)."""

@@ -1,8 +1,8 @@
 """A node's copy of a latent dataset, memory-mapped by all workers of the node.
 
-Training reads samples in random order, which object stores do not serve. Each node therefore copies the dataset once.
-Every shard is checked against the manifest and appears under its name only when complete. An interrupted copy continues
-with the missing shards, and later runs reuse it.
+Training reads samples in random order, for which object stores are too slow. Each node therefore copies the dataset
+once. Every shard is checked against the manifest and gets its final name only when complete. An interrupted copy resumes
+with the missing shards, and later runs reuse the copy.
 """
 
 import json
@@ -29,16 +29,16 @@ ABOUT = "about.json"
 NO_CACHE = "none"
 NUM_THREADS = 8  # shards copied at once, since object stores have high latency
 RESERVED_BYTES = 2**30  # disk space that a copy leaves free
-# Encode skips a dataset with a manifest. A shard that is encoded again may differ in its last bits, and a run that has
-# started refuses other data than it began with.
+# pipelines.encode skips a dataset that has a manifest. The values of a re-encoded shard may differ slightly, and a
+# training run does not resume on a dataset with another hash.
 SHARD_REMEDY = (
-    f"restore it from a node's copy or from an older version in the storage; else delete it and {MANIFEST} and run "
-    f"pipelines.encode again, which writes the missing shard"
+    f"restore it from a node's copy or from an older version in the storage; otherwise delete it and {MANIFEST} and run "
+    f"pipelines.encode again, which writes only the missing shard"
 )
 
 
 def open_latents(location: str, cache_dir: str, *, mirrored: bool = True) -> LatentDataset:
-    """Maps this node's copy of a dataset, after copying the shards that it lacks.
+    """Copies the missing shards of a dataset to this node and memory-maps the copy.
 
     Concurrent calls on a node share one copy: one process copies, the others wait.
 
@@ -51,7 +51,7 @@ def open_latents(location: str, cache_dir: str, *, mirrored: bool = True) -> Lat
     if cache_dir == NO_CACHE:
         if not storage.is_local(location):
             raise InputError(
-                f"--cache-dir none requires latents on mounted storage, but got {location}; name a folder on each node's "
+                f"--cache-dir none requires latents on mounted storage, but got {location}; pass a folder on each node's "
                 f"own disk"
             )
         return LatentDataset.map(Path(storage.absolute(location)), manifest, mirrored=mirrored)
@@ -115,7 +115,7 @@ def _require_disk_space(location: str, manifest: Manifest, folder: Path, num_mis
     if needed + RESERVED_BYTES > free:
         raise InputError(
             f"this node's copy of {location} needs {needed / 1e9:.1f} GB more, but {folder.parent} has {free / 1e9:.1f} GB "
-            f"free; name another --cache-dir, leave out the mirror images, delete old copies (python -m "
+            f"free; choose another --cache-dir, train with --no-mirror, delete old copies (python -m "
             f"pipelines.latent_cache), or map shared storage with --cache-dir none"
         )
 
@@ -135,7 +135,7 @@ class CachedCopy:
 
 
 def list_copies(cache_dir: Path) -> list[CachedCopy]:
-    """Lists the copies in a cache folder, the longest unused first."""
+    """Lists the copies in a cache folder, least recently used first."""
     copies = []
     for about in cache_dir.glob(f"*/{ABOUT}"):
         folder = about.parent

@@ -2,7 +2,7 @@
 
 latents/
     manifest.json               written last: a folder without it is not a dataset
-    recipe.json, index.parquet  what is encoded and how, written first
+    recipe.json, index.parquet  images and settings of the encoding, written first
     vae/                        the autoencoder, so that the dataset can be decoded anywhere
     shards/shard-00000.arrow ...
     rejected.parquet            sample_id and reason of each image that could not be encoded
@@ -29,7 +29,7 @@ REJECTED = "rejected.parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingRecipe:
-    """Source and settings of an encoding. A folder holds the shards of one recipe only."""
+    """Source and settings of an encoding. All shards of a folder belong to the same recipe."""
 
     vae_id: str
     """Hub id or folder of the autoencoder, as given by the user."""
@@ -44,7 +44,7 @@ class EncodingRecipe:
     source_sha256: str
     """Hash of the source's format, file paths and file sizes."""
     rows_per_shard: int
-    """Images per shard: shard k holds those from position k * rows_per_shard of the index."""
+    """Images per shard. Shard k starts at position k * rows_per_shard of the index."""
     mirrored: bool = True
     """Whether mirror images are encoded too."""
     precision: str = "float32"
@@ -70,11 +70,11 @@ class Manifest:
     """Contents of a complete latent dataset."""
 
     recipe: EncodingRecipe
-    """How it was made."""
+    """How the dataset was encoded."""
     num_samples: int
-    """Samples in all shards."""
+    """Number of samples in all shards."""
     num_rejected: int
-    """Images that could not be encoded."""
+    """Number of images that could not be encoded."""
     shard_rows: list[int]
     """Samples per shard."""
     shard_sha256: list[str]
@@ -146,7 +146,7 @@ def read_manifest(location: str) -> Manifest:
     filesystem, root = storage.require_folder(location, "latent dataset")
     if not is_complete(location):
         raise InputError(
-            f"no {MANIFEST} in {location}; run pipelines.encode --output {location} first, or let it finish"
+            f"no {MANIFEST} in {location}; run pipelines.encode --output {location} first, or wait until it finishes"
         )
     text = storage.read_bytes(filesystem, f"{root}/{MANIFEST}").decode()
     return Manifest.from_json(text, f"{location}/{MANIFEST}")

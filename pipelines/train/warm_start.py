@@ -10,7 +10,7 @@ import torch
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import load_network
-from meanflow_core.interop.names import convert_checkpoint, find_source, silence_step_size
+from meanflow_core.interop.names import convert_checkpoint, find_source, ignore_step_size
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
@@ -61,7 +61,7 @@ def load_initial_network(job: TrainJob, manifest: Manifest) -> InitialNetwork | 
             _require_same_normalization(folder, job.data)
             is_flow_matching = json.loads((folder / "model_index.json").read_text()).get("prediction") == "velocity"
             if is_flow_matching and isinstance(network, MeanFlowDiT):
-                silence_step_size(network)
+                ignore_step_size(network)
         else:
             is_flow_matching = find_source(source).is_flow_matching
             state = read_checkpoint(Path(location))

@@ -20,7 +20,7 @@ from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.train_autoencoder import held_out_psnr
 
 
-def test_uint8_rule_is_127_5_x_plus_128_truncated():
+def test_uint8_images_are_127_5_x_plus_128_truncated():
     levels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, 7).expand(1, 3, 1, 7)
     assert to_uint8_images(levels)[0, 0, :, 0].tolist() == [0, 0, 64, 128, 255, 255, 255]
 
@@ -64,7 +64,7 @@ def test_weight_hash_changes_with_one_weight(vae):
     assert weight_hash(same) != weight_hash(vae)
 
 
-def test_missing_autoencoder_is_refused_with_its_location(tmp_path):
+def test_error_for_a_missing_autoencoder_names_its_folder(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json in"):
         load_autoencoder(str(tmp_path))
 
@@ -77,22 +77,26 @@ def test_moments_are_mean_and_standard_deviation(vae):
 
 
 def test_weight_hash_depends_on_names_dtypes_and_shapes():
-    def holding(name, values):
+    def module_with_buffer(name, values):
         module = torch.nn.Module()
         module.register_buffer(name, values)
         return module
 
     values = torch.zeros(2, 2)
-    others = (holding("b", values), holding("a", values.int()), holding("a", values.flatten()))
-    assert len({weight_hash(module) for module in (holding("a", values), *others)}) == 4
+    others = (
+        module_with_buffer("b", values),
+        module_with_buffer("a", values.int()),
+        module_with_buffer("a", values.flatten()),
+    )
+    assert len({weight_hash(module) for module in (module_with_buffer("a", values), *others)}) == 4
 
 
-def test_loaded_autoencoder_is_for_inference(vae):
+def test_loaded_autoencoder_is_frozen_and_in_eval_mode(vae):
     assert not vae.training
     assert not any(parameter.requires_grad for parameter in vae.parameters())
 
 
-def test_autoencoder_without_weights_is_refused_with_its_location(vae, tmp_path):
+def test_autoencoder_without_weights_is_refused(vae, tmp_path):
     vae.save_config(tmp_path)
     with pytest.raises(ValueError, match="cannot load an autoencoder from"):
         load_autoencoder(str(tmp_path))
@@ -103,7 +107,7 @@ def test_half_precision_latents_are_scaled_in_float32(vae):
     assert torch.equal(decode_latents(vae, latents), decode_latents(vae, latents.float()))
 
 
-def test_preview_decoder_takes_latents_in_the_published_scale_for_any_normalisation(tmp_path):
+def test_preview_decoder_gets_the_vaes_shift_and_scale_for_any_normalisation(tmp_path):
     tiny = AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1), latent_channels=4,

@@ -1,4 +1,4 @@
-"""The configuration and the presets: valid values, and the papers' settings."""
+"""Validation of configurations, and presets against the papers' settings."""
 
 import dataclasses
 import inspect
@@ -20,7 +20,7 @@ from meanflow_core.presets import PRESETS, imf_network
 
 
 @pytest.mark.parametrize(
-    ("build", "words"),
+    ("build", "message"),
     [
         (lambda: NetworkConfig(hidden_size=100, num_heads=3), "multiple of num_heads"),
         (lambda: TimeSamplingConfig(fraction_r_below_t=1.5), r"\[0, 1\], but got 1.5"),
@@ -88,8 +88,8 @@ from meanflow_core.presets import PRESETS, imf_network
         ),
     ],
 )
-def test_invalid_values_are_refused_with_the_value(build, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_values_raise_an_error(build, message):
+    with pytest.raises(ValueError, match=message):
         build()
 
 

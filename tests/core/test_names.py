@@ -170,7 +170,7 @@ def test_refusal_lists_every_parameter_that_does_not_fit(source):
     lost, cut = biases[:2], biases[2]
     broken = {name: value for name, value in state.items() if name not in lost}
     broken |= {cut: state[cut][:-1], "surplus": torch.zeros(2), "other.surplus": torch.zeros(3)}
-    with pytest.raises(ValueError, match="does not fit") as refusal:
+    with pytest.raises(ValueError, match="does not match") as refusal:
         convert_checkpoint(source, broken, sample_size=SIZE)
     message = str(refusal.value)
     still = SOURCES[source].convert(broken)
@@ -180,13 +180,13 @@ def test_refusal_lists_every_parameter_that_does_not_fit(source):
     assert "2 unknown: surplus, other.surplus; " in message
     [shortened] = [name for name in still if name in converted and still[name].shape != converted[name].shape]
     length = len(converted[shortened])
-    assert message.endswith(f"1 of another shape: {shortened} ({length - 1},) instead of ({length},)")
+    assert message.endswith(f"1 of the wrong shape: {shortened} ({length - 1},) instead of ({length},)")
 
 
 @pytest.mark.parametrize("name", ["t_embedder.mlp.0.weight", "final_layer.linear.weight", "final_layer.linear.bias"])
 def test_missing_and_misshapen_parameters_that_sit_rewrites_are_listed_too(name):
     state = sit_state(out_channels=2 * C)
-    with pytest.raises(ValueError, match=re.escape(f"1 of another shape: {name}")):
+    with pytest.raises(ValueError, match=re.escape(f"1 of the wrong shape: {name}")):
         convert_checkpoint("sit", {**state, name: state[name][..., :-1]})
     del state[name]
     with pytest.raises(ValueError, match=re.escape(f"1 missing: {name}")):
@@ -243,7 +243,9 @@ def test_stored_positions_are_checked_and_give_the_latent_size():
         for convert in (names.from_sit, names.from_repa, names.from_zhuyu_cs):
             with pytest.raises(ValueError, match="must be the fixed sine-cosine embedding"):
                 convert({**state, "pos_embed": wrong})
-    with pytest.raises(ValueError, match="sample_size must be 8, the size of the stored positions, but got 16"):
+    with pytest.raises(
+        ValueError, match="sample_size must be 8, the size of the stored position embedding, but got 16"
+    ):
         convert_checkpoint("sit", state, sample_size=16)
     del state["pos_embed"]
     assert convert_checkpoint("sit", state).config.sample_size == 32
@@ -256,7 +258,7 @@ def test_sizes_follow_from_shapes_except_the_number_of_heads():
     assert network.config.num_heads == 4
     assert network.blocks[0].mlp.fc1.weight.shape == (100, D)
     deeper = {name.replace("blocks.1.", "blocks.2."): value for name, value in state.items()}
-    with pytest.raises(ValueError, match="no published network has width 64 and depth 3.*; give num_heads"):
+    with pytest.raises(ValueError, match="no published network has width 64 and depth 3.*; pass num_heads"):
         convert_checkpoint("sit", {**deeper, **state})
     assert convert_checkpoint("sit", {**deeper, **state}, num_heads=2).config.depth == 3
 

@@ -89,14 +89,14 @@ def test_every_preset_supports_512_pixels_and_16_latent_channels():
         assert output.u.shape == (1, 16, 64, 64)
 
 
-def test_unknown_sizes_are_refused_with_the_known_ones():
+def test_error_for_an_unknown_size_lists_the_known_sizes():
     with pytest.raises(ValueError, match="S, B, M, L, XL, but got 'H'"):
         dit_network("H", 2)
     with pytest.raises(ValueError, match="B, M, L, XL, but got 'S'"):
         imf_network("S")
 
 
-def test_fresh_improved_network_outputs_zero_and_has_the_papers_variances():
+def test_new_improved_network_outputs_zero_and_has_the_papers_variances():
     torch.manual_seed(0)
     config = replace(imf_network("B"), depth=2, aux_head_depth=1)
     network = build_network(config, sample_size=8, in_channels=4, num_classes=1000)
@@ -138,9 +138,9 @@ def test_improved_network_depends_on_every_input_and_on_t_only_through_h(imf_net
 
 def test_velocity_only_skips_the_u_head(imf_network):
     z = torch.randn(2, 4, 8, 8)
-    whole, alone = imf_network(z, conditioning(2)), imf_network(z, conditioning(2), velocity_only=True)
-    assert torch.equal(alone.velocity, whole.v)
-    assert alone.u is None
+    full, velocity_only = imf_network(z, conditioning(2)), imf_network(z, conditioning(2), velocity_only=True)
+    assert torch.equal(velocity_only.velocity, full.v)
+    assert velocity_only.u is None
     ran = []
     for block in [*imf_network.u_heads, imf_network.u_final_layer]:
         block.register_forward_hook(lambda *_: ran.append(1))
@@ -160,24 +160,24 @@ def test_network_without_velocity_head_has_the_same_u_and_mode(imf_network):
         sampling(z, conditioning(2), velocity_only=True)
 
 
-def test_rotary_products_depend_on_the_distance_of_positions_only():
+def test_rotary_dot_products_depend_only_on_relative_position():
     angles = rotary_angles(8, 12)
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 12, 1, 8)  # the same vector at every position
-    turned_q, turned_k = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))
-    products = turned_q[0, :, 0] @ turned_k[0, :, 0].T  # (N, N)
+    rotated_q, rotated_k = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm(dim=-1))
+    products = rotated_q[0, :, 0] @ rotated_k[0, :, 0].T  # (N, N)
     torch.testing.assert_close(products[2, 5], products[6, 9], atol=1e-5, rtol=1e-5)
     assert not torch.isclose(products[2, 5], products[2, 6], atol=1e-3)
 
 
-def test_rotation_passes_gradients():
+def test_gradients_of_rotation_match_finite_differences():
     angles = rotary_angles(4, 3).double()
     x = torch.randn(1, 3, 1, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), (x,))
 
 
 @pytest.mark.parametrize("kind", ["dit", "imf_dit"])
-def test_derivative_of_the_first_rows_equals_stock_forward_mode(network, imf_network, kind):
+def test_jvp_of_the_first_samples_equals_torch_func_jvp(network, imf_network, kind):
     network = (network if kind == "dit" else imf_network).double()
     z, tangent = torch.randn(5, 4, 8, 8).double(), torch.randn(3, 4, 8, 8).double()
     inputs = conditioning(5, label=2)
@@ -211,7 +211,7 @@ def test_mismatched_shapes_are_refused(network, imf_network, kind):
     with pytest.raises(ValueError, match=r"\(B, 4, 8, 8\), but got \(1, 4, 16, 16\)"):
         network(torch.randn(1, 4, 16, 16), conditioning(1))
     for shape in ((3, 4, 8, 8), (2, 4, 4, 4)):
-        with pytest.raises(ValueError, match="the tangent must belong to the first rows"):
+        with pytest.raises(ValueError, match="tangent must have the shape of the first samples"):
             network(z, conditioning(2), torch.randn(shape))
 
 
@@ -226,7 +226,7 @@ def test_improved_network_requires_guidance_inputs(imf_network):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"sample_size": 9}, "multiple of the patch size"),
         ({"aux_head_depth": 5}, r"aux_head_depth must lie in \[0, depth = 3\]"),
@@ -234,9 +234,9 @@ def test_improved_network_requires_guidance_inputs(imf_network):
         ({"num_heads": 16}, "must be an even number"),
     ],
 )
-def test_invalid_sizes_of_improved_networks_are_refused(imf_network, changes, words):
+def test_invalid_sizes_of_improved_networks_are_refused(imf_network, changes, message):
     arguments = {name: value for name, value in imf_network.config.items() if not name.startswith("_")}
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         type(imf_network)(**{**arguments, **changes})
 
 
@@ -254,17 +254,17 @@ def test_network_is_built_as_configured(architecture):
         architecture=architecture, patch_size=4, hidden_size=48, depth=3, num_heads=3, mlp_ratio=2.5, aux_head_depth=1
     )
     built = build_network(config, sample_size=8, in_channels=5, num_classes=7)
-    wanted = {"patch_size": 4, "hidden_size": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2.5, "in_channels": 5}
-    assert {name: built.config[name] for name in wanted} == wanted
+    expected = {"patch_size": 4, "hidden_size": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2.5, "in_channels": 5}
+    assert {name: built.config[name] for name in expected} == expected
     inner = built.blocks[0].mlp.fc1 if architecture == "dit" else built.u_heads[0].mlp.w1
     assert inner.weight.shape == (120, 48)
     assert built.y_embedder.embedding_table.weight.shape == (8, 48)
 
 
 def test_velocity_head_gets_no_tangent(imf_network):
-    handed = []
+    has_tangent = []
     for block in (*imf_network.v_heads, *imf_network.u_heads):
-        block.register_forward_pre_hook(lambda _, arguments: handed.append(arguments[0].tangent is not None))
+        block.register_forward_pre_hook(lambda _, arguments: has_tangent.append(arguments[0].tangent is not None))
     z = torch.randn(2, 4, 8, 8)
     imf_network(z, conditioning(2), z)
-    assert handed == [False, True]
+    assert has_tangent == [False, True]

@@ -71,7 +71,12 @@ def test_undamaged_dataset_has_no_problems_and_a_figure(encoded):
         ("moments", (3, 0, 0, 0), 7, "shard-00001.arrow: changed after the manifest was written"),
         ("moments", (3, 0, 0, 0), np.nan, "moments of .* are not finite"),
         ("labels", 4, 10, r"label of .* must be in \[0, 9\], but is 10"),
-        ("sample_ids", 0, "d0000000/d0000000_0", "1 samples are also in earlier shards, such as d0000000/d0000000_0"),
+        (
+            "sample_ids",
+            0,
+            "d0000000/d0000000_0",
+            "1 sample ids also occur in earlier shards, such as d0000000/d0000000_0",
+        ),
     ],
 )
 def test_changes_after_encoding_are_found(dataset, array, position, value, message):
@@ -106,7 +111,7 @@ def test_missing_and_truncated_shards_are_found(dataset):
 def test_manifest_must_agree_with_itself(dataset):
     path = dataset / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_samples": 61}))
-    assert run(dataset).problems == ["the manifest is inconsistent about the number of samples"]
+    assert run(dataset).problems == ["the sample counts in the manifest disagree"]
 
 
 def test_moved_images_are_found_with_an_option_and_other_images_are_refused(dataset, image_root, tmp_path):

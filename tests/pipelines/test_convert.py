@@ -211,14 +211,14 @@ def test_an_existing_output_is_refused_and_unchanged(monkeypatch, capsys, folder
     ("options", "message"),
     [
         ({"source": "dit"}, "unknown source 'dit'; known: official-meanflow, official-imf"),
-        ({"source": "repa"}, "2 of another shape: final_layer.linear.weight"),
+        ({"source": "repa"}, "2 of the wrong shape: final_layer.linear.weight"),
         ({"checkpoint": "absent.pt"}, "no checkpoint at absent.pt"),
         ({"class_names": "few.txt"}, "5 classes, but has 2 lines, 0 of them empty"),
         ({"class_names": "gap.txt"}, "5 classes, but has 5 lines, 1 of them empty"),
         ({"class_names": "absent.txt"}, "cannot read class names from"),
         ({"vae": "vae_of_3"}, "latents with 4 channels, but those of"),
         ({"vae": "."}, "no config.json in"),
-        ({"sample_size": 16}, "sample_size must be 8, the size of the stored positions, but got 16"),
+        ({"sample_size": 16}, "sample_size must be 8, the size of the stored position embedding, but got 16"),
         ({"num_heads": 5}, "must be a multiple of num_heads"),
     ],
 )

@@ -3,11 +3,11 @@ import logging
 from pipelines.progress import Progress, format_seconds
 
 
-def test_seconds_are_formatted_for_people():
+def test_durations_are_formatted_in_hours_minutes_and_seconds():
     assert [format_seconds(value) for value in (0.4, 59.2, 93.4, 4000)] == ["0s", "59s", "1m33s", "1h06m"]
 
 
-def test_a_line_has_the_count_the_rate_and_the_time_left(caplog, monkeypatch):
+def test_progress_line_shows_count_rate_and_time_left(caplog, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with caplog.at_level(logging.INFO):

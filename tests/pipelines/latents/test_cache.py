@@ -121,7 +121,9 @@ def test_mounted_dataset_may_be_mapped_without_a_copy(dataset, copied):
 def test_full_disk_is_reported_before_copying(dataset, tmp_path, copied, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**30))
-    with pytest.raises(InputError, match=r"needs 0\.0 GB more, but .*cache has 1\.1 GB free; name another --cache-dir"):
+    with pytest.raises(
+        InputError, match=r"needs 0\.0 GB more, but .*cache has 1\.1 GB free; choose another --cache-dir"
+    ):
         open_latents(str(dataset), str(tmp_path / "cache"))
     assert copied == []
 

@@ -7,7 +7,7 @@ import torch
 
 from meanflow_core.config import GuidanceConfig
 from meanflow_core.generator import build_pipeline, save_generator
-from meanflow_core.interop.names import silence_step_size
+from meanflow_core.interop.names import ignore_step_size
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.transformer import Conditioning
 from pipelines.demo import images
@@ -64,18 +64,18 @@ def test_warm_start_loads_a_generators_network(network, vae, data, tmp_path, is_
         torch.testing.assert_close(u(found.network, 0.7, 0.2), u(network, 0.7, 0.2))
 
 
-def test_silenced_network_predicts_its_velocity_at_every_step_size(network):
-    silent = perturbed(type(network)(**{k: v for k, v in network.config.items() if not k.startswith("_")}))
-    silent.load_state_dict(network.state_dict())
-    silence_step_size(silent)
-    torch.testing.assert_close(u(silent, 0.7, 0.7), u(network, 0.7, 0.7))
-    torch.testing.assert_close(u(silent, 0.7, 0.1), u(network, 0.7, 0.7))
+def test_network_that_ignores_step_size_predicts_its_velocity_for_any_r(network):
+    ignoring = perturbed(type(network)(**{k: v for k, v in network.config.items() if not k.startswith("_")}))
+    ignoring.load_state_dict(network.state_dict())
+    ignore_step_size(ignoring)
+    torch.testing.assert_close(u(ignoring, 0.7, 0.7), u(network, 0.7, 0.7))
+    torch.testing.assert_close(u(ignoring, 0.7, 0.1), u(network, 0.7, 0.7))
     assert not torch.allclose(u(network, 0.7, 0.1), u(network, 0.7, 0.7))
-    silent.zero_grad()
+    ignoring.zero_grad()
     z, labels = torch.randn(2, 4, 8, 8), torch.arange(2)
     times = torch.tensor([0.3, 0.9])
-    silent.train()(z, Conditioning(t=times, r=times * 0, labels=labels)).u.square().sum().backward()
-    assert silent.h_embedder.mlp[2].weight.grad.abs().max() > 0  # and it can learn the rest
+    ignoring.train()(z, Conditioning(t=times, r=times * 0, labels=labels)).u.square().sum().backward()
+    assert ignoring.h_embedder.mlp[2].weight.grad.abs().max() > 0  # and it can learn the rest
 
 
 def test_warm_start_loads_a_public_checkpoint(network, data, tmp_path):

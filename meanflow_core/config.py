@@ -18,8 +18,8 @@ class NetworkConfig:
     """Architecture and size of the network (DiT's Table 1 has S to XL). Latent shape and classes come from the data."""
 
     architecture: Literal["dit", "imf_dit"] = "dit"
-    """dit: conditions on (t, t - r, label) by adaptive norms; imf_dit: improved MeanFlow's, with condition tokens and a v
-    head."""
+    """dit: adaptive norms conditioned on (t, t - r, label). imf_dit: improved MeanFlow's network, with condition tokens
+    and a v head."""
     patch_size: int = 2
     """Side of a patch in latent pixels; a 32x32 latent has (32 / patch_size)^2 tokens."""
     hidden_size: int = 768
@@ -72,7 +72,7 @@ class TimeSamplingConfig:
     logit_std: float = 1.0
     """Standard deviation of that variable."""
     fraction_r_below_t: float = 0.25
-    """Fraction of a batch with r < t; the other samples have r = t and teach the instantaneous velocity. 0 is flow
+    """Fraction of a batch with r < t; the other samples have r = t and train the instantaneous velocity. 0 is flow
     matching."""
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class LossConfig:
     """Sampling of guidance, for improved_meanflow."""
     tangent: Literal["guided_velocity", "own_velocity"] = "guided_velocity"
     """Direction of du/dt: the target's guided velocity, or the network's own conditional velocity at r = t, which has less
-    variance and costs nothing if kappa > 0 (iMF, Table 1). improved_meanflow always uses its own."""
+    variance and needs no extra forward if kappa > 0 (iMF, Table 1). improved_meanflow always uses its own."""
     norm_p: float = 1.0
     """Power p of the adaptive weight 1 / (||error||^2 + norm_eps)^p; 0 is the plain squared error."""
     norm_eps: float = 0.01
@@ -166,11 +166,11 @@ class LossConfig:
 
     @property
     def is_flow_matching(self) -> bool:
-        """Whether the network learns only the instantaneous velocity, for integration in many steps."""
+        """Whether the network learns only the instantaneous velocity, for sampling in many steps."""
         return self.times.fraction_r_below_t == 0.0
 
     @property
-    def takes_own_velocity(self) -> bool:
+    def uses_own_velocity(self) -> bool:
         """Whether du/dt is taken along the network's own conditional velocity."""
         return self.tangent == "own_velocity" or self.objective == "improved_meanflow"
 
@@ -269,10 +269,10 @@ class TrainingConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Default sampling of the generator."""
     guidance_after_steps: int | None = None
-    """Steps before MeanFlow's target is guided. Default: 0; in a warm start from flow matching, which early guidance makes
-    unstable, 20 epochs or half the run."""
+    """Steps before guidance of MeanFlow's target starts. Default: 0. Early guidance makes a warm start from flow matching
+    unstable, so its default is 20 epochs, but at most half the run."""
     ema_decays: tuple[float, ...] = (0.9999,)
-    """Decays of the moving averages of the parameters, per step; the first average samples."""
+    """Decays of the moving averages of the parameters, per step. The first average is used for sampling."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """tf32: matrix products with 10-bit mantissas, du/dt's included, on GPUs with tensor cores. bfloat16: autocast.
     Parameters, averages and optimiser stay in float32."""
@@ -337,12 +337,12 @@ class TrainingConfig:
 
     @property
     def separate_derivative(self) -> bool:
-        """Whether du/dt has a forward of its own: in float32 under bfloat16, and with activation checkpointing, which would
-        recompute it with the activations."""
+        """Whether du/dt is computed in a separate forward: in float32 under bfloat16, and with activation checkpointing,
+        which would otherwise recompute it with the activations."""
         return (self.precision == "bfloat16" and self.float32_derivative) or self.activation_checkpointing
 
     def loss_at(self, step: int) -> LossConfig:
-        """The objective of 0-based step `step`, without guidance before `guidance_after_steps`."""
+        """The objective at step `step` (from 0), without guidance before `guidance_after_steps`."""
         if step >= (self.guidance_after_steps or 0):
             return self.loss
         return replace(self.loss, guidance=GuidanceConfig())

@@ -90,7 +90,7 @@ class StepRecord:
         else:
             weights, known = _meanflow_weights(t, label_dropped, config.guidance), torch.ones_like(below)
             guidance = [None, None, None]
-        needs_conditional = (weights.conditional != 0.0) | (below & config.takes_own_velocity)
+        needs_conditional = (weights.conditional != 0.0) | (below & config.uses_own_velocity)
         rows_conditional = (needs_conditional & (below | ~known)).nonzero().flatten()
         rows_null = (weights.null != 0.0).nonzero().flatten()
         return cls(
@@ -199,7 +199,7 @@ def _padded(rows: torch.Tensor, batch_size: int, config: LossConfig) -> torch.Te
     if config.objective == "improved_meanflow":
         may_need_forward = True
     else:
-        needs_own = config.guidance.kappa != 0.0 or config.takes_own_velocity
+        needs_own = config.guidance.kappa != 0.0 or config.uses_own_velocity
         may_need_forward = _null_weight(config.guidance) != 0.0 or (not config.is_flow_matching and needs_own)
     part = max(1, -(-batch_size // VELOCITY_BATCH_PARTS))
     size = part * max(-(-len(rows) // part), int(may_need_forward))

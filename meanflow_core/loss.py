@@ -183,7 +183,7 @@ def meanflow_loss(
 
     with torch.no_grad():
         conditional, null = _evaluate_velocities(network, z, labels, record, null_label)
-        along = conditional if config.takes_own_velocity else guided_velocity(v_sample, conditional, null, record)
+        along = conditional if config.uses_own_velocity else guided_velocity(v_sample, conditional, null, record)
         tangent, derivative = along[below], None
         if separate_derivative and not config.is_flow_matching:
             # Never an empty batch: under FSDP, a rank without rows r < t must make the same calls as the others.

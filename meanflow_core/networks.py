@@ -1,4 +1,4 @@
-"""The network classes, by the names that configurations and saved generators use."""
+"""The network classes, and building one from its configuration."""
 
 import torch
 
@@ -8,7 +8,7 @@ from meanflow_core.transformer import MeanFlowDiT
 
 AnyNetwork = MeanFlowDiT | ImprovedMeanFlowDiT
 
-# By the class name in a saved generator; no other class is ever loaded.
+# {class name in a saved generator: class}; no other classes are loaded.
 NETWORKS: dict[str, type[MeanFlowDiT] | type[ImprovedMeanFlowDiT]] = {
     network.__name__: network for network in (MeanFlowDiT, ImprovedMeanFlowDiT)
 }
@@ -34,16 +34,16 @@ def build_network(config: NetworkConfig, *, sample_size: int, in_channels: int, 
     return MeanFlowDiT(**arguments)
 
 
-def require_same_kind(network: AnyNetwork, wanted: AnyNetwork) -> None:
-    """Raises ValueError, with every difference, if a network's class or size differs from the wanted one's."""
-    given, expected = dict(network.config), dict(wanted.config)
+def require_same_architecture(network: AnyNetwork, expected: AnyNetwork) -> None:
+    """Raises ValueError, which lists all differences, if two networks have different classes or sizes."""
+    found, required = dict(network.config), dict(expected.config)
     differences = [
-        f"{name} is {given.get(name)}, wanted {expected.get(name)}"
-        for name in sorted({*given, *expected})
-        if not name.startswith("_") and given.get(name) != expected.get(name)
+        f"{name} is {found.get(name)}, expected {required.get(name)}"
+        for name in sorted({*found, *required})
+        if not name.startswith("_") and found.get(name) != required.get(name)
     ]
-    if type(network) is not type(wanted):
-        differences.insert(0, f"class is {type(network).__name__}, wanted {type(wanted).__name__}")
+    if type(network) is not type(expected):
+        differences.insert(0, f"class is {type(network).__name__}, expected {type(expected).__name__}")
     if differences:
         raise ValueError(f"the networks differ: {'; '.join(differences)}")
 

@@ -1,4 +1,4 @@
-"""Sharding a network over devices with FSDP2: parameters, gradients and optimiser moments.
+"""Shards a network's parameters, gradients and optimiser moments over devices with FSDP2.
 
 Use it for networks that do not fit on one device; DDP is simpler and equally exact. The loss calls a sharded network
 two or three times before one backward.
@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion
 
 from meanflow_core.networks import AnyNetwork
 
-# Older releases fail if forward-mode AD meets FSDP2's hooks (pytorch#182641). Our derivatives are ordinary tensors (see
+# In older releases, forward-mode AD fails in FSDP2's hooks (pytorch#182641). Our derivatives are ordinary tensors (see
 # `dual`), but tests compare them with torch.func.jvp.
 OLDEST_TORCH = "2.13"
 
@@ -23,7 +23,7 @@ def shard_network(
     """Shards a network in place: one group per transformer block, and one for the rest (embedders, tokens, last layers).
 
     Parameters become DTensors, and every forward and every read of a parameter becomes collective. Call it on every
-    rank, after `training.compile_blocks` and before building the optimiser; shard moving averages likewise. Backward
+    rank, after `training.compile_blocks` and before building the optimiser, and on the moving averages too. Backward
     averages gradients over the ranks of `mesh` (default: all), so multiply the loss by their number.
 
     mixed_precision: leave it out for plain autocast. With a param_dtype, blocks are gathered and kept for backward in
@@ -33,13 +33,13 @@ def shard_network(
     if TorchVersion(torch.__version__) < OLDEST_TORCH:
         raise RuntimeError(
             f"sharding needs torch {OLDEST_TORCH} or newer, but this is {torch.__version__}: "
-            "older releases fail if forward-mode AD meets FSDP2's hooks (pytorch#182641)"
+            "in older releases, forward-mode AD fails in FSDP2's hooks (pytorch#182641)"
         )
     policy = mixed_precision or MixedPrecisionPolicy()
     if policy.param_dtype is not None and policy.cast_forward_inputs:
         raise ValueError(
             "mixed_precision must have cast_forward_inputs=False, but it casts inputs to "
-            f"{policy.param_dtype}, which merges neighbouring times; call the network under autocast"
+            f"{policy.param_dtype}, which rounds nearby times to the same value; call the network under autocast"
         )
     blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
     for module in (*blocks, network):

@@ -13,7 +13,7 @@ from meanflow_core.config import OptimizerConfig, TrainingConfig
 from meanflow_core.draws import VELOCITY_BATCH_PARTS, StepRecord
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.loss import Network, meanflow_loss
-from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
+from meanflow_core.networks import AnyNetwork, build_network, require_same_architecture
 
 
 @dataclass
@@ -115,7 +115,7 @@ def build_train_state(
             config.network, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes
         )
     if initial is not None:
-        require_same_kind(initial, network)
+        require_same_architecture(initial, network)
         network.load_state_dict(initial.state_dict())
     network = network.to(device).train()
     ema_networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.ema_decays}

@@ -1,4 +1,4 @@
-"""Reading the parameters of checkpoint files by their names in the file, without running code from the file."""
+"""Reads parameters from checkpoint files without running any code that they contain."""
 
 import mmap
 import pickle
@@ -14,20 +14,21 @@ import numpy as np
 import safetensors.torch
 import torch
 
-# Names of the moving average and the parameters in training states: of torch scripts, and of Flax.
+# Keys of the moving average and the parameters in training states, as saved by torch scripts and by Flax.
 TRAINING_STATES = (("ema", "model"), ("ema_params", "params"))
-# Flax's serialisation: msgpack extension types of arrays, and the key of an array above 1 GiB, which is split.
+# Flax's msgpack extension types for arrays and scalars, and its marker for arrays above 1 GiB, which it splits.
 _FLAX_ARRAY, _FLAX_SCALAR = 1, 3
 _FLAX_CHUNKED = "__msgpack_chunked_array__"
 
 
 def read_checkpoint(path: Path, *, use_ema: bool = True) -> dict[str, torch.Tensor]:
-    """Reads the parameters of a checkpoint, float32 on the CPU, by their names in the file.
+    """Reads {name in the file: parameter} from a checkpoint, in float32 on the CPU.
 
-    The format follows from the suffix: .npz of flat Flax paths (only those after "param:", if there are any);
-    .safetensors; .pt, .pth, .ckpt and .bin of torch.save; anything else is Flax's msgpack. use_ema: read the moving
-    average of a training state, else its parameters. Raises ValueError, with the file, if it cannot be read or contains
-    more than tensors, numbers and names.
+    The suffix determines the format: .npz has flat Flax paths (only those that start with "param:", if there are any);
+    .safetensors; .pt, .pth, .ckpt and .bin are written by torch.save; any other suffix is read as Flax's msgpack.
+
+    use_ema: whether to read the moving average or the parameters of a training state.
+    Raises ValueError if the file cannot be read or contains anything but tensors, numbers and names.
     """
     readers = {".npz": _read_npz, ".safetensors": safetensors.torch.load_file} | dict.fromkeys(
         (".pt", ".pth", ".ckpt", ".bin"), _read_torch
@@ -43,7 +44,7 @@ def read_checkpoint(path: Path, *, use_ema: bool = True) -> dict[str, torch.Tens
         flat = _flatten(_choose(readers.get(path.suffix, _read_flax)(path), use_ema))
         return {name: _as_tensor(name, value) for name, value in flat.items()}
     except pickle.UnpicklingError as error:
-        # Not torch's message, which explains how to open the file anyway.
+        # torch's own message is left out, because it explains how to open the file anyway.
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match is None:
             raise ValueError(f"cannot read {path}: it is damaged, or was not written by torch.save") from error
@@ -83,7 +84,7 @@ def _unpack_flax_array(code: int, content: bytes) -> np.ndarray | None:
 
 
 def _choose(tree: object, use_ema: bool) -> dict[str, Any]:
-    """The moving average or the parameters of a training state, or all of a file that is not a training state."""
+    """Selects the moving average or the parameters of a training state. Returns any other file unchanged."""
     if not isinstance(tree, dict):
         raise ValueError(f"it must contain named parameters, but contains a {type(tree).__name__}")
     for average, plain in TRAINING_STATES:

@@ -1,4 +1,4 @@
-"""What an encoding job has to do: its recipe, its shards, and which of them are missing."""
+"""Plans an encoding job: its recipe, its shards, and which shards are missing."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ MAX_SHARD_PIXEL_BYTES = 96 * 2**20  # below Ray Data's block size of 128 MiB
 
 @dataclass(frozen=True)
 class Plan:
-    """The images to encode, cut into shards."""
+    """The images to encode, divided into shards."""
 
     filesystem: fs.FileSystem
     """File system of the images."""
@@ -63,7 +63,7 @@ class Plan:
 
 
 def make_recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> EncodingRecipe:
-    """The recipe of a job. Raises InputError for an image size that the autoencoder does not divide."""
+    """The recipe of a job. Raises InputError if the autoencoder does not support the image size."""
     factor = downsampling_factor(vae)
     if job.image_size % factor:
         raise InputError(f"--image-size must be a multiple of {factor} for this autoencoder, but got {job.image_size}")
@@ -83,7 +83,7 @@ def make_recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> Encodin
 
 
 def has_same_recipe(output: str, recipe: EncodingRecipe) -> bool:
-    """Whether the output has a recipe. Raises InputError if it has another one."""
+    """Whether the output already has this recipe. Raises InputError if it has a different one."""
     filesystem, root = storage.open_storage(output)
     try:
         existing = json.loads(storage.read_bytes(filesystem, f"{root}/{RECIPE}"))
@@ -93,12 +93,12 @@ def has_same_recipe(output: str, recipe: EncodingRecipe) -> bool:
     different = [name for name in requested if name != "vae_id" and existing.get(name) != requested[name]]
     if different:
         changes = "; ".join(f"{name} is {existing.get(name)}, not {requested[name]}" for name in different)
-        raise InputError(f"{output} contains another encoding ({changes}); name another --output, or delete it")
+        raise InputError(f"{output} contains another encoding ({changes}); choose another --output, or delete it")
     return True
 
 
 def read_index(output: str, source_sha256: str) -> ImageIndex | None:
-    """The index stored in the output, or None if there is none of this source."""
+    """The index stored in the output, or None if there is none for this source."""
     filesystem, root = storage.open_storage(output)
     with contextlib.suppress(FileNotFoundError):
         return ImageIndex.from_bytes(storage.read_bytes(filesystem, f"{root}/{INDEX}"), source_sha256)

@@ -1,4 +1,4 @@
-"""Class folders: root/<wnid>/<name>.JPEG, as ImageNet and Kaggle's CLS-LOC/train have it."""
+"""Class folders: root/<wnid>/<name>.JPEG, as in ImageNet and Kaggle's CLS-LOC/train."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from pipelines.images.class_names import read_class_names
 from pipelines.images.index import ENTRY_SCHEMA, ImageIndex, Listing, MapFiles
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
-NUM_THREADS = 8  # files read at once: small files are dominated by latency, above all in an object store
+NUM_THREADS = 8  # files read at once; small files are bound by latency, especially in object stores
 
 
 def check_files(location: str, files: list[str], folders: list[str]) -> None:
@@ -28,20 +28,20 @@ def check_files(location: str, files: list[str], folders: list[str]) -> None:
     empty = sorted(classes - {path.split("/")[0] for path in files})
     if empty:
         raise InputError(
-            f"{len(empty)} class folders in {location} contain no images, such as {empty[0]}; a class id is the rank of "
-            f"its folder, so add images, or delete the folders that are not classes"
+            f"{len(empty)} class folders in {location} contain no images, such as {empty[0]}; class ids number the "
+            f"sorted folders, so add images, or delete the folders that are not classes"
         )
 
 
 def index(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles) -> ImageIndex:
-    """Builds the index from the paths alone. A class id is the rank of its folder's name."""
+    """Builds the index from the paths alone. Class ids number the sorted folder names."""
     names = read_class_names(filesystem, listing.root)
     folder_of_file = [path.split("/", 1)[0] for path in listing.files]
     wnids = sorted(set(folder_of_file))
-    rank = {wnid: label for label, wnid in enumerate(wnids)}
+    class_ids = {wnid: label for label, wnid in enumerate(wnids)}
     columns = {
         "sample_id": [path.rsplit(".", 1)[0] for path in listing.files],
-        "label": [rank[wnid] for wnid in folder_of_file],
+        "label": [class_ids[wnid] for wnid in folder_of_file],
         "file": np.arange(len(folder_of_file)),
         "position": np.zeros(len(folder_of_file), np.int64),
         "size": listing.sizes,

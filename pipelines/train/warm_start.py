@@ -13,7 +13,7 @@ from meanflow_core.generator import load_network
 from meanflow_core.interop.names import convert_checkpoint, find_source, ignore_step_size
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks import AnyNetwork, build_network, require_same_kind
+from meanflow_core.networks import AnyNetwork, build_network, require_same_architecture
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.errors import InputError
 from pipelines.latents.autoencoder import open_autoencoder
@@ -57,7 +57,7 @@ def load_initial_network(job: TrainJob, manifest: Manifest) -> InitialNetwork | 
         if source is None:
             folder = fetch_generator(location, None)
             network = load_network(folder / "transformer")
-            require_same_kind(network, expected)
+            require_same_architecture(network, expected)
             _require_same_normalization(folder, job.data)
             is_flow_matching = json.loads((folder / "model_index.json").read_text()).get("prediction") == "velocity"
             if is_flow_matching and isinstance(network, MeanFlowDiT):
@@ -68,7 +68,7 @@ def load_initial_network(job: TrainJob, manifest: Manifest) -> InitialNetwork | 
             network = convert_checkpoint(
                 source, state, sample_size=manifest.latent_shape[1], num_heads=job.config.network.num_heads
             )
-            require_same_kind(network, expected)
+            require_same_architecture(network, expected)
     except ValueError as error:
         raise InputError(f"--init-from {location}: {error}") from error
     logger.info("initial network: %s%s", location, " (flow matching)" if is_flow_matching else "")

@@ -129,9 +129,9 @@ def test_defaults_are_those_of_the_meanflow_paper():
 
 
 def test_improved_meanflow_always_uses_its_own_velocity():
-    assert LossConfig(objective="improved_meanflow").takes_own_velocity
-    assert LossConfig(tangent="own_velocity").takes_own_velocity
-    assert not LossConfig().takes_own_velocity
+    assert LossConfig(objective="improved_meanflow").uses_own_velocity
+    assert LossConfig(tangent="own_velocity").uses_own_velocity
+    assert not LossConfig().uses_own_velocity
 
 
 @pytest.mark.parametrize(

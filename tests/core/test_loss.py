@@ -72,7 +72,7 @@ def reference_loss(network, x, labels, record, config):
         output = network(z, replace(conditioning, t=t, r=r))
         return output.u, output.velocity
 
-    tangent = own if config.takes_own_velocity else guided
+    tangent = own if config.uses_own_velocity else guided
     with sdpa_kernel(SDPBackend.MATH):
         (u, head), (dudt, _) = torch.func.jvp(function, (z, t, r), (tangent, torch.ones_like(t), torch.zeros_like(r)))
     errors = [u - (guided - (t - r).view(column) * dudt).detach()]
@@ -195,7 +195,7 @@ def test_no_velocity_is_evaluated_that_is_known_or_unused(network, imf_network, 
         start, end, is_off = guidance.guidance_interval_start, guidance.guidance_interval_end, guidance.is_off
         has_null = abs(1 - guidance.omega - guidance.kappa) > 1e-9
     guided = is_labelled & (record.t >= start) & (record.t <= end) & (not is_off)
-    needs_own = torch.ones_like(guided) if config.takes_own_velocity else guided & (guidance.kappa > 0)
+    needs_own = torch.ones_like(guided) if config.uses_own_velocity else guided & (guidance.kappa > 0)
     needed = int((guided & has_null).sum() + (needs_own & (record.r < record.t)).sum())
     assert training_sizes == [(64, int((record.r < record.t).sum()))]
     assert velocity_sizes == ([] if needed == 0 else [-(-needed // 8) * 8])

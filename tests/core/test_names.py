@@ -1,4 +1,4 @@
-"""Converting public checkpoints: the same outputs as the sources' networks, and refusals that list every difference."""
+"""Converted public checkpoints have the same outputs as the sources' networks; errors list every difference."""
 
 import re
 
@@ -58,7 +58,7 @@ def test_converted_sit_predicts_our_velocity_at_our_times(out_channels):
     network = convert_checkpoint("sit", state).double()
     z, labels, t = batch()
     theirs = -reference_sit(in_double(state), z, labels, t_embedder=1 - t)[:, :C]
-    # The comparison would notice a wrong time, a wrong sign and the other channels.
+    # A wrong time, sign or half of the channels would exceed the bound.
     assert relative(-reference_sit(in_double(state), z, labels, t_embedder=t)[:, :C], theirs) > 0.1
     ours = network(z, conditioning(t, t, labels)).u
     for row in range(len(TIMES)):
@@ -143,7 +143,7 @@ def test_reversing_time_twice_restores_the_layer():
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_parameter_of_a_file_reaches_one_parameter_of_the_network(source):
+def test_every_parameter_of_a_file_becomes_one_parameter_of_the_network(source):
     state = checkpoint_of(source)
     network = convert_checkpoint(source, state, sample_size=SIZE)
     assert network.config.num_heads == HEADS  # as in the debug preset of this width and depth
@@ -162,7 +162,7 @@ def test_every_parameter_of_a_file_reaches_one_parameter_of_the_network(source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_refusal_lists_every_parameter_that_does_not_fit(source):
+def test_error_lists_every_parameter_that_does_not_match(source):
     state = checkpoint_of(source)
     converted = SOURCES[source].convert(state)
     network = convert_checkpoint(source, state, sample_size=SIZE)
@@ -170,9 +170,9 @@ def test_refusal_lists_every_parameter_that_does_not_fit(source):
     lost, cut = biases[:2], biases[2]
     broken = {name: value for name, value in state.items() if name not in lost}
     broken |= {cut: state[cut][:-1], "surplus": torch.zeros(2), "other.surplus": torch.zeros(3)}
-    with pytest.raises(ValueError, match="does not match") as refusal:
+    with pytest.raises(ValueError, match="does not match") as error:
         convert_checkpoint(source, broken, sample_size=SIZE)
-    message = str(refusal.value)
+    message = str(error.value)
     still = SOURCES[source].convert(broken)
     missing = [name for name in network.state_dict() if name not in still]
     assert len(missing) == 2
@@ -184,7 +184,7 @@ def test_refusal_lists_every_parameter_that_does_not_fit(source):
 
 
 @pytest.mark.parametrize("name", ["t_embedder.mlp.0.weight", "final_layer.linear.weight", "final_layer.linear.bias"])
-def test_missing_and_misshapen_parameters_that_sit_rewrites_are_listed_too(name):
+def test_errors_also_list_parameters_that_the_sit_converter_rewrites(name):
     state = sit_state(out_channels=2 * C)
     with pytest.raises(ValueError, match=re.escape(f"1 of the wrong shape: {name}")):
         convert_checkpoint("sit", {**state, name: state[name][..., :-1]})
@@ -194,7 +194,7 @@ def test_missing_and_misshapen_parameters_that_sit_rewrites_are_listed_too(name)
 
 
 @pytest.mark.parametrize(
-    ("source", "file", "words"),
+    ("source", "file", "message"),
     [
         ("sit", "repa", "12 unknown: projectors.0.0.weight"),
         ("repa", "sit", r"final_layer.linear.weight \(32, 64\) instead of \(16, 64\)"),
@@ -206,34 +206,34 @@ def test_missing_and_misshapen_parameters_that_sit_rewrites_are_listed_too(name)
         ("imf-torch", "official-imf", "from another source: it has no x_embedder.proj.weight"),
     ],
 )
-def test_file_of_another_source_is_refused(source, file, words):
-    with pytest.raises(ValueError, match=words):
+def test_file_of_another_source_is_refused(source, file, message):
+    with pytest.raises(ValueError, match=message):
         convert_checkpoint(source, checkpoint_of(file), sample_size=SIZE)
 
 
 @pytest.mark.parametrize("source", ["sit", "repa", "zhuyu-cs"])
-def test_source_without_a_step_size_embedder_refuses_one(source):
+def test_step_size_embedder_is_refused_for_sources_that_have_none(source):
     state = checkpoint_of(source)
     state["h_embedder.mlp.0.bias"] = torch.zeros(D)
     with pytest.raises(ValueError, match=re.escape("1 unknown: h_embedder.mlp.0.bias")):
         convert_checkpoint(source, state)
 
 
-def test_two_names_that_map_to_one_are_refused():
+def test_two_names_that_map_to_the_same_parameter_are_refused():
     state = imf_torch_state()
     state["x_embedder.proj.bias"] = torch.zeros(D)
     with pytest.raises(ValueError, match=re.escape("map to x_embedder.proj.bias")):
         convert_checkpoint("imf-torch", state, sample_size=SIZE)
 
 
-def test_unknown_source_is_refused_with_the_known_ones():
+def test_error_for_an_unknown_source_lists_the_known_ones():
     with pytest.raises(
         ValueError, match="unknown source 'dit'; known: official-meanflow, official-imf, imf-torch, sit"
     ):
         convert_checkpoint("dit", sit_state())
 
 
-def test_stored_positions_are_checked_and_give_the_latent_size():
+def test_stored_position_embedding_is_checked_and_determines_the_latent_size():
     state = sit_state(out_channels=2 * C)
     large = convert_checkpoint("sit", {**state, "pos_embed": positions_of_mae(side=6)})
     assert large.config.sample_size == 6 * P
@@ -252,7 +252,7 @@ def test_stored_positions_are_checked_and_give_the_latent_size():
     assert convert_checkpoint("sit", state, sample_size=16).config.sample_size == 16
 
 
-def test_sizes_follow_from_shapes_except_the_number_of_heads():
+def test_sizes_are_inferred_from_shapes_except_the_number_of_heads():
     state = sit_state(out_channels=2 * C, inner=100)
     network = convert_checkpoint("sit", state, num_heads=4)
     assert network.config.num_heads == 4

@@ -1,4 +1,4 @@
-"""Two processes with DDP and with FSDP2 compute the same gradients as one process with the whole batch."""
+"""Two processes with DDP and with FSDP2 compute the same gradients as one process with the full batch."""
 
 import copy
 import functools
@@ -33,16 +33,16 @@ CONFIGS = {
     name: OBJECTIVES[name] for name in ("flow matching", "omega, kappa, interval", "own velocity", "improved MeanFlow")
 }
 NETWORKS = {"guided": CONFIGS["omega, kappa, interval"], "improved": CONFIGS["improved MeanFlow"]}
-ARRANGEMENTS = (
+SPLITS = (
     "equal shares",
     "5 and 11 rows",
-    "r < t in the second process alone",
+    "r < t in the second process only",
     "first process outside the guidance interval",
     "first process without labels",
 )
 CASES = [
-    (objective, separate, arrangement)
-    for objective, separate, arrangement in itertools.product(CONFIGS, (False, True), ARRANGEMENTS)
+    (objective, separate, split)
+    for objective, separate, split in itertools.product(CONFIGS, (False, True), SPLITS)
     if not (separate and objective == "flow matching")
 ]
 TIMEOUT_SECONDS = 60
@@ -57,29 +57,29 @@ def small_network(config, dtype=torch.float64):
     else:
         network = MeanFlowDiT(**sizes, depth=2)
     with torch.no_grad():
-        for parameter in network.parameters():  # no zero-initialised layer may hide an error
+        for parameter in network.parameters():  # so that zero-initialised layers do not hide errors
             parameter.add_(0.05 * torch.randn_like(parameter))
     return network.to(dtype)
 
 
-def arranged_batch(config, arrangement, dtype=torch.float64):
-    """A batch of 16 rows, and the two processes' shares of it."""
+def split_batch(config, split, dtype=torch.float64):
+    """A batch of 16 samples, and each of the two processes' shares of it."""
     latents, labels, record = draw_batch(config=config, dtype=dtype)
     names = ("t", "r", "noise", "label_dropped", *GUIDANCE_INPUTS)
     draws = {name: getattr(record, name) for name in names if getattr(record, name) is not None}
     first, below = torch.arange(NUM_ROWS) < NUM_ROWS // 2, draws["r"] < draws["t"]
-    if arrangement == "r < t in the second process alone":
+    if split == "r < t in the second process only":
         order = torch.argsort(below.to(torch.uint8), stable=True)
         draws = {name: value[order] for name, value in draws.items()}
-    if arrangement == "first process outside the guidance interval":
+    if split == "first process outside the guidance interval":
         t = torch.where(first, 0.9 + 0.1 * draws["t"], draws["t"])
         draws |= {"t": t, "r": torch.where(first & ~below, t, draws["r"])}
         if "guidance_interval_end" in draws:
             draws["guidance_interval_end"] = torch.where(first, 0.8, draws["guidance_interval_end"])
-    if arrangement == "first process without labels":
+    if split == "first process without labels":
         draws["label_dropped"] = draws["label_dropped"] | first
     record = StepRecord.from_draws(**draws, config=config)
-    edge = 5 if arrangement == "5 and 11 rows" else NUM_ROWS // 2
+    edge = 5 if split == "5 and 11 rows" else NUM_ROWS // 2
     shares = [
         (latents[start:stop], labels[start:stop], record.rows(start, stop, config))
         for start, stop in ((0, edge), (edge, NUM_ROWS))
@@ -99,9 +99,9 @@ def full(tensor):
 
 
 def gradient(module):
-    """The whole gradient; every parameter must have one."""
-    without = [name for name, parameter in module.named_parameters() if parameter.grad is None]
-    assert not without, without
+    """The gradients of all parameters in one vector. Fails if a parameter has none."""
+    missing = [name for name, parameter in module.named_parameters() if parameter.grad is None]
+    assert not missing, missing
     return torch.cat([full(parameter.grad) for parameter in module.parameters()])
 
 
@@ -110,17 +110,17 @@ def parameters(module):
 
 
 def share_gradient(training_network, network, batch, config, separate=False):
-    """The gradient of both processes' losses."""
+    """The gradient of the sum of both processes' losses."""
     network.zero_grad(set_to_none=True)
     (loss_of(training_network, network, batch, config, separate) * distributed.get_world_size()).backward()
     return gradient(network)
 
 
 @functools.cache
-def whole_gradient(objective, separate, arrangement, dtype=torch.float64):
+def full_batch_gradient(objective, separate, split, dtype=torch.float64):
     config = CONFIGS[objective]
     network = small_network(config, dtype)
-    loss_of(network, network, arranged_batch(config, arrangement, dtype)[0], config, separate).backward()
+    loss_of(network, network, split_batch(config, split, dtype)[0], config, separate).backward()
     return gradient(network)
 
 
@@ -129,7 +129,7 @@ def objective_of(name):
 
 
 def take_steps(state, share, config, gradient_scale):
-    """Two optimiser steps; the norms of their gradients."""
+    """Takes two optimiser steps and returns the norms of their gradients."""
     generator = torch.Generator().manual_seed(1)
     moments = torch.randn(NUM_ROWS, 8, 8, 8, generator=generator, dtype=torch.float64).abs()
     labels = torch.randint(NULL, (NUM_ROWS,), generator=generator)
@@ -162,7 +162,7 @@ def step_config(name):
 
 
 def wrapped(kind, network):
-    """The network whose backward reduces gradients, and the plain one."""
+    """Returns the network whose backward reduces gradients, and the one with the parameters."""
     if kind == "ddp":
         return DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True), network
     shard_network(network, init_device_mesh("cpu", (2,)))
@@ -173,10 +173,10 @@ def gradients_of_all_cases(kind, rank):
     """{case: gradient}; networks are wrapped once, as in training."""
     pairs = {NETWORKS[name].objective: wrapped(kind, small_network(NETWORKS[name])) for name in NETWORKS}
     gradients = {}
-    for objective, separate, arrangement in CASES:
+    for objective, separate, split in CASES:
         config = CONFIGS[objective]
-        batch = arranged_batch(config, arrangement)[1][rank]
-        gradients[objective, separate, arrangement] = share_gradient(*pairs[config.objective], batch, config, separate)
+        batch = split_batch(config, split)[1][rank]
+        gradients[objective, separate, split] = share_gradient(*pairs[config.objective], batch, config, separate)
     return gradients
 
 
@@ -189,7 +189,7 @@ def gradient_in_bfloat16(kind, rank, config, *, checkpointing=False, **options):
         shard_network(network, init_device_mesh("cpu", (2,)), **options)
     elif kind is not None:
         networks = wrapped(kind, network)
-    whole, shares = arranged_batch(config, "5 and 11 rows", torch.float32)
+    whole, shares = split_batch(config, "5 and 11 rows", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(*networks, whole if kind is None else shares[rank], config)
     (loss * (1 if kind is None else 2)).backward()
@@ -198,7 +198,7 @@ def gradient_in_bfloat16(kind, rank, config, *, checkpointing=False, **options):
 
 def checkpointed_gradients(rank, config, *, compiled=False):
     """{separate: gradient} of a sharded network with activation checkpointing."""
-    batch = arranged_batch(config, "r < t in the second process alone")[1][rank]
+    batch = split_batch(config, "r < t in the second process only")[1][rank]
     network = small_network(config)
     network.enable_gradient_checkpointing()
     if compiled:
@@ -210,7 +210,7 @@ def checkpointed_gradients(rank, config, *, compiled=False):
 @torch.no_grad()
 def derivatives(network, config):
     """du/dt by the network, and by torch's forward-mode AD through all its hooks."""
-    (latents, labels, record), _ = arranged_batch(config, "equal shares")
+    (latents, labels, record), _ = split_batch(config, "equal shares")
     conditioning = conditioning_of(record, labels)
 
     def u(z, t, r):
@@ -234,7 +234,7 @@ def run_all(rank):
             gradient_in_bfloat16("fsdp2", rank, config, mixed_precision=policy),
         ]
         wrapper, network = wrapped("ddp", small_network(config))
-        batch = arranged_batch(config, "equal shares")[1][rank]
+        batch = split_batch(config, "equal shares")[1][rank]
         results[f"wrapper {name}"] = share_gradient(wrapper, network, batch, config)
         results[f"bare {name}"] = share_gradient(network, network, batch, config)
         results[f"checkpointed {name}"] = checkpointed_gradients(rank, config)
@@ -261,7 +261,7 @@ def run_compiled(rank):
 
 
 def work(rank, function, folder):
-    join_group(rank, 2, f"{folder}/meeting", TIMEOUT_SECONDS)
+    join_group(rank, 2, f"{folder}/rendezvous", TIMEOUT_SECONDS)
     results = function(rank)
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
@@ -287,35 +287,35 @@ def results(tmp_path_factory):
     return run_two_processes(run_all, tmp_path_factory.mktemp("two-processes"))
 
 
-def test_arrangements_have_the_properties_of_their_names():
+def test_splits_are_as_named():
     for name, config in CONFIGS.items():
-        shares = {arrangement: [s[2] for s in arranged_batch(config, arrangement)[1]] for arrangement in ARRANGEMENTS}
+        shares = {split: [s[2] for s in split_batch(config, split)[1]] for split in SPLITS}
         assert [len(share.t) for share in shares["5 and 11 rows"]] == [5, 11]
         for share in shares["first process outside the guidance interval"], shares["first process without labels"]:
             assert len(share[0].rows_null) == 0
             assert name == "flow matching" or len(share[1].rows_null) > 0
         assert shares["first process without labels"][0].label_dropped.all()
-        counts = [len(share.rows_below) for share in shares["r < t in the second process alone"]]
+        counts = [len(share.rows_below) for share in shares["r < t in the second process only"]]
         assert counts == ([0, 0] if name == "flow matching" else [0, 8])
 
 
 @pytest.mark.parametrize("objective", CONFIGS)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_compute_the_gradient_of_one(results, kind, objective):
-    errors = {case: relative(results[kind][case], whole_gradient(*case)) for case in CASES if case[0] == objective}
+def test_two_processes_compute_the_same_gradient_as_one(results, kind, objective):
+    errors = {case: relative(results[kind][case], full_batch_gradient(*case)) for case in CASES if case[0] == objective}
     assert {case: error for case, error in errors.items() if not error < 1e-12} == {}
 
 
 @each_network
 def test_gradients_are_wrong_without_the_ddp_wrapper(results, name):
-    whole = whole_gradient(objective_of(name), False, "equal shares")
+    whole = full_batch_gradient(objective_of(name), False, "equal shares")
     assert relative(results[f"wrapper {name}"], whole) < 1e-12
     assert relative(results[f"bare {name}"], whole) > 0.1
 
 
 @each_network
 def test_two_processes_in_bfloat16_are_as_accurate_as_one(results, name):
-    exact = whole_gradient(objective_of(name), False, "5 and 11 rows", torch.float32)
+    exact = full_batch_gradient(objective_of(name), False, "5 and 11 rows", torch.float32)
     error = relative(gradient_in_bfloat16(None, 0, NETWORKS[name]), exact)
     assert 1e-3 < error < 0.01
     for found in results[f"bfloat16 {name}"]:
@@ -326,7 +326,7 @@ def test_two_processes_in_bfloat16_are_as_accurate_as_one(results, name):
 @each_network
 def test_sharded_network_supports_activation_checkpointing(results, name):
     for separate, found in results[f"checkpointed {name}"].items():
-        whole = whole_gradient(objective_of(name), separate, "r < t in the second process alone")
+        whole = full_batch_gradient(objective_of(name), separate, "r < t in the second process only")
         assert relative(found, whole) < 1e-12
 
 
@@ -335,19 +335,19 @@ def test_sharded_network_supports_compiled_blocks(tmp_path):
     compiled = run_two_processes(run_compiled, tmp_path)
     assert compiled["num_graphs"] >= 3
     for separate, found in compiled["checkpointed guided"].items():
-        whole = whole_gradient(objective_of("guided"), separate, "r < t in the second process alone")
+        whole = full_batch_gradient(objective_of("guided"), separate, "r < t in the second process only")
         assert relative(found, whole) < 1e-12
 
 
 @each_network
-def test_sharded_network_computes_its_derivative_and_supports_forward_mode(results, name):
+def test_sharded_network_computes_du_dt_and_supports_forward_mode(results, name):
     ours, _ = derivatives(small_network(NETWORKS[name]), NETWORKS[name])
     for found in results[f"derivatives {name}"]:
         assert relative(found, ours) < 1e-12
 
 
 @pytest.mark.parametrize(("name", "num_blocks"), [("guided", 2), ("improved", 4)])
-def test_blocks_are_groups_of_their_own_and_sharded_again_after_a_forward(results, name, num_blocks):
+def test_every_block_is_a_group_and_is_resharded_after_forward(results, name, num_blocks):
     whole = sum(parameter.numel() for parameter in small_network(NETWORKS[name]).parameters())
     assert results[f"groups {name}"] == num_blocks + 1  # and the root
     assert all(results[f"sharded {name}"])
@@ -355,7 +355,7 @@ def test_blocks_are_groups_of_their_own_and_sharded_again_after_a_forward(result
 
 
 @each_network
-def test_sharded_steps_train_clip_and_average_like_one_process(results, name):
+def test_sharded_training_clipping_and_averages_match_one_process(results, name):
     config = step_config(name)
     state = fresh_state(config, lambda network: None)
     norms = take_steps(state, (0, NUM_ROWS), config, gradient_scale=1.0)
@@ -375,7 +375,7 @@ def test_older_torch_is_refused(monkeypatch, version):
         shard_network(small_network(NETWORKS["guided"]))
 
 
-def test_policy_that_rounds_times_is_refused():
+def test_mixed_precision_policy_that_casts_times_is_refused():
     with pytest.raises(ValueError, match="cast_forward_inputs=False"):
         shard_network(
             small_network(NETWORKS["guided"]), mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16)

@@ -120,9 +120,9 @@ def test_training_starts_from_a_trained_network_of_the_same_kind_and_size(tmp_pa
     state = fresh_state(replace(debug(), seed=9, ema_decays=(0.9, 0.5)), initial=loaded)
     for network in (state.network, *state.ema_networks.values()):
         assert torch.equal(parameters(network), parameters(trained.ema_network))
-    with pytest.raises(ValueError, match="depth is 2, wanted 3"):
+    with pytest.raises(ValueError, match="depth is 2, expected 3"):
         fresh_state(replace(debug(), network=replace(debug().network, depth=3)), initial=trained.network)
-    with pytest.raises(ValueError, match="class is MeanFlowDiT, wanted ImprovedMeanFlowDiT"):
+    with pytest.raises(ValueError, match="class is MeanFlowDiT, expected ImprovedMeanFlowDiT"):
         fresh_state(debug_imf(), initial=trained.network)
 
 

@@ -1,4 +1,4 @@
-"""One, two and four processes, with DDP and FSDP2, in whole shares and in passes: training ends with the same parameters."""
+"""Training gives the same parameters with 1, 2 or 4 processes, DDP or FSDP2, and one or several passes per step."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -47,7 +47,7 @@ def batches(step, rank, world_size, rows_per_pass):
     return [part_of(batch, first + start, first + stop, CONFIG) for start, stop in edges]
 
 
-def fresh(kind="ddp"):
+def initial_state(kind="ddp"):
     return build_train_state(
         CONFIG, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"),
         shard=shard_network if kind == "fsdp2" else None,
@@ -101,20 +101,20 @@ def saver(kind, rank, folder):
 
 def train_and_save(rank, world_size, folder):
     process = {"rank": rank, "world_size": world_size}
-    results = {"ddp": tensors(take_steps(fresh(), **process))}
+    results = {"ddp": tensors(take_steps(initial_state(), **process))}
     process["rows_per_pass"] = ROWS_PER_PASS[world_size]
     for kind in KINDS:
-        state = take_steps(fresh(kind), kind=kind, save=saver(kind, rank, folder), **process)
+        state = take_steps(initial_state(kind), kind=kind, save=saver(kind, rank, folder), **process)
         results[f"{kind} in passes"] = tensors(state)
         results[f"{kind} distances"] = relative_ema_distance(state)
-    resumed = fresh()
+    resumed = initial_state()
     load_train_state(resumed, folder / "ddp")
     results["ddp resumed"] = tensors(take_steps(resumed, **process))
     return results
 
 
 def resume_sharded(rank, world_size, folder):
-    state = fresh("fsdp2")
+    state = initial_state("fsdp2")
     load_train_state(state, folder / "fsdp2")
     results = {"loaded": tensors(state)}
     results["resumed"] = tensors(take_steps(state, kind="fsdp2", rank=rank, world_size=world_size))
@@ -122,7 +122,7 @@ def resume_sharded(rank, world_size, folder):
 
 
 def work(rank, function, world_size, folder):
-    join_group(rank, world_size, f"{folder}/meeting-{world_size}", TIMEOUT_SECONDS)
+    join_group(rank, world_size, f"{folder}/rendezvous-{world_size}", TIMEOUT_SECONDS)
     results = function(rank, world_size, Path(folder))
     if rank == 0:
         torch.save(results, Path(folder) / f"results-{world_size}.pt")
@@ -149,10 +149,10 @@ def runs(request, tmp_path_factory):
     """The folder of the checkpoints after HALF steps, and {name: tensors after NUM_STEPS}."""
     folder = tmp_path_factory.mktemp("world-sizes")
     results = run_group(train_and_save, request.param, folder)
-    results["one"] = tensors(take_steps(fresh()))
-    results["one in passes"] = tensors(take_steps(fresh(), rows_per_pass=ROWS_PER_PASS[1]))
+    results["one"] = tensors(take_steps(initial_state()))
+    results["one in passes"] = tensors(take_steps(initial_state(), rows_per_pass=ROWS_PER_PASS[1]))
     for kind in KINDS:
-        state = fresh()
+        state = initial_state()
         load_train_state(state, folder / kind)
         results[f"one loaded from {kind}"] = tensors(state)
         results[f"one resumed from {kind}"] = tensors(take_steps(state))
@@ -165,7 +165,7 @@ def without_key_bias(name, value):
     """The query's and the value's part of a qkv bias.
 
     The key's bias adds a constant to all attention weights of a row, which softmax removes. Its true gradient is zero;
-    the computed one is rounding, from which Adam makes steps of the size of the learning rate.
+    the computed one is rounding error, which Adam scales up to steps of the size of the learning rate.
     """
     if not name.endswith("attn.qkv.bias"):
         return value
@@ -195,19 +195,19 @@ def test_every_number_of_processes_ends_with_the_same_parameters(runs):
             assert max(errors.values()) < 1e-4, (name, max(errors, key=errors.get))
 
 
-def test_training_moves_every_parameter(runs):
-    start = {f"network/{name}": value for name, value in fresh().network.state_dict().items()}
-    moved = [relative(runs[1]["one"][name], value) for name, value in start.items() if value.norm() > 0]
-    assert min(moved) > 1e-3
+def test_training_changes_every_parameter(runs):
+    start = {f"network/{name}": value for name, value in initial_state().network.state_dict().items()}
+    changes = [relative(runs[1]["one"][name], value) for name, value in start.items() if value.norm() > 0]
+    assert min(changes) > 1e-3
 
 
-def test_resumed_ddp_run_ends_with_the_same_bits(runs):
-    # Of interest for four processes: with more than two, a sum depends on the position in DDP's buckets.
+def test_resumed_ddp_run_matches_an_uninterrupted_one_bit_for_bit(runs):
+    # Four processes matter here: with more than two, a sum depends on the position in DDP's buckets.
     ours, theirs = runs[1]["ddp resumed"], runs[1]["ddp in passes"]
     assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
 
 
-def test_sharded_checkpoint_loads_alike_in_any_number_of_processes(runs):
+def test_sharded_checkpoint_loads_identically_in_any_number_of_processes(runs):
     results = runs[1]
     expected = results["one loaded from fsdp2"]
     if "four loaded" in results:
@@ -221,7 +221,7 @@ def test_sharded_checkpoint_loads_alike_in_any_number_of_processes(runs):
     assert max(error for key, error in errors.items() if not key.endswith("qkv.bias")) < 1e-3
 
 
-def test_checkpoint_contains_no_pickled_code_and_every_number_once(runs):
+def test_checkpoint_stores_every_value_once_and_no_pickled_code(runs):
     folder, results = runs
     for kind in KINDS:
         suffixes = {path.suffix for path in (folder / kind).iterdir()}
@@ -232,9 +232,9 @@ def test_checkpoint_contains_no_pickled_code_and_every_number_once(runs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ema_distance_is_that_of_the_whole_network(runs, kind):
+def test_ema_distance_covers_the_whole_sharded_network(runs, kind):
     whole, distances = (runs[1][f"{kind} {name}"] for name in ("in passes", "distances"))
-    names = [name for name, _ in fresh().network.named_parameters()]
+    names = [name for name, _ in initial_state().network.named_parameters()]
     ours = torch.cat([whole[f"network/{name}"].flatten() for name in names])
     for decay, distance in distances.items():
         average = torch.cat([whole[f"{decay}/{name}"].flatten() for name in names])

@@ -11,7 +11,7 @@ from meanflow_core.generator import load_pipeline
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.interop.names import convert_checkpoint
 from meanflow_core.latents import SD_VAE_FT_MSE_MEAN, SD_VAE_FT_MSE_STD, LatentNormalization
-from meanflow_core.networks import build_network, require_same_kind
+from meanflow_core.networks import build_network, require_same_architecture
 from meanflow_core.presets import PRESETS, imf_network
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.command_line import run_command
@@ -140,7 +140,7 @@ def test_training_can_start_from_a_converted_network(monkeypatch, folder, tmp_pa
     options = {name: folder / value if name == "checkpoint" else value for name, value in options.items()}
     converted = load_pipeline(run(monkeypatch, folder, tmp_path / "generator", **options)).transformer
     trained = build_network(PRESETS[preset]().network, sample_size=8, in_channels=4, num_classes=CLASSES)
-    require_same_kind(converted, trained)
+    require_same_architecture(converted, trained)
     trained.load_state_dict(converted.state_dict())
 
 

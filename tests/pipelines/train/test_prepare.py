@@ -70,7 +70,9 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path, vae):
 def test_refused_initial_network_leaves_no_files(job, tmp_path, pipeline):
     save_generator(pipeline, tmp_path / "generator")
     job = replace(job, init_from=str(tmp_path / "generator"))
-    with pytest.raises(InputError, match=r"--init-from .*hidden_size is 48, wanted 64; .*num_classes is 10, wanted 2"):
+    with pytest.raises(
+        InputError, match=r"--init-from .*hidden_size is 48, expected 64; .*num_classes is 10, expected 2"
+    ):
         train_run.train("debug", job)
     assert not (tmp_path / "runs").exists()
 

@@ -85,7 +85,7 @@ def test_warm_start_loads_a_public_checkpoint(network, data, tmp_path):
     found = load(str(tmp_path / "checkpoint.pt"), "zhuyu-cs", CONFIG, data)
     assert not found.is_flow_matching
     torch.testing.assert_close(u(found.network, 0.7, 0.2), u(network, 0.7, 0.2))
-    with pytest.raises(InputError, match="--init-from .*depth is 2, wanted 7"):
+    with pytest.raises(InputError, match="--init-from .*depth is 2, expected 7"):
         load(str(tmp_path / "checkpoint.pt"), "zhuyu-cs", replace(CONFIG, depth=7), data)
     without = {name: value for name, value in state.items() if not name.startswith("r_embedder")}
     torch.save({"ema": without}, tmp_path / "sit.pt")
@@ -98,7 +98,7 @@ def test_warm_start_loads_a_public_checkpoint(network, data, tmp_path):
 
 def test_network_that_does_not_fit_is_refused_with_the_differences(network, vae, data, tmp_path):
     location = saved(network, vae, tmp_path / "generator", is_flow_matching=False)
-    with pytest.raises(InputError, match="--init-from .*depth is 2, wanted 7"):
+    with pytest.raises(InputError, match="--init-from .*depth is 2, expected 7"):
         load(location, None, replace(CONFIG, depth=7), data)
     config = json.loads((tmp_path / "generator/vae/config.json").read_text())
     ours, theirs = config["latents_std"][0], 2.0 * config["latents_std"][0]

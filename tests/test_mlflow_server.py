@@ -1,4 +1,4 @@
-"""The MLflow server with the options of deploy/mlflow/compose.yaml, on a real PostgreSQL and an S3 server."""
+"""Runs the MLflow server of deploy/mlflow/compose.yaml with a real PostgreSQL and an S3 server."""
 
 import base64
 import contextlib
@@ -50,7 +50,7 @@ pytestmark = [
 
 
 class Deployment:
-    """The services of the compose file, as processes on this machine."""
+    """The services of the compose file, run as local processes instead of containers."""
 
     def __init__(self, postgres: Postgres, folder: Path, bucket: str) -> None:
         self.postgres = postgres
@@ -79,7 +79,7 @@ class Deployment:
         return text.replace("@mlflow-postgres:5432/", f"@127.0.0.1:{self.postgres.port}/")
 
     def environment(self, user: str | None) -> dict[str, str]:
-        """The variables by which a stage finds the server."""
+        """The environment variables with which a stage finds the server and logs in as `user`."""
         address = {"MLFLOW_TRACKING_URI": self.server.uri}
         if user is None:
             return address
@@ -88,7 +88,7 @@ class Deployment:
     def request(
         self, path: str, user: str | None = None, host: str | None = None, content: object = None
     ) -> tuple[int, str]:
-        """The status and text of a response."""
+        """Sends a request; returns the status and text of the response."""
         request = urllib.request.Request(
             self.server.uri + path,
             data=None if content is None else json.dumps(content).encode(),
@@ -114,7 +114,7 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def deployment(bucket, tmp_path_factory):
-    """A deployment with two users who are not administrators, created as in docs/kubernetes.md."""
+    """A deployment with two users without admin rights, created as in docs/kubernetes.md."""
     with contextlib.ExitStack() as stack:
         postgres = Postgres()
         stack.callback(postgres.remove)
@@ -122,7 +122,7 @@ def deployment(bucket, tmp_path_factory):
         stack.callback(started.server.stop)
         start = time.monotonic()
         started.server.start()
-        print(f"the server answers after {time.monotonic() - start:.0f} s")
+        print(f"the server was ready after {time.monotonic() - start:.0f} s")
         for user in ("meanflow", "reader"):
             user_and_password = {"username": user, "password": started.passwords[user]}
             status, text = started.request("/api/2.0/mlflow/users/create", "admin", content=user_and_password)
@@ -132,15 +132,15 @@ def deployment(bucket, tmp_path_factory):
 
 @pytest.fixture
 def as_user(deployment, monkeypatch):
-    """Logs this process in as a user."""
+    """A function that sets this process's MLflow credentials to those of a user."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
-    def become(name: str) -> MlflowClient:
+    def log_in(name: str) -> MlflowClient:
         for variable, value in deployment.environment(name).items():
             monkeypatch.setenv(variable, value)
         return MlflowClient(deployment.server.uri)
 
-    return become
+    return log_in
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,8 @@ def latents(tmp_path_factory):
 
 @pytest.fixture
 def start(deployment, latents, tmp_path):
-    """Starts trainings in processes that know only the server, not its store and keys."""
-    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix sockets need short paths
+    """A function that starts training in a process without the credentials of the artifact store."""
+    ray_folder = tempfile.mkdtemp(prefix="mfr-", dir="/tmp")  # Unix socket paths must be short
 
     def start_training(name: str, environment: dict[str, str], *options: str) -> "Training":
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "MLFLOW_"))}
@@ -176,7 +176,7 @@ def start(deployment, latents, tmp_path):
 
 
 class Training:
-    """A training in its own process."""
+    """A training run in its own process."""
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
         self.folder, self._log = folder, log
@@ -187,7 +187,7 @@ class Training:
         return self._log.read_text(errors="replace")
 
     def finish(self, code: int = 0) -> str:
-        """Waits for its end with this exit code; returns its log."""
+        """Waits for the process to end, checks its exit code and returns its log."""
         assert self._process.wait(timeout=500) == code, self.log()[-6000:]
         return self.log()
 
@@ -218,21 +218,21 @@ def test_database_and_server_require_passwords(deployment):
     assert deployment.request("/api/2.0/mlflow/users/create", "meanflow", content=another)[0] == 403
 
 
-def test_unknown_host_name_gets_403_and_the_error_names_the_remedy(deployment, as_user):
+def test_unknown_host_name_is_refused_with_an_error_that_names_the_remedy(deployment, as_user):
     port = deployment.server.port
     for host in (f"127.0.0.1:{port}", "mlflow:5000", "localhost:1"):
         assert deployment.request(SEARCH, "meanflow", host)[0] == 200, host
     for host in ("evil.example", "mlflow:5001", f"127.0.0.1.evil.example:{port}"):
         status, text = deployment.request(SEARCH, "meanflow", host)
         assert (status, "Invalid Host header" in text) == (403, True), host
-        assert deployment.request("/health", host=host) == (200, "OK")  # so a health check does not notice
+        assert deployment.request("/health", host=host) == (200, "OK")  # health checks do not reveal the problem
     as_user("meanflow")
     with pytest.raises(InputError, match=r"refuses this host name .*--allowed-hosts.*Invalid Host header"):
         Run.begin(f"http://127.1:{port}", "experiment", "name", {})  # another name for the same address
 
 
 @pytest.mark.parametrize("password", [None, "another"])
-def test_training_without_the_password_is_refused_before_it_starts(deployment, start, as_user, password):
+def test_training_without_the_password_fails_before_it_starts(deployment, start, as_user, password):
     environment = deployment.environment(None)
     if password is not None:
         environment |= {"MLFLOW_TRACKING_USERNAME": "meanflow", "MLFLOW_TRACKING_PASSWORD": password}
@@ -265,7 +265,7 @@ def test_training_logs_metrics_and_registers_a_model_that_loads_through_the_serv
     assert [entry["Key"] for entry in stored if entry["Key"].endswith("model_index.json")]
 
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)  # from here on, only through the server
+        monkeypatch.delenv(name)  # from here on, the store is accessible only through the server
     command = [sys.executable, "-m", "deploy.models", "models:/first@champion"]
     resolved = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert resolved.stdout.strip() == "models:/first/1", resolved.stderr
@@ -277,9 +277,8 @@ def test_training_logs_metrics_and_registers_a_model_that_loads_through_the_serv
             assert (folder / "model_index.json").is_file()
         assert source.run_id == run.info.run_id
         signed = [message for message in caplog.messages if "GET /bucket/" in message and "X-Amz-Signature=" in message]
-        assert (
-            bool(signed) != through_server
-        )  # by default, MLflow downloads from the store, with URLs that the server signs
+        # By default, MLflow downloads from the store with URLs that the server signs.
+        assert bool(signed) != through_server
     monkeypatch.chdir(tmp_path)
     rows = mlflow.pyfunc.load_model("models:/first@champion").predict(pd.DataFrame({"class_label": [3], "seed": [7]}))
     assert rows["image_png"][0].startswith(b"\x89PNG")
@@ -301,7 +300,7 @@ def test_training_logs_metrics_and_registers_a_model_that_loads_through_the_serv
     assert "401" in refused.stderr
 
 
-def test_outages_of_database_and_server_lose_no_step(deployment, start, as_user):
+def test_outages_of_database_and_server_lose_no_metrics(deployment, start, as_user):
     num_steps = 150
     postgres, server = deployment.postgres, deployment.server
     training = start("outages", deployment.environment("meanflow"), "--num-steps", str(num_steps))
@@ -311,7 +310,7 @@ def test_outages_of_database_and_server_lose_no_step(deployment, start, as_user)
         data = client.get_run(training.run_id()).data.to_proto()
         return max([metric.step for metric in data.metrics if metric.key == "loss"], default=0)
 
-    def train_on() -> None:
+    def train_20_more_steps() -> None:
         step = training.committed_step()
         training.wait_until(lambda: training.committed_step() >= step + 20)
 
@@ -319,24 +318,25 @@ def test_outages_of_database_and_server_lose_no_step(deployment, start, as_user)
     postgres.crash()
     assert deployment.request("/health") == (200, "OK")
     assert deployment.request(SEARCH, "meanflow")[0] == 503
-    train_on()
+    train_20_more_steps()
     assert "cannot write to MLflow run" in training.log()
     postgres.start()
     start_time, step = time.monotonic(), training.committed_step()
     training.wait_until(lambda: logged_step() >= step)
     print(
-        f"PostgreSQL back: figures of step {step} after {time.monotonic() - start_time:.1f} s, at step {logged_step()}"
+        f"PostgreSQL restarted: metrics of step {step} logged after {time.monotonic() - start_time:.1f} s, "
+        f"at step {logged_step()}"
     )
 
     server.stop()
     postgres.crash()
-    train_on()
-    server.launch()  # before its database, as after a power cut
+    train_20_more_steps()
+    server.launch()  # before its database, as can happen after a power failure
     time.sleep(5)
     start_time = time.monotonic()
     postgres.start()
     server.wait()
-    print(f"both back after {time.monotonic() - start_time:.1f} s, at step {training.committed_step()}")
+    print(f"both restarted after {time.monotonic() - start_time:.1f} s, at step {training.committed_step()}")
     assert "caught up" in training.finish()
     run = client.get_run(training.run_id())
     assert run.info.status == "FINISHED"

@@ -1,4 +1,4 @@
-"""The routes of the endpoint, and the FastAPI application. No Ray: `deploy.app` runs the application on Serve."""
+"""The endpoint's routes and FastAPI application. Independent of Ray; `deploy.app` runs it on Ray Serve."""
 
 import base64
 import importlib.metadata
@@ -53,9 +53,9 @@ Service = Annotated[ApiService, Depends(get_service)]
 async def get_caller(
     request: Request, service: Service, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 ) -> str:
-    """Dependency: the caller's identity. Raises ApiError 401 without a valid key."""
+    """Dependency: the caller's identity. Raises ApiError 401 if a valid key is required but missing."""
     if not service.is_configured:
-        raise ApiError(503, "not configured yet", "not_ready", retry_after_seconds=1.0)
+        raise ApiError(503, "the endpoint is not configured yet", "not_ready", retry_after_seconds=1.0)
     return identify_caller(request, credentials, service.settings.api_keys)
 
 
@@ -64,10 +64,10 @@ Caller = Annotated[str, Depends(get_caller)]
 
 @images.post("/v1/images/generations", response_model=ImagesResponse)
 async def images_generations(body: ImagesRequest, request: Request, service: Service, caller: Caller) -> Response:
-    """Generates images like OpenAI's Images API. Works with the `openai` client and this server's /v1 as the base URL."""
+    """Generates images like OpenAI's Images API. To use the `openai` client, set its base URL to this server's /v1."""
     started = time.perf_counter()
     if body.response_format == "url":
-        raise invalid_value("response_format", "images are not stored, so there is no url; use b64_json")
+        raise invalid_value("response_format", "images are not stored, so url is unsupported; use b64_json")
     generation = service.make_generation_request(
         body,
         class_=body.prompt,
@@ -109,7 +109,7 @@ async def images_generations(body: ImagesRequest, request: Request, service: Ser
 
 
 def image_data(generation: GenerationRequest, result: GenerationResult, files: list[str]) -> list[ImageData]:
-    """The images of a response, each with its seed or its place between two seeds."""
+    """The images of a response, each with its seed or its interpolation weight between two seeds."""
     return [
         ImageData(
             b64_json=file,
@@ -126,7 +126,7 @@ def image_data(generation: GenerationRequest, result: GenerationResult, files: l
     response_class=Response,
     responses={
         200: {
-            "description": "One PNG, with several images in a grid, or a ZIP of PNGs.",
+            "description": "A PNG, with several images arranged in a grid, or a ZIP of PNGs.",
             "content": {
                 media_type: {"schema": {"type": "string", "format": "binary"}}
                 for media_type in (MEDIA_TYPES["png"], "application/zip")
@@ -159,7 +159,7 @@ async def generate(body: GenerateRequest, request: Request, service: Service, ca
 
 
 def file_names(generation: GenerationRequest, result: GenerationResult) -> list[str]:
-    """Names of the images in a ZIP: class and seed, or class and weight between two seeds."""
+    """Names of the images in a ZIP: class and seed, or class and interpolation weight between two seeds."""
     if result.weights:
         return [f"class{result.class_id}-{weight:.3f}.png" for weight in result.weights]
     return [f"class{result.class_id}-seed{generation.seed + index}.png" for index in range(generation.num_images)]
@@ -167,16 +167,16 @@ def file_names(generation: GenerationRequest, result: GenerationResult) -> list[
 
 @models.get("/v1/models", name="models")
 async def list_models(service: Service, caller: Caller) -> ModelList:
-    """Lists the serving model."""
+    """Lists the model that is being served."""
     return ModelList(data=[await service.model_info()])
 
 
 @models.get("/v1/models/{model_id:path}")
 async def model(model_id: str, service: Service, caller: Caller) -> ModelInfo:
-    """The serving model, by its id."""
+    """Returns the model that is being served, if `model_id` is its id."""
     info = await service.model_info()
     if model_id != info.id:
-        raise ApiError(404, f"unknown model {model_id!r}; {info.id!r} serves here", "model_not_found", "model")
+        raise ApiError(404, f"unknown model {model_id!r}; this endpoint serves {info.id!r}", "model_not_found", "model")
     return info
 
 
@@ -184,10 +184,12 @@ async def model(model_id: str, service: Service, caller: Caller) -> ModelInfo:
 async def classes(
     service: Service,
     caller: Caller,
-    search: Annotated[str | None, Query(max_length=200, description="Part of a name, or a whole wnid or id.")] = None,
+    search: Annotated[
+        str | None, Query(max_length=200, description="Part of a name, or a complete wnid or id.")
+    ] = None,
     limit: Annotated[int | None, Query(ge=1, le=100_000)] = None,
 ) -> list[ClassEntry]:
-    """Lists the classes by id. `search` filters by name, wnid or id."""
+    """Lists the classes, ordered by id. `search` filters by name, wnid or id."""
     entries = await service.classes()
     if search is not None:
         word = search.strip().lower()
@@ -201,7 +203,7 @@ async def classes(
 
 @health.get("/version", responses=LOOKUP_ERRORS)
 async def version(request: Request, service: Service, caller: Caller) -> Version:
-    """Versions of the software and of the weights."""
+    """Returns the versions of the software and the model."""
     return Version(
         version=request.app.version,
         torch=torch.__version__,
@@ -212,32 +214,35 @@ async def version(request: Request, service: Service, caller: Caller) -> Version
 
 @health.get("/healthz")
 async def healthz() -> Health:
-    """200 while the process is alive."""
+    """Liveness check: returns 200 while the process is running."""
     return Health()
 
 
 @health.get("/readyz", responses={503: {"model": Readiness, "description": "No model is serving yet."}})
 async def readyz(request: Request, service: Service) -> Response:
-    """200 once a model serves. `problem` says why a requested model or setting is not in use."""
+    """Readiness check: returns 200 once a model is being served.
+
+    `problem` says why a requested model or setting is not in use.
+    """
     body = await service.readiness()
     if body.problem is not None:
         try:
-            # Probes send no key, so a dependency on the caller would lock them out.
+            # Not a dependency: probes send no key and would get 401.
             await get_caller(request, service, await bearer(request))
         except ApiError:
-            body.problem = "details need an API key; the log of the replica has them too"
+            body.problem = "details require an API key; they are also in the replica's log"
     status = 200 if body.status == "ready" else 503
     return Response(body.model_dump_json(), status, media_type="application/json")
 
 
 @pages.get("/")
 async def page() -> FileResponse:
-    """The page to try the endpoint in a browser."""
+    """The web page for trying the endpoint."""
     return FileResponse(WEB / "index.html", headers={"Cache-Control": "no-cache"})
 
 
 def build_http_app(service: ApiService) -> FastAPI:
-    """The application: routes, error handlers and middleware around one service."""
+    """Builds the application: routes, error handlers and middleware for `service`."""
     api = FastAPIOffline(
         title="meanflow-ray",
         version=importlib.metadata.version("meanflow-ray"),
@@ -250,7 +255,7 @@ def build_http_app(service: ApiService) -> FastAPI:
     for router in (images, models, health, pages):
         api.include_router(router)
     api.mount("/static", StaticFiles(directory=WEB), name="static")
-    # The last one added runs first.
+    # The middleware added last runs first.
     api.add_middleware(BodyLimit, max_body_bytes=service.settings.max_body_bytes)
     api.add_middleware(AccessLog, recorder=service.recorder)
     api.add_middleware(SecurityHeaders)

@@ -151,7 +151,7 @@ def find_unsupported(request: GenerationRequest, loaded: LoadedModel) -> Refusal
     """The first option of a request that this model does not support."""
     info = loaded.info
     if request.model is not None and request.model not in (info.id, info.source.model):
-        message = f"unknown model {request.model!r}; {info.id!r} serves here"
+        message = f"unknown model {request.model!r}; this endpoint serves {info.id!r}"
         return Refusal(status=404, code="model_not_found", param="model", message=message)
     own_size = f"{info.image_size}x{info.image_size}"
     if request.size not in ("auto", own_size):

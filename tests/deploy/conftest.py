@@ -1,4 +1,4 @@
-"""Generators on disk for the endpoint's tests."""
+"""Fixtures for the deployment tests: generators on disk, and Kubernetes manifests."""
 
 from pathlib import Path
 
@@ -10,23 +10,23 @@ from tests.support.kubernetes import KUBERAY, render
 
 @pytest.fixture(scope="session")
 def generator_folder(tmp_path_factory) -> Path:
-    """A tiny generator: 10 classes, 64 pixels, WordNet ids."""
+    """A tiny generator of 64x64 images in 10 classes with WordNet ids."""
     return write_generator(tmp_path_factory.mktemp("models") / "first")
 
 
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory) -> Path:
-    """Another generator of the same size."""
+    """A generator of the same size with different weights."""
     return write_generator(tmp_path_factory.mktemp("models") / "second", seed=1)
 
 
 @pytest.fixture(scope="session")
 def guided_folder(tmp_path_factory) -> Path:
-    """A generator that takes guidance options."""
+    """A generator that supports guidance options."""
     return write_generator(tmp_path_factory.mktemp("models") / "guided", takes_guidance=True)
 
 
 @pytest.fixture(scope="session", params=("base", "overlays/small", "overlays/eight-nodes"))
 def overlay(request) -> list[dict]:
-    """The rendered Kubernetes documents of the base and of each overlay."""
+    """The rendered manifests of the base and of each overlay."""
     return render(KUBERAY / request.param)

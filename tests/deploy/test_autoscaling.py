@@ -1,4 +1,4 @@
-"""Autoscaling with the shipped Serve config and shortened delays."""
+"""Tests autoscaling with deploy/serve.yaml and shortened delays."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ SERVE_CONFIG = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 
 @pytest.mark.soak
 @pytest.mark.cluster
-def test_replicas_follow_the_load_and_no_request_is_lost(tmp_path):
+def test_replicas_scale_with_load_without_losing_requests(tmp_path):
     model = write_generator(tmp_path / "first")
     expected = {"first": expected_images(model)}
     generator = next(

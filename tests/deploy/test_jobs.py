@@ -1,4 +1,4 @@
-"""The scripts of deploy/jobs: what they submit parses with Ray's command line and with the stages' own parsers."""
+"""Checks that the jobs submitted by deploy/jobs/*.sh parse with Ray's CLI and the parsers of the stages."""
 
 import os
 import subprocess
@@ -15,29 +15,29 @@ from tests.support.job_scripts import JOBS, STAGES, submission
 from tests.support.readme import text_of
 
 
-def test_folder_holds_a_script_per_stage_and_their_environment():
+def test_folder_contains_a_script_per_stage_and_the_runtime_environment():
     assert {path.name for path in JOBS.iterdir()} == {"runtime_env.yaml", *(f"{stage}.sh" for stage in STAGES)}
     for stage in STAGES:
         assert os.access(JOBS / f"{stage}.sh", os.X_OK), stage
 
 
-def test_commands_parse_and_each_stage_reads_what_the_one_before_wrote():
+def test_commands_parse_and_each_stage_reads_the_output_of_the_previous_one():
     encode, (preset, train), evaluate = (parse_job(stage) for stage in STAGES)
     assert preset == "xl2"
     assert train.data == encode.output
     assert train.vae == encode.vae
     assert evaluate.model == f"models:/meanflow-{preset}@champion"
-    # A cluster that scales from zero has no GPUs when the driver looks, and the stages would choose CPUs.
+    # A cluster that scales from zero has no GPUs when the driver starts, and the stages would choose CPUs.
     assert {encode.device, train.device, evaluate.device} == {"gpu"}
     assert encode.num_workers
     assert evaluate.num_workers
-    assert evaluate.output.is_absolute()  # a job's own working directory ends with the job
+    assert evaluate.output.is_absolute()  # the working directory of a job is deleted when the job ends
 
 
 @pytest.mark.parametrize(
     ("stage", "name"), [("encode", "encode-imagenet256"), ("train", "train-xl2"), ("evaluate", "evaluate-xl2")]
 )
-def test_arguments_go_to_the_stage_and_variables_to_ray(stage, name, tmp_path):
+def test_arguments_are_passed_to_the_stage_and_variables_to_ray(stage, name, tmp_path):
     plain = submission(stage)
     assert plain.module == f"pipelines.{stage}"
     assert plain.options["submission_id"] == name
@@ -49,20 +49,20 @@ def test_arguments_go_to_the_stage_and_variables_to_ray(stage, name, tmp_path):
     assert (changed.options["submission_id"], changed.options["runtime_env"]) == ("again", "mine.yaml")
     parsed = parse_module(changed.module, changed.arguments)
     options = parsed[1] if stage == "train" else parsed
-    assert options.num_workers == 64  # the last of two wins
+    assert options.num_workers == 64  # a repeated option overrides the earlier one
     assert str(tmp_path) in " ".join(changed.arguments)
     assert "BUCKET" not in " ".join(changed.arguments)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_missing_storage_is_an_error_before_anything_is_submitted(stage):
+def test_missing_storage_fails_before_a_job_is_submitted(stage):
     with pytest.raises(subprocess.CalledProcessError) as error:
         submission(stage, STORAGE="")
     assert "STORAGE: must be set to s3://BUCKET/imagenet" in error.value.stderr
     assert error.value.stdout == ""
 
 
-def test_drivers_of_encode_and_train_run_on_the_head_and_evaluates_on_a_cpu_machine():
+def test_evaluate_driver_runs_on_a_cpu_machine_and_the_others_on_the_head():
     fields = ("num_cpus", "num_gpus", "memory", "resources", "label_selector")
     placements = {
         stage: {
@@ -79,7 +79,7 @@ def test_drivers_of_encode_and_train_run_on_the_head_and_evaluates_on_a_cpu_mach
     assert validate_label_selector({"meanflow/pool": "cpu"}) is None
 
 
-def test_environment_gives_time_for_a_checkpoint_and_for_machines_to_start():
+def test_runtime_environment_allows_time_for_checkpoints_and_machine_starts():
     environment = yaml.safe_load((JOBS / "runtime_env.yaml").read_text())
     RuntimeEnv(**environment)
     variables = environment["env_vars"]

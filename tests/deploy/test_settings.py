@@ -4,7 +4,7 @@ from pydantic import ValidationError
 from deploy.settings import API_SETTINGS, Arguments, apply_user_config
 
 
-def test_a_user_config_changes_only_the_settings_of_its_deployment():
+def test_user_config_may_change_only_settings_of_its_deployment():
     arguments = Arguments(model="m", max_images=7)
     changed = apply_user_config(arguments, {"max_steps": 3}, API_SETTINGS)
     assert (changed.max_images, changed.max_steps) == (7, 3)
@@ -14,7 +14,7 @@ def test_a_user_config_changes_only_the_settings_of_its_deployment():
         apply_user_config(arguments, {"rate_limit": "often"}, API_SETTINGS)
 
 
-def test_batch_sizes_are_parsed_from_the_command_line_and_reach_the_largest_batch():
+def test_batch_sizes_are_parsed_from_the_command_line_and_cover_max_batch_size():
     assert Arguments(model="m", batch_sizes="1,4,16").batch_sizes == [1, 4, 16]
     assert Arguments(model="m", compile=True, max_batch_size=12).batch_sizes == [1, 2, 4, 8, 12]
     assert Arguments(model="m").batch_sizes == []

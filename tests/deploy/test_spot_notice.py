@@ -1,4 +1,4 @@
-"""The cloud's preemption notice, from an imitated metadata service to a real Ray cluster."""
+"""Tests the handling of preemption notices with a fake metadata service and a real Ray cluster."""
 
 import re
 import sys
@@ -13,11 +13,11 @@ from deploy import spot_notice
 from deploy.spot_notice import drain, has_notice
 from tests.support.clusters import cluster_of_two
 
-TOKEN = "of-this-session"
+TOKEN = "session-token"
 
 
-class Metadata:
-    """Imitates the metadata services of AWS and Google Cloud; `notice` sets whether the machine is preempted."""
+class FakeMetadataService:
+    """Fakes the metadata services of AWS and Google Cloud. `notice` sets whether the machine will be preempted."""
 
     def __init__(self):
         self.notice, self.status = False, 200
@@ -61,7 +61,7 @@ class Metadata:
 
 @pytest.fixture
 def metadata():
-    service = Metadata()
+    service = FakeMetadataService()
     yield service
     service.stop()
 
@@ -71,14 +71,14 @@ def test_notice_is_read_from_the_metadata_service(metadata, cloud):
     assert not has_notice(cloud, metadata.address)
     metadata.notice = True
     assert has_notice(cloud, metadata.address)
-    metadata.status = 503  # a failure says neither yes nor no
+    metadata.status = 503  # an error is neither a notice nor its absence
     with pytest.raises(OSError, match="503"):
         has_notice(cloud, metadata.address)
 
 
 @pytest.fixture
 def watcher(metadata, monkeypatch):
-    """Starts `python -m deploy.spot_notice` for a head's address, in a thread."""
+    """A function that runs `python -m deploy.spot_notice` for a head's address in a thread."""
     monkeypatch.setattr(spot_notice, "POLL_SECONDS", 0.05)
 
     def start(address: str) -> threading.Thread:
@@ -91,13 +91,15 @@ def watcher(metadata, monkeypatch):
     return start
 
 
-def test_watcher_polls_through_failures_and_retries_the_drain_until_it_succeeds(metadata, watcher, monkeypatch, caplog):
+def test_watcher_keeps_polling_after_errors_and_retries_the_drain_until_it_succeeds(
+    metadata, watcher, monkeypatch, caplog
+):
     drained = []
 
     def fake_drain(address, node_ip, seconds):
         drained.append((address, seconds))
         if len(drained) < 2:
-            raise RuntimeError("the head is away")
+            raise RuntimeError("the head is unreachable")
 
     monkeypatch.setattr(spot_notice, "drain", fake_drain)
     metadata.status = 503
@@ -107,7 +109,7 @@ def test_watcher_polls_through_failures_and_retries_the_drain_until_it_succeeds(
     metadata.status, metadata.notice = 200, True
     thread.join(timeout=30)
     assert drained == [("127.0.0.1:6379", 120)] * 2
-    assert "the head is away" in caplog.text
+    assert "the head is unreachable" in caplog.text
 
 
 @pytest.mark.soak
@@ -120,7 +122,7 @@ def test_notice_drains_the_nodes_of_the_machine(metadata, watcher):
         thread = watcher(cluster.address)
         thread.join(timeout=30)
         assert not thread.is_alive()
-        # Both nodes are on this machine and idle, so Ray ends them at once.
+        # Both nodes are on this machine and idle, so Ray terminates them immediately.
         wait_until(lambda: all(info.state == info.DEAD for info in client.get_all_node_info().values()))
         deaths = [info.death_info for info in client.get_all_node_info().values()]
         assert [death.reason for death in deaths] == [deaths[0].AUTOSCALER_DRAIN_PREEMPTED] * 2

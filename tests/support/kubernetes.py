@@ -1,4 +1,4 @@
-"""Renders the manifests of deploy/kuberay like Kustomize, checks them for unknown fields, and looks up their parts."""
+"""Renders the manifests of deploy/kuberay as Kustomize does, checks them for unknown fields and looks up their parts."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ KUBERAY = REPOSITORY / "deploy" / "kuberay"
 STAGES = ("encode", "train", "evaluate", "serve")
 Document = dict[str, Any]
 
-# {field: its allowed fields}, for every field in use. The fields of a list are those of its items.
+# {field: allowed subfields}, for every field in use. For a list, the subfields are those of its items.
 FIELDS = {
     "RayJob": "apiVersion kind metadata spec",
     "RayService": "apiVersion kind metadata spec",
@@ -90,14 +90,14 @@ FIELDS = {
     "patches": "path target",
     "target": "group version kind name",
 }
-# Fields with free keys, whose values must be strings.
+# Maps with arbitrary keys, whose values must be strings.
 STRINGS = ("labels", "matchLabels", "data", "rayStartParams", "requests", "limits", "nodeSelector")
 POD_OWNERS = ("Pod", "template", "submitterPodTemplate")
 CLAIM_OWNERS = ("PersistentVolumeClaim", "volumeClaimTemplates")
 
 
 def unknown_fields(document: Document) -> list[str]:
-    """Paths of fields that the API server does not know, and of values that must be strings but are not."""
+    """Paths of fields that are unknown to the API server and of values that must be strings but are not."""
     return list(_unknown_fields(document, document["kind"], document["kind"]))
 
 
@@ -119,7 +119,7 @@ def _unknown_fields(value: Any, name: str, path: str) -> Iterator[str]:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """The documents of a YAML file. Aliased parts are copied, so that a patch changes only the place that it names."""
+    """The documents of a YAML file. YAML aliases become copies, so that a patch changes only its target path."""
     return [json.loads(json.dumps(document)) for document in yaml.safe_load_all(path.read_text())]
 
 
@@ -139,7 +139,7 @@ def render(folder: Path) -> list[Document]:
             if (document["apiVersion"], document["kind"]) == (version, target["kind"])
             and target.get("name") in (None, document["metadata"]["name"])
         ]
-        assert chosen, f"{folder}: {patch['path']} patches nothing"
+        assert chosen, f"{folder}: {patch['path']} matches no document"
         for operation in yaml.safe_load((folder / patch["path"]).read_text()):
             for document in chosen:
                 _replace(document, operation)
@@ -164,7 +164,7 @@ def _replace(document: Document, operation: Document) -> None:
 
 
 def named(documents: list[Document], kind: str, name: str, namespace: str | None = None) -> Document:
-    """The document of this kind and name."""
+    """The only document of this kind and name."""
     [found] = [
         document
         for document in documents
@@ -180,7 +180,7 @@ def of_kind(documents: list[Document], kind: str) -> list[Document]:
 
 
 def clusters(documents: list[Document]) -> dict[str, Document]:
-    """{stage: its Ray cluster}."""
+    """{stage: spec of its Ray cluster}."""
     jobs = {job["metadata"]["name"]: job["spec"]["rayClusterSpec"] for job in of_kind(documents, "RayJob")}
     return jobs | {"serve": named(documents, "RayService", "endpoint")["spec"]["rayClusterConfig"]}
 

@@ -1,4 +1,4 @@
-"""Tensors of a training run with the debug preset, from its checkpoints or from a training loop without a cluster."""
+"""Compares the tensors of debug-preset training runs, from checkpoints or from a training loop without a cluster."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
-    """Parameters, moving averages and optimizer state, by name."""
+    """Parameters, EMA parameters and optimizer state, by name."""
     tensors = {f"network/{name}": value for name, value in state.network.state_dict().items()}
     for decay, network in state.ema_networks.items():
         tensors |= {f"ema_{decay}/{name}": value for name, value in network.state_dict().items()}
@@ -30,7 +30,7 @@ def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def last_checkpoint(location: str | Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """Step and tensors of a run's last committed checkpoint; `location` may be on any storage."""
+    """Step and tensors of a run's last committed checkpoint; `location` is a path or URI."""
     state = build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=CPU)
     with checkpoints.committed(*storage.open_storage(str(location))).latest.as_directory() as folder:
         load_train_state(state, Path(folder))
@@ -38,7 +38,7 @@ def last_checkpoint(location: str | Path) -> tuple[int, dict[str, torch.Tensor]]
 
 
 def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that are not bitwise equal, or that only one side has."""
+    """Names of the tensors that are not bitwise equal or that only one side contains."""
     return [
         name
         for name in sorted({*ours, *theirs})
@@ -51,13 +51,13 @@ class LocalTraining:
     """Result of a training run in this process, without Ray."""
 
     state: TrainState
-    """After the last step."""
+    """The state after the last step."""
     gradient_norms: list[float]
     """One per step."""
 
 
 def train_in_this_process(latents: Path, config: TrainingConfig, num_threads: int | None = None) -> LocalTraining:
-    """Runs all training steps on a dataset of 10 classes."""
+    """Runs all training steps of `config` on a dataset of 10 classes."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads or threads_before)
     dataset = open_latents(str(latents), "none")

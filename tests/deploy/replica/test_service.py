@@ -100,7 +100,7 @@ def test_unsupported_options_are_refused(generator_folder):
         ({"guidance_scale": 2.0}, 400, "guidance_scale", "built into its weights"),
         ({"guidance_interval": (0.1, 0.2)}, 400, "guidance_interval", "built into its weights"),
         ({"is_preview": True}, 400, "preview", "no preview decoder"),
-        ({"model": "other"}, 404, "model", "unknown model 'other'; 'first' serves here"),
+        ({"model": "other"}, 404, "model", "unknown model 'other'; this endpoint serves 'first'"),
     ]
     service = service_of(generator_folder)
 

@@ -17,7 +17,7 @@ def format_seconds(seconds: float) -> str:
 class Progress:
     """Logs "encoded 512 of 9000 images, 310.2 images/s, 27s left" at most every `interval_seconds`.
 
-    `start` is the count already done at the beginning, after a resume. It does not count towards the rate.
+    `start`: units completed before this process started (after a resume); the rate excludes them.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Progress:
         self._began = self._last = time.monotonic()
 
     def rate(self, done: int) -> float:
-        """Units per second since the beginning."""
+        """Units per second since this object was created."""
         return (done - self._start) / max(time.monotonic() - self._began, 1e-9)
 
     def update(self, done: int, note: str = "") -> None:

@@ -21,7 +21,7 @@ from deploy.settings import GENERATOR_SETTINGS, Arguments, apply_user_config
 
 logger = logging.getLogger(__name__)
 
-# Cost of decoding relative to one network forward, for XL/2 and Stable Diffusion's decoder. Queue times are estimates.
+# Cost of decoding relative to one network forward, for XL/2 and Stable Diffusion's decoder. Only estimates queue times.
 DECODER_COST = 2.6
 MAX_CONSECUTIVE_FAILURES = 3
 
@@ -42,7 +42,7 @@ class GeneratorService:
         self._settings = arguments
         self._recorder = recorder
         self._consecutive_failures = 0
-        # One thread runs the engine. Models load in other threads, so that the current one serves meanwhile.
+        # One thread runs the engine. Models load in other threads, so that the current one keeps serving.
         self._compute_thread = ThreadPoolExecutor(1, "generate", torch.set_num_threads, (arguments.cpu_threads,))
         self._batcher: Batcher[ImageSpec, np.ndarray] = Batcher(
             self._run_batch, self._limits(), cost=image_cost, on_batch=self._record_batch
@@ -61,16 +61,16 @@ class GeneratorService:
             self._settings = apply_user_config(self._arguments, user_config, GENERATOR_SETTINGS)
             self.settings_problem = None
         except ValueError as error:
-            self.settings_problem = f"settings refused, the earlier ones stay in use: {error}"
+            self.settings_problem = f"settings refused; keeping the earlier ones: {error}"
             logger.error(self.settings_problem)
         self._recorder.record("meanflow_settings_refused", float(self.settings_problem is not None))
         self._batcher.limits = self._limits()
         await self.models.request(self._settings)
 
     def check_health(self) -> None:
-        """Raises RuntimeError if no model serves, or batch after batch fails, for example after a device fault.
+        """Raises RuntimeError if no model is serving, or if the last MAX_CONSECUTIVE_FAILURES batches failed.
 
-        Both require a new process.
+        Both require a new process; a device fault, for example, makes every batch fail.
         """
         if self.models.current is None:
             raise RuntimeError("no model is loaded")

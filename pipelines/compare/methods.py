@@ -1,8 +1,8 @@
-"""What is compared: the methods, their budgets, and the trials that follow.
+"""The compared methods, the training budgets, and the resulting trials.
 
-Methods differ only in their objective: same data, batch and optimiser, networks of the same size, and the same guided target
-with an effective scale of 2. Improved MeanFlow has its own kind of network, with as many parameters at sampling time within
-3 %, and samples with a guidance scale of 2.
+The methods differ only in their objective. They share the data, the batch size, the optimiser, the network size and the
+guided target, whose effective scale is 2. The exception is improved MeanFlow: it has its own network architecture, whose
+parameter count at sampling time is within 3 % of the others', and it samples with a guidance scale of 2.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ class Method:
     title: str
     """Name in tables and plots."""
     config: TrainingConfig
-    """The training, with a seed of 0."""
+    """Training configuration with seed 0."""
 
 
 def build_methods(num_steps: int) -> dict[str, Method]:
@@ -78,7 +78,7 @@ METHODS = tuple(build_methods(1))
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One training of one method. Budgets that give a method the same number of steps share it."""
+    """One training run of a method. If two budgets give the method the same number of steps, they share the trial."""
 
     method: str
     seed: int
@@ -91,16 +91,17 @@ class Trial:
 
     @property
     def config(self) -> TrainingConfig:
-        """The training with the trial's seed."""
+        """Training configuration with the trial's seed."""
         return replace(build_methods(self.num_steps)[self.method].config, seed=self.seed)
 
 
 def steps_in_budget(
     budget: Budget, num_steps: int, flops_per_step: dict[str, float], flops_of: str | None = None
 ) -> dict[str, int]:
-    """{method: steps} in a budget: num_steps for each, or as many as cost num_steps of one method.
+    """{method: steps} in a budget.
 
-    flops_of: that method; None is the most expensive one.
+    "steps" gives every method num_steps. "flops" gives each the FLOPs that num_steps of the method flops_of cost (default:
+    the most expensive method).
     """
     if budget == "steps":
         return dict.fromkeys(flops_per_step, num_steps)
@@ -111,7 +112,7 @@ def steps_in_budget(
 def plan_trials(
     steps: Iterable[dict[str, int]], methods: Sequence[str], seeds: Sequence[int], flops_per_step: dict[str, float]
 ) -> list[Trial]:
-    """All distinct trials, the most expensive first, so that a long one does not end last.
+    """All distinct trials, most expensive first, so that no long trial starts last.
 
     steps: {method: steps} of each budget.
     """

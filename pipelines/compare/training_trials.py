@@ -28,11 +28,11 @@ from pipelines.train.batches import BatchSource
 logger = logging.getLogger(__name__)
 
 RECORD = "trial.json"
-NUM_CURVE_POINTS = 50  # each point of a loss curve is a mean over enough steps to have little noise
+NUM_CURVE_POINTS = 50  # few enough that each point averages over many steps, which reduces noise
 
 
 def is_trained(trial: Trial, folder: Path) -> bool:
-    """Whether the folder of trials holds this one, complete."""
+    """Whether `folder` contains the complete result of this trial."""
     return (folder / trial.name / RECORD).is_file()
 
 
@@ -42,7 +42,7 @@ def read_record(trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 class LossCurve:
-    """Mean squared errors over intervals of a training."""
+    """Mean squared errors over successive intervals of a training run."""
 
     def __init__(self, num_steps: int) -> None:
         self._interval = max(1, num_steps // NUM_CURVE_POINTS)
@@ -51,15 +51,15 @@ class LossCurve:
         self.points: list[dict[str, float | None]] = []
 
     def add(self, step: int, sums: torch.Tensor) -> None:
-        """Adds the sums (`SUMS`) of a 0-based step. Reads the device once per interval, because reading waits for it."""
+        """Adds the sums (`SUMS`) of a 0-based step. Reads them once per interval, because each read waits for the device."""
         self._pending.append(sums)
         if (step + 1) % self._interval and step + 1 < self._num_steps:
             return
         total = dict(zip(SUMS, torch.stack(self._pending).double().sum(dim=0).tolist(), strict=True))
         point: dict[str, float | None] = {"step": step + 1}
-        for rows in ("r_equals_t", "r_below_t"):
-            count = total[f"rows_{rows}"]
-            point[f"squared_error_{rows}"] = total[f"squared_error_{rows}"] / count if count else None
+        for subset in ("r_equals_t", "r_below_t"):
+            count = total[f"rows_{subset}"]
+            point[f"squared_error_{subset}"] = total[f"squared_error_{subset}"] / count if count else None
         self.points.append(point)
         self._pending.clear()
 
@@ -69,9 +69,10 @@ def train_trial(
 ) -> dict[str, Any]:
     """Trains in this process, writes folder/<trial's name>/ atomically, and returns the trial's record.
 
-    The folder holds the generator of the moving average, and the record: configuration, loss curve, seconds, FLOPs and
-    parameters. A complete trial is not trained again. Raises InputError if the latents cannot be opened, RuntimeError for
-    parameters that are not finite.
+    The folder holds the generator with averaged parameters, and the record: configuration, loss curve, training time, FLOPs
+    and parameter counts. A complete trial is not trained again.
+
+    Raises InputError if the latents cannot be opened, RuntimeError if parameters are not finite after training.
     """
     if is_trained(trial, folder):
         return read_record(trial, folder)
@@ -151,7 +152,7 @@ def train_all(
 ) -> None:
     """Trains the missing trials in order, each as a Ray task with one thread, and one GPU if use_gpu.
 
-    Ray repeats a task whose process or machine is lost. Raises RunError if a trial fails.
+    Ray retries a task whose process or node dies. Raises RunError if a trial fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial"):
@@ -178,5 +179,7 @@ def as_completed(pending: list[ray.ObjectRef]) -> Iterator[str]:
         except ray.exceptions.RayError as error:
             logger.error("%s", error)
             reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-            raise RunError(f"a trial failed: {reason}; finished ones are kept, and the same command resumes") from error
+            raise RunError(
+                f"a trial failed: {reason}; finished trials are kept; rerun the same command to resume"
+            ) from error
         yield from names

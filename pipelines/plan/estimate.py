@@ -94,17 +94,17 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """Estimate for W GPUs."""
+class TrainingEstimate:
+    """Time, traffic and cost of the training run on W GPUs."""
 
     num_gpus: int
     num_nodes: int
-    rows_at_once: int
+    micro_batch_size: int
     """Largest micro-batch of a GPU."""
     compute_seconds: float
     """Compute time of a step."""
     gpu_bytes: float
-    """Bytes that each GPU sends in a step: (W - 1) / W of the payload. In a ring, each node sends as many to the next."""
+    """Bytes that each GPU sends in a step: (W - 1) / W of the payload. Each node of a ring sends as many to the next."""
     communication_seconds: float
     """Communication time of a step over the slowest link, without latencies."""
     step_seconds: Range
@@ -129,13 +129,13 @@ class Estimate:
     """`step_flops`: model FLOPs of a step."""
     executed: ExecutedFlops
     """FLOPs that a step executes."""
-    requested: Training
+    requested: TrainingEstimate
     memory: MemoryEstimate
     """Memory of each of the requested GPUs."""
     fits: bool
-    largest_rows: int
+    largest_micro_batch: int
     """Largest micro-batch that fits the memory of a GPU."""
-    trainings: tuple[Training, ...]
+    trainings: tuple[TrainingEstimate, ...]
     """For the requested and the other numbers of GPUs, in ascending order."""
     left_out: tuple[int, ...]
     """Numbers of GPUs that exceed the batch size, or on which not even one sample fits in memory."""
@@ -165,7 +165,7 @@ def seconds_of_flops(flops: float, batch: int, num_workers: int, teraflops: floa
 def compute_seconds(workload: Workload, cluster: Cluster, num_gpus: int) -> float:
     """Seconds of a step without communication.
 
-    A measured rate counts model FLOPs and includes everything else that runs; assumed rates count executed FLOPs.
+    A measured rate counts model FLOPs and includes everything else that runs; assumed rates apply to executed FLOPs.
     """
     config = workload.config
     if cluster.teraflops is not None:
@@ -205,7 +205,7 @@ def _memory(workload: Workload, rows: int, num_shards: int) -> MemoryEstimate:
     return memory_estimate(workload.config, **workload.sizes, rows_per_pass=rows, num_shards=num_shards)
 
 
-def largest_rows(workload: Workload, num_gpus: int, usable_bytes: float) -> int:
+def largest_micro_batch(workload: Workload, num_gpus: int, usable_bytes: float) -> int:
     """Largest micro-batch that fits in memory, up to a GPU's share of the batch; 0 if not even one sample fits."""
     shards, share = workload.num_shards(num_gpus), ceil(workload.config.global_batch_size / num_gpus)
 
@@ -217,8 +217,11 @@ def largest_rows(workload: Workload, num_gpus: int, usable_bytes: float) -> int:
     return bisect_right(range(1, share), usable_bytes, key=total)
 
 
-def train_on(workload: Workload, cluster: Cluster, num_gpus: int, rows: int) -> Training:
-    """Estimates W GPUs with micro-batches of up to `rows` samples. Raises ValueError like `Cluster.num_nodes`."""
+def train_on(workload: Workload, cluster: Cluster, num_gpus: int, rows: int) -> TrainingEstimate:
+    """Estimates the training run on W GPUs with micro-batches of up to `rows` samples.
+
+    Raises ValueError if the GPUs do not fill whole nodes.
+    """
     batch, steps = workload.config.global_batch_size, workload.config.num_steps
     compute = compute_seconds(workload, cluster, num_gpus)
     gpu_bytes = payload_bytes(workload, num_passes(batch, num_gpus, rows)) * (num_gpus - 1) / num_gpus
@@ -227,10 +230,10 @@ def train_on(workload: Workload, cluster: Cluster, num_gpus: int, rows: int) -> 
     on_one_gpu = compute_seconds(workload, cluster, 1)
     hours = (step[0] * steps * num_gpus / 3600.0, step[1] * steps * num_gpus / 3600.0)
     price = cluster.price_per_gpu_hour
-    return Training(
+    return TrainingEstimate(
         num_gpus=num_gpus,
         num_nodes=cluster.num_nodes(num_gpus),
-        rows_at_once=largest_pass(batch, num_gpus, rows),
+        micro_batch_size=largest_pass(batch, num_gpus, rows),
         compute_seconds=compute,
         gpu_bytes=gpu_bytes,
         communication_seconds=sending,
@@ -246,7 +249,7 @@ def train_on(workload: Workload, cluster: Cluster, num_gpus: int, rows: int) -> 
 def estimate(
     workload: Workload, cluster: Cluster, num_gpus: int, others: tuple[int, ...] = OTHER_NUMBERS_OF_GPUS
 ) -> Estimate:
-    """Estimates W GPUs and those of the other numbers of GPUs that fill whole nodes.
+    """Estimates the training run on W GPUs, and on each of the other numbers of GPUs that fills whole nodes.
 
     Raises ValueError if W does not fill whole nodes or exceeds the batch size, or if not even one sample fits on a GPU.
     """
@@ -257,7 +260,7 @@ def estimate(
             f"gpus must be at most global_batch_size = {batch} (one image per GPU), but got {num_gpus}; "
             f"use fewer GPUs, or a larger --global-batch-size (a different experiment)"
         )
-    fitting = largest_rows(workload, num_gpus, usable)
+    fitting = largest_micro_batch(workload, num_gpus, usable)
     if fitting == 0:
         needed = _memory(workload, 1, workload.num_shards(num_gpus)).total
         raise ValueError(
@@ -265,12 +268,12 @@ def estimate(
             f"use {_ways_to_save_memory(workload)}"
         )
     requested = train_on(workload, cluster, num_gpus, workload.rows_per_pass or fitting)
-    memory = _memory(workload, requested.rows_at_once, workload.num_shards(num_gpus))
+    memory = _memory(workload, requested.micro_batch_size, workload.num_shards(num_gpus))
     trainings, left_out = {num_gpus: requested}, []
     for number in others:
         if number == num_gpus or (number > cluster.gpus_per_node and number % cluster.gpus_per_node):
             continue
-        rows = 0 if number > batch else largest_rows(workload, number, usable)
+        rows = 0 if number > batch else largest_micro_batch(workload, number, usable)
         if rows == 0:
             left_out.append(number)
         else:
@@ -285,7 +288,7 @@ def estimate(
         requested=requested,
         memory=memory,
         fits=memory.total <= usable,
-        largest_rows=fitting,
+        largest_micro_batch=fitting,
         trainings=tuple(trainings[number] for number in sorted(trainings)),
         left_out=tuple(left_out),
         node_images_per_second=requested.images_per_second[1] / nodes,
@@ -298,6 +301,6 @@ def estimate(
 
 
 def _ways_to_save_memory(workload: Workload) -> str:
-    ways = [] if workload.config.activation_checkpointing else ["--activation-checkpointing"]
-    ways += [] if workload.parallelism == "fsdp2" else ["--parallelism fsdp2 on several GPUs"]
-    return ", ".join([*ways, "a GPU with more memory, or a smaller network"])
+    options = [] if workload.config.activation_checkpointing else ["--activation-checkpointing"]
+    options += [] if workload.parallelism == "fsdp2" else ["--parallelism fsdp2 on several GPUs"]
+    return ", ".join([*options, "a GPU with more memory, or a smaller network"])

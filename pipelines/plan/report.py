@@ -1,4 +1,4 @@
-"""Text of a training's plan: for `pipelines.train --dry-run` and for `pipelines.plan`, which adds times, traffic and cost."""
+"""Text reports of `pipelines.train --dry-run` and of `pipelines.plan`, which adds times, traffic and cost."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -19,7 +19,7 @@ from pipelines.plan.cost import (
 from pipelines.plan.estimate import Estimate, Range, Workload, largest_pass, seconds_of_flops
 from pipelines.plan.hardware import FRAGMENTATION, LINK_FRACTION, PEAK_FRACTION, RESERVED_BYTES
 
-DRY_RUN_TERAFLOPS = 100.0  # a round figure; `pipelines.plan` knows rates of GPUs
+DRY_RUN_TERAFLOPS = 100.0  # a round figure; `pipelines.plan` has the rates of specific GPUs
 
 Lines = list[tuple[str, str]]
 
@@ -64,9 +64,9 @@ def format_range(pair: Range, form: str) -> str:
 
 
 def describe(preset: str, workload: Workload, num_workers: int, min_workers: int | None = None) -> str:
-    """A training before it starts: configuration, length, FLOPs, memory and checkpoints. No trailing newline.
+    """Describes a training run before it starts: configuration, length, FLOPs, memory and checkpoints. No trailing newline.
 
-    min_workers: lower bound of an elastic training; None for a fixed number of workers.
+    min_workers: lower bound for elastic training; None for a fixed number of workers.
     Raises ValueError for more workers than samples in a batch, and for sizes that do not fit.
     """
     config, batch = workload.config, workload.config.global_batch_size
@@ -84,7 +84,7 @@ def describe(preset: str, workload: Workload, num_workers: int, min_workers: int
     shards = workload.num_shards(fewest)
     flops = step_flops(config, **workload.sizes)
     seconds = config.num_steps * seconds_of_flops(flops, batch, num_workers, DRY_RUN_TERAFLOPS)
-    length = "" if seconds < 36.0 else (  # shorter ones are for CPUs, which have no such rate
+    length = "" if seconds < 36.0 else (  # shorter runs are for CPUs, which are far slower
         f": {format_duration(seconds)} if each of {num_workers} workers sustains {DRY_RUN_TERAFLOPS:g} TFLOP/s"
     )  # fmt: skip
     memory = memory_estimate(config, **workload.sizes, rows_per_pass=rows, num_shards=shards)
@@ -103,19 +103,17 @@ def describe(preset: str, workload: Workload, num_workers: int, min_workers: int
 
 
 def describe_estimate(preset: str, estimate: Estimate) -> str:
-    """An estimate with everything that it assumes. No trailing newline."""
+    """Describes an estimate and its assumptions. No trailing newline."""
     workload, cluster, config = estimate.workload, estimate.cluster, estimate.workload.config
     requested = estimate.requested
     gpus = f"{requested.num_gpus} GPU{'s' if requested.num_gpus > 1 else ''}"
-    rows = workload.rows_per_pass or estimate.largest_rows
+    rows = workload.rows_per_pass or estimate.largest_micro_batch
     workers = [("a GPU", _shares(config.global_batch_size, requested.num_gpus, rows))]
     changed = [(name, value) for name, value, is_changed in _against_preset(preset, config) if is_changed]
     shards, share = workload.num_shards(requested.num_gpus), ceil(config.global_batch_size / requested.num_gpus)
     verdict = "fits" if estimate.fits else "does NOT fit"
-    usable = (
-        "usable",
-        f"{cluster.gpu.usable_bytes / 1e9:.2f} GB: it {verdict}; at most {estimate.largest_rows} of {share} samples fit",
-    )
+    limit = f"at most {estimate.largest_micro_batch} of {share} samples fit"
+    usable = ("usable", f"{cluster.gpu.usable_bytes / 1e9:.2f} GB: it {verdict}; {limit}")
     sections = [
         f"Estimate: {preset} on {gpus} ({cluster.gpu.name}), {requested.num_nodes} node(s). Its assumptions are at the end.",
         *([section("configuration", changed)] if changed else []),
@@ -123,7 +121,7 @@ def describe_estimate(preset: str, estimate: Estimate) -> str:
         section("FLOPs (a multiply-add counts as two)", [*_flops(workload, estimate.flops), *_executed(estimate)]),
         section(
             "memory of each GPU, without torch.compile",
-            [*_memory(config, estimate.memory, requested.rows_at_once, shards), usable],
+            [*_memory(config, estimate.memory, requested.micro_batch_size, shards), usable],
         ),
         section(f"a step on {gpus}", _step(estimate)),
         section("data, on each node", _data(estimate)),
@@ -136,7 +134,7 @@ def describe_estimate(preset: str, estimate: Estimate) -> str:
 
 
 def assumptions(estimate: Estimate) -> list[tuple[str, str, str]]:
-    """(name, value with unit, source) of every number that was assumed and not counted."""
+    """(name, value with unit, source) of every assumed number."""
     cluster, gpu = estimate.cluster, estimate.cluster.gpu
     rates = []
     if cluster.teraflops is not None:
@@ -166,7 +164,7 @@ def assumptions(estimate: Estimate) -> list[tuple[str, str, str]]:
             f"{gpu.usable_bytes / 1e9:.1f} of {gpu.memory_bytes / 1e9:g} GB",
             f"data sheet, less {FRAGMENTATION:.0%} fragmentation and {RESERVED_BYTES / 1e9:g} GB for CUDA and NCCL (guesses)",
         ),
-        ("not counted", "latencies, sampling, checkpoints, restarts, waiting for data", "small beside the steps"),
+        ("not counted", "latencies, sampling, checkpoints, restarts, waiting for data", "comparatively small"),
         *([] if price is None else [("price of a GPU hour", f"{price:g}", "--price-per-gpu-hour")]),
     ]
 
@@ -230,7 +228,7 @@ def _executed(estimate: Estimate) -> Lines:
     total = executed.in_precision + executed.in_float32
     if total < 1.001 * estimate.flops:
         return []
-    in_float32 = f", of them {with_prefix(executed.in_float32, 'FLOP')} in float32" if executed.in_float32 else ""
+    in_float32 = f", {with_prefix(executed.in_float32, 'FLOP')} of it in float32" if executed.in_float32 else ""
     return [("a step, as executed", f"{with_prefix(total, 'FLOP')}{in_float32}")]
 
 

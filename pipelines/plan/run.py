@@ -54,7 +54,7 @@ def build_cluster(job: PlanJob) -> Cluster:
 
 
 def as_json(preset: str, estimate: Estimate) -> str:
-    """All figures in bytes and seconds, and the assumptions. Ends with a newline."""
+    """The estimate as JSON, in bytes and seconds, with its assumptions. Ends with a newline."""
     content = {
         "preset": preset,
         "estimate": asdict(estimate),

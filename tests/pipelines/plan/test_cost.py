@@ -58,6 +58,7 @@ def small_improved(**changes) -> TrainingConfig:
     ],
 )  # fmt: skip
 def test_networks_have_the_published_numbers_of_parameters(preset, millions):
+    # 676 M for XL/2: MeanFlow, Table 4.
     assert num_parameters(preset().network, **IMAGENET) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
@@ -66,6 +67,7 @@ def test_networks_have_the_published_numbers_of_parameters(preset, millions):
     [(b4, 5.6), (b2, 23.1), (m2, 54.0), (l2, 80.9), (xl2, 119.0), (imf_b2, 24.9), (imf_l2, 116.4), (imf_xl2, 174.6)],
 )
 def test_forward_costs_twice_the_published_multiply_adds(preset, gigaflops):
+    # DiT-XL/2: 118.64 G multiply-adds (Peebles and Xie 2023, Table 4); MeanFlow adds a second time embedding.
     assert forward_flops(preset().network, **IMAGENET) == pytest.approx(2e9 * gigaflops, rel=0.02)
 
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def set_up_logging() -> None:
-    """Logs to stderr with the time; from libraries only warnings and errors."""
+    """Logs to stderr with timestamps. Libraries log only warnings and errors."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     # This module of Ray Train names its logger by its file path and logs 800 characters per checkpoint.
     ray = importlib.util.find_spec("ray")  # not imported: --help must be quick
@@ -48,7 +48,7 @@ def command_name() -> str | None:
 
 
 def parse_command_line(job_type: type[T], description: str | None, **options: Any) -> T:
-    """The command line as a dataclass, parsed by tyro. Raises InputError for values that the dataclass refuses."""
+    """The command line as a dataclass, parsed by tyro. Raises InputError for values that the dataclass rejects."""
     try:
         return tyro.cli(job_type, description=description, **{"prog": command_name(), **options})
     except ValueError as error:
@@ -64,8 +64,8 @@ def parse_preset_command_line(
 ) -> tuple[str, T]:
     """Parses "PRESET [OPTIONS]" and returns the preset's name and the dataclass.
 
-    default_job: makes the dataclass whose values the options override, from the preset's configuration.
-    Raises InputError for an unknown preset and for values that the dataclass refuses.
+    default_job: builds the default options from the preset's configuration.
+    Raises InputError for an unknown preset and for values that the dataclass rejects.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         presets = "\n".join(f"    {name:8s} {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())

@@ -37,8 +37,7 @@ def shown(location: str) -> str:
 def output_location(location: str, option: str) -> str:
     """The absolute form of a folder to write. `option` names it in errors.
 
-    Raises InputError for a file. Raises it also for a relative path in a submitted job, whose working directory is a
-    temporary copy.
+    Raises InputError for a file, and for a relative path in a submitted job, which runs in a temporary copy of its folder.
     """
     if "://" not in location and not Path(location).expanduser().is_absolute() and SUBMITTED_JOB in os.environ:
         raise InputError(

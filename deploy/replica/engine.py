@@ -26,7 +26,7 @@ class ImageSpec:
     label: int
     seed: int
     seed_end: int | None = None
-    """If set, the noise interpolates from that of `seed` to that of `seed_end`."""
+    """If set, the initial noise is interpolated between that of `seed` and that of `seed_end`."""
     weight: float = 0.0
     """Interpolation weight of `seed_end`, in [0, 1]."""
     guidance_scale: float | None = None
@@ -88,22 +88,22 @@ class Engine:
         dtype = PRECISIONS[precision]
         for module in (pipeline.transformer, pipeline.vae, preview_decoder):
             if module is not None:
-                # diffusers' own `to` warns about modules that none of these has.
+                # diffusers' own `to` warns about modules that none of these models has.
                 torch.nn.Module.to(module, self._device, dtype)
         for decoder in (pipeline.vae, preview_decoder):
             if decoder is not None:
                 # Convolutions are faster in channels_last format, on tensor cores and on CPUs.
                 decoder.to(memory_format=torch.channels_last)
         if compiled:
-            # Guided flow matching doubles the batch; each size of each module is a graph of its own.
+            # Guided flow matching doubles the batch; each module compiles one graph per size.
             torch._dynamo.config.recompile_limit = max(8, 4 * len(self.batch_sizes))
             pipeline.transformer.compile_repeated_blocks(dynamic=False)
             pipeline.vae.decoder.compile(dynamic=False)
 
     def padded_size(self, num_images: int) -> int:
-        """Size of the batch in which this number of images runs."""
+        """Batch size for this number of images, padding included."""
         size = next((size for size in self.batch_sizes if size >= num_images), num_images)
-        max_size = self.max_size_that_fits  # read once: a swap of models may reset it meanwhile
+        max_size = self.max_size_that_fits  # read once: a concurrent model swap may reset it
         return size if max_size is None or size <= max_size else num_images
 
     def warm_up(self) -> None:
@@ -128,7 +128,7 @@ class Engine:
             if batch is None:
                 self.num_out_of_memory += 1
                 half = self.padded_size(len(part)) // 2
-                # A size that has already run, if there is one: only those are compiled.
+                # Prefer a size that has already run, because only those are compiled.
                 self.max_size_that_fits = max((size for size in self.batch_sizes if size <= half), default=half)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -141,7 +141,7 @@ class Engine:
         return Batch(np.concatenate([part.images for part in parts]), timing)
 
     def _run_if_it_fits(self, options: BatchOptions, specs: Sequence[ImageSpec]) -> Batch | None:
-        """None if out of memory. On return the error's traceback no longer keeps the failed batch's tensors alive."""
+        """Returns None if out of memory. Returning drops the traceback, which would keep the failed batch's tensors alive."""
         try:
             return self._run_one(options, specs)
         except torch.OutOfMemoryError:
@@ -156,10 +156,11 @@ class Engine:
         pipeline = self.pipeline
         scales, intervals = None, None
         if pipeline.takes_guidance:
-            own = pipeline.config
-            scales = [own.guidance_scale if spec.guidance_scale is None else spec.guidance_scale for spec in padded]
+            config = pipeline.config
+            scales = [config.guidance_scale if spec.guidance_scale is None else spec.guidance_scale for spec in padded]
             intervals = [
-                spec.guidance_interval or (own.guidance_interval_start, own.guidance_interval_end) for spec in padded
+                spec.guidance_interval or (config.guidance_interval_start, config.guidance_interval_end)
+                for spec in padded
             ]
         z = pipeline.sample_latents(
             [spec.label for spec in padded],

@@ -78,7 +78,7 @@ def plot_losses(report: dict[str, Any], path: Path) -> None:
             panels[row][column].yaxis.set_minor_formatter("{x:g}")
             panels[row][column].grid(alpha=0.3, which="both")
         panels[1][column].set_xlabel("training step" if budget == "steps" else "training FLOPs (teraflop)")
-    # Its error has another target, so curves above or below it are neither worse nor better.
+    # Improved MeanFlow's error has a different target, so its curves are not comparable with the others.
     figure.suptitle("targets: guidance scales from 1 to 8 for improved MeanFlow, 2 for the others", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)

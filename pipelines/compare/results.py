@@ -51,9 +51,9 @@ def collect_results(
 
 
 def ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fréchet distance of each MeanFlow variant at 1 NFE over that of flow matching (Euler) at the most NFE and at 1.
+    """Fréchet distance of each MeanFlow variant at 1 NFE, divided by that of flow matching (Euler) at most NFE and at 1 NFE.
 
-    Ratios are taken seed by seed. Empty if flow matching or 1 NFE was not measured.
+    Ratios are computed per seed. Empty if flow matching or 1 NFE was not measured.
     """
     distances = {
         (result["budget"], result["method"], result["nfe"]): [entry["frechet"] for entry in result["by_seed"]]

@@ -75,12 +75,12 @@ def fixed_settings(job: CompareJob) -> dict[str, Any]:
 def begin_or_continue(output: Path, settings: dict[str, Any]) -> None:
     """Writes the settings of a new output folder, or checks that those of an existing one are the same.
 
-    Raises InputError that names every difference, or if the folder holds something else.
+    Raises InputError if settings differ, and lists them; or if the folder holds something else.
     """
     if not (output / SETTINGS).is_file():
         if output.is_dir() and any(output.iterdir()):
             raise InputError(
-                f"--output {output} holds something other than a comparison; name an empty or a new folder"
+                f"--output {output} holds something other than a comparison; choose an empty or a new folder"
             )
         filesystem, path = storage.open_storage(str(output / SETTINGS))
         storage.write_bytes(filesystem, path, (json.dumps(settings, indent=2) + "\n").encode())
@@ -97,8 +97,8 @@ def read_real_images(job: CompareJob, judge: Judge) -> RealImages:
     names = list(read_manifest(job.data).class_names)
     if names != list(judge.config.class_names):
         raise InputError(
-            f"the judge in {job.judge} knows the classes {', '.join(judge.config.class_names)}, but the latents have "
-            f"{', '.join(names)}; name a --judge that was trained on them"
+            f"the judge in {job.judge} was trained on the classes {', '.join(judge.config.class_names)}, but the "
+            f"latents have {', '.join(names)}; choose a --judge trained on those"
         )
     size = judge.config.image_size
     sources = [find_real_images(location, names) for location in (job.train_images, job.held_out_images)]
@@ -128,7 +128,7 @@ def compare(job: CompareJob) -> dict[str, Any]:
         use_gpu = choose_gpus(job.device)
         train_all(trials, data, job.cache_dir, folder, flops_per_step, use_gpu=use_gpu)
         measure_all(trials, folder, job.nfe, job.judge.absolute(), real.train, job.num_samples, use_gpu=use_gpu)
-        ray.shutdown()  # leaves the machine to the timings
+        ray.shutdown()  # frees the machine for the timings
     report = build_report(job, real, judge, steps, trials, folder, data)
     write_report(job, report, output, folder, steps[job.budgets[0]])
     log_report(job, report)
@@ -212,7 +212,7 @@ def write_report(job: CompareJob, report: dict[str, Any], output: Path, folder: 
     for method in job.methods:
         trial = Trial(method=method, seed=job.seeds[0], num_steps=steps[method])
         pipeline = load_pipeline(folder / trial.name / "generator")
-        # Every third class: consecutive ones would repeat within the columns of a grid of four by two.
+        # Every third sample: eight different classes of the ten.
         indices = [3 * number for number in range(NUM_GRID_IMAGES)]
         samples[build_methods(1)[method].title] = {
             count: np.asarray(draw_images(pipeline, SamplingPoint(solver="euler", nfe=count), indices))
@@ -233,10 +233,10 @@ def write_report(job: CompareJob, report: dict[str, Any], output: Path, folder: 
 
 
 def log_report(job: CompareJob, report: dict[str, Any]) -> None:
-    """Logs results and files to MLflow, if it has an address."""
+    """Logs results and files to MLflow, if a tracking URI is given."""
     tracking_uri = job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not tracking_uri:
-        logger.info("no MLflow address given; the report is only in %s", job.output)
+        logger.info("no MLflow tracking URI given; the report is only in %s", job.output)
         return
     logged = ("num_steps", "num_samples", "seeds", "budgets", "flops_of")
     parameters = {"data": job.data, "methods": job.methods, **{key: report[key] for key in logged}}

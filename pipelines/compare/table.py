@@ -58,7 +58,7 @@ def _quality(report: dict[str, Any]) -> list[str]:
 def _ratios(report: dict[str, Any]) -> list[str]:
     lines = [
         "",
-        "**Fréchet distance at 1 NFE, over that of flow matching (Euler)**",
+        "**Fréchet distance at 1 NFE, divided by that of flow matching (Euler)**",
         "",
         f"| method | budget | at {report['nfe'][-1]} NFE | at 1 NFE |",
         "|---|---|---|---|",
@@ -76,8 +76,8 @@ def _costs(report: dict[str, Any]) -> list[str]:
     low, high = report["timed_nfe"][0], report["timed_nfe"][-1]
     lines = [
         "",
-        f"**Costs**, on {where}, torch {machine['torch']}; images are drawn {report['num_timed_images']} at a time; "
-        f"decoding takes {report['decoder_milliseconds_per_image']:.1f} ms of each",
+        f"**Costs**, on {where}, torch {machine['torch']}; {report['num_timed_images']} images are generated at a time; "
+        f"decoding takes {report['decoder_milliseconds_per_image']:.1f} ms per image",
         "",
         f"| method | parameters (in training) | GFLOPs per step | s per step | ms per image at {low} NFE | at {high} NFE |",
         "|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
 """Runs the whole pipeline on a laptop: draws the demo's images, then encodes, trains, evaluates and serves.
 
 Each stage is a process, started by the command that the README documents. All results are below --work, which is replaced.
-When the demo ends, however it ends, none of its processes is left.
+The demo stops all of its processes when it ends, also after an error or an interrupt.
 """
 
 from pipelines.command_line import parse_command_line, run_command

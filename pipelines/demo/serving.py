@@ -43,7 +43,7 @@ def free_port(port: int) -> int:
 
 
 def fetch(url: str, body: dict | None = None, timeout: float = 30.0) -> tuple[int, str, bytes]:
-    """One HTTP request: status, content type and body, also of an error response."""
+    """Sends an HTTP request. Returns status, content type and body, also for an error response."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
     try:
@@ -54,7 +54,7 @@ def fetch(url: str, body: dict | None = None, timeout: float = 30.0) -> tuple[in
 
 
 def wait_until_ready(url: str, server: subprocess.Popen, timeout_seconds: float = 180.0) -> None:
-    """Waits for /readyz. Raises InputError if the server ends, or is not ready in time."""
+    """Waits for /readyz. Raises InputError if the server exits or is not ready in time."""
     started = time.monotonic()
     while time.monotonic() - started < timeout_seconds:
         if server.poll() is not None:
@@ -65,13 +65,13 @@ def wait_until_ready(url: str, server: subprocess.Popen, timeout_seconds: float 
         except OSError:
             pass
         time.sleep(0.5)
-    raise InputError(f"{url}/readyz did not answer within {timeout_seconds:.0f} s")
+    raise InputError(f"{url}/readyz was not ready within {timeout_seconds:.0f} s")
 
 
 def serve_and_request(work: Path, port: int, processes: Processes, model: str, tracking_uri: str) -> str:
     """Serves the model, requests four images twice, writes the second response, and stops the server.
 
-    work: the demo's folder; gets serve.yaml and served.png. Returns a summary. Raises InputError if anything fails.
+    work: the demo's folder, for serve.yaml and served.png. Returns a summary. Raises InputError if anything fails.
     """
     port = free_port(port)
     application = {

@@ -63,8 +63,8 @@ def train(config: AutoencoderTraining) -> tuple[AutoencoderKL, float]:
     for step in range(config.num_steps):
         if len(order) < config.batch_size:
             order = torch.randperm(len(pixels))
-        rows, order = order[: config.batch_size], order[config.batch_size :]
-        x = to_float_images(pixels[rows]).to(memory_format=torch.channels_last)
+        indices, order = order[: config.batch_size], order[config.batch_size :]
+        x = to_float_images(pixels[indices]).to(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
         squared = F.mse_loss(reconstruction, x)

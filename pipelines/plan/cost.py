@@ -1,7 +1,7 @@
-"""Costs of a training, counted before it starts: parameters, floating-point operations (FLOPs) and memory.
+"""Costs of a training run, counted before it starts: parameters, floating-point operations (FLOPs) and memory.
 
-The objective runs on tensors without data, and its FLOPs and allocations are counted. Blocks of a network are alike, so the
-cost of a deep network is extrapolated from two or three shallow ones.
+The objective runs on tensors without data, and its FLOPs and allocations are counted. All blocks of a kind cost the
+same, so the cost of a deep network is extrapolated from two or three shallow ones.
 
     # B batch, C channels, H W latent size
 """
@@ -29,8 +29,8 @@ from meanflow_core.networks import AnyNetwork, build_network, without_velocity_h
 from meanflow_core.transformer import Conditioning
 
 FLOAT32_BYTES = 4
-# Samples over which the fractions of samples that need velocities are averaged: within 0.2 % of a step's FLOPs.
-ROWS_OF_SHARES = 8192
+# Samples drawn to estimate the fractions that need velocities or du/dt. Step FLOPs are within 0.2 % of the long-run mean.
+NUM_DRAWN_SAMPLES = 8192
 # Under FSDP2: the current block and the prefetched one, each with parameters and gradient.
 GATHERED_BLOCKS = 2
 
@@ -104,13 +104,13 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
         if isinstance(network, ImprovedMeanFlowDiT):
             network = without_velocity_head(network)
         z = torch.empty(1, in_channels, sample_size, sample_size, device="meta")
-        of_row = torch.empty(1, device="meta")
+        per_sample = torch.empty(1, device="meta")
         guidance = (
-            {"omega": of_row, "guidance_interval_start": of_row, "guidance_interval_end": of_row}
+            {"omega": per_sample, "guidance_interval_start": per_sample, "guidance_interval_end": per_sample}
             if network.takes_guidance
             else {}
         )
-        conditioning = Conditioning(t=of_row, r=of_row, labels=of_row.long(), **guidance)
+        conditioning = Conditioning(t=per_sample, r=per_sample, labels=per_sample.long(), **guidance)
         with torch.no_grad():
             return _count_flops(lambda: network(z, conditioning))
 
@@ -125,15 +125,15 @@ def step_flops(
 
     These are the FLOPs that the mathematics requires, independent of precision, sharding and compilation, as used for model
     FLOPs utilisation (MFU). Recomputation is excluded: the second forward of a separate du/dt pass, activation checkpointing,
-    and padding of calls to few sizes. A multiply-add counts as two. Only matrix products and convolutions are counted,
-    including those of attention; they are about 99 % of the work.
+    and padding of calls to a few batch sizes. A multiply-add counts as two. Only matrix products and convolutions are
+    counted, including those of attention; they are about 99 % of the work.
 
     The fractions of samples with r < t and with guidance are those of `rows` samples drawn as in training (default: 8,192),
     within 0.2 % of the long-run mean. A single step of 256 samples differs by about 1 %.
     Raises ValueError for sizes that do not fit.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-    rows = rows or ROWS_OF_SHARES
+    rows = rows or NUM_DRAWN_SAMPLES
     record = _mean_record(config, rows)
 
     def count(network_config: NetworkConfig) -> np.ndarray:
@@ -149,12 +149,14 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     """FLOPs that a step executes under `config`.
 
     Adds recomputation to `step_flops`: the separate du/dt pass under bfloat16 or activation checkpointing, and the forward
-    that checkpointing repeats. Padding of calls to few sizes is excluded. Raises ValueError for sizes that do not fit.
+    that checkpointing repeats. Padding of calls to a few batch sizes is excluded.
+
+    Raises ValueError for sizes that do not fit.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     if not config.separate_derivative:  # nothing is recomputed
         return ExecutedFlops(in_precision=step_flops(config, **sizes), in_float32=0.0)
-    record = _mean_record(config, ROWS_OF_SHARES)
+    record = _mean_record(config, NUM_DRAWN_SAMPLES)
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode():  # not meta tensors, which have no autocast
@@ -166,7 +168,7 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
                 return np.concatenate([whole, np.zeros(1)])
             return np.concatenate([whole, _count_flops(lambda: _derivative(network, record))])
 
-    whole, derivative = _at_full_depth(config.network, count, shallow=1) * config.global_batch_size / ROWS_OF_SHARES
+    whole, derivative = _at_full_depth(config.network, count, shallow=1) * config.global_batch_size / NUM_DRAWN_SAMPLES
     in_float32 = float(derivative) if config.precision == "bfloat16" else 0.0
     return ExecutedFlops(in_precision=float(whole) - in_float32, in_float32=in_float32)
 
@@ -185,7 +187,7 @@ def memory_estimate(
     Parameters, gradients, Adam's moments and averages are float32 and divided by num_shards (FSDP2); gradients are always
     allocated, as in a step of several passes. Activations and temporaries come from tracing the objective and its backward
     without data, at the configured precision and activation checkpointing, with fused attention. The traced pass is the one
-    of step 0 with most samples that need a derivative and a velocity. Real steps on CPUs agree within 3 %.
+    of step 0 with the most samples that need du/dt (among equals, a velocity). Real steps on CPUs agree within 3 %.
     Raises ValueError for sizes that do not fit, or numbers below 1.
     """
     for name, value in (("rows_per_pass", rows_per_pass), ("num_shards", num_shards)):
@@ -244,7 +246,7 @@ def _at_full_depth(
     depths = (config.depth - heads, heads)
 
     def at(trunk: int, heads: int) -> np.ndarray:
-        return measure(replace(config, depth=trunk + heads, aux_head_depth=heads))  # a DiT ignores the second
+        return measure(replace(config, depth=trunk + heads, aux_head_depth=heads))  # a DiT ignores aux_head_depth
 
     first = (min(shallow, depths[0]), min(shallow, depths[1]))
     base = total = at(*first)
@@ -257,7 +259,7 @@ def _at_full_depth(
 
 
 def _mean_record(config: TrainingConfig, rows: int) -> StepRecord:
-    """Draws of step 0 for so many rows, none of them padding."""
+    """Random draws of step 0 for this many samples, without padding."""
     record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(1, 1, 1))
     return replace(record, rows_velocity=torch.cat([record.rows_conditional, record.rows_null]))
 
@@ -265,19 +267,21 @@ def _mean_record(config: TrainingConfig, rows: int) -> StepRecord:
 def _derivative(network: AnyNetwork, record: StepRecord) -> torch.Tensor:
     """du/dt of the samples with r < t in a separate pass, on tensors without data."""
     size = (len(record.rows_below), network.config.in_channels, network.config.sample_size, network.config.sample_size)
-    z, of_row = torch.empty(size), torch.empty(size[0])
+    z, per_sample = torch.empty(size), torch.empty(size[0])
     guidance = (
         {}
         if record.omega is None
-        else {"omega": of_row, "guidance_interval_start": of_row, "guidance_interval_end": of_row}
+        else {"omega": per_sample, "guidance_interval_start": per_sample, "guidance_interval_end": per_sample}
     )
-    return total_derivative(network, z, Conditioning(t=of_row, r=of_row, labels=of_row.long(), **guidance), z)
+    return total_derivative(
+        network, z, Conditioning(t=per_sample, r=per_sample, labels=per_sample.long(), **guidance), z
+    )
 
 
 def _loss(
     network: AnyNetwork, config: LossConfig, record: StepRecord, *, separate_derivative: bool = False
 ) -> torch.Tensor:
-    """The objective of a record's samples, on tensors without data of the kind that the caller's context creates."""
+    """The objective of a record's samples on tensors without data: meta or fake tensors, as the caller's context creates."""
     size = (len(record.t), network.config.in_channels, network.config.sample_size, network.config.sample_size)
     given: Mapping[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
     empty = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in given.items() if v is not None}

@@ -7,7 +7,7 @@ from deploy.replica.batching import Batcher, BatchLimits, DeadlineError, Overloa
 
 
 class Runner:
-    """Runs batches, each for a number of seconds, and keeps them."""
+    """Sleeps for a number of seconds per batch, and records the batches."""
 
     def __init__(self, seconds=0.0):
         self.seconds = seconds
@@ -189,20 +189,20 @@ def test_a_long_queue_neither_blocks_nor_overloads_another_group():
 
 def test_retry_after_follows_the_recent_rate_and_the_cost_of_each_group():
     async def run():
-        batcher = batcher_of(Runner(), wait=0.0, queued=100, cost=lambda group: {"cheap": 1.0, "dear": 2.0}[group])
+        batcher = batcher_of(Runner(), wait=0.0, queued=100, cost=lambda group: {"cheap": 1.0, "expensive": 2.0}[group])
         batcher._run = Runner(seconds=0.2)
         start = time.monotonic()
-        await batcher.submit("dear", range(4), 5.0)  # 0.2 s for a cost of 8
+        await batcher.submit("expensive", range(4), 5.0)  # 0.2 s for a cost of 8
         seconds_per_cost = (time.monotonic() - start) / 8
         tasks = [
             asyncio.create_task(batcher.submit(group, range(num_items), 60.0))
-            for group, num_items in (("dear", 4), ("dear", 40), ("cheap", 40))
+            for group, num_items in (("expensive", 4), ("expensive", 40), ("cheap", 40))
         ]
         await asyncio.sleep(0.01)
         refusals = []
         for num_items, timeout in ((30, 60.0), (1, 1.0)):
             with pytest.raises(OverloadedError) as refused:
-                await batcher.submit("dear", range(num_items), timeout)
+                await batcher.submit("expensive", range(num_items), timeout)
             refusals.append(refused.value.retry_after_seconds)
         for task in tasks:
             task.cancel()

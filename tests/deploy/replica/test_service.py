@@ -60,7 +60,9 @@ def test_concurrent_requests_share_a_batch_and_get_their_own_images(generator_fo
     async def work():
         return await asyncio.gather(
             service.generate(request(seed=7)),
-            service.generate(request(class_=2, seed=3, num_images=2, guidance_scale=1.0)),  # 1 is no guidance
+            service.generate(
+                request(class_=2, seed=3, num_images=2, guidance_scale=1.0)
+            ),  # a scale of 1 means no guidance
             service.generate(request(seed=7, timesteps=(1.0, 0.5, 0.0))),
         )
 
@@ -135,7 +137,7 @@ def test_loading_and_computing_leave_the_event_loop_free(generator_folder, monke
         await service.generate(request())
 
     run(service, work)
-    assert len(set(threads)) == 2  # loading has its own thread, so that the current model serves meanwhile
+    assert len(set(threads)) == 2  # loading has its own thread, so that the current model keeps serving
     assert threading.current_thread() not in threads
 
 
@@ -196,7 +198,7 @@ def test_a_failed_batch_keeps_no_memory_once_its_requests_are_answered(generator
     async def work():
         monkeypatch.setattr(service.models.current.engine, "run", out_of_memory)
         gc.collect()
-        gc.disable()  # freed at once, not by a later garbage collection: the next batch needs the memory
+        gc.disable()  # the next batch needs the memory, before any garbage collection
         try:
             refusals = await asyncio.gather(service.generate(request()), service.generate(request(num_images=2)))
             async with asyncio.timeout(5):

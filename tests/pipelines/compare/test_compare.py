@@ -125,7 +125,7 @@ def example_report(num_seeds=2):
     }
 
 
-def test_methods_differ_in_the_objective_alone():
+def test_methods_differ_only_in_the_objective():
     compared = {name: method.config for name, method in build_methods(100).items()}
     base = compared["meanflow"]
     for name, config in compared.items():
@@ -159,7 +159,7 @@ def test_trials_shared_by_budgets_are_planned_once_and_expensive_ones_first():
     ]
 
 
-def test_loss_curve_has_means_over_intervals():
+def test_loss_curve_averages_over_intervals():
     curve = LossCurve(num_steps=120)  # two steps per interval
     for step in range(120):
         figures = {
@@ -242,7 +242,7 @@ def test_times_are_medians_of_interleaved_rounds_without_the_first(monkeypatch):
     assert "".join(turns) == "abababab"
 
 
-def test_ratios_are_taken_seed_by_seed():
+def test_ratios_are_computed_per_seed():
     def result(method, nfe, distances, solver="euler"):
         return {
             "budget": "steps",
@@ -270,7 +270,7 @@ def test_ratios_are_taken_seed_by_seed():
     assert ratios(results[3:]) == []
 
 
-def test_table_states_figures_and_hardware():
+def test_table_shows_results_and_hardware():
     text = table(example_report())
     assert "not FID" in text
     assert "1 thread of 2 cores, a processor" in text

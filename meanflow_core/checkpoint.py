@@ -1,6 +1,6 @@
 """Training checkpoints: the whole state in safetensors and JSON, without pickled code.
 
-Every process writes its own part: its shards of sharded tensors, and a share of the others. Any number of processes,
+Every process writes its own part: its shards of sharded tensors, and a share of the unsharded ones. Any number of processes,
 sharded or not, can load the checkpoint.
 """
 
@@ -35,8 +35,8 @@ def save_train_state(
 ) -> None:
     """Writes a training state, its configuration and `extra` (JSON) into an existing folder.
 
-    Collective if there is a process group: every process calls it, with the same folder or with one of its own. The
-    files of all processes form the checkpoint; `extra` is taken from rank 0. Raises OSError if a file cannot be
+    Collective if there is a process group: every process must call it, with the same folder or its own. The files
+    of all processes together are the checkpoint; `extra` is taken from rank 0. Raises OSError if a file cannot be
     written, for example because the disk is full.
     """
     rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -64,7 +64,7 @@ def save_train_state(
 def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
     """Restores a checkpoint into a state of the same configuration and returns its `extra`.
 
-    Collective if there is a process group, of any size. Raises ValueError if a file is missing or truncated.
+    Collective if there is a process group, which may have any size. Raises ValueError if a file is missing or truncated.
     """
     content = read_state_file(folder)
     state.step, state.num_skipped = content["step"], content["num_skipped"]
@@ -94,29 +94,29 @@ def read_state_file(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not a checkpoint: {error}") from error
-    require_known_state(content, str(folder))
+    require_known_format(content, str(folder))
     if not isinstance(content, dict) or "files" not in content:
         raise ValueError(f"{folder} is not a checkpoint: {STATE_FILE} does not list its files")
     found = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    damage = damage_of(content["files"], found)
+    damage = describe_damage(content["files"], found)
     if damage is not None:
         raise ValueError(f"the checkpoint in {folder} is incomplete: {damage}")
-    foreign = sorted(set(found) - set(content["files"]))
-    if foreign:
-        raise ValueError(f"the checkpoint in {folder} contains files of another checkpoint: {', '.join(foreign)}")
+    unexpected = sorted(set(found) - set(content["files"]))
+    if unexpected:
+        raise ValueError(f"the checkpoint in {folder} contains files of another checkpoint: {', '.join(unexpected)}")
     return content
 
 
-def require_known_state(content: object, where: str) -> None:
+def require_known_format(content: object, where: str) -> None:
     """Raises ValueError if state.json has another format version. content: the parsed JSON, possibly damaged."""
     if isinstance(content, dict):
         require_format_version(content.get("format_version"), FORMAT_VERSION, f"the checkpoint in {where}")
 
 
-def damage_of(expected: Mapping[str, int], found: Mapping[str, int]) -> str | None:
+def describe_damage(expected: Mapping[str, int], found: Mapping[str, int]) -> str | None:
     """Describes the first file that is missing or has the wrong size; None if the checkpoint is complete.
 
-    expected, found: {file name: bytes}, as state.json lists them and as they are in the folder.
+    expected, found: {file name: bytes}, as listed in state.json and as found in the folder.
     """
     for name, size in expected.items():
         if name not in found:
@@ -161,7 +161,7 @@ def _load(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Turns torch's collection of per-process failures into the first OSError or ValueError."""
+    """Replaces torch's collection of per-process failures by its first, as an OSError or ValueError."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # expected with a single process

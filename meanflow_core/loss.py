@@ -1,25 +1,25 @@
-"""The random draws of a training step as a record, and the loss as a pure function of it, for three objectives.
+"""The loss of a training step as a pure function of its recorded random draws, for three objectives.
 
     z_t   = (1 - t) x + t e                                  noisy latent
     v_t   = e - x                                            conditional velocity of one sample
     v     = a v_t + k v(z_t, t | y) + n v(z_t, t | null)     guided velocity, a + k + n = 1
     u_tgt = stop_gradient(v - (t - r) du/dt)                 du/dt: derivative of u(z, r, t) along (tangent, 1, 0)
-    loss  = sum over rows of w ||u - u_tgt||^2, over B       w = stop_gradient(1 / (||u - u_tgt||^2 + c)^p)
+    loss  = 1/B sum over samples of w ||u - u_tgt||^2        w = stop_gradient(1 / (||u - u_tgt||^2 + c)^p)
 
-Flow matching: r = t in every row, and (a, k, n) = (1, 0, 0).
+Flow matching: r = t for every sample, and (a, k, n) = (1, 0, 0).
 
 MeanFlow: (a, k, n) = (omega, kappa, 1 - omega - kappa) inside the guidance interval. v(z_t, t | y) is u(z_t, t, t | y).
 The tangent is v, or the network's own v(z_t, t | y).
 
-Improved MeanFlow: omega and its interval are drawn per row and are inputs of the network; (a, k, n) =
+Improved MeanFlow: omega and its interval are drawn per sample and are inputs of the network; (a, k, n) =
 (1, 1 - 1/omega, 1/omega - 1). The tangent is the network's own v(z_t, t | y), from its v head, whose error against v is
 a second term of the loss.
 
 To avoid redundant forwards, one no-grad forward computes only the velocities that the training forward lacks: those of
-the null class on guided rows, and those of the row's class on rows with r < t. On rows with r = t, the training
-forward's own output, detached, is v(z_t, t | y). The training forward gives u on all rows, and du/dt on the rows with
-r < t; elsewhere du/dt is multiplied by zero. The number of forwards does not depend on the draws, which keeps sharded
-workers in step, and batch sizes come from a small set, which limits compilation.
+the null class for guided samples, and those of the sample's class if r < t. If r = t, the training forward's own output,
+detached, is v(z_t, t | y). The training forward computes u for all samples, and du/dt for those with r < t; for the
+others, du/dt is multiplied by zero. The number of forwards does not depend on the draws, so that sharded workers make
+the same collective calls. Batch sizes come from a small set, which limits recompilation.
 
 Source: Geng et al. 2025, arXiv 2505.13447, Eq. 6 to 11 and 19 to 22; and arXiv 2512.02012, which regresses
 V = u + (t - r) du/dt onto v, with the same error: V - v = u - u_tgt.
@@ -45,7 +45,10 @@ class Network(Protocol):
         tangent: torch.Tensor | None = None,
         velocity_only: bool = False,
     ) -> NetworkOutput:
-        """Maps noisy latents (B, C, H, W) to u, to v if there is a v head, and to du/dt along a tangent (b, C, H, W)."""
+        """Maps noisy latents (B, C, H, W) to u, to v if there is a v head, and to du/dt of the first b samples.
+
+        tangent: (b, C, H, W), the direction of du/dt in z.
+        """
         ...
 
 
@@ -54,7 +57,7 @@ class LossOutput:
     """The loss and its parts. With p = 1 the loss stays near 1, so watch the squared errors instead."""
 
     loss: torch.Tensor
-    """Scalar with a graph: the weighted sum over these rows, divided by the global number of rows."""
+    """Scalar with a graph: the weighted sum over these samples, divided by the global number of samples."""
     squared_error: torch.Tensor
     """(B,) detached: ||u - u_tgt||^2, summed over C, H, W."""
     squared_error_v: torch.Tensor | None
@@ -66,19 +69,19 @@ class LossOutput:
     v_guided: torch.Tensor
     """(B, C, H, W): the guided velocity."""
     tangent: torch.Tensor
-    """(b, C, H, W): the direction of du/dt, on the rows with r < t."""
+    """(b, C, H, W): the direction of du/dt, for the samples with r < t."""
     dudt: torch.Tensor
-    """(B, C, H, W): the total derivative; zero on rows with r = t, where it is not needed."""
+    """(B, C, H, W): the total derivative; zero for samples with r = t, where it is not needed."""
 
 
-def _per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
 def _evaluate_velocities(
     network: Network, z: torch.Tensor, labels: torch.Tensor, record: StepRecord, null_label: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Conditional and null velocities (B, C, H, W) from one no-grad forward; zero on rows that need none.
+    """Conditional and null velocities (B, C, H, W) from one no-grad forward; zero for samples that need none.
 
     Conditional velocities use the true labels, even where a label is dropped.
     """
@@ -108,31 +111,31 @@ def guided_velocity(
     sample: torch.Tensor, conditional: torch.Tensor, null: torch.Tensor, record: StepRecord
 ) -> torch.Tensor:
     """a v_t + k v(z_t, t | y) + n v(z_t, t | null), each (B, C, H, W), with the record's weights."""
-    a, k, n = (_per_row(w, sample) for w in (record.weight_sample, record.weight_conditional, record.weight_null))
+    a, k, n = (_per_sample(w, sample) for w in (record.weight_sample, record.weight_conditional, record.weight_null))
     return a * sample + k * conditional + n * null
 
 
 def total_derivative(
     network: Network, z: torch.Tensor, conditioning: Conditioning, tangent: torch.Tensor
 ) -> torch.Tensor:
-    """du/dt along (dz, dt, dr) = (tangent, 1, 0), (B, C, H, W), in a no-grad forward of its own.
+    """du/dt along (dz, dt, dr) = (tangent, 1, 0), (B, C, H, W), from a separate no-grad forward.
 
-    In float32 even under autocast, because t - r multiplies the derivative's rounding error.
+    Runs in float32 even under autocast, because t - r multiplies the derivative's rounding error.
     Source: Geng et al. 2025, Eq. 8.
     """
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         dudt = network(z, conditioning, tangent).dudt
-    assert dudt is not None, "a network returns du/dt if it is given a tangent"
+    assert dudt is not None, "a network must return du/dt if it gets a tangent"
     return dudt
 
 
 def _training_forward(
     network: Network, z: torch.Tensor, conditioning: Conditioning, record: StepRecord, tangent: torch.Tensor | None
 ) -> NetworkOutput:
-    """u and v of all rows, and du/dt of the rows with r < t if a tangent is given."""
+    """Computes u and v of all samples, and du/dt of those with r < t if a tangent is given."""
     if tangent is None:
         return network(z, conditioning)
-    order = record.rows_ordered  # a tangent belongs to the first rows
+    order = record.rows_ordered  # puts the samples with r < t first, as the tangent requires
     output = network(z[order], conditioning.rows(order), tangent)
     inverse = torch.argsort(order)
     u, v = (None if value is None else value[inverse] for value in (output.u, output.v))
@@ -140,7 +143,7 @@ def _training_forward(
 
 
 def _weighted_sum(error: torch.Tensor, config: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The adaptively weighted sum of squared errors over rows, and the squared errors (B,), detached."""
+    """The adaptively weighted sum of squared errors over samples, and the squared errors (B,), detached."""
     squared = error.square().flatten(1).sum(dim=1)  # a sum over C, H, W, not a mean
     weight = (squared.detach() + config.norm_eps) ** -config.norm_p
     return (weight * squared).sum(), squared.detach()
@@ -158,14 +161,14 @@ def meanflow_loss(
     global_num_rows: int,
     separate_derivative: bool = False,
 ) -> LossOutput:
-    """The loss of these rows for the objective of `config`: flow matching, MeanFlow or improved MeanFlow.
+    """The loss of these samples for the objective of `config`: flow matching, MeanFlow or improved MeanFlow.
 
     Args:
         training_network: called once, with a graph; may be a wrapper that reduces gradients, such as DDP.
         network: the same function without the wrapper, called without a graph.
         latents: float32 (B, C, H, W), normalised.
         labels: int64 (B,).
-        separate_derivative: compute du/dt in a float32 forward of its own instead of the training forward. Use it if
+        separate_derivative: compute du/dt in a separate float32 forward instead of the training forward. Use it if
             the training forward runs under autocast or recomputes its activations.
 
     Raises ValueError for mismatched shapes.
@@ -176,7 +179,7 @@ def meanflow_loss(
             f"but got {tuple(latents.shape)} and {tuple(labels.shape)}"
         )
     t, r, below = record.t, record.r, record.rows_below
-    z = (1.0 - _per_row(t, latents)) * latents + _per_row(t, latents) * record.noise
+    z = (1.0 - _per_sample(t, latents)) * latents + _per_sample(t, latents) * record.noise
     v_sample = record.noise - latents
     y = torch.where(record.label_dropped, null_label, labels)
     conditioning = Conditioning(t=t, r=r, labels=y, **{name: getattr(record, name) for name in GUIDANCE_INPUTS})
@@ -186,7 +189,7 @@ def meanflow_loss(
         along = conditional if config.uses_own_velocity else guided_velocity(v_sample, conditional, null, record)
         tangent, derivative = along[below], None
         if separate_derivative and not config.is_flow_matching:
-            # Never an empty batch: under FSDP, a rank without rows r < t must make the same calls as the others.
+            # Never an empty batch: under FSDP, a rank without samples r < t must make the same calls as the others.
             rows = below if len(below) else record.rows_ordered[:1]
             derivative = total_derivative(network, z[rows], conditioning.rows(rows), along[rows])[: len(below)]
 
@@ -194,17 +197,17 @@ def meanflow_loss(
     output = _training_forward(training_network, z, conditioning, record, tangent if is_shared else None)
     derivative = output.dudt if is_shared else derivative
     u, v = (None if value is None else value.to(z.dtype) for value in (output.u, output.v))
-    assert u is not None, "a network returns u unless velocity_only is set"
+    assert u is not None, "a network must return u unless velocity_only is set"
 
     with torch.no_grad():
-        # On the other rows, r = t, and the training forward's velocity is the conditional one.
+        # The other samples have r = t, where the training forward's velocity is the conditional one.
         own_velocity = (u if v is None else v).detach()
         conditional = own_velocity.index_copy(0, record.rows_conditional, conditional[record.rows_conditional])
         v_guided = guided_velocity(v_sample, conditional, null, record)
         dudt = torch.zeros_like(z)
         if derivative is not None:
             dudt = dudt.index_copy(0, below, derivative.to(z.dtype))
-        target = v_guided - _per_row(t - r, z) * dudt
+        target = v_guided - _per_sample(t - r, z) * dudt
 
     loss, squared_error = _weighted_sum(u - target, config)
     squared_error_v = None

@@ -1,4 +1,4 @@
-"""MeanFlowPipeline: from noise to images in one or more network calls, as a diffusers pipeline.
+"""MeanFlowPipeline: a diffusers pipeline that generates images from noise in one or more network evaluations.
 
 A generator is the folder that `save_pretrained` writes: model_index.json, transformer/, vae/ and scheduler/, with all
 weights in safetensors. The latent normalisation is part of vae/config.json.
@@ -32,9 +32,9 @@ Intervals = tuple[float, float] | Sequence[tuple[float, float]]
 
 
 def noise_from_seeds(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal noise, float32 (B, C, H, W) on the CPU: sample i is a function of seed i alone.
+    """Standard normal noise, float32 (B, C, H, W) on the CPU: sample i depends on seed i only.
 
-    Raises ValueError if there is no seed, or a seed outside [0, 2^63 - 1].
+    Raises ValueError if there are no seeds, or one is outside [0, 2^63 - 1].
     """
     if not seeds:
         raise ValueError("seeds must contain at least one seed, but got none")
@@ -45,7 +45,7 @@ def noise_from_seeds(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -
 
 
 def noise_between(start: torch.Tensor, end: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Interpolates between two noises (B, C, H, W), with one weight in [0, 1] per image: 0 is `start`, 1 is `end`.
+    """Interpolates between two noise tensors (B, C, H, W), with one weight in [0, 1] per image: 0 is `start`, 1 is `end`.
 
     Returns cos(w pi / 2) start + sin(w pi / 2) end. For independent standard normals the result is standard normal
     too; linear interpolation would halve the variance at the midpoint.
@@ -53,7 +53,7 @@ def noise_between(start: torch.Tensor, end: torch.Tensor, weights: Sequence[floa
     """
     if start.shape != end.shape or len(weights) != len(start):
         raise ValueError(
-            f"start and end must have one shape, with one weight per image, but got {tuple(start.shape)}, "
+            f"start and end must have the same shape, and one weight per image, but got {tuple(start.shape)}, "
             f"{tuple(end.shape)} and {len(weights)} weights"
         )
     if not all(0.0 <= weight <= 1.0 for weight in weights):
@@ -63,7 +63,7 @@ def noise_between(start: torch.Tensor, end: torch.Tensor, weights: Sequence[floa
 
 
 def time_grid(num_inference_steps: int, timesteps: Sequence[float] | None = None) -> list[float]:
-    """The times of sampling, from 1 to 0: `timesteps` if given, else num_inference_steps steps of equal size.
+    """The times of the sampling steps, from 1 to 0: `timesteps` if given, else num_inference_steps equal steps.
 
     Raises ValueError for fewer than one step, or for times that do not decrease from 1 to 0.
     """
@@ -87,12 +87,12 @@ def _to_output(pixels: torch.Tensor, output_type: str) -> object:
 
 
 class MeanFlowPipeline(DiffusionPipeline):
-    """Generates class-conditional images in one or more network calls.
+    """Generates class-conditional images in one or more network evaluations.
 
     Args:
         transformer: the network, on normalised latents.
         vae: the autoencoder; its config holds the latent normalisation.
-        scheduler: steps z_r = z_t - (t - r) u.
+        scheduler: computes the steps z_r = z_t - (t - r) u.
         id2label: {class id: name}, with the id as a string, as JSON requires. A name may list synonyms separated by
             commas, each of which finds the class.
         wnids: {class id: WordNet id}, if known.
@@ -162,7 +162,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         return ids
 
     def check_labels(self, class_labels: Sequence[int]) -> list[int]:
-        """Converts class ids to ints. Raises ValueError for none, for one that is not an integer, or out of range."""
+        """Converts class ids to ints. Raises ValueError if there are none, or one is not a known class id."""
         num_classes = self.transformer.config.num_classes
         if len(class_labels) == 0:
             raise ValueError("class_labels must contain at least one class, but got none")
@@ -190,7 +190,7 @@ class MeanFlowPipeline(DiffusionPipeline):
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether guidance can be set at sampling time; MeanFlow's plain network has it built into its weights."""
+        """Whether guidance can be set at sampling time. In plain MeanFlow it is built into the weights."""
         return self.config.prediction == "velocity" or self.transformer.takes_guidance
 
     def _guidance(
@@ -252,7 +252,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, but got {solver!r}")
         predicts_velocity = self.config.prediction == "velocity"
         if solver != "euler" and not predicts_velocity:
-            raise ValueError(f"solver {solver} integrates a velocity, but this generator predicts average velocities")
+            raise ValueError(f"solver {solver} requires velocities, but this generator predicts average velocities")
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
         guidance = [values.to(device) for values in self._guidance(len(labels), guidance_scale, guidance_interval)]
@@ -326,7 +326,7 @@ class MeanFlowPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Generates images, uint8 (B, H, W, 3), on the pipeline's device.
 
-        Image i is a function of the weights, its class, its seed and the steps alone. See `__call__` for the arguments.
+        Image i depends only on the weights, its class, its seed and the sampling arguments. See `__call__` for the arguments.
         Raises ValueError for invalid labels, seeds or steps.
         """
         noise = self._noise(class_labels, seeds)
@@ -356,7 +356,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             class_labels: class ids.
             num_inference_steps: number of equal steps from t = 1 to t = 0.
             generator: source of the noise, as in other diffusers pipelines.
-            seeds: one per image, instead of `generator`: an image is then independent of its batch.
+            seeds: one per image, instead of `generator`. An image then does not depend on the rest of its batch.
             latents: the noise itself, (B, C, H, W), instead of `generator` or `seeds`.
             timesteps: the times from 1 to 0, for example (1.0, 0.4, 0.0), instead of num_inference_steps.
             guidance_scale, guidance_interval: scale and (start, end), one for all images or one per image, for improved
@@ -371,7 +371,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, but got {output_type!r}")
         if sum(source is not None for source in (generator, seeds, latents)) > 1:
-            raise ValueError("give at most one of generator, seeds and latents")
+            raise ValueError("pass at most one of generator, seeds and latents")
         class_labels = self.check_labels(class_labels)
         if seeds is not None:
             latents = self._noise(class_labels, seeds)

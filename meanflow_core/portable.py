@@ -1,4 +1,4 @@
-"""Portable generator folders, which contain their code and load with diffusers alone.
+"""Portable generator folders, which contain their code and load without this package.
 
 diffusers reads the pipeline's class from pipeline.py and a component's class from a file in the component's folder. Each
 file must be self-contained, so modules of this package are concatenated into one.
@@ -9,14 +9,14 @@ import importlib
 import json
 from pathlib import Path
 
-# Each module comes after those that it imports.
+# Each module follows the modules that it imports.
 NETWORK_MODULES = ("dual", "transformer", "imf_transformer")
 PIPELINE_MODULES = ("formats", "latents", "dual", "transformer", "imf_transformer", "autoencoder", "pipeline")
 NETWORK_FILE = "meanflow_network"
 
 
 def merged_source(modules: tuple[str, ...]) -> str:
-    """Concatenates modules of this package: imports of each other are removed, all others come first."""
+    """Concatenates modules of this package: imports of each other are removed, the others are moved to the top."""
     imports: set[str] = set()
     bodies = []
     for name in modules:
@@ -32,7 +32,7 @@ def merged_source(modules: tuple[str, ...]) -> str:
                 first, last = node.lineno, node.end_lineno or node.lineno
                 lines[first - 1 : last] = [""] * (last - first + 1)
         bodies.append("\n".join(lines).strip())
-    header = '"""Written by meanflow-ray, so that diffusers can load this generator without it."""'
+    header = '"""Written by meanflow-ray, so that diffusers can load this generator without meanflow-ray."""'
     return "\n\n\n".join([header, "\n".join(sorted(imports)), *bodies]) + "\n"
 
 

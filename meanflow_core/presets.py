@@ -1,7 +1,8 @@
-"""Presets: one function per experiment, each returning its full configuration. Variants are `replace(...)` of another.
+"""Presets: one function per experiment, each returning its full configuration. Variants use `replace(...)`.
 
-Unless stated otherwise, FID is the paper's value for 50,000 samples on ImageNet 256x256 in one network call; no preset
-has been trained with this code yet. GFLOPs are for one forward of one image, with a multiply-add as one operation.
+Unless stated otherwise, FID is the paper's value for 50,000 samples on ImageNet 256x256 with one function evaluation
+(1 NFE). No preset has been trained with this code yet. GFLOPs are for one forward of one image, counting a multiply-add
+as one operation.
 
 MeanFlow (arXiv 2505.13447, Tables 1, 2, 4): batch 256, Adam (0.9, 0.95) at 1e-4, EMA 0.9999, 25 % of samples with r < t,
 latents normalised by 0.18215. Improved MeanFlow (arXiv 2512.02012): batch 1024, ten epochs of warm-up, 50 % of samples
@@ -119,7 +120,7 @@ def l2() -> TrainingConfig:
 
 
 def xl2() -> TrainingConfig:
-    """MeanFlow-XL/2, 240 epochs: 676 M parameters, 119.0 GFLOPs; FID 3.43, and 2.93 in two calls."""
+    """MeanFlow-XL/2, 240 epochs: 676 M parameters, 119.0 GFLOPs; FID 3.43, and 2.93 at 2 NFE."""
     return _meanflow("XL", 2, epochs=240, guidance=GuidanceConfig(omega=0.2, kappa=0.92, guidance_interval_end=0.75))
 
 
@@ -129,7 +130,7 @@ def xl2_own() -> TrainingConfig:
 
 
 def xl2_plus() -> TrainingConfig:
-    """MeanFlow-XL/2+, 1000 epochs: FID 2.20 in two calls. Its guidance is known from a single transcription."""
+    """MeanFlow-XL/2+, 1000 epochs: FID 2.20 at 2 NFE. Its guidance comes from a single transcription."""
     return _meanflow(
         "XL",
         2,
@@ -147,7 +148,7 @@ def xl2_512() -> TrainingConfig:
 
 
 def fm_b4() -> TrainingConfig:
-    """Flow matching with the B/4 network (SiT-B/4), 80 epochs: FID 58.9 in 250 calls (MeanFlow's Table 1)."""
+    """Flow matching with the B/4 network (SiT-B/4), 80 epochs: FID 58.9 at 250 NFE (MeanFlow's Table 1)."""
     base = b4_unguided()
     return replace(base, loss=replace(base.loss, times=TimeSamplingConfig(fraction_r_below_t=0.0)))
 
@@ -202,7 +203,7 @@ def imf_l2() -> TrainingConfig:
 def imf_xl2() -> TrainingConfig:
     """iMF-XL/2, 640 epochs: 610 M parameters (711 M in training), 174.6 GFLOPs; FID 1.72 at omega 8 in [0.42, 0.62].
 
-    FID 1.54 in two calls, at omega 4 in [0.36, 0.64].
+    FID 1.54 at 2 NFE, with omega 4 in [0.36, 0.64].
     """
     return _improved("XL", SamplingConfig(guidance_scale=8.0, guidance_interval_start=0.42, guidance_interval_end=0.62))
 
@@ -224,7 +225,7 @@ def demo() -> TrainingConfig:
 
 
 def debug() -> TrainingConfig:
-    """A few steps of a tiny network, for tests: seconds on one CPU core; it learns nothing."""
+    """A tiny network trained for a few steps, for tests: seconds on one CPU core, too short to learn anything."""
     return replace(
         demo(),
         network=NetworkConfig(patch_size=4, hidden_size=64, depth=2, num_heads=2),

@@ -1,4 +1,4 @@
-"""The stages of encoding a shard: decode, encode, write. Each is a callable that needs no cluster."""
+"""The stages of encoding a shard: decode, encode, write. Each is a callable that also runs without a cluster."""
 
 import logging
 import pickle
@@ -22,9 +22,9 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfl
 
 
 def decode_shard(batch: dict[str, np.ndarray], *, image_size: int) -> dict[str, np.ndarray]:
-    """Reads and decodes the images of one shard. An unreadable image is black, with the reason in `error`.
+    """Reads and decodes the images of one shard. An unreadable image becomes black, with the reason in `error`.
 
-    batch: {"shard": [number], "images": [pickled ImageSlice]}. Raises the error of a failing storage.
+    batch: {"shard": [number], "images": [pickled ImageSlice]}. Storage errors are raised.
     """
     images: ImageSlice = pickle.loads(batch["images"][0])  # trusted: pickled by this job's driver
     count = len(images.entries)
@@ -68,7 +68,7 @@ class EncodeShard:
         self._batch_size = batch_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Replaces the pixels of a decoded shard by moments float16 (N, 2C, H, W). Halves the batch when out of memory."""
+        """Replaces the pixels of a decoded shard with moments, float16 (N, 2C, H, W). Halves the batch if out of memory."""
         pixels = batch["pixels"]
         if self._batch_size is None:
             self._batch_size = choose_batch_size(self._vae, self._to_device(pixels[:1]))
@@ -89,9 +89,9 @@ class EncodeShard:
         return torch.from_numpy(pixels.copy()).to(self._device, non_blocking=True)  # copied: Ray's arrays are read-only
 
     def _encode(self, pixels: np.ndarray, batch_size: int) -> list[np.ndarray]:
-        """Moments of the images, then those of the mirror images if they are encoded."""
+        """Returns the moments of the images and, if mirroring, those of the mirror images."""
         moments: list[list[torch.Tensor]] = [[] for _ in range(1 + self._mirror)]
-        # The results stay on the device until the end, so that it never waits for the host.
+        # Results stay on the device until the end, so that copies to the host do not interrupt encoding.
         for start in range(0, len(pixels), batch_size):
             images = self._to_device(pixels[start : start + batch_size])
             for is_mirrored, parts in enumerate(moments):
@@ -100,10 +100,11 @@ class EncodeShard:
 
 
 def choose_batch_size(vae: AutoencoderKL, image: torch.Tensor) -> int:
-    """Images per forward on the device of `image`, uint8 (1, H, W, 3).
+    """Chooses the number of images per forward on the device of `image`, uint8 (1, H, W, 3).
 
-    On a GPU, what fits into half of its free memory, by the measured memory of one image, and at most 128, which keeps
-    the largest GPUs busy. On a CPU, the pixels of eight 256x256 images: larger batches cost memory and gain no speed.
+    On a GPU, the images that fit into half of the free memory, from the measured memory of one image. The maximum of 128
+    keeps the largest GPUs busy. On a CPU, as many pixels as in eight 256x256 images: larger batches need more memory and
+    are not faster.
     """
     if image.device.type != "cuda":
         return max(1, min(64, 8 * 256**2 // (image.shape[1] * image.shape[2])))
@@ -134,7 +135,7 @@ def write_shard(batch: dict[str, np.ndarray], *, output: str) -> dict[str, np.nd
     moments, mirrored = [*(array[is_valid] for array in tensors), None][:2]
     filesystem, root = storage.open_storage(output)
     path = f"{root}/{shard_name(shard)}"
-    # A task of a killed driver may still run when a later driver's task has already written the shard.
+    # A task left over from a killed driver may get here after a later driver's task wrote the shard.
     if filesystem.get_file_info(path).type == fs.FileType.NotFound:
         ids = list(batch["sample_id"][is_valid])
         storage.write_bytes(filesystem, path, shard_bytes(moments, mirrored, batch["label"][is_valid], ids, rejected))

@@ -20,7 +20,13 @@ import ray.train
 from pyarrow import fs
 from ray.train import Checkpoint, CheckpointUploadMode, Result
 
-from meanflow_core.checkpoint import STATE_FILE, damage_of, load_train_state, require_known_state, save_train_state
+from meanflow_core.checkpoint import (
+    STATE_FILE,
+    describe_damage,
+    load_train_state,
+    require_known_format,
+    save_train_state,
+)
 from meanflow_core.config import TrainingConfig
 from meanflow_core.training import TrainState
 from pipelines import storage
@@ -228,11 +234,11 @@ def _complete_step(filesystem: fs.FileSystem, path: str) -> int | str:
     except ValueError:
         return f"{state_file} is damaged"
     try:
-        require_known_state(content, path)
+        require_known_format(content, path)
     except ValueError as error:
         raise InputError(str(error)) from error
     if not isinstance(content, dict) or not {"files", "step"} <= content.keys():
         return f"{state_file} is damaged"
     listing = filesystem.get_file_info(fs.FileSelector(path))
-    problem = damage_of(content["files"], {info.base_name: info.size for info in listing})
+    problem = describe_damage(content["files"], {info.base_name: info.size for info in listing})
     return int(content["step"]) if problem is None else problem

@@ -1,4 +1,4 @@
-"""Compiled and checkpointed networks against plain ones."""
+"""Compiled and activation-checkpointed networks compute the same as plain ones."""
 
 import copy
 import shutil
@@ -44,7 +44,7 @@ def kind(request, network, imf_network):
 
 
 def assert_same_loss(ours, plain, batch, config, bound):
-    """Compares loss, du/dt and gradient, with the derivative in the training forward and in one of its own."""
+    """Compares loss, du/dt and gradient, with du/dt from the training forward and from a separate one."""
     for separate in (False, True):
         found, expected = (run_loss(module, batch, config, separate=separate) for module in (ours, plain))
         assert expected.dudt.norm() > 1.0
@@ -73,16 +73,17 @@ def test_compiled_blocks_compute_the_same_as_plain_ones(kind, backend, dtype):
 
 
 def test_inputs_of_blocks_are_contiguous(kind):
-    # With torch 2.13, inductor's C++ kernels compute gradients that are wrong by percents if a block's input is transposed.
+    # With torch 2.13, inductor's C++ kernels compute gradients that are off by several percent if a block's input
+    # is transposed.
     network, config = kind
     seen = []
 
-    def note(block, arguments):
+    def record(block, arguments):
         seen.extend(tensor.is_contiguous() for tensor in arguments[0] if tensor is not None)
 
     for module in network.modules():
         if type(module).__name__ in network._repeated_blocks:
-            module.register_forward_pre_hook(note)
+            module.register_forward_pre_hook(record)
     run_loss(network, draw_batch(config=config), config, separate=False)
     assert len(seen) >= 6
     assert all(seen)
@@ -100,7 +101,7 @@ def test_inductor_computes_the_same_gradient_as_the_plain_network(network):
 
 
 @pytest.mark.soak
-def test_whole_network_compiles_to_a_graph_without_breaks(kind):
+def test_whole_network_compiles_without_graph_breaks(kind):
     network, config = kind[0].double(), kind[1]
     compiled = torch.compile(network, dynamic=False, fullgraph=True, backend="aot_eager")
     batch = draw_batch(config=config, dtype=torch.float64)
@@ -191,21 +192,21 @@ def test_checkpointed_blocks_save_less_for_backward(kind, separate):
     batch = draw_batch(num_rows=32, config=config)
 
     def saved_bytes():
-        """Bytes that autograd saves, and bytes of the inputs of blocks, which checkpointing saves itself."""
+        """Bytes saved for backward, including block inputs, which checkpointing itself saves."""
         sizes = {}
 
         def pack(tensor):
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        def note(block, arguments):
+        def pack_inputs(block, arguments):
             if torch.is_grad_enabled():
                 for tensor in torch.utils._pytree.tree_leaves(arguments):
                     if tensor is not None:
                         pack(tensor)
 
         blocks = [module for module in network.modules() if type(module).__name__ in network._repeated_blocks]
-        handles = [block.register_forward_pre_hook(note) for block in blocks]
+        handles = [block.register_forward_pre_hook(pack_inputs) for block in blocks]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = run_loss(network, batch, config, separate=separate).loss
         for handle in handles:

@@ -1,4 +1,4 @@
-"""Generator folders: saved, found, loaded, refused."""
+"""Saving, finding and loading generator folders."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from meanflow_core.generator import build_pipeline, find_generator, for_sampling, load_pipeline, save_generator
 from meanflow_core.pipeline import MeanFlowPipeline
 
-# Bound on the difference of the sums of two images of millions each: another process rounds a few levels differently.
+# Allowed difference between two images' pixel sums, which are millions: another process may round a few pixels differently.
 SAME_IMAGE = 20
 
 
@@ -19,7 +19,7 @@ def largest_difference(first, second):
     return int((first.int() - second.int()).abs().max())
 
 
-def run_in_fresh_process(script, **environment):
+def run_in_new_process(script, **environment):
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -28,11 +28,11 @@ def run_in_fresh_process(script, **environment):
 
 
 @pytest.mark.parametrize("kind", ["imf_pipeline", pytest.param("pipeline", marks=pytest.mark.soak)])
-def test_saved_generator_opens_by_diffusers_in_a_fresh_process_and_makes_the_same_image(request, kind, tmp_path):
+def test_diffusers_opens_a_saved_generator_in_a_new_process_with_the_same_images(request, kind, tmp_path):
     pipeline = request.getfixturevalue(kind)
     save_generator(pipeline, tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
-    scale, total = run_in_fresh_process(
+    scale, total = run_in_new_process(
         "from meanflow_core.pipeline import MeanFlowPipeline\n"
         f"pipeline = MeanFlowPipeline.from_pretrained({str(tmp_path)!r})\n"
         "print(pipeline.config.guidance_scale, pipeline.images_from_seeds([3], [7]).sum().item())"
@@ -48,7 +48,7 @@ def test_portable_generator_opens_without_this_package(request, kind, tmp_path):
     save_generator(pipeline, folder, portable=True)
     expected = pipeline.images_from_seeds([3], [7], 2)
     assert largest_difference(load_pipeline(folder).images_from_seeds([3], [7], 2), expected) <= 1
-    [total] = run_in_fresh_process(
+    [total] = run_in_new_process(
         "import sys\n"
         "sys.modules.update(meanflow_core=None)\n"  # as if it were not installed
         "from diffusers import DiffusionPipeline\n"
@@ -60,7 +60,7 @@ def test_portable_generator_opens_without_this_package(request, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "imf_pipeline", "flow_pipeline"])
-def test_loaded_generator_samples_as_the_saved_one_with_gradients_off(request, kind, tmp_path):
+def test_loaded_generator_makes_the_same_images_and_is_frozen(request, kind, tmp_path):
     saved = request.getfixturevalue(kind)
     save_generator(saved, tmp_path / "generator")
     loaded = load_pipeline(find_generator(tmp_path))
@@ -103,7 +103,7 @@ def test_network_for_sampling_has_no_velocity_head(imf_network, network):
 
 
 @pytest.mark.parametrize(
-    ("part", "words"),
+    ("part", "message"),
     [
         ("model_index.json", "no model_index.json in"),
         ("transformer/config.json", "no config.json in"),
@@ -111,11 +111,11 @@ def test_network_for_sampling_has_no_velocity_head(imf_network, network):
         ("scheduler", "no scheduler/ in .*; a generator is a complete folder"),
     ],
 )
-def test_incomplete_generator_is_refused_with_the_missing_part(pipeline, tmp_path, part, words):
+def test_error_for_an_incomplete_generator_names_the_missing_part(pipeline, tmp_path, part, message):
     save_generator(pipeline, tmp_path)
     path = tmp_path / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_pipeline(tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_damaged_index_is_refused(tmp_path):
         find_generator(tmp_path)
 
 
-def test_generator_is_the_folder_itself_or_the_only_one_below(tmp_path):
+def test_generator_is_found_in_the_folder_itself_or_as_the_only_one_below(tmp_path):
     with pytest.raises(ValueError, match="but found 0; pipelines.train writes one"):
         find_generator(tmp_path)
     for name in ("first", "first/inner", "second"):

@@ -186,7 +186,7 @@ def test_generator_is_a_source_of_noise_as_in_diffusers(pipeline, monkeypatch):
         ({"timesteps": (1.0, 0.5)}, "must decrease from 1.0 to 0.0"),
         ({"timesteps": (1.0, 0.5, 0.5, 0.0)}, "must decrease from 1.0 to 0.0"),
         ({"output_type": "jpeg"}, "output_type must be one of"),
-        ({"solver": "heun"}, "integrates a velocity"),
+        ({"solver": "heun"}, "requires velocities"),
         ({"solver": "rk4"}, "solver must be one of euler, heun"),
         ({"guidance_scale": 2.0}, "built into its weights"),
         ({"guidance_interval": (0.1, 0.5)}, "built into its weights"),

@@ -6,7 +6,7 @@ from pipelines.errors import InputError
 from pipelines.images.sources import ImageSlice, find_images
 
 
-def test_class_id_is_the_rank_of_its_folder(image_root):
+def test_class_ids_number_the_sorted_folders(image_root):
     _, listing, index = find_images(str(image_root / "train"))
     assert index.wnids == [f"d{label:07d}" for label in range(10)]
     assert index.class_names[8] == "star"
@@ -17,7 +17,7 @@ def test_class_id_is_the_rank_of_its_folder(image_root):
     assert [index.wnids[label] for label in labels] == [path.split("/")[0] for path in listing.files]
 
 
-def test_classes_without_a_names_file_have_the_names_of_their_folders(image_root, tmp_path):
+def test_classes_are_named_after_their_folders_if_there_is_no_names_file(image_root, tmp_path):
     shutil.copytree(image_root / "val", tmp_path / "a" / "b" / "c" / "d" / "val")
     _, _, index = find_images(str(tmp_path / "a" / "b" / "c" / "d" / "val"))
     assert index.class_names == index.wnids
@@ -37,7 +37,7 @@ def test_image_outside_a_class_folder_is_refused(tmp_path):
         find_images(str(tmp_path))
 
 
-def test_missing_file_is_an_error_of_its_image_only(image_root, tmp_path):
+def test_missing_file_affects_only_its_own_image(image_root, tmp_path):
     shutil.copytree(image_root / "val", tmp_path / "val")
     filesystem, listing, index = find_images(str(tmp_path / "val"))
     (tmp_path / "val" / listing.files[3]).unlink()

@@ -29,7 +29,7 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def copied(monkeypatch):
-    """Numbers of the shards that are read for a copy."""
+    """Numbers of the shards that were copied, in order."""
     numbers = []
     original = cache._checked_content
 
@@ -70,7 +70,7 @@ def test_concurrent_callers_share_one_copy(dataset, tmp_path, copied):
     assert sorted(copied) == [0, 1, 2]
 
 
-def test_interrupted_copy_continues_with_the_missing_shards(dataset, tmp_path, copied, monkeypatch):
+def test_interrupted_copy_resumes_with_the_missing_shards(dataset, tmp_path, copied, monkeypatch):
     write = storage.write_bytes
 
     def fail_at_shard_1(filesystem, path, content):
@@ -91,7 +91,7 @@ def test_interrupted_copy_continues_with_the_missing_shards(dataset, tmp_path, c
     assert sorted(path.name for path in (folder / "shards").iterdir()) == [f"shard-0000{n}.arrow" for n in range(3)]
 
 
-def test_copy_may_leave_out_mirror_images(dataset, tmp_path):
+def test_copy_can_leave_out_mirror_images(dataset, tmp_path):
     latents = open_latents(str(dataset), str(tmp_path / "cache"), mirrored=False)
     assert latents.moments_mirrored is None
     assert latents.read(np.array([6, 2]), np.array([True, True]))[0][:, 0, 0, 0].tolist() == [6, 2]
@@ -108,7 +108,7 @@ def test_dataset_without_mirror_images_ignores_mirroring(tmp_path):
     assert latents.read(np.array([5]), np.array([True]))[0][0, 0, 0, 0] == 5
 
 
-def test_mounted_dataset_may_be_mapped_without_a_copy(dataset, copied):
+def test_mounted_dataset_can_be_mapped_without_a_copy(dataset, copied):
     latents = open_latents(str(dataset), "none")
     assert latents.read(np.array([4]), np.array([True]))[0][0, 0, 0, 0] == -4
     assert copied == []
@@ -172,7 +172,9 @@ def test_copies_are_listed_and_deleted_by_key_and_age(dataset, tmp_path, monkeyp
     run_command(cache_command.main)
     assert "1 copies, 0.00 GB; 1 evicted" in capsys.readouterr().out
     assert [copy.key for copy in list_copies(folder)] == [recent]
-    assert latents.read(np.array([6]), np.array([False]))[0][0, 0, 0, 0] == 6  # mapped files stay readable
+    assert (
+        latents.read(np.array([6]), np.array([False]))[0][0, 0, 0, 0] == 6
+    )  # mapped files stay readable after deletion
     delete_copies(folder, (recent,))
     assert list_copies(folder) == []
 

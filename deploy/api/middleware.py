@@ -130,7 +130,7 @@ class BodyLimit:
             message = await receive()
             num_received += len(message.get("body", b""))
             if num_received > self.max_body_bytes:
-                raise HTTPException(413, f"a body may have at most {self.max_body_bytes} bytes")
+                raise HTTPException(413, f"the request body may have at most {self.max_body_bytes} bytes")
             return message
 
         await self.app(scope, limited_receive, send)

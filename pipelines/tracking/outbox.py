@@ -1,7 +1,10 @@
 """The background writer of an MLflow run.
 
-It keeps three promises. No caller waits for the server. An outage loses nothing while the process lives, up to
-MAX_QUEUED_BYTES. Each key is logged once per step, also when a reply is lost or a killed training repeats its last steps.
+It guarantees the following:
+
+- Callers never wait for the server.
+- An outage loses no data while the process is alive, up to MAX_QUEUED_BYTES.
+- Each key is logged at most once per step, even if a reply is lost or a resumed training run repeats its last steps.
 """
 
 import logging
@@ -22,19 +25,19 @@ logger = logging.getLogger(__name__)
 MAX_QUEUED_BYTES = 1 << 30
 BYTES_PER_METRIC = 200  # estimate of a metric's size in the queue
 METRICS_PER_REQUEST = 1000  # MLflow's limit
-# Families of metrics, by the text before the first "/", whose steps may repeat. The step of an evaluation is its number
+# Key prefixes (the text before the first "/") of metrics whose steps may repeat. The step of an evaluation is its number
 # of sampling steps.
-REPEATABLE_FAMILIES = ("evaluate",)
+REPEATABLE_PREFIXES = ("evaluate",)
 
 
 def now_ms() -> int:
-    """Milliseconds since 1970, as MLflow counts time."""
+    """Milliseconds since the Unix epoch, the unit of MLflow's timestamps."""
     return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class MetricRow:
-    """Metrics of one step. Without a step, the row gets the step after its keys' last one when it is written."""
+    """Metrics of one step. If `step` is None, the writer assigns the next step after the last one of these keys."""
 
     metrics: dict[str, float]
     step: int | None
@@ -60,12 +63,15 @@ class MetricRow:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Any other request, safe to repeat. While it fails, entries behind it go first, unless `keeps_its_place`."""
+    """Any other request; must be idempotent.
+
+    While it fails, later entries are written first, unless `is_ordered`.
+    """
 
     description: str
     send: Callable[[], object]
     num_bytes: int = 0
-    keeps_its_place: bool = False
+    is_ordered: bool = False
 
     def __str__(self) -> str:
         return self.description
@@ -75,7 +81,7 @@ Entry = MetricRow | Request
 
 
 class Outbox:
-    """A queue of entries for one run, written in order by one thread. The thread ends when the queue is empty."""
+    """A queue of entries for one run. A thread writes them in order and ends when the queue is empty."""
 
     first_pause_seconds = 1.0
     longest_pause_seconds = 60.0
@@ -89,10 +95,10 @@ class Outbox:
         self._changed = threading.Condition()
         self._retry_now = threading.Event()
         self._thread: threading.Thread | None = None
-        self._last_steps: dict[str, int] | None = None  # of every key in the run; the thread reads them once
+        self._last_steps: dict[str, int] | None = None  # {key: last step in the run}, read once by the thread
 
     def put(self, entry: Entry) -> None:
-        """Queues an entry. Drops it if the queue is full; statuses and files are always kept."""
+        """Queues an entry. Drops it if the queue is full, except for statuses and files."""
         with self._changed:
             if entry.num_bytes and self._num_bytes + entry.num_bytes > MAX_QUEUED_BYTES:
                 if not self._num_dropped:
@@ -104,17 +110,17 @@ class Outbox:
             self._start()
 
     def rows(self) -> list[MetricRow]:
-        """The metrics that are not written yet, in order."""
+        """The unwritten metrics, in order."""
         with self._changed:
             return [entry for entry in self._queue if isinstance(entry, MetricRow)]
 
     def flush(self, patience_seconds: float) -> bool:
-        """Waits until the queue is empty. After `patience_seconds` it warns and returns False."""
+        """Waits until the queue is empty. Logs a warning and returns False after `patience_seconds`."""
         self._retry_now.set()
         with self._changed:
             if self._changed.wait_for(lambda: not self._queue, timeout=patience_seconds):
                 return True
-            logger.warning("MLflow run %s still lacks %d entries after %g s, the first: %s",
+            logger.warning("MLflow run %s: %d entries are not written after %g s, the first: %s",
                            self._run_id, len(self._queue), patience_seconds, self._queue[0])  # fmt: skip
             return False
 
@@ -125,7 +131,7 @@ class Outbox:
             self._thread.start()
 
     def _work(self) -> None:
-        """Writes until the queue is empty. Retries what may succeed later, and drops what MLflow refuses."""
+        """Writes until the queue is empty. Retries temporary failures and drops entries that MLflow refuses."""
         pause_seconds, is_outage, max_metrics = 0.0, False, METRICS_PER_REQUEST
         while batch := self._next_batch(max_metrics):
             try:
@@ -135,13 +141,13 @@ class Outbox:
                     if not is_outage:
                         logger.warning("cannot write to MLflow run %s, retrying (%s)", self._run_id, one_line(error))
                     is_outage = True
-                    self._step_aside(batch[0])
+                    self._move_to_end(batch[0])
                     pause_seconds = min(max(2 * pause_seconds, self.first_pause_seconds), self.longest_pause_seconds)
                     if self._retry_now.wait(pause_seconds):
                         self._retry_now.clear()
                         pause_seconds = 0.0
                     continue
-                if len(batch) > 1:  # MLflow stored none of them; look for the refused one
+                if len(batch) > 1:  # MLflow stored none of them; retry them one by one to find the refused one
                     max_metrics = 1
                     continue
                 logger.warning("MLflow run %s refused %s: %s", self._run_id, batch[0], one_line(error))
@@ -151,7 +157,10 @@ class Outbox:
             logger.info("MLflow run %s has caught up", self._run_id)
 
     def _next_batch(self, max_metrics: int) -> list[Entry]:
-        """The head of the queue: one request, or the metric rows that fit into one. Ends the thread if it is empty."""
+        """The head of the queue: one request, or as many metric rows as one request can contain.
+
+        If the queue is empty, clears `_thread`, so that the next entry starts a new thread.
+        """
         with self._changed:
             batch: list[Entry] = []
             num_metrics = 0
@@ -166,9 +175,9 @@ class Outbox:
                 self._thread = None
             return batch
 
-    def _step_aside(self, entry: Entry) -> None:
-        """Moves a failing upload to the end, so that metrics do not wait for an artifact store that fails alone."""
-        if isinstance(entry, Request) and not entry.keeps_its_place:
+    def _move_to_end(self, entry: Entry) -> None:
+        """Moves a failing upload to the end of the queue, so that an artifact store outage does not delay metrics."""
+        if isinstance(entry, Request) and not entry.is_ordered:
             with self._changed:
                 self._queue.rotate(-1)
 
@@ -178,7 +187,9 @@ class Outbox:
                 self._queue.popleft()
                 self._num_bytes -= entry.num_bytes
             if self._num_dropped and not self._queue:
-                logger.warning("MLflow run %s lost %d entries to a full queue", self._run_id, self._num_dropped)
+                logger.warning(
+                    "MLflow run %s lost %d entries because the queue was full", self._run_id, self._num_dropped
+                )
                 self._num_dropped = 0
             self._changed.notify_all()
 
@@ -187,7 +198,7 @@ class Outbox:
             batch[0].send()
             return
         if self._last_steps is None:
-            # A run's data has the last step of each key; get_metric_history would read every point.
+            # The run's data contains the last step of each key; get_metric_history would fetch the whole history.
             data = self._client.get_run(self._run_id).data.to_proto()
             self._last_steps = {metric.key: metric.step for metric in data.metrics}
         last_steps, metrics = dict(self._last_steps), []
@@ -195,10 +206,10 @@ class Outbox:
             assert isinstance(row, MetricRow)
             step = row.step if row.step is not None else 1 + max(last_steps.get(key, -1) for key in row.metrics)
             for key, value in row.metrics.items():
-                if key.split("/")[0] in REPEATABLE_FAMILIES or step > last_steps.get(key, step - 1):
+                if key.split("/")[0] in REPEATABLE_PREFIXES or step > last_steps.get(key, step - 1):
                     metrics.append(Metric(key, value, row.timestamp_ms, step))
                     last_steps[key] = step
         if metrics:
-            # Stored whole or not at all. If only the reply is lost, the retry sends equal metrics, which MLflow ignores.
+            # All or nothing. If only the reply is lost, the retry sends identical metrics, which MLflow ignores.
             self._client.log_batch(self._run_id, metrics=metrics)
         self._last_steps = last_steps

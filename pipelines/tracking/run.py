@@ -1,4 +1,4 @@
-"""One MLflow run per training, written in the background."""
+"""Logs a training run to MLflow in the background."""
 
 import contextlib
 import json
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One MLflow run. Any process can continue it by its id.
+    """An MLflow run. Any process can resume it by its id.
 
-    Log calls only queue; a background thread writes to the server and retries for as long as the process lives. A
-    training therefore neither waits for its tracking server nor fails with it. Each key is logged once per step: a
-    resumed training may log its last steps again.
+    Log calls only add to a queue. A background thread writes to the server and retries while the process is alive, so
+    training neither waits for the tracking server nor fails with it. Each key is logged at most once per step, because
+    a resumed training run may repeat its last steps.
     """
 
     def __init__(self, tracking_uri: str, run_id: str) -> None:
@@ -49,7 +49,7 @@ class Run:
     ) -> "Run":
         """Creates a run with its parameters, tags and datasets.
 
-        Raises InputError if MLflow cannot be reached or refuses them.
+        Raises InputError if MLflow cannot be reached or refuses the run.
         """
         disable_http_retries()
         client = MlflowClient(tracking_uri)
@@ -70,9 +70,9 @@ class Run:
         return cls(tracking_uri, run_id)
 
     def resume(self) -> None:
-        """Sets the run's status to RUNNING; queues the change if MLflow cannot be reached now.
+        """Sets the run's status to RUNNING. If MLflow cannot be reached, the change is queued.
 
-        Raises InputError if the tracking server does not know the run.
+        Raises InputError if the run does not exist on the tracking server.
         """
         disable_http_retries()
         try:
@@ -80,62 +80,66 @@ class Run:
         except MlflowException as error:
             if not is_retryable(error):
                 raise InputError(
-                    f"{self.tracking_uri} does not know MLflow run {self.run_id}, which this training created; "
+                    f"{self.tracking_uri} has no MLflow run {self.run_id}, to which this training run was logged; "
                     f"set MLFLOW_TRACKING_URI to the server that has it"
                 ) from error
             logger.warning("continuing without MLflow at %s for now (%s)", self.tracking_uri, one_line(error))
             self._put_status("RUNNING", partial(self.client.update_run, self.run_id, status="RUNNING"))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queues metrics of a step. A key that already has this step or a later one is skipped.
+        """Queues metrics of a step. Skips keys that were already logged for this or a later step.
 
-        Keys that begin with "evaluate/" are never skipped. Their step is the number of sampling steps, which every
-        evaluation repeats.
+        Keys that begin with "evaluate/" are never skipped: their step is the number of sampling steps, which repeats
+        in every evaluation.
         """
         self._outbox.put(MetricRow({key: float(value) for key, value in metrics.items()}, step))
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
-        """Queues a uint8 (H, W, 3) image; skipped if the run already has one of this key and step."""
+        """Queues a uint8 (H, W, 3) image. Skips it if the run already has an image with this key and step."""
         upload = partial(self._upload_image, image.copy(), key, step, now_ms())
         self._outbox.put(Request(f"image {key} of step {step}", upload, num_bytes=image.nbytes))
 
     def log_file(self, path: Path, folder: str) -> None:
-        """Queues a file for a folder of the run's artifacts. It is read later: call `flush` before deleting it."""
+        """Queues a file for upload to a folder of the run's artifacts. Call `flush` before you delete the file."""
         upload = partial(self.client.log_artifact, self.run_id, str(path), folder)
         self._outbox.put(Request(f"file {folder}/{path.name}", upload))
 
     def log_dict(self, content: Mapping[str, Any], file: str) -> None:
-        """Queues a JSON file for the run's artifacts."""
+        """Queues a dictionary for upload as a JSON artifact."""
         text = json.dumps(content, indent=2) + "\n"
         self._outbox.put(Request(f"file {file}", partial(self.client.log_text, self.run_id, text, file)))
 
     def pending(self) -> list[dict[str, Any]]:
-        """The metrics not written yet, in order and as JSON values, to store in a checkpoint. Excludes system metrics."""
+        """The unwritten metrics, in order and as JSON values, for a checkpoint. Excludes system metrics."""
         return [row.to_json() for row in self._outbox.rows() if row.step is not None]
 
     def adopt(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Queues what another process returned from `pending`. Call it before logging: an older step is skipped."""
+        """Queues the metrics that `pending` returned in another process.
+
+        Call this before logging, because a step is skipped once a later one is logged.
+        """
         for row in rows:
             self._outbox.put(MetricRow.from_json(row))
 
     def flush(self, patience_seconds: float = 60.0) -> bool:
-        """Waits until the queue is written. After `patience_seconds` it warns and returns False."""
+        """Waits until the queue is written. Logs a warning and returns False after `patience_seconds`."""
         return self._outbox.flush(patience_seconds)
 
     def end(self, status: str, patience_seconds: float = 60.0) -> None:
-        """Writes the queue and ends the run as FINISHED, FAILED or KILLED.
+        """Writes the queue and sets the run's final status: FINISHED, FAILED or KILLED.
 
-        Only warns if the server cannot be reached. The run then ends once it is back, if the process still lives.
+        If the server cannot be reached, logs a warning. The status is then set once the server is back, provided that
+        the process is still alive.
         """
         self._put_status(status, partial(self.client.set_terminated, self.run_id, status, end_time=now_ms()))
         self.flush(patience_seconds)
 
     def system_metrics(self, node_id: str) -> SystemMetrics:
-        """A context that logs this machine's use of CPU, memory, disks, network and GPUs. Call `flush` after it."""
+        """A context manager that logs this machine's CPU, memory, disk, network and GPU usage. Call `flush` after it."""
         return SystemMetrics(self._outbox, self.run_id, self.tracking_uri, node_id)
 
     def _put_status(self, status: str, request: partial) -> None:
-        self._outbox.put(Request(f"status {status}", request, keeps_its_place=True))
+        self._outbox.put(Request(f"status {status}", request, is_ordered=True))
 
     def _upload_image(self, image: np.ndarray, key: str, step: int, timestamp_ms: int) -> None:
         # MLflow names the files images/KEY+step+STEP+timestamp+...; it writes the .webp last.
@@ -146,11 +150,11 @@ class Run:
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
-    """The id of an experiment, which is created if it does not exist."""
+    """The id of an experiment. Creates it if it does not exist."""
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         return str(experiment.experiment_id)
-    artifacts = None  # a server chooses its own location
+    artifacts = None  # the server chooses the location
     if client.tracking_uri.startswith("sqlite:///"):
         database = Path(client.tracking_uri.removeprefix("sqlite:///")).absolute()
         artifacts = (database.parent / "mlflow-artifacts").as_uri()

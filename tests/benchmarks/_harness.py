@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: command line, interleaved timing, a stage as a job, and the JSON with the results."""
+"""Helpers shared by the benchmarks: command line, interleaved timing, running a stage as a job, JSON results."""
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ def synchronize() -> None:
 
 
 def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each function. They take turns (A B A B), so that a drifting machine affects all alike."""
+    """Median seconds of each function. Calls are interleaved (A B A B), so that drift affects all functions equally."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
     for round_index in range(warmup + rounds):
@@ -44,8 +44,8 @@ def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int,
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def family_gigabytes(pid: int) -> float:
-    """Sum of PSS over a process and its descendants. PSS counts pages that several processes share only once."""
+def process_tree_gigabytes(pid: int) -> float:
+    """Total PSS of a process and its descendants, in GB. PSS counts pages shared by several processes only once."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
@@ -55,10 +55,10 @@ def family_gigabytes(pid: int) -> float:
 
 
 def watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
-    """Keeps the peak of family_gigabytes in peak[0] until `stop` is set."""
+    """Records the peak of process_tree_gigabytes in peak[0] until `stop` is set."""
     peak.append(0.0)
     while not stop.wait(0.5):
-        peak[0] = max(peak[0], family_gigabytes(pid))
+        peak[0] = max(peak[0], process_tree_gigabytes(pid))
 
 
 # Runs a stage's own command, logs every progress message, and limits the object store.
@@ -80,7 +80,7 @@ def run_stage(
 
     progress_module: the module whose Progress logs these lines. peak: receives the peak memory of the job, in GB.
     """
-    from pipelines.cluster import FAST_MALLOC  # here: other benchmarks run without Ray
+    from pipelines.cluster import FAST_MALLOC  # imported here, because other benchmarks run without Ray
 
     ray_folder = tempfile.mkdtemp(prefix="mfb-", dir="/tmp")
     environment = {
@@ -92,7 +92,7 @@ def run_stage(
     )  # fmt: skip
     stop = threading.Event()
     watcher = threading.Thread(target=watch_memory, args=(job.pid, peak, stop))
-    if peak is not None:  # only then, because reading PSS slows the job down
+    if peak is not None:  # reading PSS slows the job down
         watcher.start()
     assert job.stderr is not None
     progress, lines = [], []
@@ -111,7 +111,7 @@ def run_stage(
 
 
 def machine() -> dict[str, object]:
-    """The machine and versions that produced the figures."""
+    """Hardware and software versions, reported with the results."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -127,12 +127,12 @@ def main(
     bounds: dict[str, tuple[str, float]],
     parser: argparse.ArgumentParser | None = None,
 ) -> None:
-    """Measures, prints the figures with their bounds, writes the JSON, and exits with 1 if a bound is missed.
+    """Runs `measure`, prints its results with their bounds, writes them as JSON and exits with 1 if a bound is missed.
 
-    bounds: {name of a figure: (">=" or "<=", bound)}.
+    bounds: {name of a result: (">=" or "<=", bound)}.
     """
     parser = parser or argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path, required=True, help="output file for the figures")
+    parser.add_argument("--json", type=Path, required=True, help="output file for the results")
     arguments = parser.parse_args()
     figures = measure(arguments)
     is_any_missed = False

@@ -19,7 +19,7 @@ from meanflow_core.generator import load_pipeline
 
 
 class ImageRequest(BaseModel):
-    """The fields of the endpoint's body that the load sends."""
+    """The fields of the request body that the load generator sends."""
 
     class_: Annotated[int, Field(alias="class")]
     seed: int
@@ -30,7 +30,7 @@ noop_api = FastAPI()
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 class NoopGenerator:
-    """Takes the place of the model."""
+    """Placeholder for the deployment that runs the model."""
 
     async def make(self, label: int, seed: int) -> None:
         """Does nothing."""
@@ -39,7 +39,7 @@ class NoopGenerator:
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 @serve.ingress(noop_api)
 class NoopApi:
-    """Handles a request as the endpoint does: parse the body, call another deployment, return bytes."""
+    """Handles a request like the endpoint: parses the body, calls another deployment and returns bytes."""
 
     def __init__(self, generator: DeploymentHandle, num_bytes: int) -> None:
         self._generator = generator
@@ -47,7 +47,7 @@ class NoopApi:
 
     @noop_api.post("/generate")
     async def generate(self, request: ImageRequest) -> Response:
-        """Returns random bytes of an image's size."""
+        """Returns as many random bytes as an image has."""
         await self._generator.make.remote(request.class_, request.seed)
         return Response(self._answer, media_type="image/png")
 
@@ -59,12 +59,12 @@ class NoopArguments(BaseModel):
 
 
 def build_noop(arguments: NoopArguments) -> Application:
-    """An empty application with the endpoint's topology."""
+    """An application with the endpoint's deployments but without a model."""
     return NoopApi.bind(NoopGenerator.bind(), arguments.num_bytes)  # type: ignore[attr-defined]
 
 
 def build_plain() -> FastAPI:
-    """The simplest server: the pipeline in MEANFLOW_GENERATOR behind FastAPI, one image at a time."""
+    """A minimal FastAPI server that runs the pipeline in MEANFLOW_GENERATOR, one image at a time."""
     torch.set_num_threads(int(os.environ["MEANFLOW_THREADS"]))
     pipeline = load_pipeline(Path(os.environ["MEANFLOW_GENERATOR"]))
     lock = threading.Lock()
@@ -82,7 +82,7 @@ def build_plain() -> FastAPI:
 
 
 def build_dit_pipeline(vae: AutoencoderKL, num_classes: int = 1000) -> DiTPipeline:
-    """diffusers' DiTPipeline with a DiT-S/2 of random weights."""
+    """diffusers' DiTPipeline with a randomly initialized DiT-S/2."""
     network = DiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, patch_size=2,
         sample_size=32, num_embeds_ada_norm=num_classes,

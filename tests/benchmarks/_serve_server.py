@@ -1,4 +1,4 @@
-"""Servers on free ports, load on them by locust, and overload; for the serving benchmark and the soak test."""
+"""Starts servers on free ports and sends load with locust, for the serving benchmark and the overload test."""
 
 import contextlib
 import json
@@ -32,15 +32,15 @@ from pipelines.cluster import FAST_MALLOC
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.images import CLASS_NAMES
 from pipelines.demo.serving import free_port
-from tests.benchmarks._harness import family_gigabytes
+from tests.benchmarks._harness import process_tree_gigabytes
 
 REPOSITORY = Path(__file__).parents[2]
 BODY = json.dumps({"class": 1, "seed": 1}).encode()
 START_TIMEOUT_SECONDS = 240.0
 
 
-def write_small(folder: Path) -> Path:
-    """Writes a generator of the demo's size with random weights, 64 px."""
+def write_demo_generator(folder: Path) -> Path:
+    """Writes a generator of 64x64 images with the demo preset's network and random weights."""
     torch.manual_seed(0)
     network = build_network(demo().network, sample_size=8, in_channels=4, num_classes=10).eval()
     save_generator(build_pipeline(network, load_autoencoder(str(SHIPPED_AUTOENCODER)), CLASS_NAMES), folder)
@@ -49,7 +49,7 @@ def write_small(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. pid: its first process."""
+    """A running server. `pid` is its main process."""
 
     url: str
     pid: int
@@ -57,7 +57,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(command: list[str], environment: dict[str, str], port: int, paths: list[str]) -> Iterator[Server]:
-    """Starts a server, waits until it answers on every path, and ends all of its processes afterwards."""
+    """Starts a server, waits until it answers on every path, and terminates all of its processes afterwards."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -104,11 +104,11 @@ def _end(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def serving(applications: list[dict]) -> Iterator[Server]:
-    """Starts a Ray cluster with deploy/serve.yaml, but with other applications, and waits until all answer /generate.
+    """Starts a local Ray cluster with deploy/serve.yaml, with its applications replaced, and waits until all are ready.
 
-    applications: each with name, route_prefix, import_path and args.
+    applications: configs with name, route_prefix, import_path and args. Each must have a route /generate.
     """
-    folder = tempfile.mkdtemp(prefix="mfs-", dir="/tmp")  # Unix sockets need short paths
+    folder = tempfile.mkdtemp(prefix="mfs-", dir="/tmp")  # Unix socket paths must be short
     port = free_port(0)
     config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
@@ -118,7 +118,7 @@ def serving(applications: list[dict]) -> Iterator[Server]:
     config_file.write_text(yaml.safe_dump(config))
     environment = {
         "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder,
-        "RAY_worker_niceness": "0",  # with Ray's default of 15, the load would run before the replicas
+        "RAY_worker_niceness": "0",  # with Ray's default of 15, the load generator would have priority over the replicas
     }  # fmt: skip
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config_file)]
     paths = [f"{application['route_prefix'].rstrip('/')}/generate" for application in applications]
@@ -130,18 +130,18 @@ def serving(applications: list[dict]) -> Iterator[Server]:
 
 
 def endpoint(generator: Path, **arguments: object) -> dict:
-    """The endpoint as an application for `serving`. arguments: of deploy.app:build_app."""
+    """The config of the endpoint's application for `serving`. `arguments` are those of deploy.app:build_app."""
     return {
         "name": "meanflow", "route_prefix": "/", "import_path": "deploy.app:build_app",
         "args": {"model": str(generator), **arguments},
-        # Ray would otherwise reserve a CPU that a generator of two threads needs on a machine of two cores.
+        # Otherwise Api would reserve a CPU, and on two cores a generator with two threads could not be scheduled.
         "deployments": [{"name": "Api", "ray_actor_options": {"num_cpus": 0}}],
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Responses after the warm-up. rows: (second, status or name of the error, milliseconds, bytes)."""
+    """Responses after the warm-up. `rows` contains (second, status or exception name, milliseconds, bytes)."""
 
     seconds: float
     rows: list[tuple[float, str, float, int]]
@@ -158,17 +158,17 @@ class Answers:
 
     @property
     def num_unexpected(self) -> int:
-        """Responses that are neither an image nor a 429."""
+        """Number of responses that are neither an image nor a 429."""
         return sum(count for status, count in self.statuses.items() if status not in ("200", "429"))
 
     @property
     def per_second(self) -> float:
-        """Images per second, if many finish each second."""
+        """Images per second. Accurate if many images finish each second."""
         return len(self.good) / self.seconds
 
     @property
     def per_second_by_batches(self) -> float:
-        """Images per second, if few batches finish: from the end of the first batch to the end of the last."""
+        """Images per second between the ends of the first and last batch. For measurements with few batches."""
         ends = sorted(row[0] for row in self.good)
         gaps = np.diff(ends)
         batch_ends = [*np.flatnonzero(gaps > gaps.max() / 2), len(ends) - 1]
@@ -181,7 +181,7 @@ class Answers:
         return statistics.median(row[3] for row in self.good)
 
     def milliseconds(self, percentile: float) -> float:
-        """Latency of the images."""
+        """A percentile of the latency of images."""
         return float(np.percentile([row[2] for row in self.good], percentile))
 
 
@@ -189,7 +189,10 @@ def load(
     url: str, users: int, seconds: float, *, path: str = "/generate", warmup_seconds: float = 2.0,
     requests_per_user: float = 0.0, num_classes: int = 10,
 ) -> Answers:  # fmt: skip
-    """Sends load with locust, for `seconds` after the warm-up. requests_per_user: per second; 0 is a closed loop."""
+    """Sends load with locust for `seconds` after the warm-up.
+
+    requests_per_user: requests per second of each user; 0 sends the next request after each response (closed loop).
+    """
     with tempfile.TemporaryDirectory() as folder:
         answers = Path(folder, "answers.json")
         command = [
@@ -218,12 +221,12 @@ class MemoryLog:
 
     @contextlib.contextmanager
     def watch(self, interval_seconds: float) -> Iterator[None]:
-        """Samples until the block ends."""
+        """Samples the memory until the `with` block ends."""
         stop = threading.Event()
 
         def sample() -> None:
             while not stop.wait(interval_seconds):
-                self.samples.append(family_gigabytes(self.pid))
+                self.samples.append(process_tree_gigabytes(self.pid))
 
         watcher = threading.Thread(target=sample)
         watcher.start()
@@ -239,13 +242,13 @@ class MemoryLog:
 
     @property
     def growth(self) -> float:
-        """Relative growth from the second quarter to the last. In the first quarter, pools and caches still fill."""
+        """Relative growth from the second quarter to the last. Excludes the first, while pools and caches fill."""
         return self.quarter(4) / self.quarter(2) - 1.0
 
 
 @dataclass(frozen=True)
 class Overload:
-    """Result of an overload test. saturation: images per second that the endpoint can make."""
+    """Result of an overload test. `saturation` is the endpoint's maximum throughput in images per second."""
 
     saturation: float
     answers: Answers
@@ -253,9 +256,9 @@ class Overload:
 
 
 def overload(generator: Path, seconds: float) -> Overload:
-    """Starts the endpoint, measures its saturation with 32 users, and then sends twice as many requests per second."""
-    requests_per_user = 0.25  # so low that responses of up to four seconds do not lower the rate
-    # A queue of one or two seconds: in a longer one, responses would take longer than that.
+    """Measures the endpoint's saturation throughput with 32 users and then sends twice as many requests per second."""
+    requests_per_user = 0.25  # low enough that latencies of up to four seconds do not reduce the request rate
+    # The queue holds one or two seconds of work, so that latencies stay below four seconds.
     with serving([endpoint(generator, max_queued_images=64)]) as server:
         saturation = load(server.url, 32, 10.0).per_second
         users = max(1, round(2.0 * saturation / requests_per_user))

@@ -52,7 +52,7 @@ from tests.benchmarks._serve_server import (
     overload,
     running,
     serving,
-    write_small,
+    write_demo_generator,
 )
 
 PARTS = ("small", "large", "overload", "peers")
@@ -320,7 +320,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     # A third busy process can slow two threads of a bare loop down six times.
     figures = {"load_average_before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory(prefix="mfs-") as name:
-        small_folder = write_small(Path(name, "small"))
+        small_folder = write_demo_generator(Path(name, "small"))
         if "small" in arguments.parts:
             figures |= measure_small(small_folder, arguments)
         if "overload" in arguments.parts:

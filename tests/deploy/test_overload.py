@@ -1,12 +1,12 @@
 import pytest
 
-from tests.benchmarks._serve_server import overload, write_small
+from tests.benchmarks._serve_server import overload, write_demo_generator
 
 
 @pytest.mark.soak
 @pytest.mark.cluster
 def test_overload_yields_only_images_and_429s_and_memory_stays_flat(tmp_path):
-    seen = overload(write_small(tmp_path / "generator"), seconds=60)
+    seen = overload(write_demo_generator(tmp_path / "generator"), seconds=60)
     assert set(seen.answers.statuses) == {"200", "429"}
     assert seen.answers.per_second > 0.5 * seen.saturation  # refusing does not starve accepted requests
     # The load exceeded saturation. On two cores Serve itself cannot answer twice the saturation, even with empty answers.

@@ -11,23 +11,23 @@ from pathlib import Path
 
 from pipelines.demo.serving import free_port
 
-# Debian's packages put the programs here, outside PATH.
+# Debian's packages install the programs here, outside PATH.
 _FOLDERS = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
 _PATH = os.pathsep.join([*_FOLDERS, os.environ.get("PATH", os.defpath)])
-NAME = "mlflow"  # the user and the database of deploy/mlflow/compose.yaml
+NAME = "mlflow"  # user and database in deploy/mlflow/compose.yaml
 
 
 def missing_programs() -> list[str]:
-    """PostgreSQL's programs that are not installed."""
+    """The required PostgreSQL programs that are not installed."""
     return [name for name in ("initdb", "postgres", "pg_isready", "createdb") if shutil.which(name, path=_PATH) is None]
 
 
 class Postgres:
-    """A password-protected server on a free port of 127.0.0.1. `remove` deletes the folder that holds all its files."""
+    """A password-protected server on a free port of 127.0.0.1, with all files in a temporary folder."""
 
     def __init__(self) -> None:
         self.port, self.password = free_port(0), secrets.token_hex(24)
-        # Not in pytest's folders: other users cannot enter them, and sockets need short paths.
+        # Not in pytest's folders: the postgres user cannot access them, and Unix socket paths must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
         self._data, self._log = self.folder / "data", self.folder / "log"
         self._process: subprocess.Popen | None = None

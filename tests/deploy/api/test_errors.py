@@ -1,4 +1,4 @@
-"""Errors have one shape, name the field and give the reason."""
+"""Error responses have one format, name the invalid field and give the reason."""
 
 import asyncio
 
@@ -58,13 +58,13 @@ def test_generate_names_the_invalid_field(client, body, status, param):
     assert error_of(client.post("/generate", json=body), status)["param"] == param
 
 
-def test_invalid_json_has_no_field(client):
+def test_invalid_json_names_no_field(client):
     error = error_of(client.post("/generate", content=b"{", headers={"content-type": "application/json"}), 422)
     assert "JSON" in error["message"]
     assert error["param"] is None
 
 
-def test_unknown_route_and_method_have_the_same_shape(client):
+def test_unknown_routes_and_methods_get_the_same_error_format(client):
     error_of(client.get("/nothing"), 404)
     response = client.get("/generate")
     error_of(response, 405)
@@ -77,12 +77,12 @@ def test_only_the_first_ten_validation_errors_are_listed(client):
     assert message.endswith("f9: Extra inputs are not permitted; and 140 more")
 
 
-def test_a_body_above_the_limit_is_refused(client):
+def test_body_above_the_limit_is_refused(client):
     error = error_of(client.post(OPENAI, json={"prompt": "star", "user": "x" * 3000}), 413)
-    assert error["message"] == "a body may have at most 2000 bytes"
+    assert error["message"] == "the request body may have at most 2000 bytes"
 
 
-def test_a_refusal_of_the_generator_reaches_the_caller(stub):
+def test_refusal_by_the_generator_is_returned_to_the_caller(stub):
     stub.generator.refusal = Refusal(status=429, code="overloaded", message="full", retry_after_seconds=2.3)
     response = stub.client.post("/generate", json={"class": "star"})
     assert error_of(response, 429) == {
@@ -91,7 +91,7 @@ def test_a_refusal_of_the_generator_reaches_the_caller(stub):
     assert response.headers["retry-after"] == "3"
 
 
-def test_an_unexpected_error_is_a_500_without_details(stub, monkeypatch):
+def test_unexpected_error_is_a_500_without_details(stub, monkeypatch):
     async def fail(request):
         raise RuntimeError("secret")
 
@@ -104,7 +104,7 @@ def test_an_unexpected_error_is_a_500_without_details(stub, monkeypatch):
     assert tags == [{"route": "/generate", "method": "POST", "status": "500"}]
 
 
-def test_a_generator_that_never_answers_is_given_up(monkeypatch):
+def test_unresponsive_generator_leads_to_a_timeout(monkeypatch):
     async def hang(*_):
         await asyncio.sleep(30)
 

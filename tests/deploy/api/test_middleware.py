@@ -11,7 +11,7 @@ def test_every_response_has_security_headers(stub):
         assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
 
 
-def test_access_log_has_key_and_images_but_no_class_and_no_path(locked, caplog):
+def test_access_log_contains_key_and_number_of_images_but_no_class_or_path(locked, caplog):
     with caplog.at_level("INFO", logger="meanflow.access"):
         locked.client.post("/generate", json={"class": "star", "num_images": 2}, headers=bearer(KEYS["alice"]))
         locked.client.get("/classes?search=star", headers=bearer(KEYS["bob"]))

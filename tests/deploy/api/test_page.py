@@ -1,4 +1,4 @@
-"""The endpoint's page in a real browser, with a running endpoint."""
+"""Tests the endpoint's web page in a real browser, with a running endpoint."""
 
 import re
 import shutil
@@ -23,8 +23,10 @@ pytestmark = [
 ]
 
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 740}
-# Chromium logs every failed request like this, including those that the page handles.
-HANDLED = re.compile(r"Failed to load resource: (the server responded with a status of [45]\d\d|net::ERR_FAILED)")
+# Chromium logs every failed request, including those that the page handles.
+FAILED_REQUEST = re.compile(
+    r"Failed to load resource: (the server responded with a status of [45]\d\d|net::ERR_FAILED)"
+)
 PIXELS = """async (image) => {
   const context = new OffscreenCanvas(64, 64).getContext("2d");
   context.drawImage(await createImageBitmap(image), 0, 0);
@@ -48,7 +50,10 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, page_url):
-    """Opens the page in a fresh context. Afterwards checks that it contacted no other host and logged no error."""
+    """A function that opens the page in a new browser context.
+
+    At teardown, checks that the page contacted no other host and logged no error.
+    """
     contexts, urls, console = [], [], []
 
     def open_it(fragment="", *, address=None, before=None, viewport=WIDE, **options):
@@ -68,7 +73,7 @@ def open_page(browser, page_url):
         context.close()
     hosts = {urlsplit(url).hostname for url in urls if urlsplit(url).scheme not in ("data", "blob")}
     assert hosts == {"127.0.0.1"}
-    assert [text for text in console if not HANDLED.match(text)] == []
+    assert [text for text in console if not FAILED_REQUEST.match(text)] == []
 
 
 @pytest.fixture
@@ -79,7 +84,7 @@ def page(open_page):
 
 
 def generated(page):
-    """The visible images, after the page has finished."""
+    """Waits until generation has finished; returns the visible images."""
     expect(page.locator("#result .tile img").first).to_be_visible()
     expect(page.locator("#generate")).to_have_text("Generate")
     return page.locator("#result .tile img")
@@ -92,7 +97,7 @@ def natural_sizes(images):
 
 
 def refuse_once(page, path, status, code, message, retry_after):
-    """Answers the next request for a path with an error. Later ones reach the endpoint."""
+    """Answers the next request for a path with an error. Later requests reach the endpoint."""
     error = {"message": message, "type": "server_error", "param": None, "code": code}
     page.route(
         f"**/{path}",
@@ -101,7 +106,7 @@ def refuse_once(page, path, status, code, message, retry_after):
     )
 
 
-def test_a_click_shows_images_and_their_timing(page, tmp_path):
+def test_clicking_generate_shows_images_and_their_timing(page, tmp_path):
     page.fill("#seed", "7.0")  # a whole number in another notation
     page.fill("#num-images", "3")
     page.click("#generate")
@@ -129,7 +134,7 @@ def test_typing_part_of_a_class_name_and_enter_selects_the_class(page):
     assert generated(page).first.get_attribute("alt").startswith("triangle, seed ")
 
 
-def test_arrow_keys_move_through_the_classes_and_escape_closes_the_list(page):
+def test_arrow_keys_select_a_class_and_escape_closes_the_list(page):
     box = page.locator("#class")
     box.fill("s")
     rows = page.locator("#class-list [role=option]")
@@ -144,7 +149,7 @@ def test_arrow_keys_move_through_the_classes_and_escape_closes_the_list(page):
     expect(box).to_have_value("star (8)")
 
 
-def test_numbers_of_steps_are_compared_side_by_side_with_their_timing(page):
+def test_step_counts_are_compared_side_by_side_with_their_timing(page):
     page.focus("#tab-generate")
     page.keyboard.press("ArrowRight")
     expect(page.locator("#tab-steps")).to_have_attribute("aria-selected", "true")
@@ -176,7 +181,7 @@ def test_interpolation_shows_a_strip_and_a_slider(page):
     assert shown.get_attribute("src") != first
 
 
-def test_an_invalid_seed_is_explained_next_to_its_field_and_can_be_corrected(page):
+def test_invalid_seed_shows_an_error_next_to_its_field_and_can_be_corrected(page):
     page.fill("#seed", "-1")
     page.keyboard.press("Enter")
     error = page.locator("#seed-error")
@@ -192,7 +197,7 @@ def test_an_invalid_seed_is_explained_next_to_its_field_and_can_be_corrected(pag
     assert page.get_attribute("#seed", "aria-invalid") is None
 
 
-def test_comparing_no_steps_is_explained_next_to_the_choices(page):
+def test_comparing_without_a_step_count_shows_an_error_next_to_the_choices(page):
     page.click("#tab-steps")
     for steps in (1, 2, 4):
         page.uncheck(f"#compare-{steps}", force=True)
@@ -200,7 +205,7 @@ def test_comparing_no_steps_is_explained_next_to_the_choices(page):
     expect(page.locator("#compare-error")).to_have_text("Choose at least one number of steps.")
 
 
-def test_an_unknown_class_is_explained_next_to_its_field(page):
+def test_unknown_class_shows_an_error_next_to_its_field(page):
     page.fill("#class", "unicorn")
     page.keyboard.press("Enter")
     expect(page.locator("#class-error")).to_contain_text("unicorn")
@@ -270,7 +275,7 @@ def test_a_request_to_a_busy_endpoint_is_retried_after_retry_after(page):
     expect(page.locator("#problem")).to_be_hidden()
 
 
-def test_a_page_opened_before_the_endpoint_is_ready_retries_and_generates_nothing(open_page):
+def test_page_opened_before_the_endpoint_is_ready_retries_and_generates_nothing(open_page):
     page = open_page(before=lambda page: refuse_once(page, "v1/models", 503, "not_ready", "The model is loading.", "1"))
     expect(page.locator("#form-error")).to_have_text("The model is loading. Trying again in 1 s.")
     expect(page.locator("#fact-model")).not_to_be_empty()

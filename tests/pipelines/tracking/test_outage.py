@@ -1,4 +1,4 @@
-"""A run against a real MLflow server, through a proxy whose connections can be cut."""
+"""Tests Run with a real MLflow server behind a proxy that can simulate outages."""
 
 import contextlib
 import json
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.soak  # the server alone takes half a minute to start
 
 
 class Proxy:
-    """A port of 127.0.0.1 that forwards to another one. While cut, it refuses connections.
+    """A local TCP proxy. `cut` closes and refuses connections until `restore`.
 
-    It can drop the replies to requests that contain given words.
+    Drops the replies to requests that contain a word in `drop_replies_to`.
     """
 
     def __init__(self, target: int) -> None:
@@ -96,7 +96,7 @@ def server_port(tmp_path_factory):
 
 @pytest.fixture
 def proxy(server_port, monkeypatch):
-    """A proxy of the server; pauses between retries are short."""
+    """A proxy of the server, with short pauses between retries."""
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     monkeypatch.setattr(Outbox, "first_pause_seconds", 0.05)
     monkeypatch.setattr(Outbox, "longest_pause_seconds", 0.2)
@@ -130,7 +130,7 @@ def wait_until(condition):
         time.sleep(0.05)
 
 
-def test_an_outage_loses_nothing_and_no_caller_waits(proxy, run, caplog, monkeypatch):
+def test_outage_loses_nothing_and_does_not_block_callers(proxy, run, caplog, monkeypatch):
     monkeypatch.setattr(outbox, "METRICS_PER_REQUEST", 5)
     caplog.set_level(logging.INFO, "pipelines")
     run.log_metrics({"loss": 1.0, "validation/fid": 9.0}, 1)
@@ -156,21 +156,21 @@ def test_an_outage_loses_nothing_and_no_caller_waits(proxy, run, caplog, monkeyp
     began, missing, ended = [record.getMessage() for record in caplog.records if record.name == outbox.__name__]
     assert began.startswith(f"cannot write to MLflow run {run.run_id}, retrying (MlflowException: API request to")
     assert "(Caused by" in began
-    assert "still lacks 21 entries after 0.1 s, the first: metrics loss of step 2" in missing
+    assert "21 entries are not written after 0.1 s, the first: metrics loss of step 2" in missing
     assert ended.endswith("has caught up")
 
 
-def test_a_run_ends_later_if_the_server_is_away_at_its_end(proxy, run, caplog):
+def test_run_is_ended_later_if_the_server_is_unreachable(proxy, run, caplog):
     proxy.cut()
     run.log_metrics({"loss": 1.0}, 1)
     run.end("FINISHED", patience_seconds=0.1)
-    assert "still lacks 2 entries" in caplog.text
+    assert "2 entries are not written" in caplog.text
     proxy.restore()
     wait_until(lambda: run.client.get_run(run.run_id).info.status == "FINISHED")
     assert steps_of(run) == [1]
 
 
-def test_a_lost_reply_does_not_log_twice(proxy, run):
+def test_lost_reply_does_not_cause_duplicates(proxy, run):
     run.log_metrics({"loss": 0.1, "nan": float("nan")}, 1)
     run.log_image(image(), "samples", 1)
     assert run.flush()
@@ -189,7 +189,7 @@ def test_a_lost_reply_does_not_log_twice(proxy, run):
     assert images_of(run) == ["images/samples+step+1", "images/samples+step+2"]
 
 
-def test_resuming_without_a_server_sets_the_status_later(proxy, run, caplog):
+def test_resuming_during_an_outage_sets_the_status_later(proxy, run, caplog):
     run.end("KILLED")
     assert run.client.get_run(run.run_id).info.status == "KILLED"
     proxy.cut()
@@ -201,7 +201,7 @@ def test_resuming_without_a_server_sets_the_status_later(proxy, run, caplog):
     assert run.client.get_run(run.run_id).info.status == "RUNNING"
 
 
-def test_a_checkpoint_carries_unwritten_metrics(proxy, run):
+def test_unwritten_metrics_are_restored_from_a_checkpoint(proxy, run):
     run.log_metrics({"loss": 1.0}, 1)
     assert run.flush()
     assert run.pending() == []
@@ -217,13 +217,13 @@ def test_a_checkpoint_carries_unwritten_metrics(proxy, run):
     assert [row["step"] for row in again.pending()] == [1, 2, 3, 4]
     proxy.restore()
     assert again.flush()
-    assert run.flush()  # the first process, if it still lives, writes the same rows again
+    assert run.flush()  # the first process may still be alive and write the same rows again
     history = run.client.get_metric_history(run.run_id, "loss")
     assert [metric.step for metric in history] == [1, 2, 3, 4]
     assert [metric.timestamp for metric in history[1:3]] == [row["timestamp_ms"] for row in carried]
 
 
-def test_registration_waits_for_the_server_and_leaves_a_finished_run_as_it_is(
+def test_registration_waits_for_the_server_and_does_not_change_a_finished_run(
     proxy, run, pipeline, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -245,7 +245,7 @@ def test_registration_waits_for_the_server_and_leaves_a_finished_run_as_it_is(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator"]
 
 
-def test_a_new_run_needs_a_server(proxy):
+def test_new_run_requires_a_reachable_server(proxy):
     proxy.cut()
     began = time.monotonic()
     with pytest.raises(InputError, match=r"cannot reach MLflow at http://127.*start it, or set MLFLOW_TRACKING_URI"):

@@ -13,7 +13,7 @@ from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
 
 
-def test_tracking_uri_is_the_configured_one_or_an_absolute_database_path(tmp_path, monkeypatch):
+def test_tracking_uri_is_the_configured_one_or_a_database_in_the_storage_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve_tracking_uri("runs", num_nodes=1) == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert resolve_tracking_uri(f"file://{tmp_path}/runs", num_nodes=1).endswith(f"{tmp_path}/runs/mlflow.db")
@@ -22,7 +22,7 @@ def test_tracking_uri_is_the_configured_one_or_an_absolute_database_path(tmp_pat
 
 
 @pytest.mark.parametrize(("storage", "num_nodes"), [("s3://bucket/runs", 1), ("runs", 2)])
-def test_several_machines_without_a_server_are_refused(storage, num_nodes, tmp_path, monkeypatch):
+def test_remote_storage_and_multiple_nodes_require_a_server(storage, num_nodes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="set MLFLOW_TRACKING_URI"):
         resolve_tracking_uri(storage, num_nodes)
@@ -38,7 +38,7 @@ def history(run, key):
     return [(metric.step, metric.value) for metric in run.client.get_metric_history(run.run_id, key)]
 
 
-def test_a_run_is_continued_by_its_id(run):
+def test_run_can_be_resumed_by_its_id(run):
     run.log_metrics({"loss": 1.5}, step=1)
     run.end("KILLED")
     again = Run(run.tracking_uri, run.run_id)
@@ -51,11 +51,11 @@ def test_a_run_is_continued_by_its_id(run):
     assert found.data.params == {"network.depth": "2"}
     assert found.data.tags["git_commit"] == "0a1b"
     assert history(run, "loss") == [(1, 1.5), (2, 0.5)]
-    with pytest.raises(InputError, match="does not know MLflow run"):
+    with pytest.raises(InputError, match="has no MLflow run"):
         Run(run.tracking_uri, "0" * 32).resume()
 
 
-def test_repeated_steps_are_skipped_key_by_key_except_for_evaluations(run):
+def test_repeated_steps_are_skipped_per_key_except_for_evaluations(run):
     for value in (0.5, 0.6):
         again = Run(run.tracking_uri, run.run_id)
         for step in (1, 2):
@@ -67,7 +67,7 @@ def test_repeated_steps_are_skipped_key_by_key_except_for_evaluations(run):
     assert sorted(history(run, "evaluate/accuracy")) == [(1, 0.5), (1, 0.6), (2, 0.5), (2, 0.6)]
 
 
-def test_images_and_dicts_are_logged_as_they_were_when_queued(run, tmp_path):
+def test_images_and_dicts_are_copied_when_queued(run, tmp_path):
     image, content = np.full((8, 8, 3), 7, np.uint8), {"depth": 2}
     run.log_image(image, "samples/one", 1)
     run.log_dict(content, "folder/config.json")
@@ -85,7 +85,7 @@ def test_images_and_dicts_are_logged_as_they_were_when_queued(run, tmp_path):
 
 def test_refused_entries_are_dropped_with_a_warning(run, tmp_path, caplog, monkeypatch):
     start = run._outbox._start
-    monkeypatch.setattr(run._outbox, "_start", lambda: None)  # so that all metrics go in one request
+    monkeypatch.setattr(run._outbox, "_start", lambda: None)  # so that one request contains all metrics
     for step, key in ((1, "loss"), (2, "what: this?!\n"), (3, "loss")):
         run.log_metrics({key: 1.0}, step)
     run.log_file(tmp_path / "gone.txt", "folder")
@@ -100,7 +100,7 @@ def test_refused_entries_are_dropped_with_a_warning(run, tmp_path, caplog, monke
     assert "kept.json" in [file.path for file in run.client.list_artifacts(run.run_id)]
 
 
-def test_a_full_queue_drops_new_entries_and_says_so(run, monkeypatch, caplog):
+def test_full_queue_drops_new_entries_with_a_warning(run, monkeypatch, caplog):
     monkeypatch.setattr(outbox, "MAX_QUEUED_BYTES", 10 * outbox.BYTES_PER_METRIC)
     start = run._outbox._start
     monkeypatch.setattr(run._outbox, "_start", lambda: None)
@@ -109,14 +109,14 @@ def test_a_full_queue_drops_new_entries_and_says_so(run, monkeypatch, caplog):
     run.log_image(np.zeros((8, 8, 3), np.uint8), "samples", 1)
     assert [row["step"] for row in run.pending()] == list(range(10))
     assert not run.flush(0.0)
-    assert caplog.messages[-1].endswith("still lacks 10 entries after 0 s, the first: metrics loss of step 0")
+    assert caplog.messages[-1].endswith("10 entries are not written after 0 s, the first: metrics loss of step 0")
     start()
     assert run.flush()
-    assert caplog.messages[-1].endswith("lost 6 entries to a full queue")
+    assert caplog.messages[-1].endswith("lost 6 entries because the queue was full")
     assert [step for step, _ in history(run, "loss")] == list(range(10))
 
 
-def test_the_thread_ends_when_all_is_written_and_starts_again(run):
+def test_writer_thread_ends_when_the_queue_is_empty_and_restarts_on_demand(run):
     run.log_metrics({"loss": 1.0}, 1)
     run.end("FINISHED")
     for thread in threading.enumerate():
@@ -129,7 +129,7 @@ def test_the_thread_ends_when_all_is_written_and_starts_again(run):
 
 
 @pytest.mark.parametrize(("configured", "expected"), [(None, "0"), ("5", "5")])
-def test_mlflow_tries_a_request_once_unless_configured(run, monkeypatch, configured, expected):
+def test_mlflow_does_not_retry_http_requests_unless_configured(run, monkeypatch, configured, expected):
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     if configured:
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", configured)
@@ -138,14 +138,14 @@ def test_mlflow_tries_a_request_once_unless_configured(run, monkeypatch, configu
     assert run.flush()
 
 
-def test_a_temporary_failure_is_retried_and_metrics_do_not_wait_for_uploads(run, monkeypatch, caplog):
+def test_failed_upload_is_retried_without_delaying_metrics(run, monkeypatch, caplog):
     monkeypatch.setattr(outbox.Outbox, "first_pause_seconds", 0.01)
-    is_away = threading.Event()
-    is_away.set()
+    is_unreachable = threading.Event()
+    is_unreachable.set()
     upload = MlflowClient.log_text
 
     def log_text(client, *arguments):
-        if is_away.is_set():
+        if is_unreachable.is_set():
             raise ConnectionError("no artifact store")
         upload(client, *arguments)
 
@@ -155,8 +155,8 @@ def test_a_temporary_failure_is_retried_and_metrics_do_not_wait_for_uploads(run,
         run.log_metrics({"loss": 1.0}, step)
     assert not run.flush(1.0)
     assert run.pending() == []
-    assert caplog.messages[-1].endswith("still lacks 1 entries after 1 s, the first: file config.json")
-    is_away.clear()
+    assert caplog.messages[-1].endswith("1 entries are not written after 1 s, the first: file config.json")
+    is_unreachable.clear()
     assert run.flush()
     assert history(run, "loss") == [(1, 1.0), (2, 1.0)]
     assert [file.path for file in run.client.list_artifacts(run.run_id)] == ["config.json"]

@@ -1,12 +1,13 @@
-"""Duals (value, tangent): networks written on them compute a directional derivative and their output in one forward.
+"""Dual tensors (value, tangent): a network on them computes its output and a directional derivative in one forward.
 
-A value has a graph if gradients are enabled; a tangent never has one. A tangent belongs to the *first b rows* of its
-value, b <= B, because MeanFlow needs du/dt on some rows only. With tangent None, every function here is the plain one.
+A value has an autograd graph if gradients are enabled; a tangent never has one. A tangent belongs to the *first b rows*
+of its value, b <= B, because MeanFlow needs du/dt for some samples only. With tangent None, every function here computes
+the value only.
 
-Why not `torch.func.jvp` of the whole network: stock forward-mode AD multiplies by a zero weight tangent in every linear
-layer (three products instead of two), recomputes the values of the training forward, has no formula for fused attention
-(pytorch#165530), and does not pass through DDP (pytorch#102197). Here, a linear layer's tangent is one product, the
-training forward keeps fused attention, and the derivative is an ordinary output.
+Why not `torch.func.jvp` of the whole network: torch's forward-mode AD multiplies by a zero weight tangent in every linear
+layer (three products instead of two) and recomputes the values of the training forward. It supports neither fused
+attention (pytorch#165530) nor DDP (pytorch#102197). Here, a linear layer's tangent is one product, the training forward
+uses fused attention, and the derivative is an ordinary output.
 
     # B batch, b rows with a tangent, N tokens, D width
 """
@@ -31,7 +32,7 @@ class Dual(NamedTuple):
 def lift(
     function: Callable[..., torch.Tensor], *arguments: Dual, derivative: Callable[..., torch.Tensor] | None = None
 ) -> Dual:
-    """Applies a row-wise function to values, and its derivative to the tangents. All arguments have one, or none has.
+    """Applies a row-wise function to values, and its derivative to the tangents, which all or no arguments have.
 
     Use it for normalisations, activations and gates; the function may close over parameters.
     derivative: (*primals, *tangents) -> tangent. The default, `torch.func.jvp`, recomputes the value in several
@@ -42,7 +43,7 @@ def lift(
     tangents = [argument.tangent for argument in arguments if argument.tangent is not None]
     if not tangents:
         return Dual(value)
-    assert len(tangents) == len(arguments), "all arguments of a lifted function must have a tangent, or none"
+    assert len(tangents) == len(arguments), "either all arguments of a lifted function must have a tangent, or none"
     primals = tuple(argument.value[: len(tangents[0])] for argument in arguments)
     with torch.no_grad():
         if derivative is not None:
@@ -60,7 +61,7 @@ def lift_linear(function: Callable[[torch.Tensor], torch.Tensor], argument: Dual
 
 
 class Linear(nn.Linear):
-    """torch's linear layer on duals: the tangent is multiplied by the weight, without the bias."""
+    """nn.Linear for duals: the tangent is multiplied by the weight, without the bias."""
 
     def forward(self, x: Dual) -> Dual:  # type: ignore[override]
         """x: (B, ..., in_features) -> (B, ..., out_features)."""
@@ -72,13 +73,15 @@ class Linear(nn.Linear):
 
 
 def attention(query: Dual, key: Dual, value: Dual) -> Dual:
-    """Softmax attention of (B, heads, N, D / heads), with the fused kernel for the values.
+    """Softmax attention of (B, heads, N, D / heads); the values use the fused kernel.
 
     With P = softmax(S), S = Q K' / sqrt(d): dS = (dQ K' + Q dK') / sqrt(d); dP = P dS - P sum(P dS); dO = dP V + P dV.
     """
     output = F.scaled_dot_product_attention(query.value, key.value, value.value)
     if query.tangent is None or key.tangent is None or value.tangent is None:
-        assert query.tangent is key.tangent is value.tangent, "query, key and value must have a tangent, or none"
+        assert query.tangent is key.tangent is value.tangent, (
+            "either query, key and value must all have a tangent, or none"
+        )
         return Dual(output)
     with torch.no_grad():
         scale, rows = query.value.shape[-1] ** -0.5, len(query.tangent)

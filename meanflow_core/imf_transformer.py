@@ -119,7 +119,7 @@ class SwiGLU(nn.Module):
 def _add_scaled(x: Dual, scale: torch.Tensor, branch: Dual) -> Dual:
     value = x.value + branch.value * scale
     if x.tangent is None or branch.tangent is None:
-        assert x.tangent is branch.tangent, "both summands must have a tangent, or none"
+        assert x.tangent is branch.tangent, "either both summands must have a tangent, or none"
         return Dual(value)
     with torch.no_grad():
         return Dual(value, x.tangent + branch.tangent * scale)

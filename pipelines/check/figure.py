@@ -22,7 +22,7 @@ from pipelines.latents.manifest import INDEX
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample to draw."""
+    """A sample in the figure."""
 
     sample_id: str
     moments: np.ndarray
@@ -32,7 +32,7 @@ class Sample:
 
 
 def read_images(data: str, images: str, image_size: int, samples: Sequence[Sample]) -> list[np.ndarray | None]:
-    """Reads the images uint8 (size, size, 3) of a dataset's samples; None for an unreadable one.
+    """Reads the images of a dataset's samples, uint8 (size, size, 3); None for an unreadable one.
 
     Raises InputError if `images` is not the source of the dataset.
     """
@@ -40,7 +40,7 @@ def read_images(data: str, images: str, image_size: int, samples: Sequence[Sampl
     source, listing = list_images(images)
     index = ImageIndex.from_bytes(storage.read_bytes(filesystem, f"{root}/{INDEX}"), listing.sha256)
     if index is None:
-        raise InputError(f"{images} contains other images than those that were encoded")
+        raise InputError(f"the images in {images} are not those that were encoded")
     row_of = {sample_id: row for row, sample_id in enumerate(index.entries["sample_id"].to_pylist())}
     rows = np.array([row_of[sample.sample_id] for sample in samples])  # ascending, since shards follow the index
     decoded = decode_images(ImageSlice.of(source, listing, index, rows), image_size)
@@ -59,7 +59,7 @@ def decode_means(vae: AutoencoderKL, moments: Sequence[np.ndarray]) -> list[np.n
 def draw_samples(
     samples: Sequence[Sample], images: Sequence[np.ndarray | None], vae: AutoencoderKL, path: Path
 ) -> float | None:
-    """Draws samples as PNG. Returns the mean PSNR in dB of decoded latents; None if there are no images."""
+    """Draws samples to a PNG file. Returns the mean PSNR of the decoded latents in dB; None without images."""
     decoded = decode_means(vae, [sample.moments for sample in samples])
     psnr = [
         None if image is None else peak_signal_to_noise(torch.from_numpy(ours), torch.from_numpy(image))

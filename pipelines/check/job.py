@@ -11,7 +11,7 @@ class CheckJob:
     data: str
     """Latent dataset: a path or URI."""
     images: str | None = None
-    """Location of its images; default: where they were encoded from."""
+    """Location of the images. Default: the location from which they were encoded."""
     figure: Path = Path("build/check.png")
     """PNG to write: images, decoded latents, and decoded latents of the mirror images."""
     num_samples: int = 8

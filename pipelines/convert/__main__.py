@@ -1,10 +1,10 @@
-"""Converts a published checkpoint to a generator, in the form that training writes.
+"""Converts a published checkpoint to a generator, as pipelines.train writes it.
 
     python -m pipelines.convert --source sit --checkpoint SiT-XL-2-256.pt --output build/sit --vae stabilityai/sd-vae-ft-mse
 
 Sources: official-meanflow and official-imf (the authors' Flax parameters, as .npz or msgpack), imf-torch, sit, repa and
-zhuyu-cs. The file determines the size of the network. If its parameters do not fit, the error lists every difference.
-Reading never runs code from the file.
+zhuyu-cs. The file determines the size of the network. If its parameters do not match, the error lists every difference.
+Code in the file is never run.
 """
 
 from pipelines.command_line import parse_command_line, run_command

@@ -53,7 +53,7 @@ class LatentDataset:
         rows = indices - self._shard_edges[shards]
         moments = np.empty((len(indices), *self.manifest.recipe.moments_shape), dtype=np.float16)
         sources = (self.moments, self.moments if self.moments_mirrored is None else self.moments_mirrored)
-        # One copy per sample: each is contiguous bytes of its own file, which numpy copies at memory speed.
+        # One copy per sample: a sample is contiguous in its file, so numpy copies it at memory speed.
         samples = zip(moments, shards.tolist(), rows.tolist(), np.asarray(mirrored, dtype=int).tolist(), strict=True)
         for target, shard, row, is_mirrored in samples:
             target[...] = sources[is_mirrored][shard][row]

@@ -1,13 +1,13 @@
-"""Shards of a latent dataset: their columns, their metadata, and how they are written and read.
+"""Shards of a latent dataset: columns, metadata, writing and reading.
 
 A shard is an uncompressed Arrow IPC file of one record batch with the columns
 
     moments            float16 tensor (2C, H, W): mean and standard deviation, not normalised
-    moments_mirrored   the same of the mirror image; absent if mirror images are not encoded
+    moments_mirrored   the same for the mirror image; absent if mirror images are not encoded
     label              int32
     sample_id          string
 
-Plain pyarrow maps it into memory with shape and dtype, without a copy:
+pyarrow alone can map it into memory, with shape and dtype and without a copy:
 `pa.ipc.open_file(pa.memory_map(shard)).read_all()["moments"].chunk(0).to_numpy_ndarray()`.
 
 Parquet would be slower: it has no random access, and it decodes every value of a tensor (`tests/benchmarks/layout.py`).
@@ -93,7 +93,7 @@ def shard_bytes(
 
 
 def _tensor_array(values: np.ndarray) -> pa.Array:
-    # Built from its storage, since FixedShapeTensorArray.from_numpy_ndarray refuses arrays of length 0.
+    # Built from its storage, since FixedShapeTensorArray.from_numpy_ndarray does not support arrays of length 0.
     flat = pa.array(np.ascontiguousarray(values, dtype=np.float16).reshape(-1))
     storage_array = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), values.shape[1:]), storage_array)
@@ -114,7 +114,7 @@ def read_shard(filesystem: fs.FileSystem, path: str) -> Shard:
 
 
 def read_shard_bytes(content: bytes, where: str) -> Shard:
-    """Reads a shard from memory without copying it. Raises InputError for a damaged file, named as `where`."""
+    """Reads a shard from memory without copying it. Raises InputError, which names `where`, for a damaged file."""
     return _read(pa.BufferReader(content), where)
 
 
@@ -160,7 +160,7 @@ def _summary(metadata: dict[bytes, bytes]) -> ShardSummary:
 
 
 def invalid_values(shard: Shard, num_classes: int) -> list[str]:
-    """Describes labels out of range and moments that are not finite, each with the first sample concerned."""
+    """Describes labels out of range and moments that are not finite, each with its first sample."""
     problems = []
     is_invalid = (shard.labels < 0) | (shard.labels >= num_classes)
     if is_invalid.any():

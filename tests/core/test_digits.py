@@ -1,4 +1,4 @@
-"""MeanFlow against flow matching on real images: scikit-learn's handwritten digits, 8x8 pixels, by class."""
+"""Compares MeanFlow with flow matching on real images: scikit-learn's handwritten digits, 8x8 pixels, by class."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -44,7 +44,7 @@ def train(config, images, labels):
 
 
 def distances(config, numbers_of_steps):
-    """Trains on one thread; the Frechet distance, with pixels as features, of samples with each number of steps."""
+    """Trains on one thread. Returns the Frechet distance of samples, with pixels as features, per number of steps."""
     torch.set_num_threads(1)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8.0 - 1.0

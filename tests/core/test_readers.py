@@ -15,7 +15,7 @@ from meanflow_core.interop.readers import read_checkpoint
 
 
 def packed(value):
-    """Flax's serialisation of a tree of arrays: msgpack, an array as an extension of (shape, dtype's name, bytes)."""
+    """A tree of arrays as Flax serialises it: each array is a msgpack extension of (shape, dtype name, bytes)."""
     if isinstance(value, dict):
         return {key: packed(item) for key, item in value.items()}
     if not isinstance(value, (np.ndarray, np.generic)):
@@ -45,7 +45,7 @@ def flax_training_state():
     }
 
 
-def test_flax_training_state_contains_an_average_and_parameters(tmp_path):
+def test_flax_training_state_gives_its_average_or_its_parameters(tmp_path):
     path = tmp_path / "checkpoint_7"
     path.write_bytes(flax_bytes(flax_training_state()))
     expected = torch.arange(6.0).view(2, 3)
@@ -76,7 +76,7 @@ def training_file(path, legacy=False):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "pickle"])
-def test_torch_training_state_contains_an_average_and_parameters(tmp_path, legacy):
+def test_torch_training_state_gives_its_average_or_its_parameters(tmp_path, legacy):
     path = training_file(tmp_path / "0003.pt", legacy)
     assert read_checkpoint(path)["a"].tolist() == [1.0, 1.0]
     assert read_checkpoint(path)["a"].dtype == torch.float32
@@ -110,7 +110,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "args", "bare pickle", "npz"])
-def test_file_with_code_is_refused_and_the_code_not_run(tmp_path, kind):
+def test_file_with_code_is_refused_without_running_the_code(tmp_path, kind):
     trap, path = tmp_path / "trap", tmp_path / "evil.pt"
     evil = {"ema": {"a": torch.zeros(1)}, "opt": Malicious(trap)}
     if kind == "args":
@@ -122,11 +122,11 @@ def test_file_with_code_is_refused_and_the_code_not_run(tmp_path, kind):
         path.write_bytes(pickle.dumps({"opt": Malicious(trap)}, protocol=2))
     else:
         torch.save(evil, path, _use_new_zipfile_serialization=kind != "legacy")
-    with pytest.raises(ValueError, match=re.escape(str(path))) as refusal:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         read_checkpoint(path)
     assert not trap.exists()
     if kind != "npz":
-        assert "mkdir, which could run code when opened" in str(refusal.value)
+        assert "mkdir, which could run code when opened" in str(error.value)
     # The test file really is dangerous.
     if kind == "bare pickle":
         pickle.loads(path.read_bytes())
@@ -134,8 +134,8 @@ def test_file_with_code_is_refused_and_the_code_not_run(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.pt", "checkpoint_1"])
-@pytest.mark.parametrize("content", ["empty", "text", "cut"])
-def test_damaged_file_is_refused_with_its_name(tmp_path, name, content):
+@pytest.mark.parametrize("content", ["empty", "text", "truncated"])
+def test_error_for_a_damaged_file_names_the_file(tmp_path, name, content):
     path = tmp_path / name
     state = {"net/x": torch.randn(30, 20)}
     if name.endswith("npz"):
@@ -147,13 +147,13 @@ def test_damaged_file_is_refused_with_its_name(tmp_path, name, content):
     else:
         path.write_bytes(flax_bytes({"net": {"x": state["net/x"].numpy()}}))
     whole = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"no checkpoint at all", "cut": whole[: len(whole) // 2]}[content])
+    path.write_bytes({"empty": b"", "text": b"no checkpoint at all", "truncated": whole[: len(whole) // 2]}[content])
     with pytest.raises(ValueError, match=re.escape(str(path))):
         read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "use_ema", "words"),
+    ("content", "use_ema", "message"),
     [
         ({"model": {"a": torch.zeros(1)}}, True, "it has 'model' but no 'ema'"),
         ({"ema": {"a": torch.zeros(1)}}, False, "it has 'ema' but no 'model'"),
@@ -162,12 +162,12 @@ def test_damaged_file_is_refused_with_its_name(tmp_path, name, content):
         ([torch.zeros(1)], True, "contains a list"),
     ],
 )
-def test_file_without_the_requested_parameters_is_refused(tmp_path, content, use_ema, words):
+def test_file_without_the_requested_parameters_is_refused(tmp_path, content, use_ema, message):
     path = tmp_path / "a.pt"
     torch.save(content, path)
-    with pytest.raises(ValueError, match=words) as refusal:
+    with pytest.raises(ValueError, match=message) as error:
         read_checkpoint(path, use_ema=use_ema)
-    assert str(path) in str(refusal.value)
+    assert str(path) in str(error.value)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):

@@ -5,7 +5,7 @@ from pipelines.images.center_crop import center_crop
 
 
 def test_crop_halves_with_a_box_filter_and_cuts_the_centre():
-    # Four columns of 64 pixels: halved once to 32, no bicubic step left, and the two in the centre remain.
+    # Four columns of 64 pixels: one halving to 32 leaves nothing to resize, and the two central ones remain.
     columns = np.repeat(np.array([0, 80, 160, 240], dtype=np.uint8), 64)
     image = Image.fromarray(np.broadcast_to(columns, (128, 256)).copy())
     assert np.asarray(center_crop(image, 64))[10].tolist() == [80] * 32 + [160] * 32

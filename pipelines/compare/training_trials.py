@@ -15,6 +15,7 @@ import torch
 from meanflow_core.generator import build_pipeline, for_sampling, save_generator
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks import AnyNetwork
+from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.training import SUMS, build_train_state, train_step
 from pipelines.command_line import set_up_logging
 from pipelines.compare.methods import Trial
@@ -118,6 +119,12 @@ def train_trial(
         is_flow_matching=config.loss.is_flow_matching,
         sampling=config.sampling,
     )
+    _write_trial(trial, folder, pipeline, record)
+    return read_record(trial, folder)
+
+
+def _write_trial(trial: Trial, folder: Path, pipeline: MeanFlowPipeline, record: dict[str, Any]) -> None:
+    """Writes the trial's folder atomically, by a rename."""
     partial = folder / f"{trial.name}.{uuid.uuid4().hex}.partial"
     save_generator(pipeline, partial / "generator")
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -127,7 +134,6 @@ def train_trial(
         if not is_trained(trial, folder):
             raise
         shutil.rmtree(partial)  # Ray ran the task twice; the other copy finished first with the same result
-    return read_record(trial, folder)
 
 
 def _num_parameters(network: AnyNetwork) -> int:

@@ -50,7 +50,7 @@ def prepare_work(work: Path) -> None:
 
 
 def run_stages(demo: Demo, processes: Processes) -> dict:
-    """Runs the stages one after another, prints the summary table, and returns the report."""
+    """Runs the stages one after another, prints their summary, and returns the report."""
     work = demo.work.absolute()
     num_workers = demo.num_workers or torch.cuda.device_count() or 2
     results: list[StageResult] = []
@@ -106,6 +106,12 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
         work / "served.png",
     )
 
+    return report_demo(work, results, tracking_uri)
+
+
+def report_demo(work: Path, results: list[StageResult], tracking_uri: str) -> dict:
+    """Writes samples.png and report.json into the work folder, prints the summary, and returns the report."""
+    report_folder = work / "report"
     shutil.copy(report_folder / "samples.png", work / "samples.png")
     report = summarize(json.loads((report_folder / "report.json").read_text()), results)
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Creates an API key, and prints it for its owner and its hash for the configuration.
+"""Creates an API key. Prints the key, for its owner, and its hash, for the endpoint's configuration.
 
 python -m deploy.keys alice
 """
@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument("name", help="owner of the key; appears in the access log")
     name = parser.parse_args().name
     key = f"mf-{secrets.token_urlsafe(32)}"
-    print(f"key for {name}, shown only once:  {key}")
-    print("add to user_config of the deployment Api:")
+    print(f"API key for {name} (shown only once): {key}")
+    print("add this to user_config of the deployment Api:")
     print(f'  api_keys: {{{name}: "{hash_key(key)}"}}')
 
 

@@ -23,16 +23,20 @@ def _seconds(description: str, *tags: str) -> Metric:
 
 
 METRICS: dict[str, Metric] = {
-    # HTTP side.
+    # Recorded by the deployment Api.
     "meanflow_requests_total": Metric(
         "counter", "Responses by route, method and status.", ("route", "method", "status")
     ),
     "meanflow_request_seconds": _seconds("Time from a request's arrival to its response.", "route"),
     "meanflow_encode_seconds": _seconds("Encoding time of a request's images."),
-    # Both sides.
-    "meanflow_settings_refused": Metric("gauge", "1 while a user_config is refused and earlier settings are in use."),
-    # Generator side.
-    "meanflow_model_refused": Metric("gauge", "1 while the requested model fails to load and another one serves."),
+    # Recorded by both deployments.
+    "meanflow_settings_refused": Metric(
+        "gauge", "1 while a user_config is refused and the previous settings remain in use."
+    ),
+    # Recorded by the deployment ImageGenerator.
+    "meanflow_model_refused": Metric(
+        "gauge", "1 while the requested model fails to load and another one is being served."
+    ),
     "meanflow_images_total": Metric("counter", "Generated images."),
     "meanflow_refused_total": Metric("counter", "Requests that the generator refused, by code.", ("code",)),
     "meanflow_batch_rows": Metric("histogram", "Images per batch.", (), BATCH_SIZE_BUCKETS),
@@ -45,14 +49,14 @@ METRICS: dict[str, Metric] = {
 
 
 class Recorder(Protocol):
-    """Receives metric values."""
+    """Interface for recording metric values."""
 
     def record(self, name: str, value: float = 1.0, tags: Mapping[str, str] | None = None) -> None:
         """Adds to a counter, sets a gauge, or adds an observation to a histogram."""
 
 
 class RayRecorder:
-    """Records Ray Serve metrics, which Serve tags with deployment, replica and application."""
+    """Records metrics with Ray Serve, which adds the tags deployment, replica and application."""
 
     def __init__(self) -> None:
         from ray.serve import metrics
@@ -69,6 +73,6 @@ class RayRecorder:
                 self._record[name] = metrics.Counter(name, metric.description, tag_keys=metric.tags).inc
 
     def record(self, name: str, value: float = 1.0, tags: Mapping[str, str] | None = None) -> None:
-        """Records a value. Skips a counter's 0, which Ray rejects."""
+        """Records a value. Skips zeros for counters, because Ray rejects them."""
         if value or METRICS[name].kind != "counter":
             self._record[name](value, tags=dict(tags or {}))

@@ -1,9 +1,9 @@
-"""Resolves and fetches generators: folders, or models in MLflow. The only module of deploy that imports MLflow.
+"""Resolves and fetches generators from folders or MLflow. The only module of deploy that imports MLflow.
 
-    python -m deploy.models models:/meanflow-xl2@champion      # prints the version behind the alias: models:/meanflow-xl2/3
+    python -m deploy.models models:/meanflow-xl2@champion      # prints the version of the alias: models:/meanflow-xl2/3
 
-An alias may move at any time, and replicas start at different times. So an alias is resolved once, and replicas get a
-version.
+An alias can be moved at any time, and replicas start at different times. Therefore, aliases are resolved once, and all
+replicas load the same version.
 """
 
 import argparse
@@ -26,12 +26,12 @@ MLFLOW_SCHEMES = ("models:/", "runs:/")
 
 
 def is_in_mlflow(model: str) -> bool:
-    """True for models:/ and runs:/ URIs."""
+    """Whether `model` is a models:/ or runs:/ URI."""
     return model.startswith(MLFLOW_SCHEMES)
 
 
 def is_alias(model: str) -> bool:
-    """True for a name that may refer to another version later."""
+    """Whether `model` may refer to another version later."""
     return model.startswith("models:/") and ("@" in model or model.endswith("/latest"))
 
 
@@ -40,14 +40,14 @@ def _client(model: str, tracking_uri: str | None) -> "MlflowClient":
 
     if not tracking_uri:
         raise ValueError(f"model {model} is in MLflow; pass tracking_uri or set MLFLOW_TRACKING_URI")
-    # For the whole process: MLflow 3.17 resolves names at the global address, whatever registry_uri it is given.
+    # Set globally: MLflow 3.17 ignores registry_uri when it resolves names.
     mlflow.set_tracking_uri(tracking_uri)
     return mlflow.MlflowClient(tracking_uri)
 
 
 @contextlib.contextmanager
 def _as_value_error(failure: str) -> Iterator[None]:
-    """Turns MLflow's and network errors into a ValueError that begins with `failure`."""
+    """Converts MLflow and network errors to a ValueError that begins with `failure`."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -57,9 +57,9 @@ def _as_value_error(failure: str) -> Iterator[None]:
 
 
 def resolve_model(model: str, tracking_uri: str | None) -> str:
-    """Resolves "models:/name@alias" and "models:/name/latest" to "models:/name/3", and makes paths of folders absolute.
+    """Resolves "models:/name@alias" and "models:/name/latest" to "models:/name/3". Makes folder paths absolute.
 
-    Raises ValueError if there is no such model.
+    Raises ValueError if the model does not exist.
     """
     if not is_in_mlflow(model):
         from meanflow_core.generator import find_generator
@@ -84,7 +84,7 @@ def resolve_model(model: str, tracking_uri: str | None) -> str:
 
 
 def find_source(model: str, tracking_uri: str | None) -> ModelSource:
-    """Name, version and training run of a resolved model. Raises MLflow's errors if it cannot be looked up."""
+    """Name, version and training run of a resolved model. Raises MlflowException if the lookup fails."""
     if not is_in_mlflow(model):
         from meanflow_core.generator import find_generator, read_provenance
 
@@ -103,9 +103,9 @@ def find_source(model: str, tracking_uri: str | None) -> ModelSource:
 
 
 def announce(source: ModelSource, served_name: str) -> None:
-    """Tags a registered version in MLflow with the UTC time at which serving started: `endpoint.SERVED_NAME`.
+    """Sets the tag `endpoint.SERVED_NAME` of a registered model version to the UTC time at which serving started.
 
-    Does nothing for folders and runs:/ models. Raises MLflow's errors.
+    Does nothing for folders and runs:/ models. Raises MlflowException if the tag cannot be set.
     """
     if source.version is None:
         return
@@ -117,10 +117,10 @@ def announce(source: ModelSource, served_name: str) -> None:
 
 @contextlib.contextmanager
 def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Path, ModelSource]]:
-    """A generator's local folder and its source. Deletes a downloaded folder on exit.
+    """Context manager that yields a generator's local folder and its source. Deletes a downloaded folder on exit.
 
-    model: a folder, "models:/name/3" or "runs:/id/name"; pass aliases through `resolve_model` first.
-    Raises ValueError if there is no such generator, or it cannot be fetched.
+    model: a folder, "models:/name/3" or "runs:/id/name". Resolve aliases with `resolve_model` first.
+    Raises ValueError if the generator does not exist or cannot be fetched.
     """
     from meanflow_core.generator import find_generator
 
@@ -132,7 +132,7 @@ def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Pa
         yield generator, find_source(str(generator), None)
         return
     if is_alias(model):
-        raise ValueError(f"{model} may refer to another version on each replica; give a version")
+        raise ValueError(f"{model} may refer to a different version on each replica; pass a version")
     import mlflow
 
     _client(model, tracking_uri)
@@ -144,7 +144,7 @@ def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Pa
 
 
 def describe_model(model: str, tracking_uri: str | None) -> str:
-    """A resolved model's source and registry tags as JSON."""
+    """The source and registry tags of a resolved model, as JSON."""
     source = find_source(model, tracking_uri)
     tags: dict[str, str] = {}
     if source.version is not None:

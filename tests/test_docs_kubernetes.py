@@ -1,4 +1,4 @@
-"""The commands of docs/kubernetes.md name stages, documents, secrets and files that exist."""
+"""Checks that the stages, objects, secrets and files named in the commands of docs/kubernetes.md exist."""
 
 import importlib.util
 import re
@@ -33,7 +33,7 @@ def documents() -> list[dict]:
     return render(KUBERAY / "overlays" / "small")
 
 
-def test_page_applies_every_stage_in_order_and_each_alone():
+def test_page_applies_the_stages_in_order_and_one_at_a_time():
     lines = page_commands()
     stages = []
     for line in lines:
@@ -49,7 +49,7 @@ def test_page_applies_every_stage_in_order_and_each_alone():
     ]
 
 
-def test_pods_take_every_secret_from_one_that_the_page_creates(documents):
+def test_every_secret_used_by_pods_is_created_by_the_page(documents):
     secrets = documented_secrets()
     used = set()
     for pod in pods(documents):
@@ -61,7 +61,9 @@ def test_pods_take_every_secret_from_one_that_the_page_creates(documents):
                     if not secret.get("optional") or (pod.namespace, secret["name"]) in secrets:
                         assert secret["key"] in secrets[pod.namespace, secret["name"]], pod.name
                 else:
-                    assert not re.search("PASSWORD|SECRET|TOKEN|KEY_ID", name), f"{pod.name} holds the value of {name}"
+                    assert not re.search("PASSWORD|SECRET|TOKEN|KEY_ID", name), (
+                        f"{pod.name} contains the value of {name}"
+                    )
     assert set(secrets) <= used
     assert of_kind(documents, "Secret") == []
 
@@ -93,7 +95,7 @@ def test_project_and_ray_commands_of_the_page_parse():
             own.append(parse_command(line))
         for name in re.findall(r"deploy/[\w./-]+", line):
             assert (REPOSITORY / name).exists() or name == "deploy/mlflow/.env", line
-    assert len(own) == 4  # check, stop, a key, an image
+    assert len(own) == 4  # check the cluster, stop a job, create a key, request an image
     [line] = [line for line in page_commands() if "users/create" in line]
     [folder] = importlib.util.find_spec("mlflow").submodule_search_locations
     assert '"/mlflow/users/create"' in (Path(folder) / "server" / "auth" / "routes.py").read_text()

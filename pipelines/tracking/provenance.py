@@ -1,4 +1,4 @@
-"""What a run was made from: code versions and datasets, as MLflow records them."""
+"""Code versions and datasets of a run, as recorded in MLflow."""
 
 import importlib.metadata
 import json
@@ -12,9 +12,9 @@ from pipelines import storage
 
 
 def code_identity() -> dict[str, str]:
-    """The running code: git commit, whether tracked files differ from it, and versions; "unknown" outside of git."""
+    """The git commit, whether tracked files are modified, and package versions. Values may be "unknown"."""
     commit, dirty = "unknown", "unknown"
-    # An installed package may lie inside another repository, which does not track it.
+    # An installed package may be inside another repository that does not track it.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is not None:
         commit = _git("rev-parse", "HEAD") or "unknown"
         changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -28,27 +28,34 @@ def code_identity() -> dict[str, str]:
     }
 
 
-def latents_used(
+def latents_dataset(
     location: str, content_sha256: str, *, num_samples: int, num_classes: int, source: str, context: str
 ) -> DatasetInput:
-    """A latent dataset as an entry of a run's dataset list.
+    """A latent dataset for `MlflowClient.log_inputs`.
 
-    source: location of the images that were encoded. context: "training" or "validation".
+    Args:
+        location: Location of the latents.
+        content_sha256: Hash of the dataset's content.
+        num_samples: Number of samples.
+        num_classes: Number of classes.
+        source: Location of the encoded images.
+        context: "training" or "validation".
     """
-    place = storage.shown(location)
+    uri = storage.shown(location)
     profile = {"num_samples": num_samples, "num_classes": num_classes, "images": storage.shown(source)}
     dataset = Dataset(
-        name=f"{context}: {place}"[-500:],  # MLflow keeps one dataset per name and digest, with its first location
-        digest=content_sha256[:36],  # MLflow's limit; the parameter data.sha256 has the whole hash
+        # MLflow keeps one dataset per name and digest, with the first location that was logged.
+        name=f"{context}: {uri}"[-500:],
+        digest=content_sha256[:36],  # MLflow's limit; the parameter data.sha256 has the full hash
         source_type="latents",
-        source=json.dumps({"uri": place}),
+        source=json.dumps({"uri": uri}),
         profile=json.dumps(profile),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in this package's folder; None if it fails."""
+    """Runs git in this module's folder. Returns its output, or None if it fails."""
     try:
         result = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False

@@ -13,7 +13,7 @@ from pipelines import storage
 from pipelines.cluster import Device
 from pipelines.errors import InputError
 from pipelines.latents.manifest import Manifest, read_manifest
-from pipelines.tracking.provenance import code_identity, latents_used
+from pipelines.tracking.provenance import code_identity, latents_dataset
 from pipelines.tracking.run import Run
 from pipelines.train.job import TrainJob
 
@@ -158,7 +158,7 @@ def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str)
 
 
 def _dataset(location: str, manifest: Manifest, context: str) -> DatasetInput:
-    return latents_used(
+    return latents_dataset(
         location,
         manifest.content_sha256,
         num_samples=manifest.num_samples,

@@ -1,9 +1,10 @@
-"""How much an image changes with the other images of its batch, in float32 and bfloat16.
+"""Measures how much an image depends on the other images of its batch, in float32 and bfloat16.
 
     python tests/benchmarks/batch_independence.py --json batch.json
 
-An image should be a function of (weights, class, seed, steps). Compares 16 images generated one by one and in one batch,
-in 1 and 4 steps, with a random network of size S and the demo's autoencoder. Differences are in levels of 255.
+An image should depend only on the weights, class, seed and number of steps. Compares 16 images generated one by one with
+the same images generated in one batch, in 1 and 4 steps, with a randomly initialized DiT-S/2 and the demo's autoencoder.
+Differences are in 8-bit levels (0 to 255).
 """
 
 import argparse
@@ -23,7 +24,7 @@ BOUNDS = {"float32_1_steps_largest_levels": ("<=", 1.0), "float32_4_steps_larges
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Largest and mean difference of a pixel."""
+    """The largest and mean absolute difference over all pixels."""
     torch.manual_seed(0)
     network = build_network(dit_network("S", 2), sample_size=8, in_channels=4, num_classes=NUM_CLASSES)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The MLflow server of deploy/kuberay and of deploy/mlflow: its options, addresses, volumes and secrets."""
+"""Checks the MLflow deployments in deploy/kuberay and deploy/mlflow: options, addresses, volumes and secrets."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ from tests.support.readme import text_of
 
 @pytest.fixture(scope="module")
 def manifests() -> list[dict]:
-    """The base's documents; no overlay changes these parts."""
+    """The manifests of the base. No overlay changes the MLflow server."""
     return render(KUBERAY / "base")
 
 
@@ -30,12 +30,12 @@ def pod_spec(manifests: list[dict], kind: str, name: str) -> dict:
 
 
 def server_options(words: list[str]) -> dict:
-    """Parsed by MLflow's own command."""
+    """Parses the options with MLflow's CLI."""
     assert words[0] == "server"
     return mlflow.cli.server.make_context("server", words[1:]).params
 
 
-def test_server_on_kubernetes_starts_and_accepts_the_host_name_that_the_stages_use(manifests):
+def test_kubernetes_server_options_are_valid_and_allow_the_host_name_that_the_stages_use(manifests):
     settings = named(manifests, "ConfigMap", "mlflow-settings")["data"]
     [container] = pod_spec(manifests, "Deployment", "mlflow")["containers"]
     values = {
@@ -65,7 +65,7 @@ def test_server_on_kubernetes_starts_and_accepts_the_host_name_that_the_stages_u
         assert not is_allowed_host_header(allowed, host), host
 
 
-def test_services_lead_to_the_pods_and_files_are_written_to_volumes(manifests):
+def test_services_select_the_pods_and_files_are_written_to_volumes(manifests):
     for kind, name in (("Deployment", "mlflow"), ("StatefulSet", "mlflow-postgres")):
         spec, service = named(manifests, kind, name)["spec"], named(manifests, "Service", name, "mlflow")["spec"]
         assert service["selector"] == spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
@@ -73,9 +73,8 @@ def test_services_lead_to_the_pods_and_files_are_written_to_volumes(manifests):
         [port] = service["ports"]
         assert {one["name"]: one["containerPort"] for one in container["ports"]} == {port["targetPort"]: port["port"]}
         assert container["securityContext"]["readOnlyRootFilesystem"]
-    assert (
-        named(manifests, "Deployment", "mlflow")["spec"]["strategy"]["type"] == "Recreate"
-    )  # or two migrate the tables
+    # With a rolling update, two servers could migrate the tables at the same time.
+    assert named(manifests, "Deployment", "mlflow")["spec"]["strategy"]["type"] == "Recreate"
     assert named(manifests, "StatefulSet", "mlflow-postgres")["spec"]["serviceName"] == "mlflow-postgres"
     pod = pod_spec(manifests, "Deployment", "mlflow")
     [container] = pod["containers"]
@@ -90,7 +89,7 @@ def test_services_lead_to_the_pods_and_files_are_written_to_volumes(manifests):
     assert mounts(container)[environment(container)["PGDATA"].rsplit("/", 1)[0]] == "data"
 
 
-def test_compose_server_is_reached_from_this_machine_only(compose):
+def test_compose_server_is_reachable_only_from_this_machine(compose):
     service = compose["services"]["mlflow"]
     options = server_options(filled_in(service["command"][1:], {}))
     assert options["app_name"] == "basic-auth"
@@ -102,7 +101,7 @@ def test_compose_server_is_reached_from_this_machine_only(compose):
     assert compose["services"]["mlflow-postgres"]["networks"] == ["database"]
 
 
-def test_compose_services_volumes_and_health_checks_fit_together(compose):
+def test_compose_services_volumes_and_health_checks_are_consistent(compose):
     services = compose["services"]
     known = (
         "image user working_dir entrypoint command environment volumes tmpfs read_only cap_drop cap_add security_opt "
@@ -120,13 +119,13 @@ def test_compose_services_volumes_and_health_checks_fit_together(compose):
     assert named_volumes == set(compose["volumes"])
 
 
-def test_compose_file_holds_no_secret_and_the_example_names_every_variable(compose):
+def test_compose_file_contains_no_secret_and_env_example_lists_every_variable(compose):
     text = (MLFLOW / "compose.yaml").read_text()
     lines = (MLFLOW / "env.example").read_text().splitlines()
     example = dict(line.split("=", 1) for line in lines if "=" in line and line[0] != "#")
     assert set(re.findall(r"\$\{(\w+)", text)) == set(example)
     for name, value in example.items():
-        assert not value or not re.search("PASSWORD|SECRET|KEY", name), f"{name} has a value in the example"
+        assert not value or not re.search("PASSWORD|SECRET|KEY", name), f"{name} has a value in env.example"
     required = set(re.findall(r"\$\{(\w+):\?", text))
     assert required == {name for name in example if re.search("PASSWORD|FLASK", name)}
     for service in compose["services"].values():
@@ -136,10 +135,10 @@ def test_compose_file_holds_no_secret_and_the_example_names_every_variable(compo
     assert "deploy/mlflow/.env" in text_of(".gitignore").splitlines()
 
 
-def test_both_deployments_authenticate_alike_as_mlflow_reads_it(monkeypatch, manifests, compose):
+def test_mlflow_reads_the_same_authentication_settings_in_both_deployments(monkeypatch, manifests, compose):
     text = (MLFLOW / "basic_auth.ini").read_text()
     assert named(manifests, "ConfigMap", "mlflow-settings")["data"]["basic_auth.ini"] == text
-    # Loaded from its file, because the package around it imports what only the server's image has.
+    # Loaded from its file, because its package imports dependencies that only the server's image contains.
     [folder] = importlib.util.find_spec("mlflow").submodule_search_locations
     spec = importlib.util.spec_from_file_location("mlflow_auth_config", Path(folder) / "server" / "auth" / "config.py")
     module = importlib.util.module_from_spec(spec)

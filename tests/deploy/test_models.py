@@ -92,7 +92,7 @@ def test_replicas_refuse_an_alias(registry):
     assert is_alias("models:/stars/latest")
     assert not is_alias("models:/stars/3")
     with (
-        pytest.raises(ValueError, match="may refer to another version on each replica"),
+        pytest.raises(ValueError, match="may refer to a different version on each replica"),
         fetched_generator("models:/stars@champion", registry[0]),
     ):
         pass

@@ -10,7 +10,7 @@ from pipelines.encode.run import encode
 from pipelines.errors import InputError
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import shard_name
-from tests.support.image_forms import as_samples, images_of, write_tar
+from tests.support.image_formats import images_of, webdataset_members, write_tar
 from tests.support.latents import assert_same, encode_job, encode_without_ray
 from tests.support.object_store import s3_bucket
 
@@ -42,7 +42,7 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
     if form == "folders":
         upload(image_root / "val", f"{bucket}/{form}/images")
     else:
-        write_tar(tmp_path / "tars/train-0.tar", as_samples(images_of(image_root / "val")))
+        write_tar(tmp_path / "tars/train-0.tar", webdataset_members(images_of(image_root / "val")))
         upload(tmp_path / "tars", f"{bucket}/{form}/images")
     output = f"{bucket}/{form}/latents"
     manifest = encode_without_ray(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10))

@@ -228,7 +228,7 @@ def test_an_alias_in_a_user_config_is_refused(generator_folder):
         await until(lambda: service.models.problem is not None)
 
     asyncio.run(work())
-    assert "may refer to another version on each replica" in service.models.problem
+    assert "may refer to a different version on each replica" in service.models.problem
 
 
 def test_every_serving_model_is_announced_and_a_failure_to_do_so_is_harmless(generator_folder, other_folder, loader):

@@ -17,7 +17,7 @@ from pipelines.images.decoding import decode_image
 from pipelines.images.sources import find_images
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import MANIFEST, read_manifest, shard_name
-from tests.support.image_forms import as_samples, images_of, write_parquet, write_tar
+from tests.support.image_formats import images_of, webdataset_members, write_parquet, write_tar
 from tests.support.latents import (
     assert_same,
     by_stem,
@@ -67,7 +67,7 @@ def test_folders_parquet_and_webdataset_give_the_same_latents(image_root, encode
     write_parquet(tmp_path / "parquet/train-0.parquet", rows[:23])
     write_parquet(tmp_path / "parquet/train-1.parquet", rows[23:])
     for part, chunk in enumerate((images[:11], images[11:])):
-        write_tar(tmp_path / f"tars/train-{part}.tar", as_samples(chunk))
+        write_tar(tmp_path / f"tars/train-{part}.tar", webdataset_members(chunk))
     encode_without_ray(encode_job(tmp_path / "parquet", tmp_path / "parquet_out", rows_per_shard=13))
     encode_without_ray(encode_job(tmp_path / "tars", tmp_path / "tars_out", rows_per_shard=40))
     assert len(by_stem(encoded)) == 40

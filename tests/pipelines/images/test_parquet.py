@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.errors import InputError
 from pipelines.images.sources import ImageSlice, find_images
-from tests.support.image_forms import write_parquet
+from tests.support.image_formats import write_parquet
 
 
 def test_sample_without_a_path_is_named_by_file_and_row(tmp_path):

@@ -11,7 +11,7 @@ from pipelines.errors import InputError
 from pipelines.images.formats import Format
 from pipelines.images.index import ENTRY_SCHEMA, ImageIndex
 from pipelines.images.sources import ImageSlice, find_images, index_images, list_images
-from tests.support.image_forms import as_samples, images_of, write_parquet, write_tar
+from tests.support.image_formats import images_of, webdataset_members, write_parquet, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def sources(image_root, tmp_path_factory):
             [(name.split("/")[1], label, content) for name, label, content in images[start:stop]],
             names=[f"class {label}" for label in range(10)],
         )
-        write_tar(root / f"webdataset/imagenet-train-{part:04d}.tar", as_samples(images[start:stop]))
+        write_tar(root / f"webdataset/imagenet-train-{part:04d}.tar", webdataset_members(images[start:stop]))
     return root
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.errors import InputError
 from pipelines.images.sources import ImageSlice, find_images
-from tests.support.image_forms import write_tar
+from tests.support.image_formats import write_tar
 
 
 def test_samples_are_keyed_up_to_the_first_dot(tmp_path):

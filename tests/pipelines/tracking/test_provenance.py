@@ -6,7 +6,7 @@ import subprocess
 import mlflow
 
 from pipelines.tracking import provenance
-from pipelines.tracking.provenance import code_identity, latents_used
+from pipelines.tracking.provenance import code_identity, latents_dataset
 
 
 def test_code_identity_has_the_commit_and_whether_files_are_modified(tmp_path, monkeypatch):
@@ -39,8 +39,8 @@ def test_code_identity_has_the_commit_and_whether_files_are_modified(tmp_path, m
     }  # fmt: skip
 
 
-def test_latents_used_removes_credentials():
-    used = latents_used(
+def test_latents_dataset_removes_credentials():
+    used = latents_dataset(
         "s3://key:secret@bucket/latents",
         "a" * 64,
         num_samples=9,

@@ -1,4 +1,4 @@
-"""Writes the images of class folders in the other formats that the encode stage reads."""
+"""Writes images from class folders in the other input formats of the encode stage: Parquet and WebDataset."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def write_parquet(
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]):
-    """Writes a tar of (name, content) members."""
+    """Writes a tar archive with (name, content) members."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members:
@@ -44,8 +44,8 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]):
             tar.addfile(info, io.BytesIO(content))
 
 
-def as_samples(images: list[tuple[str, int, bytes]]) -> list[tuple[str, bytes]]:
-    """WebDataset members: a .jpg and a .cls per image, with a .json in place of every third .cls."""
+def webdataset_members(images: list[tuple[str, int, bytes]]) -> list[tuple[str, bytes]]:
+    """Tar members in WebDataset format: a .jpg and a .cls for each image; every third image has a .json instead."""
     members = []
     for row, (name, label, content) in enumerate(images):
         key = Path(name).stem

@@ -1,10 +1,12 @@
-"""The README's commands of all stages, each in its own process, with few images and few steps."""
+"""The README's commands of all stages, with few images and few steps."""
 
 import contextlib
 import io
 import json
+import logging
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -18,6 +20,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import yaml
 from mlflow import MlflowClient
@@ -26,6 +29,7 @@ from PIL import Image
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import load_pipeline
 from meanflow_core.presets import PRESETS
+from pipelines.cluster import start_ray
 from pipelines.demo import images
 from pipelines.demo.serving import fetch, free_port, wait_until_ready
 from pipelines.latents.manifest import read_manifest
@@ -41,6 +45,7 @@ SMALLER = {
     "pipelines.train": ["--cache-dir", "cache", "--num-steps", "15", "--sample-interval-steps", "15"],
     "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2", "--num-workers", "1"],
 }
+STAGES = ("pipelines.demo.images", "pipelines.encode", "pipelines.check", "pipelines.train", "pipelines.evaluate")
 DAMAGED = "d0000004/d0000004_24"  # truncated before encoding
 
 
@@ -80,27 +85,54 @@ def workspace(tmp_path_factory):
     shutil.rmtree(ray_folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The stages up to evaluate, finished."""
+
+    build: Path
+    """The folder that they wrote."""
+    stdout: dict[str, str]
+    """What each stage printed, by its module."""
+    log: str
+    """What all stages and their workers logged."""
+
+
 @pytest.fixture(scope="module")
 def trained(workspace):
-    """The folder after the README's commands up to evaluate, and the finished processes."""
-    output = {}
-    for stage in (
-        "pipelines.demo.images",
-        "pipelines.encode",
-        "pipelines.check",
-        "pipelines.train",
-        "pipelines.evaluate",
-    ):
-        if stage == "pipelines.encode":
-            damaged = workspace.build / "images/train" / f"{DAMAGED}.JPEG"
-            damaged.write_bytes(damaged.read_bytes()[:400])
-        output[stage] = workspace.run(workspace.documented(f"python -m {stage}"))
-    return workspace.build, output
+    """Runs the README's commands up to evaluate in this process and on one Ray cluster, to start both only once.
+
+    The demo's test runs them as processes.
+    """
+    stdout, log = {}, io.StringIO()
+    handler = logging.StreamHandler(log)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(log):
+        patch.chdir(workspace.folder)
+        patch.setattr(logging.getLogger(), "level", logging.INFO)
+        patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+        logging.getLogger().addHandler(handler)
+        start_ray(needed_cpus=3)
+        try:
+            for stage in STAGES:
+                if stage == "pipelines.encode":
+                    damaged = workspace.build / "images/train" / f"{DAMAGED}.JPEG"
+                    damaged.write_bytes(damaged.read_bytes()[:400])
+                patch.setattr(sys, "argv", workspace.documented(f"python -m {stage}")[2:])
+                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                    try:
+                        runpy.run_module(stage, run_name="__main__", alter_sys=True)
+                    except SystemExit as stop:
+                        if stop.code:
+                            pytest.fail(f"{stage} ended with {stop.code}: {log.getvalue()[-6000:]}")
+                stdout[stage] = printed.getvalue()
+        finally:
+            ray.shutdown()
+            logging.getLogger().removeHandler(handler)
+    return Trained(workspace.build, stdout, log.getvalue())
 
 
 @pytest.mark.cluster
 def test_encode_keeps_every_readable_image_once(trained):
-    build, output = trained
+    build = trained.build
     manifest = json.loads((build / "latents" / "manifest.json").read_text())
     assert (manifest["num_samples"], manifest["num_rejected"]) == (79, 1)
     assert sorted(manifest["shard_rows"]) == [16, 31, 32]
@@ -109,14 +141,13 @@ def test_encode_keeps_every_readable_image_once(trained):
     images = build / "images/train"
     on_disk = sorted(str(path.relative_to(images).with_suffix("")) for path in images.rglob("*.JPEG"))
     assert ids == [sample_id for sample_id in on_disk if sample_id != DAMAGED]
-    assert "images/s" in output["pipelines.encode"].stderr
-    assert "79 samples of 10 classes, 1 rejected" in output["pipelines.encode"].stderr
+    assert "images/s" in trained.log
+    assert "79 samples of 10 classes, 1 rejected" in trained.log
 
 
 @pytest.mark.cluster
 def test_check_finds_no_problem_and_draws_samples(trained, workspace):
-    _, output = trained
-    report = output["pipelines.check"].stdout
+    report = trained.stdout["pipelines.check"]
     assert "79 samples of 10 classes" in report
     assert "problems: none" in report
     assert float(re.search(r"against their images: ([\d.]+) dB", report)[1]) > 30
@@ -125,10 +156,10 @@ def test_check_finds_no_problem_and_draws_samples(trained, workspace):
 
 @pytest.mark.cluster
 def test_train_publishes_a_generator_an_mlflow_run_and_a_registered_model(trained):
-    build, output = trained
-    assert f"generator: {build}/runs/first/generator" in output["pipelines.train"].stdout
-    assert "model: models:/meanflow-debug@champion" in output["pipelines.train"].stdout
-    assert "15 of 15 steps" in output["pipelines.train"].stderr + output["pipelines.train"].stdout
+    build = trained.build
+    assert f"generator: {build}/runs/first/generator" in trained.stdout["pipelines.train"]
+    assert "model: models:/meanflow-debug@champion" in trained.stdout["pipelines.train"]
+    assert "15 of 15 steps" in trained.log
     pipeline = load_pipeline(build / "runs/first/generator")
     assert pipeline.class_names[8] == "star"
     config = json.loads((build / "runs/first/generator/vae/config.json").read_text())
@@ -168,7 +199,7 @@ def test_train_publishes_a_generator_an_mlflow_run_and_a_registered_model(traine
 
 @pytest.mark.cluster
 def test_two_workers_train_the_same_network_as_one_process(trained):
-    build, _ = trained
+    build = trained.build
     config = replace(PRESETS["debug"](), num_steps=15)
     expected = train_in_this_process(build / "latents", config)
     client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
@@ -186,7 +217,7 @@ def test_two_workers_train_the_same_network_as_one_process(trained):
 
 @pytest.mark.cluster
 def test_evaluate_writes_table_samples_plot_and_report(trained):
-    build, output = trained
+    build = trained.build
     report = json.loads((build / "report/report.json").read_text())
     assert [entry["num_steps"] for entry in report["samples"]] == [1, 2]
     assert report["autoencoder_psnr"] > 30
@@ -194,7 +225,7 @@ def test_evaluate_writes_table_samples_plot_and_report(trained):
     assert report["held_out"]["frechet"] < report["samples"][0]["frechet"]  # 15 steps learn nothing
     assert Image.open(build / "report/samples.png").size == (4 * 66 - 2, 10 * 66 - 2)  # a row per class
     assert (build / "report/quality_against_steps.png").stat().st_size > 5000
-    assert "| samples, 1 step | 1 |" in output["pipelines.evaluate"].stdout
+    assert "| samples, 1 step | 1 |" in trained.stdout["pipelines.evaluate"]
     client = MlflowClient(f"sqlite:///{build}/runs/mlflow.db")
     run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
     assert [metric.step for metric in client.get_metric_history(run_id, "evaluate/accuracy")] == [1, 2]
@@ -211,7 +242,7 @@ def test_evaluate_writes_table_samples_plot_and_report(trained):
 @pytest.mark.cluster
 @pytest.mark.soak
 def test_same_run_name_resumes_and_another_experiment_is_refused(trained, workspace):
-    build, _ = trained
+    build = trained.build
     train = workspace.documented("python -m pipelines.train")
     again = workspace.run([*train, "--num-steps", "20", "--num-workers", "1"])
     assert "resumed at step 15" in again.stderr + again.stdout
@@ -228,7 +259,7 @@ def test_same_run_name_resumes_and_another_experiment_is_refused(trained, worksp
 
 @pytest.mark.cluster
 def test_serve_returns_the_image_of_class_and_seed(trained, workspace, tmp_path):
-    build, _ = trained
+    build = trained.build
     words = workspace.documented("serve run")
     # `serve run IMPORT` has no option for the port, so use a config with a free port.
     port = free_port(0)

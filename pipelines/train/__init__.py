@@ -1,1 +1,1 @@
-"""Stage 2: a latent dataset -> a generator, with Ray Train."""
+"""Stage 2: train a generator on a latent dataset with Ray Train."""

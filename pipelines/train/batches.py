@@ -1,4 +1,4 @@
-"""A worker's samples and random draws of each step, split into passes and prepared while the device computes."""
+"""A worker's batches: the samples and random draws of each step, split into passes and prefetched."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from pipelines.latents.sample_order import samples_of_step
 
 
 class BatchSource:
-    """A worker's contiguous share of any step's samples: a function of (seed, step), independent of earlier steps."""
+    """Computes a worker's contiguous share of a step's samples and draws, which depend on (seed, step) only."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class BatchSource:
         self._device = device
 
     def batches(self, step: int) -> list[Batch]:
-        """The worker's share of 0-based step `step`: one batch per pass, on the device."""
+        """Returns the worker's share of step `step` (0-based): one batch per pass, on the device."""
         config, batch_size = self._config, self._config.global_batch_size
         loss, latent_shape = config.loss_at(step), self._dataset.manifest.latent_shape
         indices = samples_of_step(config.seed, step, batch_size, len(self._dataset))
@@ -53,7 +53,7 @@ class BatchSource:
 
 
 class Prefetcher:
-    """Prepares the next step's batches in a thread while the device computes; none after the last step."""
+    """Prepares the next step's batches in a thread while the device computes. Stops at the last step."""
 
     def __init__(self, source: BatchSource, num_steps: int) -> None:
         self._source = source
@@ -62,7 +62,7 @@ class Prefetcher:
         self._prefetched: tuple[int, Future[list[Batch]]] | None = None
 
     def batches(self, step: int) -> list[Batch]:
-        """The same batches as `BatchSource.batches`; starts to prepare those of the next step."""
+        """Returns the batches of `BatchSource.batches`, and starts to prepare those of the next step."""
         if self._prefetched is not None and self._prefetched[0] == step:
             batches = self._prefetched[1].result()
         else:

@@ -1,6 +1,6 @@
 """Checkpoints of a run: when one is saved, how Ray Train stores it, and which one a resumed run loads.
 
-Ray Train commits a checkpoint when every worker has uploaded its files: it then adds the folder to its record. A crash
+Once every worker has uploaded its files, Ray Train commits the checkpoint by adding its folder to a record. A crash
 before the commit leaves an orphan folder, which the next start deletes.
 """
 
@@ -52,10 +52,10 @@ class CheckpointDue:
 def checkpoint_due(
     step: int, *, num_steps: int, interval_steps: int, stop_requested: bool, preemption_announced: bool
 ) -> CheckpointDue | None:
-    """Decides whether a checkpoint is saved after `step` (1-based) steps; None if not.
+    """Returns how to save a checkpoint after step `step` (1-based); None if no checkpoint is due.
 
-    One is saved every `interval_steps` steps, after the last step, on a stop request and on a preemption notice.
-    A run that is stopping does not wait for a validation.
+    A checkpoint is due every `interval_steps` steps, after the last step, on a stop request and on a preemption notice.
+    After a stop request it is not validated, so that the run stops sooner.
     """
     is_urgent = stop_requested or preemption_announced or step == num_steps
     if not is_urgent and step % interval_steps != 0:
@@ -72,7 +72,7 @@ def save(
     wait: bool,
     validate: bool = False,
 ) -> None:
-    """Writes a checkpoint to local disk and lets Ray upload it; every worker must call this.
+    """Writes a checkpoint to local disk and passes it to Ray Train for upload. Every worker must call this.
 
     Without `wait`, the upload runs in the background; the next save waits for it. extra: as in `save_train_state`.
     Raises OSError if a file cannot be written. A failed upload ends the worker.
@@ -116,9 +116,9 @@ class Committed:
     latest: Checkpoint
     """The checkpoint that a resumed run loads."""
     step: int
-    """Its number of steps."""
+    """Training steps completed at `latest`."""
     names: frozenset[str]
-    """Folder names of all checkpoints that are kept."""
+    """Folder names of all checkpoints in the record."""
 
 
 def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
@@ -140,11 +140,11 @@ def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
 
 
 def repair_record(filesystem: fs.FileSystem, run_path: str) -> None:
-    """Rewrites Ray's record from the complete checkpoints in the run's folder if it is damaged or names a damaged one.
+    """Rebuilds Ray's record from the complete checkpoints if it, or a checkpoint that it lists, is missing or damaged.
 
-    Ray writes its record in place and refuses to start with half of one, or with a missing checkpoint: a machine that
-    loses power may leave either. Only call it while nobody trains the run. Raises InputError if no checkpoint is
-    complete, or one has another format version.
+    Ray writes its record in place, so a power failure may truncate it or leave a listed checkpoint missing. Ray refuses
+    to start in either case. Only call this while no job trains the run. Raises InputError if no checkpoint is complete, or
+    if a checkpoint has another format version.
     """
     has_record = filesystem.get_file_info(f"{run_path}/{RECORD}").type == fs.FileType.File
     recorded = _recorded_names(filesystem, f"{run_path}/{RECORD}") if has_record else None
@@ -159,7 +159,7 @@ def repair_record(filesystem: fs.FileSystem, run_path: str) -> None:
         return
     if not steps:
         if not has_record:
-            return  # nothing was ever committed
+            return  # no checkpoint was ever committed
         raise InputError(
             f"{run_path} holds no complete checkpoint, but Ray's record of them; choose another --run-name, or delete "
             f"{RECORD} to train from the beginning"
@@ -189,12 +189,13 @@ def repair_record(filesystem: fs.FileSystem, run_path: str) -> None:
 def delete_orphans(filesystem: fs.FileSystem, run_path: str) -> list[str]:
     """Deletes checkpoint folders that are not in Ray's record, and returns their names.
 
-    Only call it while nobody trains the run. Raises InputError, and deletes nothing, if one has another format version.
+    Only call this while no job trains the run. If an orphan has another format version, raises InputError and deletes
+    nothing.
     """
     known = committed(filesystem, run_path)
     orphans = sorted(_checkpoint_folders(filesystem, run_path) - (known.names if known is not None else frozenset()))
     for name in orphans:
-        _complete_step(filesystem, f"{run_path}/{name}")  # refuses another format version
+        _complete_step(filesystem, f"{run_path}/{name}")  # raises InputError for another format version
     for name in orphans:
         filesystem.delete_dir(f"{run_path}/{name}")
         logger.info("deleted %s, an incomplete checkpoint of a crashed run", name)
@@ -222,9 +223,9 @@ def _recorded_names(filesystem: fs.FileSystem, path: str) -> set[str] | None:
 
 
 def _complete_step(filesystem: fs.FileSystem, path: str) -> int | str:
-    """The step of a complete checkpoint, or what is wrong with its files, judged by their sizes.
+    """Returns the step of a complete checkpoint, or a description of the damage. Checks file sizes, not contents.
 
-    Raises InputError for another format version: such a checkpoint must not be mistaken for a damaged one, and deleted.
+    Raises InputError for another format version, so that such a checkpoint is not mistaken for a damaged one and deleted.
     """
     state_file = f"{path}/{STATE_FILE}"
     if filesystem.get_file_info(state_file).type != fs.FileType.File:

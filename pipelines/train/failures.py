@@ -1,4 +1,4 @@
-"""Messages for failed trainings: the cause, and where the same command resumes."""
+"""Error messages for failed runs: the cause, and where the same command resumes."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Cause:
 
 
 def first_cause(error: TrainingFailedError) -> Cause:
-    """The error that made training fail, not the broken connections that it caused on other workers."""
+    """Finds the error that made training fail, ignoring the connection errors that it caused on other workers."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return Cause(getattr(error, "controller_failure", error), None)
@@ -37,7 +37,7 @@ def first_cause(error: TrainingFailedError) -> Cause:
 
 
 def as_command_error(error: TrainingFailedError, job: TrainJob) -> InputError | RunError:
-    """A failed training as an error for the command line."""
+    """Converts a training failure into an error for the command line."""
     cause = first_cause(error)
     if isinstance(cause.error, InputError):
         return InputError(str(cause.error))
@@ -47,7 +47,7 @@ def as_command_error(error: TrainingFailedError, job: TrainJob) -> InputError | 
 
 
 def nonfinite_error(job: TrainJob, step: int) -> RunError:
-    """The error for a nonfinite gradient."""
+    """Returns the error that reports a nonfinite gradient."""
     return RunError(
         f"the gradient of step {step} is not finite; {resume_hint(job)}, but fails again. Skip the step with "
         f"--skip-nonfinite {job.skip_nonfinite + 1}, or start a new run with a smaller optimizer.learning_rate or "
@@ -56,7 +56,7 @@ def nonfinite_error(job: TrainJob, step: int) -> RunError:
 
 
 def resume_hint(job: TrainJob) -> str:
-    """Where the same command resumes; never raises."""
+    """Describes where the same command resumes. Never raises."""
     try:
         last = checkpoints.committed(*storage.open_storage(job.run_location))
     except (InputError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Options of a training."""
+"""Options of a training run."""
 
 import os
 import tempfile
@@ -23,7 +23,7 @@ diffusers pipeline folder, in the run's folder and in MLflow's model registry.""
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """One training: the experiment, its data, its storage and its workers."""
+    """One training run: the experiment, its data, its storage and its workers."""
 
     data: str
     """Latent dataset written by pipelines.encode: a path or URI."""
@@ -34,20 +34,20 @@ class TrainJob:
     num_workers: int = 1
     """Training processes: one per GPU, or any number on CPUs."""
     min_workers: int | None = None
-    """Fewest workers to continue with when nodes are lost. Training restarts from the last checkpoint whenever workers
-    leave or join. Default: num_workers."""
+    """Minimum number of workers: training continues with at least this many when nodes are lost. It restarts from the last
+    checkpoint whenever workers leave or join. Default: num_workers."""
     resize_interval_seconds: float = 60.0
-    """Seconds between checks for more workers while there are fewer than num_workers."""
+    """Seconds between checks for additional workers while fewer than num_workers are running."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
     """ddp: every worker holds the whole network; fsdp2: network, averages and optimizer are sharded over the workers."""
     rows_per_pass: int | None = None
-    """Maximum samples per forward pass and worker. A larger share of the batch accumulates gradients over several passes.
-    Default: one pass."""
+    """Maximum number of samples per forward pass on each worker. If a worker's share of the batch is larger, it accumulates
+    gradients over several passes. Default: one pass."""
     max_failures: int = 3
-    """Worker failures before the run fails; each restarts from the last checkpoint. Preempted nodes do not count.
-    -1: no limit."""
+    """Maximum number of worker failures; after each, training restarts from the last checkpoint. Preempted nodes do not
+    count. -1: no limit."""
     skip_nonfinite: int = 0
-    """Maximum number of optimizer steps in the whole run that are skipped because their gradient is not finite."""
+    """Maximum number of optimizer steps to skip in the whole run because their gradient is not finite."""
     keep_checkpoints: int = 2
     """Number of recent checkpoints to keep."""
     vae: str | None = None
@@ -56,18 +56,18 @@ class TrainJob:
     """Initial network of a new run: a generator's folder, models:/name@alias or runs:/id/name, or with --init-source a
     public checkpoint file."""
     init_source: str | None = None
-    """Source of the public checkpoint in --init-from, by its name in pipelines.convert."""
+    """Source of the public checkpoint in --init-from: a source name of pipelines.convert."""
     validation_data: str | None = None
-    """Latent dataset of held-out images. The moving average's errors on it are measured at every checkpoint."""
+    """Latent dataset of held-out images. Every checkpoint's moving average is validated on it."""
     cpu_threads: int | None = None
-    """Threads per worker on CPUs. Set it for bitwise equal results wherever workers run. Default: the machine's cores
-    divided by its workers."""
+    """CPU threads per worker. Set it for bitwise equal results on different machines. Default: the machine's cores divided
+    by its number of workers."""
     deterministic: bool = False
     """Use deterministic (slower) GPU kernels: required for bitwise equal results on GPUs."""
     device: Device = "auto"
     """Device to train on. auto: GPUs if the cluster has any; a resumed run keeps its device."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
-    """Folder on each node's local disk for a memory-mapped copy of the latents. "none": map the mounted storage itself."""
+    """Folder on each node's local disk for a memory-mapped copy of the latents. "none": memory-map --data directly."""
     mirror: bool = True
     """Mirror each training image with probability 1/2. Without mirroring, the cached copy is half as large."""
     experiment: str = "meanflow-ray"
@@ -79,7 +79,7 @@ class TrainJob:
     dry_run: bool = False
     """Print the configuration and its costs without training."""
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
-    """The experiment."""
+    """The training configuration."""
 
     def __post_init__(self) -> None:
         at_least_one = ("num_workers", "min_workers", "rows_per_pass", "keep_checkpoints", "cpu_threads")

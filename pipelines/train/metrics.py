@@ -14,7 +14,7 @@ from meanflow_core.training import SUMS, StepMetrics, TrainState, relative_ema_d
 
 
 class IntervalMetrics:
-    """Sums over the steps of a logging interval; `read` reduces them over the workers."""
+    """Sums metrics over the steps of a logging interval; `read` reduces them across workers."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -23,7 +23,7 @@ class IntervalMetrics:
     def clear(self) -> None:
         """Starts a new interval."""
         self._sums = torch.zeros(len(SUMS) + 1, device=self._device)  # SUMS, then the gradient norm
-        self._num_steps = 0  # without skipped steps
+        self._num_steps = 0  # excluding skipped steps
         self._num_timed_steps = 0
         self._data_seconds = 0.0
         self._start_time = time.monotonic()
@@ -40,19 +40,19 @@ class IntervalMetrics:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes the time inside, of sampling and saving, from the interval's rates."""
+        """Excludes the time spent in this context (sampling, saving) from the interval's rates."""
         start_time = time.monotonic()
         yield
         self._start_time += time.monotonic() - start_time
 
     def state(self) -> dict[str, Any]:
-        """The interval's sums as JSON values, for a checkpoint in mid-interval; collective."""
+        """Returns the interval's sums as JSON values, for a checkpoint within an interval. Collective."""
         parts = [torch.zeros_like(self._sums) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, self._sums)
         return {"num_steps": self._num_steps, "sums": [part.tolist() for part in parts]}
 
     def restore(self, state: dict[str, Any], rank: int) -> None:
-        """Continues an interval. Each rank takes its own sums; if the world size has changed, rank 0 takes all."""
+        """Restores a saved interval. Each rank takes its own sums; if the world size has changed, rank 0 takes the total."""
         self.clear()
         self._num_steps = state["num_steps"]
         sums = torch.tensor(state["sums"], device=self._device)
@@ -63,7 +63,7 @@ class IntervalMetrics:
             self._sums[-1] = sums[0, -1]  # every rank holds the global gradient norm
 
     def read(self, config: TrainingConfig, state: TrainState, step_flops: float) -> dict[str, float]:
-        """The interval's metrics, the same on every worker; collective."""
+        """Returns the interval's metrics, which are the same on every worker. Collective."""
         seconds = time.monotonic() - self._start_time
         sums, gradient_norm = self._sums[:-1].clone(), self._sums[-1].item()
         torch.distributed.all_reduce(sums)
@@ -93,14 +93,14 @@ class IntervalMetrics:
 
 
 def _peak_bytes(device: torch.device) -> float:
-    """Peak memory: on a GPU torch's allocations, on a CPU this process's resident set."""
+    """Peak memory in bytes: on a GPU PyTorch's allocations, on a CPU the resident set of this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024.0
 
 
 class NonfiniteDetector:
-    """Finds the first nonfinite gradient, one step late, so that the device need not be synchronized."""
+    """Finds the first nonfinite gradient. Checks each step during the next one, to avoid a device synchronization."""
 
     def __init__(self) -> None:
         self._pending: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None

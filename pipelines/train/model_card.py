@@ -1,4 +1,4 @@
-"""The README.md of a generator: what it is, its data, its training and its terms.
+"""The model card (README.md) of a generator: description, training data, training and terms of use.
 
 docs/licences.md explains what a model card should say and what only its author can add.
 """
@@ -36,7 +36,7 @@ def write_card(
     init_from: str | None,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Writes README.md into a generator's folder. provenance: as in its provenance.json."""
+    """Writes README.md into a generator's folder. provenance: the content of its provenance.json."""
     code = code_identity()
     classes = ", ".join(manifest.class_names[:5]) + (", ..." if len(manifest.class_names) > 5 else "")
     num_steps, steps = (50, "many steps") if config.loss.is_flow_matching else (1, "one or a few steps")

@@ -1,4 +1,4 @@
-"""Checks and preparations before a training starts: nothing here writes, and invalid input is refused."""
+"""Validates a job and loads its inputs before training starts. Nothing here writes to storage."""
 
 from dataclasses import dataclass, replace
 
@@ -16,16 +16,16 @@ from pipelines.train.warm_start import InitialNetwork, delay_guidance, load_init
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """A training that is ready to start or to resume."""
+    """Validated inputs of a run that is ready to start or resume."""
 
     job: TrainJob
-    """With absolute locations and the delay of guidance decided."""
+    """The job with absolute locations and its final `guidance_after_steps`."""
     manifest: Manifest
-    """Of the latent dataset."""
+    """Manifest of the latent dataset."""
     record: TrainingRecord | None
-    """Of the run to resume; None for a new run."""
+    """Record of the run to resume; None for a new run."""
     initial: InitialNetwork | None
-    """The network of a warm start, for a new run."""
+    """Initial network of a new run with a warm start; None otherwise."""
 
 
 def prepare(job: TrainJob) -> Preparation:
@@ -44,7 +44,7 @@ def prepare(job: TrainJob) -> Preparation:
         if initial is not None and initial.is_flow_matching:
             job = replace(job, config=delay_guidance(job.config, manifest))
         return Preparation(job=job, manifest=manifest, record=None, initial=initial)
-    if job.config.guidance_after_steps is None:  # decided by the warm start
+    if job.config.guidance_after_steps is None:  # the warm start may have set it
         decided = record.identity["config"].get("guidance_after_steps")
         job = replace(job, config=replace(job.config, guidance_after_steps=decided))
     require_same_experiment(job, manifest, record)
@@ -52,9 +52,9 @@ def prepare(job: TrainJob) -> Preparation:
 
 
 def recover_initial(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> InitialNetwork | None:
-    """The initial network of a run to resume that has no checkpoint yet; None if it has one.
+    """Loads the initial network of a resumed run that has no checkpoint yet; None if it has one.
 
-    Raises InputError if the run has more than num_steps steps, or the initial network has changed.
+    Raises InputError if the run already has more than num_steps steps, or if the initial network has changed.
     """
     latest = checkpoints.committed(*storage.open_storage(job.run_location))
     if latest is not None:
@@ -88,7 +88,7 @@ def _with_absolute_locations(job: TrainJob) -> TrainJob:
 
 
 def _require_fitting_data(job: TrainJob, manifest: Manifest) -> None:
-    """Raises InputError if the datasets do not fit the autoencoder, each other, the network or the workers."""
+    """Raises InputError if the datasets do not match each other, the autoencoder, the network or the workers."""
     if job.vae is not None:
         _require_autoencoder(job.vae, job.data, manifest)
     if job.validation_data is not None:

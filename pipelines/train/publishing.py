@@ -1,4 +1,4 @@
-"""Publishing a finished training: the generator of every moving average, and the first one's registration in MLflow."""
+"""Publishes a finished run: saves a generator for every moving average and registers the first in MLflow."""
 
 import logging
 import tempfile
@@ -34,18 +34,18 @@ INDEX_FILE = "model_index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedTraining:
-    """A finished training, as far as its generators depend on it."""
+    """What the generators of a finished run are made from."""
 
     job: TrainJob
-    """The training, with absolute locations."""
+    """The job, with absolute locations."""
     preset: str
     """Name of the preset."""
     manifest: Manifest
-    """Of the latent dataset."""
+    """Manifest of the latent dataset."""
     checkpoint: Checkpoint
     """The last checkpoint."""
     step: int
-    """Its number of steps."""
+    """Training steps completed at `checkpoint`."""
 
     def folder_name(self, decay: float) -> str:
         """Name of a moving average's folder in the run's folder."""
@@ -55,7 +55,7 @@ class FinishedTraining:
 def training_pipeline(
     network: AnyNetwork, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig
 ) -> MeanFlowPipeline:
-    """The diffusers pipeline of a network in training."""
+    """Builds a diffusers pipeline from a network in training."""
     return build_pipeline(
         network,
         vae,
@@ -102,7 +102,7 @@ def publish_generators(training: FinishedTraining, run: Run) -> Published:
 def write_generator(training: FinishedTraining, decay: float, run: Run, folder: Path) -> dict[str, str]:
     """Writes the generator of a moving average with its model card and provenance.
 
-    Returns {"transformer_sha256", "vae_sha256"}: the hashes of its weights.
+    Returns the SHA-256 hashes of its weights, under "transformer_sha256" and "vae_sha256".
     """
     job, manifest = training.job, training.manifest
     with torch.random.fork_rng(devices=[]):
@@ -135,7 +135,7 @@ def write_generator(training: FinishedTraining, decay: float, run: Run, folder: 
 def upload(training: FinishedTraining, decay: float, folder: Path) -> str:
     """Uploads a generator's files into the run's folder, and returns its location.
 
-    model_index.json is deleted first and uploaded last, so that nobody opens a mixture of two generators.
+    model_index.json is deleted first and uploaded last, so that a mixture of two generators cannot be opened.
     """
     location = f"{training.job.run_location}/{training.folder_name(decay)}"
     filesystem, target = storage.open_storage(location)

@@ -1,4 +1,7 @@
-"""A run's training.json: the experiment, its MLflow run and its published generator. A resumed run must match it."""
+"""The record of a run (training.json): its experiment, MLflow run and published generator.
+
+A run can only be resumed with the recorded experiment.
+"""
 
 import json
 import logging
@@ -20,7 +23,7 @@ from pipelines.train.job import TrainJob
 logger = logging.getLogger(__name__)
 
 TRAINING_RECORD = "training.json"
-# Settings that a resumed run may change: its length, its logging, and how it computes the same numbers.
+# Settings that may change on resume: the run's length, its intervals, and how the same computation is executed.
 RESUMABLE_SETTINGS = (
     "num_steps",
     "log_interval_steps",
@@ -36,7 +39,7 @@ class Published:
     """The published generator of a run."""
 
     step: int
-    """Steps of its checkpoint."""
+    """Training steps completed at its checkpoint."""
     generator: str
     """Location of its folder."""
     model: str
@@ -48,27 +51,27 @@ class TrainingRecord:
     """The content of training.json."""
 
     identity: dict[str, Any]
-    """What a resumed run must not change: see `identity`."""
+    """Settings and hashes that must not change on resume; see the function `identity`."""
     preset: str
     """Name of the preset."""
     num_steps: int
-    """Steps at the start of the run."""
+    """`num_steps` when the run was started."""
     init_sha256: str | None
-    """Hash of the initial network's weights; None for a random one."""
+    """Hash of the initial network's weights; None for random initialization."""
     device: Device
     """Device of the workers, which a resumed run keeps."""
     mlflow_run_id: str
-    """The MLflow run that tracks it."""
+    """ID of its MLflow run."""
     tracking_uri: str
-    """Address of MLflow."""
+    """MLflow tracking URI."""
     code: dict[str, str]
-    """Commit and versions at the start of the run."""
+    """Commit and package versions when the run was started."""
     published: Published | None = None
     """The published generator; None while training has not finished."""
 
 
 def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
-    """What a resumed run must not change: the experiment, the data and the initial network, as nested JSON values."""
+    """Returns what must not change on resume (experiment, data, initial network) as nested JSON values."""
     config = {name: value for name, value in asdict(job.config).items() if name not in RESUMABLE_SETTINGS}
     content = {
         "config": config,
@@ -81,7 +84,7 @@ def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
 
 
 def read_record(job: TrainJob) -> TrainingRecord | None:
-    """Reads a run's training.json; None for a new run. Raises InputError if its folder holds something else."""
+    """Reads a run's training.json; None for a new run. Raises InputError for a damaged file or another kind of folder."""
     filesystem, folder = storage.open_storage(job.run_location)
     path = f"{folder}/{TRAINING_RECORD}"
     if filesystem.get_file_info(path).type == fs.FileType.File:
@@ -109,7 +112,10 @@ def write_record(job: TrainJob, record: TrainingRecord) -> None:
 
 
 def require_same_experiment(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> None:
-    """Raises InputError if the run was started as another experiment; warns if its code has changed."""
+    """Raises InputError if the job is a different experiment from the recorded one.
+
+    Logs a warning if the code has changed, or if a new num_steps moves the learning rate's cool-down.
+    """
     before, now = flatten(record.identity), flatten(identity(job, manifest))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
@@ -133,7 +139,7 @@ def require_same_experiment(job: TrainJob, manifest: Manifest, record: TrainingR
 
 
 def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str) -> Run:
-    """Creates the training's MLflow run with its parameters and data sets."""
+    """Creates the training's MLflow run with its parameters and datasets."""
     parameters = {
         "preset": preset,
         **job.config.flat(),
@@ -169,7 +175,7 @@ def _dataset(location: str, manifest: Manifest, context: str) -> DatasetInput:
 
 
 def resume_run(record: TrainingRecord) -> Run:
-    """Marks the training's MLflow run as running again. Raises InputError if the address does not know it."""
+    """Marks the training's MLflow run as running again. Raises InputError if MLflow has no such run."""
     run = Run(record.tracking_uri, record.mlflow_run_id)
     run.resume()
     return run
@@ -178,7 +184,7 @@ def resume_run(record: TrainingRecord) -> Run:
 def new_record(
     job: TrainJob, preset: str, manifest: Manifest, run: Run, init_sha256: str | None = None
 ) -> TrainingRecord:
-    """The record of a run that starts now."""
+    """Creates the record of a new run."""
     return TrainingRecord(
         identity=identity(job, manifest),
         preset=preset,

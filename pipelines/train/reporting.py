@@ -1,4 +1,4 @@
-"""What a training reports: metrics and sample grids in MLflow, progress in the log."""
+"""Reports metrics and sample grids to MLflow, and progress to the log."""
 
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ GRID_KEYS = {1: "samples/one_step", 2: "samples/two_steps"}  # by the number of 
 
 
 def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.ndarray:
-    """Samples at fixed seeds, one row per class: uint8 (H, W, 3)."""
+    """Generates a grid of samples with fixed seeds, one row per class: uint8 (H, W, 3)."""
     num_classes = min(GRID_CLASSES, pipeline.transformer.config.num_classes)
     labels = [label for label in range(num_classes) for _ in range(GRID_SEEDS)]
     seeds = [seed for _ in range(num_classes) for seed in range(GRID_SEEDS)]
@@ -26,7 +26,7 @@ def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.
 
 
 class Reporter:
-    """Reports metrics and samples. Without a run it reports nothing, but takes part in sampling a sharded network."""
+    """Reports metrics and samples. With `run` None it logs nothing, but takes part in sampling a sharded network."""
 
     def __init__(self, run: Run | None, pipeline: MeanFlowPipeline, num_steps: int, first_step: int) -> None:
         self._run = run
@@ -52,7 +52,7 @@ class Reporter:
                 self._run.log_image(grid, key, step)
 
     def pending_rows(self) -> list[dict[str, Any]]:
-        """Metrics that MLflow has not stored yet, for a checkpoint."""
+        """Returns metrics that MLflow has not stored yet, to be saved in a checkpoint."""
         return [] if self._run is None else self._run.pending()
 
     def close(self) -> None:

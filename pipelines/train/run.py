@@ -1,4 +1,4 @@
-"""The driver: prepares a training, runs its workers with Ray Train, and publishes the generators."""
+"""The driver: prepares a run, trains on Ray Train workers, and publishes the generators."""
 
 import logging
 import signal
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(preset: str, job: TrainJob) -> TrainingRecord:
-    """Trains, or resumes a training, publishes its generators, and returns its record.
+    """Starts or resumes a run, trains to its end, publishes its generators, and returns its record.
 
     Raises InputError for invalid input, RunError if training fails, and SystemExit if it is stopped.
     """
@@ -80,7 +80,7 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
 
 
 def dry_run(preset: str, job: TrainJob) -> str:
-    """Describes the training and its costs. Raises InputError as `train`."""
+    """Describes the run and its costs without training. Raises InputError for invalid input."""
     ready = prepare(job)
     job, manifest = ready.job, ready.manifest
     workload = Workload(
@@ -99,7 +99,7 @@ def dry_run(preset: str, job: TrainJob) -> str:
 
 
 def _with_device(job: TrainJob, record: TrainingRecord | None) -> TrainJob:
-    """The job with "auto" replaced by the device of the run to resume, or by the cluster's."""
+    """Replaces device "auto": a resumed run keeps its device; a new run uses GPUs if the cluster has any."""
     device = record.device if record is not None and job.device == "auto" else job.device
     use_gpu = choose_gpus(device, job.min_workers or job.num_workers)
     return replace(job, device="gpu" if use_gpu else "cpu")
@@ -161,9 +161,9 @@ def _require_finished(job: TrainJob, outcome: Outcome) -> None:
 
 
 def _publish(training: FinishedTraining, run: Run, record: TrainingRecord, *, is_validated: bool) -> TrainingRecord:
-    """Validates the last checkpoint, unless done during training, and publishes its generators, once per step.
+    """Publishes the generators of the last checkpoint; validates it first if that was not done during training.
 
-    Returns the record with `published`.
+    Does nothing if this step's generators are already published. Returns the record with `published` set.
     """
     if record.published is not None and record.published.step == training.step:
         logger.info("the generators of step %d are already published", training.step)

@@ -1,8 +1,9 @@
 """Stop requests and preemption notices, delivered to all workers after the same step.
 
-SIGTERM (`ray job stop`) reaches the driver, which forwards it to an actor; rank 0 polls that actor once a second. Ray
-itself knows which nodes will be preempted, through a collective call. Workers must react after the same step, or they
-deadlock. Therefore each step starts an asynchronous all-reduce of two flags, which the next step reads without waiting.
+SIGTERM (`ray job stop`) reaches the driver, which forwards it to an actor; rank 0 polls that actor once a second.
+Preemption notices come from Ray through a collective call. All workers must react after the same step, or they deadlock.
+Therefore each step starts an asynchronous all-reduce of two flags, and the next step reads the result. This overlaps
+the communication with computation.
 """
 
 import contextlib
@@ -31,13 +32,13 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "meanflow-ray"
 STOP_POLL_SECONDS = 1.0
 PREEMPTION_POLL_SECONDS = 5.0  # Ray's own interval
-ACKNOWLEDGE_SECONDS = 10.0  # no worker is running if a stop request is not acknowledged by then
-# A killed driver's actor may outlive it by this much.
+ACKNOWLEDGE_SECONDS = 10.0  # after this time without acknowledgement, no worker is running
+# How long the actor may outlive a killed driver.
 ACTOR_EXIT_SECONDS = 30.0
 
 
 class StopRequest:
-    """Actor: holds the driver's request to stop. It ends with the driver's job."""
+    """Actor that holds the driver's request to stop. It ends with the driver's job."""
 
     def __init__(self) -> None:
         self._is_requested = self._is_acknowledged = False
@@ -47,7 +48,7 @@ class StopRequest:
         self._is_requested = True
 
     def poll(self) -> bool:
-        """Whether to stop; called by rank 0, which thereby acknowledges a request."""
+        """Returns whether to stop. Only rank 0 calls this; the call acknowledges a request."""
         self._is_acknowledged = self._is_requested
         return self._is_requested
 
@@ -57,7 +58,7 @@ class StopRequest:
 
 
 def claim_run(run: str) -> ActorHandle:
-    """Creates the run's stop request. Its name is also the lock that keeps a second job from training the run.
+    """Creates the run's stop-request actor. Its unique name is also a lock: a second job cannot train the run.
 
     The actor is pinned to the driver's node, so it lives as long as the driver. Raises InputError if another job of
     this cluster trains the run: both would write the same checkpoints.
@@ -84,7 +85,7 @@ def claim_run(run: str) -> ActorHandle:
 def stop_on_sigterm(request: ActorHandle) -> Iterator[None]:
     """Turns SIGTERM into a stop request. A second SIGTERM, or a request that no worker acknowledges, ends the process.
 
-    Ray handles Ctrl-C inside by ending the workers and exiting with code 0; this becomes a KeyboardInterrupt.
+    On Ctrl-C, Ray ends the workers and exits with code 0; this exit is converted into a KeyboardInterrupt.
     """
     received, finished = threading.Event(), threading.Event()
 
@@ -100,7 +101,7 @@ def stop_on_sigterm(request: ActorHandle) -> Iterator[None]:
         logger.warning("stop requested: saving a checkpoint first")
         deadline = time.monotonic() + ACKNOWLEDGE_SECONDS
         while time.monotonic() < deadline and not finished.wait(0.2):
-            with contextlib.suppress(RayError):  # a lost call is repeated
+            with contextlib.suppress(RayError):  # a failed call is retried
                 ray.get(request.request.remote())
                 if ray.get(request.is_acknowledged.remote()):
                     return
@@ -126,16 +127,16 @@ def stop_on_sigterm(request: ActorHandle) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Signals:
-    """What all workers know after a step."""
+    """Signals after a step, the same on all workers."""
 
     stop_requested: bool = False
-    """The run is to stop."""
+    """The driver requested a stop."""
     preemption_announced: bool = False
-    """Ray announced that another node will be preempted."""
+    """Ray announced a new preemption of a node."""
 
 
 class SignalMonitor:
-    """Tells every worker of stop requests and preemption notices after the same step: call `poll` once per step."""
+    """Delivers stop requests and preemption notices to all workers after the same step. Call `poll` once per step."""
 
     def __init__(self, request: ActorHandle | None, rank: int) -> None:
         _choose_gloo_interface()
@@ -151,7 +152,7 @@ class SignalMonitor:
             threading.Thread(target=self._poll_stop_request, args=(request,), daemon=True).start()
 
     def poll(self) -> Signals:
-        """The signals up to the previous step, the same on every worker."""
+        """Returns the signals up to the previous step, which are the same on every worker."""
         stop_requested = polls_preemption = False
         if self._reduction is not None:
             self._reduction.wait()
@@ -175,7 +176,7 @@ class SignalMonitor:
 
     def _poll_stop_request(self, request: ActorHandle) -> None:
         while not self._closed.wait(STOP_POLL_SECONDS):
-            with contextlib.suppress(RayError):  # a lost call is repeated
+            with contextlib.suppress(RayError):  # a failed call is retried
                 if ray.get(request.poll.remote()):
                     self._stop_requested.set()
                     return
@@ -188,7 +189,7 @@ class SignalMonitor:
 
 
 def _choose_gloo_interface() -> None:
-    """Makes gloo use Ray's network interface. Its default, the host name's address, is the loopback on Debian."""
+    """Makes Gloo use Ray's network interface. By default it uses the host name's address: on Debian, the loopback."""
     own_address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == own_address for address in addresses):

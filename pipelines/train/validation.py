@@ -1,7 +1,7 @@
 """Errors of each checkpoint on held-out images, measured in a Ray task while training continues.
 
-The squared errors of the moving average, as training logs them, on unseen latents and with fixed random draws. The gap
-between both curves shows overfitting.
+Validation computes the same squared errors as the training log, but of the moving average, on held-out latents and with
+fixed random draws. A gap between the training and validation curves shows overfitting.
 """
 
 import functools
@@ -31,7 +31,7 @@ from pipelines.train.job import TrainJob
 
 logger = logging.getLogger(__name__)
 
-SEED = 20_250_519  # of the draws; independent of the training's seed
+SEED = 20_250_519  # seed of the draws; independent of the training seed
 MAX_SAMPLES = 4096
 BATCH_SIZE = 64
 TIMEOUT_SECONDS = 1800.0  # per checkpoint; later checkpoints wait
@@ -39,7 +39,7 @@ MLFLOW_PATIENCE_SECONDS = 600.0
 
 
 def require_comparable(location: str, training: Manifest) -> None:
-    """Raises InputError if held-out latents differ from the training's in autoencoder, classes or shape."""
+    """Raises InputError if held-out and training latents differ in autoencoder, classes or shape."""
     held_out = read_manifest(location)
     for what, theirs, ours in (
         ("autoencoder", held_out.recipe.vae_sha256, training.recipe.vae_sha256),
@@ -53,14 +53,14 @@ def require_comparable(location: str, training: Manifest) -> None:
 
 
 def has_spare_resources(job: TrainJob) -> bool:
-    """Whether the cluster has a CPU, and on GPUs also a GPU, that training does not use."""
+    """Whether training leaves a CPU free (and a GPU, if it trains on GPUs)."""
     resources = ray.cluster_resources()
     kind = "GPU" if job.device == "gpu" else "CPU"
     return min(resources.get("CPU", 0), resources.get(kind, 0)) >= job.num_workers + 1
 
 
 def ray_config(job: TrainJob, tracking_uri: str, run_id: str) -> ValidationConfig:
-    """Makes Ray Train run `validate` on every checkpoint, as a separate task."""
+    """Returns a configuration with which Ray Train runs `validate` as a separate task."""
     return ValidationConfig(
         functools.partial(validate, job=job, tracking_uri=tracking_uri, run_id=run_id),
         task_config=ValidationTaskConfig(timeout_s=TIMEOUT_SECONDS),
@@ -91,7 +91,10 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
 def held_out_errors(
     network: AnyNetwork, dataset: LatentDataset, normalization: LatentNormalization, config: TrainingConfig
 ) -> dict[str, float]:
-    """Mean squared errors (summed over C, H, W) for r = t and for r < t, over at most 4,096 evenly spaced images."""
+    """Returns squared errors, summed over C, H, W and averaged over images, separately for r = t and r < t.
+
+    Uses at most `MAX_SAMPLES` evenly spaced images.
+    """
     chosen = np.linspace(0, len(dataset) - 1, num=min(len(dataset), MAX_SAMPLES), dtype=np.int64)
     loss = replace(config.loss, label_drop_probability=0.0)
     sums, counts = {"equals": 0.0, "below": 0.0}, {"equals": 0, "below": 0}

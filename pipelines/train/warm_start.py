@@ -1,4 +1,4 @@
-"""Warm starts: the initial network from a generator or a public checkpoint instead of random parameters."""
+"""Warm starts: initialize the network from a generator or a public checkpoint instead of randomly."""
 
 import json
 import logging
@@ -32,17 +32,17 @@ class InitialNetwork:
     """A pretrained network."""
 
     network: AnyNetwork
-    """Of the configured architecture and size, in float32."""
+    """The network, of the configured architecture and size, in float32."""
     is_flow_matching: bool
-    """It was trained by flow matching: it knows only instantaneous velocities."""
+    """Whether it was trained with flow matching and predicts only instantaneous velocities."""
 
 
 def load_initial_network(job: TrainJob, manifest: Manifest) -> InitialNetwork | None:
     """Loads the network of --init-from and --init-source; None without --init-from.
 
-    A flow-matching network was never trained with t - r > 0. It is changed to predict its velocity, that of t - r = 0,
-    for every t - r; training then learns the rest. Raises InputError if the network is missing, has another
-    architecture or size, or was trained on latents with another normalization.
+    A flow-matching network was trained with t - r = 0 only. It is modified to predict the same instantaneous velocity
+    for every t - r; training then learns the dependence on t - r. Raises InputError if the network is missing, has
+    another architecture or size, or was trained on latents with another normalization.
     """
     location, source = job.init_from, job.init_source
     if location is None:
@@ -85,7 +85,7 @@ def _require_same_normalization(folder: Path, data: str) -> None:
 
 
 def delay_guidance(config: TrainingConfig, manifest: Manifest) -> TrainingConfig:
-    """The configuration with `guidance_after_steps` set for a flow-matching network, unless it is set already.
+    """Returns the configuration with `guidance_after_steps` for a flow-matching network, unless it is already set.
 
     Guidance with a large kappa from the first step makes training from a flow-matching network diverge.
     """

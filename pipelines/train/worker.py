@@ -1,4 +1,4 @@
-"""The training loop of a worker: next batches, `train_step`, log, checkpoint."""
+"""The training loop of a worker: get batches, `train_step`, log, checkpoint."""
 
 import logging
 import os
@@ -41,15 +41,15 @@ class WorkerTask:
     """What the driver passes to every worker."""
 
     job: TrainJob
-    """The training, with absolute locations."""
+    """The job, with absolute locations."""
     tracking_uri: str
-    """Address of MLflow."""
+    """MLflow tracking URI."""
     run_id: str
-    """The MLflow run."""
+    """ID of the MLflow run."""
     stop_request: ActorHandle | None
     """Actor that holds the driver's request to stop."""
     initial_network: ray.ObjectRef | None
-    """The network of a warm start, while there is no checkpoint."""
+    """Initial network of a warm start; ignored once there is a checkpoint."""
     step_flops: float
     """Floating-point operations of the model per step, over all workers."""
     validates: bool
@@ -69,7 +69,7 @@ class Outcome:
 
 
 def train_worker(arguments: dict[str, Any]) -> Outcome:
-    """Trains on one worker, from the run's last checkpoint to its end. arguments: {"task": WorkerTask}."""
+    """Trains on one worker, starting from the run's last checkpoint. arguments: {"task": WorkerTask}."""
     set_up_logging()
     with ExitStack() as stack:
         return TrainingWorker(arguments["task"], stack).run()
@@ -79,7 +79,7 @@ class TrainingWorker:
     """One worker's training state, data and reports."""
 
     def __init__(self, task: WorkerTask, stack: ExitStack) -> None:
-        """Restores the run's last committed checkpoint, or initializes. stack: closes the worker's resources."""
+        """Restores the run's last committed checkpoint, or initializes a new state. stack: receives cleanup callbacks."""
         self._task, self._job, self._config = task, task.job, task.job.config
         context = ray.train.get_context()
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
@@ -127,10 +127,10 @@ class TrainingWorker:
         )
 
     def _build_reporter(self, stack: ExitStack, unlogged: list[dict[str, Any]]) -> Reporter | None:
-        """Reports on rank 0; None on other ranks, unless they hold a shard that sampling needs."""
+        """Builds rank 0's reporter. Other ranks get None, or with FSDP2 one that logs nothing but takes part in sampling."""
         context, run = ray.train.get_context(), Run(self._task.tracking_uri, self._task.run_id)
         if context.get_local_rank() == 0:
-            stack.callback(run.flush)  # after the last system metrics
+            stack.callback(run.flush)  # runs after system_metrics has ended
             stack.enter_context(run.system_metrics(f"node-{context.get_node_rank()}"))
         if self._rank == 0:
             run.adopt(unlogged)
@@ -140,7 +140,7 @@ class TrainingWorker:
         return Reporter(run if self._rank == 0 else None, pipeline, self._config.num_steps, self._state.step)
 
     def run(self) -> Outcome:
-        """Trains until the last step, a stop request or a nonfinite gradient: the same on every worker."""
+        """Trains until the last step, a stop request or a nonfinite gradient. All workers return the same outcome."""
         config, was_stopped = self._config, False
         while self._state.step < config.num_steps and not was_stopped:
             self._train_step()
@@ -223,9 +223,9 @@ def _set_up_device(job: TrainJob) -> torch.device:
 
 
 def _wrap_network(state: TrainState, job: TrainJob) -> tuple[Network, Callable[[], AbstractContextManager[None]]]:
-    """The network whose backward averages gradients over workers, and the context of all passes but the last."""
+    """Returns a network that averages gradients over workers, and the context for all passes but the last."""
     if job.parallelism == "fsdp2":
-        # Every pass reduces its gradients: keeping them unsharded until the last would take the memory that FSDP saves.
+        # Every pass reduces its gradients: accumulating them unsharded would use up the memory that FSDP saves.
         return state.network, nullcontext
     wrapper = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return wrapper, wrapper.no_sync

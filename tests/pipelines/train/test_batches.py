@@ -26,7 +26,7 @@ def source_of(dataset, config, rank=0, world_size=1, rows_per_pass=None):
 
 
 @pytest.mark.parametrize(("rows_per_pass", "num_passes"), [(None, 1), (3, 2), (1, 5)])
-def test_workers_shares_join_to_the_whole_batch_in_order(dataset, rows_per_pass, num_passes):
+def test_shares_of_all_workers_concatenate_to_the_global_batch(dataset, rows_per_pass, num_passes):
     [whole] = source_of(dataset, debug()).batches(step=2)  # within the first epoch
     parts = [
         batch for rank in range(3) for batch in source_of(dataset, debug(), rank, 3, rows_per_pass).batches(step=2)
@@ -52,7 +52,7 @@ def test_samples_and_draws_are_a_function_of_seed_and_step(dataset, seed, step):
     assert batch.labels.tolist() == [index % 7 for index in samples_of_step(seed, step, 16, 50)]
 
 
-def test_prefetcher_gives_the_sources_batches_and_none_past_the_last_step(dataset, monkeypatch):
+def test_prefetcher_returns_the_sources_batches_and_stops_at_the_last_step(dataset, monkeypatch):
     source = source_of(dataset, debug())
     expected = {step: source.batches(step)[0] for step in (3, 4, 9)}
     computed, original = [], source.batches

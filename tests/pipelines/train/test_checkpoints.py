@@ -61,7 +61,7 @@ def test_orphans_are_deleted_and_other_folders_kept(tmp_path):
 
 
 def test_intact_record_is_not_rewritten(tmp_path, caplog):
-    checkpoints.repair_record(LOCAL, str(tmp_path / "run"))  # nothing there yet
+    checkpoints.repair_record(LOCAL, str(tmp_path / "run"))  # the folder does not exist yet
     write_checkpoints(tmp_path, [10, 20])
     write_checkpoint(tmp_path, 30)  # complete, but not committed
     before = (tmp_path / checkpoints.RECORD).read_bytes()

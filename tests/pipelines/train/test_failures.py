@@ -12,7 +12,7 @@ from tests.support.training_jobs import training_job
 BROKEN_CONNECTION = RuntimeError("Connection closed by peer [10.0.0.1]")
 
 
-def test_cause_is_the_original_error_and_not_the_broken_connections_after_it():
+def test_cause_is_the_original_error_and_not_a_resulting_connection_error():
     disk_full, died = OSError(28, "No space left on device"), RayActorError()
     assert first_cause(WorkerGroupError("", {0: BROKEN_CONNECTION, 3: disk_full})) == Cause(disk_full, 3)
     assert first_cause(WorkerGroupError("", {0: BROKEN_CONNECTION})) == Cause(BROKEN_CONNECTION, 0)

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def _group(tmp_path_factory):
-    """A process group of this process alone."""
+    """A process group with a single process."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/meeting", rank=0, world_size=1
     )
@@ -24,7 +24,7 @@ def _group(tmp_path_factory):
 
 @pytest.fixture
 def now(monkeypatch):
-    """The seconds that the clock shows, in a list."""
+    """A fake clock: a list that holds the current time in seconds."""
     seconds = [100.0]
     monkeypatch.setattr("pipelines.train.metrics.time.monotonic", lambda: seconds[0])
     return seconds
@@ -101,7 +101,7 @@ def test_skipped_steps_do_not_count():
     assert deterministic(interval.read(debug(), state(), 1.0)) == deterministic(without.read(debug(), state(), 1.0))
 
 
-def test_resumed_interval_gives_the_same_bits():
+def test_resumed_interval_matches_an_uninterrupted_one_bit_for_bit():
     straight, first = IntervalMetrics(CPU), IntervalMetrics(CPU)
     for seed in range(6):
         straight.add(metrics(seed), data_seconds=0.0)
@@ -132,7 +132,7 @@ def test_each_rank_restores_its_own_sums(monkeypatch):
     assert second.state() == {"num_steps": 2, "sums": saved["sums"][1:]}
 
 
-def test_rates_count_the_steps_of_this_interval_and_process(now):
+def test_rates_exclude_earlier_intervals_and_steps_before_a_resume(now):
     interval = IntervalMetrics(CPU)
     interval.add(metrics(0), data_seconds=7.0)
     now[0] += 50.0

@@ -66,6 +66,6 @@ def test_invalid_options_are_refused(option, value, words, monkeypatch, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_limits_of_options_are_accepted():
+def test_boundary_values_of_options_are_accepted():
     _, job = parse_arguments(["debug", *REQUIRED, "--num-workers", "2", "--min-workers", "2", "--max-failures", "-1"])
     assert (job.num_workers, job.min_workers, job.max_failures) == (2, 2, -1)

@@ -29,7 +29,7 @@ def test_card_describes_data_training_and_autoencoder(tmp_path):
     card = card_of(tmp_path, LETTERS)
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header)["library_name"] == "diffusers"
-    assert "license" not in yaml.safe_load(header)  # the author decides
+    assert "license" not in yaml.safe_load(header)  # left to the author
     for words in (
         "# mine", "2 classes (a, b) at 256 pixels in one or a few steps", "preset xl2,\n  1,200 steps of 256 images",
         "decay 0.9999", "5 images from here; latent dataset\n  s3://b/latents", LETTERS.content_sha256, "some/vae",

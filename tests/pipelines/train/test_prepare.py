@@ -23,12 +23,12 @@ def job(tmp_path):
 
 @pytest.fixture
 def record(job):
-    """The record of a run that has started, which is written nowhere."""
+    """The record of a started run. It is not written to storage."""
     return new_record(job, "debug", small_manifest(), Run("http://127.0.0.1:9", "1a2b"))
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", ".hidden", "a/b"])
-def test_run_name_that_is_no_folder_name_is_refused(job, name):
+def test_invalid_run_name_is_refused(job, name):
     with pytest.raises(InputError, match="--run-name must have no slash and no leading dot"):
         prepare(replace(job, run_name=name))
 
@@ -113,5 +113,5 @@ def test_dry_run_describes_the_training_and_writes_nothing(job, tmp_path):
     assert "optimizer.learning_rate" in text
     assert "an epoch      25.0 steps" in text
     assert "2: 8 samples each, in 2 passes of 4" in text
-    assert "float32, one of 2 shards" in text  # the fewest workers hold the largest shards
+    assert "float32, one of 2 shards" in text  # shards are largest with the fewest workers
     assert not (tmp_path / "runs").exists()

@@ -21,7 +21,7 @@ from tests.support.training_jobs import job_with_data, small_manifest, with_conf
 
 @pytest.fixture
 def training(tmp_path, vae):
-    """A finished training of 20 steps with two moving averages; the averages of its state."""
+    """A finished run of 20 steps with two moving averages, and the networks of these averages."""
     vae.save_pretrained(tmp_path / "latents/vae")
     job = with_config(job_with_data(tmp_path, model_name=tmp_path.name), ema_decays=(0.9, 0.5))
     state = build_train_state(job.config, sample_size=8, in_channels=4, num_classes=2, device=torch.device("cpu"))

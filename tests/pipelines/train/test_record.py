@@ -40,7 +40,7 @@ def test_record_and_mlflow_run_describe_the_training(started, tracking_uri):
     assert client.get_run(record.mlflow_run_id).info.status == "RUNNING"
 
 
-def test_record_is_read_as_it_was_written(started, tmp_path):
+def test_record_round_trips_through_storage(started, tmp_path):
     job = training_job(tmp_path)
     published = Published(step=30, generator="somewhere", model="models:/m@champion")
     record = replace(read_record(started), published=published)
@@ -58,7 +58,7 @@ def test_damaged_or_foreign_record_is_refused(tmp_path, content):
         read_record(training_job(tmp_path))
 
 
-def test_folder_of_something_else_is_refused_and_kept(tmp_path):
+def test_folder_that_is_not_a_run_is_refused_and_kept(tmp_path):
     (tmp_path / "runs/r/checkpoint_1000").mkdir(parents=True)
     with pytest.raises(InputError, match=r"r is not a run of pipelines.train \(it has no training.json\)"):
         read_record(training_job(tmp_path))
@@ -101,7 +101,7 @@ def test_other_data_is_refused(started):
 
 
 @pytest.mark.parametrize("cooldown_steps", [0, 5])
-def test_other_code_and_a_moved_cooldown_are_warned_of(started, caplog, cooldown_steps):
+def test_changed_code_and_a_moved_cooldown_log_warnings(started, caplog, cooldown_steps):
     job = with_config(started, optimizer=replace(started.config.optimizer, cooldown_steps=cooldown_steps))
     record = read_record(started)
     record.identity["config"]["optimizer"]["cooldown_steps"] = cooldown_steps

@@ -15,7 +15,7 @@ METRICS = {"loss": 1.0, "images_per_second": 5.0, "squared_error_r_equals_t": 2.
 
 @pytest.fixture
 def _two_seeds(monkeypatch):
-    """Sample grids of two columns, because decoding takes time."""
+    """Limits sample grids to two columns to save decoding time."""
     monkeypatch.setattr(reporting, "GRID_SEEDS", 2)
 
 

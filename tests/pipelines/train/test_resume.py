@@ -1,4 +1,4 @@
-"""A training on a real Ray cluster whose worker is killed, with its storage in an object store."""
+"""Resuming on a real Ray cluster after a worker is killed, with storage in an object store."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ from tests.support.latents import encode_demo_images
 from tests.support.object_store import s3_bucket
 from tests.support.training_checkpoints import differing, last_checkpoint, tensors_of, train_in_this_process
 
-# Checkpoints in the middle of logging intervals, and steps that are slow enough to kill a worker between them.
+# Checkpoints fall within logging intervals. Steps are slow enough to kill the worker before the last one.
 CONFIG = replace(
     debug(), num_steps=40, global_batch_size=128, log_interval_steps=5, checkpoint_interval_steps=4,
     sample_interval_steps=1000,

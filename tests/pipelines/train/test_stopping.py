@@ -12,14 +12,14 @@ from pipelines.train.stopping import SignalMonitor, Signals, StopRequest, stop_o
 
 
 class Method:
-    """Stands in for an actor's method."""
+    """A fake actor method."""
 
     def __init__(self, call):
         self.remote = call
 
 
 class LocalActor:
-    """Stands in for the actor of a stop request, in this process. Without a worker nobody polls it."""
+    """A fake stop-request actor in this process. Without a worker it is never polled."""
 
     def __init__(self, *, has_worker=True):
         self.state, self.has_worker = StopRequest(), has_worker
@@ -34,13 +34,13 @@ class LocalActor:
 
 @pytest.fixture(autouse=True)
 def _local_calls(monkeypatch):
-    """Calls of a LocalActor return at once."""
+    """Makes ray.get return the result of a LocalActor call directly."""
     monkeypatch.setattr(stopping.ray, "get", lambda result: result)
 
 
 @pytest.fixture
 def handlers():
-    """The handlers of both signals, which are restored after the test."""
+    """The handlers of SIGTERM and SIGINT before the test. They are restored after it."""
     before = current_handlers()
     yield before
     for number, handler in before.items():
@@ -87,7 +87,7 @@ def test_sigterm_requests_a_stop_and_a_second_one_ends_the_process(handlers):
     with stop_on_sigterm(actor):
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(actor.state.is_acknowledged)
-        wait_until(lambda: num_threads("forward_request") == 0)  # the checkpoint may take any time
+        wait_until(lambda: num_threads("forward_request") == 0)  # no deadline for saving the checkpoint
     assert current_handlers() == handlers
     with pytest.raises(SystemExit) as stop:
         run_inside(actor, lambda: terminate(times=2))
@@ -104,7 +104,7 @@ def test_process_ends_if_no_worker_acknowledges_the_request(handlers, monkeypatc
     assert actor.state.poll()
 
 
-def test_lost_calls_are_repeated(handlers, monkeypatch):
+def test_failed_calls_are_retried(handlers, monkeypatch):
     actor, failures = LocalActor(), [stopping.RayError(), stopping.RayError()]
 
     def get(result):
@@ -146,7 +146,7 @@ def test_rays_exit_on_an_interrupt_becomes_keyboard_interrupt(handlers):
 
 @pytest.fixture(scope="module")
 def _group(tmp_path_factory):
-    """A process group of this process alone."""
+    """A process group with a single process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GLOO_SOCKET_IFNAME", raising=False)
         distributed.init_process_group(
@@ -160,7 +160,7 @@ def _group(tmp_path_factory):
 
 @pytest.fixture
 def preemption(monkeypatch):
-    """What Ray reports about preempted nodes, and how often it was called."""
+    """The fake preemption info that Ray reports, and the number of calls."""
     reported = {"info": None, "num_calls": 0}
 
     def info():
@@ -174,7 +174,7 @@ def preemption(monkeypatch):
 
 @pytest.mark.usefixtures("_group", "preemption")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_stop_request_arrives_one_step_after_rank_0_has_it(monkeypatch, rank):
+def test_stop_request_is_delivered_one_step_after_rank_0_receives_it(monkeypatch, rank):
     monkeypatch.setattr(stopping, "STOP_POLL_SECONDS", 0.02)
     actor = LocalActor()
     monitor = SignalMonitor(actor, rank)

@@ -1,4 +1,4 @@
-"""Training on a cluster of two nodes with an MLflow server, while parts of both are killed."""
+"""Training on a two-node cluster while workers, drivers, nodes and the MLflow server are killed."""
 
 import contextlib
 import json
@@ -139,7 +139,7 @@ class Training:
 
 
 def check_same(training: Training, straight: Training):
-    """Checks that a run equals the uninterrupted one: the same bits and metrics, and one finished MLflow run."""
+    """Checks that a run matches the uninterrupted one bit for bit, and has one finished MLflow run with the same metrics."""
     assert differing(training.tensors(), straight.tensors()) == []
     check_history(training)
     assert training.metrics() == straight.metrics()
@@ -168,7 +168,7 @@ def straight(cluster, server, latents, root):
 
 
 def fill_disk(training: Training):
-    """Limits the workers' files to 1 kB, which fails like a full disk."""
+    """Simulates a full disk by limiting the workers' files to 1 kB."""
     for worker in training.workers():
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
@@ -179,7 +179,7 @@ def test_run_matches_the_uninterrupted_one_whatever_is_killed(cluster, server, l
     random.seed(seed)
     training = Training(cluster, server, latents, root, f"chaos-{seed}")
     training.start()
-    # The server last: its restart takes longer than the steps that are left.
+    # The server comes last, because its restart takes longer than the remaining steps.
     events = [*random.sample(["worker", "driver", "node", "disk"], 4), "server"]
     for number, event in enumerate(events):
         training.wait_for_step(5 + number * NUM_STEPS // 6 + random.randint(0, 10))

@@ -30,7 +30,7 @@ CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory, image_root):
-    """Forty held-out images."""
+    """Latents of forty held-out images."""
     output = tmp_path_factory.mktemp("validation") / "latents"
     encode_without_ray(
         EncodeJob(images=str(image_root / "val"), output=str(output), vae=str(SHIPPED_AUTOENCODER), image_size=64)
@@ -106,7 +106,7 @@ def test_errors_are_means_over_all_images_for_any_batch_size(latents, tmp_path, 
     dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
     normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)
     network = perturbed(fresh_state().network)
-    with torch.no_grad():  # makes a dropped label visible
+    with torch.no_grad():  # so that a dropped label would change the errors clearly
         network.y_embedder.embedding_table.weight.mul_(100.0)
     loss, below, equal = replace(debug().loss, label_drop_probability=0.0), [], []
     for number, rows in enumerate(np.split(np.arange(40), [16, 32])):

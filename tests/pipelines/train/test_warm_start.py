@@ -27,7 +27,7 @@ def manifest():
 
 @pytest.fixture
 def data(tmp_path, vae):
-    """A dataset's folder with its autoencoder only."""
+    """A dataset folder that contains only its autoencoder."""
     vae.save_pretrained(tmp_path / "latents/vae")
     return str(tmp_path / "latents")
 
@@ -75,7 +75,7 @@ def test_network_that_ignores_step_size_predicts_its_velocity_for_any_r(network)
     z, labels = torch.randn(2, 4, 8, 8), torch.arange(2)
     times = torch.tensor([0.3, 0.9])
     ignoring.train()(z, Conditioning(t=times, r=times * 0, labels=labels)).u.square().sum().backward()
-    assert ignoring.h_embedder.mlp[2].weight.grad.abs().max() > 0  # and it can learn the rest
+    assert ignoring.h_embedder.mlp[2].weight.grad.abs().max() > 0  # the embedder of t - r still receives gradients
 
 
 def test_warm_start_loads_a_public_checkpoint(network, data, tmp_path):
@@ -96,7 +96,7 @@ def test_warm_start_loads_a_public_checkpoint(network, data, tmp_path):
         load(str(tmp_path / "checkpoint.pt"), "x", CONFIG, data)
 
 
-def test_network_that_does_not_fit_is_refused_with_the_differences(network, vae, data, tmp_path):
+def test_incompatible_network_is_refused_with_the_differences(network, vae, data, tmp_path):
     location = saved(network, vae, tmp_path / "generator", is_flow_matching=False)
     with pytest.raises(InputError, match="--init-from .*depth is 2, expected 7"):
         load(location, None, replace(CONFIG, depth=7), data)

@@ -1,10 +1,10 @@
-"""Compute reference statistics of real images in the features of an extractor, on every device of a cluster.
+"""Compute reference statistics of real images with a feature extractor, on every device of a cluster.
 
     python -m pipelines.reference --images ILSVRC/Data/CLS-LOC/train --output imagenet256.npz
     python -m pipelines.reference --data latents --output decoded.npz
 
-Writes an .npz without pickles: mu and sigma, the names that ADM's evaluator and other tools expect; mu_s and sigma_s if
-the extractor has spatial features; features for precision and recall; and `protocol`, a JSON string that describes how
+Writes an .npz without pickles. It contains mu and sigma, named as ADM's evaluator and other tools expect; mu_s and sigma_s
+if the extractor has spatial features; features for precision and recall; and protocol, a JSON string that describes how
 the file was made.
 """
 
@@ -13,7 +13,7 @@ from pipelines.evaluate.job import ReferenceJob
 
 
 def main() -> None:
-    """Computes and writes the reference."""
+    """Computes and writes the reference file."""
     job = parse_command_line(ReferenceJob, __doc__)
     from pipelines.evaluate.extractors import distance_name  # after parsing, to keep --help fast
     from pipelines.evaluate.make_reference import make_reference

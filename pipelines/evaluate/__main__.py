@@ -7,9 +7,9 @@
         --labels random --steps 1 2 --output report
 
 Computes the Frechet distance with its standard error (FID if the extractor is inception), Inception Score, precision,
-recall and sFID. With real images it also computes their own scores, the diversity of the samples, and how close the
-samples come to training images. Writes report.json, table.md and plots, and logs them to the MLflow run that trained the
-model.
+recall and sFID. Given held-out images, also scores them for comparison. Given training images as well, computes the
+diversity of the samples and their distance to the nearest training images. Writes report.json, table.md and plots, and
+logs them to the MLflow run that trained the model.
 """
 
 from pipelines.command_line import parse_command_line, run_command
@@ -17,7 +17,7 @@ from pipelines.evaluate.job import EvaluateJob
 
 
 def main() -> None:
-    """Evaluates as the command line says, and prints the table."""
+    """Runs the evaluation that the command line describes, and prints its table."""
     job = parse_command_line(EvaluateJob, __doc__)
     from pipelines.evaluate.run import evaluate  # after parsing, to keep --help fast
     from pipelines.evaluate.table import report_table

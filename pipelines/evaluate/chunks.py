@@ -1,7 +1,7 @@
-"""Cuts a set of images into chunks, the units of work of the workers.
+"""Splits a set of images into chunks, the units of work of the workers.
 
-Chunks depend on the size of the set alone, and a chunk's sums on the chunk alone. So neither the number of workers nor
-the death of one changes a result.
+Chunks depend only on the size of the set, and the sums of a chunk only on the chunk. Therefore results do not depend on
+the number of workers, nor on whether a worker dies and its chunk is processed again.
 """
 
 import itertools
@@ -23,7 +23,7 @@ CHUNK_SIZE = 500  # images per chunk: 34 MB of sums in Inception's features
 
 
 class Kept(NamedTuple):
-    """How many images of a set or chunk the workers return, and of how many the features."""
+    """Numbers of feature vectors and of images that workers return from a set or chunk, in addition to the sums."""
 
     features: int = 0
     images: int = 0
@@ -42,7 +42,7 @@ class Chunk:
     num_images: int
     source: Source
     kept: Kept
-    """Counted from the chunk's first image."""
+    """How many features and images to return, starting with the chunk's first image."""
 
 
 class Span(NamedTuple):
@@ -64,13 +64,13 @@ def spans(num_images: int) -> list[Span]:
 
 
 def share(num_kept: int, num_images: int, start: int, stop: int) -> int:
-    """How many of the images [start, stop) to keep, if `num_kept` of `num_images` are kept evenly over the chunks."""
+    """How many of the images [start, stop) to keep if `num_kept` are spread evenly over all `num_images`."""
     kept = min(num_kept, num_images)
     return stop * kept // num_images - start * kept // num_images
 
 
 def make_chunks(set_name: str, parts: Sequence[tuple[Span, Source]], kept: Kept = NOTHING_KEPT) -> list[Chunk]:
-    """One chunk per part. The spans must be consecutive and start at 0; what is kept is spread evenly over them."""
+    """Makes one chunk per part. Spans must be consecutive and start at 0. `kept` is spread evenly over the chunks."""
     num_images = parts[-1][0].stop if parts else 0
     return [
         Chunk(
@@ -98,7 +98,7 @@ def image_file_chunks(
     """All images of a source, cropped to `size`.
 
     shuffle: read class folders in a fixed random order, so that every jackknife group and score split sees all classes.
-    Parquet files and tars are always read in their own order, the only fast one.
+    Parquet and tar files are always read in their own order, because random access to them is slow.
     """
     _, listing, index = images
     order = np.arange(len(index))

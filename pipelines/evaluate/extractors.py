@@ -2,8 +2,8 @@
 
 B images of a batch, H W image size, D pooled features, K classes, S spatial features.
 
-A distance depends on the weights, the resize and the input range. Each extractor states them in its identity, and only
-statistics with equal identities compare.
+A distance depends on the extractor's weights, resize and input range. These form the extractor's identity, and only
+statistics with equal identities can be compared.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ INCEPTION_OTHER_WEIGHTS = "inception-other-weights"
 DINOV2 = ("dinov2-vit-s-14", "dinov2-vit-b-14", "dinov2-vit-l-14", "dinov2-vit-g-14")
 SCRIPT_SUFFIXES = (".pt", ".ts")
 
-# Of weights-inception-2015-12-05-6726825d.pth, torch-fidelity's conversion of TensorFlow's graph of 2015-12-05.
+# SHA-256 of weights-inception-2015-12-05-6726825d.pth, torch-fidelity's conversion of TensorFlow's graph of 2015-12-05.
 PUBLISHED_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 # sFID uses the first 7 channels, height x width x channel: 17 * 17 * 7 = 2023 values. Source: guided-diffusion's
@@ -50,22 +50,22 @@ class Extractor(Protocol):
     """Maps images to features, without gradients."""
 
     identity: dict[str, str]
-    """Name, weights and preprocessing. Only statistics with equal identities compare."""
+    """Name, weights and preprocessing. Only statistics with equal identities can be compared."""
     class_names: tuple[str, ...] | None
-    """Classes of the logits, if they are the data set's own; else None."""
+    """Class names of the logits if these are the data set's own classes, else None."""
 
     def __call__(self, images: torch.Tensor) -> Features:
-        """Features of a batch, uint8 (B, H, W, 3) on any device.
+        """Computes the features of images, uint8 (B, H, W, 3) on any device.
 
-        Raises ValueError for another shape or dtype, and InputError for images that the network does not accept.
+        Raises ValueError for any other shape or dtype, and InputError for images that the network does not accept.
         """
 
 
 def open_extractor(name: str, weights: Path | None, device: str | torch.device) -> Extractor:
-    """Opens an extractor by name: "inception", a DINOv2, a TorchScript file, or a judge's folder.
+    """Opens an extractor: "inception", the name of a DINOv2 model, a TorchScript file, or the folder of a judge.
 
-    weights: file of Inception's weights, weights-inception-2015-12-05-6726825d.pth; None downloads it. DINOv2 loads
-    through torch.hub, which runs the code of facebookresearch/dinov2. Raises InputError for an unknown name, unused
+    weights: file of Inception's weights, weights-inception-2015-12-05-6726825d.pth; None downloads it. DINOv2 is
+    loaded through torch.hub, which runs the code of facebookresearch/dinov2. Raises InputError for an unknown name, unused
     weights, an invalid file, a missing library and a failed download.
     """
     device = torch.device(device)
@@ -90,7 +90,7 @@ def open_extractor(name: str, weights: Path | None, device: str | torch.device) 
 
 
 def absolute_extractor(name: str) -> str:
-    """An extractor's name, with files and folders as absolute paths for processes in other working directories."""
+    """Makes the path of an extractor's file or folder absolute for other processes. Other names stay as they are."""
     is_known = name in (INCEPTION, *DINOV2)  # even if a folder of that name exists here
     return str(Path(name).absolute()) if not is_known and Path(name).exists() else name
 
@@ -101,13 +101,13 @@ def distance_name(identity: Mapping[str, str]) -> str:
 
 
 class _Inception:
-    """Inception-2015 by torch-fidelity, with its resize and input range."""
+    """torch-fidelity's Inception-2015, with its resize and input range."""
 
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         path = _published_weights() if weights is None else weights
-        # The library unpickles without restrictions, so load only tensors here and hand it a new file of them.
+        # torch-fidelity unpickles without restrictions. Load only tensors here, and pass them on as a new file.
         state = _load_tensors(path)
         library = _torch_fidelity()
         tensors_only = io.BytesIO()
@@ -143,7 +143,7 @@ class _Inception:
 
 
 class _DinoV2:
-    """The class token of DINOv2, by torch-fidelity. It has no classifier."""
+    """The class token of torch-fidelity's DINOv2, which has no classifier."""
 
     class_names: tuple[str, ...] | None = None
 
@@ -220,7 +220,7 @@ class _Script:
     def _run(self, pixels: torch.Tensor, arguments: dict[str, bool]) -> torch.Tensor:
         try:
             output = self._network(pixels, **arguments)
-        except RuntimeError as error:  # torch.jit.Error is one
+        except RuntimeError as error:  # includes torch.jit.Error
             last = str(error).strip().splitlines()[-1]
             raise InputError(f"{self._path} failed on uint8 images {tuple(pixels.shape)}: {last}") from error
         if not isinstance(output, torch.Tensor):
@@ -292,12 +292,12 @@ def _published_weights() -> Path:
 
 
 def _load_tensors(path: Path) -> Any:
-    """Loads a file of torch.save with tensors and plain containers only. Raises InputError for any other content."""
+    """Loads a torch.save file that contains only tensors and plain containers. Raises InputError for any other file."""
     if not path.is_file():
         raise InputError(f"no weights file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # files of other formats raise many kinds
+    except Exception as error:  # other file formats raise many types of exceptions
         raise InputError(
             f"{path} has more than tensors, or is damaged; it is not loaded, because a pickle can run any code; give "
             "weights-inception-2015-12-05-6726825d.pth"

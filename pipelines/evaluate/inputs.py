@@ -1,4 +1,4 @@
-"""What an evaluation reads: the generator or sample file, the extractor, the reference and the real images."""
+"""Inputs of an evaluation: the generator or sample file, the extractor, the reference and the real images."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +23,10 @@ class Generator:
     """A generator to sample."""
 
     folder: Path
-    """On this machine."""
+    """Local folder with its weights."""
     pipeline: MeanFlowPipeline
     ema_decay: float | None
-    """Decay of the moving average that it is. None if its folder does not say."""
+    """EMA decay of its weights. None if the folder does not record it."""
 
     @property
     def class_names(self) -> list[str]:
@@ -41,7 +41,7 @@ class Generator:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that an evaluation reads, checked against each other."""
+    """All inputs of an evaluation, checked for consistency."""
 
     extractor: Extractor
     generator: Generator | None
@@ -63,13 +63,13 @@ class Inputs:
 
     @cached_property
     def num_features(self) -> int:
-        """Features of the extractor."""
+        """Number of pooled features of the extractor."""
         size = self.image_size
         return self.extractor(torch.zeros(1, size, size, 3, dtype=torch.uint8)).pooled.shape[1]
 
 
 def open_inputs(job: EvaluateJob) -> Inputs:
-    """Opens everything that a job names. Raises InputError if something is missing, or does not fit the rest."""
+    """Opens all inputs of a job. Raises InputError for missing or inconsistent inputs."""
     extractor = open_extractor(job.extractor, job.extractor_weights, "cpu")
     generator, samples = None, None
     if job.samples is not None:

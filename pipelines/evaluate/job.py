@@ -1,4 +1,4 @@
-"""Options of the commands of this stage: evaluate, reference and side_by_side."""
+"""Options of the commands pipelines.evaluate, pipelines.reference and pipelines.side_by_side."""
 
 import itertools
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ STANDARD_NUM_SAMPLES = 50_000  # published FIDs use this number
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuringOptions:
-    """How images are measured."""
+    """Options for computing features of images."""
 
     extractor: str = "inception"
-    """Feature extractor: inception, dinov2-vit-{s,b,l,g}-14 (both need the extra `fid`), a TorchScript file, or the folder
-    of a judge such as the demo's, pipelines/demo/judge_weights."""
+    """Feature extractor: inception or dinov2-vit-{s,b,l,g}-14 (which need the extra `fid`), a TorchScript file, or the
+    folder of a judge: a small classifier such as the demo's, pipelines/demo/judge_weights."""
     extractor_weights: Path | None = None
     """File with the weights of inception. Default: download them."""
     batch_size: int = 50
@@ -50,7 +50,8 @@ class EvaluateJob(MeasuringOptions):
     train_images: str | None = None
     """Real images that the generator was trained on, in any format that pipelines.encode reads."""
     held_out_images: str | None = None
-    """Real images that the generator was not trained on. Their own scores are the floor, and the baseline for diversity."""
+    """Real images that the generator was not trained on. Their distance is the floor for samples. They are also the
+    baseline for diversity."""
     tracking_uri: str | None = None
     """MLflow address. Default: MLFLOW_TRACKING_URI. Without either, nothing is logged to MLflow."""
     steps: tuple[int, ...] = (1, 2, 4)
@@ -64,12 +65,12 @@ class EvaluateJob(MeasuringOptions):
     num_samples: int = STANDARD_NUM_SAMPLES
     """Samples per setting."""
     labels: Labels = "balanced"
-    """Class labels. balanced: sample i has class i mod num_classes. random: uniform, as in published MeanFlow and DiT FIDs
-    (about 0.1 higher)."""
+    """Class labels. balanced: sample i has class i mod num_classes. random: uniformly random, as in the published FIDs of
+    MeanFlow and DiT; FID is then about 0.1 higher."""
     seed: int = 0
-    """Base seed: sample i uses seed * 2^32 + i, on any number of devices."""
+    """Base seed. Sample i uses seed * 2^32 + i, whatever the number of devices."""
     num_precision_recall: int = 10_000
-    """Samples and reference images for precision and recall, whose cost grows with the square. 0 skips both."""
+    """Number of samples and reference images for precision and recall, at quadratic cost. 0 skips both."""
     save_samples: Path | None = None
     """Folder for the samples of every setting as .npz (arr_0, uint8 NHWC), for other evaluation suites."""
 
@@ -95,7 +96,7 @@ class EvaluateJob(MeasuringOptions):
             raise ValueError(
                 f"guidance_intervals must be (start, end) with 0 <= start <= end <= 1, but got {self.guidance_intervals}"
             )
-        slugs = [setting.slug for setting in self.settings]  # names of files and metrics
+        slugs = [setting.slug for setting in self.settings]  # used in names of files and metrics
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"settings must differ, but steps, guidance and solvers give {', '.join(slugs)}")
 
@@ -124,9 +125,9 @@ class ReferenceJob(MeasuringOptions):
     images: str | None = None
     """Images, in any format that pipelines.encode reads."""
     data: str | None = None
-    """Latent dataset to decode, instead of images: the best quality that a generator with its autoencoder can reach."""
+    """Latent dataset to decode, instead of --images. Decoded images have the best quality that their autoencoder allows."""
     image_size: int = 256
-    """Size that --images are cropped to; a latent dataset has its own."""
+    """Size of the crops of --images in pixels. Ignored for --data, because a latent dataset defines its own size."""
     num_features: int = 10_000
     """Feature vectors to keep for precision and recall, spread evenly over the images. 0 keeps none."""
 
@@ -151,7 +152,7 @@ class SideBySideJob:
     tracking_uri: str | None = None
     """MLflow address. Default: MLFLOW_TRACKING_URI."""
     allow_different_protocols: bool = False
-    """Compare reports although their protocols differ. The table lists the differences."""
+    """Compare reports even if their protocols differ. The table lists the differences."""
 
     def __post_init__(self) -> None:
         if len(self.reports) < 2:

@@ -59,7 +59,7 @@ class Judge(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor, batch_size: int = 250) -> Prediction:
-        """Features and logits of images uint8 (N, H, W, 3). Raises InputError for images of another size than trained on."""
+        """Features and logits of images uint8 (N, H, W, 3). Raises InputError for any other image size."""
         size = self.config.image_size
         if images.shape[1:3] != (size, size):
             raise InputError(f"the judge takes images of {size}x{size}, but got {images.shape[1]}x{images.shape[2]}")

@@ -46,7 +46,7 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
 
 
 def _plan(job: ReferenceJob) -> tuple[list[Chunk], dict[str, str], int]:
-    """The chunks to measure, what identifies their source, and the image size."""
+    """Returns the chunks to measure, the identity of their source, and the image size in pixels."""
     if job.images is not None:
         images = find_images(job.images)
         chunks = image_file_chunks("reference", images, job.image_size, Kept(features=job.num_features))

@@ -1,7 +1,7 @@
 """Measures sets of images with a pool of Ray actors, one per device.
 
-Images stay on the worker that drew or read them. It returns sums of features, and only the features and images that a
-chunk asks to keep.
+Images stay on the worker that generated or read them. A worker returns sums of features, and as many features and images
+as `Chunk.kept` specifies.
 """
 
 import logging
@@ -41,17 +41,17 @@ class WorkerConfig:
     """Generator, for samples and reconstructions."""
     tracking_uri: str | None = None
     autoencoder: str | None = None
-    """Latent dataset whose autoencoder decodes its latents, if there is no generator."""
+    """Latent dataset whose autoencoder is loaded if there is no generator."""
 
 
 class Measurer:
-    """Draws or reads the images of a chunk on one device and sums their features. It needs no cluster."""
+    """Generates or reads the images of a chunk on one device and sums their features. Works without a cluster."""
 
     def __init__(self, config: WorkerConfig, device: str) -> None:
-        torch.set_num_threads(1)  # a worker per CPU
-        forbid_tf32()  # reports state float32
+        torch.set_num_threads(1)  # there is one worker per CPU
+        forbid_tf32()  # reports record float32
         options = config.options
-        self._batch_size = options.batch_size  # rounding depends on it, so reports state it
+        self._batch_size = options.batch_size  # affects rounding, so reports record it
         self.extractor: Extractor = open_extractor(options.extractor, options.extractor_weights, device)
         self._models = _load_models(config, torch.device(device))
 
@@ -61,7 +61,7 @@ class Measurer:
         return {"sums": np.array([pickle.dumps(self.measure(chunk))], dtype=object)}
 
     def measure(self, chunk: Chunk) -> SetSums:
-        """The sums of a chunk."""
+        """Computes the sums of a chunk."""
         sums = SetSums(chunk.set_name)
         features: list[Features] = []
         for batch in chunk.source.batches(self._models, self._batch_size):
@@ -98,7 +98,7 @@ def _load_models(config: WorkerConfig, device: torch.device) -> Models:
 
 
 def _add_features(sums: SetSums, chunk: Chunk, batches: Sequence[Features]) -> None:
-    # On the extractor's device: outer products of 2,048 features take a CPU thread longer than a GPU's forward.
+    # Sum on the extractor's device: outer products of 2,048 features on a CPU thread take longer than a GPU forward.
     pooled = torch.cat([features.pooled for features in batches])
     sums.groups[chunk.group] = _statistics(pooled)
     if chunk.kept.features:
@@ -148,13 +148,13 @@ def measure_sets(
 ) -> dict[str, SetSums]:
     """Measures all chunks on the cluster. Returns the sums of each set, added in the order of its chunks.
 
-    on_chunk: called with the sums of every chunk in order; it may remove their images. Raises the InputError of a worker
-    that cannot load the extractor or the generator.
+    on_chunk: called with the sums of every chunk in order; it may remove their images. If a worker raises InputError, for
+    example because it cannot load the extractor, raises that error.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    context.target_max_block_size = None  # one chunk, one block
+    context.target_max_block_size = None  # keep one chunk per block
     rows = [pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())}) for chunk in chunks]
     results = ray.data.from_arrow(rows).map_batches(
         Measurer,
@@ -184,7 +184,7 @@ def measure_sets(
 
 
 def _input_error(error: BaseException) -> InputError | None:
-    """The InputError of a worker in a chain of causes."""
+    """Finds a worker's InputError in an exception's chain of causes. None if there is none."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):

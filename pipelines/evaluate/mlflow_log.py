@@ -21,8 +21,9 @@ LOGGED_METRICS = (
 
 
 def log_report(job: EvaluateJob, generator: Generator | None, report: Mapping[str, Any], files: Sequence[Path]) -> None:
-    """Logs to the run that trained the model, or to a new run if there is none. Without an MLflow address, does nothing.
+    """Logs to the run that trained the model, or to a new run if there is none.
 
+    Does nothing if there is neither a training run nor an MLflow address.
     generator: None if a sample file was measured.
     """
     tracking_uri = job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -36,7 +37,7 @@ def log_report(job: EvaluateJob, generator: Generator | None, report: Mapping[st
     for setting, entry in zip(settings, report["samples"], strict=True):
         prefix = f"{family}/{setting.variant_slug}/" if setting.variant_slug else f"{family}/"
         metrics = {f"{prefix}{key}": entry[key] for key in LOGGED_METRICS if key in entry}
-        run.log_metrics(metrics, setting.num_steps)  # sampling steps as MLflow's step: its charts show the curve
+        run.log_metrics(metrics, setting.num_steps)  # sampling steps as MLflow's step, for its charts
     for path in files:
         run.log_file(path, family)
     run.flush()
@@ -53,14 +54,14 @@ def _training_run(job: EvaluateJob, generator: Generator, tracking_uri: str | No
     assert job.model is not None
     if job.model.startswith(REGISTRY_SCHEMES):
         return find_run(job.model, tracking_uri)
-    return find_run(str(generator.folder), job.tracking_uri)  # without --tracking-uri, at the address of its provenance
+    return find_run(str(generator.folder), job.tracking_uri)  # default: the address in its provenance
 
 
 def metric_family(model: str | None, ema_decay: float | None) -> str:
-    """Name before the slash of all metrics of an evaluation: "evaluate", or "evaluate-ema-DECAY".
+    """Prefix of an evaluation's metric names, before the slash: "evaluate", or "evaluate-ema-DECAY".
 
-    Training registers its main generator and publishes it as `generator/`. The metrics of its other moving averages must
-    not replace those, so any other folder is logged under its own decay.
+    Training publishes its main generator as `generator/` and registers it. Metrics of other EMA decays are logged to the
+    same run. Their prefix contains the decay, so that they do not replace the main generator's metrics.
     """
     is_main = model is None or model.startswith(REGISTRY_SCHEMES) or Path(model).name == "generator"
     return "evaluate" if is_main or ema_decay is None else f"evaluate-ema-{ema_decay:g}"
@@ -74,7 +75,7 @@ def _new_run(job: EvaluateJob, report: Mapping[str, Any], tracking_uri: str) -> 
 
 
 def version_tags(report: Mapping[str, Any], settings: Sequence[Setting], location: str) -> dict[str, str]:
-    """Tags of the model's version: where the last report is, and the distance of each setting."""
+    """Tags of the registered model version: location of the latest report, and the distance of each setting."""
     protocol = report["protocol"]
     tags = {
         "evaluate.report": location,

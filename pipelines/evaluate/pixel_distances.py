@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from meanflow_core.metrics import mean_within_class_distance, nearest_distances
 
-PIXEL_SIZE = 64  # larger images are downsampled: enough to find a nearest neighbour among thousands
+PIXEL_SIZE = 64  # larger images are downsampled; this suffices to find a nearest neighbour among thousands
 
 
 class PixelDistances:
@@ -22,8 +22,8 @@ class PixelDistances:
 
         diversity: mean pairwise distance within a class, divided by that of held-out images. 0 means identical images.
         It is omitted if no class has two images.
-        nearest_train_ratio: median distance to the nearest training image, divided by that of held-out images. Far below
-        1 means copies. Either is omitted if the held-out images score 0.
+        nearest_train_ratio: median distance to the nearest training image, divided by that of held-out images. A
+        value far below 1 indicates copies. Either is omitted if the held-out images score 0.
         """
         pixels, metrics = downsample(images), {}
         diversity = _diversity(pixels, labels)
@@ -42,7 +42,7 @@ def _diversity(images: torch.Tensor, labels: torch.Tensor) -> float | None:
 
 
 def downsample(images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (N, H, W, 3), averaged to PIXEL_SIZE if larger."""
+    """Averages uint8 images (N, H, W, 3) down to PIXEL_SIZE; returns smaller ones unchanged."""
     if images.shape[1] <= PIXEL_SIZE:
         return images
     batches = [

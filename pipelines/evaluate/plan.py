@@ -1,4 +1,4 @@
-"""Which sets of images an evaluation measures."""
+"""Plans which sets of images an evaluation measures."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +25,12 @@ GRID = "grid"
 
 
 def samples_set(number: int) -> str:
-    """Name of the set of samples of the setting with this number."""
+    """Name of the set of samples drawn with setting `number`."""
     return f"samples {number}"
 
 
 def plan_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
-    """The chunks of all sets."""
+    """Returns the chunks of all sets."""
     chunks = _reference_chunks(job, inputs) + _held_out_chunks(job, inputs)
     if inputs.samples is None:
         return chunks + _generated_chunks(job, inputs)
@@ -40,7 +40,7 @@ def plan_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
 
 
 def _reference_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
-    """Training images to compute a reference from, or a reference's images if it has no features."""
+    """The training images if no reference is given, or the reference's own images if it has no features."""
     reference, kept = inputs.reference, Kept(features=job.num_precision_recall)
     if reference is None:
         assert inputs.train is not None
@@ -82,7 +82,7 @@ def _generated_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
 def grid_indices(job: EvaluateJob, num_classes: int) -> np.ndarray:
     """Sample indices of the image grid: rows of equal length, one for each of up to GRID_CLASSES evenly spread classes.
 
-    Random labels may miss classes; the grid has only classes with samples.
+    With random labels, some classes may have no samples. The grid leaves them out.
     """
     labels = job.rule.labels_of(np.arange(job.num_samples), num_classes)
     classes, counts = np.unique(labels, return_counts=True)

@@ -13,7 +13,7 @@ from pipelines.evaluate.table import COLUMNS
 
 
 def plot_quality(report: Mapping[str, Any], path: Path) -> None:
-    """Plots the distance, and one more metric, against function evaluations, with the scores of real images as lines."""
+    """Plots the distance and one more metric against NFE. Lines mark held-out images and reconstructions."""
     entries = report["samples"]
     others = ("accuracy", "inception_score", "recall")
     second = next((key for key in others if all(key in entry for entry in entries)), None)
@@ -77,14 +77,14 @@ def plot_side_by_side(reports: Mapping[str, Mapping[str, Any]], path: Path) -> N
 def plot_curve(
     axis: Axes, entries: Sequence[Mapping[str, Any]], key: str, *, label: str, x: str = "num_function_evaluations"
 ) -> None:
-    """Plots a metric of entries; the distance with bars of two standard errors."""
+    """Plots one metric. The distance has error bars of two standard errors."""
     errors = [2 * entry["frechet_standard_error"] for entry in entries] if key == "frechet" else None
     values = [entry[key] for entry in entries]
     axis.errorbar([entry[x] for entry in entries], values, yerr=errors, fmt="o-", capsize=3, label=label)
 
 
 def scale_axes(axis: Axes, counts: Collection[int], *, is_distance: bool) -> None:
-    """Scales function evaluations, with a tick for each count, and a distance logarithmically."""
+    """Sets a logarithmic x axis with a tick for each count, and for a distance also a logarithmic y axis."""
     axis.set(xlabel="function evaluations (NFE) per image", xscale="log")
     if is_distance:
         axis.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Real images: sources whose classes match the generator's, and a subset in memory."""
+"""Finds real images whose classes match the generator's, and loads evenly spread subsets of them."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ ImageSource = tuple[fs.FileSystem, Listing, ImageIndex]
 def find_real_images(location: str, class_names: Sequence[str] | None) -> ImageSource:
     """Finds images and checks their classes. class_names: the generator's; None accepts any classes.
 
-    Raises InputError for other classes, or a class with fewer than two images.
+    Raises InputError if the classes differ, or a class has fewer than two images.
     """
     source = find_images(location)
     index = source[2]

@@ -18,7 +18,7 @@ from pipelines.evaluate.extractors import distance_name
 from pipelines.evaluate.sums import SetSums
 from pipelines.images.center_crop import CROP
 
-# Names of mean and covariance in the files of ADM (and ours), and of MeanFlow's authors.
+# Names of mean and covariance: in files of ADM and pipelines.reference, and in files of MeanFlow's authors.
 MOMENT_NAMES = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 
 
@@ -28,11 +28,11 @@ class Reference:
 
     moments: Gaussian | FeatureStatistics
     spatial: Gaussian | FeatureStatistics | None
-    """Of the spatial features, for sFID."""
+    """Moments of the spatial features, for sFID."""
     features: torch.Tensor | None
     """(M, D), for precision and recall."""
     protocol: Mapping[str, Any] | None
-    """How the file was made; None for files of other tools, which do not say."""
+    """How the file was made. None for files of other tools, which do not record it."""
     location: str
     sha256: str
     """Hash of the file."""
@@ -41,9 +41,10 @@ class Reference:
 
 
 def read_reference(location: str) -> Reference:
-    """Reads a reference of pipelines.reference, ADM (mu, sigma, mu_s, sigma_s, arr_0) or the authors (ref_mu, ref_sigma).
+    """Reads a reference file of pipelines.reference, of ADM, or of MeanFlow's authors.
 
-    Raises InputError for a missing file, a file with pickles, and a file with neither pair.
+    ADM's files have mu, sigma, mu_s, sigma_s and arr_0; the authors' have ref_mu and ref_sigma. Raises InputError for a
+    missing file, a file with pickles, and a file without mean and covariance.
     """
     filesystem, path = storage.open_storage(location)
     try:
@@ -84,7 +85,7 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, loca
 
 
 def reference_bytes(sums: SetSums, protocol: Mapping[str, Any]) -> bytes:
-    """The content of a reference file."""
+    """Serializes sums and protocol as the content of a reference file."""
     mean, covariance = MOMENT_NAMES[0]
     statistics = sums.statistics
     arrays = {
@@ -104,7 +105,7 @@ def reference_bytes(sums: SetSums, protocol: Mapping[str, Any]) -> bytes:
 def reference_protocol(
     extractor: Mapping[str, str], source: Mapping[str, Any], image_size: int, num_images: int
 ) -> dict:
-    """What a reference file says about how it was made."""
+    """The `protocol` of a reference file: how the file was made."""
     return {
         "extractor": dict(extractor),
         "image_size": image_size,
@@ -117,7 +118,7 @@ def reference_protocol(
 def require_same_protocol(
     reference: Reference, extractor: Mapping[str, str], image_size: int, num_features: int
 ) -> None:
-    """Raises InputError for a reference of another extractor, image size or number of features."""
+    """Raises InputError if the reference has another extractor, image size or number of features."""
     differences = protocol_differences(reference, extractor, image_size)
     if differences:
         raise InputError(
@@ -132,7 +133,7 @@ def require_same_protocol(
 
 
 def protocol_differences(reference: Reference, extractor: Mapping[str, str], image_size: int) -> list[str]:
-    """How a reference's protocol differs from an extractor's identity and an image size, in words."""
+    """Describes how a reference's extractor and image size differ from the given ones."""
     if reference.protocol is None:
         return []
     theirs = reference.protocol["extractor"]

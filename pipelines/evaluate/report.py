@@ -25,7 +25,7 @@ from pipelines.evaluate.sources import UINT8_RULE
 from pipelines.evaluate.sums import NUM_GROUPS, NUM_SPLITS, SetSums
 from pipelines.tracking.provenance import code_identity
 
-NUM_NEIGHBOURS = 3  # of precision and recall, as in ADM's evaluation
+NUM_NEIGHBOURS = 3  # for precision and recall, as in ADM's evaluation
 
 
 def build_report(
@@ -35,7 +35,10 @@ def build_report(
     sets: Mapping[str, SetSums],
     train_pixels: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """The report as JSON values. train_pixels: training images for the pixel distances, uint8 (N, H, W, 3)."""
+    """Builds the report as a JSON-serializable dict.
+
+    train_pixels: training images for the pixel distances, uint8 (N, H, W, 3). None omits these metrics.
+    """
     manifold = manifold_of(reference, job.num_precision_recall)
     reported = [HELD_OUT_IMAGES, RECONSTRUCTIONS, *(samples_set(number) for number in range(len(job.settings)))]
     metrics = {name: compute_metrics(sets[name], reference, manifold) for name in reported if name in sets}
@@ -53,7 +56,7 @@ def build_report(
             report[key] = metrics[name]
     if RECONSTRUCTIONS in sets:
         rebuilt, real = (torch.cat(sets[name].images) for name in (RECONSTRUCTIONS, HELD_OUT_IMAGES))
-        if len(rebuilt) == len(real):  # a read that failed in one of the two passes leaves the pairs unknown
+        if len(rebuilt) == len(real):  # else an image was unreadable in one pass only, and pairs are unknown
             report["autoencoder_psnr"] = peak_signal_to_noise(rebuilt, real)
     if inputs.generator is None:
         report["samples"] = [{"title": "from the file", **metrics[samples_set(0)]}]
@@ -73,12 +76,12 @@ def build_report(
 
 
 def num_samples(job: EvaluateJob, inputs: Inputs) -> int:
-    """Samples per setting, or of the sample file."""
+    """Number of samples per setting, or in the sample file."""
     return job.num_samples if inputs.samples is None else len(inputs.samples)
 
 
 def protocol(job: EvaluateJob, inputs: Inputs, reference: Reference) -> dict[str, Any]:
-    """Everything that the metrics depend on. Reports with different protocols do not compare."""
+    """Everything that the metrics depend on. Reports with different protocols are not comparable."""
     generator = inputs.generator
     content: dict[str, Any] = {
         "distance": distance_name(inputs.extractor.identity),
@@ -115,7 +118,7 @@ def protocol(job: EvaluateJob, inputs: Inputs, reference: Reference) -> dict[str
 def protocol_warnings(
     job: EvaluateJob, reference: Reference, extractor: Mapping[str, str], num_features: int, num_samples: int
 ) -> list[str]:
-    """Reasons why the metrics may not compare with others."""
+    """Lists reasons why the metrics may not be comparable with others."""
     warnings = []
     if reference.protocol is None:
         warnings.append(
@@ -136,7 +139,7 @@ def protocol_warnings(
 
 
 def compute_metrics(sums: SetSums, reference: Reference, manifold: Manifold | None) -> dict[str, float]:
-    """All metrics that extractor and reference allow. manifold: `manifold_of` the reference."""
+    """Computes all metrics that the extractor and the reference support. manifold: the reference's, from `manifold_of`."""
     estimate = frechet_estimate([sums.groups[group] for group in sorted(sums.groups)], reference.moments)
     metrics = {"frechet": estimate.value, "frechet_standard_error": estimate.standard_error}
     if sums.scores:
@@ -154,7 +157,7 @@ def compute_metrics(sums: SetSums, reference: Reference, manifold: Manifold | No
 
 
 def manifold_of(reference: Reference, num_points: int) -> Manifold | None:
-    """The manifold of at most `num_points` of a reference's features; None if there are too few."""
+    """Manifold of at most `num_points` of a reference's features. None if there are too few features."""
     if reference.features is None:
         return None
     count = min(num_points, len(reference.features))

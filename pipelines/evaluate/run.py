@@ -44,7 +44,7 @@ from pipelines.tracking.registry import REGISTRY_SCHEMES
 
 logger = logging.getLogger(__name__)
 
-NUM_PIXEL_TRAIN = 10_000  # training images in which nearest neighbours are searched
+NUM_PIXEL_TRAIN = 10_000  # training images to search for nearest neighbours
 
 
 def evaluate(job: EvaluateJob) -> dict[str, Any]:
@@ -66,7 +66,10 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
 
 
 def with_absolute_locations(job: EvaluateJob) -> EvaluateJob:
-    """The job with locations that are valid in every process, whatever its working directory."""
+    """Returns the job with absolute paths, because workers run in other working directories.
+
+    Raises InputError if --output or --save-samples is a URI.
+    """
     for option, folder in (("--output", job.output), ("--save-samples", job.save_samples)):
         if folder is not None and ":/" in str(folder):  # a Path turns s3://bucket into s3:/bucket
             raise InputError(
@@ -94,14 +97,14 @@ def _absolute(location: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """The sums of every set, and the report's entries on how they were computed."""
+    """The sums of every set, and the report's entries on speed, hardware and unreadable images."""
 
     sets: dict[str, SetSums]
     statistics: dict[str, Any]
 
 
 def _measure(job: EvaluateJob, inputs: Inputs) -> Measured:
-    """Draws, reads and measures all sets on the cluster."""
+    """Generates or reads the images of all sets on the cluster, and measures them."""
     chunks = plan_chunks(job, inputs)
     workers = start_cluster(job)
     tracking_uri = job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
@@ -129,7 +132,7 @@ def _measure(job: EvaluateJob, inputs: Inputs) -> Measured:
 
 
 class SampleSaver:
-    """Writes all samples to files, and leaves only those for the pixel distances in the sums."""
+    """Writes all samples to files, and keeps only the images for the pixel distances in memory."""
 
     def __init__(self, job: EvaluateJob, image_size: int) -> None:
         self._files: dict[str, SampleFileWriter] = {}
@@ -139,7 +142,7 @@ class SampleSaver:
                 self._files[samples_set(number)] = SampleFileWriter(path, job.num_samples, image_size)
 
     def __call__(self, sums: SetSums) -> None:
-        """Writes the images of a chunk."""
+        """Writes the images of a chunk, then removes those not needed for the pixel distances."""
         file = self._files.get(sums.set_name)
         if file is None:
             return
@@ -150,7 +153,7 @@ class SampleSaver:
         sums.labels = [torch.cat(sums.labels)[:num_kept].clone()]
 
     def close(self) -> None:
-        """Completes the files, which then get their names."""
+        """Completes the files and renames them to their final names."""
         for file in self._files.values():
             file.close()
 
@@ -163,7 +166,10 @@ def _device_name(workers: Workers) -> str:
 
 
 def _complete_reference(job: EvaluateJob, inputs: Inputs, sets: Mapping[str, SetSums]) -> Reference:
-    """The reference, with the features of its images; without one, that of the training images, written to the report."""
+    """Returns the given reference, with features if they were computed from its images.
+
+    If none was given, computes a reference from the training images and writes it next to the report.
+    """
     if inputs.reference is not None:
         if REFERENCE_IMAGES not in sets:
             return inputs.reference
@@ -178,7 +184,7 @@ def _complete_reference(job: EvaluateJob, inputs: Inputs, sets: Mapping[str, Set
 
 
 def _train_pixels(inputs: Inputs) -> torch.Tensor | None:
-    """Training images for the pixel distances, which need held-out images and a generator, too."""
+    """Training images for the pixel distances. None without training images, held-out images or a generator."""
     if inputs.train is None or inputs.held_out is None or inputs.generator is None:
         return None
     return read_evenly(inputs.train, inputs.image_size, NUM_PIXEL_TRAIN)[0]

@@ -1,6 +1,6 @@
 """Samples in the format of ADM's evaluation suite: an .npz with arr_0, uint8 (N, H, W, 3).
 
-Files are written in pieces and read by memory mapping, because 50,000 samples of 256 pixels are 9.8 GB.
+Files are written in pieces and read by memory mapping, because 50,000 samples of 256x256 pixels take 9.8 GB.
 """
 
 import os
@@ -17,7 +17,7 @@ LOCAL_HEADER_BYTES = 30  # of a zip member, before its name and extra field (PKW
 
 
 class SampleFileWriter:
-    """Writes a sample file in pieces. The file gets its name on `close`, when it is complete."""
+    """Writes a sample file in pieces, under a temporary name until `close`."""
 
     def __init__(self, path: Path, num_samples: int, image_size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class SampleFileWriter:
         self._member.write(np.ascontiguousarray(images).tobytes())
 
     def close(self) -> None:
-        """Completes the file."""
+        """Completes the file and renames it to its final name."""
         assert self.num_written == self.num_samples, f"{self.num_written} of {self.num_samples} samples were written"
         self._member.close()
         self._zip.close()
@@ -46,9 +46,9 @@ class SampleFileWriter:
 
 
 def open_sample_file(path: Path) -> np.ndarray:
-    """arr_0 of an .npz, uint8 (N, H, W, 3); memory-mapped if it is not compressed.
+    """Opens arr_0 of an .npz, uint8 (N, H, H, 3); memory-mapped if it is not compressed.
 
-    Raises InputError for a missing file, and for other content.
+    Raises InputError for a missing or invalid file.
     """
     try:
         with zipfile.ZipFile(path) as file:

@@ -1,4 +1,4 @@
-"""What sample i is: its class label, its seed, and the sampler settings it is drawn with."""
+"""Class labels, seeds and sampler settings of samples."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +17,7 @@ class Setting:
     """Sampler settings."""
 
     num_steps: int
-    """Equal steps from noise to image."""
+    """Number of equal steps from noise to image."""
     guidance_scale: float | None = None
     """None: the generator's default."""
     guidance_interval: tuple[float, float] | None = None
@@ -64,10 +64,10 @@ class Setting:
     def num_function_evaluations(self, pipeline: "MeanFlowPipeline") -> int:
         """Network evaluations per image (NFE).
 
-        Heun takes two per step. Classifier-free guidance of a velocity network adds an unconditional one at each time
-        inside the guidance interval.
+        Heun uses two evaluations per step. For a velocity network, classifier-free guidance adds an unconditional
+        evaluation at each time inside the guidance interval.
         """
-        import torch  # not at the top: --help must be quick
+        import torch  # imported here to keep --help fast
 
         num_evaluations = self.num_steps * (2 if self.solver == "heun" else 1)
         if pipeline.config.prediction != "velocity":
@@ -84,7 +84,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class SampleRule:
-    """Labels and seeds of samples by index: the same in every job, on any number of devices."""
+    """Maps sample indices to labels and seeds, independently of the number of devices."""
 
     base_seed: int
     """Sample i uses seed base_seed * 2^32 + i."""

@@ -16,13 +16,13 @@ from pipelines.evaluate.plots import plot_side_by_side
 from pipelines.evaluate.table import columns_of, header, nfe_of, row
 from pipelines.tracking.registry import REGISTRY_SCHEMES, find_run
 
-# Entries of the protocol that must agree for metrics to compare, with the reference.
+# Metrics are comparable if these entries of the protocols and the references are equal.
 COMPARED = ("distance", "num_samples", "labels", "image_size", "uint8_rule", "extractor", "precision_recall")
-SIGNIFICANT_ERRORS = 2.0  # standard errors from which on a difference is significant
+SIGNIFICANT_ERRORS = 2.0  # a difference of at least this many standard errors is significant
 
 
 def compare(job: SideBySideJob) -> str:
-    """Writes the table, the plot and the JSON; returns the table. Raises InputError for reports that do not compare."""
+    """Writes table, plot and JSON, and returns the table. Raises InputError if protocols differ and this is not allowed."""
     output = Path(storage.output_location(str(job.output), "--output"))
     contents = [read_report(location, job.tracking_uri) for location in job.reports]
     reports = dict(zip(short_names(job.reports), contents, strict=True))
@@ -42,7 +42,7 @@ def compare(job: SideBySideJob) -> str:
 
 
 def read_report(location: str, tracking_uri: str | None) -> dict[str, Any]:
-    """Reads a report. Raises InputError for a missing report, and for other content."""
+    """Reads a report. Raises InputError for a missing or invalid report."""
     if location.startswith(REGISTRY_SCHEMES):
         path = _download_report(location, tracking_uri)
     else:
@@ -70,7 +70,7 @@ def _download_report(location: str, tracking_uri: str | None) -> Path:
 
 
 def protocol_differences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How the protocols of reports differ from the first one's, in words."""
+    """Describes how the protocols of the reports differ from that of the first report."""
     (first_name, first), *others = reports.items()
     differences = []
     for name, report in others:
@@ -85,7 +85,10 @@ def protocol_differences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _reference_identity(protocol: Mapping[str, Any]) -> str:
-    """What a reference was computed from. Files of the same images may differ in their bytes and locations."""
+    """Identifies what a reference was computed from, or the file itself if it has no protocol.
+
+    Files of the same images have equal identities, even if their bytes or locations differ.
+    """
     reference = protocol["reference"]
     made = reference["protocol"]
     if not made:
@@ -95,7 +98,7 @@ def _reference_identity(protocol: Mapping[str, Any]) -> str:
 
 
 def side_by_side_table(reports: Mapping[str, Mapping[str, Any]], differences: list[str]) -> str:
-    """The Markdown table. differences: of the protocols, listed first."""
+    """Returns the Markdown table. differences: protocol differences, listed above it as warnings."""
     first = next(iter(reports.values()))
     entries = [(name, entry) for name, report in reports.items() for entry in report["samples"]]
     lines = [f"Warning: the protocols differ: {difference}." for difference in differences]
@@ -116,7 +119,10 @@ def side_by_side_table(reports: Mapping[str, Mapping[str, Any]], differences: li
 
 
 def _difference(entry: Mapping[str, float], baseline: Mapping[str, float]) -> str:
-    """Difference of the distances, with its error for independent samples; with shared noise the true error is smaller."""
+    """Difference of the distances and its standard error, which assumes independent samples.
+
+    If the samples share their noise, the true error is smaller.
+    """
     difference = entry["frechet"] - baseline["frechet"]
     error = (entry["frechet_standard_error"] ** 2 + baseline["frechet_standard_error"] ** 2) ** 0.5
     verdict = "" if abs(difference) >= SIGNIFICANT_ERRORS * error else ", not significant"

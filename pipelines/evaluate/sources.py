@@ -24,7 +24,7 @@ from pipelines.images.decoding import decode_images
 from pipelines.images.sources import ImageSlice
 from pipelines.latents.shards import read_shard
 
-UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"  # how decoded images become uint8; stated in reports
+UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"  # how decoded images become uint8; recorded in reports
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ImageBatch:
     labels: torch.Tensor | None = None
     """int64 (B,). None if there are no classes."""
     seconds: float = 0.0
-    """Time of network and decoder."""
+    """Time spent in the network and the decoder."""
     num_unreadable: int = 0
     """Images left out because they could not be read."""
 

@@ -1,4 +1,4 @@
-"""Sums of features over images, which add up over chunks to those of a whole set."""
+"""Sums of features over images. The sums of all chunks add up to the sums of the whole set."""
 
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -9,13 +9,13 @@ from meanflow_core.metrics import FeatureStatistics, ScoreSums, merged
 
 Sums = TypeVar("Sums", FeatureStatistics, ScoreSums)
 
-NUM_GROUPS = 20  # of the jackknife: its standard error is then known to 1/6
-NUM_SPLITS = 10  # of the Inception Score, as is standard
+NUM_GROUPS = 20  # jackknife groups; the relative uncertainty of the standard error is then 1/6
+NUM_SPLITS = 10  # splits of the Inception Score, the standard number
 
 
 @dataclass
 class SetSums:
-    """Sums over a chunk or a whole set of images, and the features and images kept of it."""
+    """Sums over a chunk or a whole set of images, with the features and images kept from it."""
 
     set_name: str
     groups: dict[int, FeatureStatistics] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class SetSums:
     spatial: FeatureStatistics | None = None
     """Statistics of the spatial features. None if the extractor has none."""
     num_correct: int | None = None
-    """Images that the extractor classified correctly. None if it does not know the data set's classes."""
+    """Images that the extractor classified correctly. None if its logits are not for the data set's classes."""
     features: list[torch.Tensor] = field(default_factory=list)
     """Kept features, (n, D) each."""
     images: list[torch.Tensor] = field(default_factory=list)
@@ -33,7 +33,7 @@ class SetSums:
     labels: list[torch.Tensor] = field(default_factory=list)
     """Labels of the kept images, int64 (n,) each."""
     seconds: float = 0.0
-    """Time of network and decoder."""
+    """Time spent in the network and the decoder."""
     num_images: int = 0
     num_unreadable: int = 0
 

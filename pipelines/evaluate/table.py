@@ -57,5 +57,5 @@ def row(first: Sequence[str], entry: Mapping[str, Any], columns: Sequence[str], 
 
 
 def nfe_of(entry: Mapping[str, Any]) -> str:
-    """Number of function evaluations of an entry; empty for images that no network drew."""
+    """Number of function evaluations (NFE) of an entry; empty if the entry has none, as for real images."""
     return str(entry.get("num_function_evaluations", ""))

@@ -80,7 +80,7 @@ def job(pipeline, tmp_path, image_root):
     )
 
 
-def test_what_a_generator_does_not_support_is_refused_before_anything_starts(job, pipeline, tmp_path):
+def test_unsupported_options_are_refused_before_anything_is_written(job, pipeline, tmp_path):
     with pytest.raises(InputError, match="guidance is fixed in its weights"):
         evaluate(replace(job, guidance_scales=(2.0,)))
     with pytest.raises(InputError, match="predicts average velocities"):
@@ -102,7 +102,7 @@ def test_the_report_states_the_decay_of_the_moving_average(job, tmp_path):
     assert open_inputs(job).generator.ema_decay == 0.9995
 
 
-def test_images_of_a_reference_give_the_features_for_precision_and_recall(job, tmp_path):
+def test_features_for_precision_and_recall_are_computed_from_the_images_of_a_reference(job, tmp_path):
     adm = tmp_path / "adm.npz"
     np.savez(adm, mu=np.zeros(64), sigma=np.eye(64), arr_0=np.zeros((30, 64, 64, 3), np.uint8))
     job = replace(job, reference=str(adm), train_images=None, held_out_images=None)
@@ -110,7 +110,7 @@ def test_images_of_a_reference_give_the_features_for_precision_and_recall(job, t
     assert sum(chunk.kept.features for chunk in chunks if chunk.set_name == REFERENCE_IMAGES) == 30
 
 
-def test_saving_samples_leaves_only_the_images_for_pixel_distances(job, tmp_path):
+def test_saving_samples_keeps_only_the_images_for_pixel_distances_in_memory(job, tmp_path):
     job = replace(job, steps=(1, 2), num_samples=2000, save_samples=tmp_path / "saved")
     saver = SampleSaver(job, 1)
     for number, setting in enumerate(job.settings):
@@ -131,7 +131,7 @@ def test_saving_samples_leaves_only_the_images_for_pixel_distances(job, tmp_path
 
 @pytest.mark.soak
 @pytest.mark.cluster
-def test_guided_samples_are_reported_and_saved_and_their_file_gives_the_same_metrics(job, network, vae, tmp_path):
+def test_guided_samples_are_saved_and_their_file_gives_the_same_metrics(job, network, vae, tmp_path):
     velocity = build_pipeline(network, vae, images.CLASS_NAMES, is_flow_matching=True)
     velocity.save_pretrained(tmp_path / "generator")
     guided = replace(
@@ -173,4 +173,4 @@ def test_guided_samples_are_reported_and_saved_and_their_file_gives_the_same_met
     )
     ours, theirs = evaluate(from_file)["samples"][0], report["samples"][3]
     for key in ("frechet", "frechet_standard_error", "inception_score", "precision", "recall"):
-        assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key  # other strides, so other rounding
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key  # other strides round differently

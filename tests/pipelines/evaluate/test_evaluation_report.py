@@ -28,7 +28,7 @@ def reference_of(features, protocol=None):
     )  # fmt: skip
 
 
-def test_metrics_of_equal_and_of_shifted_features():
+def test_metrics_distinguish_equal_and_shifted_features():
     reference = reference_of(FEATURES)
     manifold = manifold_of(reference, 400)
     same = compute_metrics(sums_of(FEATURES), reference, manifold)
@@ -59,7 +59,7 @@ def test_recall_covers_all_of_a_reference_sorted_by_class():
     assert metrics["recall"] == pytest.approx(0.5, abs=0.05)
 
 
-def test_reports_warn_about_metrics_that_do_not_compare(tmp_path):
+def test_reports_warn_about_metrics_that_are_not_comparable(tmp_path):
     job = EvaluateJob(model="m", train_images="t", output=tmp_path)
     other_tool, own = reference_of(FEATURES), reference_of(FEATURES, {"extractor": JUDGE})
     assert protocol_warnings(job, own, JUDGE, 64, 1000) == []
@@ -73,7 +73,7 @@ def test_reports_warn_about_metrics_that_do_not_compare(tmp_path):
     assert protocol_warnings(replace(job, num_precision_recall=0), remote, JUDGE, 64, 1000) == []
 
 
-def test_other_moving_averages_are_logged_under_their_own_family():
+def test_metrics_of_other_ema_decays_have_their_own_prefix():
     assert metric_family("/runs/xl2/generator", 0.9999) == metric_family("models:/m@champion", 0.9999) == "evaluate"
     assert metric_family("/converted", None) == metric_family(None, None) == "evaluate"
     assert metric_family("/runs/xl2/generator-ema-0.9995", 0.9995) == "evaluate-ema-0.9995"

@@ -66,10 +66,10 @@ def test_weights_with_code_are_refused_without_running_it(tmp_path):
         open_extractor("inception", tmp_path / "weights.pth", "cpu")
     assert not made.exists()
     torch.load(tmp_path / "weights.pth", weights_only=False)
-    assert made.exists()  # unrestricted loading would run it
+    assert made.exists()  # loading without restrictions does run the code
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+def test_a_missing_library_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     for name in ("inception", "dinov2-vit-b-14"):
         with pytest.raises(InputError, match=r"pip install 'meanflow-ray\[fid\]'"):
@@ -84,7 +84,7 @@ class Means(torch.nn.Module):
 
 
 class WithProbabilities(torch.nn.Module):
-    """Has the arguments of NVIDIA's Inception. Gives channel means, or probabilities of 4 classes."""
+    """Returns channel means, or probabilities of 4 classes. Has the same arguments as NVIDIA's Inception."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The demo's judge as a measure, and the pixel distances."""
+"""The distance from features of the demo's judge, and the pixel distances."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_judge_classifies_images_and_its_distance_grows_with_missing_variation(t
     half = distance(prediction.features[labels < 5])
     one = distance(prediction.features[labels == 3])
     assert floor < half / 5 < one / 10
-    # Ten images repeated: a judge trained on classes alone would not see it.
+    # Ten repeated images: features trained only to classify would not detect them.
     assert distance(prediction.features[:10].repeat(50, 1)) > 20 * floor
 
 

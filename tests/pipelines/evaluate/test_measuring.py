@@ -40,7 +40,7 @@ def measure(worker, chunks):
     return sums
 
 
-def test_samples_and_sums_are_those_of_the_sample_indices(config, pipeline):
+def test_samples_and_sums_match_those_computed_from_the_sample_indices(config, pipeline):
     chunks = generated_chunks("samples", Setting(num_steps=2), RULE, 30, Kept(30, 30))
     sums = measure(Measurer(config, "cpu"), chunks)
     seeds, labels = [3 * 2**32 + index for index in range(30)], [index % 10 for index in range(30)]
@@ -135,7 +135,7 @@ def assert_equal_bits(ours, theirs):
 
 @pytest.mark.soak
 @pytest.mark.cluster
-def test_one_two_and_four_workers_give_equal_bits_even_if_one_is_killed(config):
+def test_results_match_bit_for_bit_with_one_two_or_four_workers_even_if_one_is_killed(config):
     chunks = generated_chunks("samples", Setting(num_steps=1), RULE, 120, Kept(120, 120))
     killed = []
 

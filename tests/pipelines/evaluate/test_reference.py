@@ -64,7 +64,7 @@ def test_files_of_adm_and_of_the_authors_are_read(tmp_path):
     assert authors.moments.mean.tolist() == [1.0] * 5
 
 
-def test_other_files_are_refused(tmp_path):
+def test_missing_and_invalid_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="no reference .*missing.npz; python -m pipelines.reference writes one"):
         read_reference(str(tmp_path / "missing.npz"))
     np.savez(tmp_path / "half.npz", mu=np.zeros(3))
@@ -92,19 +92,19 @@ def test_references_of_another_protocol_are_refused(sums, tmp_path):
         require_same_protocol(reference, EXTRACTOR, 256, 5)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(5), sigma=np.eye(5))
     other_tool = read_reference(str(tmp_path / "adm.npz"))
-    require_same_protocol(other_tool, EXTRACTOR, 256, 5)  # states no protocol
+    require_same_protocol(other_tool, EXTRACTOR, 256, 5)  # has no protocol to compare
     with pytest.raises(InputError, match="has 5 features, but the extractor .* has 2048"):
         require_same_protocol(other_tool, EXTRACTOR, 256, 2048)
 
 
-def test_a_reference_job_needs_one_source():
+def test_a_reference_job_requires_exactly_one_source():
     for sources in ({}, {"images": "a", "data": "b"}):
         with pytest.raises(ValueError, match="either --images or --data"):
             ReferenceJob(output="x.npz", **sources)
 
 
 def measure_here(chunks, config, workers):
-    """measure_sets without a cluster."""
+    """Replaces measure_sets, without a cluster."""
     worker = Measurer(config, "cpu")
     sums = SetSums("reference")
     for chunk in chunks:
@@ -112,7 +112,7 @@ def measure_here(chunks, config, workers):
     return {"reference": sums}
 
 
-def test_references_of_images_and_of_their_latents_on_any_storage(image_root, vae, tmp_path, monkeypatch):
+def test_references_are_computed_from_images_or_latents_on_any_storage(image_root, vae, tmp_path, monkeypatch):
     monkeypatch.setattr(make_reference, "measure_sets", measure_here)
     monkeypatch.setattr(make_reference, "start_cluster", lambda options: None)
     options = {"extractor": str(SHIPPED_JUDGE), "image_size": 64, "num_features": 12}

@@ -25,11 +25,11 @@ def test_a_written_file_opens_in_numpy_and_is_memory_mapped(tmp_path):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_files_written_by_numpy_are_read(tmp_path, save):
-    save(tmp_path / "adm.npz", PIXELS, np.arange(12))  # ADM's have labels as arr_1
+    save(tmp_path / "adm.npz", PIXELS, np.arange(12))  # ADM's files have labels as arr_1
     np.testing.assert_array_equal(open_sample_file(tmp_path / "adm.npz"), PIXELS)
 
 
-def test_other_content_is_refused(tmp_path):
+def test_missing_and_invalid_files_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"is not an \.npz with arr_0"):
         open_sample_file(tmp_path / "missing.npz")
     np.savez(tmp_path / "named.npz", images=PIXELS)

@@ -1,4 +1,4 @@
-"""What sample i is, and how a set of images is cut into chunks."""
+"""Labels and function evaluations of samples, and how a set of images is split into chunks."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_random_labels_are_a_function_of_seed_and_index():
     ],
     ids=lambda setting: setting.title,
 )
-def test_function_evaluations_are_those_of_the_sampler(network, vae, setting):
+def test_number_of_function_evaluations_matches_the_sampler(network, vae, setting):
     pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES, is_flow_matching=True)
     batch_sizes = []
     network.register_forward_pre_hook(lambda module, arguments: batch_sizes.append(len(arguments[0])))
@@ -44,7 +44,7 @@ def test_function_evaluations_are_those_of_the_sampler(network, vae, setting):
 
 
 @pytest.mark.parametrize("num_images", [1, 7, 999, 50_000])
-def test_chunks_have_every_image_once_in_equal_groups(num_images):
+def test_chunks_contain_every_image_once_in_equal_groups(num_images):
     parts = spans(num_images)
     assert [index for span in parts for index in range(span.start, span.stop)] == list(range(num_images))
     assert max(span.stop - span.start for span in parts) <= CHUNK_SIZE
@@ -53,7 +53,7 @@ def test_chunks_have_every_image_once_in_equal_groups(num_images):
     chunks = make_chunks("x", [(span, None) for span in parts], Kept(features=30))
     kept = [chunk.kept.features for chunk in chunks]
     assert sum(kept) == min(30, num_images)
-    assert max(kept) <= -(-30 // len(parts)) + 1  # spread over the chunks, not only from the first ones
+    assert max(kept) <= -(-30 // len(parts)) + 1  # spread over the chunks, not taken from the first ones only
 
 
 def test_shuffled_image_files_mix_the_classes_in_every_group(image_root):

@@ -62,7 +62,7 @@ def test_reports_of_different_protocols_are_refused_unless_allowed(write, tmp_pa
     assert allowed.startswith("Warning: the protocols differ: num_samples: 1000 in first, 500 in second.")
 
 
-def test_references_of_the_same_images_are_equal_wherever_they_are(write):
+def test_references_of_the_same_images_are_equal_in_any_location(write):
     first, second = report(5.0), report(4.0)
     second["protocol"]["reference"] |= {"location": "/b/reference.npz", "sha256": "2"}
     second["protocol"]["reference"]["protocol"]["source"]["images"] = "/b/train"
@@ -74,7 +74,7 @@ def test_references_of_the_same_images_are_equal_wherever_they_are(write):
     ]
 
 
-def test_names_are_the_parts_of_locations_that_differ():
+def test_short_names_are_the_parts_in_which_locations_differ():
     assert short_names(("/r/one/report", "/r/two/report")) == ["one", "two"]
     assert short_names(("models:/a@champion", "models:/b@champion")) == ["a@champion", "b@champion"]
     assert short_names(("/r/one", "/r/one/two")) == ["one", "one/two"]

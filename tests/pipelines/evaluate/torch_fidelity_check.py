@@ -1,6 +1,6 @@
 """Compares extractors and distances with torch-fidelity's. test_extractors.py runs it where torch-fidelity can be imported.
 
-The published weights are not available here, so the networks are the library's with random weights.
+The published weights are not available in the tests, so the library's networks have random weights.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def dinov2_vits14():
 
 
 class Untrained(torch_fidelity.FeatureExtractorInceptionV3):
-    """The library's network before it loads weights."""
+    """The library's network without its weights."""
 
     def load_state_dict(self, state_dict):
         """Loads nothing."""
@@ -37,7 +37,7 @@ class Untrained(torch_fidelity.FeatureExtractorInceptionV3):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights with which features differ between images and stay small."""
+    """Random weights that give small features, different for each image."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save({}, folder / "empty.pth")
     torch.manual_seed(0)
@@ -103,12 +103,12 @@ def network_input(extractor, images: torch.Tensor) -> torch.Tensor:
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Relative difference by norm."""
+    """Norm of the difference, divided by the norm of `theirs`."""
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 80), (400, 320)])
-def test_inception_has_the_librarys_features_and_tensorflows_resize(inception, library, height, width):
+def test_inception_matches_the_librarys_features_and_tensorflows_resize(inception, library, height, width):
     images = random_images(height, width)
     ours = inception(images)
     pooled, logits = library(images.permute(0, 3, 1, 2).contiguous())
@@ -145,7 +145,7 @@ def test_spatial_features_are_flattened_height_by_width_by_channel(inception, li
     assert torch.equal(ours.spatial.view(2, 17, 17, 7), expected.permute(0, 2, 3, 1))
 
 
-def test_only_the_published_weights_are_called_fid(inception, weights, tmp_path, monkeypatch):
+def test_only_the_published_weights_give_a_distance_called_fid(inception, weights, tmp_path, monkeypatch):
     assert inception.class_names is None
     assert inception.identity["name"] == "inception-other-weights"
     assert inception.identity["library"] == "torch-fidelity 0.4.0"
@@ -158,7 +158,7 @@ def test_only_the_published_weights_are_called_fid(inception, weights, tmp_path,
         open_extractor("inception", tmp_path / "other.pth", "cpu")
 
 
-def test_dinov2_gives_the_librarys_features_only(tmp_path):
+def test_dinov2_matches_the_librarys_features_and_has_no_logits(tmp_path):
     torch.hub.set_dir(tmp_path)
     (tmp_path / "facebookresearch_dinov2_main").mkdir()
     (tmp_path / "facebookresearch_dinov2_main" / "hubconf.py").write_text(HUBCONF)
@@ -181,9 +181,9 @@ def test_failed_downloads_name_a_remedy(tmp_path):
         open_extractor("dinov2-vit-s-14", None, "cpu")
 
 
-# With fewer samples than dimensions, square roots of rounding errors remain.
+# With fewer samples than dimensions, zero eigenvalues leave square roots of rounding errors.
 @pytest.mark.parametrize(("count", "tolerance"), [(2000, 1e-9), (100, 1e-6)])
-def test_frechet_distance_is_the_librarys(count, tolerance):
+def test_frechet_distance_matches_the_librarys(count, tolerance):
     generator = torch.Generator().manual_seed(0)
     mixing, first, second = (
         torch.randn(rows, 128, generator=generator, dtype=torch.float64) for rows in (128, count, count)

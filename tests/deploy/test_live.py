@@ -162,7 +162,7 @@ def test_the_log_is_structured_and_names_the_http_host_but_no_class(endpoint):
     assert (entry["method"], entry["status"], entry["images"]) == ("POST", 200, 1)
     assert {"milliseconds", "client", "request_id", "replica"} <= set(entry)
     assert "class" not in entry
-    assert "HTTP host of Serve: 127.0.0.1; API keys: none" in text
+    assert "Serve's HTTP host is 127.0.0.1; API keys: none" in text
     assert "serving" in log_text(endpoint, "ImageGenerator")
 
 

@@ -87,7 +87,9 @@ def test_runbook_figures_match_the_estimate():
     sustained = float(runbook_number("A GPU **sustains NUMBER TFLOP/s**"))
     price = float(runbook_number("A node of 8 GPUs costs **NUMBER dollars an hour**")) / 8
     machines = cluster(teraflops=sustained, price_per_gpu_hour=price)
-    many = estimate(imagenet(replace(xl2(), precision="tf32", checkpoint_interval_steps=2500)), machines, 32, others=(8,))
+    many = estimate(
+        imagenet(replace(xl2(), precision="tf32", checkpoint_interval_steps=2500)), machines, 32, others=(8,)
+    )
     [one_node] = [training for training in many.trainings if training.num_gpus == 8]
     expected = {
         "NUMBER TFLOP a step": many.flops / 1e12,

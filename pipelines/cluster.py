@@ -31,7 +31,8 @@ def start_ray(needed_cpus: int) -> None:
     else:
         # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
-        environment = {"worker_process_setup_hook": _silence_cleaner, "env_vars": FAST_MALLOC}
+        # A copy: Ray writes the hook's key into the variables, and would not start a second time in this process.
+        environment = {"worker_process_setup_hook": _silence_cleaner, "env_vars": dict(FAST_MALLOC)}
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment)
 
 

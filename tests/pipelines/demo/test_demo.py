@@ -85,28 +85,22 @@ def test_work_folder_replaces_only_an_earlier_demo(tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_orphans_of_a_stage_are_ended(tmp_path):
-    # In another process, because adopting orphans cannot be undone.
-    script = f"""
-import subprocess, sys, time, psutil
+def test_stage_runs_in_the_current_folder_and_its_orphans_are_ended(tmp_path):
+    # In another process: adopting orphans cannot be undone, and all children of the process are ended, such as the fork
+    # server of other tests.
+    script = """
+import os, subprocess, sys, psutil
 from pipelines.demo.processes import Processes, adopt_orphans
 adopt_orphans()
-processes = Processes(dict(**__import__("os").environ))
-daemon = "import os, time; os.setsid(); open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {{daemon!r}}]); __import__('time').sleep(2)"
-processes.run([sys.executable, "-c", parent])
-pid = int(open({str(tmp_path / "pid")!r}).read())
-assert not psutil.pid_exists(pid), "the orphan is alive"
+daemon = "import os, time; os.setsid(); open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {daemon!r}]); time.sleep(2)"
+Processes(dict(os.environ)).run([sys.executable, "-c", parent])
+assert not psutil.pid_exists(int(open("pid").read())), "the orphan is alive"
 print("none left")
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "none left", result.stderr
-
-
-def test_stages_run_in_the_current_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Processes(dict(os.environ)).run([sys.executable, "-c", "open('made', 'w')"])
-    assert (tmp_path / "made").is_file()
 
 
 def test_failing_stage_stops_the_demo():

@@ -79,18 +79,18 @@ def contiguous_share(num_rows: int, part: int, num_parts: int) -> tuple[int, int
     return part * num_rows // num_parts, (part + 1) * num_rows // num_parts
 
 
-def num_passes(global_num_rows: int, num_workers: int, rows_per_pass: int | None) -> int:
-    """The number of passes each worker makes over its share so that a pass has at most `rows_per_pass` rows.
+def num_passes(global_num_rows: int, num_workers: int, samples_per_pass: int | None) -> int:
+    """The number of passes each worker makes over its share so that a pass has at most `samples_per_pass` rows.
 
     The number is the same on every worker and at most the size of the smallest share, so that no pass is empty. (If
-    shares differ in size and rows_per_pass is 1, one pass has two rows.) Raises ValueError for fewer rows than workers.
+    shares differ in size and samples_per_pass is 1, one pass has two rows.) Raises ValueError for fewer rows than workers.
     """
     if global_num_rows < num_workers:
         raise ValueError(
             f"global_batch_size must be at least the number of workers {num_workers}, but got {global_num_rows}"
         )
     largest, smallest = -(-global_num_rows // num_workers), global_num_rows // num_workers
-    return min(-(-largest // (rows_per_pass or largest)), smallest)
+    return min(-(-largest // (samples_per_pass or largest)), smallest)
 
 
 def build_train_state(

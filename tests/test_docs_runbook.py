@@ -66,7 +66,7 @@ def test_counted_figures_are_those_of_the_code(text):
 @pytest.mark.soak
 def test_memory_figures_are_those_of_the_code(text):
     for rows in (8, 32):
-        memory = memory_estimate(XL2, **SIZES, rows_per_pass=rows, num_shards=1)
+        memory = memory_estimate(XL2, **SIZES, samples_per_pass=rows, num_shards=1)
         assert f"{memory.total / 1e9:.2f} GB" in text
 
 

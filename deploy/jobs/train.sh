@@ -17,5 +17,5 @@ exec ray job submit \
     --runtime-env "${RUNTIME_ENV:-$(dirname "$0")/runtime_env.yaml}" \
     -- python -m pipelines.train xl2 \
     --data "$STORAGE/latents" --storage "$STORAGE/runs" --run-name xl2 --vae stabilityai/sd-vae-ft-mse \
-    --device gpu --num-workers 32 --min-workers 8 --rows-per-pass 8 --precision tf32 --compile \
+    --device gpu --num-workers 32 --min-workers 8 --samples-per-pass 8 --precision tf32 --compile \
     --cache-dir /local/latents --checkpoint-interval-steps 2500 "$@"

@@ -179,10 +179,10 @@ def memory_estimate(
     sample_size: int,
     in_channels: int,
     num_classes: int,
-    rows_per_pass: int,
+    samples_per_pass: int,
     num_shards: int = 1,
 ) -> MemoryEstimate:
-    """Memory of one device with micro-batches of at most rows_per_pass samples.
+    """Memory of one device with micro-batches of at most samples_per_pass samples.
 
     Parameters, gradients, Adam's moments and averages are float32 and divided by num_shards (FSDP2); gradients are always
     allocated, as in a step of several passes. Activations and temporaries come from tracing the objective and its backward
@@ -190,11 +190,11 @@ def memory_estimate(
     of step 0 with the most samples that need du/dt (among equals, a velocity). Real steps on CPUs agree within 3 %.
     Raises ValueError for sizes that do not fit, or numbers below 1.
     """
-    for name, value in (("rows_per_pass", rows_per_pass), ("num_shards", num_shards)):
+    for name, value in (("samples_per_pass", samples_per_pass), ("num_shards", num_shards)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, but got {value}")
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-    kept, forward_peak, backward_peak = _bytes_of_pass(config, rows_per_pass, tuple(sizes.items()))
+    kept, forward_peak, backward_peak = _bytes_of_pass(config, samples_per_pass, tuple(sizes.items()))
     with torch.device("meta"):
         network = build_network(config.network, **sizes)
     share = -(-FLOAT32_BYTES * _count(network) // num_shards)
@@ -214,10 +214,10 @@ def memory_estimate(
 
 @lru_cache(maxsize=64)  # takes seconds for a deep network, and is the same for any number of shards
 def _bytes_of_pass(
-    config: TrainingConfig, rows_per_pass: int, sizes: tuple[tuple[str, int], ...]
+    config: TrainingConfig, samples_per_pass: int, sizes: tuple[tuple[str, int], ...]
 ) -> tuple[int, int, int]:
     """`_traced_bytes` of the largest pass with this many samples."""
-    record = _heaviest_pass(config, rows_per_pass)
+    record = _heaviest_pass(config, samples_per_pass)
 
     def trace(network_config: NetworkConfig) -> np.ndarray:
         return _traced_bytes(replace(config, network=network_config), record, dict(sizes))
@@ -306,11 +306,11 @@ def _count_flops(function: Callable[[], object]) -> np.ndarray:
     return np.array([float(counter.get_total_flops())])
 
 
-def _heaviest_pass(config: TrainingConfig, rows_per_pass: int) -> StepRecord:
-    num_rows = max(config.global_batch_size, rows_per_pass)
+def _heaviest_pass(config: TrainingConfig, samples_per_pass: int) -> StepRecord:
+    num_rows = max(config.global_batch_size, samples_per_pass)
     record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=num_rows, latent_shape=(1, 1, 1))
-    starts = range(0, num_rows - rows_per_pass + 1, rows_per_pass)
-    passes = (record.rows(start, start + rows_per_pass, config.loss) for start in starts)
+    starts = range(0, num_rows - samples_per_pass + 1, samples_per_pass)
+    passes = (record.rows(start, start + samples_per_pass, config.loss) for start in starts)
     return max(passes, key=lambda record: (len(record.rows_below), len(record.rows_velocity)))
 
 

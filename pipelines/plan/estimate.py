@@ -49,14 +49,14 @@ class Workload:
     mirrored: bool
     """Whether nodes also keep the latents of mirror images."""
     parallelism: Literal["ddp", "fsdp2"]
-    rows_per_pass: int | None
+    samples_per_pass: int | None
     """Largest micro-batch of a GPU; None takes the largest that fits."""
 
     def __post_init__(self) -> None:
         _, height, width = self.latent_shape
         if height != width:
             raise ValueError(f"latents must be square, but got {height}x{width}")
-        for name in ("num_images", "num_classes", "rows_per_pass"):
+        for name in ("num_images", "num_classes", "samples_per_pass"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}")
@@ -152,9 +152,9 @@ class Estimate:
     """Network rate in Gbit/s at which communication takes as long as compute; 0 on one node."""
 
 
-def largest_pass(batch: int, num_workers: int, rows_per_pass: int) -> int:
+def largest_pass(batch: int, num_workers: int, samples_per_pass: int) -> int:
     """Size of the largest micro-batch on the worker with the most samples."""
-    return ceil(ceil(batch / num_workers) / num_passes(batch, num_workers, rows_per_pass))
+    return ceil(ceil(batch / num_workers) / num_passes(batch, num_workers, samples_per_pass))
 
 
 def seconds_of_flops(flops: float, batch: int, num_workers: int, teraflops: float) -> float:
@@ -202,7 +202,7 @@ def ring_seconds(gpu_bytes: float, cluster: Cluster, num_gpus: int) -> float:
 
 
 def _memory(workload: Workload, rows: int, num_shards: int) -> MemoryEstimate:
-    return memory_estimate(workload.config, **workload.sizes, rows_per_pass=rows, num_shards=num_shards)
+    return memory_estimate(workload.config, **workload.sizes, samples_per_pass=rows, num_shards=num_shards)
 
 
 def largest_micro_batch(workload: Workload, num_gpus: int, usable_bytes: float) -> int:
@@ -267,7 +267,7 @@ def estimate(
             f"one sample needs {needed / 1e9:.1f} GB, but {cluster.gpu.name} has {usable / 1e9:.1f} GB available; "
             f"use {_ways_to_save_memory(workload)}"
         )
-    requested = train_on(workload, cluster, num_gpus, workload.rows_per_pass or fitting)
+    requested = train_on(workload, cluster, num_gpus, workload.samples_per_pass or fitting)
     memory = _memory(workload, requested.micro_batch_size, workload.num_shards(num_gpus))
     trainings, left_out = {num_gpus: requested}, []
     for number in others:
@@ -277,7 +277,7 @@ def estimate(
         if rows == 0:
             left_out.append(number)
         else:
-            trainings[number] = train_on(workload, cluster, number, min(workload.rows_per_pass or rows, rows))
+            trainings[number] = train_on(workload, cluster, number, min(workload.samples_per_pass or rows, rows))
     size, interval = checkpoint_bytes(workload.config, **workload.sizes), workload.config.checkpoint_interval_steps
     node_bytes = requested.gpu_bytes if nodes > 1 else 0.0
     return Estimate(

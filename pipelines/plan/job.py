@@ -35,7 +35,7 @@ class PlanJob:
     """Price of a GPU hour. Default: no cost is printed."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
     """Parallelism of pipelines.train."""
-    rows_per_pass: int | None = None
+    samples_per_pass: int | None = None
     """Largest micro-batch of a GPU. Default: the largest that fits."""
     epochs: float | None = None
     """Length of the training run in epochs, instead of --num-steps."""

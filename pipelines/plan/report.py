@@ -76,18 +76,18 @@ def describe(preset: str, workload: Workload, num_workers: int, min_workers: int
             f"1 <= min_workers <= num_workers <= global_batch_size = {batch} must hold, but got min_workers {fewest} and "
             f"num_workers {num_workers}"
         )
-    rows_per_pass = workload.rows_per_pass or batch
-    workers = [("workers", f"{num_workers}: {_shares(batch, num_workers, rows_per_pass)}")]
+    samples_per_pass = workload.samples_per_pass or batch
+    workers = [("workers", f"{num_workers}: {_shares(batch, num_workers, samples_per_pass)}")]
     if fewest < num_workers:
-        workers.append(("at least", f"{fewest}: {_shares(batch, fewest, rows_per_pass)}"))
-    rows = max(largest_pass(batch, count, rows_per_pass) for count in range(fewest, num_workers + 1))
+        workers.append(("at least", f"{fewest}: {_shares(batch, fewest, samples_per_pass)}"))
+    rows = max(largest_pass(batch, count, samples_per_pass) for count in range(fewest, num_workers + 1))
     shards = workload.num_shards(fewest)
     flops = step_flops(config, **workload.sizes)
     seconds = config.num_steps * seconds_of_flops(flops, batch, num_workers, DRY_RUN_TERAFLOPS)
     length = "" if seconds < 36.0 else (  # shorter runs are for CPUs, which are far slower
         f": {format_duration(seconds)} if each of {num_workers} workers sustains {DRY_RUN_TERAFLOPS:g} TFLOP/s"
     )  # fmt: skip
-    memory = memory_estimate(config, **workload.sizes, rows_per_pass=rows, num_shards=shards)
+    memory = memory_estimate(config, **workload.sizes, samples_per_pass=rows, num_shards=shards)
     configuration = [(name, value) for name, value, _ in _against_preset(preset, config)]
     return "\n\n".join(
         [
@@ -107,7 +107,7 @@ def describe_estimate(preset: str, estimate: Estimate) -> str:
     workload, cluster, config = estimate.workload, estimate.cluster, estimate.workload.config
     requested = estimate.requested
     gpus = f"{requested.num_gpus} GPU{'s' if requested.num_gpus > 1 else ''}"
-    rows = workload.rows_per_pass or estimate.largest_micro_batch
+    rows = workload.samples_per_pass or estimate.largest_micro_batch
     workers = [("a GPU", _shares(config.global_batch_size, requested.num_gpus, rows))]
     changed = [(name, value) for name, value, is_changed in _against_preset(preset, config) if is_changed]
     shards, share = workload.num_shards(requested.num_gpus), ceil(config.global_batch_size / requested.num_gpus)
@@ -203,14 +203,14 @@ def _work(workload: Workload, workers: Lines) -> Lines:
     ]  # fmt: skip
 
 
-def _shares(batch: int, num_workers: int, rows_per_pass: int) -> str:
+def _shares(batch: int, num_workers: int, samples_per_pass: int) -> str:
     """Samples of each worker, and its number of passes."""
     fewest, most = batch // num_workers, ceil(batch / num_workers)
-    passes = num_passes(batch, num_workers, rows_per_pass)
+    passes = num_passes(batch, num_workers, samples_per_pass)
     samples = f"{format_range((fewest, most), ',')} samples each"
     if passes == 1:
         return f"{samples}, in one pass"
-    pair = (fewest // passes, largest_pass(batch, num_workers, rows_per_pass))
+    pair = (fewest // passes, largest_pass(batch, num_workers, samples_per_pass))
     return f"{samples}, in {passes} passes of {format_range(pair, ',')}"
 
 

@@ -25,7 +25,7 @@ def build_workload(job: PlanJob) -> Workload:
         num_classes=classes,
         mirrored=mirrored,
         parallelism=job.parallelism,
-        rows_per_pass=job.rows_per_pass,
+        samples_per_pass=job.samples_per_pass,
     )
     if job.epochs is None:
         return workload

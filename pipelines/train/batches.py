@@ -22,12 +22,12 @@ class BatchSource:
         rank: int,
         world_size: int,
         device: torch.device,
-        rows_per_pass: int | None = None,
+        samples_per_pass: int | None = None,
     ) -> None:
         self._dataset = dataset
         self._config = config
         self._start, self._stop = contiguous_share(config.global_batch_size, rank, world_size)
-        self._num_passes = num_passes(config.global_batch_size, world_size, rows_per_pass)
+        self._num_passes = num_passes(config.global_batch_size, world_size, samples_per_pass)
         self._device = device
 
     def batches(self, step: int) -> list[Batch]:

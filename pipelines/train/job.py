@@ -40,7 +40,7 @@ class TrainJob:
     """Seconds between checks for additional workers while fewer than num_workers are running."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
     """ddp: every worker holds the whole network; fsdp2: network, averages and optimizer are sharded over the workers."""
-    rows_per_pass: int | None = None
+    samples_per_pass: int | None = None
     """Maximum number of samples per forward pass on each worker. If a worker's share of the batch is larger, it accumulates
     gradients over several passes. Default: one pass."""
     max_failures: int = 3
@@ -82,7 +82,7 @@ class TrainJob:
     """The training configuration."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("num_workers", "min_workers", "rows_per_pass", "keep_checkpoints", "cpu_threads")
+        at_least_one = ("num_workers", "min_workers", "samples_per_pass", "keep_checkpoints", "cpu_threads")
         for name, minimum in {**dict.fromkeys(at_least_one, 1), "skip_nonfinite": 0, "max_failures": -1}.items():
             value = getattr(self, name)
             if value is not None and value < minimum:

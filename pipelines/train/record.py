@@ -151,7 +151,7 @@ def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str)
         "data.vae_sha256": manifest.recipe.vae_sha256,
         "num_workers": job.num_workers,
         "parallelism": job.parallelism,
-        "rows_per_pass": job.rows_per_pass,
+        "samples_per_pass": job.samples_per_pass,
         "init_from": job.init_from and storage.shown(job.init_from),
     }
     datasets = [_dataset(job.data, manifest, "training")]

@@ -90,7 +90,7 @@ def dry_run(preset: str, job: TrainJob) -> str:
         num_classes=len(manifest.class_names),
         mirrored=job.mirror,
         parallelism=job.parallelism,
-        rows_per_pass=job.rows_per_pass,
+        samples_per_pass=job.samples_per_pass,
     )
     try:
         return describe(preset, workload, job.num_workers, job.min_workers)

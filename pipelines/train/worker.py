@@ -106,7 +106,7 @@ class TrainingWorker:
             rank=self._rank,
             world_size=self._world_size,
             device=self._device,
-            rows_per_pass=self._job.rows_per_pass,
+            samples_per_pass=self._job.samples_per_pass,
         )
         self._batches = Prefetcher(source, self._config.num_steps)
         self._network, self._no_sync = _wrap_network(self._state, self._job)

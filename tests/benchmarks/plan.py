@@ -44,7 +44,7 @@ def workload(preset: str, rows: int) -> Workload:
         num_classes=CLASSES,
         mirrored=True,
         parallelism="ddp",
-        rows_per_pass=None,
+        samples_per_pass=None,
     )
 
 

@@ -257,8 +257,8 @@ def test_passes_are_bounded_in_size_and_never_empty():
     assert num_passes(256, 8, 32) == 1
     assert num_passes(256, 8, 31) == 2
     assert num_passes(256, 1, 32) == 8
-    for num_workers, rows_per_pass in itertools.product(range(1, 12), range(1, 12)):
-        passes = num_passes(11, num_workers, rows_per_pass)
+    for num_workers, samples_per_pass in itertools.product(range(1, 12), range(1, 12)):
+        passes = num_passes(11, num_workers, samples_per_pass)
         shares = [contiguous_share(11, rank, num_workers) for rank in range(num_workers)]
         sizes = [
             stop - start
@@ -266,7 +266,7 @@ def test_passes_are_bounded_in_size_and_never_empty():
             for start, stop in (contiguous_share(last - first, number, passes) for number in range(passes))
         ]
         assert min(sizes) >= 1
-        assert max(sizes) <= max(rows_per_pass, 2 if rows_per_pass == 1 else 1)
+        assert max(sizes) <= max(samples_per_pass, 2 if samples_per_pass == 1 else 1)
     with pytest.raises(ValueError, match="at least the number of workers 17, but got 16"):
         num_passes(16, 17, None)
 

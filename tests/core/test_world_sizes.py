@@ -34,15 +34,15 @@ CONFIG = replace(
     num_steps=NUM_STEPS,
     ema_decays=(0.9, 0.99),
 )
-ROWS_PER_PASS = {1: 5, 2: 4, 4: 2}
+SAMPLES_PER_PASS = {1: 5, 2: 4, 4: 2}
 KINDS = ("ddp", "fsdp2")
 TIMEOUT_SECONDS = 120
 
 
-def batches(step, rank, world_size, rows_per_pass):
+def batches(step, rank, world_size, samples_per_pass):
     batch, num_rows = make_batch(CONFIG, step), CONFIG.global_batch_size
     first, last = contiguous_share(num_rows, rank, world_size)
-    passes = num_passes(num_rows, world_size, rows_per_pass)
+    passes = num_passes(num_rows, world_size, samples_per_pass)
     edges = [contiguous_share(last - first, number, passes) for number in range(passes)]
     return [part_of(batch, first + start, first + stop, CONFIG) for start, stop in edges]
 
@@ -54,16 +54,16 @@ def initial_state(kind="ddp"):
     )  # fmt: skip
 
 
-def take_steps(state, *, kind="ddp", rank=0, world_size=1, rows_per_pass=None, save=None):
+def take_steps(state, *, kind="ddp", rank=0, world_size=1, samples_per_pass=None, save=None):
     """Trains to the end; `save` is called after HALF steps."""
     network, accumulating = state.network, nullcontext
     if world_size > 1 and kind == "ddp":
         network = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
         accumulating = network.no_sync
-        warm_up_ddp_buckets(state, network, batches(state.step, rank, world_size, rows_per_pass)[0], CONFIG)
+        warm_up_ddp_buckets(state, network, batches(state.step, rank, world_size, samples_per_pass)[0], CONFIG)
     while state.step < NUM_STEPS:
         train_step(
-            state, network, batches(state.step, rank, world_size, rows_per_pass), IDENTITY, CONFIG,
+            state, network, batches(state.step, rank, world_size, samples_per_pass), IDENTITY, CONFIG,
             gradient_scale=float(world_size), accumulating=accumulating,
         )  # fmt: skip
         if save is not None and state.step == HALF:
@@ -102,7 +102,7 @@ def saver(kind, rank, folder):
 def train_and_save(rank, world_size, folder):
     process = {"rank": rank, "world_size": world_size}
     results = {"ddp": tensors(take_steps(initial_state(), **process))}
-    process["rows_per_pass"] = ROWS_PER_PASS[world_size]
+    process["samples_per_pass"] = SAMPLES_PER_PASS[world_size]
     for kind in KINDS:
         state = take_steps(initial_state(kind), kind=kind, save=saver(kind, rank, folder), **process)
         results[f"{kind} in passes"] = tensors(state)
@@ -150,7 +150,7 @@ def runs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world-sizes")
     results = run_group(train_and_save, request.param, folder)
     results["one"] = tensors(take_steps(initial_state()))
-    results["one in passes"] = tensors(take_steps(initial_state(), rows_per_pass=ROWS_PER_PASS[1]))
+    results["one in passes"] = tensors(take_steps(initial_state(), samples_per_pass=SAMPLES_PER_PASS[1]))
     for kind in KINDS:
         state = initial_state()
         load_train_state(state, folder / kind)

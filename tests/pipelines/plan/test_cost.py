@@ -156,7 +156,7 @@ def test_flops_of_a_deep_network_are_extrapolated_from_shallow_ones(config, deep
 def test_persistent_state_is_float32_and_divided_among_shards():
     config = small(ema_decays=(0.9, 0.99))
     parameters = 4 * num_parameters(config.network, **SMALL)
-    whole, half = (memory_estimate(config, **SMALL, rows_per_pass=4, num_shards=shards) for shards in (1, 2))
+    whole, half = (memory_estimate(config, **SMALL, samples_per_pass=4, num_shards=shards) for shards in (1, 2))
     assert (whole.parameters, whole.gradients, whole.optimizer, whole.averages) == tuple(
         factor * parameters for factor in (1, 1, 2, 2)
     )
@@ -168,16 +168,16 @@ def test_persistent_state_is_float32_and_divided_among_shards():
 
 
 def test_activations_grow_with_samples_and_checkpointing_removes_most():
-    few, many = (memory_estimate(small(), **SMALL, rows_per_pass=rows) for rows in (8, 32))
+    few, many = (memory_estimate(small(), **SMALL, samples_per_pass=rows) for rows in (8, 32))
     assert many.activations == pytest.approx(4 * few.activations, rel=0.02)
-    checkpointed = memory_estimate(small(activation_checkpointing=True), **SMALL, rows_per_pass=32)
+    checkpointed = memory_estimate(small(activation_checkpointing=True), **SMALL, samples_per_pass=32)
     assert checkpointed.activations < many.activations / 8
     assert checkpointed.total < many.total
 
 
 def test_bfloat16_reduces_activations():
-    in_bfloat16 = memory_estimate(small(precision="bfloat16"), **SMALL, rows_per_pass=32)
-    assert in_bfloat16.activations < 0.75 * memory_estimate(small(), **SMALL, rows_per_pass=32).activations
+    in_bfloat16 = memory_estimate(small(precision="bfloat16"), **SMALL, samples_per_pass=32)
+    assert in_bfloat16.activations < 0.75 * memory_estimate(small(), **SMALL, samples_per_pass=32).activations
 
 
 def real_peak_bytes(config: TrainingConfig, rows: int) -> int:
@@ -221,7 +221,7 @@ def real_peak_bytes(config: TrainingConfig, rows: int) -> int:
 )
 def test_real_step_allocates_the_estimated_memory(make, changes, rows):
     config = make(**changes, global_batch_size=rows)
-    memory = memory_estimate(config, **SMALL, rows_per_pass=rows)
+    memory = memory_estimate(config, **SMALL, samples_per_pass=rows)
     assert memory.activations + memory.temporaries == pytest.approx(real_peak_bytes(config, rows), rel=0.03)
 
 
@@ -248,7 +248,7 @@ def saved_bytes(config: TrainingConfig, rows: int) -> int:
 
 
 def test_activations_are_the_tensors_saved_for_backward():
-    assert memory_estimate(small(), **SMALL, rows_per_pass=32).activations == pytest.approx(
+    assert memory_estimate(small(), **SMALL, samples_per_pass=32).activations == pytest.approx(
         saved_bytes(small(), 32), rel=0.01
     )
 
@@ -256,9 +256,9 @@ def test_activations_are_the_tensors_saved_for_backward():
 def test_memory_of_a_deep_network_is_extrapolated_from_shallow_ones(monkeypatch):
     config = small(precision="bfloat16", activation_checkpointing=True)
     config = replace(config, network=replace(config.network, depth=6))
-    estimate = memory_estimate(config, **SMALL, rows_per_pass=16)
+    estimate = memory_estimate(config, **SMALL, samples_per_pass=16)
     monkeypatch.setattr("pipelines.plan.cost._at_full_depth", lambda network, measure, shallow: measure(network))
-    traced = memory_estimate(config, **SMALL, rows_per_pass=16)
+    traced = memory_estimate(config, **SMALL, samples_per_pass=16)
     assert estimate.activations == traced.activations
     assert estimate.total == pytest.approx(traced.total, rel=0.02)
 
@@ -269,7 +269,7 @@ def test_checkpoint_holds_parameters_averages_and_moments():
 
 
 def test_numbers_below_one_are_refused():
-    with pytest.raises(ValueError, match="rows_per_pass must be at least 1, but got 0"):
-        memory_estimate(small(), **SMALL, rows_per_pass=0)
+    with pytest.raises(ValueError, match="samples_per_pass must be at least 1, but got 0"):
+        memory_estimate(small(), **SMALL, samples_per_pass=0)
     with pytest.raises(ValueError, match="num_shards must be at least 1, but got 0"):
-        memory_estimate(small(), **SMALL, rows_per_pass=1, num_shards=0)
+        memory_estimate(small(), **SMALL, samples_per_pass=1, num_shards=0)

@@ -63,7 +63,7 @@ def workload(config: TrainingConfig | None = None, **changes) -> Workload:
         "num_classes": 10,
         "mirrored": True,
         "parallelism": "ddp",
-        "rows_per_pass": None,
+        "samples_per_pass": None,
     }
     return Workload(**{**defaults, **changes})
 
@@ -232,7 +232,7 @@ def test_each_node_reads_and_uploads_its_part():
 
 
 def total(load: Workload, rows: int, num_shards: int = 1) -> int:
-    return memory_estimate(load.config, **load.sizes, rows_per_pass=rows, num_shards=num_shards).total
+    return memory_estimate(load.config, **load.sizes, samples_per_pass=rows, num_shards=num_shards).total
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])
@@ -253,7 +253,7 @@ def test_default_micro_batch_fits_and_a_requested_one_may_not():
     found = estimate(load, machines, 2, others=())
     # Each GPU's 32 samples take 2 passes of 16.
     assert (found.largest_micro_batch, found.requested.micro_batch_size, found.fits) == (20, 16, True)
-    limited = estimate(replace(load, rows_per_pass=32), machines, 2, others=())
+    limited = estimate(replace(load, samples_per_pass=32), machines, 2, others=())
     assert (limited.largest_micro_batch, limited.requested.micro_batch_size, limited.fits) == (20, 32, False)
     assert "it does NOT fit; at most 20 of 32 samples fit" in describe_estimate("debug", limited)
 
@@ -307,7 +307,7 @@ def test_epochs_set_the_number_of_steps():
 
 
 def test_other_numbers_of_gpus_get_the_same_estimate_as_when_requested():
-    for changes in ({"parallelism": "fsdp2"}, {"rows_per_pass": 4}):
+    for changes in ({"parallelism": "fsdp2"}, {"samples_per_pass": 4}):
         load, machines = workload(GUIDED, **changes), cluster(gpus_per_node=2)
         of_many = estimate(load, machines, 4, others=(1, 2))
         for training in of_many.trainings[:2]:
@@ -359,11 +359,11 @@ def test_measured_rates_replace_assumed_ones():
 
 def test_options_reach_the_workload_and_the_cluster():
     arguments = "xl2 --images 1000 --latent-shape 16 64 64 --classes 7 --no-mirror --parallelism fsdp2"
-    _, job = parse_arguments([*arguments.split(), "--rows-per-pass", "3", "--gpu", "l4", "--storage-gbyte", "3"])
+    _, job = parse_arguments([*arguments.split(), "--samples-per-pass", "3", "--gpu", "l4", "--storage-gbyte", "3"])
     load, machines = build_workload(job), build_cluster(job)
     assert load == Workload(
         config=xl2(), num_images=1000, latent_shape=(16, 64, 64), num_classes=7, mirrored=False, parallelism="fsdp2",
-        rows_per_pass=3,
+        samples_per_pass=3,
     )  # fmt: skip
     assert load.latent_bytes == 1000 * 2 * 32 * 64 * 64
     assert machines.gpu == GPUS["l4"]

@@ -19,7 +19,7 @@ def dry_run(preset="debug", config=None, *, num_workers=1, min_workers=None, **c
         "num_classes": 10,
         "mirrored": True,
         "parallelism": "ddp",
-        "rows_per_pass": None,
+        "samples_per_pass": None,
     }
     workload = Workload(config=config or debug(), **{**defaults, **changes})
     return describe(preset, workload, num_workers, min_workers)
@@ -34,7 +34,7 @@ def lines_of(text: str, title: str) -> dict[str, str]:
 
 def test_work_counts_samples_tokens_and_steps():
     config = replace(debug(), global_batch_size=10, num_steps=31)
-    text = dry_run(config=config, num_workers=3, min_workers=2, rows_per_pass=2)
+    text = dry_run(config=config, num_workers=3, min_workers=2, samples_per_pass=2)
     assert lines_of(text, "work") == {
         # Patches 4,160; times 41,216; labels 704; two blocks of 18 D^2 + 15 D with D = 64; last layer 12,480.
         "parameters": "207.9 k",
@@ -73,8 +73,8 @@ def test_long_training_states_its_duration_at_a_round_rate():
 
 def test_memory_lists_the_estimate_of_the_largest_pass():
     # 16 samples on 3 workers are 5 or 6, in 2 passes of at most 3; on 2 workers 8, in 2 passes of 4.
-    memory = memory_estimate(debug(), **SIZES, rows_per_pass=4, num_shards=2)
-    shown = lines_of(dry_run(num_workers=3, min_workers=2, rows_per_pass=4, parallelism="fsdp2"), "memory")
+    memory = memory_estimate(debug(), **SIZES, samples_per_pass=4, num_shards=2)
+    shown = lines_of(dry_run(num_workers=3, min_workers=2, samples_per_pass=4, parallelism="fsdp2"), "memory")
     expected = {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
@@ -111,7 +111,7 @@ def test_conditioning_tokens_of_improved_meanflow_are_counted():
         ({"latent_shape": (4, 8, 16)}, "latents must be square, but got 8x16"),
         ({"num_workers": 17}, "global_batch_size = 16 must hold, but got min_workers 17 and num_workers 17"),
         ({"num_workers": 2, "min_workers": 3}, "but got min_workers 3 and num_workers 2"),
-        ({"rows_per_pass": 0}, "rows_per_pass must be at least 1, but got 0"),
+        ({"samples_per_pass": 0}, "samples_per_pass must be at least 1, but got 0"),
         ({"latent_shape": (4, 6, 6)}, "the latent size must be a multiple of the patch size, but got 6 and 4"),
     ],
 )

@@ -19,17 +19,17 @@ def dataset():
     return LatentDataset(small_manifest(50), [moments], [-moments], np.arange(50) % 7)
 
 
-def source_of(dataset, config, rank=0, world_size=1, rows_per_pass=None):
+def source_of(dataset, config, rank=0, world_size=1, samples_per_pass=None):
     return BatchSource(
-        dataset, config, rank=rank, world_size=world_size, device=torch.device("cpu"), rows_per_pass=rows_per_pass
+        dataset, config, rank=rank, world_size=world_size, device=torch.device("cpu"), samples_per_pass=samples_per_pass
     )
 
 
-@pytest.mark.parametrize(("rows_per_pass", "num_passes"), [(None, 1), (3, 2), (1, 5)])
-def test_shares_of_all_workers_concatenate_to_the_global_batch(dataset, rows_per_pass, num_passes):
+@pytest.mark.parametrize(("samples_per_pass", "num_passes"), [(None, 1), (3, 2), (1, 5)])
+def test_shares_of_all_workers_concatenate_to_the_global_batch(dataset, samples_per_pass, num_passes):
     [whole] = source_of(dataset, debug()).batches(step=2)  # within the first epoch
     parts = [
-        batch for rank in range(3) for batch in source_of(dataset, debug(), rank, 3, rows_per_pass).batches(step=2)
+        batch for rank in range(3) for batch in source_of(dataset, debug(), rank, 3, samples_per_pass).batches(step=2)
     ]
     assert len(parts) == 3 * num_passes
     assert torch.equal(torch.cat([part.moments for part in parts]), whole.moments)

@@ -50,7 +50,7 @@ def test_help_imports_neither_ray_nor_torch_nor_mlflow():
     ("option", "value", "words"),
     [
         ("--num-steps", "0", "num_steps must be at least 1"),
-        ("--rows-per-pass", "0", "rows_per_pass must be at least 1, but got 0"),
+        ("--samples-per-pass", "0", "samples_per_pass must be at least 1, but got 0"),
         ("--min-workers", "2", "min_workers must be at most num_workers 1, but got 2"),
         ("--resize-interval-seconds", "0", "resize_interval_seconds must be above 0, but got 0"),
         ("--skip-nonfinite", "-1", "skip_nonfinite must be at least 0, but got -1"),

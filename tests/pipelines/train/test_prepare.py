@@ -108,7 +108,7 @@ def test_run_without_a_checkpoint_starts_again_with_the_same_initial_network(tmp
 
 
 def test_dry_run_describes_the_training_and_writes_nothing(job, tmp_path):
-    job = replace(job, num_workers=4, min_workers=2, parallelism="fsdp2", rows_per_pass=4)
+    job = replace(job, num_workers=4, min_workers=2, parallelism="fsdp2", samples_per_pass=4)
     text = train_run.dry_run("debug", job)
     assert "optimizer.learning_rate" in text
     assert "an epoch      25.0 steps" in text

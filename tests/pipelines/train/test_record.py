@@ -68,7 +68,7 @@ def test_folder_that_is_not_a_run_is_refused_and_kept(tmp_path):
 def test_run_resumes_if_only_resumable_settings_have_changed(started):
     job = started
     changed = with_config(
-        replace(job, data="elsewhere", num_workers=4, rows_per_pass=2),
+        replace(job, data="elsewhere", num_workers=4, samples_per_pass=2),
         num_steps=99, log_interval_steps=1, checkpoint_interval_steps=3, sample_interval_steps=3, compile=True,
         activation_checkpointing=True,
     )  # fmt: skip

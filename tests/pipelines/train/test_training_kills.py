@@ -278,7 +278,7 @@ def test_preemption_notice_saves_a_checkpoint_at_once(cluster, server, latents, 
 def test_workers_may_leave_and_join_during_training(cluster, server, latents, root, parallelism):
     training = Training(
         cluster, server, latents, root, f"elastic-{parallelism}", "--min-workers", "1", "--resize-interval-seconds", "3",
-        "--parallelism", parallelism, "--rows-per-pass", "1100", "--checkpoint-interval-steps", "4",
+        "--parallelism", parallelism, "--samples-per-pass", "1100", "--checkpoint-interval-steps", "4",
         "--global-batch-size", "4000", "--num-steps", "50", "--log-interval-steps", "1",
     )  # fmt: skip
     training.start()

@@ -13,13 +13,11 @@ ALIAS = "champion"
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory, generator_folder, other_folder):
+def registry(tmp_path_factory, tracking_uri, generator_folder, other_folder):
     """(tracking URI, run ids) of an MLflow with two versions of a model; the alias refers to the second."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    client = MlflowClient(uri)
-    experiment = client.create_experiment("e", artifact_location=str(folder / "artifacts"))
-    mlflow.set_tracking_uri(uri)
+    client = MlflowClient(tracking_uri)
+    experiment = client.create_experiment("stars", artifact_location=str(tmp_path_factory.mktemp("artifacts")))
+    mlflow.set_tracking_uri(tracking_uri)
     client.create_registered_model("stars")
     runs = []
     for source in (generator_folder, other_folder):
@@ -29,7 +27,7 @@ def registry(tmp_path_factory, generator_folder, other_folder):
         client.create_model_version("stars", f"runs:/{run_id}/generator", run_id, tags=tags)
         runs.append(run_id)
     client.set_registered_model_alias("stars", ALIAS, "2")
-    return uri, runs
+    return tracking_uri, runs
 
 
 def test_an_alias_is_resolved_to_its_version(registry):

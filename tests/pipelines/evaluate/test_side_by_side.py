@@ -84,15 +84,14 @@ def test_short_names_are_the_parts_in_which_locations_differ():
         SideBySideJob(reports=("a",), output="b")
 
 
-def test_reports_are_read_from_mlflow_and_missing_ones_refused(write, tmp_path):
+def test_reports_are_read_from_mlflow_and_missing_ones_refused(write, tmp_path, tracking_uri):
     folder = write("first", report(5.0))
-    address = f"sqlite:///{tmp_path}/mlflow.db"
-    run = Run.begin(address, "test", "trained", {})
+    run = Run.begin(tracking_uri, "side by side", "trained", {})
     run.log_file(tmp_path / "first" / "report" / "report.json", "evaluate")
     assert run.flush()
-    assert read_report(f"runs:/{run.run_id}", address) == read_report(folder, None)
-    bare = Run.begin(address, "test", "not evaluated", {})
+    assert read_report(f"runs:/{run.run_id}", tracking_uri) == read_report(folder, None)
+    bare = Run.begin(tracking_uri, "side by side", "not evaluated", {})
     with pytest.raises(InputError, match="has no report; run pipelines.evaluate first"):
-        read_report(f"runs:/{bare.run_id}", address)
+        read_report(f"runs:/{bare.run_id}", tracking_uri)
     with pytest.raises(InputError, match="has no report of pipelines.evaluate"):
         read_report(str(tmp_path), None)

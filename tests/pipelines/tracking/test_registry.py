@@ -13,8 +13,8 @@ from pipelines.tracking.run import Run
 
 
 @pytest.fixture
-def run(database):
-    return Run.begin(database, "experiment", "name", {})
+def run(tracking_uri):
+    return Run.begin(tracking_uri, "experiment", "name", {})
 
 
 @pytest.fixture
@@ -23,26 +23,26 @@ def generator(pipeline, tmp_path):
     return tmp_path / "generator"
 
 
-def test_a_registered_generator_is_found_fetched_and_loaded(run, database, generator, tmp_path, monkeypatch):
+def test_a_registered_generator_is_found_fetched_and_loaded(run, tracking_uri, generator, tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")  # nothing may be written to the working directory
     model = register_generator(run, generator, "small")
     assert model == "models:/small@champion"
-    assert find_run(model, database).run_id == run.run_id
-    assert find_run("models:/small/1", database).run_id == run.run_id
-    assert find_run(f"runs:/{run.run_id}/small", database).run_id == run.run_id
-    assert find_run("models:/other@champion", database) is None
+    assert find_run(model, tracking_uri).run_id == run.run_id
+    assert find_run("models:/small/1", tracking_uri).run_id == run.run_id
+    assert find_run(f"runs:/{run.run_id}/small", tracking_uri).run_id == run.run_id
+    assert find_run("models:/other@champion", tracking_uri) is None
     mlflow.set_tracking_uri(None)  # as in another stage's process, which has the address only as an argument
-    version = deploy.models.resolve_model(model, database)
+    version = deploy.models.resolve_model(model, tracking_uri)
     assert version == "models:/small/1"
     mlflow.set_tracking_uri(None)
-    with deploy.models.fetched_generator(version, database) as (fetched, source):
+    with deploy.models.fetched_generator(version, tracking_uri) as (fetched, source):
         assert (fetched / "model_index.json").is_file()
     assert source.run_id == run.run_id
     mlflow.set_tracking_uri(None)
-    folder = fetch_generator(model, database)
+    folder = fetch_generator(model, tracking_uri)
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
-    assert str(folder).startswith(database.removeprefix("sqlite:///").replace("mlflow.db", "mlflow-artifacts"))
+    assert str(folder).startswith(tracking_uri.removeprefix("sqlite:///").replace("mlflow.db", "mlflow-artifacts"))
 
     loaded = mlflow.pyfunc.load_model(model)
     rows = loaded.predict(pd.DataFrame({"class_label": [3], "seed": [7]}), params={"num_inference_steps": 2})
@@ -50,10 +50,13 @@ def test_a_registered_generator_is_found_fetched_and_loaded(run, database, gener
     assert not list((tmp_path / "cwd").iterdir())
 
 
-def test_the_run_of_a_folder_comes_from_its_provenance(generator, database):
-    assert find_run(str(generator), database) is None
-    write_provenance(generator, {"run_id": "1a2b", "tracking_uri": database})
-    assert (find_run(str(generator), None).run_id, find_run(str(generator), None).tracking_uri) == ("1a2b", database)
+def test_the_run_of_a_folder_comes_from_its_provenance(generator, tracking_uri):
+    assert find_run(str(generator), tracking_uri) is None
+    write_provenance(generator, {"run_id": "1a2b", "tracking_uri": tracking_uri})
+    assert (find_run(str(generator), None).run_id, find_run(str(generator), None).tracking_uri) == (
+        "1a2b",
+        tracking_uri,
+    )
     assert find_run(str(generator), "http://other:5000").tracking_uri == "http://other:5000"
     (generator / "provenance.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
@@ -68,7 +71,7 @@ def test_a_generator_is_fetched_from_an_object_store(generator, tmp_path):
     assert names[0] == names[1]
 
 
-def test_unknown_models_are_refused(database, tmp_path):
+def test_unknown_models_are_refused(tracking_uri, tmp_path):
     with pytest.raises(InputError, match="give --tracking-uri, or set MLFLOW_TRACKING_URI"):
         fetch_generator("models:/none@champion", None)
     with pytest.raises(InputError, match="does not exist; a generator is a folder, a URI, models:/name@alias or"):
@@ -79,7 +82,7 @@ def test_unknown_models_are_refused(database, tmp_path):
     with pytest.raises(InputError, match="the generator in .* has format version None"):
         fetch_generator(str(tmp_path), None)
     with pytest.raises(InputError, match=r"cannot fetch models:/none@champion from sqlite"):
-        fetch_generator("models:/none@champion", database)
+        fetch_generator("models:/none@champion", tracking_uri)
 
 
 def test_registering_reads_no_history_and_loads_no_model(run, generator, monkeypatch):

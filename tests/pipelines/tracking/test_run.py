@@ -30,8 +30,8 @@ def test_remote_storage_and_multiple_nodes_require_a_server(storage, num_nodes, 
 
 
 @pytest.fixture
-def run(database):
-    return Run.begin(database, "experiment", "name", {"network.depth": 2}, {"git_commit": "0a1b"})
+def run(tracking_uri):
+    return Run.begin(tracking_uri, "experiment", "name", {"network.depth": 2}, {"git_commit": "0a1b"})
 
 
 def history(run, key):

@@ -18,7 +18,7 @@ import torch
 from meanflow_core.config import GuidanceConfig, LossConfig, NetworkConfig, TimeSamplingConfig
 from meanflow_core.draws import StepRecord
 from meanflow_core.generator import build_pipeline
-from meanflow_core.interop.names import from_official_imf, from_official_meanflow
+from meanflow_core.interop.conversion import from_official_imf, from_official_meanflow
 from meanflow_core.loss import LossOutput, meanflow_loss
 from meanflow_core.networks import AnyNetwork, build_network
 from meanflow_core.transformer import Conditioning

@@ -4,7 +4,7 @@ import re
 import shlex
 
 from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments
-from meanflow_core.interop.names import SOURCES
+from meanflow_core.interop.conversion import SOURCES
 from pipelines.evaluate.samples import Setting
 from tests.support.command_lines import parse_command, parse_module
 from tests.support.readme import REPOSITORY, commands, text_of

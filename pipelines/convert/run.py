@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.generator import build_pipeline, save_generator
-from meanflow_core.interop.names import convert_checkpoint, find_source, published_training
+from meanflow_core.interop.conversion import convert_checkpoint, find_source, published_training
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.latents import SD_SCALING_FACTOR, SD_VAE_FT_MSE_MEAN, SD_VAE_FT_MSE_STD, LatentNormalization
 from meanflow_core.networks import AnyNetwork

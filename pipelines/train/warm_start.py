@@ -10,7 +10,7 @@ import torch
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import load_network
-from meanflow_core.interop.names import convert_checkpoint, find_source, ignore_step_size
+from meanflow_core.interop.conversion import convert_checkpoint, find_source, ignore_step_size
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks import AnyNetwork, build_network, require_same_architecture

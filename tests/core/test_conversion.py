@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from meanflow_core.interop import names
-from meanflow_core.interop.names import SOURCES, convert_checkpoint, published_training, reverse_time
+from meanflow_core.interop import conversion
+from meanflow_core.interop.conversion import SOURCES, convert_checkpoint, published_training, reverse_time
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.transformer import Conditioning
 from tests.golden_check import GOLDEN_FOLDER, check_sampling, load, read_settings
@@ -240,7 +240,7 @@ def test_stored_position_embedding_is_checked_and_determines_the_latent_size():
     moved = state["pos_embed"] + 2e-4  # rounding by a moving average
     assert convert_checkpoint("sit", {**state, "pos_embed": moved}).config.sample_size == SIZE
     for wrong in (positions_of_mae(row_first=True), state["pos_embed"][:, 1:], state["pos_embed"][0], torch.zeros(())):
-        for convert in (names.from_sit, names.from_repa, names.from_zhuyu_cs):
+        for convert in (conversion.from_sit, conversion.from_repa, conversion.from_zhuyu_cs):
             with pytest.raises(ValueError, match="must be the fixed sine-cosine embedding"):
                 convert({**state, "pos_embed": wrong})
     with pytest.raises(

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from meanflow_core.generator import load_pipeline
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.interop.names import convert_checkpoint
+from meanflow_core.interop.conversion import convert_checkpoint
 from meanflow_core.latents import SD_VAE_FT_MSE_MEAN, SD_VAE_FT_MSE_STD, LatentNormalization
 from meanflow_core.networks import build_network, require_same_architecture
 from meanflow_core.presets import PRESETS, imf_network

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import torch
 
-from meanflow_core.interop import names
+from meanflow_core.interop import conversion
 
 # Width and depth of the debug presets, so that the number of heads is known; patches of 2 on 4x8x8 latents, 7 classes.
 D, DEPTH, HEADS, P, C, SIZE, CLASSES = 64, 2, 2, 2, 4, 8, 7
@@ -113,8 +113,8 @@ def checkpoint_of(source):
     if source == "imf-torch":
         return imf_torch_state()
     if source == "official-imf":
-        return as_flax(names.from_imf_torch(imf_torch_state(has_velocity_head=True)))
-    converted = names.from_zhuyu_cs(sit_state(embedders=("t_embedder", "r_embedder")))
+        return as_flax(conversion.from_imf_torch(imf_torch_state(has_velocity_head=True)))
+    converted = conversion.from_zhuyu_cs(sit_state(embedders=("t_embedder", "r_embedder")))
     return as_flax(converted)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from meanflow_core.config import GuidanceConfig
 from meanflow_core.generator import build_pipeline, save_generator
-from meanflow_core.interop.names import ignore_step_size
+from meanflow_core.interop.conversion import ignore_step_size
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.transformer import Conditioning
 from pipelines.demo import images

@@ -38,7 +38,7 @@ class ModelInfo(BaseModel):
     owned_by: str = "meanflow-ray"
     image_size: int
     num_classes: int
-    takes_guidance: bool
+    supports_guidance: bool
     guidance_scale: float
     guidance_interval: list[float]
     has_previews: bool

@@ -163,7 +163,7 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["InContextBlock"]
-    takes_guidance: ClassVar[bool] = True
+    supports_guidance: ClassVar[bool] = True
     """Whether guidance scale and interval are inputs of the network."""
 
     @register_to_config

@@ -189,9 +189,9 @@ class MeanFlowPipeline(DiffusionPipeline):
         return self.latent_shape[1] * downsampling_factor(self.vae)
 
     @property
-    def takes_guidance(self) -> bool:
+    def supports_guidance(self) -> bool:
         """Whether guidance can be set at sampling time. In plain MeanFlow it is built into the weights."""
-        return self.config.prediction == "velocity" or self.transformer.takes_guidance
+        return self.config.prediction == "velocity" or self.transformer.supports_guidance
 
     def _guidance(
         self, num_images: int, scale: Scales | None, interval: Intervals | None
@@ -203,7 +203,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         scales = torch.as_tensor(
             self.config.guidance_scale if scale is None else scale, dtype=torch.float32, device="cpu"
         )
-        if not self.takes_guidance and (interval is not None or bool((scales != 1.0).any())):
+        if not self.supports_guidance and (interval is not None or bool((scales != 1.0).any())):
             raise ValueError(
                 f"this generator's guidance is built into its weights; omit guidance_scale and guidance_interval, "
                 f"but got {scale} and {interval}"

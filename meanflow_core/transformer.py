@@ -314,7 +314,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["Block"]
-    takes_guidance: ClassVar[bool] = False
+    supports_guidance: ClassVar[bool] = False
     """Whether guidance scale and interval are inputs of the network."""
 
     @register_to_config

@@ -155,7 +155,7 @@ class Engine:
         padded = [*specs, *[specs[-1]] * (self.padded_size(len(specs)) - len(specs))]
         pipeline = self.pipeline
         scales, intervals = None, None
-        if pipeline.takes_guidance:
+        if pipeline.supports_guidance:
             config = pipeline.config
             scales = [config.guidance_scale if spec.guidance_scale is None else spec.guidance_scale for spec in padded]
             intervals = [

@@ -47,7 +47,7 @@ def load_model(model: str, arguments: Arguments) -> LoadedModel:
         created=int(time.time()),
         image_size=pipeline.image_size,
         num_classes=len(entries),
-        takes_guidance=pipeline.takes_guidance,
+        supports_guidance=pipeline.supports_guidance,
         guidance_scale=config.guidance_scale,
         guidance_interval=[config.guidance_interval_start, config.guidance_interval_end],
         has_previews=preview_decoder is not None,

@@ -158,7 +158,7 @@ def find_unsupported(request: GenerationRequest, loaded: LoadedModel) -> Refusal
         message = f"this model only generates {own_size} images, but got {request.size!r}"
         return Refusal(status=400, code="unsupported_size", param="size", message=message)
     has_guidance = request.guidance_scale not in (None, 1.0) or request.guidance_interval is not None
-    if has_guidance and not info.takes_guidance:
+    if has_guidance and not info.supports_guidance:
         param = "guidance_scale" if request.guidance_interval is None else "guidance_interval"
         message = "this model's guidance is built into its weights; omit the guidance options"
         return Refusal(status=400, code="no_guidance", param=param, message=message)

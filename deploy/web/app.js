@@ -104,7 +104,7 @@ function writeHash(settings) {
   if (mode === "interpolate") Object.assign(held, { to: settings.seedEnd, frames: settings.numFrames });
   if (mode === "steps") held.compare = settings.compare.join(",");
   else held.steps = settings.steps;
-  if (state.model.takes_guidance) {
+  if (state.model.supports_guidance) {
     Object.assign(held, { guidance: settings.guidanceScale, interval: settings.guidanceInterval.join(",") });
   }
   if (settings.preview) held.preview = 1;
@@ -321,7 +321,7 @@ function describe({ settings, groups }) {
   const seeds = settings.mode === "interpolate" ? `seeds ${settings.seed} to ${settings.seedEnd}`
     : count > 1 ? `seeds ${settings.seed} to ${last}` : `seed ${settings.seed}`;
   const steps = `${groups.map((group) => group.steps).join(", ")} ${groups.at(-1).steps === 1 ? "step" : "steps"}`;
-  const extras = state.model.takes_guidance ? [`guidance ${settings.guidanceScale}`] : [];
+  const extras = state.model.supports_guidance ? [`guidance ${settings.guidanceScale}`] : [];
   if (settings.preview) extras.push("preview decoder");
   return [seeds, steps, ...extras].join(" · ");
 }
@@ -535,7 +535,7 @@ function showModel() {
   for (const part of [...all("[data-steps]"), ...all("#compare label")]) {
     part.hidden = Number(part.dataset.steps ?? part.firstElementChild.value) > model.max_steps;
   }
-  $("guidance").hidden = !model.takes_guidance;
+  $("guidance").hidden = !model.supports_guidance;
   $("guidance-scale").value ||= model.guidance_scale;
   $("guidance-start").value ||= model.guidance_interval?.[0] ?? 0;
   $("guidance-end").value ||= model.guidance_interval?.[1] ?? 1;

@@ -61,7 +61,7 @@ export function toBodies(settings, model) {
   const body = { model: model.id, prompt: settings.prompt, seed: settings.seed, response_format: "b64_json" };
   if (settings.mode === "generate") body.n = settings.numImages;
   if (settings.mode === "interpolate") Object.assign(body, { seed_end: settings.seedEnd, n: settings.numFrames });
-  if (model.takes_guidance) {
+  if (model.supports_guidance) {
     Object.assign(body, { guidance_scale: settings.guidanceScale, guidance_interval: settings.guidanceInterval });
   }
   if (settings.preview) body.preview = true;

@@ -111,7 +111,7 @@ def _check_generator(job: EvaluateJob, generator: Generator, extractor: Extracto
         raise InputError(
             f"--num-samples must be at least 2 for each of {generator.num_classes} classes, but got {job.num_samples}"
         )
-    if (job.guidance_scales or job.guidance_intervals) and not generator.pipeline.takes_guidance:
+    if (job.guidance_scales or job.guidance_intervals) and not generator.pipeline.supports_guidance:
         raise InputError(
             "this generator's guidance is fixed in its weights; remove --guidance-scales and --guidance-intervals"
         )

@@ -107,7 +107,7 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
         per_sample = torch.empty(1, device="meta")
         guidance = (
             {"omega": per_sample, "guidance_interval_start": per_sample, "guidance_interval_end": per_sample}
-            if network.takes_guidance
+            if network.supports_guidance
             else {}
         )
         conditioning = Conditioning(t=per_sample, r=per_sample, labels=per_sample.long(), **guidance)

@@ -23,7 +23,7 @@ def other_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def guided_folder(tmp_path_factory) -> Path:
     """A generator that supports guidance options."""
-    return write_generator(tmp_path_factory.mktemp("models") / "guided", takes_guidance=True)
+    return write_generator(tmp_path_factory.mktemp("models") / "guided", supports_guidance=True)
 
 
 @pytest.fixture(scope="session", params=("base", "overlays/small", "overlays/eight-nodes"))

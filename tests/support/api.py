@@ -59,7 +59,7 @@ class StubGenerator:
         self.classes = [ClassEntry(id=id, name=f"class {id}", wnid=f"n{id}") for id in range(10)]
         self.status = GeneratorStatus(
             model=ModelInfo(
-                id="stub", created=0, image_size=64, num_classes=10, takes_guidance=True, guidance_scale=1.0,
+                id="stub", created=0, image_size=64, num_classes=10, supports_guidance=True, guidance_scale=1.0,
                 guidance_interval=[0.0, 1.0], has_previews=True, precision="float32", prediction="u",
                 source=ModelSource(model="stub", name="stub"), hashes=ModelHashes(transformer="0", vae="0"),
             ),

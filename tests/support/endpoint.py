@@ -41,18 +41,18 @@ from pipelines.demo.serving import free_port
 WNIDS = [images.wnid(label) for label in range(10)]
 
 
-def write_generator(folder: Path, seed: int = 0, *, takes_guidance: bool = False) -> Path:
+def write_generator(folder: Path, seed: int = 0, *, supports_guidance: bool = False) -> Path:
     """Writes a generator of a tiny network with random weights and the demo's autoencoder: 10 classes, 64 pixels."""
     torch.manual_seed(seed)
     size = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 48, "num_heads": 3}
-    if takes_guidance:
+    if supports_guidance:
         network = for_sampling(ImprovedMeanFlowDiT(**size, depth=3, aux_head_depth=1))
     else:
         network = MeanFlowDiT(**size, depth=2)
     with torch.no_grad():
         for parameter in network.parameters():
             # More for guided networks: with 0.05, a guidance scale of 50 moves no pixel by two levels.
-            parameter.add_((0.2 if takes_guidance else 0.05) * torch.randn(parameter.shape))
+            parameter.add_((0.2 if supports_guidance else 0.05) * torch.randn(parameter.shape))
     vae = load_autoencoder(str(SHIPPED_AUTOENCODER))
     pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES, wnids=WNIDS)
     save_generator(pipeline, folder)

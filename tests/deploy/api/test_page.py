@@ -319,7 +319,7 @@ def test_guidance_and_previews_are_offered_only_if_the_model_supports_them(page,
     def guided(page):
         def answer(route):
             listed = route.fetch().json()
-            listed["data"][0].update(takes_guidance=True, guidance_scale=1.5, has_previews=True)
+            listed["data"][0].update(supports_guidance=True, guidance_scale=1.5, has_previews=True)
             route.fulfill(json=listed)
 
         page.route("**/v1/models", answer)

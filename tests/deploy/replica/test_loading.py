@@ -10,5 +10,5 @@ def test_model_info_identifies_the_loaded_weights(generator_folder, other_folder
     assert first.hashes == again.hashes
     assert first.hashes.transformer != second.hashes.transformer
     assert first.hashes.vae == second.hashes.vae
-    assert (first.id, first.image_size, first.num_classes, first.takes_guidance) == ("first", 64, 10, False)
+    assert (first.id, first.image_size, first.num_classes, first.supports_guidance) == ("first", 64, 10, False)
     assert again.id == "mine"

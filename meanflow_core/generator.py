@@ -15,8 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.formats import require_format_version
-from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.networks import NETWORKS, AnyNetwork, without_velocity_head
+from meanflow_core.networks import NETWORKS, AnyNetwork
 from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code
 
@@ -53,11 +52,6 @@ def build_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def for_sampling(network: AnyNetwork) -> AnyNetwork:
-    """Returns the network without the v head, which only training uses."""
-    return without_velocity_head(network) if isinstance(network, ImprovedMeanFlowDiT) else network
 
 
 def save_generator(pipeline: MeanFlowPipeline, folder: Path, *, portable: bool = False) -> None:

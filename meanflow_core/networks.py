@@ -48,8 +48,13 @@ def require_same_architecture(network: AnyNetwork, expected: AnyNetwork) -> None
         raise ValueError(f"the networks differ: {'; '.join(differences)}")
 
 
-def without_velocity_head(network: ImprovedMeanFlowDiT) -> ImprovedMeanFlowDiT:
-    """Copies an improved MeanFlow network without its v head, for sampling; parameters are shared."""
+def without_velocity_head(network: AnyNetwork) -> AnyNetwork:
+    """Copies an improved MeanFlow network without its v head, which only training uses; parameters are shared.
+
+    Returns any other network unchanged.
+    """
+    if not isinstance(network, ImprovedMeanFlowDiT):
+        return network
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         copy = type(network)(**{**config, "has_velocity_head": False})

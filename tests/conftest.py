@@ -16,8 +16,9 @@ import torch
 
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
-from meanflow_core.generator import build_pipeline, for_sampling
+from meanflow_core.generator import build_pipeline
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
+from meanflow_core.networks import without_velocity_head
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.demo import images
@@ -87,7 +88,7 @@ def pipeline(network, vae) -> MeanFlowPipeline:
 def imf_pipeline(imf_network, vae) -> MeanFlowPipeline:
     """An improved MeanFlow pipeline, with guidance by default."""
     sampling = SamplingConfig(guidance_scale=4.0, guidance_interval_start=0.2, guidance_interval_end=0.7)
-    return build_pipeline(for_sampling(imf_network.eval()), vae, images.CLASS_NAMES, sampling=sampling)
+    return build_pipeline(without_velocity_head(imf_network.eval()), vae, images.CLASS_NAMES, sampling=sampling)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ import torch
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
 from meanflow_core.dual import Dual
-from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, dit_network, imf_network
 from meanflow_core.transformer import FREQUENCY_EMBEDDING_SIZE, MeanFlowDiT, sine_cosine_positions, sinusoids
@@ -286,7 +285,7 @@ def convert_checkpoint(
         in_channels=_patch_sizes(converted)[1],
         num_classes=len(_find(converted, "y_embedder.embedding_table.weight", 2)) - 1,
     )
-    if isinstance(network, ImprovedMeanFlowDiT) and not _num_blocks(converted, "v_heads"):
+    if not _num_blocks(converted, "v_heads"):
         network = without_velocity_head(network)
     _require_same_shapes(source_name, converted, network)
     network.load_state_dict(converted)

@@ -12,9 +12,9 @@ from typing import Any
 import ray
 import torch
 
-from meanflow_core.generator import build_pipeline, for_sampling, save_generator
+from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks import AnyNetwork
+from meanflow_core.networks import AnyNetwork, without_velocity_head
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.training import SUMS, build_train_state, train_step
 from pipelines.command_line import set_up_logging
@@ -96,7 +96,7 @@ def train_trial(
     seconds = time.perf_counter() - started
     if not all(bool(torch.isfinite(parameter).all()) for parameter in state.ema_network.parameters()):
         raise RuntimeError(f"{trial.name}: the parameters are not finite after {config.num_steps} steps")
-    network = for_sampling(state.ema_network).cpu()
+    network = without_velocity_head(state.ema_network).cpu()
     record = {
         "trial": trial.name,
         "method": trial.method,

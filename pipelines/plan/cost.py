@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
 from meanflow_core.draws import StepRecord, draw_step_record
-from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
 from meanflow_core.loss import meanflow_loss, total_derivative
 from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.transformer import Conditioning
@@ -100,9 +99,7 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
 
     def count(config: NetworkConfig) -> np.ndarray:
         with torch.device("meta"):
-            network = build_network(config, **sizes)
-        if isinstance(network, ImprovedMeanFlowDiT):
-            network = without_velocity_head(network)
+            network = without_velocity_head(build_network(config, **sizes))
         z = torch.empty(1, in_channels, sample_size, sample_size, device="meta")
         per_sample = torch.empty(1, device="meta")
         guidance = (

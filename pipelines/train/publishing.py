@@ -14,8 +14,8 @@ from ray.train import Checkpoint
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.checkpoint import load_average
 from meanflow_core.config import TrainingConfig
-from meanflow_core.generator import build_pipeline, for_sampling, save_generator, write_provenance
-from meanflow_core.networks import AnyNetwork, build_network
+from meanflow_core.generator import build_pipeline, save_generator, write_provenance
+from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
 from pipelines.errors import RunError
@@ -109,7 +109,7 @@ def write_generator(training: FinishedTraining, decay: float, run: Run, folder: 
         network = build_network(job.config.network, **manifest.network_sizes).eval()
     with training.checkpoint.as_directory() as checkpoint:
         load_average(network, decay, Path(checkpoint))
-    pipeline = training_pipeline(for_sampling(network), open_autoencoder(job.data), manifest, job.config)
+    pipeline = training_pipeline(without_velocity_head(network), open_autoencoder(job.data), manifest, job.config)
     save_generator(pipeline, folder, portable=job.portable)
     provenance: dict[str, Any] = {
         "run_id": run.run_id,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from meanflow_core.generator import build_pipeline, find_generator, for_sampling, load_pipeline, save_generator
+from meanflow_core.generator import build_pipeline, find_generator, load_pipeline, save_generator
 from meanflow_core.pipeline import MeanFlowPipeline
 
 # Allowed difference between two images' pixel sums, which are millions: another process may round a few pixels differently.
@@ -95,11 +95,6 @@ def test_class_names_are_sorted_by_id(network, vae):
     names = ["zebra", "ant", *"cdefghi", "cat", "bee"]
     class_names = build_pipeline(network, vae, names).class_names
     assert list(class_names.items()) == list(enumerate(names))  # 10 comes after 9
-
-
-def test_network_for_sampling_has_no_velocity_head(imf_network, network):
-    assert not for_sampling(imf_network).config.has_velocity_head
-    assert for_sampling(network) is network
 
 
 @pytest.mark.parametrize(

@@ -148,13 +148,14 @@ def test_velocity_only_skips_the_u_head(imf_network):
     assert ran == []
 
 
-def test_network_without_velocity_head_has_the_same_u_and_mode(imf_network):
+def test_network_without_velocity_head_has_the_same_u_and_mode(imf_network, network):
     sampling = without_velocity_head(imf_network)
     z = torch.randn(2, 4, 8, 8)
     assert torch.equal(sampling(z, conditioning(2)).u, imf_network(z, conditioning(2)).u)
     assert sampling(z, conditioning(2)).v is None
     assert without_velocity_head(imf_network.train()).training
     assert not without_velocity_head(imf_network.eval()).training
+    assert without_velocity_head(network) is network  # has none
     assert not any(name.startswith("v_") for name in sampling.state_dict())
     with pytest.raises(ValueError, match="velocity_only needs a v head"):
         sampling(z, conditioning(2), velocity_only=True)

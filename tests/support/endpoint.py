@@ -31,8 +31,9 @@ from deploy.replica.model_swap import ModelSwapper
 from deploy.replica.service import GeneratorService
 from deploy.settings import Arguments
 from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.generator import build_pipeline, for_sampling, save_generator
+from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
+from meanflow_core.networks import without_velocity_head
 from meanflow_core.transformer import MeanFlowDiT
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
@@ -46,7 +47,7 @@ def write_generator(folder: Path, seed: int = 0, *, supports_guidance: bool = Fa
     torch.manual_seed(seed)
     size = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 48, "num_heads": 3}
     if supports_guidance:
-        network = for_sampling(ImprovedMeanFlowDiT(**size, depth=3, aux_head_depth=1))
+        network = without_velocity_head(ImprovedMeanFlowDiT(**size, depth=3, aux_head_depth=1))
     else:
         network = MeanFlowDiT(**size, depth=2)
     with torch.no_grad():

@@ -10,16 +10,24 @@ identity, u = v - (t - r) du/dt. The total derivative du/dt = v du/dz + du/dt|_z
 Training regresses the network onto the right-hand side, held constant.
 
 Suggested reading order:
-    config       the configuration of a training run, as frozen dataclasses;  presets: the published ones
-    latents      image -> moments -> latent;  autoencoder: the VAE
-    dual         pairs (value, tangent), on which the networks are written
-    transformer  the network u(z_t, r, t, label), a DiT;  imf_transformer: improved MeanFlow's;  networks: by name
-    draws        the random draws of a step, as a record;  loss: the objectives
-    training     one optimiser step, and the moving averages;  sharding: over many devices;  checkpoint: on disk
-    pipeline     MeanFlowPipeline: a diffusers pipeline from noise to images
-    generator    generator folders: save, find, load;  portable: with the code inside
-    interop      public checkpoints -> our networks
-    metrics      feature statistics, distances and scores
+    config           the configuration of a training run, as frozen dataclasses
+    presets          the papers' configurations
+    latents          image -> moments -> latent
+    autoencoder      the VAE: loading, encoding, decoding
+    dual             tensors with tangents, the inputs and outputs of every layer
+    transformer      MeanFlow's network u(z_t, r, t, label), a DiT
+    imf_transformer  improved MeanFlow's network
+    networks         builds a network from its configuration
+    draws            the random draws of a training step, as a record
+    loss             the training objectives
+    training         one optimiser step, and the moving averages of the parameters
+    sharding         training on many devices
+    checkpoint       training state on disk
+    pipeline         MeanFlowPipeline: a diffusers pipeline from noise to images
+    generator        generator folders: save, find, load
+    portable         generator folders that contain the code that they need
+    interop          public checkpoints -> our networks
+    metrics          feature statistics, distances and scores
 
 Conventions: B batch, C channels, H W latent height and width; t = 0 is data, t = 1 is noise; t >= r.
 """

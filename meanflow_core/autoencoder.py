@@ -1,4 +1,4 @@
-"""Loads VAEs, encodes images to moments and decodes latents to images."""
+"""The VAE: loading, encoding images to moments, decoding latents to images; TF32 settings and weight hashes."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> A
         raise ValueError(
             f"no config.json in {folder}; an autoencoder is a folder written by AutoencoderKL.save_pretrained"
         )
-    return _open_model(AutoencoderKL, id_or_folder, dtype, "an autoencoder")
+    return _load(AutoencoderKL, id_or_folder, dtype, "an autoencoder")
 
 
 def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
@@ -27,13 +27,13 @@ def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) 
 
     Raises ValueError if it cannot be loaded.
     """
-    return _open_model(AutoencoderTiny, id_or_folder, dtype, "an AutoencoderTiny")
+    return _load(AutoencoderTiny, id_or_folder, dtype, "an AutoencoderTiny")
 
 
-def _open_model(kind: type[ModelMixin], id_or_folder: str, dtype: torch.dtype, name: str) -> ModelMixin:
+def _load(model_class: type[ModelMixin], id_or_folder: str, dtype: torch.dtype, name: str) -> ModelMixin:
     try:
         # low_cpu_mem_usage=True logs a warning if `accelerate` is not installed.
-        model = kind.from_pretrained(id_or_folder, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
+        model = model_class.from_pretrained(id_or_folder, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot load {name} from {id_or_folder!r}, as a folder or a hub id: {reason}") from error
@@ -68,7 +68,7 @@ def weight_hash(module: torch.nn.Module) -> str:
 
 
 def to_float_images(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]: x / 127.5 - 1, as in all latent ImageNet pipelines."""
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]: x / 127.5 - 1."""
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be uint8 of shape (B, H, W, 3), but got {images.dtype} {tuple(images.shape)}")
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
@@ -77,7 +77,7 @@ def to_float_images(images: torch.Tensor) -> torch.Tensor:
 def to_uint8_images(images: torch.Tensor) -> torch.Tensor:
     """float (B, 3, H, W), nominally in [-1, 1] -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated.
 
-    Source: DiT, SiT and the authors' MeanFlow code. Any other rounding shifts pixels by up to half a level.
+    Source: DiT, SiT and the authors' MeanFlow code. Other roundings shift pixels by up to half a level.
     """
     return images.float().mul(127.5).add(128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 

@@ -18,8 +18,8 @@ class NetworkConfig:
     """Architecture and size of the network (DiT's Table 1 has S to XL). Latent shape and classes come from the data."""
 
     architecture: Literal["dit", "imf_dit"] = "dit"
-    """dit: adaptive norms conditioned on (t, t - r, label). imf_dit: improved MeanFlow's network, with condition tokens
-    and a v head."""
+    """dit: adaptive layer norms conditioned on (t, t - r, label). imf_dit: improved MeanFlow's network, with conditioning
+    tokens and a v head."""
     patch_size: int = 2
     """Side of a patch in latent pixels; a 32x32 latent has (32 / patch_size)^2 tokens."""
     hidden_size: int = 768
@@ -31,7 +31,7 @@ class NetworkConfig:
     mlp_ratio: float = 4.0
     """Width of the feed-forward layer, as a multiple of hidden_size."""
     aux_head_depth: int = 8
-    """Blocks of each of the two heads, for imf_dit only; the shared trunk has depth - aux_head_depth."""
+    """Number of blocks in each of imf_dit's two heads; the shared trunk has depth - aux_head_depth blocks."""
 
     def __post_init__(self) -> None:
         _require(
@@ -93,7 +93,7 @@ class GuidanceConfig:
     """
 
     omega: float = 1.0
-    """Weight of the conditional velocity v_t of the sample; omega 1 with kappa 0 is no guidance."""
+    """Weight of the sample's conditional velocity v_t; omega = 1 and kappa = 0 disable guidance."""
     kappa: float = 0.0
     """Weight of the network's own conditional velocity, below 1."""
     guidance_interval_start: float = 0.0
@@ -143,11 +143,11 @@ class GuidanceSamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The training objective: flow matching (no sample with r < t), MeanFlow, or improved MeanFlow."""
+    """The training objective: flow matching (r = t for every sample), MeanFlow, or improved MeanFlow."""
 
     objective: Literal["meanflow", "improved_meanflow"] = "meanflow"
-    """meanflow: guidance from `guidance`, built into the weights. improved_meanflow: guidance drawn by `guidance_sampling`
-    as an input of the network, and a second loss on its v head."""
+    """meanflow: fixed guidance (`guidance`), built into the weights. improved_meanflow: guidance drawn per sample
+    (`guidance_sampling`) and given to the network as an input, and a second loss on its v head."""
     times: TimeSamplingConfig = field(default_factory=TimeSamplingConfig)
     """Sampling of t and r."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -162,7 +162,8 @@ class LossConfig:
     norm_eps: float = 0.01
     """Constant c of the adaptive weight."""
     label_drop_probability: float = 0.1
-    """Fraction of samples whose label becomes the null class; taken from those with r = t if there are enough."""
+    """Fraction of samples whose label is replaced by the null class. If enough samples have r = t, only those are
+    chosen."""
 
     @property
     def is_flow_matching(self) -> bool:
@@ -212,9 +213,9 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Number of steps of linear warm-up from 0."""
     cooldown_steps: int = 0
-    """Number of last steps with linear cool-down to 0; none in the papers, useful for short runs."""
+    """Number of final steps with linear cool-down to 0; not in the papers, useful for short runs."""
     max_gradient_norm: float | None = None
-    """Clip the gradient to this norm; none in the papers."""
+    """Clip the gradient to this norm; the papers do not clip."""
 
     def __post_init__(self) -> None:
         _require(
@@ -269,12 +270,12 @@ class TrainingConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Default sampling of the generator."""
     guidance_after_steps: int | None = None
-    """Steps before guidance of MeanFlow's target starts. Default: 0. Early guidance makes a warm start from flow matching
-    unstable, so its default is 20 epochs, but at most half the run."""
+    """Number of initial steps in which MeanFlow's target has no guidance. Default: 0. For a warm start from flow matching,
+    which early guidance makes unstable, the default is 20 epochs, but at most half the run."""
     ema_decays: tuple[float, ...] = (0.9999,)
     """Decays of the moving averages of the parameters, per step. The first average is used for sampling."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """tf32: matrix products with 10-bit mantissas, du/dt's included, on GPUs with tensor cores. bfloat16: autocast.
+    """tf32: matrix products with 10-bit mantissas, also in du/dt, on GPUs with tensor cores. bfloat16: autocast.
     Parameters, averages and optimiser stay in float32."""
     float32_derivative: bool = True
     """With bfloat16, compute du/dt in a separate float32 forward instead of the training forward."""
@@ -293,7 +294,7 @@ class TrainingConfig:
     checkpoint_interval_steps: int = 10_000
     """Steps between two checkpoints; the last step always saves one."""
     sample_interval_steps: int = 10_000
-    """Steps between two grids of samples with fixed seeds, in 1 and 2 sampling steps."""
+    """Steps between two grids of samples, which have fixed seeds and are drawn in 1 and in 2 sampling steps."""
 
     def __post_init__(self) -> None:
         _require(

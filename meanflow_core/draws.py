@@ -21,7 +21,7 @@ VELOCITY_BATCH_PARTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """Every random draw of one step, and the weights and row indices that follow from the draws alone."""
+    """All random draws of one step, and the weights and row indices computed from them."""
 
     t: torch.Tensor
     """(B,) float32 in [0, 1]."""
@@ -32,9 +32,9 @@ class StepRecord:
     posterior_noise: torch.Tensor
     """(B, C, H, W) float32, standard normal: for sampling latents from moments."""
     label_dropped: torch.Tensor
-    """(B,) bool: whether the null class replaces the label."""
+    """(B,) bool: whether the null class replaces the sample's label."""
     mirrored: torch.Tensor
-    """(B,) bool: whether to use the moments of the mirror image."""
+    """(B,) bool: whether to use the moments of the horizontally flipped image."""
     omega: torch.Tensor | None = None
     """(B,) float32, at least 1: guidance scale, for improved MeanFlow."""
     guidance_interval_start: torch.Tensor | None = None
@@ -75,23 +75,23 @@ class StepRecord:
         guidance_interval_start: torch.Tensor | None = None,
         guidance_interval_end: torch.Tensor | None = None,
     ) -> "StepRecord":
-        """Checks given draws and derives the weights and row indices, on the CPU, since it reads the values.
+        """Checks the draws and derives the weights and row indices. The draws must be on the CPU, because it reads them.
 
-        Rows with r < t and dropped labels may be anywhere. posterior_noise and mirrored default to zeros. omega and its
-        interval are for improved MeanFlow. Raises ValueError for mismatched shapes, non-finite noise, times that violate
-        0 <= r <= t <= 1, omega below 1, or an invalid interval.
+        Rows with r < t and with dropped labels may be in any order. posterior_noise and mirrored default to zeros. omega
+        and its interval are for improved MeanFlow. Raises ValueError for mismatched shapes, non-finite noise, times that
+        violate 0 <= r <= t <= 1, omega below 1, or an invalid interval.
         """
         guidance = [omega, guidance_interval_start, guidance_interval_end]
         vectors = {"t": t, "r": r, "label_dropped": label_dropped, "mirrored": mirrored}
         _check_draws(vectors | dict(zip(GUIDANCE_INPUTS, guidance, strict=True)), noise, posterior_noise)
         below = r < t
         if config.objective == "improved_meanflow":
-            weights, known = _improved_weights(t, label_dropped, *guidance)
+            weights, is_reusable = _improved_weights(t, label_dropped, *guidance)
         else:
-            weights, known = _meanflow_weights(t, label_dropped, config.guidance), torch.ones_like(below)
+            weights, is_reusable = _meanflow_weights(t, label_dropped, config.guidance), torch.ones_like(below)
             guidance = [None, None, None]
         needs_conditional = (weights.conditional != 0.0) | (below & config.uses_own_velocity)
-        rows_conditional = (needs_conditional & (below | ~known)).nonzero().flatten()
+        rows_conditional = (needs_conditional & (below | ~is_reusable)).nonzero().flatten()
         rows_null = (weights.null != 0.0).nonzero().flatten()
         return cls(
             t=t,
@@ -165,7 +165,7 @@ def _meanflow_weights(t: torch.Tensor, label_dropped: torch.Tensor, config: Guid
 
 def _null_weight(config: GuidanceConfig) -> float:
     weight = 1.0 - config.omega - config.kappa
-    return 0.0 if abs(weight) < 1e-12 else weight  # rounding must not cost a forward if omega + kappa = 1
+    return 0.0 if abs(weight) < 1e-12 else weight  # if omega + kappa = 1, rounding must not cause a forward
 
 
 def _improved_weights(
@@ -175,7 +175,7 @@ def _improved_weights(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
 ) -> tuple[_Weights, torch.Tensor]:
-    """The weights, and the rows (B,) whose conditional velocity is that of the training forward at r = t."""
+    """The weights, and for which rows, bool (B,), the training forward's v at r = t is also the conditional velocity."""
     if omega is None or start is None or end is None:
         given = [name for name, value in zip(GUIDANCE_INPUTS, (omega, start, end), strict=True) if value is not None]
         raise ValueError(
@@ -190,12 +190,12 @@ def _improved_weights(
         )
     is_guided = (t >= start) & (t <= end) & ~label_dropped
     conditional = torch.where(is_guided, 1.0 - 1.0 / omega, 0.0)
-    # The conditional velocity is defined with the interval [0, 1].
+    # The conditional velocity is the network's v for the interval [0, 1].
     return _Weights(torch.ones_like(t), conditional, -conditional), (start == 0.0) & (end == 1.0)
 
 
 def _padded(rows: torch.Tensor, batch_size: int, config: LossConfig) -> torch.Tensor:
-    """Appends row 0 up to a size from the small set; never empty if any draws could need the forward."""
+    """Pads with row 0 to a multiple of B / 8 rows; not empty if the objective can need the no-grad forward."""
     if config.objective == "improved_meanflow":
         may_need_forward = True
     else:
@@ -209,9 +209,10 @@ def _padded(rows: torch.Tensor, batch_size: int, config: LossConfig) -> torch.Te
 def rows_below(num_rows: int, fraction: float) -> torch.Tensor:
     """Selects the rows of a batch with r < t, bool (B,): row i if floor((i + 1) rho) > floor(i rho).
 
-    These are floor(B rho) rows, spread evenly, so that every contiguous share of the batch has its part of them.
+    These are floor(B rho) rows, spread evenly: each contiguous share of the batch has the same fraction of them, to
+    within one row.
     """
-    # A fraction with a small denominator, because 0.7 in binary would lose a row to rounding.
+    # limit_denominator undoes binary rounding: Fraction(0.7) is below 7/10 and would lose a row.
     rho = Fraction(fraction).limit_denominator(10_000)
     edges = torch.arange(num_rows + 1) * rho.numerator // rho.denominator
     return edges[1:] > edges[:-1]
@@ -233,8 +234,8 @@ def draw_times(
 def draw_omega(num_rows: int, config: GuidanceSamplingConfig, generator: torch.Generator) -> torch.Tensor:
     """Draws guidance scales, float32 (B,) in [1, omega_max], with density proportional to omega^-beta.
 
-    Inverts the distribution function: with b = 1 - beta, F(w) = (w^b - 1) / (omega_max^b - 1), or
-    log w / log omega_max for beta = 1.
+    Method: inverts the distribution function F(w) = (w^b - 1) / (omega_max^b - 1) with b = 1 - beta, or
+    F(w) = log w / log omega_max for beta = 1.
     """
     uniform = torch.rand(num_rows, generator=generator)
     exponent, log_max = 1.0 - config.omega_power, math.log(config.omega_max)
@@ -259,7 +260,7 @@ def draw_guidance_interval(
 def draw_step_record(
     config: LossConfig, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]
 ) -> StepRecord:
-    """Draws a step's record for the *global* batch of B = num_rows, a pure function of (seed, step), on the CPU.
+    """Draws a step's record for the *global* batch of B = num_rows, on the CPU, as a pure function of (seed, step).
 
     latent_shape: (C, H, W). Labels are dropped only on rows with r = t, with probability p / (1 - rho), as in the
     authors' code; if there are too few such rows, on all rows with probability p.
@@ -270,7 +271,7 @@ def draw_step_record(
     uniform = torch.rand(num_rows, generator=generator)
     probability, rho = config.label_drop_probability, config.times.fraction_r_below_t
     below = rows_below(num_rows, rho)
-    if probability <= 1.0 - rho + 1e-9:  # 1 - 0.9 is rounded below 0.1
+    if probability <= 1.0 - rho + 1e-9:  # in floating point, 1 - 0.9 is slightly below 0.1
         label_dropped = ~below & (uniform * (1.0 - rho) < probability)
     else:
         label_dropped = uniform < probability

@@ -32,12 +32,13 @@ class Dual(NamedTuple):
 def lift(
     function: Callable[..., torch.Tensor], *arguments: Dual, derivative: Callable[..., torch.Tensor] | None = None
 ) -> Dual:
-    """Applies a row-wise function to values, and its derivative to the tangents, which all or no arguments have.
+    """Applies a row-wise function to the values and its derivative to the tangents. Either all arguments have tangents,
+    or none.
 
     Use it for normalisations, activations and gates; the function may close over parameters.
-    derivative: (*primals, *tangents) -> tangent. The default, `torch.func.jvp`, recomputes the value in several
-    operations, so functions that run on every token have an explicit derivative. Without one, the function must not
-    take views of its arguments, which compilers cannot trace.
+    derivative: (*primals, *tangents) -> tangent. Pass it for functions that run on every token, because the default,
+    `torch.func.jvp`, recomputes the value in several operations. For the default, the function must not take views of
+    its arguments, because compilers cannot trace them.
     """
     value = function(*(argument.value for argument in arguments))
     tangents = [argument.tangent for argument in arguments if argument.tangent is not None]
@@ -52,7 +53,7 @@ def lift(
 
 
 def lift_linear(function: Callable[[torch.Tensor], torch.Tensor], argument: Dual) -> Dual:
-    """Applies a linear row-wise function, such as a view or a rotation, which is its own derivative."""
+    """Applies a linear row-wise function, for example a view or a rotation, to value and tangent."""
     if argument.tangent is None:
         return Dual(function(argument.value))
     with torch.no_grad():

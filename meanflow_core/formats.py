@@ -1,13 +1,13 @@
-"""Format versions of checkpoints and generators: only this release's version is read, any other is refused."""
+"""Format versions of checkpoints and generators. A release reads only the version that it writes."""
 
 
-def require_format_version(version: object, supported: int, what: str) -> None:
-    """Raises ValueError if a format version is not the one that this release reads and writes.
+def require_format_version(version: object, supported: int, subject: str) -> None:
+    """Raises ValueError if a format version differs from the supported one.
 
-    what: the subject of the message, for example "the checkpoint in FOLDER".
+    subject: names the data in the message, for example "the checkpoint in FOLDER".
     """
     if version != supported:
         raise ValueError(
-            f"{what} has format version {version}, but this release reads version {supported} only; "
+            f"{subject} has format version {version}, but this release reads version {supported} only; "
             f"use the release that wrote it"
         )

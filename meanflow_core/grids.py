@@ -4,7 +4,7 @@ import numpy as np
 
 
 def image_grid(images: np.ndarray, num_columns: int, margin: int = 2) -> np.ndarray:
-    """Images uint8 (N, H, W, 3), in row-major order -> one uint8 image, with `margin` white pixels between them."""
+    """Arranges images uint8 (N, H, W, 3) row by row in one uint8 image, with `margin` white pixels between them."""
     count, height, width, _ = images.shape
     rows = -(-count // num_columns)
     grid = np.full((rows * (height + margin) - margin, num_columns * (width + margin) - margin, 3), 255, np.uint8)

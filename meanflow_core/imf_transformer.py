@@ -1,8 +1,8 @@
 """Improved MeanFlow's network (Geng et al. 2025, arXiv 2512.02012): u and v from a shared trunk with two heads.
 
-Conditions enter as tokens before the image tokens, without adaLN and without t itself: the class, the guidance scale
-omega, the start and the end of its interval, and h = t - r. The v head is used in training only. Parameter names are
-the authors', without the names of their wrapper modules (t_min and t_max are the interval's start and end).
+Instead of adaLN, conditioning tokens precede the image tokens: the class, the guidance scale omega, the start and the
+end of its interval, and h = t - r. The time t is not an input. The v head is used in training only. Parameter names are
+the authors', without their wrapper modules (t_min and t_max are the interval's start and end).
 
     # B batch, b rows with a tangent, C channels, H W latent size, N tokens, D width
 """
@@ -30,7 +30,7 @@ from meanflow_core.transformer import (
     unpatchify,
 )
 
-# Number of tokens of each condition, in the order of the sequence (the authors' code).
+# Number of tokens per conditioning input, in the order of the sequence (the authors' code).
 NUM_CLASS_TOKENS, NUM_OMEGA_TOKENS, NUM_INTERVAL_TOKENS, NUM_TIME_TOKENS = 8, 4, 2, 4
 NUM_CONDITION_TOKENS = NUM_CLASS_TOKENS + NUM_OMEGA_TOKENS + 2 * NUM_INTERVAL_TOKENS + NUM_TIME_TOKENS
 ROPE_THETA = 10_000.0
@@ -45,7 +45,7 @@ def rotary_angles(head_size: int, num_tokens: int) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates neighbouring pairs of features of x (B, N, heads, d); cos and sin of the angles are (N, d / 2)."""
-    # Real arithmetic: a complex view of another dtype would silently drop the gradient and the tangent.
+    # Real arithmetic, because complex views of a converted dtype silently drop the gradient and the tangent.
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head self-attention with normalised queries and keys and rotary positions."""
+    """Multi-head self-attention with RMS-normalised queries and keys and rotary position embedding."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def _add_scaled(x: Dual, scale: torch.Tensor, branch: Dual) -> Dual:
 
 
 class InContextBlock(nn.Module):
-    """A transformer block whose branches have a learned scale per feature, initially zero."""
+    """A transformer block that scales the output of each branch by a learned vector, initially zero."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -155,10 +155,10 @@ class LinearHead(nn.Module):
 
 
 class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
-    """u(z_t, r, t | label, omega, interval), and v for training.
+    """The average velocity u(z_t, r, t | label, omega, interval), and the instantaneous velocity v for training.
 
-    aux_head_depth: number of blocks of each head; the trunk has depth - aux_head_depth. has_velocity_head: False for
-    sampling only. Raises ValueError for incompatible sizes.
+    aux_head_depth: number of blocks in each head; the trunk has depth - aux_head_depth blocks. has_velocity_head: False
+    for a network that is used for sampling only. Raises ValueError for incompatible sizes.
     """
 
     _supports_gradient_checkpointing = True
@@ -239,26 +239,26 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
         tangent: torch.Tensor | None = None,
         velocity_only: bool = False,
     ) -> NetworkOutput:
-        """Computes u and v of noisy latents z_t, float (B, C, H, W); the conditioning includes omega and its interval.
+        """Computes u and v of noisy latents z_t, float (B, C, H, W). The conditioning requires omega and its interval.
 
         tangent: (b, C, H, W), b <= B: also compute du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
-        velocity_only: run the v head only.
+        velocity_only: compute v only.
         Raises ValueError for mismatched shapes, for missing guidance, or for velocity_only without a v head.
         """
         check_network_input(z, conditioning, tangent, self.config.in_channels, self.config.sample_size)
         if velocity_only and not self.config.has_velocity_head:
-            raise ValueError("velocity_only needs a v head, but this network has none; it is for sampling only")
-        x = self._sequence(Dual(z, None if velocity_only else tangent), conditioning)
-        x = self._run(self.shared_blocks, x)
+            raise ValueError("velocity_only needs a v head, but this network has none (it is for sampling only)")
+        x = self._embed(Dual(z, None if velocity_only else tangent), conditioning)
+        x = self._run_blocks(self.shared_blocks, x)
         v = None
         if self.config.has_velocity_head:
-            v = self._read(self.v_final_layer, self._run(self.v_heads, Dual(x.value))).value
+            v = self._apply_final_layer(self.v_final_layer, self._run_blocks(self.v_heads, Dual(x.value))).value
         if velocity_only:
             return NetworkOutput(v=v)
-        u = self._read(self.u_final_layer, self._run(self.u_heads, x))
+        u = self._apply_final_layer(self.u_final_layer, self._run_blocks(self.u_heads, x))
         return NetworkOutput(u=u.value, v=v, dudt=u.tangent)
 
-    def _sequence(self, z: Dual, conditioning: Conditioning) -> Dual:
+    def _embed(self, z: Dual, conditioning: Conditioning) -> Dual:
         omega = conditioning.omega
         start, end = conditioning.guidance_interval_start, conditioning.guidance_interval_end
         if omega is None or start is None or end is None:
@@ -284,9 +284,9 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
             others = torch.zeros_like(time[:, :1]).expand(-1, NUM_CONDITION_TOKENS - NUM_TIME_TOKENS, -1)
             return Dual(sequence, torch.cat([others, time, patches.tangent], dim=1))
 
-    def _run(self, blocks: nn.ModuleList, x: Dual) -> Dual:
+    def _run_blocks(self, blocks: nn.ModuleList, x: Dual) -> Dual:
         return run_blocks(blocks, x, self.rope_cos, self.rope_sin, checkpointing=self.gradient_checkpointing)
 
-    def _read(self, head: LinearHead, x: Dual) -> Dual:
-        patches = head(lift_linear(lambda y: y[:, NUM_CONDITION_TOKENS:], x))
+    def _apply_final_layer(self, layer: LinearHead, x: Dual) -> Dual:
+        patches = layer(lift_linear(lambda y: y[:, NUM_CONDITION_TOKENS:], x))
         return lift_linear(lambda y: unpatchify(y, self.patch_size), patches)

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-# The scale of Stable Diffusion's VAEs (Rombach et al. 2022, and the configs of sd-vae-ft-mse and -ema).
+# Scaling factor of Stable Diffusion's VAEs (Rombach et al. 2022; configs of sd-vae-ft-mse and sd-vae-ft-ema).
 SD_SCALING_FACTOR = 0.18215
 # Per-channel statistics of sd-vae-ft-mse's raw latents on ImageNet (improved MeanFlow's released code).
 SD_VAE_FT_MSE_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
 SD_VAE_FT_MSE_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 
-MOMENTS_KIND = "mean_std"
+MOMENTS_KIND = "mean_std"  # written to latent datasets
 
 
 @dataclass(frozen=True, kw_only=True)

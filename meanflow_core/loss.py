@@ -3,7 +3,7 @@
     z_t   = (1 - t) x + t e                                  noisy latent
     v_t   = e - x                                            conditional velocity of one sample
     v     = a v_t + k v(z_t, t | y) + n v(z_t, t | null)     guided velocity, a + k + n = 1
-    u_tgt = stop_gradient(v - (t - r) du/dt)                 du/dt: derivative of u(z, r, t) along (tangent, 1, 0)
+    u_tgt = stop_gradient(v - (t - r) du/dt)                 du/dt: derivative along (dz, dt, dr) = (tangent, 1, 0)
     loss  = 1/B sum over samples of w ||u - u_tgt||^2        w = stop_gradient(1 / (||u - u_tgt||^2 + c)^p)
 
 Flow matching: r = t for every sample, and (a, k, n) = (1, 0, 0).
@@ -12,17 +12,17 @@ MeanFlow: (a, k, n) = (omega, kappa, 1 - omega - kappa) inside the guidance inte
 The tangent is v, or the network's own v(z_t, t | y).
 
 Improved MeanFlow: omega and its interval are drawn per sample and are inputs of the network; (a, k, n) =
-(1, 1 - 1/omega, 1/omega - 1). The tangent is the network's own v(z_t, t | y), from its v head, whose error against v is
-a second term of the loss.
+(1, 1 - 1/omega, 1/omega - 1). The tangent is the network's own v(z_t, t | y), from its v head. A second loss term
+regresses the v head onto v.
 
 To avoid redundant forwards, one no-grad forward computes only the velocities that the training forward lacks: those of
 the null class for guided samples, and those of the sample's class if r < t. If r = t, the training forward's own output,
-detached, is v(z_t, t | y). The training forward computes u for all samples, and du/dt for those with r < t; for the
-others, du/dt is multiplied by zero. The number of forwards does not depend on the draws, so that sharded workers make
-the same collective calls. Batch sizes come from a small set, which limits recompilation.
+detached, is v(z_t, t | y). The training forward computes u for all samples, and du/dt only for those with r < t, because
+the others multiply it by zero. The number of forwards does not depend on the draws, so that sharded workers make the
+same collective calls. Batch sizes come from a small set, which limits recompilation.
 
-Source: Geng et al. 2025, arXiv 2505.13447, Eq. 6 to 11 and 19 to 22; and arXiv 2512.02012, which regresses
-V = u + (t - r) du/dt onto v, with the same error: V - v = u - u_tgt.
+Source: Geng et al. 2025, arXiv 2505.13447, Eq. 6 to 11 and 19 to 22; and arXiv 2512.02012. The latter regresses
+V = u + (t - r) du/dt onto v, which is equivalent: V - v = u - u_tgt.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutput:
-    """The loss and its parts. With p = 1 the loss stays near 1, so watch the squared errors instead."""
+    """The loss and its parts. With p = 1 the loss is always near 1, so monitor the squared errors instead."""
 
     loss: torch.Tensor
     """Scalar with a graph: the weighted sum over these samples, divided by the global number of samples."""
@@ -71,7 +71,7 @@ class LossOutput:
     tangent: torch.Tensor
     """(b, C, H, W): the direction of du/dt, for the samples with r < t."""
     dudt: torch.Tensor
-    """(B, C, H, W): the total derivative; zero for samples with r = t, where it is not needed."""
+    """(B, C, H, W): the total derivative; zero for samples with r = t, whose target does not depend on it."""
 
 
 def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -129,13 +129,11 @@ def total_derivative(
     return dudt
 
 
-def _training_forward(
-    network: Network, z: torch.Tensor, conditioning: Conditioning, record: StepRecord, tangent: torch.Tensor | None
+def _forward_with_derivative(
+    network: Network, z: torch.Tensor, conditioning: Conditioning, record: StepRecord, tangent: torch.Tensor
 ) -> NetworkOutput:
-    """Computes u and v of all samples, and du/dt of those with r < t if a tangent is given."""
-    if tangent is None:
-        return network(z, conditioning)
-    order = record.rows_ordered  # puts the samples with r < t first, as the tangent requires
+    """Computes u and v of all samples, and du/dt of those with r < t, in one forward."""
+    order = record.rows_ordered  # samples with r < t first, because a tangent belongs to the first rows
     output = network(z[order], conditioning.rows(order), tangent)
     inverse = torch.argsort(order)
     u, v = (None if value is None else value[inverse] for value in (output.u, output.v))
@@ -144,7 +142,7 @@ def _training_forward(
 
 def _weighted_sum(error: torch.Tensor, config: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The adaptively weighted sum of squared errors over samples, and the squared errors (B,), detached."""
-    squared = error.square().flatten(1).sum(dim=1)  # a sum over C, H, W, not a mean
+    squared = error.square().flatten(1).sum(dim=1)  # the papers' sum over C, H, W, not a mean
     weight = (squared.detach() + config.norm_eps) ** -config.norm_p
     return (weight * squared).sum(), squared.detach()
 
@@ -164,14 +162,14 @@ def meanflow_loss(
     """The loss of these samples for the objective of `config`: flow matching, MeanFlow or improved MeanFlow.
 
     Args:
-        training_network: called once, with a graph; may be a wrapper that reduces gradients, such as DDP.
-        network: the same function without the wrapper, called without a graph.
+        training_network: called once, with an autograd graph. For several devices, pass the DDP- or FSDP-wrapped network.
+        network: the same network, called without a graph; with DDP, the unwrapped one.
         latents: float32 (B, C, H, W), normalised.
         labels: int64 (B,).
         separate_derivative: compute du/dt in a separate float32 forward instead of the training forward. Use it if
             the training forward runs under autocast or recomputes its activations.
 
-    Raises ValueError for mismatched shapes.
+    Raises ValueError for mismatched shapes, or for improved MeanFlow if the network has no v head.
     """
     if latents.shape != record.noise.shape or labels.shape != record.t.shape:
         raise ValueError(
@@ -186,16 +184,18 @@ def meanflow_loss(
 
     with torch.no_grad():
         conditional, null = _evaluate_velocities(network, z, labels, record, null_label)
-        along = conditional if config.uses_own_velocity else guided_velocity(v_sample, conditional, null, record)
-        tangent, derivative = along[below], None
+        direction = conditional if config.uses_own_velocity else guided_velocity(v_sample, conditional, null, record)
+        tangent, derivative = direction[below], None
         if separate_derivative and not config.is_flow_matching:
             # Never an empty batch: under FSDP, a rank without samples r < t must make the same calls as the others.
             rows = below if len(below) else record.rows_ordered[:1]
-            derivative = total_derivative(network, z[rows], conditioning.rows(rows), along[rows])[: len(below)]
+            derivative = total_derivative(network, z[rows], conditioning.rows(rows), direction[rows])[: len(below)]
 
-    is_shared = derivative is None and len(below) > 0
-    output = _training_forward(training_network, z, conditioning, record, tangent if is_shared else None)
-    derivative = output.dudt if is_shared else derivative
+    if derivative is None and len(below) > 0:
+        output = _forward_with_derivative(training_network, z, conditioning, record, tangent)
+        derivative = output.dudt
+    else:
+        output = training_network(z, conditioning)
     u, v = (None if value is None else value.to(z.dtype) for value in (output.u, output.v))
     assert u is not None, "a network must return u unless velocity_only is set"
 
@@ -213,7 +213,7 @@ def meanflow_loss(
     squared_error_v = None
     if config.objective == "improved_meanflow":
         if v is None:
-            raise ValueError("improved_meanflow needs a network with a v head, but this one returned u only")
+            raise ValueError("improved_meanflow needs a network with a v head, but this one returned only u")
         loss_v, squared_error_v = _weighted_sum(v - v_guided, config)
         loss = loss + loss_v
     return LossOutput(

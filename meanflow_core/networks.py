@@ -15,7 +15,7 @@ NETWORKS: dict[str, type[MeanFlowDiT] | type[ImprovedMeanFlowDiT]] = {
 
 
 def build_network(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> AnyNetwork:
-    """Builds a randomly initialised network for latents (in_channels, sample_size, sample_size), in the default dtype.
+    """Builds a randomly initialised network for latents of shape (in_channels, sample_size, sample_size).
 
     Raises ValueError for incompatible sizes.
     """
@@ -35,7 +35,7 @@ def build_network(config: NetworkConfig, *, sample_size: int, in_channels: int, 
 
 
 def require_same_architecture(network: AnyNetwork, expected: AnyNetwork) -> None:
-    """Raises ValueError, which lists all differences, if two networks have different classes or sizes."""
+    """Raises ValueError, listing all differences, if the networks differ in class or size."""
     found, required = dict(network.config), dict(expected.config)
     differences = [
         f"{name} is {found.get(name)}, expected {required.get(name)}"
@@ -49,7 +49,7 @@ def require_same_architecture(network: AnyNetwork, expected: AnyNetwork) -> None
 
 
 def without_velocity_head(network: AnyNetwork) -> AnyNetwork:
-    """Copies an improved MeanFlow network without its v head, which only training uses; parameters are shared.
+    """Copies an improved MeanFlow network without its v head, which only training uses. The copy shares the parameters.
 
     Returns any other network unchanged.
     """
@@ -60,7 +60,7 @@ def without_velocity_head(network: AnyNetwork) -> AnyNetwork:
         copy = type(network)(**{**config, "has_velocity_head": False})
     state = {name: value for name, value in network.state_dict().items() if not name.startswith("v_")}
     copy.load_state_dict(state, assign=True)
-    # Non-persistent buffers are not in the state dict, and are still on the meta device.
+    # The state dict lacks non-persistent buffers, so these are still on the meta device.
     for name, buffer in network.named_buffers():
         setattr(copy, name, buffer.clone())
     return copy.train(network.training)

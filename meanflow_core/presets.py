@@ -1,8 +1,8 @@
 """Presets: one function per experiment, each returning its full configuration. Variants use `replace(...)`.
 
 Unless stated otherwise, FID is the paper's value for 50,000 samples on ImageNet 256x256 with one function evaluation
-(1 NFE). No preset has been trained with this code yet. GFLOPs are for one forward of one image, counting a multiply-add
-as one operation.
+(1 NFE). No published preset has been trained with this code yet. GFLOPs are for one forward of one image, counting a
+multiply-add as one operation.
 
 MeanFlow (arXiv 2505.13447, Tables 1, 2, 4): batch 256, Adam (0.9, 0.95) at 1e-4, EMA 0.9999, 25 % of samples with r < t,
 latents normalised by 0.18215. Improved MeanFlow (arXiv 2512.02012): batch 1024, ten epochs of warm-up, 50 % of samples
@@ -130,7 +130,7 @@ def xl2_own() -> TrainingConfig:
 
 
 def xl2_plus() -> TrainingConfig:
-    """MeanFlow-XL/2+, 1000 epochs: FID 2.20 at 2 NFE. Its guidance comes from a single transcription."""
+    """MeanFlow-XL/2+, 1000 epochs: FID 2.20 at 2 NFE. Its guidance settings were transcribed once and not verified."""
     return _meanflow(
         "XL",
         2,

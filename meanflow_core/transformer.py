@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from meanflow_core.dual import Dual, Linear, attention, lift, lift_linear
 
-# Number of sinusoidal features of a time and their longest period (DiT's code; times are in [0, 1], unscaled).
-FREQUENCY_EMBEDDING_SIZE = 256
-MAX_PERIOD = 10_000.0
+FREQUENCY_EMBEDDING_SIZE = 256  # number of sinusoidal features of a time (DiT's code)
+MAX_PERIOD = 10_000.0  # longest period of these features (times are in [0, 1]) and of position embeddings
 NORM_EPS = 1e-6
 
 
@@ -33,7 +32,7 @@ class Conditioning:
     t: torch.Tensor
     """(B,) float, in [0, 1]: the time of z_t."""
     r: torch.Tensor
-    """(B,) float, in [0, t]: the time after a step of size t - r."""
+    """(B,) float, in [0, t]: the time at which a step from t ends."""
     labels: torch.Tensor
     """(B,) int64: class ids; the id num_classes is the null class."""
     omega: torch.Tensor | None = None
@@ -54,21 +53,21 @@ class NetworkOutput:
     """Outputs of a network."""
 
     u: torch.Tensor | None = None
-    """(B, C, H, W): average velocity over [r, t]; None if velocity_only is set and there is a v head."""
+    """(B, C, H, W): average velocity over [r, t]. None if velocity_only is set and the network has a v head."""
     v: torch.Tensor | None = None
-    """(B, C, H, W): instantaneous velocity at t, if there is a v head."""
+    """(B, C, H, W): instantaneous velocity at t, if the network has a v head."""
     dudt: torch.Tensor | None = None
-    """(b, C, H, W), without a graph: du/dt of the first b rows, if a tangent is given."""
+    """(b, C, H, W), without a graph: du/dt of the first b rows, if a tangent was given."""
 
     @property
     def velocity(self) -> torch.Tensor:
-        """(B, C, H, W): instantaneous velocity of a call with r = t: v if there is a v head, else u."""
+        """(B, C, H, W): the instantaneous velocity, for a forward with r = t: v if the network has a v head, else u."""
         velocity = self.u if self.v is None else self.v
         assert velocity is not None, "a network returns u or v"
         return velocity
 
 
-# A pytree, so that wrappers and compilers find the tensors in the output.
+# Registered as a pytree, so that wrappers and compilers find the tensors in an output.
 torch.export.register_dataclass(NetworkOutput)
 
 
@@ -106,7 +105,7 @@ class TimeEmbedder(nn.Module):
         )
 
     def forward(self, time: Dual) -> Dual:
-        # Times stay in float32 up to here, because bfloat16 would merge neighbouring ones.
+        # Compute the sinusoids in float32, because bfloat16 rounds nearby times to the same value.
         first: Linear = self.mlp[0]  # type: ignore[assignment]
         column = lift_linear(lambda time: time[:, None], time)
         hidden = first(lift(lambda time: sinusoids(time).to(first.weight.dtype), column))
@@ -174,7 +173,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a tanh-approximated GELU in between."""
+    """Two linear layers with a tanh-approximated GELU between them."""
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
@@ -276,7 +275,7 @@ class FinalLayer(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Dual, *others: object, checkpointing: bool) -> Dual:
-    """Applies blocks in sequence. checkpointing: with gradients, store only the inputs of blocks."""
+    """Applies blocks in sequence. checkpointing: if gradients are enabled, store only block inputs for backward."""
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(block, x, *others, use_reentrant=False)
@@ -349,7 +348,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
         self._initialize()
 
     def _initialize(self) -> None:
-        # DiT's initialisation: Xavier, small embedders, zeros so that blocks start as the identity and the output as zero.
+        # DiT's initialisation. Zeros make each block the identity at first, and the network's output zero.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -372,7 +371,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
         """Computes u of noisy latents z_t, float (B, C, H, W).
 
         tangent: (b, C, H, W), b <= B: also compute du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
-        velocity_only: no effect; it is for networks with a v head. Here the velocity is u at r = t.
+        velocity_only: no effect; for networks with a v head.
         Raises ValueError for mismatched shapes.
         """
         check_network_input(z, conditioning, tangent, self.config.in_channels, self.config.sample_size)

@@ -1,5 +1,6 @@
-"""All stages on a Ray cluster of several nodes, submitted from outside by the README's commands, with and without a token."""
+"""The README's commands submit all stages to a Ray cluster of several nodes, with and without a token."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ from tests.support.endpoint import fetch
 from tests.support.mlflow_server import Server
 from tests.support.readme import REPOSITORY, commands
 from tests.support.real_cluster import RealCluster, real_cluster
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.soak, pytest.mark.timeout(1200)]
 
@@ -105,10 +107,6 @@ class User:
             )  # fmt: skip
 
 
-ENCODE = ("--rows-per-shard", "64")
-EVALUATE = ("--num-samples", "40", "--steps", "1")
-
-
 def succeeded(result):
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
@@ -133,30 +131,21 @@ def deploy(user, config):
     succeeded(user.cluster.run(*words, cwd=REPOSITORY))
 
 
-def fetch_until(url, condition, seconds=180.0):
-    deadline, seen = time.monotonic() + seconds, None
-    while time.monotonic() < deadline:
-        try:
-            seen = fetch(url, timeout=10)
-            if condition(*seen):
-                return seen
-        except OSError as error:
-            seen = error
-        time.sleep(0.5)
-    raise AssertionError(f"{url} answered {seen} after {seconds} s")
+def served_version(url):
+    """The model version in /version; None while the endpoint does not answer."""
+    with contextlib.suppress(OSError):
+        status, _, content = fetch(f"{url}/version", timeout=10)
+        return json.loads(content)["model"]["source"]["version"] if status == 200 else None
 
 
-@pytest.mark.parametrize("token", [None, "a-token-of-32-characters-or-more-0123"], ids=["open", "token"])
-def test_readme_commands_lead_from_images_to_an_endpoint(token, mlflow_server, image_folder, tmp_path):
-    with real_cluster(num_workers=2, cpus_each=2, token=token) as cluster:
+def test_readme_commands_lead_from_images_to_an_endpoint(mlflow_server, image_folder, tmp_path):
+    with real_cluster(num_workers=2, cpus_each=2, token="a-token-of-32-characters-or-more-0123") as cluster:
         user = User(cluster, mlflow_server.uri, image_folder, tmp_path)
-        encoded = succeeded(user.submit("pipelines.encode", *ENCODE))
+        encoded = succeeded(user.submit("pipelines.encode", "--rows-per-shard", "64"))
         assert "600 samples of 10 classes, 0 rejected" in encoded
-        run_name = "first" if token is None else "second"
-        train = [word if word != "first" else run_name for word in ("--run-name", "first")]
-        trained = succeeded(user.submit("pipelines.train", *train))
+        trained = succeeded(user.submit("pipelines.train"))
         assert "model: models:/meanflow-debug@champion" in trained
-        evaluated = succeeded(user.submit("pipelines.evaluate", *EVALUATE))
+        evaluated = succeeded(user.submit("pipelines.evaluate", "--num-samples", "40", "--steps", "1"))
         assert "| samples, 1 step | 1 |" in evaluated
         client = MlflowClient(mlflow_server.uri)
         version = client.get_model_version_by_alias("meanflow-debug", "champion")
@@ -165,42 +154,36 @@ def test_readme_commands_lead_from_images_to_an_endpoint(token, mlflow_server, i
         port = free_port(0)
         deploy(user, serve_config(user, "models:/meanflow-debug@champion", port))
         url = f"http://127.0.0.1:{port}"
-        _, _, content = fetch_until(f"{url}/version", lambda status, *_: status == 200)
-        assert json.loads(content)["model"]["source"]["version"] == version.version
+        wait_until(lambda: served_version(url) == version.version, 180, lambda: served_version(url))
         status, headers, png = fetch(f"{url}/generate", json.dumps({"class": "star", "seed": 7}).encode())
         assert (status, headers["content-type"]) == (200, "image/png")
         assert png.startswith(b"\x89PNG")
 
-        deadline = time.monotonic() + 60
-        while "endpoint.meanflow-debug" not in client.get_model_version("meanflow-debug", version.version).tags:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        # A newer version goes live by user_config.
-        succeeded(user.submit("pipelines.train", *train, "--num-steps", "35"))
+        name_and_version = ("meanflow-debug", version.version)
+        wait_until(lambda: "endpoint.meanflow-debug" in client.get_model_version(*name_and_version).tags, 60)
+        # A user_config with a newer version puts it live.
+        succeeded(user.submit("pipelines.train", "--num-steps", "35"))
         newer = client.get_model_version_by_alias("meanflow-debug", "champion").version
         assert int(newer) > int(version.version)
         config = serve_config(user, "models:/meanflow-debug@champion", port)
         config["applications"][0]["deployments"][0]["user_config"]["model"] = f"models:/meanflow-debug/{newer}"
         deploy(user, config)
-        fetch_until(f"{url}/version", lambda _, __, content: json.loads(content)["model"]["source"]["version"] == newer)
+        wait_until(lambda: served_version(url) == newer, 180, lambda: served_version(url))
         succeeded(cluster.run("serve", "shutdown", "--yes", "--address", cluster.dashboard))
-        if token:
-            cluster.environment.pop("RAY_AUTH_TOKEN")
-            refused = cluster.run("ray", "job", "list", "--address", cluster.dashboard)
-            assert refused.returncode != 0
-            assert re.search("(?i)auth|token|401", refused.stdout + refused.stderr)
+        cluster.environment.pop("RAY_AUTH_TOKEN")
+        refused = cluster.run("ray", "job", "list", "--address", cluster.dashboard)
+        assert refused.returncode != 0
+        assert re.search("(?i)auth|token|401", refused.stdout + refused.stderr)
 
 
-def test_jobs_survive_a_killed_node(mlflow_server, image_folder, tmp_path):
+def test_jobs_without_a_token_survive_a_killed_node(mlflow_server, image_folder, tmp_path):
     with real_cluster(num_workers=3, cpus_each=2) as cluster:
         user = User(cluster, mlflow_server.uri, image_folder, tmp_path)
         log = tmp_path / "encode.log"
         job = user.submit_in_background("pipelines.encode", log, "--rows-per-shard", "16")
         latents = tmp_path / "latents"
-        deadline = time.monotonic() + 200
         while len(list(latents.rglob("*.arrow"))) < 6:
             assert job.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.02)
         worker = next(node for node in cluster.nodes[1:] if not _runs_the_driver(node))
         worker.kill()

@@ -10,11 +10,11 @@ import numpy as np
 import openai
 import pytest
 
+from tests.support.api import pixels
 from tests.support.endpoint import fetch, running_endpoint, write_generator
 from tests.support.endpoint_load import (
     CLASS,
     Load,
-    decode_image,
     expected_images,
     generate,
     served_models,
@@ -72,7 +72,7 @@ def test_the_openai_client_works(endpoint, expected):
         prompt="star", model="first", n=2, size="64x64", response_format="b64_json", extra_body={"seed": 5}
     )
     for image, wanted in zip(answer.data, expected["first"][5:7], strict=True):
-        assert np.abs(decode_image(base64.b64decode(image.b64_json)) - wanted).max() <= 1
+        assert np.abs(pixels(base64.b64decode(image.b64_json)) - wanted).max() <= 1
     assert [model.id for model in client.models.list()] == ["first"]
     assert client.models.retrieve("first").id == "first"
     with pytest.raises(openai.BadRequestError) as refused:

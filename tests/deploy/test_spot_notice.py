@@ -3,7 +3,6 @@
 import re
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -12,6 +11,7 @@ from ray._raylet import GcsClient
 from deploy import spot_notice
 from deploy.spot_notice import drain, has_notice
 from tests.support.clusters import cluster_of_two
+from tests.support.waiting import wait_until
 
 TOKEN = "session-token"
 
@@ -128,10 +128,3 @@ def test_notice_drains_the_nodes_of_the_machine(metadata, watcher):
         assert [death.reason for death in deaths] == [deaths[0].AUTOSCALER_DRAIN_PREEMPTED] * 2
         with pytest.raises(RuntimeError, match=re.escape("has no node 192.0.2.1")):
             drain(cluster.address, "192.0.2.1", 30)
-
-
-def wait_until(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

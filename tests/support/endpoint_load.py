@@ -1,7 +1,6 @@
 """Sends concurrent requests to a running endpoint and checks the responses."""
 
 import collections
-import io
 import json
 import random
 import threading
@@ -9,10 +8,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from meanflow_core.generator import load_pipeline
+from tests.support.api import pixels
 from tests.support.endpoint import RunningEndpoint, fetch
+from tests.support.waiting import wait_until
 
 CLASS, SEEDS = 8, range(40)
 
@@ -20,11 +20,6 @@ CLASS, SEEDS = 8, range(40)
 def expected_images(generator: Path) -> np.ndarray:
     """The images of CLASS for SEEDS, int64 (40, 64, 64, 3)."""
     return load_pipeline(generator).images_from_seeds([CLASS] * len(SEEDS), list(SEEDS)).numpy().astype(int)
-
-
-def decode_image(content: bytes) -> np.ndarray:
-    """An image file's pixels, int64 (H, W, 3)."""
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
 
 
 def generate(url: str, seed: int) -> tuple[int, dict[str, str], bytes]:
@@ -67,7 +62,7 @@ class Load:
                 continue
             self.outcomes[status, headers.get("x-model")] += 1
             if status == 200:
-                if np.abs(decode_image(content) - self.expected[headers["x-model"]][seed]).max() > 1:
+                if np.abs(pixels(content) - self.expected[headers["x-model"]][seed]).max() > 1:
                     self.wrong_images.append((seed, headers["x-model"]))
             else:
                 assert "error" in json.loads(content), content
@@ -93,15 +88,13 @@ def served_models(endpoint: RunningEndpoint) -> set[str]:
 
 def wait_for_models(endpoint: RunningEndpoint, *models: str, seconds: float = 120.0) -> None:
     """Waits until 20 requests in a row are answered by exactly these models."""
-    deadline = time.monotonic() + seconds
-    while (seen := served_models(endpoint)) != set(models):
-        assert time.monotonic() < deadline, seen
-        time.sleep(0.2)
+    wait_until(lambda: served_models(endpoint) == set(models), seconds, lambda: served_models(endpoint))
 
 
 def wait_for_replicas(endpoint: RunningEndpoint, count: int, seconds: float = 180.0) -> None:
     """Waits until `count` replicas of the generator are running."""
-    deadline = time.monotonic() + seconds
-    while len(running := endpoint.running_replicas("ImageGenerator")) != count:
-        assert time.monotonic() < deadline, running
-        time.sleep(0.2)
+
+    def running() -> list[dict]:
+        return endpoint.running_replicas("ImageGenerator")
+
+    wait_until(lambda: len(running()) == count, seconds, running)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from pathlib import Path
 import psutil
 
 from pipelines.demo.serving import free_port
+from tests.support.clusters import processes_of
+from tests.support.waiting import wait_until
 
 BIN = Path(sys.executable).parent
 
@@ -65,7 +66,7 @@ class RealCluster:
             self.command(*words), env=self.environment, capture_output=True, text=True, timeout=timeout, cwd=cwd
         )
 
-    def start_node(self, *options: str) -> Node:
+    def start_node(self, *options: str) -> None:
         """Starts a node; does not wait until it has joined."""
         log = self.folder / f"node{len(self.nodes)}.log"
         with open(log, "wb") as output:
@@ -74,35 +75,28 @@ class RealCluster:
                              str(150 * 2**20), "--dashboard-agent-listen-port", str(free_port(0)), *options),
                 env=self.environment, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
-        node = Node(process, log)
-        self.nodes.append(node)
-        return node
+        self.nodes.append(Node(process, log))
 
-    def start_worker(self, num_cpus: int) -> Node:
-        """Starts a worker."""
-        return self.start_node("--address", f"127.0.0.1:{self.head_port}", "--num-cpus", str(num_cpus))
-
-    def nodes_alive(self) -> int:
-        """The number of alive nodes, as reported by the head."""
+    def num_alive_nodes(self) -> int:
+        """The number of alive nodes, as reported by the head; -1 while it does not answer."""
         headers = {}
         if self.environment.get("RAY_AUTH_TOKEN"):
             headers["Authorization"] = f"Bearer {self.environment['RAY_AUTH_TOKEN']}"
         request = urllib.request.Request(f"{self.dashboard}/nodes?view=summary", headers=headers)
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with contextlib.suppress(OSError, KeyError, ValueError), urllib.request.urlopen(request, timeout=10) as answer:
             summary = json.load(answer)["data"]["summary"]
-        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+            return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+        return -1
 
-    def wait_for_nodes(self, count: int, seconds: float = 90.0) -> None:
+    def wait_for_nodes(self, count: int) -> None:
         """Waits until this many nodes are alive."""
-        deadline, seen = time.monotonic() + seconds, -1
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, KeyError, ValueError):
-                seen = self.nodes_alive()
-                if seen == count:
-                    return
-            time.sleep(0.3)
-        logs = "".join(node.log.read_text()[-1500:] for node in self.nodes)
-        raise AssertionError(f"expected {count} alive nodes, but got {seen} after {seconds} s: {logs}")
+
+        def state() -> str:
+            return f"{self.num_alive_nodes()} of {count} nodes; " + "".join(
+                node.log.read_text()[-1500:] for node in self.nodes
+            )
+
+        wait_until(lambda: self.num_alive_nodes() == count, 90, state, interval_seconds=0.3)
 
 
 @contextlib.contextmanager
@@ -131,15 +125,14 @@ def real_cluster(num_workers: int, cpus_each: int, token: str | None = None) -> 
         )  # fmt: skip
         cluster.wait_for_nodes(1)
         for number in range(num_workers):  # one at a time: on two cores, starting several at once makes one time out
-            cluster.start_worker(cpus_each)
+            cluster.start_node("--address", f"127.0.0.1:{cluster.head_port}", "--num-cpus", str(cpus_each))
             cluster.wait_for_nodes(2 + number)
         yield cluster
     finally:
         for node in cluster.nodes:
             if node.process.poll() is None:
                 node.kill()
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("RAY_TMPDIR") == str(folder):
-                    process.kill()
+        for process in processes_of(str(folder)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,7 @@ from pipelines.tracking.outbox import Outbox
 from pipelines.tracking.registry import fetch_generator, register_generator
 from pipelines.tracking.run import Run
 from tests.support.mlflow_server import Server
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.soak  # the server alone takes half a minute to start
 
@@ -121,13 +122,6 @@ def image(value=0):
 def images_of(run):
     paths = [file.path for file in run.client.list_artifacts(run.run_id, "images")]
     return sorted(path.split("+timestamp")[0] for path in paths if path.endswith(".png"))
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_outage_loses_nothing_and_does_not_block_callers(proxy, run, caplog, monkeypatch):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -54,11 +54,39 @@ def process_tree_gigabytes(pid: int) -> float:
     return total / 1e9
 
 
-def watch_memory(pid: int, peak: list[float], stop: threading.Event) -> None:
-    """Records the peak of process_tree_gigabytes in peak[0] until `stop` is set."""
-    peak.append(0.0)
-    while not stop.wait(0.5):
-        peak[0] = max(peak[0], process_tree_gigabytes(pid))
+@contextlib.contextmanager
+def sampled_memory(pid: int, interval_seconds: float) -> Iterator[list[float]]:
+    """Yields a list that receives process_tree_gigabytes(pid) in every interval until the `with` block ends."""
+    samples: list[float] = []
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(interval_seconds):
+            samples.append(process_tree_gigabytes(pid))
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def write_demo_generator(folder: Path) -> Path:
+    """Writes a generator of 64x64 images with the demo preset's network and random weights."""
+    # Imported here, because other benchmarks need neither diffusers nor the demo.
+    from meanflow_core.autoencoder import load_autoencoder
+    from meanflow_core.generator import build_pipeline, save_generator
+    from meanflow_core.networks import build_network
+    from meanflow_core.presets import demo
+    from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
+    from pipelines.demo.images import CLASS_NAMES
+
+    torch.manual_seed(0)
+    network = build_network(demo().network, sample_size=8, in_channels=4, num_classes=10).eval()
+    save_generator(build_pipeline(network, load_autoencoder(str(SHIPPED_AUTOENCODER)), CLASS_NAMES), folder)
+    return folder
 
 
 # Runs a stage's own command, logs every progress message, and limits the object store.
@@ -90,20 +118,16 @@ def run_stage(
         [sys.executable, "-c", LAUNCHER, module, progress_module, *arguments],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    stop = threading.Event()
-    watcher = threading.Thread(target=watch_memory, args=(job.pid, peak, stop))
-    if peak is not None:  # reading PSS slows the job down
-        watcher.start()
     assert job.stderr is not None
     progress, lines = [], []
-    for line in job.stderr:
-        lines.append(line)
-        match = re.search(rf"{verb} (\d+) of", line)
-        if match:
-            progress.append((time.monotonic(), int(match[1])))
-    stop.set()
+    # Without `peak`, memory is not read, because reading PSS slows the job down.
+    with contextlib.nullcontext([]) if peak is None else sampled_memory(job.pid, 0.5) as memory:
+        for line in job.stderr:
+            lines.append(line)
+            if match := re.search(rf"{verb} (\d+) of", line):
+                progress.append((time.monotonic(), int(match[1])))
     if peak is not None:
-        watcher.join()
+        peak.append(max(memory))
     if job.wait() != 0:
         raise SystemExit("".join(lines[-30:]))
     shutil.rmtree(ray_folder, ignore_errors=True)

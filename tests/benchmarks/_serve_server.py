@@ -9,42 +9,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import psutil
-import torch
 import yaml
 
-from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.generator import build_pipeline, save_generator
-from meanflow_core.networks import build_network
-from meanflow_core.presets import demo
 from pipelines.cluster import FAST_MALLOC
-from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.demo.images import CLASS_NAMES
 from pipelines.demo.serving import free_port
-from tests.benchmarks._harness import process_tree_gigabytes
+from tests.benchmarks._harness import sampled_memory
 
 REPOSITORY = Path(__file__).parents[2]
 BODY = json.dumps({"class": 1, "seed": 1}).encode()
 START_TIMEOUT_SECONDS = 240.0
-
-
-def write_demo_generator(folder: Path) -> Path:
-    """Writes a generator of 64x64 images with the demo preset's network and random weights."""
-    torch.manual_seed(0)
-    network = build_network(demo().network, sample_size=8, in_channels=4, num_classes=10).eval()
-    save_generator(build_pipeline(network, load_autoencoder(str(SHIPPED_AUTOENCODER)), CLASS_NAMES), folder)
-    return folder
 
 
 @dataclass(frozen=True)
@@ -212,58 +196,34 @@ def load(
     return responses
 
 
-@dataclass
-class MemoryLog:
-    """Memory of a server's processes over time, in GB."""
-
-    pid: int
-    samples: list[float] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def watch(self, interval_seconds: float) -> Iterator[None]:
-        """Samples the memory until the `with` block ends."""
-        stop = threading.Event()
-
-        def sample() -> None:
-            while not stop.wait(interval_seconds):
-                self.samples.append(process_tree_gigabytes(self.pid))
-
-        watcher = threading.Thread(target=sample)
-        watcher.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            watcher.join()
-
-    def quarter(self, number: int) -> float:
-        """Median of one quarter of the samples, 1 to 4."""
-        return float(np.median(np.array_split(self.samples, 4)[number - 1]))
-
-    @property
-    def growth(self) -> float:
-        """Relative growth from the second quarter to the last. Excludes the first, while pools and caches fill."""
-        return self.quarter(4) / self.quarter(2) - 1.0
-
-
 @dataclass(frozen=True)
 class Overload:
-    """Result of an overload test. `saturation` is the endpoint's maximum throughput in images per second."""
+    """Result of an overload test."""
 
     saturation: float
+    """The endpoint's maximum throughput in images per second."""
     answers: Answers
-    memory: MemoryLog
+    memory: list[float]
+    """Memory of the server's processes over time, in GB."""
+
+    def memory_in_quarter(self, number: int) -> float:
+        """Median of one quarter of the memory's samples, 1 to 4."""
+        return float(np.median(np.array_split(self.memory, 4)[number - 1]))
+
+    @property
+    def memory_growth(self) -> float:
+        """Relative growth from the second quarter to the last. Excludes the first, while pools and caches fill."""
+        return self.memory_in_quarter(4) / self.memory_in_quarter(2) - 1.0
 
 
 def overload(generator: Path, seconds: float) -> Overload:
     """Measures the endpoint's saturation throughput with 32 users and then sends twice as many requests per second."""
     requests_per_user = 0.25  # low enough that latencies of up to four seconds do not reduce the request rate
-    # The queue holds one or two seconds of work, so that latencies stay below four seconds.
+    # The queue is short enough (one or two seconds of work) that latencies stay below four seconds.
     with serving([endpoint(generator, max_queued_images=64)]) as server:
         saturation = load(server.url, 32, 10.0).per_second
         users = max(1, round(2.0 * saturation / requests_per_user))
-        memory = MemoryLog(server.pid)
-        with memory.watch(max(1.0, seconds / 40)):
+        with sampled_memory(server.pid, max(1.0, seconds / 40)) as memory:
             answers = load(
                 server.url, users, seconds, requests_per_user=requests_per_user, warmup_seconds=1.0 / requests_per_user
             )

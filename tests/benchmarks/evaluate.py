@@ -21,24 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _harness import main, run_stage
+from _harness import main, run_stage, write_demo_generator
 
-from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.generator import build_pipeline, load_pipeline, save_generator
-from meanflow_core.networks import build_network
-from meanflow_core.presets import demo
-from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
-from pipelines.demo.images import CLASS_NAMES
+from meanflow_core.generator import load_pipeline
 from pipelines.demo.judge import SHIPPED_JUDGE
 
 BATCH_SIZE = 50
-
-
-def write_generator(folder: Path) -> None:
-    """Writes a generator of the demo's size."""
-    torch.manual_seed(0)
-    network = build_network(demo().network, sample_size=8, in_channels=4, num_classes=10).eval()
-    save_generator(build_pipeline(network, load_autoencoder(str(SHIPPED_AUTOENCODER)), CLASS_NAMES), folder)
 
 
 def _bare_rate(generator: str, num_batches: int, start: Barrier) -> float:
@@ -108,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        write_generator(work / "generator")
+        write_demo_generator(work / "generator")
         np.savez(work / "reference.npz", mu=np.zeros(64), sigma=np.eye(64))
         if "stage" in arguments.only:
             figures |= measure_throughput(work, arguments.images, arguments.workers)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/plan.py --json plan.json
 
-The rate of one preset's steps goes into the planner as --teraflops, which then predicts the steps of other presets; these are
-measured, interleaved. For two processes over gloo, the rate of each process alone and of an all-reduce go in; a DDP step
-must take at least the longer of compute and communication, and at most their sum.
+The planner gets the measured rate of one preset's steps as --teraflops and predicts the step times of other presets, which
+are measured in turns. For two processes over gloo, it gets the measured rates of one process alone and of an all-reduce.
+A DDP step must take at least the longer of compute and communication, and at most their sum.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pipelines.plan.estimate import Workload, compute_seconds, payload_bytes, ri
 from pipelines.plan.hardware import GPUS, Cluster
 
 CALIBRATION = ("s4", 32)
-# Larger, of more tokens, without du/dt, and of another kind: (preset, images a step).
+# (preset, images per step): a larger network, more tokens, a step without du/dt, and another architecture.
 PREDICTED = (("b4", 8), ("s2", 8), ("fm_b4", 8), ("imf_b2", 2))
 OF_TWO = ("s4", 8)
 
@@ -64,13 +64,15 @@ def cluster(teraflops: float, link_gbyte: float = 1.0, processes: int = 1) -> Cl
 def stepper(config: TrainingConfig, rows: int, *, in_group: bool = False) -> Callable[[], object]:
     """A function that takes one step with new draws; in a group, of this process's samples, with averaged gradients."""
     state = fresh_state(config, "cpu")
-    graded = state.network
+    training_network = state.network
     if in_group:
-        graded = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        training_network = DistributedDataParallel(
+            state.network, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
     batches = [make_batch(config.loss, rows, "cpu", step) for step in range(8)]
 
     def step() -> None:
-        train_step(state, graded, [batches[state.step % len(batches)]], IDENTITY, config)
+        train_step(state, training_network, [batches[state.step % len(batches)]], IDENTITY, config)
 
     return step
 
@@ -90,9 +92,9 @@ def measure_steps(rounds: int) -> dict[str, float]:
 
 
 def work_in_group(rank: int, folder: str, rounds: int) -> None:
-    """One of two processes: times its part of a step alone, an all-reduce, and the whole step."""
+    """Runs one of two processes: times its share of a step alone, an all-reduce, and the whole step."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     name, rows = OF_TWO
     whole = workload(name, rows)
     gradient = torch.zeros(whole.gradient_bytes // 4)

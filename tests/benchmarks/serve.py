@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, even if another copy is installed
 
 import torch
-from _harness import main
+from _harness import main, write_demo_generator
 from diffusers import AutoencoderKL
 
 from deploy.api.encoding import encode_image
@@ -52,7 +52,6 @@ from tests.benchmarks._serve_server import (
     overload,
     running,
     serving,
-    write_demo_generator,
 )
 
 PARTS = ("small", "large", "overload", "peers")
@@ -255,7 +254,7 @@ def measure_large(folder: Path, arguments: argparse.Namespace) -> dict[str, floa
 def measure_overload(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Twice the saturation."""
     result = overload(folder, arguments.overload_seconds)
-    answers, memory = result.answers, result.memory
+    answers = result.answers
     report(f"overload: {answers.statuses}")
     return {
         "overload_saturation_per_second": result.saturation,
@@ -266,9 +265,9 @@ def measure_overload(folder: Path, arguments: argparse.Namespace) -> dict[str, f
         "overload_other_answers": answers.num_unexpected,
         "overload_p50_ms": answers.milliseconds(50),
         "overload_p99_ms": answers.milliseconds(99),
-        "overload_gigabytes_second_quarter": memory.quarter(2),
-        "overload_gigabytes_end": memory.quarter(4),
-        "overload_memory_growth": memory.growth,
+        "overload_gigabytes_second_quarter": result.memory_in_quarter(2),
+        "overload_gigabytes_end": result.memory_in_quarter(4),
+        "overload_memory_growth": result.memory_growth,
     }
 
 

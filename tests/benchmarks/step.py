@@ -11,7 +11,7 @@ and 10 % of labels dropped. Improved MeanFlow's FLOPs are compared with the theo
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from _harness import interleaved_medians, main, synchronize
@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig, TrainingConfig
-from meanflow_core.draws import StepRecord, draw_step_record
+from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.loss import LossOutput, meanflow_loss
 from meanflow_core.networks import build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, imf_b2
-from meanflow_core.training import TrainState, build_train_state, compile_blocks, train_step
+from meanflow_core.training import Batch, TrainState, build_train_state, compile_blocks, train_step
 from meanflow_core.transformer import Conditioning
 
 FLOW_MATCHING = LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
@@ -34,27 +34,13 @@ CHANNELS, SIZE, CLASSES = 4, 32, 1000
 IDENTITY = LatentNormalization(mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS)
 
 
-@dataclass
-class Batch:
-    """Random latent moments and labels, and the random draws of one step."""
-
-    moments: torch.Tensor
-    labels: torch.Tensor
-    record: StepRecord
-
-    @property
-    def latents(self) -> torch.Tensor:
-        """The posterior means, for forwards outside train_step."""
-        return self.moments[:, :CHANNELS]
-
-
 def make_batch(loss: LossConfig, rows: int, device: str, step: int = 0) -> Batch:
     """Makes a batch whose data is the same for every objective and whose draws depend on the step."""
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(rows, 2 * CHANNELS, SIZE, SIZE, generator=generator).abs()
     labels = torch.randint(CLASSES, (rows,), generator=generator)
     record = draw_step_record(loss, seed=0, step=step, num_rows=rows, latent_shape=(CHANNELS, SIZE, SIZE))
-    return Batch(moments.to(device), labels.to(device), record.to(torch.device(device)))
+    return Batch(moments=moments.to(device), labels=labels.to(device), record=record.to(torch.device(device)))
 
 
 def fresh_state(config: TrainingConfig, device: str) -> TrainState:
@@ -69,10 +55,15 @@ def fresh_state(config: TrainingConfig, device: str) -> TrainState:
     return state
 
 
+def posterior_means(batch: Batch) -> torch.Tensor:
+    """Latents (B, C, H, W) for forwards outside train_step."""
+    return batch.moments[:, :CHANNELS]
+
+
 def run_loss(network, batch: Batch, loss: LossConfig) -> LossOutput:
     """The loss of a batch in float32, with the derivative in the training forward."""
     return meanflow_loss(
-        network, network, batch.latents, batch.labels, batch.record, loss,
+        network, network, posterior_means(batch), batch.labels, batch.record, loss,
         null_label=CLASSES, global_num_rows=len(batch.labels),
     )  # fmt: skip
 
@@ -124,7 +115,7 @@ def measure_improved_flops(config: TrainingConfig, rows: int) -> dict[str, float
         guidance_interval_start=record.guidance_interval_start,
         guidance_interval_end=record.guidance_interval_end,
     )
-    z = batch.latents
+    z = posterior_means(batch)
     with torch.no_grad():
         all_blocks = count_flops(lambda: network(z, conditioning))
         for_velocity = count_flops(lambda: network(z, conditioning, velocity_only=True))
@@ -175,7 +166,7 @@ def whole_batch_loss(network, batch: Batch, loss: LossConfig, *, separate: bool)
     With `separate`, an additional forward computes u, as in PyTorch ports. Otherwise u comes from the JVP, as in the
     authors' JAX code.
     """
-    record, x, column = batch.record, batch.latents, (-1, 1, 1, 1)
+    record, x, column = batch.record, posterior_means(batch), (-1, 1, 1, 1)
     t, r = record.t, record.r
     z = (1 - t.view(column)) * x + t.view(column) * record.noise
     labels = torch.where(record.label_dropped, CLASSES, batch.labels)

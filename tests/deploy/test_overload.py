@@ -1,6 +1,7 @@
 import pytest
 
-from tests.benchmarks._serve_server import overload, write_demo_generator
+from tests.benchmarks._harness import write_demo_generator
+from tests.benchmarks._serve_server import overload
 
 
 @pytest.mark.soak
@@ -11,4 +12,4 @@ def test_overload_yields_only_images_and_429s_and_memory_stays_flat(tmp_path):
     assert seen.answers.per_second > 0.5 * seen.saturation  # refusing does not starve accepted requests
     # The load exceeded saturation. On two cores Serve itself cannot answer twice the saturation, even with empty answers.
     assert len(seen.answers.rows) / seen.answers.seconds > 1.15 * seen.saturation
-    assert seen.memory.growth <= 0.05, seen.memory.samples
+    assert seen.memory_growth <= 0.05, seen.memory

@@ -11,32 +11,14 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from meanflow_core.config import GuidanceConfig, TrainingConfig
-from meanflow_core.draws import draw_step_record
-from meanflow_core.latents import LatentNormalization
+from meanflow_core.config import GuidanceConfig
 from meanflow_core.presets import debug
 from meanflow_core.sharding import shard_network
-from meanflow_core.training import Batch, build_train_state, train_step
+from meanflow_core.training import build_train_state, train_step
 from tests.support.processes import join_group
+from tests.support.training_steps import IDENTITY, make_batch, part_of
 
 GUIDED = replace(debug(), loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5)))
-NORMALIZATION = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
-
-
-def batches(config: TrainingConfig, rank: int, world_size: int, passes: int) -> list[Batch]:
-    """This process's samples of a step, in equal passes."""
-    rows = config.global_batch_size
-    record = draw_step_record(config.loss, seed=0, step=0, num_rows=rows, latent_shape=(4, 8, 8))
-    part = rows // world_size // passes
-    starts = [(rank * passes + number) * part for number in range(passes)]
-    return [
-        Batch(
-            moments=torch.ones(part, 8, 8, 8),
-            labels=torch.zeros(part, dtype=torch.int64),
-            record=record.rows(start, start + part, config.loss),
-        )
-        for start in starts
-    ]
 
 
 def sent_bytes() -> int:
@@ -72,14 +54,15 @@ def count_sent(rank: int, folder: str) -> None:
                 state.network, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
         for passes in (1, 2):
+            rows = GUIDED.global_batch_size // (2 * passes)
+            starts = [(rank * passes + number) * rows for number in range(passes)]
+            batches = [part_of(make_batch(GUIDED), start, start + rows, GUIDED) for start in starts]
             before = 0
             for number in range(3):  # DDP rebuilds its buckets after the first step
                 if number == 1:
                     before = sent_bytes()
-                train_step(
-                    state, training_network, batches(GUIDED, rank, 2, passes), NORMALIZATION, GUIDED,
-                    **({"accumulating": training_network.no_sync} if kind == "ddp" else {}),
-                )  # fmt: skip
+                accumulating = {"accumulating": training_network.no_sync} if kind == "ddp" else {}
+                train_step(state, training_network, batches, IDENTITY, GUIDED, **accumulating)
             found[f"{kind} {passes}"] = (sent_bytes() - before) / 2
     if rank == 0:
         Path(folder, "sent.json").write_text(json.dumps(found))

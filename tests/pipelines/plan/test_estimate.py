@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch import distributed
 
 from meanflow_core.checkpoint import save_train_state
 from meanflow_core.config import GuidanceConfig, TrainingConfig
 from meanflow_core.presets import debug, xl2
-from meanflow_core.training import build_train_state, train_step
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError
@@ -36,7 +34,8 @@ from pipelines.plan.report import describe_estimate
 from pipelines.plan.run import build_cluster, build_workload, plan
 from tests.support.latents import encode_without_ray
 from tests.support.processes import run_processes
-from tests.support.sent_bytes import GUIDED, NORMALIZATION, batches, count_sent
+from tests.support.sent_bytes import GUIDED, count_sent
+from tests.support.training_steps import fresh_state, take_steps
 
 RUNBOOK = Path(__file__).parents[3] / "docs/runbook.md"
 A100 = GPUS["a100"]
@@ -199,8 +198,8 @@ def test_two_processes_send_the_predicted_bytes(tmp_path):
 
 def test_checkpoint_on_disk_has_the_predicted_size(tmp_path):
     config = replace(debug(), ema_decays=(0.9, 0.99))
-    state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
-    train_step(state, state.network, batches(config, 0, 1, 1), NORMALIZATION, config)
+    state = fresh_state(config)
+    take_steps(state, config, 1)
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     try:
         (tmp_path / "checkpoint").mkdir()

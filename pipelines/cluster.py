@@ -7,8 +7,8 @@ from typing import Literal
 from pipelines.errors import InputError
 
 Device = Literal["auto", "gpu", "cpu"]
-# By default glibc returns large temporaries to the system and faults them in again at every step, which makes CPU
-# training 3 to 10 times slower.
+# By default, glibc returns the memory of large temporary tensors to the system. The page faults of allocating it again at
+# every step make CPU training 3 to 10 times slower.
 FAST_MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -31,7 +31,7 @@ def start_ray(needed_cpus: int) -> None:
     else:
         # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
-        # A copy: Ray writes the hook's key into the variables, and would not start a second time in this process.
+        # A copy, because ray.init adds the hook to env_vars and refuses variables that already contain it.
         environment = {"worker_process_setup_hook": _silence_cleaner, "env_vars": dict(FAST_MALLOC)}
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment)
 
@@ -44,21 +44,21 @@ def _silence_cleaner() -> None:
 def choose_gpus(device: Device, num_processes: int = 1) -> bool:
     """Whether to compute on GPUs. "auto" uses GPUs if the cluster has any now.
 
-    Raises InputError if this machine has fewer GPUs than processes that need one each. On a cluster, Ray waits for more
-    machines instead.
+    Raises InputError if this machine has fewer GPUs than `num_processes`. On a cluster, Ray waits for more machines
+    instead.
     """
     available = num_gpus()
     use_gpus = available > 0 if device == "auto" else device == "gpu"
     if use_gpus and "RAY_ADDRESS" not in os.environ and num_processes > available:
         raise InputError(
             f"{num_processes} processes need one GPU each, but torch can use {available} on this machine; "
-            f"use fewer --num-workers, or --device cpu"
+            f"reduce --num-workers, or use --device cpu"
         )
     return use_gpus
 
 
 def num_gpus() -> int:
-    """The number of GPUs in the cluster. On this machine, only those that torch can use."""
+    """The number of GPUs in the cluster. Without a cluster, those of this machine that torch can use."""
     import ray
     import torch  # imported here: tasks without torch start in 1 s instead of 10 s
 

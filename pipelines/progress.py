@@ -31,17 +31,13 @@ class Progress:
         self._interval_seconds = interval_seconds
         self._began = self._last = time.monotonic()
 
-    def rate(self, done: int) -> float:
-        """Units per second since this object was created."""
-        return (done - self._start) / max(time.monotonic() - self._began, 1e-9)
-
     def update(self, done: int, note: str = "") -> None:
         """Logs a line if `interval_seconds` have passed since the last one, or the work is done."""
         now = time.monotonic()
         if done < self._total and now - self._last < self._interval_seconds:
             return
         self._last = now
-        rate = self.rate(done)
+        rate = (done - self._start) / max(now - self._began, 1e-9)  # units per second
         left = format_seconds((self._total - done) / rate) + " left" if rate > 0 and done < self._total else "done"
         self._logger.info(
             "%s %d of %d %s, %.1f %s/s, %s%s",

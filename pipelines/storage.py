@@ -1,8 +1,8 @@
 """Files on a local disk or in an object store.
 
 A location is a path or a URI ("/data/latents", "s3://bucket/latents", "abfs://container/latents"). pyarrow opens the
-schemes it knows and fsspec all others. A file appears under its name only when complete: local files are renamed into
-place, and object stores publish an object at the end of its upload.
+schemes that it supports, and fsspec opens all others. A file appears under its name only when it is complete: local files
+are renamed into place, and object stores publish an object at the end of its upload.
 """
 
 import os
@@ -25,8 +25,8 @@ def absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
-def shown(location: str) -> str:
-    """The location without credentials and query parameters, for logs and metadata."""
+def redact(location: str) -> str:
+    """Removes credentials and query parameters from a location, for logs and metadata."""
     if "://" not in location:
         return location
     scheme, _, rest = location.partition("://")
@@ -37,12 +37,13 @@ def shown(location: str) -> str:
 def output_location(location: str, option: str) -> str:
     """The absolute form of a folder to write. `option` names it in errors.
 
-    Raises InputError for a file, and for a relative path in a submitted job, which runs in a temporary copy of its folder.
+    Raises InputError for a file. Also raises it for a relative path in a submitted job, because Ray runs the job in a
+    temporary copy of its working directory.
     """
     if "://" not in location and not Path(location).expanduser().is_absolute() and SUBMITTED_JOB in os.environ:
         raise InputError(
-            f"{option} {location} is relative, but a submitted job runs in a temporary copy of its folder; give an "
-            f"absolute path on shared storage, or a URI"
+            f"{option} {location} is relative, but a submitted job runs in a temporary copy of its working directory; "
+            f"give an absolute path on shared storage, or a URI"
         )
     location = absolute(location)
     if is_local(location) and Path(location).is_file():
@@ -51,7 +52,7 @@ def output_location(location: str, option: str) -> str:
 
 
 def open_storage(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a location, and the path in it. Raises InputError if it cannot be opened."""
+    """The file system of a location, and the path in it. Raises InputError if the file system cannot be opened."""
     location = absolute(location)
     if "://" not in location:
         return fs.LocalFileSystem(), location

@@ -41,8 +41,8 @@ def latents_dataset(
         source: Location of the encoded images.
         context: "training" or "validation".
     """
-    uri = storage.shown(location)
-    profile = {"num_samples": num_samples, "num_classes": num_classes, "images": storage.shown(source)}
+    uri = storage.redact(location)
+    profile = {"num_samples": num_samples, "num_classes": num_classes, "images": storage.redact(source)}
     dataset = Dataset(
         # MLflow keeps one dataset per name and digest, with the first location that was logged.
         name=f"{context}: {uri}"[-500:],

@@ -12,7 +12,7 @@ from pipelines.latents.sample_order import samples_of_step
 
 
 class BatchSource:
-    """Computes a worker's contiguous share of a step's samples and draws, which depend on (seed, step) only."""
+    """Reads a worker's contiguous share of each step's samples and random draws. Both depend on (seed, step) only."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Prefetcher:
         self._prefetched: tuple[int, Future[list[Batch]]] | None = None
 
     def batches(self, step: int) -> list[Batch]:
-        """Returns the batches of `BatchSource.batches`, and starts to prepare those of the next step."""
+        """Returns the step's batches, and starts to prepare those of the next step."""
         if self._prefetched is not None and self._prefetched[0] == step:
             batches = self._prefetched[1].result()
         else:

@@ -140,7 +140,7 @@ def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
 
 
 def repair_record(filesystem: fs.FileSystem, run_path: str) -> None:
-    """Rebuilds Ray's record from the complete checkpoints if it, or a checkpoint that it lists, is missing or damaged.
+    """Rebuilds Ray's record from the complete checkpoints if the record or a listed checkpoint is missing or damaged.
 
     Ray writes its record in place, so a power failure may truncate it or leave a listed checkpoint missing. Ray refuses
     to start in either case. Only call this while no job trains the run. Raises InputError if no checkpoint is complete, or
@@ -148,25 +148,25 @@ def repair_record(filesystem: fs.FileSystem, run_path: str) -> None:
     """
     has_record = filesystem.get_file_info(f"{run_path}/{RECORD}").type == fs.FileType.File
     recorded = _recorded_names(filesystem, f"{run_path}/{RECORD}") if has_record else None
-    steps, problems = {}, {}
+    steps, damage = {}, {}  # by folder name
     for name in _checkpoint_folders(filesystem, run_path) | (recorded or set()):
-        step_or_problem = _complete_step(filesystem, f"{run_path}/{name}")
-        if isinstance(step_or_problem, int):
-            steps[name] = step_or_problem
+        step_or_damage = _step_or_damage(filesystem, f"{run_path}/{name}")
+        if isinstance(step_or_damage, int):
+            steps[name] = step_or_damage
         else:
-            problems[name] = step_or_problem
+            damage[name] = step_or_damage
     if recorded is not None and recorded <= steps.keys():
         return
     if not steps:
         if not has_record:
             return  # no checkpoint was ever committed
         raise InputError(
-            f"{run_path} holds no complete checkpoint, but Ray's record of them; choose another --run-name, or delete "
-            f"{RECORD} to train from the beginning"
+            f"{run_path} has a record of checkpoints ({RECORD}), but no complete checkpoint; delete this file to train from "
+            f"the beginning, or choose another --run-name"
         )
-    logger.warning("Ray's record of the checkpoints is damaged: rebuilt from the %d complete checkpoints", len(steps))
-    for name in sorted(problems):
-        logger.warning("continuing without %s: %s", name, problems[name])
+    logger.warning("rebuilt Ray's record of checkpoints from the %d complete checkpoints", len(steps))
+    for name in sorted(damage):
+        logger.warning("ignored the damaged checkpoint %s: %s", name, damage[name])
     results = [
         {"checkpoint_dir_name": name, "metrics": {"step": steps[name]}}
         for name in sorted(steps, key=lambda name: (steps[name], name))
@@ -195,10 +195,10 @@ def delete_orphans(filesystem: fs.FileSystem, run_path: str) -> list[str]:
     known = committed(filesystem, run_path)
     orphans = sorted(_checkpoint_folders(filesystem, run_path) - (known.names if known is not None else frozenset()))
     for name in orphans:
-        _complete_step(filesystem, f"{run_path}/{name}")  # raises InputError for another format version
+        _step_or_damage(filesystem, f"{run_path}/{name}")  # raises InputError for another format version
     for name in orphans:
         filesystem.delete_dir(f"{run_path}/{name}")
-        logger.info("deleted %s, an incomplete checkpoint of a crashed run", name)
+        logger.info("deleted %s, a checkpoint that was not committed before a crash", name)
     return orphans
 
 
@@ -222,10 +222,10 @@ def _recorded_names(filesystem: fs.FileSystem, path: str) -> set[str] | None:
         return None
 
 
-def _complete_step(filesystem: fs.FileSystem, path: str) -> int | str:
+def _step_or_damage(filesystem: fs.FileSystem, path: str) -> int | str:
     """Returns the step of a complete checkpoint, or a description of the damage. Checks file sizes, not contents.
 
-    Raises InputError for another format version, so that such a checkpoint is not mistaken for a damaged one and deleted.
+    Raises InputError for another format version. Otherwise such a checkpoint would count as damaged and be deleted.
     """
     state_file = f"{path}/{STATE_FILE}"
     if filesystem.get_file_info(state_file).type != fs.FileType.File:
@@ -241,5 +241,5 @@ def _complete_step(filesystem: fs.FileSystem, path: str) -> int | str:
     if not isinstance(content, dict) or not {"files", "step"} <= content.keys():
         return f"{state_file} is damaged"
     listing = filesystem.get_file_info(fs.FileSelector(path))
-    problem = describe_damage(content["files"], {info.base_name: info.size for info in listing})
-    return int(content["step"]) if problem is None else problem
+    damage = describe_damage(content["files"], {info.base_name: info.size for info in listing})
+    return int(content["step"]) if damage is None else damage

@@ -1,4 +1,4 @@
-"""Error messages for failed runs: the cause, and where the same command resumes."""
+"""Error messages for failed runs: the cause, and the checkpoint from which the same command resumes."""
 
 from dataclasses import dataclass
 
@@ -49,18 +49,17 @@ def as_command_error(error: TrainingFailedError, job: TrainJob) -> InputError | 
 def nonfinite_error(job: TrainJob, step: int) -> RunError:
     """Returns the error that reports a nonfinite gradient."""
     return RunError(
-        f"the gradient of step {step} is not finite; {resume_hint(job)}, but fails again. Skip the step with "
-        f"--skip-nonfinite {job.skip_nonfinite + 1}, or start a new run with a smaller optimizer.learning_rate or "
-        f"optimizer.max_gradient_norm"
+        f"the gradient of step {step} is not finite; {resume_hint(job)}. Add --skip-nonfinite {job.skip_nonfinite + 1} to "
+        f"skip the step, or start a new run with a smaller optimizer.learning_rate or optimizer.max_gradient_norm"
     )
 
 
 def resume_hint(job: TrainJob) -> str:
-    """Describes where the same command resumes. Never raises."""
+    """Says at which checkpoint the same command resumes. Never raises."""
     try:
         last = checkpoints.committed(*storage.open_storage(job.run_location))
     except (InputError, OSError) as error:
-        return f"its checkpoints cannot be read now ({error})"
+        return f"the run's checkpoints cannot be read now ({error})"
     if last is None:
-        return "there is no checkpoint yet: the same command starts from the beginning"
-    return f"the last checkpoint is of step {last.step}, {last.latest.path}: the same command resumes from it"
+        return "there is no checkpoint yet, so the same command starts from the beginning"
+    return f"the same command resumes from the checkpoint of step {last.step} ({last.latest.path})"

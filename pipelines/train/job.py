@@ -92,7 +92,7 @@ class TrainJob:
         if self.resize_interval_seconds <= 0:
             raise ValueError(f"resize_interval_seconds must be above 0, but got {self.resize_interval_seconds}")
         if self.init_source is not None and self.init_from is None:
-            raise ValueError("init_source requires init_from, the checkpoint file")
+            raise ValueError("init_source requires init_from, the location of the checkpoint file")
 
     @property
     def run_location(self) -> str:

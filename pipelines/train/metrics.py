@@ -24,7 +24,7 @@ class IntervalMetrics:
         """Starts a new interval."""
         self._sums = torch.zeros(len(SUMS) + 1, device=self._device)  # SUMS, then the gradient norm
         self._num_steps = 0  # excluding skipped steps
-        self._num_timed_steps = 0
+        self._num_timed_steps = 0  # including skipped steps, excluding steps before a resume
         self._data_seconds = 0.0
         self._start_time = time.monotonic()
 

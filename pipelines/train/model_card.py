@@ -19,7 +19,8 @@ IMAGENET_TERMS = """\
 The training images are from ImageNet. They were made available for non-commercial research and education; their owners
 hold the rights. Check whether your use of these weights is permitted."""
 OTHER_TERMS = """\
-The permitted use of these weights depends on the rights to the training images, which are unknown here: add them."""
+The permitted use of these weights depends on the rights to the training images. The training command does not know these
+rights: describe them here."""
 
 
 def is_imagenet(manifest: Manifest) -> bool:
@@ -62,10 +63,10 @@ images = pipeline.images_from_seeds([0], [7], {num_steps})
 - **Trained with** meanflow-ray {code["meanflow_ray"]} (commit {code["git_commit"]}), preset {provenance["preset"]},
   {provenance["step"]:,} steps of {config.global_batch_size} images; moving average with decay {
         provenance["ema_decay"]:g}
-- **Training data** {manifest.num_samples:,} images from {storage.shown(manifest.source)}; latent dataset
+- **Training data** {manifest.num_samples:,} images from {storage.redact(manifest.source)}; latent dataset
   {provenance["data"]}, content {provenance["data_sha256"]}
 - **Autoencoder** {manifest.recipe.vae_id}, included in this folder; weights {manifest.recipe.vae_sha256}
-- **Initial network** {storage.shown(init_from) if init_from else "random"}
+- **Initial network** {storage.redact(init_from) if init_from else "random"}
 - **Evaluation** by `python -m pipelines.evaluate`: see MLflow run {
         provenance["run_id"]
     } and the tags of the registered version
@@ -78,7 +79,7 @@ images = pipeline.images_from_seeds([0], [7], {num_steps})
 
 ## Limitations
 
-Not for images of real people, evidence, medical or other decisions. The classes and their imbalance come from the training
-set. The network may have memorized training images: the evaluation's nearest-train ratio measures how close its samples
-come to them. One-step samples have less detail than multi-step samples.
+Do not use the samples as images of real people, as evidence, or for medical or other decisions. The classes and their
+imbalance come from the training set. The network may have memorized training images: the evaluation's nearest-train ratio
+measures how close its samples come to them. One-step samples have less detail than multi-step samples.
 """)

@@ -34,7 +34,7 @@ def prepare(job: TrainJob) -> Preparation:
     Raises InputError for invalid input.
     """
     if not job.run_name.strip() or "/" in job.run_name or job.run_name.startswith("."):
-        raise InputError(f"--run-name must have no slash and no leading dot, but got {job.run_name!r}")
+        raise InputError(f"--run-name must not be empty, contain a slash or start with a dot, but got {job.run_name!r}")
     job = _with_absolute_locations(job)
     manifest = read_manifest(job.data)
     _require_fitting_data(job, manifest)
@@ -60,8 +60,8 @@ def recover_initial(job: TrainJob, manifest: Manifest, record: TrainingRecord) -
     if latest is not None:
         if latest.step > job.config.num_steps:
             raise InputError(
-                f"run {job.run_name} already has {latest.step} steps, more than num_steps {job.config.num_steps}; choose "
-                f"another --run-name, or at least as many steps"
+                f"run {job.run_name} already has {latest.step} steps, but num_steps is {job.config.num_steps}; increase "
+                f"--num-steps, or choose another --run-name"
             )
         return None
     initial = load_initial_network(job, manifest)

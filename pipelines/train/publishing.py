@@ -34,7 +34,7 @@ INDEX_FILE = "model_index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedTraining:
-    """What the generators of a finished run are made from."""
+    """Inputs for writing the generators of a finished run."""
 
     job: TrainJob
     """The job, with absolute locations."""
@@ -47,15 +47,11 @@ class FinishedTraining:
     step: int
     """Training steps completed at `checkpoint`."""
 
-    def folder_name(self, decay: float) -> str:
-        """Name of a moving average's folder in the run's folder."""
-        return "generator" if decay == self.job.config.ema_decays[0] else f"generator-ema-{decay:g}"
-
 
 def training_pipeline(
     network: AnyNetwork, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig
 ) -> MeanFlowPipeline:
-    """Builds a diffusers pipeline from a network in training."""
+    """Builds a diffusers pipeline from a network, with the run's class names and sampling settings."""
     return build_pipeline(
         network,
         vae,
@@ -83,11 +79,11 @@ def publish_generators(training: FinishedTraining, run: Run) -> Published:
         location = upload(training, first, folder)
         tags = {
             **hashes,
-            "data": storage.shown(training.job.data),
+            "data": storage.redact(training.job.data),
             "data.sha256": training.manifest.content_sha256,
             "preset": training.preset,
             "step": str(training.step),
-            "generator": storage.shown(location),
+            "generator": storage.redact(location),
         }
         try:
             model = register_generator(run, folder, training.job.registered_name(training.preset), tags)
@@ -113,11 +109,11 @@ def write_generator(training: FinishedTraining, decay: float, run: Run, folder: 
     save_generator(pipeline, folder, portable=job.portable)
     provenance: dict[str, Any] = {
         "run_id": run.run_id,
-        "tracking_uri": storage.shown(run.tracking_uri),
+        "tracking_uri": storage.redact(run.tracking_uri),
         "preset": training.preset,
         "step": training.step,
         "ema_decay": decay,
-        "data": storage.shown(job.data),
+        "data": storage.redact(job.data),
         "data_sha256": manifest.content_sha256,
     }
     write_provenance(folder, provenance)
@@ -137,7 +133,8 @@ def upload(training: FinishedTraining, decay: float, folder: Path) -> str:
 
     model_index.json is deleted first and uploaded last, so that a mixture of two generators cannot be opened.
     """
-    location = f"{training.job.run_location}/{training.folder_name(decay)}"
+    is_first = decay == training.job.config.ema_decays[0]
+    location = f"{training.job.run_location}/{'generator' if is_first else f'generator-ema-{decay:g}'}"
     filesystem, target = storage.open_storage(location)
     if filesystem.get_file_info(f"{target}/{INDEX_FILE}").type == fs.FileType.File:
         filesystem.delete_file(f"{target}/{INDEX_FILE}")

@@ -71,7 +71,7 @@ class TrainingRecord:
 
 
 def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
-    """Returns what must not change on resume (experiment, data, initial network) as nested JSON values."""
+    """Returns the settings and hashes that must not change on resume, as nested JSON values."""
     config = {name: value for name, value in asdict(job.config).items() if name not in RESUMABLE_SETTINGS}
     content = {
         "config": config,
@@ -84,7 +84,7 @@ def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
 
 
 def read_record(job: TrainJob) -> TrainingRecord | None:
-    """Reads a run's training.json; None for a new run. Raises InputError for a damaged file or another kind of folder."""
+    """Reads a run's training.json; None for a new run. Raises InputError for a damaged file, or a folder without one."""
     filesystem, folder = storage.open_storage(job.run_location)
     path = f"{folder}/{TRAINING_RECORD}"
     if filesystem.get_file_info(path).type == fs.FileType.File:
@@ -94,7 +94,8 @@ def read_record(job: TrainJob) -> TrainingRecord | None:
             return TrainingRecord(**content, published=None if published is None else Published(**published))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
-                f"{job.run_location}/{TRAINING_RECORD} is damaged or of another release ({error}); choose another --run-name"
+                f"{job.run_location}/{TRAINING_RECORD} is damaged or from another release ({error}); choose another "
+                f"--run-name"
             ) from error
     if filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
         raise InputError(
@@ -119,20 +120,23 @@ def require_same_experiment(job: TrainJob, manifest: Manifest, record: TrainingR
     before, now = flatten(record.identity), flatten(identity(job, manifest))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
-        changes = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
+        changes = "; ".join(f"{key} was {before.get(key)}, is now {now.get(key)}" for key in changed)
         raise InputError(
-            f"run {job.run_name} in {job.storage} is another experiment ({changes}); choose another --run-name"
+            f"run {job.run_name} in {job.storage} was started with other settings or data ({changes}); undo these changes "
+            f"to resume it, or choose another --run-name"
         )
     changed_code = [
-        f"{name} was {record.code.get(name)}, is {value}"
+        f"{name} was {record.code.get(name)}, is now {value}"
         for name, value in code_identity().items()
         if record.code.get(name) != value
     ]
     if changed_code:
-        logger.warning("the run was started with other code, so its results may differ: %s", "; ".join(changed_code))
+        logger.warning(
+            "the code has changed since the run was started, so results may differ: %s", "; ".join(changed_code)
+        )
     if job.config.optimizer.cooldown_steps and record.num_steps != job.config.num_steps:
         logger.warning(
-            "num_steps was %d, is %d: the learning rate's cool-down moves to the new end",
+            "num_steps was %d, is now %d: the learning rate's cool-down moves to the new end of the run",
             record.num_steps,
             job.config.num_steps,
         )
@@ -143,7 +147,7 @@ def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str)
     parameters = {
         "preset": preset,
         **job.config.flat(),
-        "data": storage.shown(job.data),
+        "data": storage.redact(job.data),
         "data.num_samples": manifest.num_samples,
         "data.sha256": manifest.content_sha256,
         "data.mirror": job.mirror,
@@ -152,7 +156,7 @@ def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str)
         "num_workers": job.num_workers,
         "parallelism": job.parallelism,
         "samples_per_pass": job.samples_per_pass,
-        "init_from": job.init_from and storage.shown(job.init_from),
+        "init_from": job.init_from and storage.redact(job.init_from),
     }
     datasets = [_dataset(job.data, manifest, "training")]
     if job.validation_data is not None:

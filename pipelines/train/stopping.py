@@ -29,12 +29,11 @@ from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "meanflow-ray"
+NAMESPACE = "meanflow-ray"  # Ray namespace of the actors
 STOP_POLL_SECONDS = 1.0
 PREEMPTION_POLL_SECONDS = 5.0  # Ray's own interval
-ACKNOWLEDGE_SECONDS = 10.0  # after this time without acknowledgement, no worker is running
-# How long the actor may outlive a killed driver.
-ACTOR_EXIT_SECONDS = 30.0
+ACKNOWLEDGE_SECONDS = 10.0  # if no worker acknowledges a request within this time, none is running
+ACTOR_EXIT_SECONDS = 30.0  # time within which Ray ends the actor of a killed driver
 
 
 class StopRequest:
@@ -57,11 +56,11 @@ class StopRequest:
         return self._is_acknowledged
 
 
-def claim_run(run: str) -> ActorHandle:
+def claim_run(run_location: str) -> ActorHandle:
     """Creates the run's stop-request actor. Its unique name is also a lock: a second job cannot train the run.
 
     The actor is pinned to the driver's node, so it lives as long as the driver. Raises InputError if another job of
-    this cluster trains the run: both would write the same checkpoints.
+    this cluster trains the run, because both would write the same checkpoints.
     """
     deadline = time.monotonic() + ACTOR_EXIT_SECONDS
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -69,14 +68,15 @@ def claim_run(run: str) -> ActorHandle:
     has_logged = False
     while True:
         try:
-            return actor.options(name=f"training {run}", namespace=NAMESPACE).remote()
+            return actor.options(name=f"training {run_location}", namespace=NAMESPACE).remote()
         except ValueError as error:
             if not has_logged:
-                logger.info("waiting for another job of this cluster to release %s", run)
+                logger.info("waiting for another job of this cluster to release %s", run_location)
                 has_logged = True
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"another job of this cluster is training {run}; wait for it, or stop it (`ray job stop`)"
+                    f"another job of this cluster is training {run_location}; wait for its end, or stop it with "
+                    f"`ray job stop`"
                 ) from error
             time.sleep(0.5)
 
@@ -138,17 +138,17 @@ class Signals:
 class SignalMonitor:
     """Delivers stop requests and preemption notices to all workers after the same step. Call `poll` once per step."""
 
-    def __init__(self, request: ActorHandle | None, rank: int) -> None:
+    def __init__(self, request: ActorHandle, rank: int) -> None:
         _choose_gloo_interface()
         self._group = distributed.new_group(backend="gloo")
-        self._flags = torch.zeros(2, dtype=torch.int32)  # stop; query Ray for preemptions
+        self._flags = torch.zeros(2, dtype=torch.int32)  # [stop requested, query Ray for preemptions]
         self._reduction: distributed.Work | None = None
         self._known_preemption: object = None
         self._stop_requested = threading.Event()
         self._closed = threading.Event()
         self._next_preemption_poll = time.monotonic() + PREEMPTION_POLL_SECONDS
         self._is_rank_0 = rank == 0
-        if self._is_rank_0 and request is not None:
+        if self._is_rank_0:
             threading.Thread(target=self._poll_stop_request, args=(request,), daemon=True).start()
 
     def poll(self) -> Signals:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 SEED = 20_250_519  # seed of the draws; independent of the training seed
 MAX_SAMPLES = 4096
 BATCH_SIZE = 64
-TIMEOUT_SECONDS = 1800.0  # per checkpoint; later checkpoints wait
+TIMEOUT_SECONDS = 1800.0  # per checkpoint; checkpoints are validated one after another
 MLFLOW_PATIENCE_SECONDS = 600.0
 
 
@@ -60,7 +60,7 @@ def has_spare_resources(job: TrainJob) -> bool:
 
 
 def ray_config(job: TrainJob, tracking_uri: str, run_id: str) -> ValidationConfig:
-    """Returns a configuration with which Ray Train runs `validate` as a separate task."""
+    """Returns the configuration for Ray Train to run `validate` as a separate task."""
     return ValidationConfig(
         functools.partial(validate, job=job, tracking_uri=tracking_uri, run_id=run_id),
         task_config=ValidationTaskConfig(timeout_s=TIMEOUT_SECONDS),

@@ -80,7 +80,8 @@ def _require_same_normalization(folder: Path, data: str) -> None:
     dataset = LatentNormalization.from_vae_config(open_autoencoder(data).config)
     if generator != dataset:
         raise InputError(
-            f"its latents are normalized by {generator}, those of --data by {dataset}; encode the images with its autoencoder"
+            f"the network was trained on latents normalized with {generator}, but --data has {dataset}; encode the images "
+            f"with the generator's autoencoder"
         )
 
 
@@ -93,5 +94,5 @@ def delay_guidance(config: TrainingConfig, manifest: Manifest) -> TrainingConfig
     if config.guidance_after_steps is not None or not is_guided:
         return config
     steps = min(UNGUIDED_EPOCHS * manifest.num_samples // config.global_batch_size, config.num_steps // 2)
-    logger.info("guidance starts after %d steps, because the initial network was trained without it", steps)
+    logger.info("guidance starts after %d steps, because the initial network was trained without guidance", steps)
     return replace(config, guidance_after_steps=steps)

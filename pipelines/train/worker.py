@@ -46,7 +46,7 @@ class WorkerTask:
     """MLflow tracking URI."""
     run_id: str
     """ID of the MLflow run."""
-    stop_request: ActorHandle | None
+    stop_request: ActorHandle
     """Actor that holds the driver's request to stop."""
     initial_network: ray.ObjectRef | None
     """Initial network of a warm start; ignored once there is a checkpoint."""
@@ -97,7 +97,7 @@ class TrainingWorker:
         if restored is not None:
             self._metrics.restore(restored["interval_metrics"], self._rank)
             logger.info("resumed at step %d", self._state.step)
-        logger.info("one of %d workers", self._world_size)
+        logger.info("training as rank %d of %d workers", self._rank, self._world_size)
 
         self._reporter = self._build_reporter(stack, [] if restored is None else restored["unlogged"])
         source = BatchSource(

@@ -79,7 +79,7 @@ def test_damaged_record_is_rebuilt_from_complete_checkpoints(tmp_path, caplog, d
     else:
         record.write_text({"half": record.read_text()[:40], "empty": "", "another kind": "[]"}[damage])
     checkpoints.repair_record(LOCAL, str(tmp_path))
-    assert "rebuilt from the 2 complete checkpoints" in caplog.text
+    assert "rebuilt Ray's record of checkpoints from the 2 complete checkpoints" in caplog.text
     found = checkpoints.committed(LOCAL, str(tmp_path))
     assert (Path(found.latest.path).name, found.step) == (checkpoint_name(20), 20)
     assert found.names == {checkpoint_name(10), checkpoint_name(20)}
@@ -104,7 +104,7 @@ def test_run_continues_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog
     else:
         shutil.rmtree(last)
     checkpoints.repair_record(LOCAL, str(tmp_path))
-    assert f"continuing without {checkpoint_name(20)}" in caplog.text
+    assert f"ignored the damaged checkpoint {checkpoint_name(20)}" in caplog.text
     found = checkpoints.committed(LOCAL, str(tmp_path))
     assert (Path(found.latest.path).name, found.step, found.names) == (checkpoint_name(10), 10, {checkpoint_name(10)})
 
@@ -112,10 +112,10 @@ def test_run_continues_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog
 def test_run_without_a_complete_checkpoint_is_refused(tmp_path):
     write_checkpoints(tmp_path, [10])
     shutil.rmtree(tmp_path / checkpoint_name(10))
-    with pytest.raises(InputError, match="holds no complete checkpoint"):
+    with pytest.raises(InputError, match="but no complete checkpoint"):
         checkpoints.repair_record(LOCAL, str(tmp_path))
     (tmp_path / checkpoints.RECORD).write_text("")
-    with pytest.raises(InputError, match="holds no complete checkpoint"):
+    with pytest.raises(InputError, match="but no complete checkpoint"):
         checkpoints.repair_record(LOCAL, str(tmp_path))
 
 

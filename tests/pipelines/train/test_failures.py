@@ -22,11 +22,9 @@ def test_cause_is_the_original_error_and_not_a_resulting_connection_error():
 
 def test_message_names_the_cause_and_where_to_resume(tmp_path):
     job = replace(training_job(tmp_path), skip_nonfinite=3)
-    assert resume_hint(job) == "there is no checkpoint yet: the same command starts from the beginning"
+    assert resume_hint(job) == "there is no checkpoint yet, so the same command starts from the beginning"
     write_checkpoints(tmp_path / "runs/r", [10, 20])
-    hint = (
-        f"the last checkpoint is of step 20, {tmp_path}/runs/r/{checkpoint_name(20)}: the same command resumes from it"
-    )
+    hint = f"the same command resumes from the checkpoint of step 20 ({tmp_path}/runs/r/{checkpoint_name(20)})"
     assert resume_hint(job) == hint
     error = as_command_error(WorkerGroupError("", {1: ValueError("odd\nnumber")}), job)
     assert isinstance(error, RunError)
@@ -36,4 +34,4 @@ def test_message_names_the_cause_and_where_to_resume(tmp_path):
     assert nonfinite.startswith(f"the gradient of step 21 is not finite; {hint}")
     assert "--skip-nonfinite 4" in nonfinite
     (tmp_path / "runs/r" / checkpoints.RECORD).write_text("{")
-    assert "its checkpoints cannot be read now" in resume_hint(job)
+    assert "the run's checkpoints cannot be read now" in resume_hint(job)

@@ -59,4 +59,4 @@ def test_card_hides_credentials_of_locations(tmp_path):
 def test_card_has_imagenets_terms_if_trained_on_imagenet(tmp_path, manifest, has_terms):
     card = card_of(tmp_path, manifest)
     assert ("The training images are from ImageNet" in card) == has_terms
-    assert ("rights to the training images, which are unknown here" in card) != has_terms
+    assert ("training command does not know these\nrights" in card) != has_terms

@@ -29,7 +29,7 @@ def record(job):
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", ".hidden", "a/b"])
 def test_invalid_run_name_is_refused(job, name):
-    with pytest.raises(InputError, match="--run-name must have no slash and no leading dot"):
+    with pytest.raises(InputError, match="--run-name must not be empty, contain a slash or start with a dot"):
         prepare(replace(job, run_name=name))
 
 
@@ -83,14 +83,14 @@ def test_longer_run_keeps_the_delay_of_guidance(job, record):
     ready = prepare(with_config(job, num_steps=1000))
     assert ready.job.config.guidance_after_steps == 15
     assert ready.record == record
-    with pytest.raises(InputError, match="config.guidance_after_steps was 15, is 3"):
+    with pytest.raises(InputError, match="config.guidance_after_steps was 15, is now 3"):
         prepare(with_config(job, guidance_after_steps=3))
 
 
 def test_run_with_more_steps_than_num_steps_is_refused(job, tmp_path, record):
     write_checkpoints(tmp_path / "runs/r", steps=[10, 20])
     assert recover_initial(with_config(job, num_steps=20), small_manifest(), record) is None
-    with pytest.raises(InputError, match="already has 20 steps, more than num_steps 19"):
+    with pytest.raises(InputError, match="already has 20 steps, but num_steps is 19"):
         recover_initial(with_config(job, num_steps=19), small_manifest(), record)
 
 

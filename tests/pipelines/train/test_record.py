@@ -53,7 +53,7 @@ def test_damaged_or_foreign_record_is_refused(tmp_path, content):
     (tmp_path / "runs/r").mkdir(parents=True)
     (tmp_path / "runs/r" / TRAINING_RECORD).write_text(content)
     with pytest.raises(
-        InputError, match=r"training.json is damaged or of another release .*; choose another --run-name"
+        InputError, match=r"training.json is damaged or from another release .*; choose another --run-name"
     ):
         read_record(training_job(tmp_path))
 
@@ -66,38 +66,39 @@ def test_folder_that_is_not_a_run_is_refused_and_kept(tmp_path):
 
 
 def test_run_resumes_if_only_resumable_settings_have_changed(started):
-    job = started
     changed = with_config(
-        replace(job, data="elsewhere", num_workers=4, samples_per_pass=2),
+        replace(started, data="elsewhere", num_workers=4, samples_per_pass=2),
         num_steps=99, log_interval_steps=1, checkpoint_interval_steps=3, sample_interval_steps=3, compile=True,
         activation_checkpointing=True,
     )  # fmt: skip
-    require_same_experiment(changed, small_manifest(5), read_record(job))
+    require_same_experiment(changed, small_manifest(5), read_record(started))
 
 
 @pytest.mark.parametrize(
     ("options", "config", "words"),
     [
-        ({}, {"global_batch_size": 32}, "config.global_batch_size was 16, is 32"),
-        ({}, {"seed": 5, "ema_decays": (0.5,)}, r"config.ema_decays was .*0.9.*, is .*0.5.*; config.seed was 0, is 5"),
-        ({"mirror": False}, {}, "mirror was True, is False"),
-        ({"init_from": "g"}, {}, "init_from was None, is g"),
+        ({}, {"global_batch_size": 32}, "config.global_batch_size was 16, is now 32"),
+        ({}, {"seed": 5, "ema_decays": (0.5,)}, r"config.ema_decays was .*, is now .*; config.seed was 0, is now 5"),
+        ({"mirror": False}, {}, "mirror was True, is now False"),
+        ({"init_from": "g"}, {}, "init_from was None, is now g"),
     ],
 )
-def test_another_experiment_is_refused_with_the_differences(started, options, config, words):
-    job = started
-    changed = with_config(replace(job, **options), **config)
-    with pytest.raises(InputError, match=f"run r in .* is another experiment \\({words}\\); choose another --run-name"):
-        require_same_experiment(changed, small_manifest(5), read_record(job))
+def test_other_settings_are_refused_with_the_differences(started, options, config, words):
+    changed = with_config(replace(started, **options), **config)
+    with pytest.raises(
+        InputError, match=f"run r .* other settings or data \\({words}\\); .* choose another --run-name"
+    ):
+        require_same_experiment(changed, small_manifest(5), read_record(started))
 
 
 def test_other_data_is_refused(started):
-    job = started
-    record, manifest = read_record(job), small_manifest(5)
-    with pytest.raises(InputError, match="data_sha256 was .*, is .*"):
-        require_same_experiment(job, replace(manifest, shard_sha256=["2" * 64]), record)
-    with pytest.raises(InputError, match="vae_sha256 was 0+, is 3+"):
-        require_same_experiment(job, replace(manifest, recipe=replace(manifest.recipe, vae_sha256="3" * 64)), record)
+    record, manifest = read_record(started), small_manifest(5)
+    with pytest.raises(InputError, match="data_sha256 was .*, is now .*"):
+        require_same_experiment(started, replace(manifest, shard_sha256=["2" * 64]), record)
+    with pytest.raises(InputError, match="vae_sha256 was 0+, is now 3+"):
+        require_same_experiment(
+            started, replace(manifest, recipe=replace(manifest.recipe, vae_sha256="3" * 64)), record
+        )
 
 
 @pytest.mark.parametrize("cooldown_steps", [0, 5])
@@ -108,7 +109,7 @@ def test_changed_code_and_a_moved_cooldown_log_warnings(started, caplog, cooldow
     require_same_experiment(job, small_manifest(5), record)
     assert caplog.text == ""
     require_same_experiment(with_config(job, num_steps=99), small_manifest(5), record)
-    assert ("num_steps was 30, is 99: the learning rate's cool-down moves" in caplog.text) == (cooldown_steps > 0)
-    assert "other code" not in caplog.text
+    assert ("num_steps was 30, is now 99: the learning rate's cool-down moves" in caplog.text) == (cooldown_steps > 0)
+    assert "the code has changed" not in caplog.text
     require_same_experiment(job, small_manifest(5), replace(record, code=record.code | {"torch": "1.0"}))
-    assert "started with other code, so its results may differ: torch was 1.0, is" in caplog.text
+    assert "so results may differ: torch was 1.0, is now" in caplog.text

@@ -88,7 +88,7 @@ def test_run_with_a_killed_worker_matches_an_uninterrupted_loop_bit_for_bit(
         filesystem, folder = storage.open_storage(job.run_location)
         names = {info.base_name for info in filesystem.get_file_info(fs.FileSelector(folder))}
         record = read_record(job)
-        with pytest.raises(InputError, match=r"is another experiment \(config.seed was 0, is 5\)"):
+        with pytest.raises(InputError, match=r"other settings or data \(config.seed was 0, is now 5\)"):
             train_run.train("debug", replace(job, config=replace(CONFIG, seed=5)))
 
     expected = train_in_this_process(latents, CONFIG, num_threads=1)

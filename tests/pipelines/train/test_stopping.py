@@ -201,7 +201,7 @@ def test_closed_monitor_no_longer_polls(monkeypatch):
 def test_new_preemptions_are_announced_once_and_ray_is_called_at_intervals(monkeypatch, preemption):
     clock = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-    monitor = SignalMonitor(None, 0)
+    monitor = SignalMonitor(LocalActor(), 0)
 
     def announced_after(seconds):
         clock[0] += seconds

@@ -287,7 +287,7 @@ def test_workers_may_leave_and_join_during_training(cluster, server, latents, ro
     training.wait_for_step(14)
     cluster.add_second()
     training.finish()
-    sizes = [int(found) for found in re.findall(r"one of (\d+) workers", training.log())]
+    sizes = [int(found) for found in re.findall(r"rank \d+ of (\d+) workers", training.log())]
     assert 1 in sizes
     assert 2 in sizes[: sizes.index(1)]
     assert 2 in sizes[sizes.index(1) :]
@@ -314,7 +314,7 @@ def test_nonfinite_gradient_fails_the_run_and_names_the_last_checkpoint(cluster,
     training.finish(code=1)
     [message] = [line for line in training.log().splitlines() if line.startswith("error: ")]
     step = int(re.search(r"the gradient of step (\d+) is not finite", message)[1])
-    assert f"the last checkpoint is of step {step - 1}, " in message
+    assert f"resumes from the checkpoint of step {step - 1} (" in message
     assert "--skip-nonfinite 1" in message
     assert training.committed_step() == step - 1
     assert MlflowClient(server.uri).get_run(training.run_id()).info.status == "FAILED"

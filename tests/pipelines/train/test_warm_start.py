@@ -105,7 +105,7 @@ def test_incompatible_network_is_refused_with_the_differences(network, vae, data
     config["latents_std"] = [2.0 * value for value in config["latents_std"]]
     (tmp_path / "generator/vae/config.json").write_text(json.dumps(config))
     with pytest.raises(
-        InputError, match=rf"its latents are normalized by .*std=\({theirs}, .* those of --data by .*std=\({ours}, "
+        InputError, match=rf"latents normalized with .*std=\({theirs}, .* but --data has .*std=\({ours}, "
     ):
         load(location, None, CONFIG, data)
     with pytest.raises(InputError, match="--init-from .*nowhere does not exist"):

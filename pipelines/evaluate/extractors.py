@@ -51,7 +51,7 @@ class Extractor(Protocol):
 
     identity: dict[str, str]
     """Name, weights and preprocessing. Only statistics with equal identities can be compared."""
-    class_names: tuple[str, ...] | None
+    class_names: tuple[str, ...] | None = None
     """Class names of the logits if these are the data set's own classes, else None."""
 
     def __call__(self, images: torch.Tensor) -> Features:
@@ -72,21 +72,21 @@ def open_extractor(name: str, weights: Path | None, device: str | torch.device) 
     path = Path(name)
     if name == INCEPTION:
         return _Inception(weights, device)
-    if name in DINOV2:
-        if weights is not None:
-            raise InputError(
-                f"{name} takes no weights file, because torch.hub loads them; for weights on disk, save the network as "
-                f"TorchScript and give that file (*{SCRIPT_SUFFIXES[0]}) as the extractor"
-            )
-        return _DinoV2(name, device)
-    if path.suffix not in SCRIPT_SUFFIXES and not path.is_dir():
-        raise InputError(
-            f"unknown extractor {name!r}; known: {', '.join((INCEPTION, *DINOV2))}, a TorchScript file "
-            f"(*{', *'.join(SCRIPT_SUFFIXES)}) and the folder of a judge"
-        )
     if weights is not None:
-        raise InputError(f"the extractor {name} contains its weights, but got --extractor-weights {weights}")
-    return _JudgeFeatures(path, device) if path.is_dir() else _Script(path, device)
+        raise InputError(
+            f"--extractor-weights is only for inception, but the extractor is {name}; to use other weights from disk, "
+            f"save the network as TorchScript and give that file (*{SCRIPT_SUFFIXES[0]}) as --extractor"
+        )
+    if name in DINOV2:
+        return _DinoV2(name, device)
+    if path.is_dir():
+        return _JudgeFeatures(path, device)
+    if path.suffix in SCRIPT_SUFFIXES:
+        return _Script(path, device)
+    raise InputError(
+        f"unknown extractor {name!r}; known: {', '.join((INCEPTION, *DINOV2))}, a TorchScript file "
+        f"(*{', *'.join(SCRIPT_SUFFIXES)}) and the folder of a judge"
+    )
 
 
 def absolute_extractor(name: str) -> str:
@@ -100,10 +100,8 @@ def distance_name(identity: Mapping[str, str]) -> str:
     return "FID" if identity["name"] == INCEPTION else f"Fréchet distance ({identity['name']})"
 
 
-class _Inception:
+class _Inception(Extractor):
     """torch-fidelity's Inception-2015, with its resize and input range."""
-
-    class_names: tuple[str, ...] | None = None
 
     def __init__(self, weights: Path | None, device: torch.device) -> None:
         path = _published_weights() if weights is None else weights
@@ -119,7 +117,7 @@ class _Inception:
             ).to(device)
         except (RuntimeError, TypeError) as error:
             raise InputError(
-                f"{path} does not have the weights of Inception-2015 under torch-fidelity's names; give "
+                f"the tensors in {path} do not fit torch-fidelity's Inception-2015; give "
                 "weights-inception-2015-12-05-6726825d.pth"
             ) from error
         self._device = device
@@ -142,10 +140,8 @@ class _Inception:
         return Features(pooled.float(), logits.float(), spatial.float())
 
 
-class _DinoV2:
+class _DinoV2(Extractor):
     """The class token of torch-fidelity's DINOv2, which has no classifier."""
-
-    class_names: tuple[str, ...] | None = None
 
     def __init__(self, name: str, device: torch.device) -> None:
         library = _torch_fidelity()
@@ -154,7 +150,7 @@ class _DinoV2:
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"torch.hub could not load {name} from github.com/facebookresearch/dinov2: {error}; without internet access, "
-                f"save it as TorchScript elsewhere and give that file (*{SCRIPT_SUFFIXES[0]}) as the extractor"
+                f"save it as TorchScript on another machine and give that file (*{SCRIPT_SUFFIXES[0]}) as --extractor"
             ) from error
         self._device = device
         self.identity = {
@@ -171,25 +167,19 @@ class _DinoV2:
         return Features(pooled.float(), None, None)
 
 
-class _Script:
-    """A TorchScript file that maps uint8 (B, 3, H, W) to features (B, D).
-
-    A script with the argument return_features, such as NVIDIA's Inception, also gives class probabilities.
-    """
-
-    class_names: tuple[str, ...] | None = None
+class _Script(Extractor):
+    """A TorchScript file that maps uint8 (B, 3, H, W) to features (B, D). It gives no logits."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         if not path.is_file():
-            raise InputError(f"no extractor file {path}")
+            raise InputError(f"no TorchScript file {path}")
         try:
             self._network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{path} is not TorchScript, or is damaged; it must be a file of torch.jit.save that takes uint8 images "
-                "(B, 3, H, W)"
-            ) from error
-        self._arguments = {argument.name for argument in self._network.forward.schema.arguments}
+            raise InputError(f"cannot load {path} as TorchScript; give a file written by torch.jit.save") from error
+        # NVIDIA's Inception returns class probabilities by default.
+        names = {argument.name for argument in self._network.forward.schema.arguments}
+        self._arguments = {"return_features": True} if "return_features" in names else {}
         self._path = path
         self._device = device
         self.identity = {
@@ -203,43 +193,24 @@ class _Script:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
         pixels = _channels_first(images, self._device)
-        if "return_features" not in self._arguments:
-            return Features(self._run(pixels, {}), None, None)
-        pooled = self._run(pixels, {"return_features": True})
-        # The Inception Score is defined without the bias of the logits.
-        no_bias = {"no_output_bias": True} if "no_output_bias" in self._arguments else {}
-        probabilities = self._run(pixels, no_bias)
-        if bool(((probabilities.sum(dim=1) - 1).abs() > 1e-3).any()):
-            raise InputError(
-                f"{self._path} must return class probabilities without return_features, but returned other values"
-            )
-        # A probability may underflow to 0, and log(0) would make the score NaN.
-        logits = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
-        return Features(pooled, logits, None)
-
-    def _run(self, pixels: torch.Tensor, arguments: dict[str, bool]) -> torch.Tensor:
         try:
-            output = self._network(pixels, **arguments)
+            output = self._network(pixels, **self._arguments)
         except RuntimeError as error:  # includes torch.jit.Error
             last = str(error).strip().splitlines()[-1]
             raise InputError(f"{self._path} failed on uint8 images {tuple(pixels.shape)}: {last}") from error
-        if not isinstance(output, torch.Tensor):
-            raise InputError(f"{self._path} must return one tensor (B, D), but returned {type(output).__name__}")
-        if output.dim() != 2 or len(output) != len(pixels) or not output.is_floating_point():
-            raise InputError(
-                f"{self._path} must return floating-point features ({len(pixels)}, D) for {len(pixels)} images, but returned "
-                f"{output.dtype} {tuple(output.shape)}"
-            )
-        return output.float()
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(pixels):
+            raise InputError(f"{self._path} must return a tensor ({len(pixels)}, D) of features, but returned {shape}")
+        return Features(output.float(), None, None)
 
 
-class _JudgeFeatures:
+class _JudgeFeatures(Extractor):
     """A judge: features, and logits of the data set's own classes."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._judge = load_judge(folder).to(device)
         self._device = device
-        self.class_names: tuple[str, ...] | None = tuple(self._judge.config.class_names)
+        self.class_names = tuple(self._judge.config.class_names)
         size = self._judge.config.image_size
         self.identity = {
             "name": "judge",
@@ -266,7 +237,7 @@ def _torch_fidelity() -> ModuleType:
         import torch_fidelity  # type: ignore  # optional, and without types
     except ImportError as error:
         raise InputError(
-            f"this extractor needs torch-fidelity, which cannot be imported ({error}); pip install 'meanflow-ray[fid]'"
+            f"this extractor needs torch-fidelity, which cannot be imported ({error}); run pip install 'meanflow-ray[fid]'"
         ) from error
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         raise InputError(
@@ -285,8 +256,8 @@ def _published_weights() -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=PUBLISHED_WEIGHTS_SHA256, progress=False)
     except (OSError, RuntimeError) as error:  # no connection; wrong hash
         raise InputError(
-            f"could not download Inception's weights from {url}: {error}; download that file elsewhere and give its path as "
-            "--extractor-weights"
+            f"could not download Inception's weights from {url}: {error}; download that file on another machine and give its "
+            "path as --extractor-weights"
         ) from error
     return path
 
@@ -299,8 +270,8 @@ def _load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # other file formats raise many types of exceptions
         raise InputError(
-            f"{path} has more than tensors, or is damaged; it is not loaded, because a pickle can run any code; give "
-            "weights-inception-2015-12-05-6726825d.pth"
+            f"{path} must contain only tensors, because other pickled objects can run code, but it contains others or is "
+            "damaged; give weights-inception-2015-12-05-6726825d.pth"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """A small classifier for one data set, the demo's substitute for Inception.
 
-Its features give a Frechet distance and its logits a class accuracy. The distance is not FID. A classifier trained on
-classes alone discards the variation within a class, so a judge also regresses the factors of variation, where known.
+Its features give a Frechet distance and its logits a class accuracy. The distance is not FID. A classifier that is trained
+on classes alone discards the variation within a class, so a judge also regresses the factors of variation, if known.
 """
 
 import itertools
@@ -62,7 +62,10 @@ class Judge(ModelMixin, ConfigMixin):
         """Features and logits of images uint8 (N, H, W, 3). Raises InputError for any other image size."""
         size = self.config.image_size
         if images.shape[1:3] != (size, size):
-            raise InputError(f"the judge takes images of {size}x{size}, but got {images.shape[1]}x{images.shape[2]}")
+            raise InputError(
+                f"the judge was trained on images of {size}x{size} pixels, but got {images.shape[1]}x{images.shape[2]}; "
+                f"give a judge that was trained on that size"
+            )
         features, logits, _ = zip(*(self(to_float_images(batch)) for batch in images.split(batch_size)), strict=True)
         return Prediction(torch.cat(features), torch.cat(logits))
 
@@ -70,5 +73,5 @@ class Judge(ModelMixin, ConfigMixin):
 def load_judge(folder: Path) -> Judge:
     """Loads a judge from its folder. Raises InputError for a folder without one."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"no judge in {folder}; python -m pipelines.demo.judge trains one")
+        raise InputError(f"no judge in {folder}; train one with python -m pipelines.demo.judge")
     return Judge.from_pretrained(folder, low_cpu_mem_usage=False).eval()

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 import torch_fidelity
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from pipelines.errors import InputError
@@ -154,7 +153,7 @@ def test_only_the_published_weights_give_a_distance_called_fid(inception, weight
     monkeypatch.setattr(extractors, "PUBLISHED_WEIGHTS_SHA256", published)
     assert distance_name(open_extractor("inception", weights, "cpu").identity) == "FID"
     torch.save({"fc.bias": torch.zeros(1008)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="does not have the weights of Inception-2015"):
+    with pytest.raises(InputError, match="do not fit torch-fidelity's Inception-2015"):
         open_extractor("inception", tmp_path / "other.pth", "cpu")
 
 
@@ -177,7 +176,7 @@ def test_failed_downloads_name_a_remedy(tmp_path):
     torch.hub.set_dir(tmp_path / "empty")
     with pytest.raises(InputError, match="give its path as --extractor-weights"):
         open_extractor("inception", None, "cpu")
-    with pytest.raises(InputError, match="save it as TorchScript elsewhere"):
+    with pytest.raises(InputError, match="save it as TorchScript on another machine"):
         open_extractor("dinov2-vit-s-14", None, "cpu")
 
 
@@ -193,9 +192,3 @@ def test_frechet_distance_matches_the_librarys(count, tolerance):
     statistics = (fid_features_to_statistics(first), fid_features_to_statistics(second))
     theirs = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
     assert ours == pytest.approx(theirs, rel=tolerance)
-
-
-def test_log_probabilities_give_the_inception_score_of_logits():
-    logits = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(0))
-    scores = [isc_features_to_metric(values)[KEY_METRIC_ISC_MEAN] for values in (logits, logits.softmax(dim=1).log())]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-6)

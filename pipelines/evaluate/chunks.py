@@ -23,7 +23,7 @@ CHUNK_SIZE = 500  # images per chunk: 34 MB of sums in Inception's features
 
 
 class Kept(NamedTuple):
-    """Numbers of feature vectors and of images that workers return from a set or chunk, in addition to the sums."""
+    """How many feature vectors and images of a set or chunk workers return, in addition to the sums."""
 
     features: int = 0
     images: int = 0
@@ -34,7 +34,7 @@ NOTHING_KEPT = Kept()
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive images of a set, processed by one call of a worker. If the worker dies, the chunk is processed again."""
+    """Consecutive images of a set, processed in one call of a worker."""
 
     set_name: str
     group: int
@@ -63,7 +63,7 @@ def spans(num_images: int) -> list[Span]:
     ]
 
 
-def share(num_kept: int, num_images: int, start: int, stop: int) -> int:
+def num_kept_between(num_kept: int, num_images: int, start: int, stop: int) -> int:
     """How many of the images [start, stop) to keep if `num_kept` are spread evenly over all `num_images`."""
     kept = min(num_kept, num_images)
     return stop * kept // num_images - start * kept // num_images
@@ -78,7 +78,7 @@ def make_chunks(set_name: str, parts: Sequence[tuple[Span, Source]], kept: Kept 
             span.group,
             span.stop - span.start,
             source,
-            Kept(*(share(count, num_images, span.start, span.stop) for count in kept)),
+            Kept(*(num_kept_between(count, num_images, span.start, span.stop) for count in kept)),
         )
         for span, source in parts
     ]

@@ -96,7 +96,7 @@ def open_inputs(job: EvaluateJob) -> Inputs:
 
 def _check_samples(job: EvaluateJob, samples: np.ndarray) -> None:
     if job.held_out_images is not None or job.save_samples is not None:
-        raise InputError("--held-out-images and --save-samples need a generator, --model")
+        raise InputError("--held-out-images and --save-samples require --model, but got --samples")
     if len(samples) < 3:
         raise InputError(f"{job.samples} must have at least 3 images, but has {len(samples)}")
 
@@ -104,18 +104,19 @@ def _check_samples(job: EvaluateJob, samples: np.ndarray) -> None:
 def _check_generator(job: EvaluateJob, generator: Generator, extractor: Extractor) -> None:
     if extractor.class_names is not None and list(extractor.class_names) != generator.class_names:
         raise InputError(
-            f"the judge in {job.extractor} was trained on the classes {', '.join(extractor.class_names)}, but those of the "
-            f"generator are {', '.join(generator.class_names)}; give an --extractor that was trained on them, or inception"
+            f"the judge in {job.extractor} was trained on the classes {', '.join(extractor.class_names)}, but the generator "
+            f"on {', '.join(generator.class_names)}; give --extractor inception, or a judge of the generator's classes"
         )
     if job.labels == "balanced" and job.num_samples < 2 * generator.num_classes:
         raise InputError(
-            f"--num-samples must be at least 2 for each of {generator.num_classes} classes, but got {job.num_samples}"
+            f"--num-samples must be at least {2 * generator.num_classes} (2 for each of the {generator.num_classes} "
+            f"classes), but got {job.num_samples}"
         )
     if (job.guidance_scales or job.guidance_intervals) and not generator.pipeline.supports_guidance:
         raise InputError(
-            "this generator's guidance is fixed in its weights; remove --guidance-scales and --guidance-intervals"
+            "the generator's guidance is fixed in its weights; remove --guidance-scales and --guidance-intervals"
         )
     if "heun" in job.solvers and generator.pipeline.config.prediction != "velocity":
         raise InputError(
-            "--solvers heun needs a flow matching generator, but this one predicts average velocities; use euler"
+            "--solvers heun requires a flow matching generator, but this one predicts average velocities; use euler"
         )

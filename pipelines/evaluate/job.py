@@ -41,17 +41,17 @@ class EvaluateJob(MeasuringOptions):
     output: Path
     """Folder for the report."""
     model: str | None = None
-    """Generator to sample: a folder, a URI, models:/name@alias or runs:/id/name."""
+    """Generator to evaluate: a folder, a URI, models:/name@alias or runs:/id/name."""
     samples: Path | None = None
-    """Samples to measure instead of a generator: .npz with arr_0, uint8 (N, H, W, 3), as in ADM's evaluation suite."""
+    """File of samples to measure, instead of --model: .npz with arr_0, uint8 (N, H, W, 3), as in ADM's evaluation suite."""
     reference: str | None = None
     """Statistics of real images (.npz) from pipelines.reference, ADM or MeanFlow's authors. Default: compute them from
     --train-images and write them next to the report."""
     train_images: str | None = None
     """Real images that the generator was trained on, in any format that pipelines.encode reads."""
     held_out_images: str | None = None
-    """Real images that the generator was not trained on. Their distance is the floor for samples. They are also the
-    baseline for diversity."""
+    """Real images that the generator was not trained on. Their distance is the lowest that samples can be expected to
+    reach. They are also the baseline for diversity."""
     tracking_uri: str | None = None
     """MLflow address. Default: MLFLOW_TRACKING_URI. Without either, nothing is logged to MLflow."""
     steps: tuple[int, ...] = (1, 2, 4)
@@ -68,7 +68,7 @@ class EvaluateJob(MeasuringOptions):
     """Class labels. balanced: sample i has class i mod num_classes. random: uniformly random, as in the published FIDs of
     MeanFlow and DiT; FID is then about 0.1 higher."""
     seed: int = 0
-    """Base seed. Sample i uses seed * 2^32 + i, whatever the number of devices."""
+    """Base seed. Sample i uses seed * 2^32 + i, independently of the number of devices."""
     num_precision_recall: int = 10_000
     """Number of samples and reference images for precision and recall, at quadratic cost. 0 skips both."""
     save_samples: Path | None = None
@@ -135,10 +135,10 @@ class ReferenceJob(MeasuringOptions):
         super().__post_init__()
         if (self.images is None) == (self.data is None):
             raise ValueError("give either --images or --data")
-        if self.num_features < 0 or self.image_size < 1:
-            raise ValueError(
-                f"num_features must be at least 0 and image_size 1, but got {self.num_features} and {self.image_size}"
-            )
+        if self.num_features < 0:
+            raise ValueError(f"num_features must be at least 0, but got {self.num_features}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, but got {self.image_size}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,13 +32,15 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
     identity = open_extractor(job.extractor, job.extractor_weights, "cpu").identity
     chunks, source, image_size = _plan(job)
     num_images = sum(chunk.num_images for chunk in chunks)
-    logger.info("%d images of %d pixels in the features of %s", num_images, image_size, identity["name"])
+    logger.info("computing %s features of %d images (%d pixels)", identity["name"], num_images, image_size)
     workers = start_cluster(job)
     sums = measure_sets(chunks, WorkerConfig(options=job, autoencoder=job.data), workers)["reference"]
     if sums.num_unreadable:
-        logger.warning("left out %d of %d images that cannot be read", sums.num_unreadable, num_images)
+        logger.warning("skipped %d of %d images, because they could not be read", sums.num_unreadable, num_images)
     if sums.num_images < 2:
-        raise InputError(f"only {sums.num_images} of {num_images} images in {job.images} can be read; 2 are needed")
+        raise InputError(
+            f"a reference requires at least 2 readable images, but {job.images or job.data} has {sums.num_images}"
+        )
     protocol = reference_protocol(identity, source, image_size, sums.num_images)
     filesystem, path = storage.open_storage(job.output)
     storage.write_bytes(filesystem, path, reference_bytes(sums, protocol))

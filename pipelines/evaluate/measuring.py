@@ -23,7 +23,7 @@ from pipelines.errors import InputError
 from pipelines.evaluate.chunks import Chunk
 from pipelines.evaluate.extractors import Extractor, Features, open_extractor
 from pipelines.evaluate.job import MeasuringOptions
-from pipelines.evaluate.sources import ImageBatch, Models
+from pipelines.evaluate.sources import Models
 from pipelines.evaluate.sums import SetSums
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.progress import Progress
@@ -71,7 +71,10 @@ class Measurer:
             sums.seconds += batch.seconds
             sums.num_images += len(batch.pixels)
             features.append(self.extractor(batch.pixels))
-            self._count_correct(sums, batch, features[-1])
+            logits = features[-1].logits
+            if self.extractor.class_names is not None and logits is not None and batch.labels is not None:
+                num_correct = int((logits.argmax(dim=1).cpu() == batch.labels).sum())
+                sums.num_correct = num_correct + (sums.num_correct or 0)
             num_missing = chunk.kept.images - sum(map(len, sums.images))
             if num_missing:
                 sums.images.append(_copy_to_cpu(batch.pixels[:num_missing]))
@@ -80,12 +83,6 @@ class Measurer:
         if features:
             _add_features(sums, chunk, features)
         return sums
-
-    def _count_correct(self, sums: SetSums, batch: ImageBatch, features: Features) -> None:
-        if self.extractor.class_names is None or features.logits is None or batch.labels is None:
-            return
-        num_correct = int((features.logits.argmax(dim=1).cpu() == batch.labels).sum())
-        sums.num_correct = num_correct + (sums.num_correct or 0)
 
 
 def _load_models(config: WorkerConfig, device: torch.device) -> Models:
@@ -130,7 +127,7 @@ class Workers:
 
 
 def start_cluster(options: MeasuringOptions) -> Workers:
-    """Starts or joins a Ray cluster and chooses its workers.
+    """Starts or joins a Ray cluster, and chooses the number and device of the workers.
 
     Raises InputError if this machine has fewer GPUs than requested.
     """
@@ -148,8 +145,8 @@ def measure_sets(
 ) -> dict[str, SetSums]:
     """Measures all chunks on the cluster. Returns the sums of each set, added in the order of its chunks.
 
-    on_chunk: called with the sums of every chunk in order; it may remove their images. If a worker raises InputError, for
-    example because it cannot load the extractor, raises that error.
+    on_chunk: called with the sums of every chunk in order; it may remove their images. Raises a worker's InputError, for
+    example if the worker cannot load the extractor.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -173,7 +170,7 @@ def measure_sets(
             on_chunk(sums)
             num_done += sums.num_images + sums.num_unreadable
             sets.setdefault(sums.set_name, SetSums(sums.set_name)).add(sums)
-            progress.update(num_done, f"now at {sums.set_name}")
+            progress.update(num_done, f"last chunk: {sums.set_name}")
     except ray.exceptions.RayError as error:
         input_error = _input_error(error)
         if input_error is None:

@@ -14,7 +14,6 @@ import torch
 from meanflow_core.metrics import FeatureStatistics, Gaussian
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.evaluate.extractors import distance_name
 from pipelines.evaluate.sums import SetSums
 from pipelines.images.center_crop import CROP
 
@@ -50,17 +49,19 @@ def read_reference(location: str) -> Reference:
     try:
         content = storage.read_bytes(filesystem, path)
     except OSError as error:
-        raise InputError(f"no reference {location}; python -m pipelines.reference writes one") from error
+        raise InputError(f"no reference {location}; make one with python -m pipelines.reference") from error
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             names = set(file.files)
             arrays = {name: file[name] for name in names - {"arr_0"}}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{location} is not an .npz of plain arrays: {error}") from error
+        raise InputError(
+            f"{location} must be an .npz of arrays without pickles, but cannot be read: {error}"
+        ) from error
     moments = [gaussian for pair in MOMENT_NAMES if (gaussian := _gaussian(arrays, *pair, location)) is not None]
     if not moments:
         expected = " or ".join(", ".join(pair) for pair in MOMENT_NAMES)
-        raise InputError(f"{location} has {', '.join(sorted(names))}, but a reference has {expected}")
+        raise InputError(f"a reference must have the arrays {expected}, but {location} has {', '.join(sorted(names))}")
     return Reference(
         moments=moments[0],
         spatial=_gaussian(arrays, "mu_s", "sigma_s", location),
@@ -122,13 +123,13 @@ def require_same_protocol(
     differences = protocol_differences(reference, extractor, image_size)
     if differences:
         raise InputError(
-            f"{reference.location} was made with another protocol ({'; '.join(differences)}); make a reference with this "
-            f"extractor and image size by python -m pipelines.reference"
+            f"the reference {reference.location} does not match this evaluation ({'; '.join(differences)}); make one with "
+            f"the same extractor and image size by running python -m pipelines.reference"
         )
     if len(reference.moments.mean) != num_features:
         raise InputError(
-            f"{reference.location} has {len(reference.moments.mean)} features, but the extractor of "
-            f"{distance_name(extractor)} has {num_features}"
+            f"the reference {reference.location} has {len(reference.moments.mean)} features, but the extractor "
+            f"{extractor['name']} has {num_features}; give the extractor that the reference was made with"
         )
 
 

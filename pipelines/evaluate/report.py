@@ -56,7 +56,7 @@ def build_report(
             report[key] = metrics[name]
     if RECONSTRUCTIONS in sets:
         rebuilt, real = (torch.cat(sets[name].images) for name in (RECONSTRUCTIONS, HELD_OUT_IMAGES))
-        if len(rebuilt) == len(real):  # else an image was unreadable in one pass only, and pairs are unknown
+        if len(rebuilt) == len(real):  # else an image was unreadable in one pass only, and the pairs are unknown
             report["autoencoder_psnr"] = peak_signal_to_noise(rebuilt, real)
     if inputs.generator is None:
         report["samples"] = [{"title": "from the file", **metrics[samples_set(0)]}]
@@ -122,18 +122,21 @@ def protocol_warnings(
     warnings = []
     if reference.protocol is None:
         warnings.append(
-            f"{reference.location} does not state its extractor, crop and image size; the metrics are valid only if those "
-            f"are the same here"
+            f"{reference.location} does not state its extractor, crop and image size; the metrics are valid only if these "
+            f"match the evaluation's"
         )
     if extractor["name"] == INCEPTION and num_samples != STANDARD_NUM_SAMPLES:
         warnings.append(
-            f"{num_samples} samples: FID falls with the number of samples, and published FIDs use {STANDARD_NUM_SAMPLES}"
+            f"FID decreases with the number of samples; published FIDs use {STANDARD_NUM_SAMPLES}, but this one {num_samples}"
         )
     if reference.has_images and reference.features is None and job.num_precision_recall:
-        warnings.append("no precision and recall: the reference's images can only be read from a local disk")
+        warnings.append(
+            "precision and recall are missing, because the reference's images can only be read from a local disk"
+        )
     if num_samples <= num_features:
         warnings.append(
-            f"{num_samples} samples for {num_features} features: the covariance is singular and the distance biased"
+            f"the covariance is singular and the distance biased, because {num_samples} samples are too few for "
+            f"{num_features} features"
         )
     return warnings
 

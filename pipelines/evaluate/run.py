@@ -17,7 +17,7 @@ from PIL import Image
 from meanflow_core.grids import image_grid
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.evaluate.chunks import share
+from pipelines.evaluate.chunks import num_kept_between
 from pipelines.evaluate.extractors import absolute_extractor
 from pipelines.evaluate.inputs import Inputs, open_inputs
 from pipelines.evaluate.job import EvaluateJob
@@ -59,7 +59,7 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     reference = _complete_reference(job, inputs, measured.sets)
     report = build_report(job, inputs, reference, measured.sets, _train_pixels(inputs)) | measured.statistics
     for name, count in report["num_unreadable"].items():
-        logger.warning("left out %d unreadable %s", count, name)
+        logger.warning("skipped %d unreadable %s", count, name)
     files = _write_report(job, inputs, report, measured.sets)
     log_report(job, inputs.generator, report, files)
     return report
@@ -73,7 +73,7 @@ def with_absolute_locations(job: EvaluateJob) -> EvaluateJob:
     for option, folder in (("--output", job.output), ("--save-samples", job.save_samples)):
         if folder is not None and ":/" in str(folder):  # a Path turns s3://bucket into s3:/bucket
             raise InputError(
-                f"{option} must be a folder on a mounted disk, but got {folder}; MLflow gets a copy of the report"
+                f"{option} must be a folder on a mounted disk, but got {folder}; MLflow can store a copy of the report"
             )
     is_folder = job.model is not None and not job.model.startswith(REGISTRY_SCHEMES)
     save = job.save_samples
@@ -117,7 +117,8 @@ def _measure(job: EvaluateJob, inputs: Inputs) -> Measured:
     for name, sums in sets.items():
         if name != GRID and sums.num_images < 3:
             raise InputError(
-                f"only {sums.num_images} of the {name} can be read, and {sums.num_unreadable} cannot; at least 3 are needed"
+                f"an evaluation requires at least 3 readable {name}, but got {sums.num_images}; "
+                f"{sums.num_unreadable} could not be read"
             )
     num_images = sum(sums.num_images for sums in sets.values())
     logger.info("%d images in %s; computing the metrics", num_images, format_seconds(seconds))
@@ -148,7 +149,7 @@ class SampleSaver:
             return
         images, start = torch.cat(sums.images), file.num_written
         file.write(images.numpy())
-        num_kept = share(NUM_PIXEL_SAMPLES, file.num_samples, start, file.num_written)
+        num_kept = num_kept_between(NUM_PIXEL_SAMPLES, file.num_samples, start, file.num_written)
         sums.images = [images[:num_kept].clone()]
         sums.labels = [torch.cat(sums.labels)[:num_kept].clone()]
 
@@ -168,7 +169,7 @@ def _device_name(workers: Workers) -> str:
 def _complete_reference(job: EvaluateJob, inputs: Inputs, sets: Mapping[str, SetSums]) -> Reference:
     """Returns the given reference, with features if they were computed from its images.
 
-    If none was given, computes a reference from the training images and writes it next to the report.
+    Without one, computes a reference from the training images and writes it next to the report.
     """
     if inputs.reference is not None:
         if REFERENCE_IMAGES not in sets:

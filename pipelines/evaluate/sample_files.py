@@ -7,6 +7,7 @@ import os
 import struct
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class SampleFileWriter:
     def write(self, images: np.ndarray) -> None:
         """Appends images uint8 (n, H, W, 3)."""
         self.num_written += len(images)
-        assert self.num_written <= self.num_samples, "more samples than announced"
+        assert self.num_written <= self.num_samples, f"{self.num_written} samples, but expected {self.num_samples}"
         self._member.write(np.ascontiguousarray(images).tobytes())
 
     def close(self) -> None:
@@ -59,7 +60,9 @@ def open_sample_file(path: Path) -> np.ndarray:
             with np.load(path, allow_pickle=False) as arrays:
                 images = arrays["arr_0"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not an .npz with arr_0: {error}") from error
+        raise InputError(
+            f"cannot read arr_0 from {path}: {error}; give an .npz of samples, as --save-samples writes"
+        ) from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
         raise InputError(f"arr_0 of {path} must be uint8 (N, H, H, 3), but is {images.dtype} {images.shape}")
     return images
@@ -71,11 +74,9 @@ def _map_array(path: Path, header_offset: int) -> np.ndarray:
         file.seek(header_offset + LOCAL_HEADER_BYTES - 4)
         name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
         file.seek(header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes)
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
-        if dtype.hasobject or fortran_order:
-            raise ValueError(f"expected plain values in C order, but got {dtype}, Fortran order: {fortran_order}")
-        return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
+        np.lib.format.read_magic(file)  # always 1.0 for images: numpy uses others for long headers and Unicode names
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject:
+            raise ValueError("it contains Python objects")
+        order: Literal["F", "C"] = "F" if is_fortran else "C"
+        return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)

@@ -28,14 +28,7 @@ class Setting:
     @property
     def variant(self) -> str:
         """All settings but the number of steps: "omega 4, in [0.2, 0.8], Heun". Empty for the defaults."""
-        words = []
-        if self.guidance_scale is not None:
-            words.append(f"omega {self.guidance_scale:g}")
-        if self.guidance_interval is not None:
-            words.append("in [{:g}, {:g}]".format(*self.guidance_interval))
-        if self.solver == "heun":
-            words.append("Heun")
-        return ", ".join(words)
+        return ", ".join(self._variant_parts("omega {:g}", "in [{:g}, {:g}]", "Heun"))
 
     @property
     def title(self) -> str:
@@ -46,14 +39,12 @@ class Setting:
     @property
     def variant_slug(self) -> str:
         """`variant` for names of files and metrics: "omega4-0.2to0.8-heun". Empty for the defaults."""
-        words = []
-        if self.guidance_scale is not None:
-            words.append(f"omega{self.guidance_scale:g}")
-        if self.guidance_interval is not None:
-            words.append("{:g}to{:g}".format(*self.guidance_interval))
-        if self.solver == "heun":
-            words.append("heun")
-        return "-".join(words)
+        return "-".join(self._variant_parts("omega{:g}", "{:g}to{:g}", "heun"))
+
+    def _variant_parts(self, scale: str, interval: str, heun: str) -> list[str]:
+        parts = [] if self.guidance_scale is None else [scale.format(self.guidance_scale)]
+        parts += [] if self.guidance_interval is None else [interval.format(*self.guidance_interval)]
+        return parts + [heun] * (self.solver == "heun")
 
     @property
     def slug(self) -> str:

@@ -22,14 +22,17 @@ SIGNIFICANT_ERRORS = 2.0  # a difference of at least this many standard errors i
 
 
 def compare(job: SideBySideJob) -> str:
-    """Writes table, plot and JSON, and returns the table. Raises InputError if protocols differ and this is not allowed."""
+    """Writes table, plot and JSON, and returns the table.
+
+    Raises InputError for invalid reports, and for different protocols unless the job allows them.
+    """
     output = Path(storage.output_location(str(job.output), "--output"))
     contents = [read_report(location, job.tracking_uri) for location in job.reports]
     reports = dict(zip(short_names(job.reports), contents, strict=True))
     differences = protocol_differences(reports)
     if differences and not job.allow_different_protocols:
         raise InputError(
-            f"the reports have different protocols ({'; '.join(differences)}); evaluate with the same protocol, or give "
+            f"the reports have different protocols ({'; '.join(differences)}); evaluate with one protocol, or give "
             f"--allow-different-protocols"
         )
     output.mkdir(parents=True, exist_ok=True)
@@ -52,25 +55,31 @@ def read_report(location: str, tracking_uri: str | None) -> dict[str, Any]:
         report = json.loads(path.read_text())
         report["protocol"]["reference"]["location"], report["warnings"], report["samples"][0]["frechet"]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{location} has no report of pipelines.evaluate ({error!r})") from error
+        raise InputError(
+            f"cannot read a report in {location}: {error!r}; give an --output folder of pipelines.evaluate"
+        ) from error
     return report
 
 
 def _download_report(location: str, tracking_uri: str | None) -> Path:
     """Downloads the report that pipelines.evaluate logged to a model's MLflow run."""
     address = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    run = find_run(location, address) if address else None
+    if not address:
+        raise InputError(f"report {location} is in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
+    run = find_run(location, address)
     if run is None:
-        raise InputError(f"no run of {location} at {address}; give --tracking-uri, or set MLFLOW_TRACKING_URI")
+        raise InputError(f"MLflow at {address} has no run of {location}; check the model's name and --tracking-uri")
     try:
         artifact = f"runs:/{run.run_id}/evaluate/report.json"
         return Path(mlflow.artifacts.download_artifacts(artifact, tracking_uri=address))
     except (MlflowException, OSError) as error:
-        raise InputError(f"run {run.run_id} of {location} has no report; run pipelines.evaluate first") from error
+        raise InputError(
+            f"MLflow run {run.run_id} of {location} has no report; run pipelines.evaluate first"
+        ) from error
 
 
 def protocol_differences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Describes how the protocols of the reports differ from that of the first report."""
+    """Describes how the other reports' protocols differ from the first one's."""
     (first_name, first), *others = reports.items()
     differences = []
     for name, report in others:
@@ -102,11 +111,11 @@ def side_by_side_table(reports: Mapping[str, Mapping[str, Any]], differences: li
     first = next(iter(reports.values()))
     entries = [(name, entry) for name, report in reports.items() for entry in report["samples"]]
     lines = [f"Warning: the protocols differ: {difference}." for difference in differences]
-    lines += [f"{name}: {warning}." for name, report in reports.items() for warning in report["warnings"]]
+    lines += [f"Warning for {name}: {warning}." for name, report in reports.items() for warning in report["warnings"]]
     shown = columns_of(entry for _, entry in entries)
     lines += [
-        f"{first['protocol']['num_samples']} samples each; ± is one standard error. The last column is the difference to the "
-        f"first model, not significant below {SIGNIFICANT_ERRORS:g} of its standard errors.",
+        f"{first['protocol']['num_samples']} samples each; ± is one standard error. The last column is the difference from "
+        f"the first report. It is significant if it is at least {SIGNIFICANT_ERRORS:g} of its standard errors.",
         "",
         *header(["model", "samples", "NFE"], shown, first["protocol"]["distance"], ["difference"]),
     ]

@@ -29,7 +29,7 @@ def report_table(report: Mapping[str, Any]) -> str:
         f"{protocol['base_seed']}; reference `{reference['location']}`{of_images}."
     ]
     if protocol["distance"] != "FID":
-        lines.append("The distance is not FID: its features are not those of Inception.")
+        lines.append("The distance is not FID, because its features are not those of the published Inception.")
     lines += [f"Warning: {warning}." for warning in report["warnings"]]
     shown = columns_of(entry for _, entry in rows)
     lines += ["", *header(["images", "NFE"], shown, protocol["distance"])]

@@ -85,7 +85,7 @@ def test_unsupported_options_are_refused_before_anything_is_written(job, pipelin
         evaluate(replace(job, guidance_scales=(2.0,)))
     with pytest.raises(InputError, match="predicts average velocities"):
         evaluate(replace(job, solvers=("heun",)))
-    with pytest.raises(InputError, match="at least 2 for each of 10 classes, but got 19"):
+    with pytest.raises(InputError, match=r"at least 20 \(2 for each of the 10 classes\), but got 19"):
         evaluate(replace(job, num_samples=19))
     with pytest.raises(InputError, match="--output must be a folder on a mounted disk, but got s3:"):
         evaluate(replace(job, output=Path("s3://bucket/report")))

@@ -93,5 +93,5 @@ def test_reports_are_read_from_mlflow_and_missing_ones_refused(write, tmp_path, 
     bare = Run.begin(tracking_uri, "side by side", "not evaluated", {})
     with pytest.raises(InputError, match="has no report; run pipelines.evaluate first"):
         read_report(f"runs:/{bare.run_id}", tracking_uri)
-    with pytest.raises(InputError, match="has no report of pipelines.evaluate"):
+    with pytest.raises(InputError, match="give an --output folder of pipelines.evaluate"):
         read_report(str(tmp_path), None)

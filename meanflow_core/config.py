@@ -4,13 +4,42 @@ Fields are hyperparameters as the papers' tables list them; data locations and d
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+_Rule = tuple[str, Callable[[Any], bool]]  # the requirement in words, and its test
+_POSITIVE: _Rule = ("be above 0", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE: _Rule = ("be at least 0", lambda value: 0 <= value < math.inf)
+_AT_LEAST_1: _Rule = ("be at least 1", lambda value: 1 <= value < math.inf)
+_IN_0_TO_1: _Rule = ("lie in [0, 1]", lambda value: 0 <= value <= 1)
+_IN_0_TO_BELOW_1: _Rule = ("lie in [0, 1)", lambda value: 0 <= value < 1)
+_POSITIVE_INTEGER: _Rule = ("be a whole number above 0", lambda value: isinstance(value, int) and value >= 1)
+
+
+def _one_of(*choices: str) -> _Rule:
+    return f"be one of {', '.join(choices)}", lambda value: value in choices
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check(config: object, section: str, rule: _Rule, *names: str) -> None:
+    """Raises ValueError for the first field whose value violates the rule. section: prefix of the names in the error."""
+    requirement, holds = rule
+    for name in names:
+        value = getattr(config, name)
+        _require(holds(value), f"{section}{name} must {requirement}, but got {value!r}")
+
+
+def _check_interval(config: "GuidanceConfig | SamplingConfig", section: str) -> None:
+    start, end = config.guidance_interval_start, config.guidance_interval_end
+    _require(
+        0.0 <= start <= end <= 1.0,
+        f"{section} needs 0 <= guidance_interval_start <= guidance_interval_end <= 1, but got {start} and {end}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +63,9 @@ class NetworkConfig:
     """Number of blocks in each of imf_dit's two heads; the shared trunk has depth - aux_head_depth blocks."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.architecture in ("dit", "imf_dit"),
-            f"network.architecture must be dit or imf_dit, but got {self.architecture!r}",
-        )
-        for name in ("patch_size", "hidden_size", "depth", "num_heads"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int) and value >= 1, f"network.{name} must be a whole number above 0, but got {value}"
-            )
-        _require(0.0 < self.mlp_ratio < math.inf, f"network.mlp_ratio must be above 0, but got {self.mlp_ratio}")
+        _check(self, "network.", _one_of("dit", "imf_dit"), "architecture")
+        _check(self, "network.", _POSITIVE_INTEGER, "patch_size", "hidden_size", "depth", "num_heads")
+        _check(self, "network.", _POSITIVE, "mlp_ratio")
         _require(
             self.architecture == "dit" or 0 <= self.aux_head_depth <= self.depth,
             f"network.aux_head_depth must lie in [0, depth = {self.depth}], but got {self.aux_head_depth}",
@@ -76,12 +98,9 @@ class TimeSamplingConfig:
     matching."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.logit_mean), f"times.logit_mean must be a number, but got {self.logit_mean}")
-        _require(0.0 < self.logit_std < math.inf, f"times.logit_std must be above 0, but got {self.logit_std}")
-        _require(
-            0.0 <= self.fraction_r_below_t <= 1.0,
-            f"times.fraction_r_below_t must lie in [0, 1], but got {self.fraction_r_below_t}",
-        )
+        _check(self, "times.", ("be finite", math.isfinite), "logit_mean")
+        _check(self, "times.", _POSITIVE, "logit_std")
+        _check(self, "times.", _IN_0_TO_1, "fraction_r_below_t")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +121,9 @@ class GuidanceConfig:
     """Samples with t above this are not guided."""
 
     def __post_init__(self) -> None:
-        _require(0.0 < self.omega < math.inf, f"guidance.omega must be above 0, but got {self.omega}")
-        _require(0.0 <= self.kappa < 1.0, f"guidance.kappa must lie in [0, 1), but got {self.kappa}")
-        _require(
-            0.0 <= self.guidance_interval_start <= self.guidance_interval_end <= 1.0,
-            f"guidance needs 0 <= guidance_interval_start <= guidance_interval_end <= 1, "
-            f"but got {self.guidance_interval_start} and {self.guidance_interval_end}",
-        )
+        _check(self, "guidance.", _POSITIVE, "omega")
+        _check(self, "guidance.", _IN_0_TO_BELOW_1, "kappa")
+        _check_interval(self, "guidance")
 
     @property
     def is_off(self) -> bool:
@@ -134,11 +149,8 @@ class GuidanceSamplingConfig:
     [0, 1]."""
 
     def __post_init__(self) -> None:
-        _require(self.omega_max > 1.0, f"guidance_sampling.omega_max must be above 1, but got {self.omega_max}")
-        _require(
-            0.0 <= self.interval_split <= 1.0,
-            f"guidance_sampling.interval_split must lie in [0, 1], but got {self.interval_split}",
-        )
+        _check(self, "guidance_sampling.", ("be above 1", lambda value: 1 < value < math.inf), "omega_max")
+        _check(self, "guidance_sampling.", _IN_0_TO_1, "interval_split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,14 +188,11 @@ class LossConfig:
         return self.tangent == "own_velocity" or self.objective == "improved_meanflow"
 
     def __post_init__(self) -> None:
-        _require(
-            self.objective in ("meanflow", "improved_meanflow"),
-            f"loss.objective must be meanflow or improved_meanflow, but got {self.objective!r}",
-        )
-        _require(
-            self.tangent in ("guided_velocity", "own_velocity"),
-            f"loss.tangent must be guided_velocity or own_velocity, but got {self.tangent!r}",
-        )
+        _check(self, "loss.", _one_of("meanflow", "improved_meanflow"), "objective")
+        _check(self, "loss.", _one_of("guided_velocity", "own_velocity"), "tangent")
+        _check(self, "loss.", _NOT_NEGATIVE, "norm_p")
+        _check(self, "loss.", _POSITIVE, "norm_eps")
+        _check(self, "loss.", _IN_0_TO_BELOW_1, "label_drop_probability")
         _require(
             self.objective == "meanflow" or self.guidance.is_off,
             "loss.guidance is for meanflow; improved_meanflow draws its guidance (loss.guidance_sampling)",
@@ -191,12 +200,6 @@ class LossConfig:
         _require(
             self.objective == "meanflow" or not self.is_flow_matching,
             "loss.objective improved_meanflow needs loss.times.fraction_r_below_t above 0; flow matching is meanflow at 0",
-        )
-        _require(self.norm_p >= 0.0, f"loss.norm_p must be at least 0, but got {self.norm_p}")
-        _require(self.norm_eps > 0.0, f"loss.norm_eps must be above 0, but got {self.norm_eps}")
-        _require(
-            0.0 <= self.label_drop_probability < 1.0,
-            f"loss.label_drop_probability must lie in [0, 1), but got {self.label_drop_probability}",
         )
 
 
@@ -218,20 +221,11 @@ class OptimizerConfig:
     """Clip the gradient to this norm; the papers do not clip."""
 
     def __post_init__(self) -> None:
-        _require(
-            0.0 < self.learning_rate < math.inf,
-            f"optimizer.learning_rate must be above 0, but got {self.learning_rate}",
-        )
-        for name in ("beta1", "beta2"):
-            _require(
-                0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} must lie in [0, 1), but got {getattr(self, name)}"
-            )
-        for name in ("warmup_steps", "cooldown_steps"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name} must be at least 0, but got {getattr(self, name)}")
-        _require(
-            self.max_gradient_norm is None or self.max_gradient_norm > 0.0,
-            f"optimizer.max_gradient_norm must be above 0 or none, but got {self.max_gradient_norm}",
-        )
+        _check(self, "optimizer.", _POSITIVE, "learning_rate")
+        _check(self, "optimizer.", _IN_0_TO_BELOW_1, "beta1", "beta2")
+        _check(self, "optimizer.", _NOT_NEGATIVE, "warmup_steps", "cooldown_steps")
+        if self.max_gradient_norm is not None:
+            _check(self, "optimizer.", _POSITIVE, "max_gradient_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,15 +240,8 @@ class SamplingConfig:
     """Times above this are not guided."""
 
     def __post_init__(self) -> None:
-        _require(
-            1.0 <= self.guidance_scale < math.inf,
-            f"sampling.guidance_scale must be at least 1, but got {self.guidance_scale}",
-        )
-        _require(
-            0.0 <= self.guidance_interval_start <= self.guidance_interval_end <= 1.0,
-            f"sampling needs 0 <= guidance_interval_start <= guidance_interval_end <= 1, "
-            f"but got {self.guidance_interval_start} and {self.guidance_interval_end}",
-        )
+        _check(self, "sampling.", _AT_LEAST_1, "guidance_scale")
+        _check_interval(self, "sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,10 +291,11 @@ class TrainingConfig:
         _require(
             len(set(self.ema_decays)) == len(self.ema_decays), f"ema_decays must differ, but got {self.ema_decays}"
         )
-        _require(
-            self.precision in ("float32", "tf32", "bfloat16"),
-            f"precision must be float32, tf32 or bfloat16, but got {self.precision!r}",
-        )
+        _check(self, "", _one_of("float32", "tf32", "bfloat16"), "precision")
+        _check(self, "", _AT_LEAST_1, "global_batch_size", "num_steps", "log_interval_steps")
+        _check(self, "", _AT_LEAST_1, "checkpoint_interval_steps", "sample_interval_steps")
+        if self.guidance_after_steps is not None:
+            _check(self, "", _NOT_NEGATIVE, "guidance_after_steps")
         _require(
             (self.loss.objective == "improved_meanflow") == (self.network.architecture == "imf_dit"),
             f"loss.objective improved_meanflow and network.architecture imf_dit go together, "
@@ -319,22 +307,10 @@ class TrainingConfig:
             f"weights (loss.guidance), but got {self.sampling.guidance_scale}",
         )
         _require(
-            self.guidance_after_steps is None or self.guidance_after_steps >= 0,
-            f"guidance_after_steps must be at least 0, but got {self.guidance_after_steps}",
-        )
-        _require(
             not self.guidance_after_steps or self.loss.objective == "meanflow",
             "guidance_after_steps is for meanflow; improved_meanflow draws its guidance (loss.guidance_sampling), "
             f"but got {self.guidance_after_steps}",
         )
-        for name in (
-            "global_batch_size",
-            "num_steps",
-            "log_interval_steps",
-            "checkpoint_interval_steps",
-            "sample_interval_steps",
-        ):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, but got {getattr(self, name)}")
 
     @property
     def separate_derivative(self) -> bool:

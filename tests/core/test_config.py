@@ -23,7 +23,7 @@ from meanflow_core.presets import PRESETS, imf_network
     ("build", "message"),
     [
         (lambda: NetworkConfig(hidden_size=100, num_heads=3), "multiple of num_heads"),
-        (lambda: TimeSamplingConfig(fraction_r_below_t=1.5), r"\[0, 1\], but got 1.5"),
+        (lambda: TimeSamplingConfig(fraction_r_below_t=1.5), r"fraction_r_below_t must lie in \[0, 1\], but got 1.5"),
         (lambda: GuidanceConfig(kappa=1.0), r"kappa must lie in \[0, 1\)"),
         (
             lambda: GuidanceConfig(guidance_interval_start=0.8, guidance_interval_end=0.2),
@@ -34,12 +34,15 @@ from meanflow_core.presets import PRESETS, imf_network
         (lambda: TrainingConfig(ema_decays=()), "one or more numbers"),
         (lambda: TrainingConfig(ema_decays=(0.9, 1.0)), r"in \[0, 1\), but got \(0.9, 1.0\)"),
         (lambda: TrainingConfig(ema_decays=(0.9, 0.9)), "must differ"),
-        (lambda: TrainingConfig(precision="float16"), "float32, tf32 or bfloat16, but got 'float16'"),
+        (lambda: TrainingConfig(precision="float16"), "one of float32, tf32, bfloat16, but got 'float16'"),
         (lambda: TrainingConfig(network=imf_network("B")), "go together"),
-        (lambda: NetworkConfig(architecture="unet"), "dit or imf_dit, but got 'unet'"),
+        (
+            lambda: NetworkConfig(architecture="unet"),
+            "network.architecture must be one of dit, imf_dit, but got 'unet'",
+        ),
         (lambda: NetworkConfig(architecture="imf_dit", depth=4), r"\[0, depth = 4\], but got 8"),
-        (lambda: LossConfig(objective="edm"), "meanflow or improved_meanflow, but got 'edm'"),
-        (lambda: LossConfig(tangent="ema"), "guided_velocity or own_velocity, but got 'ema'"),
+        (lambda: LossConfig(objective="edm"), "one of meanflow, improved_meanflow, but got 'edm'"),
+        (lambda: LossConfig(tangent="ema"), "one of guided_velocity, own_velocity, but got 'ema'"),
         (
             lambda: LossConfig(objective="improved_meanflow", guidance=GuidanceConfig(omega=2.0)),
             "improved_meanflow draws its guidance",
@@ -60,13 +63,11 @@ from meanflow_core.presets import PRESETS, imf_network
         (lambda: OptimizerConfig(beta2=1.0), r"beta2 must lie in \[0, 1\)"),
         (lambda: OptimizerConfig(warmup_steps=-1), "warmup_steps must be at least 0"),
         (lambda: OptimizerConfig(max_gradient_norm=0.0), "max_gradient_norm must be above 0"),
-        (lambda: SamplingConfig(guidance_interval_end=1.2), "guidance_interval_end <= 1"),
         (lambda: NetworkConfig(patch_size=2.5), "patch_size must be a whole number above 0, but got 2.5"),
         (lambda: NetworkConfig(mlp_ratio=-1.0), "mlp_ratio must be above 0"),
         (lambda: NetworkConfig(architecture="imf_dit", hidden_size=12, num_heads=4), "must be even"),
-        (lambda: TimeSamplingConfig(logit_mean=float("nan")), "logit_mean must be a number"),
+        (lambda: TimeSamplingConfig(logit_mean=float("nan")), "logit_mean must be finite"),
         (lambda: GuidanceConfig(omega=float("inf")), "omega must be above 0"),
-        (lambda: OptimizerConfig(learning_rate=float("inf")), "learning_rate must be above 0"),
         (lambda: SamplingConfig(guidance_scale=float("inf")), "guidance_scale must be at least 1"),
         (
             lambda: TrainingConfig(sampling=SamplingConfig(guidance_scale=2.0)),
@@ -91,11 +92,6 @@ from meanflow_core.presets import PRESETS, imf_network
 def test_invalid_values_raise_an_error(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_configs_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainingConfig().num_steps = 3
 
 
 def test_effective_guidance_scale_is_omega_over_one_minus_kappa():
@@ -126,12 +122,6 @@ def test_defaults_are_those_of_the_meanflow_paper():
     assert (loss.times.logit_mean, loss.times.logit_std, loss.times.fraction_r_below_t) == (-0.4, 1.0, 0.25)
     assert (loss.norm_p, loss.norm_eps, loss.label_drop_probability) == (1.0, 0.01, 0.1)
     assert (config.ema_decays, config.global_batch_size) == ((0.9999,), 256)
-
-
-def test_improved_meanflow_always_uses_its_own_velocity():
-    assert LossConfig(objective="improved_meanflow").uses_own_velocity
-    assert LossConfig(tangent="own_velocity").uses_own_velocity
-    assert not LossConfig().uses_own_velocity
 
 
 @pytest.mark.parametrize(
@@ -166,7 +156,7 @@ def test_meanflow_presets_have_the_papers_guidance_and_length(name, epochs, scal
         ("imf_xl2", 8.0, (0.42, 0.62)),
     ],
 )
-def test_improved_presets_have_the_papers_guidance_batch_and_length(name, scale, interval):
+def test_improved_presets_have_the_papers_guidance_batch_size_and_length(name, scale, interval):
     config = PRESETS[name]()
     sampling, steps_per_epoch = config.sampling, 1_281_167 // 1024
     assert (sampling.guidance_scale, sampling.guidance_interval_start, sampling.guidance_interval_end) == (

@@ -3,7 +3,7 @@
     python -m pipelines.check --data latents
 
 Reads every shard, compares counts and hashes with the manifest, looks for invalid values, compares the statistics of the
-latents with the autoencoder's normalisation, and draws decoded latents below their images. The exit code is 1 if there
+latents with the autoencoder's normalization, and draws decoded latents below their images. The exit code is 1 if there
 are problems.
 """
 

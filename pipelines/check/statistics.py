@@ -4,8 +4,8 @@ import numpy as np
 
 from meanflow_core.latents import LatentNormalization
 
-# Normalised latents have mean 0 and standard deviation 1 in each channel of the data that the normalisation was made for.
-# With Stable Diffusion's single factor, ImageNet's channels have 0.75 to 0.97 (improved MeanFlow's statistics).
+# On the data from which a normalization was computed, each channel has mean 0 and standard deviation 1. With Stable
+# Diffusion's single factor, ImageNet's channels have standard deviations of 0.75 to 0.97 (improved MeanFlow's statistics).
 MAX_MEAN, STD_RANGE = 1.0, (0.4, 2.5)
 
 
@@ -34,12 +34,12 @@ class ChannelStatistics:
         scale = np.array(normalization.std)
         return (mean - np.array(normalization.mean)) / scale, std / scale
 
-    def unlikely(self, normalization: LatentNormalization) -> list[str]:
-        """Describes the channels that the normalisation does not fit."""
+    def mismatches(self, normalization: LatentNormalization) -> list[str]:
+        """Describes the channels whose normalized mean or standard deviation is far from 0 or 1."""
         mean, std = self.normalized(normalization)
         return [
-            f"channel {channel} of the normalised latents has mean {mean[channel]:.2f} and standard deviation "
-            f"{std[channel]:.2f} instead of about 0 and 1; are the autoencoder and its normalisation the right ones?"
+            f"channel {channel} of the normalized latents has mean {mean[channel]:.2f} and standard deviation "
+            f"{std[channel]:.2f} instead of about 0 and 1; check that the autoencoder and its normalization are right"
             for channel in range(len(mean))
             if abs(mean[channel]) > MAX_MEAN or not STD_RANGE[0] <= std[channel] <= STD_RANGE[1]
         ]

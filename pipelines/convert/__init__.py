@@ -1,1 +1,1 @@
-"""Published checkpoints as generators."""
+"""Converts published checkpoints to generators."""

@@ -1,4 +1,4 @@
-"""Converts a published checkpoint to a generator, as pipelines.train writes it.
+"""Converts a published checkpoint to a generator in the format of pipelines.train.
 
     python -m pipelines.convert --source sit --checkpoint SiT-XL-2-256.pt --output build/sit --vae stabilityai/sd-vae-ft-mse
 
@@ -12,9 +12,9 @@ from pipelines.convert.job import ConvertJob
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     job = parse_command_line(ConvertJob, __doc__)
-    from pipelines.convert.run import convert  # imports torch, which --help does not need
+    from pipelines.convert.run import convert  # slow: it imports torch and diffusers
 
     output, num_parameters = convert(job)
     print(f"generator: {output} ({num_parameters:,} parameters)")

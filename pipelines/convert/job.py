@@ -1,4 +1,4 @@
-"""The options of a conversion."""
+"""Options of a conversion."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertJob:
-    """One conversion."""
+    """Convert a published checkpoint to a generator."""
 
     source: str
     """Origin of the checkpoint: official-meanflow, official-imf, imf-torch, sit, repa or zhuyu-cs."""

@@ -1,4 +1,4 @@
-"""Converting a published checkpoint to a generator."""
+"""Runs a conversion: read and convert the checkpoint, set the normalization and sampling defaults, write the generator."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def convert(job: ConvertJob) -> tuple[Path, int]:
     """Writes the generator. Returns its folder and its network's number of parameters.
 
-    Raises InputError for invalid input; then nothing is written.
+    Raises InputError for invalid input, in which case nothing is written.
     """
     output = _new_folder(job.output)
     checkpoint = job.checkpoint.expanduser()
@@ -42,18 +42,18 @@ def convert(job: ConvertJob) -> tuple[Path, int]:
         network = convert_checkpoint(job.source, state, sample_size=job.sample_size, num_heads=job.num_heads)
     except ValueError as error:
         raise InputError(f"cannot convert {checkpoint}: {error}") from error
-    size = network.config
+    config = network.config
     logger.info(
         "width %d, depth %d, %d heads, patch size %d, latents %dx%dx%d, %d classes",
-        size.hidden_size, size.depth, size.num_heads, size.patch_size, size.in_channels, size.sample_size,
-        size.sample_size, size.num_classes,
+        config.hidden_size, config.depth, config.num_heads, config.patch_size, config.in_channels, config.sample_size,
+        config.sample_size, config.num_classes,
     )  # fmt: skip
-    if vae.config.latent_channels != size.in_channels:
+    if vae.config.latent_channels != config.in_channels:
         raise InputError(
-            f"the network expects latents with {size.in_channels} channels, but those of {job.vae} have "
+            f"the network expects latents with {config.in_channels} channels, but those of {job.vae} have "
             f"{vae.config.latent_channels}; give the --vae that the network was trained with"
         )
-    names, wnids = read_class_names(job.class_names, size.num_classes)
+    names, wnids = read_class_names(job.class_names, config.num_classes)
     normalization = set_normalization(vae, source.architecture)
     logger.info("latents are normalized with mean %s and standard deviation %s", normalization.mean, normalization.std)
     pipeline = build_pipeline(
@@ -71,7 +71,7 @@ def convert(job: ConvertJob) -> tuple[Path, int]:
 def read_class_names(path: Path | None, num_classes: int) -> tuple[list[str], list[str]]:
     """One name per class, and one WordNet id per class if every line begins with one (otherwise no ids).
 
-    Raises InputError if the file cannot be read or has another number of names.
+    Raises InputError if the file cannot be read or does not have one name per class.
     """
     if path is None:
         return [f"class {label}" for label in range(num_classes)], []
@@ -130,7 +130,7 @@ def _new_folder(location: str) -> Path:
 
 
 def _write(pipeline: MeanFlowPipeline, output: Path, *, portable: bool) -> None:
-    """Writes the generator to a temporary folder and renames that, so that no half-written one is left."""
+    """Writes the generator to a temporary folder and renames it, so that a failure leaves no partial generator."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:

@@ -28,15 +28,15 @@ def read_class_names(filesystem: fs.FileSystem, root: str) -> dict[str, str]:
 
 
 def name_classes(
-    location: str, entries: pa.Table, stated: list[str] | None, mapping: dict[str, str]
+    location: str, entries: pa.Table, stored_names: list[str] | None, mapping: dict[str, str]
 ) -> tuple[list[str], list[str]]:
-    """Names and wnids of a source whose files store class ids.
+    """Names and wnids of the classes of a source whose files store class ids.
 
-    The names are those that the source states, else those of the mapping in the order of its wnids, else the ids.
-    The wnids are the mapping's if its names agree with the source's.
+    stored_names: names in the source's files, if any; otherwise the names come from the mapping, or are the ids as text.
+    mapping: result of `read_class_names`. The wnids come from it if its names equal the class names; else they are empty.
     """
     num_classes = 1 + pc.max(entries["label"]).as_py()
-    names = stated or list(mapping.values()) or [str(label) for label in range(num_classes)]
+    names = stored_names or list(mapping.values()) or [str(label) for label in range(num_classes)]
     if num_classes > len(names):
         raise InputError(f"{location} has labels up to {num_classes - 1}, but names only {len(names)} classes")
     return names, list(mapping) if names == list(mapping.values()) else [""] * len(names)

@@ -24,7 +24,7 @@ def decode_image(content: bytes, size: int) -> np.ndarray:
     images above its limit against decompression bombs, and for images so narrow that resizing would exceed it.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as broken EXIF, which does not affect the pixels
+        warnings.simplefilter("ignore")  # for example broken EXIF, which does not affect the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content)) as image:
             resized_pixels = max(image.size) * size / min(image.size) * size
@@ -39,7 +39,7 @@ def decode_image(content: bytes, size: int) -> np.ndarray:
 def decode_images(images: ImageSlice, size: int) -> Iterator[np.ndarray | Exception]:
     """Yields each image of a slice as uint8 RGB (size, size, 3), or the reason why it cannot be read.
 
-    Raises the error of a failing storage, which says nothing about any image.
+    Storage errors are raised, since they do not mean that the image is unreadable.
     """
     for content in images.read():
         if isinstance(content, Exception):

@@ -1,4 +1,4 @@
-"""What a source of images holds: its files (`Listing`) and one entry per image (`ImageIndex`)."""
+"""The files of an image source (`Listing`), and its images, one entry each (`ImageIndex`)."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ ENTRY_SCHEMA = pa.schema(
         ("label", pa.int32()),
         ("file", pa.int32()),  # position of the file in `Listing.files`
         ("position", pa.int64()),  # row in a Parquet file, byte offset in a tar
-        ("size", pa.int64()),  # in bytes; 0 in Parquet, which does not say
+        ("size", pa.int64()),  # in bytes; 0 for Parquet, whose metadata has no image sizes
     ]
 )
 
@@ -50,7 +50,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Every image of a source, in the order of the files and within each file."""
+    """All images of a source, in the order of the files and of the images within each file."""
 
     entries: pa.Table
     """One row per image, with ENTRY_SCHEMA."""

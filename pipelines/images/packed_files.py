@@ -1,4 +1,4 @@
-"""What Parquet and WebDataset share: files with many images each, and labels that are class ids."""
+"""Code shared by Parquet and WebDataset, whose files contain many images each and whose labels are class ids."""
 
 import functools
 import re
@@ -28,8 +28,8 @@ class FileIndex:
     """Class names stored in the file."""
 
 
-def check_one_split(location: str, files: list[str]) -> None:
-    """Raises InputError if the file names are of several splits."""
+def check_one_split(location: str, files: list[str], folders: list[str]) -> None:
+    """The `check_files` of packed formats. Raises InputError if the file names are of several splits."""
     splits = sorted({split for path in files for split in SPLIT.findall(path.rsplit("/", 1)[-1])})
     if len(splits) > 1:
         folder = location.rpartition("/")[0] if "*" in location else location
@@ -46,7 +46,7 @@ def index_packed(
     map_files: MapFiles,
     index_file: Callable[[fs.FileSystem, str, str], FileIndex],
 ) -> ImageIndex:
-    """Concatenates the indexes of all files. `index_file` takes the file system, the root and the path below it."""
+    """Concatenates the indexes of all files. `index_file` takes the file system, the root and a path relative to it."""
     indexes = list(map_files(functools.partial(index_file, filesystem, listing.root), listing.files))
     problems = [problem for file_index in indexes for problem in file_index.problems]
     if problems:
@@ -58,9 +58,9 @@ def index_packed(
     entries = pa.concat_tables(tables).cast(ENTRY_SCHEMA)
     if len(entries) == 0:
         raise InputError(f"no images in {listing.location}: its {len(listing.files)} files are empty")
-    stated = next((file_index.class_names for file_index in indexes if file_index.class_names), None)
+    stored_names = next((file_index.class_names for file_index in indexes if file_index.class_names), None)
     mapping = read_class_names(filesystem, listing.root)
-    return ImageIndex(entries, *name_classes(listing.location, entries, stated, mapping))
+    return ImageIndex(entries, *name_classes(listing.location, entries, stored_names, mapping))
 
 
 def read_packed(
@@ -70,7 +70,7 @@ def read_packed(
     entries: pa.Table,
     read_file: Callable[[pa.NativeFile, pa.Table], Iterator[bytes | Exception]],
 ) -> Iterator[bytes | Exception]:
-    """Opens each file once and yields the images that `read_file` finds in it for its entries."""
+    """Opens each file once and yields the images that `read_file` reads for the file's entries."""
     numbers = entries["file"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
     for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):

@@ -14,11 +14,7 @@ from pipelines.images.index import ImageIndex, Listing, MapFiles
 from pipelines.images.packed_files import FileIndex, check_one_split, index_packed, read_packed
 
 EXTENSIONS = (".parquet",)
-
-
-def check_files(location: str, files: list[str], folders: list[str]) -> None:
-    """Raises InputError if the file names are of several splits."""
-    check_one_split(location, files)
+check_files = check_one_split
 
 
 def index(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles) -> ImageIndex:

@@ -1,7 +1,7 @@
 """A source of images in any supported format: list its files, index its images, read some of them.
 
-Listing costs one look at the folder. Indexing reads tar headers or two Parquet columns. Both depend on the files alone,
-so every process that slices the same index gets the same images.
+Listing reads file names and sizes only. Indexing also reads tar headers or two Parquet columns. The result depends on the
+files alone, so every process that slices the index gets the same images.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from pipelines.images.index import ImageIndex, Listing, MapFiles
 
 
 class FormatReader(Protocol):
-    """What the file of a format provides, for example folders.py."""
+    """Interface of a format's module, for example folders.py."""
 
     EXTENSIONS: tuple[str, ...]
     """Lower-case endings of its files."""
@@ -94,7 +94,7 @@ def _is_file(location: str) -> bool:
 def index_images(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles = map) -> ImageIndex:
     """Builds the index of a listing.
 
-    map_files: distributes files that contain many images each, for example over a cluster.
+    map_files: like the builtin `map`; may index the files of packed formats in parallel, for example on a cluster.
     Raises InputError for duplicate ids, images without a label, labels without an image, and labels without a class name.
     """
     index = _reader(listing.format).index(filesystem, listing, map_files)
@@ -109,17 +109,15 @@ def index_images(filesystem: fs.FileSystem, listing: Listing, map_files: MapFile
     return index
 
 
-def find_images(
-    location: str, image_format: Format | None = None, map_files: MapFiles = map
-) -> tuple[fs.FileSystem, Listing, ImageIndex]:
+def find_images(location: str, image_format: Format | None = None) -> tuple[fs.FileSystem, Listing, ImageIndex]:
     """Lists and indexes a source. Raises InputError as `list_images` and `index_images` do."""
     filesystem, listing = list_images(location, image_format)
-    return filesystem, listing, index_images(filesystem, listing, map_files)
+    return filesystem, listing, index_images(filesystem, listing)
 
 
 @dataclass(frozen=True)
 class ImageSlice:
-    """Some images of a source, with all that another process needs to read them."""
+    """Some images of a source. A pickled slice is all that another process needs to read them."""
 
     filesystem: fs.FileSystem
     root: str
@@ -142,6 +140,6 @@ class ImageSlice:
     def read(self) -> Iterator[bytes | Exception]:
         """Yields the bytes of each image in order, or the reason why there are none.
 
-        Raises the error of a failing storage, which says nothing about any image.
+        Storage errors are raised, since they do not mean that the image is unreadable.
         """
         return _reader(self.format).read(self.filesystem, self.root, self.files, self.entries)

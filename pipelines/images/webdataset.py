@@ -12,13 +12,9 @@ from pipelines.images.index import ENTRY_SCHEMA, ImageIndex, Listing, MapFiles
 from pipelines.images.packed_files import FileIndex, check_one_split, index_packed, read_packed
 
 EXTENSIONS = (".tar",)
+check_files = check_one_split
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 STREAM_BUFFER_BYTES = 2**23
-
-
-def check_files(location: str, files: list[str], folders: list[str]) -> None:
-    """Raises InputError if the file names are of several splits."""
-    check_one_split(location, files)
 
 
 def index(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles) -> ImageIndex:
@@ -50,7 +46,7 @@ def _read_members(filesystem: fs.FileSystem, root: str, path: str) -> tuple[dict
     """{key: {"offset", "size", "cls", "json"}} of a tar, and problems."""
     samples: dict[str, dict[str, Any]] = {}
     problems = []
-    # Local files are seeked from header to header; in an object store, each seek would be a request.
+    # tarfile seeks from header to header in local files. Object stores are streamed, since each seek would be a request.
     is_local = isinstance(filesystem, fs.LocalFileSystem)
     full_path = f"{root}/{path}"
     opened = (
@@ -76,7 +72,7 @@ def _read_members(filesystem: fs.FileSystem, root: str, path: str) -> tuple[dict
                     content = tar.extractfile(member)
                     assert content is not None
                     sample[extension] = content.read()
-        # Python's tarfile takes a damaged header for the end of the file. The real end is a block of zeros.
+        # tarfile mistakes a damaged header for the end of the file. The real end is a block of zeros.
         with filesystem.open_input_file(full_path) as stream:
             if stream.read_at(tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
                 problems.append(f"{path} is truncated or damaged at byte {tar.offset}")

@@ -141,7 +141,7 @@ def served_version(url):
 def test_readme_commands_lead_from_images_to_an_endpoint(mlflow_server, image_folder, tmp_path):
     with real_cluster(num_workers=2, cpus_each=2, token="a-token-of-32-characters-or-more-0123") as cluster:
         user = User(cluster, mlflow_server.uri, image_folder, tmp_path)
-        encoded = succeeded(user.submit("pipelines.encode", "--rows-per-shard", "64"))
+        encoded = succeeded(user.submit("pipelines.encode", "--images-per-shard", "64"))
         assert "600 samples of 10 classes, 0 rejected" in encoded
         trained = succeeded(user.submit("pipelines.train"))
         assert "model: models:/meanflow-debug@champion" in trained
@@ -180,7 +180,7 @@ def test_jobs_without_a_token_survive_a_killed_node(mlflow_server, image_folder,
     with real_cluster(num_workers=3, cpus_each=2) as cluster:
         user = User(cluster, mlflow_server.uri, image_folder, tmp_path)
         log = tmp_path / "encode.log"
-        job = user.submit_in_background("pipelines.encode", log, "--rows-per-shard", "16")
+        job = user.submit_in_background("pipelines.encode", log, "--images-per-shard", "16")
         latents = tmp_path / "latents"
         while len(list(latents.rglob("*.arrow"))) < 6:
             assert job.poll() is None, log.read_text()[-4000:]

@@ -40,7 +40,7 @@ from tests.support.training_checkpoints import train_in_this_process
 # Options added to the README's commands: few images, few steps, few processes.
 SMALLER = {
     "pipelines.demo.images": ["--num-train", "80", "--num-val", "40"],
-    "pipelines.encode": ["--rows-per-shard", "32", "--max-rejected-fraction", "0.02", "--num-workers", "1"],
+    "pipelines.encode": ["--images-per-shard", "32", "--max-rejected-fraction", "0.02", "--num-workers", "1"],
     "pipelines.check": ["--figure", "check.png"],
     "pipelines.train": ["--cache-dir", "cache", "--num-steps", "15", "--sample-interval-steps", "15"],
     "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2", "--num-workers", "1"],
@@ -135,7 +135,7 @@ def test_encode_keeps_every_readable_image_once(trained):
     build = trained.build
     manifest = json.loads((build / "latents" / "manifest.json").read_text())
     assert (manifest["num_samples"], manifest["num_rejected"]) == (79, 1)
-    assert sorted(manifest["shard_rows"]) == [16, 31, 32]
+    assert sorted(manifest["shard_num_samples"]) == [16, 31, 32]
     assert pq.read_table(build / "latents/rejected.parquet")["sample_id"].to_pylist() == [DAMAGED]
     ids = [sample_id for shard in read_shards(build / "latents") for sample_id in shard.sample_ids]
     images = build / "images/train"

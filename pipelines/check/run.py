@@ -26,7 +26,7 @@ class CheckReport:
     manifest: Manifest
     """Manifest of the dataset."""
     normalization: LatentNormalization
-    """Normalisation of the latents, from the dataset's autoencoder."""
+    """Normalization of the latents, from the config of the dataset's autoencoder."""
     statistics: ChannelStatistics
     """Statistics of all samples."""
     class_counts: np.ndarray
@@ -53,11 +53,12 @@ def check(job: CheckJob) -> CheckReport:
         statistics=ChannelStatistics(manifest.latent_shape[0]),
         class_counts=np.zeros(len(manifest.class_names), dtype=np.int64),
     )
-    if len(manifest.shard_rows) != len(manifest.shard_sha256) or sum(manifest.shard_rows) != manifest.num_samples:
+    counts = manifest.shard_num_samples
+    if len(counts) != manifest.num_shards or sum(counts) != manifest.num_samples:
         report.problems.append("the sample counts in the manifest disagree")
         return report
     samples = _check_shards(job, report)
-    report.notes += report.statistics.unlikely(report.normalization)
+    report.notes += report.statistics.mismatches(report.normalization)
     num_empty = int((report.class_counts == 0).sum())
     if num_empty:
         report.notes.append(f"{num_empty} of {len(report.class_counts)} classes have no samples")
@@ -76,12 +77,12 @@ def _check_shards(job: CheckJob, report: CheckReport) -> list[Sample]:
     filesystem, root = storage.open_storage(job.data)
     manifest = report.manifest
     count = min(job.num_samples, manifest.num_samples)
-    figure_rows = np.arange(count) * manifest.num_samples // count
+    figure_indices = np.arange(count) * manifest.num_samples // count
     samples: list[Sample] = []
     known_ids: set[str] = set()
     progress, start = Progress(logger, "checked", "latents", manifest.num_samples), 0
-    for number, num_rows in enumerate(manifest.shard_rows):
-        stop = start + num_rows
+    for number, num_samples in enumerate(manifest.shard_num_samples):
+        stop = start + num_samples
         try:
             shard = read_shard(filesystem, f"{root}/{shard_name(number)}")
         except (OSError, InputError) as error:
@@ -95,7 +96,7 @@ def _check_shards(job: CheckJob, report: CheckReport) -> list[Sample]:
             if shard.moments.shape[1:] == manifest.recipe.moments_shape:
                 report.statistics.add(shard.moments)
             if not problems:
-                samples += _select(shard, figure_rows[(figure_rows >= start) & (figure_rows < stop)] - start)
+                samples += _select(shard, figure_indices[(figure_indices >= start) & (figure_indices < stop)] - start)
         start = stop
         progress.update(start)
     return samples
@@ -115,8 +116,8 @@ def _select(shard: Shard, rows: np.ndarray) -> list[Sample]:
 def _shard_problems(shard: Shard, manifest: Manifest, number: int, known_ids: set[str]) -> list[str]:
     """Lists the problems of a readable shard. known_ids: sample ids of earlier shards."""
     problems = []
-    if len(shard.labels) != manifest.shard_rows[number]:
-        problems.append(f"{len(shard.labels)} samples instead of {manifest.shard_rows[number]} in the manifest")
+    if len(shard.labels) != manifest.shard_num_samples[number]:
+        problems.append(f"{len(shard.labels)} samples instead of {manifest.shard_num_samples[number]} in the manifest")
     sha256, stored = shard.content_sha256(), shard.summary.sha256
     if sha256 != stored:
         problems.append(f"damaged after it was written: its content has hash {sha256[:12]}, not {stored[:12]}")
@@ -138,7 +139,7 @@ def describe(report: CheckReport) -> str:
         f"{report.num_samples} samples of {len(counts)} classes ({counts.min()} to {counts.max()} each), "
         f"{manifest.num_rejected} images rejected",
         "",
-        "channel   raw mean    raw std   normalised mean, std   sd-vae-ft-mse on ImageNet, raw mean, std",
+        "channel   raw mean    raw std   normalized mean, std   sd-vae-ft-mse on ImageNet, raw mean, std",
     ]
     raw, normalized = report.statistics.raw(), report.statistics.normalized(report.normalization)
     has_reference = len(raw[0]) == len(SD_VAE_FT_MSE_MEAN) and manifest.recipe.vae_id == "stabilityai/sd-vae-ft-mse"

@@ -2,9 +2,9 @@
 
     python -m pipelines.encode --images ILSVRC/train --output latents --vae stabilityai/sd-vae-ft-mse --image-size 256
 
-CPU tasks decode images, one actor per GPU encodes them, and CPU tasks write the shards. Each shard is a function of the
-source's files and appears only when complete. After an interruption, the same command encodes the missing shards. The
-manifest is written last and completes the dataset.
+CPU tasks decode images, one actor per GPU encodes them, and CPU tasks write the shards. The source's files alone determine
+which images a shard contains, and a shard appears only when complete. After an interruption, the same command encodes the
+missing shards. The manifest is written last and completes the dataset.
 """
 
 from pipelines.command_line import parse_command_line, run_command

@@ -14,8 +14,8 @@ class EncodeJob:
     """Encode images into a latent dataset. Repeating the command completes an interrupted job."""
 
     images: str
-    """Class folders such as ImageNet's train/, Parquet files or WebDataset tars: a folder, or a pattern such as
-    "data/train-*.parquet"; a path or URI."""
+    """Path or URI of the images: a folder, or a pattern of file names such as "data/train-*.parquet". The images are stored
+    in class folders such as ImageNet's train/, in Parquet files or in WebDataset tars."""
     output: str
     """Folder of the latent dataset: a path or URI."""
     vae: str
@@ -25,7 +25,7 @@ class EncodeJob:
     image_size: int = 256
     """Side of the square that images are cropped to, in pixels."""
     mirror: bool = True
-    """Encode the mirror images too, since mirroring a latent is not the same."""
+    """Also encode the mirror image of each image. Flipping a latent would not give the latent of the mirror image."""
     precision: Precision = "tf32"
     """Precision of the autoencoder; tf32 equals float32 on devices without tensor cores."""
     compile: bool = False
@@ -38,7 +38,7 @@ class EncodeJob:
     """Encoding processes that share a GPU."""
     device: Device = "auto"
     """Device to encode on; auto: GPUs if the cluster has any."""
-    rows_per_shard: int = 512
+    images_per_shard: int = 512
     """Images per shard; reduced automatically for large images."""
     max_rejected_fraction: float = 0.001
     """Fail if a larger fraction of the images is unreadable. The encoded shards are kept."""
@@ -46,7 +46,7 @@ class EncodeJob:
     """Encode only this many images, evenly spaced over the source; default: all."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "rows_per_shard", "num_workers", "encoders_per_gpu", "limit"):
+        for name in ("image_size", "batch_size", "images_per_shard", "num_workers", "encoders_per_gpu", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
         if not 0.0 <= self.max_rejected_fraction <= 1.0:

@@ -42,16 +42,16 @@ class Plan:
     @property
     def num_shards(self) -> int:
         """Number of shards."""
-        return -(-self.num_images // self.recipe.rows_per_shard)
+        return -(-self.num_images // self.recipe.images_per_shard)
 
     def rows(self, shard: int) -> np.ndarray:
-        """Rows of the index that a shard holds, int64."""
-        first = shard * self.recipe.rows_per_shard
-        positions = np.arange(first, min(first + self.recipe.rows_per_shard, self.num_images))
-        return positions * len(self.index) // self.num_images
+        """Rows of the index with a shard's images, int64 in ascending order."""
+        first = shard * self.recipe.images_per_shard
+        positions = np.arange(first, min(first + self.recipe.images_per_shard, self.num_images))
+        return positions * len(self.index) // self.num_images  # evenly spaced if the recipe has a limit
 
     def images(self, shard: int) -> ImageSlice:
-        """Images that a shard holds."""
+        """Images of a shard."""
         return ImageSlice.of(self.filesystem, self.listing, self.index, self.rows(shard))
 
     def missing_shards(self, output: str) -> list[int]:
@@ -75,7 +75,7 @@ def make_recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> Encodin
         image_size=job.image_size,
         crop=CROP,
         source_sha256=listing.sha256,
-        rows_per_shard=min(job.rows_per_shard, max(1, MAX_SHARD_PIXEL_BYTES // (3 * job.image_size**2))),
+        images_per_shard=min(job.images_per_shard, max(1, MAX_SHARD_PIXEL_BYTES // (3 * job.image_size**2))),
         mirrored=job.mirror,
         precision=job.precision,
         limit=job.limit,

@@ -53,9 +53,11 @@ def encode(job: EncodeJob) -> Manifest:
         return manifest
     index = read_index(job.output, listing.sha256)
     if index is None:
-        if listing.format != "folders":  # whose index needs no file to be opened
+        if listing.format == "folders":  # their index needs the paths only
+            index = index_images(filesystem, listing)
+        else:
             _start_ray(job)
-        index = index_images(filesystem, listing, map if listing.format == "folders" else _map_on_cluster)
+            index = index_images(filesystem, listing, _map_on_cluster)
     plan = Plan(filesystem, listing, index, recipe)
     if not is_started:
         write_plan(job.output, plan, vae)
@@ -79,7 +81,7 @@ def _start_ray(job: EncodeJob) -> None:
 
 
 def _map_on_cluster(function: Callable[[Any], Any], items: list) -> Iterable:
-    """`map` with one Ray task per item, and progress."""
+    """`map` with one Ray task per item; logs progress."""
     task = ray.remote(num_cpus=0.5)(lambda item: function(item))
     progress = Progress(logger, "indexed", "files", len(items))
     for done, reference in enumerate([task.remote(item) for item in items], start=1):
@@ -101,8 +103,8 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
     use_gpu = choose_gpus(job.device, -(-num_encoders // job.encoders_per_gpu))
     if not use_gpu and num_encoders >= num_cpus:
         logger.warning(
-            "%d encoders and decoding need %d CPUs, but the cluster has %d: the job waits for the cluster to grow; "
-            "otherwise restart it with a smaller --num-workers",
+            "%d encoders and the decoding tasks need %d CPUs, but the cluster has %d; the job waits until the cluster "
+            "grows: add nodes, or restart the job with a smaller --num-workers",
             num_encoders, num_encoders + 1, num_cpus,
         )  # fmt: skip
     results = _encoding_dataset(job, plan, shards, num_encoders, use_gpu=use_gpu)
@@ -122,7 +124,7 @@ def _encoding_dataset(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # never split a block
-    # Annotated, since the types of map_batches do not admit keyword arguments.
+    # Annotated, because the type hints of map_batches reject functions with keyword-only arguments.
     decode: Callable[..., dict[str, np.ndarray]] = decode_shard
     write: Callable[..., dict[str, np.ndarray]] = write_shard
     items = [{"shard": shard, "images": pickle.dumps(plan.images(shard))} for shard in shards]
@@ -131,8 +133,8 @@ def _encoding_dataset(
         .map_batches(
             decode,
             batch_size=1,
-            # Half a CPU, since decoding waits for storage half of the time. It must differ from the encoder's share, or
-            # Ray Data would fuse decoding into the encoder's actors, where it cannot scale independently.
+            # Half a CPU, since decoding waits for storage half of the time. If it equalled the encoder's num_cpus, Ray Data
+            # would fuse decoding into the encoding actors, where it cannot scale independently.
             num_cpus=0.5,
             fn_kwargs={"image_size": job.image_size},
         )
@@ -155,7 +157,10 @@ def _encoding_dataset(
 
 
 def _complete(job: EncodeJob, plan: Plan) -> Manifest:
-    """Checks the shards, and writes the list of rejected images and the manifest. Raises InputError if either fails."""
+    """Checks the shards, then writes the list of rejected images and the manifest.
+
+    Raises InputError for an invalid shard and for too many rejected images.
+    """
     filesystem, root = storage.open_storage(job.output)
     shards = _read_summaries(job.output, plan)
     rejected = [image for shard in shards for image in shard.rejected]
@@ -176,9 +181,9 @@ def _complete(job: EncodeJob, plan: Plan) -> Manifest:
         )
     manifest = Manifest(
         recipe=plan.recipe,
-        num_samples=sum(shard.num_rows for shard in shards),
+        num_samples=sum(shard.num_samples for shard in shards),
         num_rejected=len(rejected),
-        shard_rows=[shard.num_rows for shard in shards],
+        shard_num_samples=[shard.num_samples for shard in shards],
         shard_sha256=[shard.sha256 for shard in shards],
         class_names=plan.index.class_names,
         wnids=plan.index.wnids,
@@ -190,7 +195,7 @@ def _complete(job: EncodeJob, plan: Plan) -> Manifest:
 
 
 def _read_summaries(output: str, plan: Plan) -> list[ShardSummary]:
-    """The metadata of all shards. Raises InputError for a missing or damaged shard, or one of another size."""
+    """The metadata of all shards. Raises InputError for a shard that is missing, damaged or of the wrong size."""
     missing = plan.missing_shards(output)
     if missing:
         raise InputError(
@@ -204,7 +209,7 @@ def _read_summaries(output: str, plan: Plan) -> list[ShardSummary]:
     except InputError as error:
         raise InputError(f"{error}; delete it and run again") from error
     for number, shard in enumerate(shards):
-        count, expected = shard.num_rows + len(shard.rejected), len(plan.rows(number))
+        count, expected = shard.num_samples + len(shard.rejected), len(plan.rows(number))
         if count != expected:
             raise InputError(f"{paths[number]} has {count} images instead of {expected}; delete it and run again")
     return shards
@@ -224,6 +229,6 @@ def _log_summary(manifest: Manifest, num_encoded: int, seconds: float) -> None:
         "%d samples of %d classes, %d rejected; moments %s float16%s, %.2f GB in %d shards; %d images in %s, %.1f images/s",
         manifest.num_samples, len(manifest.class_names), manifest.num_rejected,
         "x".join(map(str, recipe.moments_shape)), " with mirror images" if recipe.mirrored else "",
-        manifest.num_bytes(mirrored=recipe.mirrored) / 1e9, len(manifest.shard_rows),
+        manifest.num_bytes(mirrored=recipe.mirrored) / 1e9, manifest.num_shards,
         num_encoded, format_seconds(seconds), num_encoded / max(seconds, 1e-9),
     )  # fmt: skip

@@ -102,9 +102,9 @@ class EncodeShard:
 def choose_batch_size(vae: AutoencoderKL, image: torch.Tensor) -> int:
     """Chooses the number of images per forward on the device of `image`, uint8 (1, H, W, 3).
 
-    On a GPU, the images that fit into half of the free memory, from the measured memory of one image. The maximum of 128
-    keeps the largest GPUs busy. On a CPU, as many pixels as in eight 256x256 images: larger batches need more memory and
-    are not faster.
+    On a GPU: the largest power of two whose images fit into half of the free memory, judged by the measured memory of one
+    image. At most 128, which keeps the largest GPUs busy. On a CPU: as many pixels as eight 256x256 images have, because
+    larger batches need more memory and are not faster.
     """
     if image.device.type != "cuda":
         return max(1, min(64, 8 * 256**2 // (image.shape[1] * image.shape[2])))
@@ -113,7 +113,7 @@ def choose_batch_size(vae: AutoencoderKL, image: torch.Tensor) -> int:
     encode_moments(vae, image)
     image_bytes = max(torch.cuda.max_memory_allocated(image.device) - before, 1)
     free_bytes, _ = torch.cuda.mem_get_info(image.device)
-    return max(1, min(128, 1 << max(0, int(free_bytes / 2 / image_bytes).bit_length() - 1)))
+    return min(128, 1 << max(0, int(free_bytes / 2 / image_bytes).bit_length() - 1))
 
 
 def write_shard(batch: dict[str, np.ndarray], *, output: str) -> dict[str, np.ndarray]:
@@ -132,11 +132,11 @@ def write_shard(batch: dict[str, np.ndarray], *, output: str) -> dict[str, np.nd
         {"sample_id": str(sample_id), "reason": str(error)}
         for sample_id, error in zip(batch["sample_id"][~is_valid], errors[~is_valid], strict=True)
     ]
-    moments, mirrored = [*(array[is_valid] for array in tensors), None][:2]
+    mirrored = batch["moments_mirrored"][is_valid] if "moments_mirrored" in batch else None
     filesystem, root = storage.open_storage(output)
     path = f"{root}/{shard_name(shard)}"
-    # A task left over from a killed driver may get here after a later driver's task wrote the shard.
+    # A task of a killed driver may still be running and get here after a later driver's task wrote the shard.
     if filesystem.get_file_info(path).type == fs.FileType.NotFound:
-        ids = list(batch["sample_id"][is_valid])
+        moments, ids = batch["moments"][is_valid], list(batch["sample_id"][is_valid])
         storage.write_bytes(filesystem, path, shard_bytes(moments, mirrored, batch["label"][is_valid], ids, rejected))
     return {"images": np.array([int(is_valid.sum())]), "rejected": np.array([len(rejected)])}

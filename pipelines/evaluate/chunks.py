@@ -118,8 +118,8 @@ def sample_file_chunks(set_name: str, path: Path, num_images: int, kept: Kept = 
 
 def decoded_chunks(set_name: str, dataset: str, manifest: Manifest, kept: Kept = NOTHING_KEPT) -> list[Chunk]:
     """All shards of a latent dataset, decoded. One chunk per shard."""
-    num_shards = len(manifest.shard_rows)
-    edges = np.cumsum([0, *manifest.shard_rows]).tolist()
+    num_shards = manifest.num_shards
+    edges = np.cumsum([0, *manifest.shard_num_samples]).tolist()
     parts = [
         (Span(number * NUM_GROUPS // num_shards, start, stop), DecodedShard(dataset, shard_name(number)))
         for number, (start, stop) in enumerate(itertools.pairwise(edges))

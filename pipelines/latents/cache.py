@@ -65,7 +65,7 @@ def open_latents(location: str, cache_dir: str, *, mirrored: bool = True) -> Lat
 
 def _copy_missing_shards(location: str, manifest: Manifest, folder: Path, *, mirrored: bool) -> None:
     filesystem, root = storage.open_storage(location)
-    missing = [number for number in range(len(manifest.shard_rows)) if not (folder / shard_name(number)).is_file()]
+    missing = [number for number in range(manifest.num_shards) if not (folder / shard_name(number)).is_file()]
     if not missing:
         return
     local = fs.LocalFileSystem()
@@ -79,14 +79,14 @@ def _copy_missing_shards(location: str, manifest: Manifest, folder: Path, *, mir
             shard = read_shard_bytes(content, shard_name(number))
             content = shard_bytes(shard.moments, None, shard.labels, shard.sample_ids, shard.summary.rejected)
         storage.write_bytes(local, str(folder / shard_name(number)), content)
-        return manifest.shard_rows[number]
+        return manifest.shard_num_samples[number]
 
-    done = manifest.num_samples - sum(manifest.shard_rows[number] for number in missing)
+    done = manifest.num_samples - sum(manifest.shard_num_samples[number] for number in missing)
     progress = Progress(logger, "copied to this node", "latents", manifest.num_samples, start=done)
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         try:
-            for num_rows in threads.map(copy, missing):
-                done += num_rows
+            for num_samples in threads.map(copy, missing):
+                done += num_samples
                 progress.update(done)
         except BaseException:
             threads.shutdown(cancel_futures=True)
@@ -104,13 +104,14 @@ def _checked_content(filesystem: fs.FileSystem, path: str, manifest: Manifest, n
         raise InputError(f"{error}; {SHARD_REMEDY}") from error
     if shard.content_sha256() != manifest.shard_sha256[number]:
         raise InputError(f"{path} does not match the hash in its manifest; {SHARD_REMEDY}")
-    for problem in invalid_values(shard, len(manifest.class_names)):
-        raise InputError(f"{path}: {problem}; run pipelines.encode again into another folder")
+    problems = invalid_values(shard, len(manifest.class_names))
+    if problems:
+        raise InputError(f"{path}: {problems[0]}; run pipelines.encode again into another folder")
     return content
 
 
 def _require_disk_space(location: str, manifest: Manifest, folder: Path, num_missing: int, *, mirrored: bool) -> None:
-    needed = manifest.num_bytes(mirrored=mirrored) * num_missing // len(manifest.shard_rows)
+    needed = manifest.num_bytes(mirrored=mirrored) * num_missing // manifest.num_shards
     free = shutil.disk_usage(folder).free
     if needed + RESERVED_BYTES > free:
         raise InputError(
@@ -131,7 +132,7 @@ class CachedCopy:
     num_bytes: int
     """Size on disk."""
     days_unused: float
-    """Days since a run last opened it."""
+    """Days since the dataset was last opened from this copy."""
 
 
 def list_copies(cache_dir: Path) -> list[CachedCopy]:

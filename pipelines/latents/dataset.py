@@ -27,7 +27,7 @@ class LatentDataset:
     @classmethod
     def map(cls, folder: Path, manifest: Manifest, *, mirrored: bool = True) -> "LatentDataset":
         """Maps the shards in a local folder. Raises InputError for a damaged shard."""
-        shards = [map_shard(folder / shard_name(number)) for number in range(len(manifest.shard_rows))]
+        shards = [map_shard(folder / shard_name(number)) for number in range(manifest.num_shards)]
         moments_mirrored = [shard.moments_mirrored for shard in shards if shard.moments_mirrored is not None]
         return cls(
             manifest,
@@ -41,7 +41,7 @@ class LatentDataset:
 
     @functools.cached_property
     def _shard_edges(self) -> np.ndarray:
-        return np.cumsum([0, *self.manifest.shard_rows])
+        return np.cumsum([0, *self.manifest.shard_num_samples])
 
     def read(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reads samples by index.

@@ -20,7 +20,7 @@ from meanflow_core.latents import MOMENTS_KIND
 from pipelines import storage
 from pipelines.errors import InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 INDEX = "index.parquet"
@@ -40,11 +40,11 @@ class EncodingRecipe:
     image_size: int
     """Side of the cropped image in pixels."""
     crop: str
-    """Name of the crop."""
+    """Name of the crop (`pipelines.images.center_crop.CROP`)."""
     source_sha256: str
     """Hash of the source's format, file paths and file sizes."""
-    rows_per_shard: int
-    """Images per shard. Shard k starts at position k * rows_per_shard of the index."""
+    images_per_shard: int
+    """Images per shard. Shard k begins with image k * images_per_shard of those to encode."""
     mirrored: bool = True
     """Whether mirror images are encoded too."""
     precision: str = "float32"
@@ -52,7 +52,7 @@ class EncodingRecipe:
     limit: int | None = None
     """Number of images, evenly spaced over the index; None for all."""
     moments_kind: str = MOMENTS_KIND
-    """Meaning of the two halves of the moments."""
+    """Meaning of the first C and the last C channels of the moments."""
     dtype: str = "float16"
     """Data type of the moments."""
 
@@ -75,8 +75,8 @@ class Manifest:
     """Number of samples in all shards."""
     num_rejected: int
     """Number of images that could not be encoded."""
-    shard_rows: list[int]
-    """Samples per shard."""
+    shard_num_samples: list[int]
+    """Number of samples in each shard."""
     shard_sha256: list[str]
     """Hash of each shard's moments, labels and ids."""
     class_names: list[str]
@@ -87,6 +87,11 @@ class Manifest:
     """Location of the images when they were encoded."""
     schema_version: int = SCHEMA_VERSION
     """Version of the dataset's format."""
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self.shard_sha256)
 
     @property
     def content_sha256(self) -> str:

@@ -2,7 +2,7 @@
 
 A shard is an uncompressed Arrow IPC file of one record batch with the columns
 
-    moments            float16 tensor (2C, H, W): mean and standard deviation, not normalised
+    moments            float16 tensor (2C, H, W): mean and standard deviation, not normalized
     moments_mirrored   the same for the mirror image; absent if mirror images are not encoded
     label              int32
     sample_id          string
@@ -28,7 +28,7 @@ from pyarrow import fs
 from pipelines.errors import InputError
 
 # Keys of a shard's schema metadata, which is read without reading the samples.
-NUM_ROWS_KEY = b"meanflow.num_rows"
+NUM_SAMPLES_KEY = b"meanflow.num_samples"
 REJECTED_KEY = b"meanflow.rejected"
 SHA256_KEY = b"meanflow.sha256"
 
@@ -37,7 +37,7 @@ SHA256_KEY = b"meanflow.sha256"
 class ShardSummary:
     """The metadata of a shard."""
 
-    num_rows: int
+    num_samples: int
     """Number of samples."""
     sha256: str
     """Hash of the moments, labels and ids."""
@@ -80,7 +80,7 @@ def shard_bytes(
     columns["sample_id"] = pa.array(sample_ids, type=pa.string())
     batch = pa.record_batch(columns).replace_schema_metadata(
         {
-            NUM_ROWS_KEY: str(len(moments)).encode(),
+            NUM_SAMPLES_KEY: str(len(moments)).encode(),
             SHA256_KEY: _content_sha256(list(tensors.values()), labels, sample_ids).encode(),
             REJECTED_KEY: json.dumps(rejected).encode(),
         }
@@ -93,7 +93,7 @@ def shard_bytes(
 
 
 def _tensor_array(values: np.ndarray) -> pa.Array:
-    # Built from its storage, since FixedShapeTensorArray.from_numpy_ndarray does not support arrays of length 0.
+    # Not FixedShapeTensorArray.from_numpy_ndarray, which does not support arrays of length 0.
     flat = pa.array(np.ascontiguousarray(values, dtype=np.float16).reshape(-1))
     storage_array = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float16(), values.shape[1:]), storage_array)
@@ -114,7 +114,7 @@ def read_shard(filesystem: fs.FileSystem, path: str) -> Shard:
 
 
 def read_shard_bytes(content: bytes, where: str) -> Shard:
-    """Reads a shard from memory without copying it. Raises InputError, which names `where`, for a damaged file."""
+    """Reads a shard from memory without copying it. Raises InputError for a damaged file, named `where` in the message."""
     return _read(pa.BufferReader(content), where)
 
 
@@ -156,7 +156,9 @@ def _open(stream: pa.NativeFile, where: str) -> Iterator[pa.ipc.RecordBatchFileR
 
 
 def _summary(metadata: dict[bytes, bytes]) -> ShardSummary:
-    return ShardSummary(int(metadata[NUM_ROWS_KEY]), metadata[SHA256_KEY].decode(), json.loads(metadata[REJECTED_KEY]))
+    return ShardSummary(
+        int(metadata[NUM_SAMPLES_KEY]), metadata[SHA256_KEY].decode(), json.loads(metadata[REJECTED_KEY])
+    )
 
 
 def invalid_values(shard: Shard, num_classes: int) -> list[str]:

@@ -97,7 +97,7 @@ def measure_stage(arguments: argparse.Namespace, folder: Path, work: Path) -> di
     bare = [bare_images_per_second(vae, pixels, 8, arguments.bare_batches)]
     seen = run_stage(
         ["--images", str(folder), "--output", str(work / "latents"), "--vae", str(work / "vae"), "--no-mirror",
-         "--rows-per-shard", "8"]
+         "--images-per-shard", "8"]
     )  # fmt: skip
     bare.append(bare_images_per_second(vae, pixels, 8, arguments.bare_batches))
     # Only the time in which every encoder has work: from the first shard, after start-up, to 95 % of the images.
@@ -126,7 +126,7 @@ def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, float
         peak: list[float] = []
         seen = run_stage(
             ["--images", str(folder), "--output", str(work / f"latents-{count}"), "--vae", str(SHIPPED_AUTOENCODER),
-             "--image-size", "64", "--rows-per-shard", "64"], peak,
+             "--image-size", "64", "--images-per-shard", "64"], peak,
         )  # fmt: skip
         figures[f"peak_gigabytes_at_{count}"] = peak[0]
         (began, first), (ended, last) = seen[0], seen[-1]

@@ -28,7 +28,7 @@ from pipelines.latents.manifest import EncodingRecipe, Manifest, shard_name, wri
 from pipelines.latents.sample_order import samples_of_step
 from pipelines.latents.shards import read_shard_bytes, shard_bytes
 
-SHAPE, BATCH, ROWS_PER_SHARD = (8, 32, 32), 256, 512
+SHAPE, BATCH, IMAGES_PER_SHARD = (8, 32, 32), 256, 512
 
 
 class FilePerImage(Dataset):
@@ -69,26 +69,26 @@ def write_all(folder: Path, count: int) -> Manifest:
     (folder / "files").mkdir()
     hashes = []
     environment = lmdb.open(str(folder / "lmdb"), map_size=4 * count * int(np.prod(SHAPE)) * 2)
-    for start in range(0, count, ROWS_PER_SHARD):
-        moments = generator.normal(size=(ROWS_PER_SHARD, *SHAPE)).astype(np.float16)
-        labels = generator.integers(0, 1000, ROWS_PER_SHARD)
-        ids = [str(start + row) for row in range(ROWS_PER_SHARD)]
+    for start in range(0, count, IMAGES_PER_SHARD):
+        moments = generator.normal(size=(IMAGES_PER_SHARD, *SHAPE)).astype(np.float16)
+        labels = generator.integers(0, 1000, IMAGES_PER_SHARD)
+        ids = [str(start + row) for row in range(IMAGES_PER_SHARD)]
         content = shard_bytes(moments, -moments, labels, ids, [])
-        path = folder / "latents" / shard_name(start // ROWS_PER_SHARD)
+        path = folder / "latents" / shard_name(start // IMAGES_PER_SHARD)
         storage.write_bytes(fs.LocalFileSystem(), str(path), content)
         hashes.append(read_shard_bytes(content, "").summary.sha256)
         with environment.begin(write=True) as transaction:
-            for row in range(ROWS_PER_SHARD):
+            for row in range(IMAGES_PER_SHARD):
                 record = {"image": torch.from_numpy(moments[row]), "label": int(labels[row])}
                 torch.save(record, folder / "files" / f"{start + row:08d}.pt")
                 pickled = pickle.dumps({"image": moments[row].tobytes(), "label": int(labels[row])})
                 transaction.put(str(start + row).encode(), pickled)
     recipe = EncodingRecipe(
         vae_id="none", vae_sha256="", moments_shape=SHAPE, image_size=256, crop="none", source_sha256="",
-        rows_per_shard=ROWS_PER_SHARD,
+        images_per_shard=IMAGES_PER_SHARD,
     )  # fmt: skip
     manifest = Manifest(
-        recipe=recipe, num_samples=count, num_rejected=0, shard_rows=[ROWS_PER_SHARD] * len(hashes),
+        recipe=recipe, num_samples=count, num_rejected=0, shard_num_samples=[IMAGES_PER_SHARD] * len(hashes),
         shard_sha256=hashes, class_names=[str(label) for label in range(1000)], wnids=[""] * 1000, source="none",
     )  # fmt: skip
     write_manifest(str(folder / "latents"), manifest)
@@ -97,7 +97,7 @@ def write_all(folder: Path, count: int) -> Manifest:
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Samples per second of each format: median over interleaved epochs."""
-    count = arguments.samples // ROWS_PER_SHARD * ROWS_PER_SHARD
+    count = arguments.samples // IMAGES_PER_SHARD * IMAGES_PER_SHARD
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_all(folder, count)

@@ -45,8 +45,8 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
         write_tar(tmp_path / "tars/train-0.tar", webdataset_members(images_of(image_root / "val")))
         upload(tmp_path / "tars", f"{bucket}/{form}/images")
     output = f"{bucket}/{form}/latents"
-    manifest = encode_without_ray(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10))
-    assert manifest.shard_rows == [4, 4, 2]
+    manifest = encode_without_ray(encode_job(f"{bucket}/{form}/images", output, images_per_shard=4, limit=10))
+    assert manifest.shard_num_samples == [4, 4, 2]
     latents = open_latents(output, str(tmp_path / "cache"))
     assert_same(output, local)
     filesystem, root = storage.open_storage(output)
@@ -59,7 +59,7 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
     filesystem.delete_file(f"{root}/manifest.json")
     filesystem.delete_file(f"{root}/{shard_name(1)}")
     before = filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime
-    assert encode_without_ray(encode_job(f"{bucket}/{form}/images", output, rows_per_shard=4, limit=10)) == manifest
+    assert encode_without_ray(encode_job(f"{bucket}/{form}/images", output, images_per_shard=4, limit=10)) == manifest
     assert filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime == before
 
 

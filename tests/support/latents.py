@@ -45,9 +45,9 @@ def encode_without_ray(job: EncodeJob, encode_shards: Callable | None = encode_s
         return encode_run.encode(job)
 
 
-def encode_demo_images(images: Path, output: Path, rows_per_shard: int) -> Path:
+def encode_demo_images(images: Path, output: Path, images_per_shard: int) -> Path:
     """Encodes the demo's images with its autoencoder. Returns the dataset's folder."""
-    encode_without_ray(encode_job(images, output, rows_per_shard=rows_per_shard))
+    encode_without_ray(encode_job(images, output, images_per_shard=images_per_shard))
     return output
 
 

@@ -9,7 +9,7 @@ from pipelines.latents.shards import read_shard_bytes, shard_bytes
 
 
 def make_manifest(
-    shard_rows: list[int],
+    shard_num_samples: list[int],
     moments_shape: tuple[int, int, int],
     image_size: int,
     mirrored: bool = True,
@@ -23,15 +23,15 @@ def make_manifest(
         image_size=image_size,
         crop="adm_center_crop",
         source_sha256="1" * 64,
-        rows_per_shard=shard_rows[0],
+        images_per_shard=shard_num_samples[0],
         mirrored=mirrored,
     )
     return Manifest(
         recipe=recipe,
-        num_samples=sum(shard_rows),
+        num_samples=sum(shard_num_samples),
         num_rejected=0,
-        shard_rows=shard_rows,
-        shard_sha256=hashes or ["0" * 64] * len(shard_rows),
+        shard_num_samples=shard_num_samples,
+        shard_sha256=hashes or ["0" * 64] * len(shard_num_samples),
         class_names=["a", "b"],
         wnids=["a", "b"],
         source="here",

@@ -32,7 +32,7 @@ from tests.support.latents import (
 def encoded(image_root, tmp_path_factory):
     """The dataset of the 40 held-out images in three shards. Tests must not change it."""
     output = tmp_path_factory.mktemp("encoded") / "latents"
-    encode_without_ray(encode_job(image_root / "val", output, rows_per_shard=16))
+    encode_without_ray(encode_job(image_root / "val", output, images_per_shard=16))
     return output
 
 
@@ -40,12 +40,12 @@ def encoded(image_root, tmp_path_factory):
 def copied(image_root, encoded, tmp_path):
     """The job of a copy of `encoded`, which tests may damage."""
     shutil.copytree(encoded, tmp_path / "latents")
-    return encode_job(image_root / "val", tmp_path / "latents", rows_per_shard=16)
+    return encode_job(image_root / "val", tmp_path / "latents", images_per_shard=16)
 
 
 def test_shards_contain_the_moments_of_images_and_mirror_images(image_root, encoded):
     manifest, shards = read_manifest(str(encoded)), read_shards(encoded)
-    assert manifest.shard_rows == [16, 16, 8]
+    assert manifest.shard_num_samples == [16, 16, 8]
     _, listing, index = find_images(str(image_root / "val"))
     assert [name for shard in shards for name in shard.sample_ids] == index.entries["sample_id"].to_pylist()
     assert np.concatenate([shard.labels for shard in shards]).tolist() == index.entries["label"].to_pylist()
@@ -68,15 +68,15 @@ def test_folders_parquet_and_webdataset_give_the_same_latents(image_root, encode
     write_parquet(tmp_path / "parquet/train-1.parquet", rows[23:])
     for part, chunk in enumerate((images[:11], images[11:])):
         write_tar(tmp_path / f"tars/train-{part}.tar", webdataset_members(chunk))
-    encode_without_ray(encode_job(tmp_path / "parquet", tmp_path / "parquet_out", rows_per_shard=13))
-    encode_without_ray(encode_job(tmp_path / "tars", tmp_path / "tars_out", rows_per_shard=40))
+    encode_without_ray(encode_job(tmp_path / "parquet", tmp_path / "parquet_out", images_per_shard=13))
+    encode_without_ray(encode_job(tmp_path / "tars", tmp_path / "tars_out", images_per_shard=40))
     assert len(by_stem(encoded)) == 40
     for output in ("parquet_out", "tars_out"):
         assert_same(tmp_path / output, encoded)
 
 
 def test_limit_selects_images_of_all_classes_and_mirror_images_are_optional(image_root, tmp_path):
-    job = encode_job(image_root / "train", tmp_path / "latents", limit=20, rows_per_shard=8, mirror=False)
+    job = encode_job(image_root / "train", tmp_path / "latents", limit=20, images_per_shard=8, mirror=False)
     manifest = encode_without_ray(job)
     assert (manifest.num_samples, manifest.class_names[8], manifest.recipe.mirrored) == (20, "star", False)
     latents = open_latents(str(tmp_path / "latents"), str(tmp_path / "cache"))
@@ -122,17 +122,17 @@ def test_too_many_unreadable_images_fail_and_repeating_with_a_larger_fraction_co
         r"3 of 40 images \(7\.50%\) cannot be read, more than --max-rejected-fraction 0\.001 .*UnidentifiedImageError"
     )
     with pytest.raises(InputError, match=message):
-        encode_without_ray(encode_job(images, output, rows_per_shard=3))
+        encode_without_ray(encode_job(images, output, images_per_shard=3))
     rejected = pq.read_table(output / "rejected.parquet").to_pylist()
     assert {image["sample_id"] for image in rejected} == {f"d0000000/{path.stem}" for path in unreadable}
     assert all(image["reason"] for image in rejected)
     with pytest.raises(InputError, match=r"no manifest\.json"):
         read_manifest(str(output))
 
-    job = encode_job(images, output, rows_per_shard=3, max_rejected_fraction=0.1)
+    job = encode_job(images, output, images_per_shard=3, max_rejected_fraction=0.1)
     manifest = encode_without_ray(job, encode_shards=None)  # no shard is missing
     assert (manifest.num_samples, manifest.num_rejected) == (37, 3)
-    assert manifest.shard_rows[0] == 0
+    assert manifest.shard_num_samples[0] == 0
     assert len(open_latents(str(output), str(tmp_path / "cache"))) == 37
 
 

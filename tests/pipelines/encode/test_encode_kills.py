@@ -18,8 +18,8 @@ from tests.support.clusters import cluster_of_two, processes_of
 from tests.support.latents import assert_same, encode_demo_images, read_shards
 from tests.support.readme import REPOSITORY
 
-NUM_IMAGES, ROWS_PER_SHARD = 1200, 32
-NUM_SHARDS = -(-NUM_IMAGES // ROWS_PER_SHARD)
+NUM_IMAGES, IMAGES_PER_SHARD = 1200, 32
+NUM_SHARDS = -(-NUM_IMAGES // IMAGES_PER_SHARD)
 MAX_STARTS = 5
 TIMEOUT_SECONDS = 240.0
 
@@ -32,7 +32,7 @@ def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("kills")
     images.write_folder(root / "images", num_train=NUM_IMAGES, num_val=10)
     (root / "images/train/d0000004/d0000004_104.JPEG").write_bytes(b"truncated")
-    encode_demo_images(root / "images/train", root / "expected", ROWS_PER_SHARD)
+    encode_demo_images(root / "images/train", root / "expected", IMAGES_PER_SHARD)
     return root
 
 
@@ -50,7 +50,7 @@ class Encoding:
         self._command = [
             sys.executable, "-m", "pipelines.encode", "--images", str(drawn / "images/train"),
             "--output", str(output), "--vae", str(SHIPPED_AUTOENCODER), "--image-size", "64",
-            "--rows-per-shard", str(ROWS_PER_SHARD), "--num-workers", "2",
+            "--images-per-shard", str(IMAGES_PER_SHARD), "--num-workers", "2",
         ]  # fmt: skip
         self._log = output.with_suffix(".log")
         self.driver: subprocess.Popen | None = None
@@ -102,7 +102,7 @@ class Encoding:
         """Every file under a shard's name is complete."""
         for shard in read_shards(self.output):
             assert shard.content_sha256() == shard.summary.sha256
-            assert len(shard.labels) + len(shard.summary.rejected) in (ROWS_PER_SHARD, NUM_IMAGES % ROWS_PER_SHARD)
+            assert len(shard.labels) + len(shard.summary.rejected) in (IMAGES_PER_SHARD, NUM_IMAGES % IMAGES_PER_SHARD)
 
     def check_result(self):
         """The dataset equals that of the uninterrupted job."""

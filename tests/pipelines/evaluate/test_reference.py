@@ -131,7 +131,7 @@ def test_references_are_computed_from_images_or_latents_on_any_storage(image_roo
     latents = str(tmp_path / "latents")
     encode_without_ray(
         EncodeJob(
-            images=val, output=latents, vae=str(SHIPPED_AUTOENCODER), image_size=64, rows_per_shard=9,
+            images=val, output=latents, vae=str(SHIPPED_AUTOENCODER), image_size=64, images_per_shard=9,
             precision="float32",
         )
     )  # fmt: skip

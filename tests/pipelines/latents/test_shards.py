@@ -30,7 +30,7 @@ def test_empty_shard_keeps_its_rejected_images(tmp_path):
     path = tmp_path / "shard"
     path.write_bytes(shard_bytes(empty, empty, np.zeros(0), [], rejected))
     summary = read_summary(fs.LocalFileSystem(), str(path))
-    assert (summary.num_rows, summary.rejected) == (0, rejected)
+    assert (summary.num_samples, summary.rejected) == (0, rejected)
     shard = read_shard(fs.LocalFileSystem(), str(path))
     assert shard.content_sha256() == summary.sha256
     assert shard.moments.shape == (0, 8, 2, 2)

@@ -1,4 +1,4 @@
-"""Writes a constraints file: exact public versions of everything that the project and its extras install."""
+"""Writes a constraints file: exact public versions of the packages that the project and its extras install."""
 
 import json
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def main() -> None:
-    """The command."""
+    """Resolves the dependencies and writes their versions to the file named on the command line."""
     target = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-        subprocess.run([*command, "--report", str(report), ".[dev,browser,fid,peers,server]", "setuptools"], check=True)
+        subprocess.run([*command, "--report", str(report), ".[dev,browser,fid,server]"], check=True)
         resolved = json.loads(report.read_text())["install"]
     versions = {entry["metadata"]["name"].lower().replace("_", "-"): entry["metadata"]["version"] for entry in resolved}
     versions.pop("meanflow-ray")

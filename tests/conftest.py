@@ -1,4 +1,4 @@
-"""Shared fixtures: small networks and pipelines, the shipped demo autoencoder, demo images on disk."""
+"""Shared fixtures: small networks and pipelines, the shipped demo autoencoder, demo images on disk, an MLflow database."""
 
 import os
 import signal
@@ -29,17 +29,17 @@ SMALL = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 4
 
 @pytest.fixture(autouse=True, scope="session")
 def _enable_interrupts():
-    # A background job starts with interrupts ignored, and the processes that tests interrupt would inherit that.
+    # Shells start background jobs with SIGINT ignored. The processes that tests interrupt would inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _reset_tracking_uri():
-    """Removes the tracking address that MLflow's set_tracking_uri writes to the environment, before and after a test."""
+    """Removes the tracking URI that mlflow.set_tracking_uri writes to the environment, before and after each test."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
     mlflow.set_tracking_uri(None)
-    # Not with monkeypatch, which would restore the value that a module's fixture has set.
+    # Not with monkeypatch: it would restore a value that a module's fixture has set.
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
@@ -68,7 +68,7 @@ def imf_network() -> ImprovedMeanFlowDiT:
 
 @pytest.fixture(scope="session")
 def tracking_uri(tmp_path_factory) -> str:
-    """An MLflow database for all tests, because creating one takes seconds. Use run and model names of your own."""
+    """An MLflow database that all tests share, because creating one takes seconds. Choose names that no other test uses."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 

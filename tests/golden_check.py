@@ -1,9 +1,9 @@
 """Compares the core with values computed by the authors' JAX code: python tests/golden_check.py FILE...
 
-Each file contains the parameters, random draws, outputs and gradients of a training step of a tiny network, and the
-outputs of one-step and two-step sampling. Prints the relative error (by norm) of each quantity and, for gradients, the
-largest. If the reference's norm is below 1e-6, the error is absolute and scaled so that the bound of 1e-4 corresponds
-to 1e-6. The exit code is 0 if all errors are at most 1e-4.
+Each file contains a training step of a tiny network (parameters, random draws, outputs and gradients) and the outputs of
+one-step and two-step sampling. Prints the relative error (by norm) of each quantity and the largest of the gradients.
+Where the reference's norm is below 1e-6, the error is absolute, and 1e-6 counts as 1e-4. The exit code is 0 if all errors
+are at most 1e-4.
 """
 
 import argparse

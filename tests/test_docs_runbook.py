@@ -1,4 +1,4 @@
-"""The runbook's figures are computed again, and its steps take what the steps before wrote. So is docs/own-images.md."""
+"""Recomputes the runbook's figures, and checks that its steps and docs/own-images.md's read what earlier steps wrote."""
 
 import math
 import re
@@ -80,7 +80,7 @@ def test_hours_and_prices_follow_from_the_assumptions(text):
     assert f"| {hours[64]:.1f} h |" in text
     assert f"{round(hours[8] * NODE_PRICE, -1):,.0f}; spot {round(hours[8] * SPOT_PRICE, -1):,.0f}" in text
     trial = parse_trial()[1].config.num_steps * step / 8 / GPU_FLOPS
-    assert 5 * 60 < trial < 15 * 60  # an hour with the machine's start, the encode and a stop
+    assert 5 * 60 < trial < 15 * 60  # with the machine's start, the encode and a stop: an hour
     assert "| an hour | | | 22 |" in text
     interval = parse_job("train")[1].config.checkpoint_interval_steps
     minutes = {gpus: interval * step / gpus / GPU_FLOPS / 60 for gpus in (8, 32)}
@@ -145,7 +145,7 @@ def test_short_and_whole_training_are_one_run(lines):
     whole_preset, whole = parse_job("train")
     assert preset == whole_preset
     assert short.config.num_steps == 40 * 5004
-    # Otherwise the whole training would be refused, as another experiment.
+    # Otherwise the second command would be refused, because the run belongs to another experiment.
     assert replace(short, config=replace(short.config, num_steps=whole.config.num_steps)) == whole
 
 
@@ -204,7 +204,7 @@ def test_steps_for_own_images_read_what_the_steps_before_wrote():
     datasets = {option(words, "--output") for words in lines if "pipelines.encode" in words}
     trained = [words for words in lines if "pipelines.train" in words]
     for words in trained:
-        if not option(words, "--data").startswith("more-"):  # a later dataset, which the reader encodes alike
+        if not option(words, "--data").startswith("more-"):  # a later dataset, encoded by the same command
             assert option(words, "--data") in datasets
         if "--validation-data" in words:
             assert option(words, "--validation-data") in datasets

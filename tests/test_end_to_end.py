@@ -1,4 +1,4 @@
-"""The README's commands of all stages, with few images and few steps."""
+"""Runs the README's commands of all stages, with few images and few steps."""
 
 import contextlib
 import io
@@ -51,7 +51,7 @@ DAMAGED = "d0000004/d0000004_24"  # truncated before encoding
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder to run the README's commands in, because their paths are relative."""
+    """The working directory of the README's commands, whose paths are relative."""
 
     folder: Path
     environment: dict[str, str]
@@ -99,9 +99,9 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(workspace):
-    """Runs the README's commands up to evaluate in this process and on one Ray cluster, to start both only once.
+    """Runs the README's commands up to evaluate in this process and on one Ray cluster, which saves several starts.
 
-    The demo's test runs them as processes.
+    The demo's test runs the stages as separate processes.
     """
     stdout, log = {}, io.StringIO()
     handler = logging.StreamHandler(log)
@@ -291,14 +291,14 @@ def test_serve_returns_the_image_of_class_and_seed(trained, workspace, tmp_path)
         assert b"unknown class" in message
         assert json.loads(fetch(f"{url}/classes")[2])[8] == {"id": 8, "name": "star", "wnid": images.wnid(8)}
     finally:
-        everyone = psutil.Process(server.pid).children(recursive=True)
+        processes = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(timeout=90)
-        _, alive = psutil.wait_procs(everyone, timeout=30)
+        _, alive = psutil.wait_procs(processes, timeout=30)
         for process in alive:
             process.kill()
         server.kill()
-    assert len(everyone) > 5
+    assert len(processes) > 5
     assert not alive
     assert server.returncode == 0

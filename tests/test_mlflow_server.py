@@ -1,4 +1,4 @@
-"""Runs the MLflow server of deploy/mlflow/compose.yaml with a real PostgreSQL and an S3 server."""
+"""Runs the MLflow server of deploy/mlflow/compose.yaml with PostgreSQL and an S3 server."""
 
 import base64
 import contextlib
@@ -66,20 +66,20 @@ class Deployment:
         assert service["command"][:2] == ["mlflow", "server"]
         options = [word for word in service["command"][2:] if not word.startswith(("--host=", "--port="))]
         settings = folder / "basic_auth.ini"
-        settings.write_text(self._here((MLFLOW / "basic_auth.ini").read_text()))
+        settings.write_text(self._with_local_database((MLFLOW / "basic_auth.ini").read_text()))
         environment = dict(zip(service["environment"], filled_in(service["environment"].values(), dotenv), strict=True))
         self.server = Server(
             folder,
-            [self._here(word) for word in filled_in(options, dotenv)],
+            [self._with_local_database(word) for word in filled_in(options, dotenv)],
             {**environment, "MLFLOW_AUTH_CONFIG_PATH": str(settings), "HOME": str(folder)},
         )
 
-    def _here(self, text: str) -> str:
+    def _with_local_database(self, text: str) -> str:
         assert "@mlflow-postgres:5432/" in text or "@" not in text
         return text.replace("@mlflow-postgres:5432/", f"@127.0.0.1:{self.postgres.port}/")
 
     def environment(self, user: str | None) -> dict[str, str]:
-        """The environment variables with which a stage finds the server and logs in as `user`."""
+        """The environment variables from which a stage takes the server's address and the login of `user`."""
         address = {"MLFLOW_TRACKING_URI": self.server.uri}
         if user is None:
             return address

@@ -1,4 +1,4 @@
-"""Commands of the README fit each other, and its tables name options that exist; tests/test_docs.py parses every command."""
+"""Checks that the README's commands read what earlier ones write, and that its tables name existing options."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments
 from meanflow_core.interop.conversion import SOURCES
 from pipelines.evaluate.samples import Setting
 from tests.support.command_lines import parse_command, parse_module
-from tests.support.readme import REPOSITORY, commands, text_of
+from tests.support.readme import commands, text_of
 
 
 def parsed(name: str) -> list:
@@ -71,10 +71,3 @@ def test_training_options_that_the_table_names_exist():
     assert len(options) >= 7
     for option in options:
         parse_module("pipelines.train", shlex.split(f"xl2 --data d --storage s --run-name r {option}"))
-
-
-def test_figures_of_the_readme_exist():
-    figures = re.findall(r"!\[.*?\]\((.*?)\)", text_of("README.md"))
-    assert len(figures) >= 2
-    for path in figures:
-        assert (REPOSITORY / path).exists(), path

@@ -1,4 +1,4 @@
-"""Helpers shared by the benchmarks: command line, interleaved timing, running a stage as a job, JSON results."""
+"""Helpers of the benchmarks: command line, interleaved timing, memory sampling, running a stage, JSON results."""
 
 import argparse
 import contextlib

@@ -41,7 +41,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(command: list[str], environment: dict[str, str], port: int, paths: list[str]) -> Iterator[Server]:
-    """Starts a server, waits until it answers on every path, and terminates all of its processes afterwards."""
+    """Starts a server, waits until it answers on every path, and ends all of its processes on exit."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(

@@ -7,7 +7,7 @@
   last, divided by that of as many processes that only call the pipeline. The latter is measured before and after.
 - memory: peak of the sum of PSS over all processes of a job, for two numbers of samples.
 
-Uses the demo's network with random weights, its autoencoder and its judge: with a small generator, overheads weigh most.
+Uses the demo's network with random weights, its autoencoder and its judge, because overheads weigh most for small models.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def bare_images_per_second(generator: Path, num_processes: int, num_batches: int
 def run_evaluation(
     work: Path, count: int, num_workers: int, peak: list[float] | None = None
 ) -> list[tuple[float, int]]:
-    """Runs the command; returns (time, images done) at each chunk. peak: gets the peak memory in GB."""
+    """Runs the command; returns (time, images done) after each chunk. peak: receives the peak memory in GB."""
     arguments = [
         "--model", str(work / "generator"), "--reference", str(work / "reference.npz"), "--steps", "1",
         "--extractor", str(SHIPPED_JUDGE), "--num-samples", str(count), "--batch-size", str(BATCH_SIZE),

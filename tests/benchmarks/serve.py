@@ -12,10 +12,10 @@ Locust requests one PNG at a time, with distinct seeds and all classes. Load, pr
 - large: DiT-S/2 and an autoencoder of Stable Diffusion's size at 256 px, which dominate the time.
   large_throughput_ratio = ours at saturation / a bare loop of full batches.
 - overload: twice the saturation. Statuses, latencies, and the memory of the server's processes.
-- peers: plain FastAPI around the same pipeline without batches (small), and diffusers' DiTPipeline with a network and
-  an autoencoder of the same size (large; more than 50 steps with batches of --dit-long-batch images).
+- peers: plain FastAPI with the small pipeline, without batching; and diffusers' DiTPipeline with a network and an
+  autoencoder of the large model's size (for more than 50 steps, in batches of --dit-long-batch images).
 
-All weights are random. Compared phases take turns, and figures are medians over --rounds.
+All weights are random. Compared measurements alternate, and figures are medians over --rounds.
 """
 
 import argparse
@@ -206,7 +206,7 @@ def _add_small_served(server: Server, arguments: argparse.Namespace, rounds: Rou
 
 
 def measure_small(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Bare pipeline, empty application and ours in turns, the last two behind the same proxy."""
+    """Compares bare pipeline, empty application and ours in turns, the last two behind the same proxy."""
     rounds = Rounds()
     with bare_process() as bare:
         noop = {
@@ -229,7 +229,7 @@ def measure_small(folder: Path, arguments: argparse.Namespace) -> dict[str, floa
 
 
 def measure_large(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """A bare loop and ours in turns."""
+    """Compares a bare loop and ours in turns."""
     rounds, batch_size = Rounds(), arguments.large_batch
     # A queue of several batches of such a slow model exceeds the default deadline.
     application = endpoint(folder, cpu_threads=arguments.large_threads, max_batch_size=batch_size, deadline_seconds=600)
@@ -252,7 +252,7 @@ def measure_large(folder: Path, arguments: argparse.Namespace) -> dict[str, floa
 
 
 def measure_overload(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Twice the saturation."""
+    """Measures the endpoint at twice its saturation."""
     result = overload(folder, arguments.overload_seconds)
     answers = result.answers
     report(f"overload: {answers.statuses}")
@@ -285,7 +285,7 @@ def plain_fastapi(folder: Path) -> Iterator[Server]:
 
 
 def compare_with_fastapi(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Ours and plain FastAPI in turns."""
+    """Compares ours and plain FastAPI in turns."""
     rounds = Rounds()
     with plain_fastapi(folder) as plain, serving([small_endpoint(folder, arguments)]) as ours:
         for number in range(1, arguments.rounds + 1):
@@ -301,7 +301,7 @@ def compare_with_fastapi(folder: Path, arguments: argparse.Namespace) -> dict[st
 
 
 def compare_with_dit(images_per_second: float, arguments: argparse.Namespace) -> dict[str, float]:
-    """Many steps of diffusers' pipeline in a bare loop, relative to our served step."""
+    """Compares a bare loop of diffusers' pipeline with many steps with our served one-step images."""
     figures = {}
     with bare_process() as bare:
         for steps in arguments.dit_steps:

@@ -4,8 +4,8 @@
 
 The trainer is `python -m pipelines.train demo` with one worker and one thread: it prepares the batches of every step, uses
 DDP, updates the moving average, logs metrics to MLflow (SQLite) every 25 steps, logs system metrics, and saves a
-checkpoint every 200 steps. Its seconds per step are measured between the metrics of step 25 and of the last step. The
-bare loop runs network, loss, backward and Adam on prepared batches, with one thread and none of the rest. Both alternate.
+checkpoint every 200 steps. Its seconds per step are the time between the metrics of step 25 and of the last step. The bare
+loop has one thread and runs only network, loss, backward and Adam, on prepared batches. The two run in turns.
 With --threads 2 on two cores, Ray's own processes compete with the training for the cores.
 """
 
@@ -64,7 +64,7 @@ class BareLoop:
         self._normalization = LatentNormalization.from_vae_config(load_autoencoder(str(SHIPPED_AUTOENCODER)).config)
 
     def seconds_per_step(self, num_steps: int) -> float:
-        """Takes `num_steps` steps; the mean duration."""
+        """Takes `num_steps` steps; returns their mean duration."""
         began = time.perf_counter()
         for step in range(num_steps):
             batches = self._batches[step % len(self._batches)]
@@ -73,7 +73,7 @@ class BareLoop:
 
 
 def train(latents: Path, folder: Path, name: str, num_steps: int, num_threads: int) -> float:
-    """Runs the trainer; seconds per step."""
+    """Runs the trainer; returns its seconds per step."""
     subprocess.run(
         [sys.executable, "-m", "pipelines.train", "demo", "--data", str(latents), "--storage", str(folder / "runs"),
          "--run-name", name, "--num-workers", "1", "--cpu-threads", str(num_threads), "--cache-dir", str(folder / "cache"),

@@ -25,7 +25,7 @@ def test_replicas_scale_with_load_without_losing_requests(tmp_path):
     assert set(shortened) < set(generator["autoscaling_config"])
     generator["autoscaling_config"] |= shortened
     arguments = {"model": str(model), "max_batch_size": 8, "batch_wait_seconds": 0.002}
-    with running_endpoint(arguments, [generator], num_cpus=4) as endpoint:
+    with running_endpoint(arguments, [generator]) as endpoint:
         wait_for_replicas(endpoint, 1)
         with Load(endpoint.url, expected, num_clients=8) as heavy:
             wait_for_replicas(endpoint, 2)

@@ -116,7 +116,7 @@ def test_a_killed_replica_loses_only_its_requests_and_its_successor_serves_the_d
     wait_for_problem(endpoint, "second instead")
     with Load(endpoint.url, expected, num_clients=6) as load:
         load.wait_for_answers(40)
-        replicas = endpoint.family("ImageGenerator")
+        replicas = endpoint.processes("ImageGenerator")
         assert len(replicas) == 2
         replicas[0].kill()
         wait_for_models(endpoint, "first", "second")

@@ -1,4 +1,4 @@
-"""The HTTP side for tests, around a generator without a model."""
+"""The HTTP side of the endpoint, with a stub in place of the generator."""
 
 import contextlib
 import io
@@ -32,12 +32,12 @@ ERROR_FIELDS = {"message", "type", "param", "code"}
 
 
 def bearer(key: str) -> dict[str, str]:
-    """The header of a request with an API key."""
+    """The header that sends an API key."""
     return {"Authorization": f"Bearer {key}"}
 
 
 def error_of(response: Any, status: int) -> dict[str, Any]:
-    """The error of a response, after a check of its status and shape."""
+    """Checks a response's status and the fields of its error, and returns the error."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == ERROR_FIELDS
@@ -50,12 +50,12 @@ def pixels(content: bytes) -> np.ndarray:
 
 
 class StubGenerator:
-    """Makes smooth images of 64 pixels that depend on the seed alone, and keeps what it was asked."""
+    """Generates smooth 64x64 images that depend on the seed alone, and keeps the requests."""
 
     def __init__(self) -> None:
         self.requests: list[GenerationRequest] = []
         self.refusal: Refusal | None = None
-        """If set, the answer to every request."""
+        """If set, refuses every request."""
         self.classes = [ClassEntry(id=id, name=f"class {id}", wnid=f"n{id}") for id in range(10)]
         self.status = GeneratorStatus(
             model=ModelInfo(
@@ -94,7 +94,7 @@ class StubGenerator:
 
 @dataclass
 class StubEndpoint:
-    """The HTTP side in this process, around a stub generator."""
+    """The HTTP side in this process, with a stub generator."""
 
     client: TestClient
     generator: StubGenerator
@@ -104,7 +104,7 @@ class StubEndpoint:
 
 @contextlib.contextmanager
 def stub_endpoint(http_host: str | None = None, **arguments: Any) -> Iterator[StubEndpoint]:
-    """arguments: of the application, without the model."""
+    """Starts the HTTP side in this process. arguments: of the application, other than the model."""
     generator, recorded = StubGenerator(), Recorded()
     api = ApiService(generator, Arguments(model="stub", **arguments), recorded, http_host)
     api.reconfigure({})

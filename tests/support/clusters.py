@@ -10,7 +10,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-# A lost node is detected within seconds instead of half a minute.
+# To detect a lost node within seconds instead of half a minute.
 QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,

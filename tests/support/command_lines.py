@@ -209,7 +209,7 @@ TOOLS: dict[str, Callable[[list[str]], object]] = {
 
 
 def parse_command(line: str) -> object:
-    """Parses a shell line as its program would.
+    """Parses a shell command with its program's own argument parser.
 
     Raises:
         KeyError: The program is unknown.

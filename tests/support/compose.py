@@ -1,4 +1,4 @@
-"""deploy/mlflow/compose.yaml, with the values that Docker Compose would put in."""
+"""Reads deploy/mlflow/compose.yaml and substitutes variables as Docker Compose does."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,12 +12,12 @@ MLFLOW = REPOSITORY / "deploy" / "mlflow"
 
 
 def compose_file() -> dict[str, Any]:
-    """The file."""
+    """The parsed file."""
     return yaml.safe_load((MLFLOW / "compose.yaml").read_text())
 
 
 def filled_in(words: Iterable[str], values: Mapping[str, str]) -> list[str]:
-    """The words with $(NAME), ${NAME:-default} and ${NAME:?message} replaced."""
+    """Replaces $(NAME), ${NAME:-default} and ${NAME:?message} in each word by the value of NAME."""
 
     def value(match: re.Match) -> str:
         name, sign, rest = match.groups()

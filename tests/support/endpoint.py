@@ -1,4 +1,4 @@
-"""The endpoint for tests: in this process without Ray, or as `serve run` starts it."""
+"""Starts the endpoint: in this process without Ray, or with `serve run`."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def write_generator(folder: Path, seed: int = 0, *, supports_guidance: bool = Fa
         network = MeanFlowDiT(**size, depth=2)
     with torch.no_grad():
         for parameter in network.parameters():
-            # More for guided networks: with 0.05, a guidance scale of 50 moves no pixel by two levels.
+            # More noise for guided networks: with 0.05, a guidance scale of 50 changes no pixel by two levels.
             parameter.add_((0.2 if supports_guidance else 0.05) * torch.randn(parameter.shape))
     vae = load_autoencoder(str(SHIPPED_AUTOENCODER))
     pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES, wnids=WNIDS)
@@ -74,12 +74,12 @@ class Recorded:
 
 
 def make_service(arguments: Arguments, recorded: Recorded, **options: Any) -> GeneratorService:
-    """The generator side without Ray. options: of ModelSwapper."""
+    """The model side of the endpoint, without Ray. options: of ModelSwapper."""
     return GeneratorService(arguments, ModelSwapper(arguments.model, recorded, **options), recorded)
 
 
 def build_api(arguments: Arguments, generator: GeneratorService) -> FastAPI:
-    """The HTTP side around a generator in the same process."""
+    """The HTTP side, with the model side in the same process."""
     api = ApiService(generator, arguments, Recorded())
     api.reconfigure({})
     return build_http_app(api)
@@ -87,7 +87,7 @@ def build_api(arguments: Arguments, generator: GeneratorService) -> FastAPI:
 
 @contextlib.contextmanager
 def in_process(arguments: Arguments) -> Iterator[TestClient]:
-    """A client of the endpoint without Ray and without HTTP."""
+    """A client of the endpoint in this process, without Ray and sockets."""
     generator = make_service(arguments, Recorded())
     with TestClient(build_api(arguments, generator)) as client:
         client.portal.call(generator.reconfigure, {})
@@ -96,7 +96,7 @@ def in_process(arguments: Arguments) -> Iterator[TestClient]:
 
 @contextlib.contextmanager
 def over_http(arguments: Arguments) -> Iterator[str]:
-    """The endpoint without Ray, on a local port."""
+    """The URL of the endpoint in this process, without Ray, on a local port."""
     generator = make_service(arguments, Recorded())
     port = free_port(0)
     server = uvicorn.Server(
@@ -143,8 +143,8 @@ class RunningEndpoint:
     log: Path
     metrics_port: int
 
-    def family(self, word: str = "") -> list[psutil.Process]:
-        """Its processes with a word in their command lines."""
+    def processes(self, word: str = "") -> list[psutil.Process]:
+        """The descendants of `serve run` with a word in their command lines."""
         found = []
         for process in psutil.Process(self.server.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -158,16 +158,15 @@ class RunningEndpoint:
         replicas = applications["meanflow"]["deployments"][deployment]["replicas"]
         return [replica for replica in replicas if replica["state"] == "RUNNING"]
 
-    def wait_until(self, holds: Any, seconds: float = 120.0) -> Any:
-        """Polls /readyz until `holds(status, content)` is true, and returns its value."""
+    def wait_until(self, holds: Callable[[int, bytes], object], seconds: float = 120.0) -> None:
+        """Polls /readyz until `holds(status, content)` is true."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.server.poll() is None, self.log.read_text()[-4000:]
             with contextlib.suppress(OSError):
                 status, _, content = fetch(f"{self.url}/readyz", timeout=10.0)
-                found = holds(status, content)
-                if found:
-                    return found
+                if holds(status, content):
+                    return
             time.sleep(0.2)
         raise AssertionError(f"not within {seconds} s; the log ends with {self.log.read_text()[-4000:]}")
 
@@ -179,24 +178,9 @@ class RunningEndpoint:
         urllib.request.urlopen(request, timeout=60).close()
 
 
-def _serve_config(arguments: dict, deployments: list[dict], port: int) -> dict:
-    application = {
-        "name": "meanflow",
-        "route_prefix": "/",
-        "import_path": "deploy.app:build_app",
-        "args": arguments,
-        "deployments": deployments,
-    }
-    return {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [application],
-    }
-
-
 def _stop(endpoint: RunningEndpoint) -> None:
-    """Stops `serve run` and every process that it left behind."""
-    processes = endpoint.family()
+    """Stops `serve run`, and kills the processes that outlive it."""
+    processes = endpoint.processes()
     endpoint.server.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         endpoint.server.wait(timeout=60)
@@ -208,16 +192,21 @@ def _stop(endpoint: RunningEndpoint) -> None:
 
 
 @contextlib.contextmanager
-def running_endpoint(
-    arguments: dict | None = None, deployments: list[dict] | None = None, num_cpus: int = 4
-) -> Iterator[RunningEndpoint]:
-    """Starts the endpoint as a user does, on its own Ray cluster. Stops every process in the end."""
+def running_endpoint(arguments: dict | None = None, deployments: list[dict] | None = None) -> Iterator[RunningEndpoint]:
+    """Starts the endpoint as a user does, on its own Ray cluster, and stops every process on exit.
+
+    Without arguments, it serves a new generator with random weights.
+    """
     folder = Path(tempfile.mkdtemp(prefix="mfe-", dir="/tmp"))  # Unix sockets require short paths
-    arguments = dict(arguments or {})
-    if "model" not in arguments:
-        arguments["model"] = str(write_generator(folder / "generator"))
+    arguments = arguments or {"model": str(write_generator(folder / "generator"))}
     port, dashboard_port, metrics_port = free_port(0), free_port(0), free_port(0)
-    config = _serve_config(arguments, deployments or [], port)
+    application = {
+        "name": "meanflow", "route_prefix": "/", "import_path": "deploy.app:build_app", "args": arguments,
+        "deployments": deployments or [],
+    }  # fmt: skip
+    config = {
+        "proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}, "applications": [application],
+    }  # fmt: skip
     path, log = folder / "serve.yaml", folder / "log"
     path.write_text(yaml.safe_dump(config))
     environment = {
@@ -230,7 +219,7 @@ def running_endpoint(
     # `ray.init` starts a head on the chosen ports; `serve run` joins it.
     program = (
         "import ray, sys; "
-        f"ray.init(num_cpus={num_cpus}, include_dashboard=True, dashboard_port={dashboard_port}, "
+        f"ray.init(num_cpus=4, include_dashboard=True, dashboard_port={dashboard_port}, "
         f"_metrics_export_port={metrics_port}, object_store_memory=150 * 2**20, log_to_driver=True); "
         f"sys.argv = ['serve', 'run', {str(path)!r}]; "
         "from ray.serve.scripts import cli; cli()"

@@ -28,7 +28,7 @@ def generate(url: str, seed: int) -> tuple[int, dict[str, str], bytes]:
 
 
 class Load:
-    """Context manager: requests images from several threads and compares them with the expected ones."""
+    """Requests images from several threads inside a `with` block, and compares them with the expected ones."""
 
     def __init__(self, url: str, expected: dict[str, np.ndarray], num_clients: int) -> None:
         """expected: {model: expected_images}."""

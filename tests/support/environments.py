@@ -50,7 +50,7 @@ def copy_files(names: list[str], folder: Path) -> None:
 
 
 def command_modules() -> list[str]:
-    """The modules that `python -m` can run. Searches the sources, so that new modules are tested, too."""
+    """The modules that `python -m` can run, found in the sources, so that tests include new ones."""
     found = []
     for name in tracked_files():
         if name.split("/")[0] in PACKAGES and name.endswith(".py"):
@@ -86,7 +86,7 @@ class Environment:
     def run(self, *command: str, timeout_seconds: float = 600, cwd: Path | None = None, **environment: str) -> str:
         """Runs a command and returns its output (stdout and stderr). `python` is the environment's interpreter.
 
-        Raises AssertionError if the command fails or exceeds the timeout; in the latter case the command is terminated.
+        Raises AssertionError if the command fails, or if it takes too long; then it is terminated.
         """
         removed = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_CONSTRAINT", "PIP_USER")
         inherited = {key: value for key, value in os.environ.items() if key not in removed}

@@ -1,4 +1,4 @@
-"""Writes images from class folders in the other input formats of the encode stage: Parquet and WebDataset."""
+"""Copies images from class folders to the encode stage's other input formats, Parquet and WebDataset."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What the scripts of deploy/jobs submit, recorded by running them with a stand-in for `ray`."""
+"""Runs the scripts of deploy/jobs with a fake `ray` that prints its arguments, and parses what they submit."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Renders the manifests of deploy/kuberay as Kustomize does, checks them for unknown fields and looks up their parts."""
+"""Renders the manifests of deploy/kuberay as Kustomize does, finds unknown fields in them, and looks up their parts."""
 
 import json
 from collections.abc import Iterator

@@ -42,7 +42,7 @@ class Server:
 
     def launch(self) -> None:
         """Starts the server without waiting until it answers."""
-        # Tests find the processes of their Ray clusters by RAY_TMPDIR; the server must not be taken for one of them.
+        # Tests kill the processes that have RAY_TMPDIR set as their Ray cluster does; the server must survive.
         environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
         with open(self._folder / "log", "ab") as log:
             self._process = subprocess.Popen(

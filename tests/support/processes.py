@@ -12,7 +12,7 @@ from torch import distributed
 
 
 def join_group(rank: int, world_size: int, rendezvous: str, timeout_seconds: float) -> None:
-    """Limits this process to one thread and adds it to the process group whose rendezvous is a file.
+    """Limits this process to one thread and joins the process group; `rendezvous` is the path of a file.
 
     A collective that some process never joins fails after the timeout.
     """

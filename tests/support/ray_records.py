@@ -1,4 +1,4 @@
-"""A run's folder as Ray Train leaves it: its record of checkpoints, and checkpoint folders with a file each."""
+"""Writes a run's folder as Ray Train leaves it: checkpoint folders with one file each, and Ray's record of them."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def write_checkpoint(run: Path, step: int) -> None:
-    """Writes a complete checkpoint folder, which Ray's record need not know."""
+    """Writes a complete checkpoint folder, without adding it to Ray's record."""
     folder = run / checkpoint_name(step)
     folder.mkdir(parents=True)
     (folder / "shard-1.safetensors").write_bytes(b"12345")

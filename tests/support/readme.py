@@ -7,7 +7,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def text_of(name: str) -> str:
-    """A file of the repository."""
+    """The text of a file of the repository."""
     return (REPOSITORY / name).read_text()
 
 

@@ -1,4 +1,4 @@
-"""The bytes that a training step sends between two processes, from the kernel's TCP counters."""
+"""Counts the bytes that a training step sends between two processes, with the kernel's TCP counters."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def sent_bytes() -> int:
 
 
 def count_sent(rank: int, folder: str) -> None:
-    """Runs one of two processes. Rank 0 writes its sent bytes per step, {"KIND PASSES": bytes}, to sent.json."""
+    """Trains in one of two processes. Rank 0 writes its sent bytes per step, {"KIND PASSES": bytes}, to sent.json."""
     join_group(rank, 2, f"{folder}/rendezvous", 120)
     found = {}
     for kind in ("ddp", "fsdp2"):

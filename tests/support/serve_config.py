@@ -1,4 +1,4 @@
-"""Validates a Serve config as Serve and the application do, and refuses keys that Serve ignores."""
+"""Validates a Serve config as Serve and the application do, and also refuses keys that Serve would ignore."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def validated(text: str) -> tuple[dict[str, Any], dict[str, Arguments]]:
     for deployment in application["deployments"]:
         name = deployment["name"]
         settings[name] = apply_user_config(arguments, deployment.get("user_config"), SETTINGS[name])
-        scaling = deployment.get("autoscaling_config", {})  # a free dictionary for ServeDeploySchema
+        scaling = deployment.get("autoscaling_config", {})  # ServeDeploySchema does not validate it
         AutoscalingConfig.model_validate(scaling)
         assert set(scaling) <= set(AutoscalingConfig.model_fields), scaling
     return content, settings

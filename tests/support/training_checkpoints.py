@@ -1,4 +1,4 @@
-"""Compares the tensors of debug-preset training runs, from checkpoints or from a training loop without a cluster."""
+"""Tensors of debug-preset training runs, from a checkpoint or a training loop without a cluster, and their comparison."""
 
 from dataclasses import dataclass
 from pathlib import Path

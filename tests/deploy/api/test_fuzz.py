@@ -70,7 +70,7 @@ def random_body(draw):
 def test_replicas_survive_ten_thousand_random_bodies(generator_folder, tmp_path):
     arguments = {"model": str(generator_folder), "max_images": 4, "max_steps": 4, "api_keys": KEY_HASHES}
     with running_endpoint(arguments) as endpoint:
-        replicas = {process.pid for process in endpoint.family("ServeReplica")}
+        replicas = {process.pid for process in endpoint.processes("ServeReplica")}
         assert len(replicas) == 2
         draw, counts = random.Random(0), collections.Counter()
         for number in range(10_000):
@@ -82,7 +82,7 @@ def test_replicas_survive_ten_thousand_random_bodies(generator_folder, tmp_path)
                 assert set(json.loads(content)["error"]) == ERROR_FIELDS
             if number % 1000 == 999:
                 print(number + 1, dict(counts))
-        assert {process.pid for process in endpoint.family("ServeReplica")} == replicas
+        assert {process.pid for process in endpoint.processes("ServeReplica")} == replicas
         assert {status for _, status in counts} >= {200, 400, 422}
         run_schemathesis(endpoint.url, tmp_path, 300)
-        assert {process.pid for process in endpoint.family("ServeReplica")} == replicas
+        assert {process.pid for process in endpoint.processes("ServeReplica")} == replicas

@@ -23,13 +23,12 @@ LOGGED_METRICS = (
 def log_report(job: EvaluateJob, generator: Generator | None, report: Mapping[str, Any], files: Sequence[Path]) -> None:
     """Logs to the run that trained the model, or to a new run if there is none.
 
-    Does nothing if there is neither a training run nor an MLflow address.
-    generator: None if a sample file was measured.
+    Does nothing if there is neither a training run nor an MLflow address. generator: None if a sample file was measured.
     """
     tracking_uri = job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     training_run = None if generator is None else _training_run(job, generator, tracking_uri)
     if training_run is None and tracking_uri is None:
-        logger.info("no MLflow address given, so the report is only in %s", job.output)
+        logger.info("no MLflow address given; the report is only in %s", job.output)
         return
     run = training_run or _new_run(job, report, str(tracking_uri))
     family = metric_family(job.model, None if generator is None else generator.ema_decay)

@@ -82,7 +82,7 @@ def _generated_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
 def grid_indices(job: EvaluateJob, num_classes: int) -> np.ndarray:
     """Sample indices of the image grid: rows of equal length, one for each of up to GRID_CLASSES evenly spread classes.
 
-    With random labels, some classes may have no samples. The grid leaves them out.
+    With random labels, some classes may have no samples. The grid omits them.
     """
     labels = job.rule.labels_of(np.arange(job.num_samples), num_classes)
     classes, counts = np.unique(labels, return_counts=True)

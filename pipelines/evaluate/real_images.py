@@ -25,13 +25,13 @@ def find_real_images(location: str, class_names: Sequence[str] | None) -> ImageS
         return source
     if index.class_names != list(class_names):
         raise InputError(
-            f"the classes in {location} are {', '.join(index.class_names)}, but the generator's are "
-            f"{', '.join(class_names)}; every class needs images"
+            f"{location} must have images of exactly the generator's classes {', '.join(class_names)}, but has "
+            f"{', '.join(index.class_names)}"
         )
     counts = np.bincount(index.entries["label"].to_numpy(), minlength=len(class_names))
     if counts.min() < 2:
         smallest = class_names[int(counts.argmin())]
-        raise InputError(f"{location} has {counts.min()} images of class {smallest}, but every class needs at least 2")
+        raise InputError(f"{location} must have at least 2 images per class, but has {counts.min()} of {smallest}")
     return source
 
 

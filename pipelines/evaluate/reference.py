@@ -119,8 +119,18 @@ def reference_protocol(
 def require_same_protocol(
     reference: Reference, extractor: Mapping[str, str], image_size: int, num_features: int
 ) -> None:
-    """Raises InputError if the reference has another extractor, image size or number of features."""
-    differences = protocol_differences(reference, extractor, image_size)
+    """Raises InputError if the reference has another extractor, image size or number of features.
+
+    Files of other tools state only their number of features.
+    """
+    theirs = extractor if reference.protocol is None else reference.protocol["extractor"]
+    differences = [
+        f"extractor's {key}: {theirs.get(key)} in the reference, {extractor.get(key)} here"
+        for key in sorted({*theirs, *extractor})
+        if theirs.get(key) != extractor.get(key)
+    ]
+    if reference.protocol is not None and reference.protocol["image_size"] != image_size:
+        differences.append(f"image size: {reference.protocol['image_size']} in the reference, {image_size} here")
     if differences:
         raise InputError(
             f"the reference {reference.location} does not match this evaluation ({'; '.join(differences)}); make one with "
@@ -131,18 +141,3 @@ def require_same_protocol(
             f"the reference {reference.location} has {len(reference.moments.mean)} features, but the extractor "
             f"{extractor['name']} has {num_features}; give the extractor that the reference was made with"
         )
-
-
-def protocol_differences(reference: Reference, extractor: Mapping[str, str], image_size: int) -> list[str]:
-    """Describes how a reference's extractor and image size differ from the given ones."""
-    if reference.protocol is None:
-        return []
-    theirs = reference.protocol["extractor"]
-    differences = [
-        f"extractor's {key}: {theirs.get(key)} in the reference, {extractor.get(key)} here"
-        for key in sorted({*theirs, *extractor})
-        if theirs.get(key) != extractor.get(key)
-    ]
-    if reference.protocol["image_size"] != image_size:
-        differences.append(f"image size: {reference.protocol['image_size']} in the reference, {image_size} here")
-    return differences

@@ -121,7 +121,7 @@ def _measure(job: EvaluateJob, inputs: Inputs) -> Measured:
                 f"{sums.num_unreadable} could not be read"
             )
     num_images = sum(sums.num_images for sums in sets.values())
-    logger.info("%d images in %s; computing the metrics", num_images, format_seconds(seconds))
+    logger.info("measured %d images in %s; computing the metrics", num_images, format_seconds(seconds))
     return Measured(
         sets,
         {

@@ -14,7 +14,7 @@ Labels = Literal["balanced", "random"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Sampler settings."""
+    """A combination of sampler settings to evaluate."""
 
     num_steps: int
     """Number of equal steps from noise to image."""

@@ -38,7 +38,7 @@ class ImageBatch:
     seconds: float = 0.0
     """Time spent in the network and the decoder."""
     num_unreadable: int = 0
-    """Images left out because they could not be read."""
+    """Images skipped because they could not be read."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ImageFiles:
     """Encode and decode the images with the worker's autoencoder, at the posterior mean."""
 
     def batches(self, models: Models, batch_size: int) -> Iterator[ImageBatch]:
-        """See Source. Unreadable images are left out and counted."""
+        """See Source. Skips and counts unreadable images."""
         labels = self.images.entries["label"].to_pylist()
         decoded = zip(decode_images(self.images, self.size), labels, strict=True)
         while batch := list(itertools.islice(decoded, batch_size)):

@@ -57,11 +57,11 @@ def test_real_images_of_other_or_too_few_classes_are_refused(image_root, tmp_pat
     assert torch.equal(some_labels, labels[::2])
     for path in sorted((tmp_path / "val" / names[4]).iterdir())[1:]:
         path.unlink()
-    with pytest.raises(InputError, match=f"1 images of class {names[4]}, but every class needs at least 2"):
+    with pytest.raises(InputError, match=f"at least 2 images per class, but has 1 of {names[4]}"):
         find_real_images(str(tmp_path / "val"), names)
     shutil.rmtree(tmp_path / "val" / names[4])
     assert len(find_real_images(str(tmp_path / "val"), None)[1].files) == 36
-    with pytest.raises(InputError, match="every class needs images"):
+    with pytest.raises(InputError, match="must have images of exactly the generator's classes"):
         find_real_images(str(tmp_path / "val"), names)
 
 

@@ -101,7 +101,7 @@ def test_every_image_of_a_sample_file_is_measured_once(tmp_path):
     np.testing.assert_array_equal(torch.cat(sums.images), pixels)
 
 
-def test_unreadable_images_are_left_out_and_counted(image_root, tmp_path):
+def test_unreadable_images_are_skipped_and_counted(image_root, tmp_path):
     images = find_images(str(image_root / "val"))
     worker = Measurer(CONFIG, "cpu")
     whole = measure(worker, image_file_chunks("samples", images, 64))

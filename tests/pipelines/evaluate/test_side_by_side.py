@@ -95,3 +95,7 @@ def test_reports_are_read_from_mlflow_and_missing_ones_refused(write, tmp_path, 
         read_report(f"runs:/{bare.run_id}", tracking_uri)
     with pytest.raises(InputError, match="give an --output folder of pipelines.evaluate"):
         read_report(str(tmp_path), None)
+    with pytest.raises(InputError, match="is in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI"):
+        read_report("models:/m@champion", None)
+    with pytest.raises(InputError, match="has no run of models:/unknown@champion"):
+        read_report("models:/unknown@champion", tracking_uri)

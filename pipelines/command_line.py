@@ -41,16 +41,12 @@ def run_command(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-def command_name() -> str | None:
-    """The running command as typed, "python -m MODULE"; None if it was not started with -m."""
-    specification = sys.modules["__main__"].__spec__
-    return None if specification is None else f"python -m {specification.name.removesuffix('.__main__')}"
-
-
 def parse_command_line(job_type: type[T], description: str | None, **options: Any) -> T:
     """The command line as a dataclass, parsed by tyro. Raises InputError for values that the dataclass rejects."""
+    specification = sys.modules["__main__"].__spec__  # None if the command was not started with -m
+    command = None if specification is None else f"python -m {specification.name.removesuffix('.__main__')}"
     try:
-        return tyro.cli(job_type, description=description, **{"prog": command_name(), **options})
+        return tyro.cli(job_type, description=description, **{"prog": command, **options})
     except ValueError as error:
         raise InputError(str(error)) from error
 

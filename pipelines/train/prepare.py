@@ -37,7 +37,7 @@ def prepare(job: TrainJob) -> Preparation:
         raise InputError(f"--run-name must not be empty, contain a slash or start with a dot, but got {job.run_name!r}")
     job = _with_absolute_locations(job)
     manifest = read_manifest(job.data)
-    _require_fitting_data(job, manifest)
+    _require_compatible_data(job, manifest)
     record = read_record(job)
     if record is None:
         initial = load_initial_network(job, manifest)
@@ -45,13 +45,13 @@ def prepare(job: TrainJob) -> Preparation:
             job = replace(job, config=delay_guidance(job.config, manifest))
         return Preparation(job=job, manifest=manifest, record=None, initial=initial)
     if job.config.guidance_after_steps is None:  # the warm start may have set it
-        decided = record.identity["config"].get("guidance_after_steps")
-        job = replace(job, config=replace(job.config, guidance_after_steps=decided))
+        recorded = record.identity["config"].get("guidance_after_steps")
+        job = replace(job, config=replace(job.config, guidance_after_steps=recorded))
     require_same_experiment(job, manifest, record)
     return Preparation(job=job, manifest=manifest, record=record, initial=None)
 
 
-def recover_initial(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> InitialNetwork | None:
+def reload_initial_network(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> InitialNetwork | None:
     """Loads the initial network of a resumed run that has no checkpoint yet; None if it has one.
 
     Raises InputError if the run already has more than num_steps steps, or if the initial network has changed.
@@ -87,7 +87,7 @@ def _with_absolute_locations(job: TrainJob) -> TrainJob:
     )
 
 
-def _require_fitting_data(job: TrainJob, manifest: Manifest) -> None:
+def _require_compatible_data(job: TrainJob, manifest: Manifest) -> None:
     """Raises InputError if the datasets do not match each other, the autoencoder, the network or the workers."""
     if job.vae is not None:
         _require_autoencoder(job.vae, job.data, manifest)

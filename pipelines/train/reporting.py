@@ -54,8 +54,3 @@ class Reporter:
     def pending_rows(self) -> list[dict[str, Any]]:
         """Returns metrics that MLflow has not stored yet, to be saved in a checkpoint."""
         return [] if self._run is None else self._run.pending()
-
-    def close(self) -> None:
-        """Waits until everything is logged, up to a time limit."""
-        if self._run is not None:
-            self._run.flush()

@@ -29,7 +29,7 @@ from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
 from pipelines.train import checkpoints, failures, stopping, validation
 from pipelines.train.job import TrainJob
-from pipelines.train.prepare import prepare, recover_initial
+from pipelines.train.prepare import prepare, reload_initial_network
 from pipelines.train.publishing import FinishedTraining, publish_generators
 from pipelines.train.record import TrainingRecord, begin_run, new_record, resume_run, write_record
 from pipelines.train.warm_start import InitialNetwork
@@ -57,7 +57,7 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
     else:
         checkpoints.repair_record(filesystem, run_path)
         checkpoints.delete_orphans(filesystem, run_path)
-        initial = recover_initial(job, manifest, record)
+        initial = reload_initial_network(job, manifest, record)
         record = replace(record, tracking_uri=tracking_uri)
         run = resume_run(record)
     try:

@@ -43,7 +43,7 @@ class StopRequest:
         self._is_requested = self._is_acknowledged = False
 
     def request(self) -> None:
-        """Asks the workers to save a checkpoint and stop."""
+        """Requests that the workers save a checkpoint and stop."""
         self._is_requested = True
 
     def poll(self) -> bool:
@@ -189,7 +189,7 @@ class SignalMonitor:
 
 
 def _choose_gloo_interface() -> None:
-    """Makes Gloo use Ray's network interface. By default it uses the host name's address: on Debian, the loopback."""
+    """Makes Gloo use Ray's network interface. Its default is the host name's address, which on Debian is the loopback."""
     own_address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == own_address for address in addresses):

@@ -130,7 +130,7 @@ class TrainingWorker:
         """Builds rank 0's reporter. Other ranks get None, or with FSDP2 one that logs nothing but takes part in sampling."""
         context, run = ray.train.get_context(), Run(self._task.tracking_uri, self._task.run_id)
         if context.get_local_rank() == 0:
-            stack.callback(run.flush)  # runs after system_metrics has ended
+            stack.callback(run.flush)  # at the end of training, after system_metrics
             stack.enter_context(run.system_metrics(f"node-{context.get_node_rank()}"))
         if self._rank == 0:
             run.adopt(unlogged)
@@ -153,12 +153,12 @@ class TrainingWorker:
                 stop_requested=signals.stop_requested,
                 preemption_announced=signals.preemption_announced,
             )
-            logs = is_last or step % config.log_interval_steps == 0
-            if logs or due is not None:
+            is_log_step = is_last or step % config.log_interval_steps == 0
+            if is_log_step or due is not None:
                 self._nonfinite.check()
             if self._nonfinite.first_nonfinite_step is not None:
                 break
-            if logs:
+            if is_log_step:
                 self._log_metrics()
             with self._metrics.paused():
                 if self._reporter is not None and (is_last or step % config.sample_interval_steps == 0):
@@ -167,8 +167,6 @@ class TrainingWorker:
                     self._save_checkpoint(due)
             was_stopped = signals.stop_requested and not is_last
         self._signals.close()
-        if self._reporter is not None:
-            self._reporter.close()
         return Outcome(
             step=self._state.step, was_stopped=was_stopped, nonfinite_step=self._nonfinite.first_nonfinite_step
         )

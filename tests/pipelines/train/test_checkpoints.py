@@ -23,7 +23,6 @@ LOCAL = fs.LocalFileSystem()
     [
         (9, (False, False), None),
         (10, (False, False), CheckpointDue(wait=False, validate=True)),
-        (20, (False, False), CheckpointDue(wait=False, validate=True)),
         (25, (False, False), CheckpointDue(wait=True, validate=True)),  # the last step
         (9, (True, False), CheckpointDue(wait=True, validate=False)),
         (10, (True, False), CheckpointDue(wait=True, validate=False)),

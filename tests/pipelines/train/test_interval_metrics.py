@@ -102,16 +102,18 @@ def test_skipped_steps_do_not_count():
 
 
 def test_resumed_interval_matches_an_uninterrupted_one_bit_for_bit():
-    straight, first = IntervalMetrics(CPU), IntervalMetrics(CPU)
+    uninterrupted, first = IntervalMetrics(CPU), IntervalMetrics(CPU)
     for seed in range(6):
-        straight.add(metrics(seed), data_seconds=0.0)
+        uninterrupted.add(metrics(seed), data_seconds=0.0)
         if seed < 4:
             first.add(metrics(seed), data_seconds=0.0)
     resumed = IntervalMetrics(CPU)
     resumed.restore(first.state(), rank=0)
     for seed in (4, 5):
         resumed.add(metrics(seed), data_seconds=0.0)
-    assert deterministic(resumed.read(debug(), state(), 1.0)) == deterministic(straight.read(debug(), state(), 1.0))
+    assert deterministic(resumed.read(debug(), state(), 1.0)) == deterministic(
+        uninterrupted.read(debug(), state(), 1.0)
+    )
 
 
 def test_rank_0_takes_all_sums_if_the_world_size_has_changed():

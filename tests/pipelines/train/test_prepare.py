@@ -10,7 +10,7 @@ from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.errors import InputError
 from pipelines.tracking.run import Run
 from pipelines.train import run as train_run
-from pipelines.train.prepare import prepare, recover_initial
+from pipelines.train.prepare import prepare, reload_initial_network
 from pipelines.train.record import new_record, write_record
 from tests.support.ray_records import write_checkpoints
 from tests.support.training_jobs import job_with_data, small_manifest, training_job, with_config
@@ -33,7 +33,7 @@ def test_invalid_run_name_is_refused(job, name):
         prepare(replace(job, run_name=name))
 
 
-def test_locations_become_absolute_but_not_model_names(job, tmp_path, monkeypatch):
+def test_relative_locations_become_absolute_and_registry_uris_stay(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pipelines.train.prepare.load_initial_network", lambda job, manifest: None)
     relative = replace(job, data="latents", storage="runs/", cache_dir="cache", validation_data="latents")
@@ -89,9 +89,9 @@ def test_longer_run_keeps_the_delay_of_guidance(job, record):
 
 def test_run_with_more_steps_than_num_steps_is_refused(job, tmp_path, record):
     write_checkpoints(tmp_path / "runs/r", steps=[10, 20])
-    assert recover_initial(with_config(job, num_steps=20), small_manifest(), record) is None
+    assert reload_initial_network(with_config(job, num_steps=20), small_manifest(), record) is None
     with pytest.raises(InputError, match="already has 20 steps, but num_steps is 19"):
-        recover_initial(with_config(job, num_steps=19), small_manifest(), record)
+        reload_initial_network(with_config(job, num_steps=19), small_manifest(), record)
 
 
 def test_run_without_a_checkpoint_starts_again_with_the_same_initial_network(tmp_path, record, pipeline, vae):
@@ -101,10 +101,10 @@ def test_run_without_a_checkpoint_starts_again_with_the_same_initial_network(tmp
     job = with_config(training_job(tmp_path, init_from=str(tmp_path / "generator")), network=network)
     manifest = replace(small_manifest(), class_names=list(images.CLASS_NAMES))
     sha256 = weight_hash(pipeline.transformer)
-    found = recover_initial(job, manifest, replace(record, init_sha256=sha256))
+    found = reload_initial_network(job, manifest, replace(record, init_sha256=sha256))
     assert weight_hash(found.network) == sha256
     with pytest.raises(InputError, match="the weights of --init-from .* have changed since run r was started"):
-        recover_initial(job, manifest, replace(record, init_sha256="0" * 64))
+        reload_initial_network(job, manifest, replace(record, init_sha256="0" * 64))
 
 
 def test_dry_run_describes_the_training_and_writes_nothing(job, tmp_path):

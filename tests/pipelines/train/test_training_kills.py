@@ -138,11 +138,11 @@ class Training:
         }
 
 
-def check_same(training: Training, straight: Training):
+def check_same(training: Training, uninterrupted: Training):
     """Checks that a run matches the uninterrupted one bit for bit, and has one finished MLflow run with the same metrics."""
-    assert differing(training.tensors(), straight.tensors()) == []
+    assert differing(training.tensors(), uninterrupted.tensors()) == []
     check_history(training)
-    assert training.metrics() == straight.metrics()
+    assert training.metrics() == uninterrupted.metrics()
 
 
 def check_history(training: Training, steps: Sequence[int] = range(5, NUM_STEPS + 1, 5)):
@@ -158,9 +158,9 @@ def check_history(training: Training, steps: Sequence[int] = range(5, NUM_STEPS 
 
 
 @pytest.fixture(scope="module")
-def straight(cluster, server, latents, root):
+def uninterrupted(cluster, server, latents, root):
     """The uninterrupted run."""
-    training = Training(cluster, server, latents, root, "straight")
+    training = Training(cluster, server, latents, root, "uninterrupted")
     training.start()
     training.finish()
     check_history(training)
@@ -175,7 +175,7 @@ def fill_disk(training: Training):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_run_matches_the_uninterrupted_one_whatever_is_killed(cluster, server, latents, root, straight, seed):
+def test_run_matches_the_uninterrupted_one_whatever_is_killed(cluster, server, latents, root, uninterrupted, seed):
     random.seed(seed)
     training = Training(cluster, server, latents, root, f"chaos-{seed}")
     training.start()
@@ -200,10 +200,10 @@ def test_run_matches_the_uninterrupted_one_whatever_is_killed(cluster, server, l
             time.sleep(8.0)
             server.start()
     training.finish()
-    check_same(training, straight)
+    check_same(training, uninterrupted)
 
 
-def test_sigterm_saves_a_checkpoint_from_which_the_run_resumes(cluster, server, latents, root, straight):
+def test_sigterm_saves_a_checkpoint_from_which_the_run_resumes(cluster, server, latents, root, uninterrupted):
     training = Training(cluster, server, latents, root, "terminated")
     training.start()
     training.wait_for_step(45)
@@ -218,7 +218,7 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_resumes(cluster, server, 
     training.start()
     training.finish()
     assert f"resumed at step {stopped}" in training.log()
-    check_same(training, straight)
+    check_same(training, uninterrupted)
 
 
 def test_second_job_of_the_same_run_is_refused(cluster, server, latents, root):
@@ -234,7 +234,7 @@ def test_second_job_of_the_same_run_is_refused(cluster, server, latents, root):
     training.finish(code=128 + signal.SIGTERM)
 
 
-def test_run_resumes_on_a_new_cluster_after_the_old_one_died(server, latents, root, straight):
+def test_run_resumes_on_a_new_cluster_after_the_old_one_died(server, latents, root, uninterrupted):
     with cluster_of_two(num_cpus=1) as cluster:
         training = Training(cluster, server, latents, root, "restarted")
         training.start()
@@ -247,10 +247,10 @@ def test_run_resumes_on_a_new_cluster_after_the_old_one_died(server, latents, ro
         training.cluster = cluster
         training.start()
         training.finish()
-    check_same(training, straight)
+    check_same(training, uninterrupted)
 
 
-def test_preemption_notice_saves_a_checkpoint_at_once(cluster, server, latents, root, straight):
+def test_preemption_notice_saves_a_checkpoint_at_once(cluster, server, latents, root, uninterrupted):
     training = Training(cluster, server, latents, root, "preempted", "--checkpoint-interval-steps", "1000")
     training.start()
     training.wait_for_step(10)
@@ -264,14 +264,14 @@ def test_preemption_notice_saves_a_checkpoint_at_once(cluster, server, latents, 
         assert time.monotonic() - began < 60, training.log()[-6000:]
         time.sleep(0.1)
     saved = training.committed_step()
-    print(f"a checkpoint of step {saved}, {time.monotonic() - began:.1f} s after the notice")
+    print(f"saved the checkpoint of step {saved} {time.monotonic() - began:.1f} s after the notice")
     assert 10 <= saved < NUM_STEPS
     cluster.remove_second()
     cluster.add_second()
     training.finish()
     assert f"resumed at step {saved}" in training.log()
-    assert training.metrics() == straight.metrics()
-    assert differing(training.tensors(), straight.tensors()) == []
+    assert training.metrics() == uninterrupted.metrics()
+    assert differing(training.tensors(), uninterrupted.tensors()) == []
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp2"])

@@ -61,19 +61,10 @@ def test_validation_measures_the_moving_average_and_logs_at_the_checkpoints_step
     found = validation.validate(Checkpoint(str(tmp_path / "checkpoint")), job, tracking_uri, run.run_id)
 
     dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
-    assert len(dataset) == 40
-    loss = replace(debug().loss, label_drop_probability=0.0)
-    record = draw_step_record(loss, seed=validation.SEED, step=0, num_rows=40, latent_shape=(4, 8, 8))
-    moments, labels = dataset.read(np.arange(40), np.zeros(40, bool))
     normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)
-    errors = meanflow_loss(
-        state.ema_network, state.ema_network,
-        sample_latents(torch.from_numpy(moments), record.posterior_noise, normalization), torch.from_numpy(labels),
-        record, loss, null_label=10, global_num_rows=40,
-    ).squared_error  # fmt: skip
-    below = record.r < record.t
-    assert found["validation/squared_error_r_below_t"] == pytest.approx(float(errors[below].mean()), rel=1e-4)
-    assert found["validation/squared_error_r_equals_t"] == pytest.approx(float(errors[~below].mean()), rel=1e-4)
+    expected = validation.held_out_errors(state.ema_network, dataset, normalization, CONFIG)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found.keys() == {"validation/squared_error_r_below_t", "validation/squared_error_r_equals_t"}
     client = MlflowClient(tracking_uri)
     for name, value in found.items():
         assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, name)] == [(7, value)]

@@ -133,8 +133,8 @@ def upload(training: FinishedTraining, decay: float, folder: Path) -> str:
 
     model_index.json is deleted first and uploaded last, so that a mixture of two generators cannot be opened.
     """
-    is_first = decay == training.job.config.ema_decays[0]
-    location = f"{training.job.run_location}/{'generator' if is_first else f'generator-ema-{decay:g}'}"
+    name = "generator" if decay == training.job.config.ema_decays[0] else f"generator-ema-{decay:g}"
+    location = f"{training.job.run_location}/{name}"
     filesystem, target = storage.open_storage(location)
     if filesystem.get_file_info(f"{target}/{INDEX_FILE}").type == fs.FileType.File:
         filesystem.delete_file(f"{target}/{INDEX_FILE}")

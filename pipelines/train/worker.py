@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerTask:
-    """What the driver passes to every worker."""
+    """Inputs that the driver passes to every worker."""
 
     job: TrainJob
     """The job, with absolute locations."""

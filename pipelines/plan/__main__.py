@@ -1,10 +1,10 @@
-"""Estimates what a training takes on a number of GPUs, before any of them is rented.
+"""Estimates memory, time and cost of a training run on a number of GPUs, before they are rented.
 
     python -m pipelines.plan xl2 --gpus 32 --gpu h100 --precision tf32 --network-gbit 400 --price-per-gpu-hour 2.75
 
-Needs no dataset and no GPU. FLOPs, parameters and memory are counted. Every rate is an assumption, printed with its value
-and its source; replace it with a measurement by --teraflops, --link-gbyte, --network-gbit or --storage-gbyte. Every
-number of the preset can be overridden, as in pipelines.train.
+Requires no dataset and no GPU. FLOPs, parameters and memory are counted; rates are assumed, and printed at the end of the
+report. To replace them by measurements, use --teraflops, --link-gbyte, --network-gbit and --storage-gbyte. Options override
+the preset's values, as in pipelines.train.
 """
 
 import sys
@@ -12,16 +12,20 @@ import sys
 from meanflow_core.presets import PRESETS
 from pipelines.command_line import parse_preset_command_line, run_command
 from pipelines.errors import InputError
-from pipelines.plan.job import PlanJob
+from pipelines.plan.job import PlanJob, Workload
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str, PlanJob]:
-    """Parses a preset's name, then options. Raises InputError for invalid ones."""
+    """Parses a preset's name and the options after it. Raises InputError for an unknown preset or invalid options."""
     preset, job = parse_preset_command_line(
-        PlanJob, arguments, "pipelines.plan", __doc__ or "", lambda config: PlanJob(config=config)
+        PlanJob,
+        arguments,
+        "pipelines.plan",
+        __doc__ or "",
+        lambda config: PlanJob(workload=Workload(config=config)),
     )
-    if job.epochs is not None and job.config.num_steps != PRESETS[preset]().num_steps:
-        raise InputError(f"give --epochs {job.epochs:g} or --num-steps {job.config.num_steps}, but not both")
+    if job.epochs is not None and job.workload.config.num_steps != PRESETS[preset]().num_steps:
+        raise InputError(f"give --epochs {job.epochs:g} or --num-steps {job.workload.config.num_steps}, but not both")
     return preset, job
 
 

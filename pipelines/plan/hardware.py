@@ -1,4 +1,4 @@
-"""Specifications of GPUs and clusters: from data sheets, and assumed where nothing was measured."""
+"""GPUs from their data sheets, and clusters with measured or assumed rates."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -42,9 +42,9 @@ GPUS = {
     )
 }
 
-# A step is modelled as matrix products at a fraction of the peak, plus everything else at memory bandwidth. The fraction is a
-# guess. Everything else, in bytes per floating-point operation, is calibrated on one published run: DiT-XL/2 in bfloat16, 1.3
-# steps/s of 8 x 128 images on 8 H800 (119 TFLOP/s per GPU; peak 989, 3.35 TB/s).
+# A step is modelled as matrix products at a fraction of the peak, plus all other operations at memory bandwidth. The fraction
+# is a guess. The other operations' bytes per FLOP are calibrated on one published run: DiT-XL/2 in bfloat16, 1.3 steps/s of
+# 8 x 128 images on 8 H800 (119 TFLOP/s per GPU; peak 989 TFLOP/s, 3.35 TB/s).
 # Source: github.com/hpcaitech/Open-Sora, docs/speed.md at e3cb99d.
 PEAK_FRACTION = 0.6
 BYTES_PER_FLOP = 3.35 * (1.0 / 119.0 - 1.0 / (PEAK_FRACTION * 989.0))
@@ -55,27 +55,45 @@ LINK_FRACTION = 0.75  # fraction of a link's rate that NCCL's collectives reach:
 class Cluster:
     """Identical nodes and their sustained rates.
 
-    Raises ValueError for rates that are not positive and finite.
+    Raises ValueError for an unknown GPU, and for rates that are not positive and finite.
     """
 
-    gpu: Gpu
-    gpus_per_node: int
-    teraflops: float | None
-    """Measured TFLOP/s per GPU over whole steps, in `step_flops`; None assumes a rate from the data sheet."""
-    link_gbyte: float
-    """GB/s in one direction that collectives reach between GPUs of a node."""
-    network_gbit: float
-    """Gbit/s in one direction that collectives reach between nodes."""
-    storage_gbyte: float
+    gpus_per_node: int = 8
+    """GPUs per node."""
+    gpu: str = "h100"
+    """Kind of GPU: h200, h100, a100, a100-40 or l4."""
+    teraflops: float | None = None
+    """Measured TFLOP/s per GPU over whole steps: model_flops_per_second of a trial run in MLflow / number of GPUs / 10^12.
+    Default: assumed from the GPU's peak and memory bandwidth."""
+    link_gbyte: float | None = None
+    """GB/s in one direction that collectives reach between GPUs of a node. Default: three quarters of the data sheet's."""
+    network_gbit: float = 100.0
+    """Gbit/s in one direction that collectives reach between nodes. Plain TCP: 100; EFA and InfiniBand: 400 to 3,200."""
+    storage_gbyte: float = 1.0
     """GB/s between a node and the storage of latents and checkpoints."""
-    price_per_gpu_hour: float | None
-    """Price in any currency; None omits the cost."""
+    price_per_gpu_hour: float | None = None
+    """Price of a GPU hour, in any currency. Default: no cost is printed."""
 
     def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise ValueError(
+                f"gpu must be one of {', '.join(GPUS)}, but got {self.gpu!r}; for another GPU, choose one with as much "
+                f"memory and set --teraflops and --link-gbyte"
+            )
         for name in ("gpus_per_node", "teraflops", "link_gbyte", "network_gbit", "storage_gbyte", "price_per_gpu_hour"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0, but got {value}")
+                raise ValueError(f"{name} must be above 0 and finite, but got {value}")
+
+    @property
+    def data_sheet(self) -> Gpu:
+        """The data sheet of the GPU."""
+        return GPUS[self.gpu]
+
+    @property
+    def sustained_link_gbyte(self) -> float:
+        """`link_gbyte` or its default."""
+        return LINK_FRACTION * self.data_sheet.link_gbyte if self.link_gbyte is None else self.link_gbyte
 
     def num_nodes(self, num_gpus: int) -> int:
         """Nodes that hold this number of GPUs. Raises ValueError for a partly filled node."""
@@ -90,5 +108,5 @@ class Cluster:
 
     def sustained_teraflops(self, precision: str) -> float:
         """TFLOP/s per GPU, assumed from its peak and its memory bandwidth."""
-        products = 1.0 / (PEAK_FRACTION * self.gpu.peak_teraflops[precision])
-        return 1.0 / (products + BYTES_PER_FLOP / self.gpu.memory_tbyte)
+        products = 1.0 / (PEAK_FRACTION * self.data_sheet.peak_teraflops[precision])
+        return 1.0 / (products + BYTES_PER_FLOP / self.data_sheet.memory_tbyte)

@@ -1,55 +1,83 @@
-"""Options of the planner."""
+"""Options of the planner: the training run, and the machines to train on."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from meanflow_core.config import TrainingConfig
+from pipelines.plan.hardware import Cluster
 
-# ImageNet's training set, as latents of Stable Diffusion's autoencoder at 256 pixels.
-IMAGENET_IMAGES, IMAGENET_CLASSES, IMAGENET_LATENTS = 1_281_167, 1000, (4, 32, 32)
+if TYPE_CHECKING:  # --help must be quick
+    from pipelines.latents.manifest import NetworkSizes
+
+MOMENT_BYTES = 2  # float16
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanJob:
-    """What to train, on which machines, and the measured rates of these machines."""
+class Workload:
+    """A training run, independent of the machines. The default data are ImageNet's latents at 256 pixels.
 
-    gpus: int = 8
-    """Number of GPUs."""
-    gpus_per_node: int = 8
-    """GPUs per node."""
-    gpu: str = "h100"
-    """Kind of GPU: h200, h100, a100, a100-40 or l4."""
-    teraflops: float | None = None
-    """Measured TFLOP/s per GPU over whole steps: model_flops_per_second of a trial run in MLflow / number of GPUs / 10^12.
-    Default: assumed from the GPU's peak and memory bandwidth."""
-    link_gbyte: float | None = None
-    """GB/s in one direction that collectives reach between GPUs of a node. Default: three quarters of the data sheet's."""
-    network_gbit: float = 100.0
-    """Gbit/s in one direction that collectives reach between nodes. Plain TCP: 100; EFA and InfiniBand: 400 to 3,200."""
-    storage_gbyte: float = 1.0
-    """GB/s between a node and the storage of latents and checkpoints."""
-    price_per_gpu_hour: float | None = None
-    """Price of a GPU hour. Default: no cost is printed."""
+    Raises ValueError for non-square latents and for counts below 1.
+    """
+
+    config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
+    """The training configuration."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
     """Parallelism of pipelines.train."""
     samples_per_pass: int | None = None
     """Largest micro-batch of a GPU. Default: the largest that fits."""
+    images: int = 1_281_167
+    """Number of training images."""
+    latent_shape: tuple[int, int, int] = (4, 32, 32)
+    """Channels, height and width of a latent."""
+    classes: int = 1000
+    """Number of classes."""
+    mirror: bool = True
+    """Whether nodes also store the latents of mirrored images."""
+
+    def __post_init__(self) -> None:
+        _, height, width = self.latent_shape
+        if height != width:
+            raise ValueError(f"latents must be square, but got {height}x{width}")
+        for name in ("images", "classes", "samples_per_pass"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, but got {value}")
+
+    @property
+    def sizes(self) -> "NetworkSizes":
+        """The network's sizes that come from the data."""
+        channels, size, _ = self.latent_shape
+        return {"sample_size": size, "in_channels": channels, "num_classes": self.classes}
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image's moments (mean and standard deviation), without those of its mirror image."""
+        channels, height, width = self.latent_shape
+        return MOMENT_BYTES * 2 * channels * height * width
+
+    @property
+    def latent_bytes(self) -> int:
+        """Bytes of all moments. Labels, ids and Arrow's framing add about 0.3 % for ImageNet."""
+        return self.images * self.image_bytes * (1 + self.mirror)
+
+    def num_shards(self, num_gpus: int) -> int:
+        """Devices over which FSDP2 shards parameters, gradients, optimiser state and averages; 1 under DDP."""
+        return num_gpus if self.parallelism == "fsdp2" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanJob:
+    """What to train, and on which machines."""
+
+    gpus: int = 8
+    """Number of GPUs."""
+    cluster: Annotated[Cluster, tyro.conf.arg(name="")] = field(default_factory=Cluster)
+    """The machines."""
     epochs: float | None = None
     """Length of the training run in epochs, instead of --num-steps."""
     data: str | None = None
-    """Latent dataset to plan for; replaces the next four options."""
-    images: int = IMAGENET_IMAGES
-    """Number of training images."""
-    latent_shape: tuple[int, int, int] = IMAGENET_LATENTS
-    """Channels, height and width of a latent."""
-    classes: int = IMAGENET_CLASSES
-    """Number of classes."""
-    mirror: bool = True
-    """Also keep the latents of mirror images."""
-    json: Path | None = None
-    """Write all figures to this JSON file."""
-    config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
-    """The training config."""
+    """Latent dataset to plan for: replaces --images, --latent-shape and --classes."""
+    workload: Annotated[Workload, tyro.conf.arg(name="")]
+    """The training run."""

@@ -1,6 +1,6 @@
 """Text reports of `pipelines.train --dry-run` and of `pipelines.plan`, which adds times, traffic and cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -9,22 +9,34 @@ from meanflow_core.imf_transformer import NUM_CONDITION_TOKENS
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import num_passes
 from pipelines.plan.cost import (
-    MemoryEstimate,
     checkpoint_bytes,
+    executed_flops,
     forward_flops,
-    memory_estimate,
     num_parameters,
     step_flops,
 )
-from pipelines.plan.estimate import Estimate, Range, Workload, largest_pass, seconds_of_flops
-from pipelines.plan.hardware import FRAGMENTATION, LINK_FRACTION, PEAK_FRACTION, RESERVED_BYTES
+from pipelines.plan.estimate import (
+    Estimate,
+    compute_seconds,
+    estimate,
+    gradient_bytes,
+    largest_pass,
+    memory_of,
+    seconds_of_flops,
+)
+from pipelines.plan.hardware import FRAGMENTATION, LINK_FRACTION, PEAK_FRACTION, RESERVED_BYTES, Cluster
+from pipelines.plan.job import Workload
 
+CHANGED = "    (preset: "
 DRY_RUN_TERAFLOPS = 100.0  # a round figure; `pipelines.plan` has the rates of specific GPUs
+OTHER_NUMBERS_OF_GPUS = (1, 8, 16, 32, 64)
+FLOPS_TITLE = "FLOPs (a multiply-add counts as two)"
+MEMORY_TITLE = "memory of each device, without torch.compile and fragmentation"
 
 Lines = list[tuple[str, str]]
 
 
-def section(title: str, lines: Sequence[tuple[str, str]]) -> str:
+def section(title: str, lines: Lines) -> str:
     """A title, then one line per (name, text) with aligned texts."""
     width = max(len(name) for name, _ in lines)
     return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in lines)])
@@ -57,9 +69,9 @@ def format_duration(seconds: float) -> str:
     return f"{hours / 24.0:,.1f} days" if hours >= 48.0 else f"{hours:,.2f} hours"
 
 
-def format_range(pair: Range, form: str) -> str:
+def format_range(values: Sequence[float], form: str | Callable[[float], str]) -> str:
     """ "1.5 to 2.0", or "1.5" if both round to that."""
-    lowest, highest = (format(value, form) for value in sorted(pair))
+    lowest, highest = (form(value) if callable(form) else format(value, form) for value in sorted(values))
     return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
@@ -77,130 +89,82 @@ def describe(preset: str, workload: Workload, num_workers: int, min_workers: int
             f"num_workers {num_workers}"
         )
     samples_per_pass = workload.samples_per_pass or batch
-    workers = [("workers", f"{num_workers}: {_shares(batch, num_workers, samples_per_pass)}")]
-    if fewest < num_workers:
-        workers.append(("at least", f"{fewest}: {_shares(batch, fewest, samples_per_pass)}"))
+    workers = {"workers": num_workers} | ({"at least": fewest} if fewest < num_workers else {})
     rows = max(largest_pass(batch, count, samples_per_pass) for count in range(fewest, num_workers + 1))
-    shards = workload.num_shards(fewest)
-    flops = step_flops(config, **workload.sizes)
-    seconds = config.num_steps * seconds_of_flops(flops, batch, num_workers, DRY_RUN_TERAFLOPS)
-    length = "" if seconds < 36.0 else (  # shorter runs are for CPUs, which are far slower
-        f": {format_duration(seconds)} if each of {num_workers} workers sustains {DRY_RUN_TERAFLOPS:g} TFLOP/s"
-    )  # fmt: skip
-    memory = memory_estimate(config, **workload.sizes, samples_per_pass=rows, num_shards=shards)
-    configuration = [(name, value) for name, value, _ in _against_preset(preset, config)]
-    return "\n\n".join(
-        [
-            section("configuration", [("preset", preset), *configuration]),
-            section("work", _work(workload, workers)),
-            section("FLOPs (a multiply-add counts as two)", _flops(workload, flops, length)),
-            section(
-                "memory of each device, without torch.compile and fragmentation", _memory(config, memory, rows, shards)
-            ),
-            section("checkpoints", _checkpoints(workload)),
-        ]
+    seconds = config.num_steps * seconds_of_flops(
+        step_flops(config, **workload.sizes), batch, num_workers, DRY_RUN_TERAFLOPS
     )
-
-
-def describe_estimate(preset: str, estimate: Estimate) -> str:
-    """Describes an estimate and its assumptions. No trailing newline."""
-    workload, cluster, config = estimate.workload, estimate.cluster, estimate.workload.config
-    requested = estimate.requested
-    gpus = f"{requested.num_gpus} GPU{'s' if requested.num_gpus > 1 else ''}"
-    rows = workload.samples_per_pass or estimate.largest_micro_batch
-    workers = [("a GPU", _shares(config.global_batch_size, requested.num_gpus, rows))]
-    changed = [(name, value) for name, value, is_changed in _against_preset(preset, config) if is_changed]
-    shards, share = workload.num_shards(requested.num_gpus), ceil(config.global_batch_size / requested.num_gpus)
-    verdict = "fits" if estimate.fits else "does NOT fit"
-    limit = f"at most {estimate.largest_micro_batch} of {share} samples fit"
-    usable = ("usable", f"{cluster.gpu.usable_bytes / 1e9:.2f} GB: it {verdict}; {limit}")
+    length = f"{format_duration(seconds)} if each of {num_workers} workers sustains {DRY_RUN_TERAFLOPS:g} TFLOP/s"
     sections = [
-        f"Estimate: {preset} on {gpus} ({cluster.gpu.name}), {requested.num_nodes} node(s). Its assumptions are at the end.",
-        *([section("configuration", changed)] if changed else []),
-        section("work", _work(workload, workers)),
-        section("FLOPs (a multiply-add counts as two)", [*_flops(workload, estimate.flops), *_executed(estimate)]),
-        section(
-            "memory of each GPU, without torch.compile",
-            [*_memory(config, estimate.memory, requested.micro_batch_size, shards), usable],
-        ),
-        section(f"a step on {gpus}", _step(estimate)),
-        section("data, on each node", _data(estimate)),
-        section("checkpoints", [*_checkpoints(workload), *_checkpoint_times(estimate)]),
-        section(f"the training on {gpus}", _training(estimate)),
-        table("on other numbers of GPUs", _scaling(estimate)),
-        section("assumptions", [(name, f"{value}: {source}") for name, value, source in assumptions(estimate)]),
+        section("configuration", [("preset", preset), *_configuration(preset, config)]),
+        section("work", _work(workload, workers, samples_per_pass)),
+        # Shorter runs are for CPUs, which are far slower.
+        section(FLOPS_TITLE, [*_flops(workload), *([("time", length)] if seconds >= 36.0 else [])]),
+        section(MEMORY_TITLE, _memory(workload, rows, fewest)),
+        section("checkpoints", _checkpoints(workload)),
     ]
     return "\n\n".join(sections)
 
 
-def assumptions(estimate: Estimate) -> list[tuple[str, str, str]]:
-    """(name, value with unit, source) of every assumed number."""
-    cluster, gpu = estimate.cluster, estimate.cluster.gpu
-    rates = []
-    if cluster.teraflops is not None:
-        rates.append(("sustained per GPU", f"{cluster.teraflops:g} TFLOP/s of model FLOPs", "--teraflops"))
-    else:
-        for precision in dict.fromkeys([estimate.workload.config.precision, "float32"]):
-            if precision == "float32" and not estimate.executed.in_float32 and len(rates):
-                continue
-            rates.append(
-                (
-                    f"sustained in {precision}",
-                    f"{cluster.sustained_teraflops(precision):.1f} of {gpu.peak_teraflops[precision]:g} TFLOP/s",
-                    f"matrix products at {PEAK_FRACTION:g} of the {gpu.name}'s dense peak (a guess), the rest at "
-                    f"{gpu.memory_tbyte:g} TB/s, calibrated on a published DiT-XL/2 (Open-Sora, 8 H800); not measured here",
-                )
-            )
-    from_sheet = cluster.link_gbyte == LINK_FRACTION * gpu.link_gbyte
-    link = f"{LINK_FRACTION:g} (a guess) of the data sheet's {gpu.link_gbyte:g}" if from_sheet else "--link-gbyte"
-    price = cluster.price_per_gpu_hour
-    return [
-        *rates,
-        ("GPU to GPU", f"{cluster.link_gbyte:g} GB/s", link),
-        ("node to node", f"{cluster.network_gbit:g} Gbit/s", "--network-gbit; plain TCP has 100, EFA 400 to 3,200"),
-        ("storage to node", f"{cluster.storage_gbyte:g} GB/s", "--storage-gbyte; the default is a guess"),
-        (
-            "memory of a GPU",
-            f"{gpu.usable_bytes / 1e9:.1f} of {gpu.memory_bytes / 1e9:g} GB",
-            f"data sheet, less {FRAGMENTATION:.0%} fragmentation and {RESERVED_BYTES / 1e9:g} GB for CUDA and NCCL (guesses)",
-        ),
-        ("not counted", "latencies, sampling, checkpoints, restarts, waiting for data", "comparatively small"),
-        *([] if price is None else [("price of a GPU hour", f"{price:g}", "--price-per-gpu-hour")]),
+def describe_estimate(preset: str, workload: Workload, cluster: Cluster, num_gpus: int) -> str:
+    """Describes the training run on a number of GPUs, and the assumed rates. No trailing newline.
+
+    Raises ValueError if the GPUs do not fill whole nodes or exceed the batch size, or if not even one sample fits on a GPU.
+    """
+    found, config, gpu = estimate(workload, cluster, num_gpus), workload.config, cluster.data_sheet
+    changed = [(name, value) for name, value in _configuration(preset, config) if CHANGED in value]
+    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''}"
+    verdict = "fits" if found.micro_batch_size <= found.largest_micro_batch else "does NOT fit"
+    share = ceil(config.global_batch_size / num_gpus)
+    limit = f"at most {found.largest_micro_batch} of {share} samples fit"
+    memory = _memory(workload, found.micro_batch_size, num_gpus)
+    samples_per_pass = workload.samples_per_pass or found.largest_micro_batch
+    sections = [
+        f"Estimate: {preset} on {gpus} ({gpu.name}), {found.num_nodes} node(s). Its assumptions are at the end.",
+        *([section("configuration", changed)] if changed else []),
+        section("work", _work(workload, {"GPUs": num_gpus}, samples_per_pass)),
+        section(FLOPS_TITLE, [*_flops(workload), *_executed(workload)]),
+        section(MEMORY_TITLE, [*memory, ("usable", f"{gpu.usable_bytes / 1e9:.2f} GB: it {verdict}; {limit}")]),
+        section(f"a step on {gpus}", _step(workload, found)),
+        section("data, on each node", _data(workload, cluster, found)),
+        section("checkpoints", [*_checkpoints(workload), *_uploads(workload, cluster, found)]),
+        table("the training, by number of GPUs", _trainings(workload, cluster, found)),
+        section("assumptions", _assumptions(workload, cluster)),
     ]
+    return "\n\n".join(sections)
 
 
-def _against_preset(preset: str, config: TrainingConfig) -> list[tuple[str, str, bool]]:
-    """(name, value, whether it differs from the preset's) of every field."""
+def _configuration(preset: str, config: TrainingConfig) -> Lines:
+    """Every field; a changed one with the preset's value."""
     defaults = PRESETS[preset]().flat() if preset in PRESETS else config.flat()
 
     def show(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    found = []
-    for name, value in config.flat().items():
-        changed = value != defaults[name]
-        found.append((name, show(value) + (f"    (preset: {show(defaults[name])})" if changed else ""), changed))
-    return found
+    return [
+        (name, show(value) + ("" if value == defaults[name] else f"{CHANGED}{show(defaults[name])})"))
+        for name, value in config.flat().items()
+    ]
 
 
-def _work(workload: Workload, workers: Lines) -> Lines:
-    config, sizes = workload.config, workload.sizes
-    size, batch = sizes["sample_size"], config.global_batch_size
-    shape = "x".join(map(str, workload.latent_shape))
-    patches = (size // config.network.patch_size) ** 2
+def _work(workload: Workload, workers: dict[str, int], samples_per_pass: int) -> Lines:
+    """workers: {name of the line: number of workers}."""
+    config, batch = workload.config, workload.config.global_batch_size
+    patches = (workload.sizes["sample_size"] // config.network.patch_size) ** 2
     conditioning = 0 if config.network.architecture == "dit" else NUM_CONDITION_TOKENS
     tokens = patches + conditioning
-    of_tokens = f": {patches} patches and {conditioning} of conditioning" if conditioning else ""
-    steps_per_epoch = workload.num_images / batch
+    kinds = f": {patches} patches and {conditioning} of conditioning" if conditioning else ""
+    steps_per_epoch = workload.images / batch
+    shape = "x".join(map(str, workload.latent_shape))
     return [
-        ("parameters", with_prefix(num_parameters(config.network, **sizes), "")),
-        ("data", f"{workload.num_images:,} images, {sizes['num_classes']:,} classes, latents {shape}"),
-        ("an image", f"{tokens:,} tokens{of_tokens}"),
+        ("parameters", with_prefix(num_parameters(config.network, **workload.sizes), "")),
+        ("data", f"{workload.images:,} images, {workload.classes:,} classes, latents {shape}"),
+        ("an image", f"{tokens:,} tokens{kinds}"),
         ("a step", f"{batch:,} images, {batch * tokens:,} tokens"),
-        *workers,
+        *((name, f"{number}: {_shares(batch, number, samples_per_pass)}") for name, number in workers.items()),
         ("an epoch", f"{steps_per_epoch:,.1f} steps"),
         ("the training", f"{config.num_steps:,} steps, {config.num_steps / steps_per_epoch:,.1f} epochs"),
-    ]  # fmt: skip
+    ]
 
 
 def _shares(batch: int, num_workers: int, samples_per_pass: int) -> str:
@@ -210,30 +174,33 @@ def _shares(batch: int, num_workers: int, samples_per_pass: int) -> str:
     samples = f"{format_range((fewest, most), ',')} samples each"
     if passes == 1:
         return f"{samples}, in one pass"
-    pair = (fewest // passes, largest_pass(batch, num_workers, samples_per_pass))
-    return f"{samples}, in {passes} passes of {format_range(pair, ',')}"
+    sizes = (fewest // passes, largest_pass(batch, num_workers, samples_per_pass))
+    return f"{samples}, in {passes} passes of {format_range(sizes, ',')}"
 
 
-def _flops(workload: Workload, flops: float, length: str = "") -> Lines:
+def _flops(workload: Workload) -> Lines:
+    flops = step_flops(workload.config, **workload.sizes)
     forward = forward_flops(workload.config.network, **workload.sizes)
     return [
         ("to sample an image", f"{with_prefix(forward, 'FLOP')} per function evaluation"),
         ("a step", with_prefix(flops, "FLOP")),
-        ("the training", f"{with_prefix(flops * workload.config.num_steps, 'FLOP')}{length}"),
+        ("the training", with_prefix(flops * workload.config.num_steps, "FLOP")),
     ]
 
 
-def _executed(estimate: Estimate) -> Lines:
-    executed = estimate.executed
+def _executed(workload: Workload) -> Lines:
+    """The FLOPs that a step executes, if it recomputes some."""
+    executed = executed_flops(workload.config, **workload.sizes)
     total = executed.in_precision + executed.in_float32
-    if total < 1.001 * estimate.flops:
+    if total < 1.001 * step_flops(workload.config, **workload.sizes):
         return []
     in_float32 = f", {with_prefix(executed.in_float32, 'FLOP')} of it in float32" if executed.in_float32 else ""
     return [("a step, as executed", f"{with_prefix(total, 'FLOP')}{in_float32}")]
 
 
-def _memory(config: TrainingConfig, memory: MemoryEstimate, rows: int, num_shards: int) -> Lines:
-    shard = "" if num_shards == 1 else f", one of {num_shards} shards"
+def _memory(workload: Workload, rows: int, num_devices: int) -> Lines:
+    config, memory, shards = workload.config, memory_of(workload, rows, num_devices), workload.num_shards(num_devices)
+    shard = "" if shards == 1 else f", one of {shards} shards"
     checkpointing = " with activation checkpointing" if config.activation_checkpointing else ""
     lines = [
         ("parameters", memory.parameters, f"float32{shard}"),
@@ -249,91 +216,109 @@ def _memory(config: TrainingConfig, memory: MemoryEstimate, rows: int, num_shard
     return [(name, f"{size / scale:{width}.2f} {unit}  {note}") for name, size, note in lines]
 
 
-def _step(estimate: Estimate) -> Lines:
-    requested = estimate.requested
-    lines = [("compute", f"{requested.compute_seconds:.3f} s")]
-    if requested.num_gpus == 1:
+def _step(workload: Workload, found: Estimate) -> Lines:
+    lines = [("compute", f"{found.compute_seconds:.3f} s")]
+    if found.num_gpus == 1:
         return lines
-    content = (
-        "gradients" if estimate.workload.parallelism == "ddp" else "parameters of every network call, and gradients"
-    )
-    gradient = with_prefix(estimate.workload.gradient_bytes, "B")
-    waiting = [100 * (1 - requested.compute_seconds / seconds) for seconds in requested.step_seconds]
+    content = "gradients" if workload.parallelism == "ddp" else "parameters of every network call, and gradients"
+    gradient = with_prefix(gradient_bytes(workload), "B")
     lines += [
-        ("sent by each GPU", f"{with_prefix(requested.gpu_bytes, 'B')} in a ring: {content} ({gradient} in float32)"),
-        ("communication", f"{requested.communication_seconds:.3f} s"),
+        ("sent by each GPU", f"{with_prefix(found.gpu_bytes, 'B')} in a ring: {content} ({gradient} in float32)"),
+        ("communication", f"{found.communication_seconds:.3f} s"),
     ]
-    if requested.num_nodes > 1:
-        lines.append(("to hide it", f"{estimate.hiding_gbit:.0f} Gbit/s between nodes"))
-    both = format_range(requested.step_seconds, ".3f")
-    lines.append(
-        ("a step", f"{both} s: {format_range((waiting[0], waiting[1]), '.0f')} % of it waiting for communication")
+    if found.num_nodes > 1:
+        lines.append(("to hide it", f"{found.hiding_gbit:.0f} Gbit/s between nodes"))
+    waiting = [100 * (1 - found.compute_seconds / seconds) for seconds in found.step_seconds]
+    step = (
+        f"{format_range(found.step_seconds, '.3f')} s: {format_range(waiting, '.0f')} % of it waiting for communication"
     )
-    return lines
+    return [*lines, ("a step", step)]
 
 
-def _data(estimate: Estimate) -> Lines:
-    workload, pace = estimate.workload, estimate.node_images_per_second
-    mirrored = "with" if workload.mirrored else "without"
-    size = with_prefix(workload.latent_bytes, "B")
+def _data(workload: Workload, cluster: Cluster, found: Estimate) -> Lines:
+    pace = workload.config.global_batch_size / found.step_seconds[0] / found.num_nodes
+    size = f"{with_prefix(workload.latent_bytes, 'B')} {'with' if workload.mirror else 'without'} mirror images"
     return [
-        ("latents", f"{size} {mirrored} mirror images, {workload.image_bytes:,} B per image"),
-        ("copied in", f"{format_duration(estimate.copy_seconds)}, once"),
+        ("latents", f"{size}, {workload.image_bytes:,} B per image"),
+        ("copied in", f"{format_duration(workload.latent_bytes / (cluster.storage_gbyte * 1e9))}, once"),
         ("read", f"at most {pace:,.0f} images/s, {pace * workload.image_bytes / 1e6:,.1f} MB/s, from the node's copy"),
-    ]  # fmt: skip
+    ]
 
 
 def _checkpoints(workload: Workload) -> Lines:
-    config = workload.config
-    interval = config.checkpoint_interval_steps
-    size = with_prefix(checkpoint_bytes(config, **workload.sizes), "B")
+    interval = workload.config.checkpoint_interval_steps
+    size = with_prefix(checkpoint_bytes(workload.config, **workload.sizes), "B")
     return [
         ("size", f"{size}: parameters, moving averages, Adam's moments"),
-        ("number", f"{ceil(config.num_steps / interval):,}, one every {interval:,} steps"),
-    ]  # fmt: skip
+        ("number", f"{ceil(workload.config.num_steps / interval):,}, one every {interval:,} steps"),
+    ]
 
 
-def _checkpoint_times(estimate: Estimate) -> Lines:
-    shortest, longest = (format_duration(seconds) for seconds in estimate.checkpoint_seconds)
-    late = "" if estimate.upload_seconds < estimate.checkpoint_seconds[0] else "; LONGER than the time between two"
+def _uploads(workload: Workload, cluster: Cluster, found: Estimate) -> Lines:
+    times = [workload.config.checkpoint_interval_steps * seconds for seconds in found.step_seconds]
+    upload = checkpoint_bytes(workload.config, **workload.sizes) / found.num_nodes / (cluster.storage_gbyte * 1e9)
+    late = "" if upload < times[0] else "; LONGER than the time between two"
     return [
-        ("every", shortest if shortest == longest else f"{shortest} to {longest}"),
-        ("upload", f"{format_duration(estimate.upload_seconds)}, each node its part, in the background{late}"),
+        ("every", format_range(times, format_duration)),
+        ("upload", f"{format_duration(upload)}, each node its part, in the background{late}"),
     ]
 
 
-def _training(estimate: Estimate) -> Lines:
-    requested = estimate.requested
-    steps = (1 / requested.step_seconds[1], 1 / requested.step_seconds[0])
-    days = (requested.seconds[0] / 86400, requested.seconds[1] / 86400)
-    return [
-        ("pace", f"{format_range(requested.images_per_second, ',.0f')} images/s, {format_range(steps, '.2f')} steps/s"),
-        ("time", f"{format_range(days, ',.1f')} days"),
-        ("GPU hours", format_range(requested.gpu_hours, ",.0f")),
-        ("cost", "give --price-per-gpu-hour" if requested.cost is None else format_range(requested.cost, ",.0f")),
-    ]
-
-
-def _scaling(estimate: Estimate) -> list[list[str]]:
-    has_price = estimate.cluster.price_per_gpu_hour is not None
-    rows = [
-        ["GPUs", "nodes", "s/step", "images/s", "days", "GPU hours", *(["cost"] if has_price else []), "efficiency"]
-    ]
-    for training in estimate.trainings:
-        days = (training.seconds[0] / 86400, training.seconds[1] / 86400)
-        percent = (100 * training.efficiency[0], 100 * training.efficiency[1])
-        rows.append(
-            [
-                str(training.num_gpus),
-                str(training.num_nodes),
-                format_range(training.step_seconds, ".3f"),
-                format_range(training.images_per_second, ",.0f"),
-                format_range(days, ",.1f"),
-                format_range(training.gpu_hours, ",.0f"),
-                *([] if training.cost is None else [format_range(training.cost, ",.0f")]),
-                f"{format_range(percent, '.0f')} %",
-            ]
-        )
-    for number in estimate.left_out:  # more GPUs than samples in a batch, or not one sample fits
-        rows.append([str(number), *["-"] * (len(rows[0]) - 1)])
+def _trainings(workload: Workload, cluster: Cluster, requested: Estimate) -> list[list[str]]:
+    """The table's rows: the requested and the other numbers of GPUs, without those that cannot train."""
+    config, price = workload.config, cluster.price_per_gpu_hour
+    on_one_gpu = compute_seconds(workload, cluster, 1)
+    header = ["GPUs", "nodes", "s/step", "images/s", "days", "GPU hours", *([] if price is None else ["cost"])]
+    rows = [[*header, "efficiency"]]
+    for number in sorted({*OTHER_NUMBERS_OF_GPUS, requested.num_gpus}):
+        try:
+            found = estimate(workload, cluster, number)
+        except ValueError:
+            continue
+        steps = found.step_seconds
+        hours = [seconds * config.num_steps * number / 3600 for seconds in steps]
+        row = [
+            str(number),
+            str(found.num_nodes),
+            format_range(steps, ".3f"),
+            format_range([config.global_batch_size / seconds for seconds in steps], ",.0f"),
+            format_range([seconds * config.num_steps / 86400 for seconds in steps], ",.1f"),
+            format_range(hours, ",.0f"),
+            *([] if price is None else [format_range([hour * price for hour in hours], ",.0f")]),
+            f"{format_range([100 * on_one_gpu / number / seconds for seconds in steps], '.0f')} %",
+        ]
+        rows.append(row)
     return rows
+
+
+def _assumptions(workload: Workload, cluster: Cluster) -> Lines:
+    gpu, precision, price = cluster.data_sheet, workload.config.precision, cluster.price_per_gpu_hour
+    if cluster.teraflops is not None:
+        rates = [("sustained per GPU", f"{cluster.teraflops:g} TFLOP/s of model FLOPs: --teraflops")]
+    else:
+        in_float32 = ["float32"] if executed_flops(workload.config, **workload.sizes).in_float32 else []
+        source = (
+            f"matrix products at {PEAK_FRACTION:g} of the {gpu.name}'s dense peak (a guess), the rest at "
+            f"{gpu.memory_tbyte:g} TB/s, calibrated on a published DiT-XL/2 (Open-Sora, 8 H800); not measured here"
+        )
+        rates = [
+            (
+                f"sustained in {name}",
+                f"{cluster.sustained_teraflops(name):.1f} of {gpu.peak_teraflops[name]:g} TFLOP/s: {source}",
+            )
+            for name in [precision, *in_float32]
+        ]
+    link = (
+        "--link-gbyte" if cluster.link_gbyte else f"{LINK_FRACTION:g} (a guess) of the data sheet's {gpu.link_gbyte:g}"
+    )
+    reserved = f"{FRAGMENTATION:.0%} fragmentation and {RESERVED_BYTES / 1e9:g} GB for CUDA and NCCL (guesses)"
+    usable = f"{gpu.usable_bytes / 1e9:.1f} of {gpu.memory_bytes / 1e9:g} GB"
+    return [
+        *rates,
+        ("GPU to GPU", f"{cluster.sustained_link_gbyte:g} GB/s: {link}"),
+        ("node to node", f"{cluster.network_gbit:g} Gbit/s: --network-gbit; plain TCP has 100, EFA 400 to 3,200"),
+        ("storage to node", f"{cluster.storage_gbyte:g} GB/s: --storage-gbyte; the default is a guess"),
+        ("memory of a GPU", f"{usable}: data sheet, less {reserved}"),
+        ("not counted", "latencies, sampling, checkpoints, restarts, waiting for data: comparatively small"),
+        *([] if price is None else [("price of a GPU hour", f"{price:g}: --price-per-gpu-hour")]),
+    ]

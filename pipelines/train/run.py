@@ -23,7 +23,7 @@ from pipelines.cluster import choose_gpus, start_ray
 from pipelines.errors import InputError
 from pipelines.latents.manifest import Manifest
 from pipelines.plan.cost import step_flops
-from pipelines.plan.estimate import Workload
+from pipelines.plan.job import Workload
 from pipelines.plan.report import describe
 from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
@@ -85,10 +85,10 @@ def dry_run(preset: str, job: TrainJob) -> str:
     job, manifest = ready.job, ready.manifest
     workload = Workload(
         config=job.config,
-        num_images=manifest.num_samples,
+        images=manifest.num_samples,
         latent_shape=manifest.latent_shape,
-        num_classes=len(manifest.class_names),
-        mirrored=job.mirror,
+        classes=len(manifest.class_names),
+        mirror=job.mirror,
         parallelism=job.parallelism,
         samples_per_pass=job.samples_per_pass,
     )

@@ -26,8 +26,9 @@ from meanflow_core.config import TrainingConfig
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import train_step
 from pipelines.plan.cost import step_flops
-from pipelines.plan.estimate import Workload, compute_seconds, payload_bytes, ring_seconds
-from pipelines.plan.hardware import GPUS, Cluster
+from pipelines.plan.estimate import compute_seconds, gradient_bytes, payload_bytes, ring_seconds
+from pipelines.plan.hardware import Cluster
+from pipelines.plan.job import Workload
 
 CALIBRATION = ("s4", 32)
 # (preset, images per step): a larger network, more tokens, a step without du/dt, and another architecture.
@@ -39,26 +40,14 @@ def workload(preset: str, rows: int) -> Workload:
     """A preset at another batch size, on latents of ImageNet's shape."""
     return Workload(
         config=replace(PRESETS[preset](), global_batch_size=rows),
-        num_images=1,
         latent_shape=(CHANNELS, SIZE, SIZE),
-        num_classes=CLASSES,
-        mirrored=True,
-        parallelism="ddp",
-        samples_per_pass=None,
+        classes=CLASSES,
     )
 
 
 def cluster(teraflops: float, link_gbyte: float = 1.0, processes: int = 1) -> Cluster:
     """This machine as a node; with a measured rate, the GPU's data sheet is unused."""
-    return Cluster(
-        gpu=GPUS["h100"],
-        gpus_per_node=processes,
-        teraflops=teraflops,
-        link_gbyte=link_gbyte,
-        network_gbit=1.0,
-        storage_gbyte=1.0,
-        price_per_gpu_hour=None,
-    )
+    return Cluster(gpus_per_node=processes, teraflops=teraflops, link_gbyte=link_gbyte)
 
 
 def stepper(config: TrainingConfig, rows: int, *, in_group: bool = False) -> Callable[[], object]:
@@ -97,7 +86,7 @@ def work_in_group(rank: int, folder: str, rounds: int) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     name, rows = OF_TWO
     whole = workload(name, rows)
-    gradient = torch.zeros(whole.gradient_bytes // 4)
+    gradient = torch.zeros(gradient_bytes(whole) // 4)
     functions = {
         "alone": stepper(whole.config, rows // 2),
         "all_reduce": lambda: distributed.all_reduce(gradient),

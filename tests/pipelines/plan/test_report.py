@@ -6,21 +6,14 @@ import pytest
 
 from meanflow_core.presets import debug, debug_imf
 from pipelines.plan.cost import memory_estimate, step_flops
-from pipelines.plan.estimate import Workload
+from pipelines.plan.job import Workload
 from pipelines.plan.report import describe
 
 SIZES = {"sample_size": 8, "in_channels": 4, "num_classes": 10}
 
 
 def dry_run(preset="debug", config=None, *, num_workers=1, min_workers=None, **changes) -> str:
-    defaults = {
-        "num_images": 40,
-        "latent_shape": (4, 8, 8),
-        "num_classes": 10,
-        "mirrored": True,
-        "parallelism": "ddp",
-        "samples_per_pass": None,
-    }
+    defaults = {"images": 40, "latent_shape": (4, 8, 8), "classes": 10}
     workload = Workload(config=config or debug(), **{**defaults, **changes})
     return describe(preset, workload, num_workers, min_workers)
 
@@ -67,8 +60,8 @@ def test_flops_and_checkpoint_size_are_those_of_the_network():
 def test_long_training_states_its_duration_at_a_round_rate():
     config = replace(debug(), num_steps=100_000_000_000)
     hours = step_flops(config, **SIZES) * 1e11 / 4e14 / 3600
-    length = lines_of(dry_run(config=config, num_workers=4), "FLOPs")["the training"]
-    assert length.endswith(f": {hours:.2f} hours if each of 4 workers sustains 100 TFLOP/s")
+    flops = lines_of(dry_run(config=config, num_workers=4), "FLOPs")
+    assert flops["time"] == f"{hours:.2f} hours if each of 4 workers sustains 100 TFLOP/s"
 
 
 def test_memory_lists_the_estimate_of_the_largest_pass():

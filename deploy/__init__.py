@@ -1,1 +1,1 @@
-"""The endpoint: what stays up. It reads a generator and answers over HTTP; it shares nothing with `pipelines` but files."""
+"""The endpoint: serves the images of a generator over HTTP. It shares only files with `pipelines`."""

@@ -3,8 +3,8 @@
     serve run deploy.app:build_app model=runs/demo/generator        # http://127.0.0.1:8000, with a page to try it
     curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
 
-The application has two deployments. Api answers HTTP and encodes images (`deploy.api`). ImageGenerator holds the model
-and batches the images of concurrent requests (`deploy.replica`).
+The application has two deployments. Api is the HTTP API, which also encodes images (`deploy.api`). ImageGenerator holds
+the model and batches the images of concurrent requests (`deploy.replica`).
 """
 
 import logging
@@ -30,8 +30,8 @@ from deploy.settings import Arguments
 
 logger = logging.getLogger(__name__)
 
-# Effectively no limit. The generator limits its own queue by images, and immediately refuses what exceeds the limit.
-# Serve's limits count requests: health checks would wait behind image requests, and errors would have another format.
+# Effectively no limit. The generator limits its queue by images, and refuses requests above that limit at once.
+# Serve's limits count requests: status calls would wait behind image requests, and errors would have another format.
 UNLIMITED_REQUESTS = 10_000
 
 
@@ -83,11 +83,11 @@ class RemoteGenerator:
             return Refusal(status=429, code="overloaded", message=message, retry_after_seconds=1.0)
         except DeploymentUnavailableError as error:
             return Refusal(status=503, code="not_ready", message=str(error), retry_after_seconds=5.0)
-        except (RayTaskError, TaskCancelledError):  # our own bug, or a client that disconnected
+        except (RayTaskError, TaskCancelledError):  # a bug in deploy.replica, or a client that disconnected
             raise
         except RayError:
-            logger.exception("a replica died during a request, or its response was lost")
-            message = "the replica died while it processed the request; send the request again"
+            logger.exception("a generator replica died during a request, or its response was lost")
+            message = "the generator replica died while it processed the request; send the request again"
             return Refusal(status=503, code="replica_died", message=message, retry_after_seconds=1.0)
 
     async def describe(self) -> GeneratorStatus:
@@ -95,14 +95,14 @@ class RemoteGenerator:
         try:
             return await self._handle.describe.remote()
         except (RayError, RayServeException) as error:
-            return GeneratorStatus(model=None, problem=f"no replica responds: {type(error).__name__}")
+            return GeneratorStatus(model=None, problem=f"no replica of the generator responds: {type(error).__name__}")
 
     async def list_classes(self) -> list[ClassEntry]:
-        """The classes, by id; empty if no replica responds."""
+        """The classes, by id; empty if no replica of the generator responds."""
         try:
             return await self._handle.list_classes.remote()
         except (RayError, RayServeException):
-            logger.exception("no replica responds to list_classes")
+            logger.exception("no replica of the generator responds to list_classes")
             return []
 
 
@@ -118,7 +118,7 @@ class Api:
         self._service = ApiService(RemoteGenerator(generator), arguments, RayRecorder(), http_host)
 
     def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
-        """Applies settings in place. Raises ValueError at startup if the endpoint would be open to everybody.
+        """Applies settings in place. At startup, raises ValueError if other machines could use the endpoint without keys.
 
         rank: Unused, as in ImageGenerator.
         """

@@ -1,4 +1,4 @@
-"""Messages between the HTTP side and the generator's replicas."""
+"""Messages between the HTTP API and the replicas of the generator."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -102,7 +102,7 @@ def find_source(model: str, tracking_uri: str | None) -> ModelSource:
     return ModelSource(model=model, name=model.rpartition("/")[2], run_id=run_id, tracking_uri=tracking_uri)
 
 
-def announce(source: ModelSource, served_name: str) -> None:
+def tag_as_serving(source: ModelSource, served_name: str) -> None:
     """Sets the tag `endpoint.SERVED_NAME` of a registered model version to the UTC time at which serving started.
 
     Does nothing for folders and runs:/ models. Raises MlflowException if the tag cannot be set.
@@ -125,10 +125,7 @@ def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Pa
     from meanflow_core.generator import find_generator
 
     if not is_in_mlflow(model):
-        folder = Path(model).expanduser()
-        if not folder.is_dir():
-            raise ValueError(f"model {model} is not a folder on this machine; expected a generator folder")
-        generator = find_generator(folder)
+        generator = find_generator(Path(model).expanduser())
         yield generator, find_source(str(generator), None)
         return
     if is_alias(model):

@@ -1,4 +1,4 @@
-"""Arguments of the application, and which of them may change while it runs."""
+"""Arguments of the application, and which of them can change while it runs."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -31,11 +31,11 @@ class Arguments(BaseModel):
     num_replicas: int = Field(default=1, ge=1)
     """Replicas of the generator. An autoscaling_config under `deployments:` of a Serve config replaces this number."""
     num_api_replicas: int = Field(default=1, ge=1)
-    """Replicas of the HTTP API, which validate requests and encode images."""
+    """Replicas of the HTTP API, which validates requests and encodes images."""
     num_gpus: float = Field(default=0.0, ge=0.0)
     """GPUs per generator replica; a fraction lets several replicas share one GPU."""
     cpu_threads: int = Field(default=1, ge=1)
-    """Threads of a generator replica without a GPU; Ray reserves as many CPUs."""
+    """Threads of a generator replica. Without a GPU, Ray reserves as many CPUs."""
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     """Precision of the network and the decoder."""
     compile: bool = False
@@ -43,7 +43,7 @@ class Arguments(BaseModel):
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list, max_length=16)
     """Pad batches to the next of these sizes; "1,4,16" on the command line."""
     preview_vae: str | None = None
-    """An AutoencoderTiny, by hub id or folder, for requests with `preview`."""
+    """Hub id or folder of an AutoencoderTiny, which decodes requests with `preview`."""
     drain_seconds: float = Field(default=70.0, ge=0.0)
     """How long a stopping replica may take to finish its requests."""
 

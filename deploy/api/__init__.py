@@ -1,1 +1,1 @@
-"""The HTTP side of the endpoint: routes, validation, API keys, image encoding. FastAPI only, no Ray."""
+"""The HTTP API of the endpoint: routes, validation, API keys, image encoding. Uses FastAPI, but not Ray."""

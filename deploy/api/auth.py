@@ -1,4 +1,4 @@
-"""API keys: checks the key of a request, and refuses to start an endpoint that is open by mistake."""
+"""Checks API keys, and refuses to start an endpoint that other machines can reach without a key."""
 
 import hashlib
 import hmac

@@ -17,7 +17,7 @@ DESCRIPTIONS = {
     400: "A field has a value that this model does not support; `param` names the field.",
     401: "Missing or unknown API key.",
     404: "Not found.",
-    413: "The body is too long.",
+    413: "The body is too large.",
     422: "A field is missing, unknown, or has a wrong type or range; `param` names the field.",
     429: "Too many images are queued, or the rate limit is exceeded; Retry-After says when to try again.",
     500: "Internal server error.",
@@ -51,7 +51,7 @@ def invalid_value(param: str, message: str) -> ApiError:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """The response to an error. An infinite retry_after_seconds has no Retry-After header."""
+    """The response to an error. An infinite retry_after_seconds gives no Retry-After header."""
     default_type = "invalid_request_error" if error.status < 500 else "server_error"
     body = ErrorResponse(
         error=ErrorBody(

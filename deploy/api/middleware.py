@@ -40,7 +40,7 @@ def route_path(scope: Scope) -> str | None:
 
 @dataclass
 class SecurityHeaders:
-    """Adds security headers, and `Cache-Control: no-store` where a route sets no other."""
+    """Adds security headers, and `Cache-Control: no-store` unless the route sets its own."""
 
     app: ASGIApp
 
@@ -90,7 +90,7 @@ class AccessLog:
         except Exception as error:
             if status is not None:  # part of the response is already sent
                 raise
-            # Starlette's own handler is outside of all middleware, so its response would lack headers and log line.
+            # Starlette's own handler runs outside the middleware: its response would get no headers and no log line.
             logger.error("a request failed", exc_info=error)
             response = error_response(ApiError(500, "internal server error; see the server's log"))
             await response(scope, receive, send_and_note_status)
@@ -98,7 +98,7 @@ class AccessLog:
             self._record(scope, status or CLIENT_DISCONNECTED, time.perf_counter() - started, details)
 
     def _record(self, scope: Scope, status: int, seconds: float, details: dict[str, object]) -> None:
-        route = route_path(scope) or "other"  # not the caller's path: each would become a time series of its own
+        route = route_path(scope) or "other"  # each distinct path would create a time series
         self.recorder.record(
             "meanflow_requests_total", tags={"route": route, "method": scope["method"], "status": str(status)}
         )
@@ -116,7 +116,7 @@ class AccessLog:
 
 @dataclass
 class BodyLimit:
-    """Answers a longer body with 413. FastAPI's max_body_size would answer in plain text."""
+    """Answers a larger body with 413. FastAPI's max_body_size would answer in plain text."""
 
     app: ASGIApp
     max_body_bytes: int

@@ -10,7 +10,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 class RateLimiter:
     """Counts images per caller, in this process.
 
-    rate: such as "600/minute" or "10/second;10000/day"; None allows everything.
+    rate: for example "600/minute" or "10/second;10000/day"; None sets no limit.
     """
 
     def __init__(self, rate: str | None) -> None:
@@ -19,9 +19,9 @@ class RateLimiter:
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
 
     def seconds_until_allowed(self, caller: str, num_images: int) -> float | None:
-        """None if the images are within the rates, which counts them. Otherwise the seconds to wait.
+        """Counts the images and returns None if they are within the rates. Otherwise returns the seconds to wait.
 
-        Infinite if the rates never allow so many images at once.
+        Returns infinity if `num_images` alone exceeds a rate.
         """
         if any(num_images > rate.amount for rate in self._rates):
             return math.inf
@@ -33,7 +33,7 @@ class RateLimiter:
         return None
 
     def _seconds_until_room(self, rate: limits.RateLimitItem, caller: str, num_images: int) -> float:
-        """Seconds until the rate has room. The weight of a window's count fades linearly over the next window."""
+        """Seconds until the rate allows the images. A window's count fades linearly to 0 over the next window."""
         window, max_counted = rate.get_expiry(), rate.amount - num_images
         previous_count, _, current_count, expires_in = self._storage.get_sliding_window(rate.key_for(caller), window)
         seconds_left = expires_in - window

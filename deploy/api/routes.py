@@ -53,7 +53,7 @@ Service = Annotated[ApiService, Depends(get_service)]
 async def get_caller(
     request: Request, service: Service, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 ) -> str:
-    """Dependency: the caller's identity. Raises ApiError 401 if a valid key is required but missing."""
+    """Dependency: the caller's identity. Raises ApiError 401 if the endpoint requires a valid key and got none."""
     if not service.is_configured:
         raise ApiError(503, "the endpoint is not configured yet", "not_ready", retry_after_seconds=1.0)
     return identify_caller(request, credentials, service.settings.api_keys)

@@ -28,7 +28,7 @@ class Sampling(Strict):
     seed: Seed | None = Field(default=None, description="Image i uses seed + i. Default: random.")
     seed_end: Seed | None = Field(
         default=None,
-        description="Interpolate from `seed` to this seed: image i has weight i / (n - 1). At least 2 images.",
+        description="Interpolate from `seed` to this seed: image i has weight i / (n - 1). Requires at least 2 images.",
     )
     num_inference_steps: int = Field(
         default=1, ge=1, le=MAX_STEPS, description="Sampling steps; each calls the network once."
@@ -37,7 +37,7 @@ class Sampling(Strict):
         default=None,
         min_length=2,
         max_length=MAX_STEPS + 1,
-        description="Decreasing times from 1.0 to 0.0 in place of equal steps. N + 1 times make N steps.",
+        description="Decreasing times from 1.0 to 0.0 instead of equal steps; N + 1 times for N steps.",
     )
     guidance_scale: float | None = Field(
         default=None,
@@ -97,7 +97,7 @@ class ImageData(BaseModel):
     seed: int
     seed_end: int | None = None
     weight: float | None = None
-    """Place between seed (0) and seed_end (1)."""
+    """Interpolation weight, from 0 (seed) to 1 (seed_end)."""
 
 
 class Timing(BaseModel):
@@ -162,7 +162,7 @@ class Readiness(BaseModel):
     model: str | None
     """Id of the serving model."""
     problem: str | None
-    """Why the requested model or settings are not in use; the previous ones stay in force."""
+    """Why the requested model or settings are not in use; the previous ones remain in use."""
 
 
 class ErrorBody(BaseModel):

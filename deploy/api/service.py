@@ -1,4 +1,4 @@
-"""The work behind the routes: checks limits, asks the generator, encodes images. Knows no HTTP."""
+"""Handles requests for the routes: checks limits, calls the generator, encodes images. Independent of HTTP."""
 
 import asyncio
 import logging
@@ -24,19 +24,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Timeout for a replica's status; a busy replica still answers at once.
-DESCRIBE_SECONDS = 5.0
-# The generator enforces the deadline. A generator that does not answer at all is given up this much later.
+# Timeout for status calls. A busy generator still answers these at once.
+STATUS_TIMEOUT_SECONDS = 5.0
+# The generator enforces the deadline itself. If it does not answer at all, the request fails this much later.
 GRACE_SECONDS = 1.0
-# How long a refusal for a full queue is repeated: short compared with any queue, so that none runs empty meanwhile.
-FULL_QUEUE_SECONDS = 0.1
+# How long an "overloaded" refusal is repeated. No full queue runs empty in this time.
+REPEAT_REFUSAL_SECONDS = 0.1
 
 
 class GeneratorClient(Protocol):
-    """Makes images, in another process or in this one."""
+    """Interface of the generator, which runs in another process or in this one."""
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
-        """The images, or the reason for a refusal."""
+        """Returns the images, or a refusal."""
 
     async def describe(self) -> GeneratorStatus:
         """The serving model and any problem."""
@@ -53,34 +53,34 @@ class Encoded(Generic[T]):
     seconds: float
 
 
-class FullQueue:
-    """Repeats the last refusal for a full queue for FULL_QUEUE_SECONDS instead of asking the busy generator again.
+class RefusalCache:
+    """Repeats the last "overloaded" refusal for REPEAT_REFUSAL_SECONDS, which saves calls to a busy generator.
 
-    Applies to requests with the same steps and at least as many images: other steps have batches of their own, and
-    fewer images may fit.
+    The refusal applies to requests with the same timesteps and decoder and at least as many images. The generator may
+    accept others: it batches other timesteps separately, and fewer images may fit into the queue.
     """
 
     def __init__(self) -> None:
         self._refusal: Refusal | None = None
-        self._refused: GenerationRequest | None = None
+        self._refused_request: GenerationRequest | None = None
         self._until = 0.0
 
-    def refusal_for(self, request: GenerationRequest) -> Refusal | None:
-        """The refusal to repeat, or None if the generator should be asked."""
-        refused = self._refused
+    def find(self, request: GenerationRequest) -> Refusal | None:
+        """The refusal to repeat, or None."""
+        refused = self._refused_request
         if refused is None or time.monotonic() >= self._until:
             return None
         is_same_group = (request.timesteps, request.is_preview) == (refused.timesteps, refused.is_preview)
         return self._refusal if is_same_group and request.num_images >= refused.num_images else None
 
-    def remember(self, request: GenerationRequest, refusal: Refusal) -> None:
-        """Notes a refusal for a full queue."""
-        self._refused, self._refusal = request, refusal
-        self._until = time.monotonic() + FULL_QUEUE_SECONDS
+    def store(self, request: GenerationRequest, refusal: Refusal) -> None:
+        """Stores the refusal of a request."""
+        self._refused_request, self._refusal = request, refusal
+        self._until = time.monotonic() + REPEAT_REFUSAL_SECONDS
 
 
 class ApiService:
-    """One replica of the HTTP side.
+    """One replica of the HTTP API.
 
     http_host: Serve's HTTP host; None outside of Serve.
     """
@@ -91,25 +91,25 @@ class ApiService:
         self.generator = generator
         self.recorder = recorder
         self.settings = arguments
-        """Settings in force."""
+        """Settings in use."""
         self.problem: str | None = None
-        """Why the latest user_config was rejected; None if it is in force."""
+        """Why the latest user_config was refused; None if it is in use."""
         self.is_configured = False
         """False until `reconfigure` has checked the API keys."""
-        self.full_queue = FullQueue()
+        self._refusal_cache = RefusalCache()
         self._arguments = arguments
         self._limiter = RateLimiter(arguments.rate_limit)
         self._http_host = http_host
-        for image_format in MEDIA_TYPES:  # Pillow loads its plugins at the first image, which takes half a second
+        for image_format in MEDIA_TYPES:  # Pillow loads a plugin at the first image of a format: half a second
             encode_image(np.zeros((8, 8, 3), np.uint8), image_format)
 
     def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """Applies settings. Invalid settings are logged, reported in `problem`, and change nothing.
+        """Applies settings. Invalid settings change nothing; the log and `problem` report them.
 
         Settings that remove all API keys are invalid too, because they would open a closed endpoint.
 
-        Raises ValueError, at the first call only, for invalid API keys and for an endpoint that other machines can
-        reach without keys.
+        At the first call, raises ValueError for invalid API keys, and for an endpoint that other machines can reach
+        without keys.
         """
         try:
             settings = apply_user_config(self._arguments, user_config, API_SETTINGS)
@@ -120,7 +120,7 @@ class ApiService:
             self.settings = settings
             self.problem = None
         except ValueError as error:
-            self.problem = f"settings of the HTTP side rejected, the previous ones stay in force: {error}"
+            self.problem = f"settings of the HTTP API refused; the previous ones remain in use: {error}"
             logger.error(self.problem)
             if not self.is_configured:
                 # A new replica has no previous settings; without its keys it would be open to everybody.
@@ -143,13 +143,13 @@ class ApiService:
     async def describe(self) -> GeneratorStatus:
         """The serving model and any problem."""
         try:
-            async with asyncio.timeout(DESCRIBE_SECONDS):
+            async with asyncio.timeout(STATUS_TIMEOUT_SECONDS):
                 return await self.generator.describe()
         except TimeoutError:
-            return GeneratorStatus(model=None, problem="no replica of the generator answers")
+            return GeneratorStatus(model=None, problem="no replica of the generator responds")
 
     async def readiness(self) -> Readiness:
-        """Whether a model serves, with the problems of both sides."""
+        """Whether a model serves, and any problems of the generator and of the HTTP API."""
         status = await self.describe()
         problems = "; ".join(filter(None, (status.problem, self.problem)))
         return Readiness(
@@ -168,7 +168,7 @@ class ApiService:
     async def classes(self) -> list[ClassEntry]:
         """The classes, by id. Raises ApiError 503 if no model serves."""
         try:
-            async with asyncio.timeout(DESCRIBE_SECONDS):
+            async with asyncio.timeout(STATUS_TIMEOUT_SECONDS):
                 classes = await self.generator.list_classes()
         except TimeoutError:
             classes = []
@@ -181,7 +181,7 @@ class ApiService:
     ) -> GenerationRequest:
         """The generator's request for a body. Raises ApiError 400 for invalid values and exceeded limits.
 
-        count_field: the body's name for num_images, for the message.
+        count_field: the body's field for `num_images`, named in error messages.
         """
         settings = self.settings
         if num_images > settings.max_images:
@@ -219,12 +219,12 @@ class ApiService:
     async def generate(self, request: GenerationRequest, log: dict[str, object], class_field: str) -> GenerationResult:
         """The generator's images. Raises ApiError for a refusal.
 
-        log: details of the access log. class_field: the body's name for the class, for the message.
+        log: details for the access log. class_field: the body's field for the class, named in error messages.
         """
         log["images"] = request.num_images
         if self.settings.log_prompts:
             log["class"] = request.class_
-        answer = self.full_queue.refusal_for(request) or await self._ask_generator(request)
+        answer = self._refusal_cache.find(request) or await self._call_generator(request)
         if isinstance(answer, Refusal):
             param = class_field if answer.param == "class" else answer.param
             message = answer.message if param is None else f"{param}: {answer.message}"
@@ -232,7 +232,7 @@ class ApiService:
         log["model"] = answer.model
         return answer
 
-    async def _ask_generator(self, request: GenerationRequest) -> GenerationResult | Refusal:
+    async def _call_generator(self, request: GenerationRequest) -> GenerationResult | Refusal:
         """The generator's answer. Raises ApiError 504 if it does not answer in time."""
         try:
             async with asyncio.timeout(request.timeout_seconds + GRACE_SECONDS):
@@ -240,7 +240,7 @@ class ApiService:
         except TimeoutError as error:
             raise ApiError(504, f"not done within {request.timeout_seconds:g} s", "deadline_exceeded") from error
         if isinstance(answer, Refusal) and answer.code == "overloaded":
-            self.full_queue.remember(request, answer)
+            self._refusal_cache.store(request, answer)
         return answer
 
     async def encode(self, encoder: Callable[[], T]) -> Encoded[T]:
@@ -254,4 +254,4 @@ class ApiService:
 
 def not_ready() -> ApiError:
     """A 503 while no model serves."""
-    return ApiError(503, "no replica of the generator answers yet", "not_ready", retry_after_seconds=5.0)
+    return ApiError(503, "no replica of the generator is ready yet", "not_ready", retry_after_seconds=5.0)

@@ -1,1 +1,1 @@
-"""The generator side of the endpoint: batches requests and runs the model. No HTTP."""
+"""A replica of the generator: batches requests and runs the model. Independent of Ray and HTTP."""

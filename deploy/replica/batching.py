@@ -1,7 +1,7 @@
-"""Forms batches: items of the same group share a batch, whichever request they belong to.
+"""Batches the items of concurrent requests. All items of a batch belong to one group.
 
-Ray Serve's `@serve.batch` batches whatever arrives together. This batcher queues items by group (here: model, time grid
-and decoder), takes several items per request, drops the items of cancelled requests, and bounds the queue.
+Unlike Ray Serve's `@serve.batch`, this batcher queues items by group (here: model, time grid and decoder), accepts
+several items per request, drops the items of cancelled requests, and limits the queue.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ class BatchedResults(Generic[ResultT]):
     batch_infos: list[Any]
     """The info of each batch that held an item of this request."""
     queue_wait_seconds: float
-    """Until the first of its batches started."""
+    """From submission to the start of its first batch."""
 
 
 # run(group, items) -> (one result per item, info about the batch)
@@ -82,14 +82,15 @@ class Batcher(Generic[ItemT, ResultT]):
         cost: Callable[[Any], float] = lambda group: 1.0,
         on_batch: Callable[[list[float]], None] = lambda queue_wait_seconds: None,
     ) -> None:
-        """cost: relative cost of an item of a group; the seconds per unit are measured. on_batch: called after each
-        batch with its items' waits.
+        """cost: relative cost of one item of a group; the batcher measures the seconds per unit of cost.
+
+        on_batch: called after each batch with the queue wait of each item.
         """
         self.limits = limits
         self._run = run
         self._cost = cost
         self._on_batch = on_batch
-        # In the order of turns. A group moves to the end after each of its batches, so that a long queue blocks no other.
+        # Groups take turns: each moves to the end after its batch, so that a long queue does not block the others.
         self._queues: dict[Hashable, deque[tuple[PendingRequest[ItemT, ResultT], int]]] = {}
         self._arrival = asyncio.Event()
         self._loop_task: asyncio.Task | None = None
@@ -145,7 +146,7 @@ class Batcher(Generic[ItemT, ResultT]):
                 f"{num_queued} images are queued, and the limit is {self.limits.max_queued_items}; try again later",
                 max(self._estimate_seconds(math.inf) / 2.0, 0.1),
             )
-        # Until this group has had its turns, each other group gets as many.
+        # Groups take turns: while this group runs `num_turns` batches, each other group runs at most as many.
         size = self.limits.max_batch_size
         num_turns = len(self._queues.get(group, ())) // size + 1
         wait = self._estimate_seconds(num_turns * size)
@@ -156,7 +157,7 @@ class Batcher(Generic[ItemT, ResultT]):
             )
 
     def _estimate_seconds(self, max_items_per_group: float) -> float:
-        """Expected seconds for at most so many queued items of each group, at the recent rate."""
+        """Expected seconds to run at most `max_items_per_group` queued items of each group, at the recent rate."""
         costs = (min(len(queue), max_items_per_group) * self._cost(group) for group, queue in self._queues.items())
         return sum(costs) * (self._seconds_per_cost or 0.0)
 

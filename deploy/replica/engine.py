@@ -1,4 +1,4 @@
-"""Runs one generator on one device, in batches of sizes that the device has already run."""
+"""Runs a generator on one device. Pads batches to a few sizes, which are compiled and warmed up in advance."""
 
 import time
 from collections.abc import Sequence
@@ -73,8 +73,9 @@ class Engine:
         batch_sizes: Sequence[int] = (),
         max_batch_size: int = 16,
     ) -> None:
-        """batch_sizes: a batch is padded to the next of these sizes (default: no padding). compiled: use torch.compile,
-        which compiles one graph per size.
+        """batch_sizes: a batch is padded to the next of these sizes (default: no padding).
+
+        compiled: use torch.compile, which compiles one graph per batch size.
         """
         self.pipeline = pipeline
         self._device = pipeline.device  # looked up once: diffusers walks through all modules
@@ -88,14 +89,14 @@ class Engine:
         dtype = PRECISIONS[precision]
         for module in (pipeline.transformer, pipeline.vae, preview_decoder):
             if module is not None:
-                # diffusers' own `to` warns about modules that none of these models has.
+                # Not diffusers' `to`, which warns about modules to keep in float32 even if a model has none.
                 torch.nn.Module.to(module, self._device, dtype)
         for decoder in (pipeline.vae, preview_decoder):
             if decoder is not None:
                 # Convolutions are faster in channels_last format, on tensor cores and on CPUs.
                 decoder.to(memory_format=torch.channels_last)
         if compiled:
-            # Guided flow matching doubles the batch; each module compiles one graph per size.
+            # Each module compiles one graph per size, and guided flow matching also runs batches of twice each size.
             torch._dynamo.config.recompile_limit = max(8, 4 * len(self.batch_sizes))
             pipeline.transformer.compile_repeated_blocks(dynamic=False)
             pipeline.vae.decoder.compile(dynamic=False)
@@ -141,7 +142,7 @@ class Engine:
         return Batch(np.concatenate([part.images for part in parts]), timing)
 
     def _run_if_it_fits(self, options: BatchOptions, specs: Sequence[ImageSpec]) -> Batch | None:
-        """Returns None if out of memory. Returning drops the traceback, which would keep the failed batch's tensors alive."""
+        """Returns None if out of memory. Returning frees the traceback, which would keep the failed batch's tensors alive."""
         try:
             return self._run_one(options, specs)
         except torch.OutOfMemoryError:

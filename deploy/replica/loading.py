@@ -25,7 +25,7 @@ class LoadedModel:
 
 
 def load_model(model: str, arguments: Arguments) -> LoadedModel:
-    """Loads a model and runs each batch size once. Raises ValueError, or an error of torch, for an unusable model."""
+    """Loads a model and runs each batch size once. Raises ValueError or an error of torch if that fails."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with fetched_generator(model, arguments.tracking_uri) as (folder, source):
         pipeline = load_pipeline(folder, device)

@@ -1,6 +1,6 @@
 """Replaces a replica's model in place: the next model loads in the background while the current one serves.
 
-Each replica does this on its own; Ray Serve gives every replica the same user_config.
+Replicas do not coordinate: Ray Serve gives each of them the same user_config.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import torch
 
 from deploy.messages import ModelInfo, ModelSource
 from deploy.metrics import Recorder
-from deploy.models import announce
+from deploy.models import tag_as_serving
 from deploy.replica.loading import LoadedModel, load_model
 from deploy.settings import Arguments
 
@@ -35,7 +35,7 @@ class ModelSwapper:
         recorder: Recorder,
         *,
         load: Callable[[str, Arguments], LoadedModel] = load_model,
-        announce: Callable[[ModelSource, str], None] = announce,
+        tag_as_serving: Callable[[ModelSource, str], None] = tag_as_serving,
         first_retry_seconds: float = FIRST_RETRY_SECONDS,
     ) -> None:
         """deployed_model: served by a new replica if the requested model fails to load."""
@@ -45,7 +45,7 @@ class ModelSwapper:
         self._deployed_model = deployed_model
         self._recorder = recorder
         self._load = load
-        self._announce = announce
+        self._tag_as_serving = tag_as_serving
         self._first_retry_seconds = first_retry_seconds
         self._requested: str | None = None
         self._swap_task: asyncio.Task | None = None
@@ -53,9 +53,9 @@ class ModelSwapper:
     async def request(self, settings: Arguments) -> None:
         """Makes `settings.model` the serving model as soon as it is loaded and warm. The latest request wins.
 
-        Returns at once, because Serve sends no requests to a replica that is reconfiguring. Only a new replica, which
-        has no model yet, loads one before returning: the requested model, or else the deployed one. Raises ValueError
-        if neither loads.
+        Returns at once, because Serve sends no requests to a replica that is reconfiguring. Only a replica without a
+        model loads one before it returns: the requested model or, if that fails, the deployed one. Raises ValueError
+        if both fail.
         """
         if settings.model == self._requested:  # serving, loading, or waiting for the next attempt
             return
@@ -108,8 +108,8 @@ class ModelSwapper:
         if loaded is not None:
             self.current = loaded
             logger.info("serving %s", loaded.model)
-            # A daemon thread: an unreachable tracking server delays neither requests nor the next model.
-            threading.Thread(target=self._announce_model, args=(loaded.info,), daemon=True).start()
+            # In a thread: an unreachable tracking server must not delay requests, the next model or the exit.
+            threading.Thread(target=self._tag_model, args=(loaded.info,), daemon=True).start()
         return problem
 
     async def _load_in_thread(self, model: str, settings: Arguments) -> LoadedModel:
@@ -120,9 +120,9 @@ class ModelSwapper:
         finally:
             thread.shutdown(wait=False)
 
-    def _announce_model(self, info: ModelInfo) -> None:
+    def _tag_model(self, info: ModelInfo) -> None:
         try:
-            self._announce(info.source, info.id)
+            self._tag_as_serving(info.source, info.id)
         except Exception:
             logger.exception("could not record in MLflow that %s is serving", info.source.model)
 

@@ -1,6 +1,6 @@
 """Answers generation requests in batches with the current model.
 
-Plain asyncio and threads; `deploy.app` makes a Ray Serve deployment of it.
+Uses asyncio and threads; `deploy.app` wraps it in a Ray Serve deployment.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class GeneratorService:
             self._settings = apply_user_config(self._arguments, user_config, GENERATOR_SETTINGS)
             self.settings_problem = None
         except ValueError as error:
-            self.settings_problem = f"settings refused; keeping the earlier ones: {error}"
+            self.settings_problem = f"settings of the generator refused; the previous ones remain in use: {error}"
             logger.error(self.settings_problem)
         self._recorder.record("meanflow_settings_refused", float(self.settings_problem is not None))
         self._batcher.limits = self._limits()
@@ -70,7 +70,7 @@ class GeneratorService:
     def check_health(self) -> None:
         """Raises RuntimeError if no model is serving, or if the last MAX_CONSECUTIVE_FAILURES batches failed.
 
-        Both require a new process; a device fault, for example, makes every batch fail.
+        In both cases only a new process helps: after a device fault, for example, every batch fails.
         """
         if self.models.current is None:
             raise RuntimeError("no model is loaded")
@@ -126,7 +126,7 @@ class GeneratorService:
         engine = loaded.engine
         num_before = engine.num_out_of_memory
         try:
-            # Off the event loop, which keeps accepting requests.
+            # In a thread, so that the event loop keeps accepting requests.
             loop = asyncio.get_running_loop()
             batch = await loop.run_in_executor(self._compute_thread, engine.run, options, specs)
         except Exception:
@@ -153,9 +153,9 @@ def find_unsupported(request: GenerationRequest, loaded: LoadedModel) -> Refusal
     if request.model is not None and request.model not in (info.id, info.source.model):
         message = f"unknown model {request.model!r}; this endpoint serves {info.id!r}"
         return Refusal(status=404, code="model_not_found", param="model", message=message)
-    own_size = f"{info.image_size}x{info.image_size}"
-    if request.size not in ("auto", own_size):
-        message = f"this model only generates {own_size} images, but got {request.size!r}"
+    model_size = f"{info.image_size}x{info.image_size}"
+    if request.size not in ("auto", model_size):
+        message = f"this model only generates {model_size} images, but got {request.size!r}"
         return Refusal(status=400, code="unsupported_size", param="size", message=message)
     has_guidance = request.guidance_scale not in (None, 1.0) or request.guidance_interval is not None
     if has_guidance and not info.supports_guidance:

@@ -37,7 +37,7 @@ def test_ray_errors_become_refusals(error, status, code):
     refusal = asyncio.run(generator.generate(None))
     assert (refusal.status, refusal.code) == (status, code)
     assert refusal.retry_after_seconds > 0
-    problem = f"no replica responds: {type(error).__name__}"
+    problem = f"no replica of the generator responds: {type(error).__name__}"
     assert asyncio.run(generator.describe()) == GeneratorStatus(model=None, problem=problem)
     assert asyncio.run(generator.list_classes()) == []
 

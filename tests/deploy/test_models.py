@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from deploy import models
-from deploy.models import announce, fetched_generator, is_alias, resolve_model
+from deploy.models import fetched_generator, is_alias, resolve_model, tag_as_serving
 
 ALIAS = "champion"
 
@@ -113,8 +113,8 @@ def test_the_command_prints_the_version_behind_an_alias(registry, monkeypatch, c
 def test_a_serving_version_is_tagged_in_mlflow(registry, generator_folder):
     uri, _ = registry
     with fetched_generator("models:/stars/1", uri) as (_, source):
-        announce(source, "the-stars")
-        announce(source, "sana's (best)")
+        tag_as_serving(source, "the-stars")
+        tag_as_serving(source, "sana's (best)")
     client = MlflowClient(uri)
     tags = client.get_model_version("stars", "1").tags
     tagged = datetime.datetime.fromisoformat(tags["endpoint.the-stars"])
@@ -122,4 +122,4 @@ def test_a_serving_version_is_tagged_in_mlflow(registry, generator_folder):
     assert "endpoint.sana-s -best-" in tags
     assert "endpoint.the-stars" not in client.get_model_version("stars", "2").tags
     with fetched_generator(str(generator_folder), None) as (_, source):
-        announce(source, "the-stars")  # a folder has no version to tag
+        tag_as_serving(source, "the-stars")  # a folder has no version to tag

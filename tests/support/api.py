@@ -1,4 +1,4 @@
-"""The HTTP side of the endpoint, with a stub in place of the generator."""
+"""The HTTP API of the endpoint, with a stub in place of the generator."""
 
 import contextlib
 import io
@@ -94,7 +94,7 @@ class StubGenerator:
 
 @dataclass
 class StubEndpoint:
-    """The HTTP side in this process, with a stub generator."""
+    """The HTTP API in this process, with a stub generator."""
 
     client: TestClient
     generator: StubGenerator
@@ -104,7 +104,7 @@ class StubEndpoint:
 
 @contextlib.contextmanager
 def stub_endpoint(http_host: str | None = None, **arguments: Any) -> Iterator[StubEndpoint]:
-    """Starts the HTTP side in this process. arguments: of the application, other than the model."""
+    """Starts the HTTP API in this process. arguments: of the application, other than the model."""
     generator, recorded = StubGenerator(), Recorded()
     api = ApiService(generator, Arguments(model="stub", **arguments), recorded, http_host)
     api.reconfigure({})

@@ -79,7 +79,7 @@ def make_service(arguments: Arguments, recorded: Recorded, **options: Any) -> Ge
 
 
 def build_api(arguments: Arguments, generator: GeneratorService) -> FastAPI:
-    """The HTTP side, with the model side in the same process."""
+    """The HTTP API, with the model side in the same process."""
     api = ApiService(generator, arguments, Recorded())
     api.reconfigure({})
     return build_http_app(api)

@@ -1,4 +1,4 @@
-"""Settings at runtime, and how refusals for a full queue are repeated."""
+"""Settings of the HTTP API, and the repetition of refusals for overload."""
 
 import pytest
 
@@ -51,7 +51,7 @@ FULL = Refusal(status=429, code="overloaded", message="full", retry_after_second
 
 
 def statuses(running, *requests):
-    """Sends (images, steps) one after the other; the status of each."""
+    """Sends requests of (images, steps) one after the other; returns their statuses."""
     return [
         running.client.post(
             "/generate", json={"class": "star", "num_images": images, "num_inference_steps": steps}
@@ -60,18 +60,18 @@ def statuses(running, *requests):
     ]
 
 
-def test_a_refusal_for_a_full_queue_is_repeated_without_asking_the_generator(stub, monkeypatch):
-    monkeypatch.setattr(service, "FULL_QUEUE_SECONDS", 100.0)
+def test_an_overloaded_refusal_is_repeated_without_calling_the_generator(stub, monkeypatch):
+    monkeypatch.setattr(service, "REPEAT_REFUSAL_SECONDS", 100.0)
     stub.generator.refusal = FULL
     assert statuses(stub, (2, 1), (2, 1), (4, 1)) == [429, 429, 429]
     assert len(stub.generator.requests) == 1
     stub.generator.refusal = None
-    # Fewer images may fit, and other steps have batches of their own.
+    # Fewer images may fit, and other step counts have their own batches.
     assert statuses(stub, (1, 1), (2, 2), (2, 1)) == [200, 200, 429]
 
 
-def test_a_refusal_for_a_full_queue_is_forgotten_after_a_moment(stub, monkeypatch):
-    monkeypatch.setattr(service, "FULL_QUEUE_SECONDS", 0.0)
+def test_an_overloaded_refusal_expires(stub, monkeypatch):
+    monkeypatch.setattr(service, "REPEAT_REFUSAL_SECONDS", 0.0)
     stub.generator.refusal = FULL
     assert statuses(stub, (2, 1), (2, 1)) == [429, 429]
     assert len(stub.generator.requests) == 2

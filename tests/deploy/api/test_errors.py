@@ -108,7 +108,7 @@ def test_unresponsive_generator_leads_to_a_timeout(monkeypatch):
     async def hang(*_):
         await asyncio.sleep(30)
 
-    monkeypatch.setattr(service, "DESCRIBE_SECONDS", 0.05)
+    monkeypatch.setattr(service, "STATUS_TIMEOUT_SECONDS", 0.05)
     monkeypatch.setattr(service, "GRACE_SECONDS", 0.05)
     with stub_endpoint() as running:
         running.api.reconfigure({"deadline_seconds": 0.1})

@@ -59,7 +59,7 @@ def test_readiness_reports_the_problems_of_generator_and_api(stub):
     response = stub.client.get("/readyz")
     assert (response.status_code, response.json()["status"]) == (200, "ready")
     problem = response.json()["problem"]
-    assert problem.startswith("an older model serves; settings of the HTTP side rejected")
+    assert problem.startswith("an older model serves; settings of the HTTP API refused")
     assert "expected a rate" in problem
 
 

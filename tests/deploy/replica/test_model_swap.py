@@ -57,7 +57,7 @@ def service_of(folder, load, **options):
     recorded = Recorded()
     arguments = Arguments(model=str(folder), max_batch_size=2)
     service = make_service(
-        arguments, recorded, load=load, **{"announce": lambda *_: None, "first_retry_seconds": 0.05, **options}
+        arguments, recorded, load=load, **{"tag_as_serving": lambda *_: None, "first_retry_seconds": 0.05, **options}
     )
     service.recorded = recorded
     return service
@@ -207,7 +207,7 @@ def test_a_new_replica_with_refused_settings_serves_the_deployed_model(service, 
 
     status = asyncio.run(work())
     assert status.model.id == "first"
-    assert "settings refused" in status.problem
+    assert "settings of the generator refused" in status.problem
     assert service.recorded.values("meanflow_settings_refused") == [1.0]
 
 
@@ -231,23 +231,23 @@ def test_an_alias_in_a_user_config_is_refused(generator_folder):
     assert "may refer to a different version on each replica" in service.models.problem
 
 
-def test_every_serving_model_is_announced_and_a_failure_to_do_so_is_harmless(generator_folder, other_folder, loader):
-    announced = []
+def test_every_serving_model_is_tagged_and_a_failure_to_do_so_is_harmless(generator_folder, other_folder, loader):
+    tagged = []
 
-    def announce(source, name):
-        announced.append((source.model, name))
+    def tag_as_serving(source, name):
+        tagged.append((source.model, name))
         raise OSError("the server is down")
 
-    service = service_of(generator_folder, loader, announce=announce)
+    service = service_of(generator_folder, loader, tag_as_serving=tag_as_serving)
 
     async def work():
         await service.reconfigure({})
         await service.reconfigure({"model": str(other_folder)})
-        await until(lambda: len(announced) == 2)
+        await until(lambda: len(tagged) == 2)
         return await service.describe()
 
     assert asyncio.run(work()).problem is None
-    assert announced == [(str(generator_folder), "first"), (str(other_folder), "second")]
+    assert tagged == [(str(generator_folder), "first"), (str(other_folder), "second")]
 
 
 def test_a_failed_load_keeps_no_device_memory(generator_folder, loaded_models, monkeypatch):

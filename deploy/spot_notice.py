@@ -59,7 +59,7 @@ def drain(address: str, node_ip: str, seconds: int) -> None:
     Args:
         address: Address of Ray's head node, HEAD:6379.
         node_ip: IP address of the machine.
-        seconds: Time until the machine is taken away.
+        seconds: Time until the cloud stops the machine.
 
     Raises:
         RuntimeError: The cluster has no such node, or refuses to drain it.

@@ -7,7 +7,7 @@
 #
 # Each submission id can be used only once. `ray job list`, `ray job logs -f ID` and `ray job stop ID` list, follow and
 # stop jobs.
-# The driver runs on the head, which is never preempted. It only hands out shards and needs at most 2 GB.
+# The driver runs on the head, which is never preempted. It only assigns shards and needs at most 2 GB.
 # --device gpu: a cluster that scales from zero has no GPU when the driver starts, so `auto` would choose CPUs.
 set -euo pipefail
 : "${STORAGE:?must be set to s3://BUCKET/imagenet or to a folder that every machine mounts}"

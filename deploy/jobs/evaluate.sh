@@ -4,12 +4,12 @@
 #
 #   export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 STORAGE=s3://BUCKET/imagenet
 #   deploy/jobs/evaluate.sh                                 # arguments are passed to pipelines.evaluate
-#   SUBMISSION_ID=evaluate-xl2-2 deploy/jobs/evaluate.sh    # again
+#   SUBMISSION_ID=evaluate-xl2-2 deploy/jobs/evaluate.sh    # to evaluate again
 #
 # Each submission id can be used only once. `ray job list`, `ray job logs -f ID` and `ray job stop ID` list, follow and
 # stop jobs.
 # The driver runs on a CPU machine because its own computation is heavy: square roots of 2048x2048 matrices and distances
-# between 10,000 and 10,000 features. Memory is in bytes (16 GiB). Remove the label selector if no machine has this label.
+# between two sets of 10,000 features. Memory is in bytes (16 GiB). Remove the label selector if no machine has this label.
 set -euo pipefail
 : "${STORAGE:?must be set to s3://BUCKET/imagenet or to a folder that every machine mounts}"
 

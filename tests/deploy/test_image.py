@@ -1,4 +1,4 @@
-"""The image's Dockerfile and its constraints, read line by line; soak tests run its steps without Docker."""
+"""Checks the Dockerfile and the image's constraints line by line. Soak tests run its steps without Docker."""
 
 import json
 import os

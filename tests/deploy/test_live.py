@@ -1,4 +1,4 @@
-"""The endpoint as `serve run` starts it: two replicas, real HTTP, faults."""
+"""Tests the endpoint under `serve run`: two replicas, real HTTP, model swaps and killed replicas."""
 
 import base64
 import contextlib

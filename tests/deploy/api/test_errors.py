@@ -31,6 +31,8 @@ OPENAI = "/v1/images/generations"
         ({"prompt": "star", "output_format": "gif"}, 422, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"prompt": "star", "guidance_scale": 3.0}, 400, "guidance_scale", "built into its weights"),
         ({"prompt": "star", "guidance_interval": [0.8, 0.2]}, 400, "guidance_interval", "start <= end"),
+        ({"prompt": "star", "guidance_interval": [0.1, 0.2]}, 400, "guidance_interval", "built into its weights"),
+        ({"prompt": "star", "preview": True}, 400, "preview", "no preview decoder"),
         ({"prompt": "star", "seed_end": 3}, 400, "seed_end", "at least 2 images"),
         ({"prompt": "star", "model": "gpt-image-1"}, 404, "model", "this endpoint serves 'first'"),
         ({"prompt": "star", "path": "/etc/passwd"}, 422, "path", "not permitted"),

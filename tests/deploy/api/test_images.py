@@ -1,4 +1,4 @@
-"""What the two image routes return."""
+"""Responses of the two image routes."""
 
 import base64
 import io
@@ -96,8 +96,8 @@ def test_images_have_the_requested_format_and_quality(stub, image_format):
 def test_images_between_two_seeds_report_their_weight(stub):
     body = {"prompt": "star", "n": 3, "seed": 1, "seed_end": 4, "preview": True}
     content = stub.client.post(OPENAI, json=body).json()
-    places = [(image["seed"], image["seed_end"], image["weight"]) for image in content["data"]]
-    assert places == [(1, 4, 0.0), (1, 4, 0.5), (1, 4, 1.0)]
+    weights = [(image["seed"], image["seed_end"], image["weight"]) for image in content["data"]]
+    assert weights == [(1, 4, 0.0), (1, 4, 0.5), (1, 4, 1.0)]
     assert content["preview"] is True
 
 

@@ -115,21 +115,6 @@ def test_a_broken_model_changes_nothing_and_is_retried_with_increasing_delays(se
     assert service.recorded.values("meanflow_model_refused")[-1] == 0.0
 
 
-def test_a_model_that_failed_serves_once_it_loads(service, loader, other_folder):
-    loader.broken.add(str(other_folder))
-
-    async def work():
-        await service.reconfigure({})
-        await service.reconfigure({"model": str(other_folder)})
-        await until(lambda: service.models.problem is not None)
-        loader.broken.clear()
-        await until(serves(service, "second"))
-        await until(lambda: service.models.problem is None)
-
-    asyncio.run(work())
-    assert service.recorded.values("meanflow_model_refused")[-1] == 0.0
-
-
 def test_the_latest_request_wins_even_over_loads_that_hang(service, loader, generator_folder, other_folder):
     hanging = [f"hanging-{index}" for index in range(33)]  # more than the default number of threads of an event loop
     gate = threading.Event()
@@ -198,6 +183,7 @@ def test_a_new_replica_serves_the_deployed_model_if_the_requested_one_fails(serv
     assert "second is broken; serving " in status.problem
     assert refused == 1.0
     assert service.models.problem is None
+    assert service.recorded.values("meanflow_model_refused")[-1] == 0.0
 
 
 def test_a_new_replica_with_refused_settings_serves_the_deployed_model(service, other_folder):

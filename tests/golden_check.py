@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from meanflow_core.config import GuidanceConfig, LossConfig, NetworkConfig, TimeSamplingConfig
-from meanflow_core.draws import StepRecord
+from meanflow_core.draws import GUIDANCE_INPUTS, StepRecord
 from meanflow_core.generator import build_pipeline
 from meanflow_core.interop.conversion import from_official_imf, from_official_meanflow
 from meanflow_core.loss import LossOutput, meanflow_loss
@@ -49,7 +49,7 @@ def difference(ours: torch.Tensor, theirs: np.ndarray | torch.Tensor) -> float:
 
 
 def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict, LossConfig]:
-    """Translates the file's `config`, which has the authors' names, to the network, its shape and the objective."""
+    """Translates the file's `config` from the authors' names: the network, its input shape and the objective."""
     settings = json.loads(str(golden["config"]))
     is_improved = "net" in settings
     network, method = settings["net" if is_improved else "dit"], settings["method"]
@@ -111,9 +111,7 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     # du/dt of the whole batch, along the tangent from the authors' code.
     column = draws["t"].view(-1, 1, 1, 1)
     z = (1.0 - column) * latents + column * draws["noise"]
-    guidance = {
-        name: draws[name] for name in ("omega", "guidance_interval_start", "guidance_interval_end") if name in draws
-    }
+    guidance = {name: draws[name] for name in GUIDANCE_INPUTS if name in draws}
     conditioning = Conditioning(
         t=draws["t"], r=draws["r"], labels=torch.where(draws["label_dropped"], null_label, labels), **guidance
     )

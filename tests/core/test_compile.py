@@ -28,7 +28,7 @@ NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor n
 @pytest.fixture(autouse=True)
 def _reset_compiler():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small networks gain nothing from a second one
+    torch.set_num_threads(1)  # more threads do not speed up small networks
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -38,7 +38,7 @@ def _reset_compiler():
 
 
 @pytest.fixture(params=["dit", "imf_dit"])
-def kind(request, network, imf_network):
+def setting(request, network, imf_network):
     """A network and an objective for it."""
     return (network, GUIDED) if request.param == "dit" else (imf_network, IMPROVED)
 
@@ -56,15 +56,15 @@ def assert_same_loss(ours, plain, batch, config, bound):
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        ("aot_eager", torch.float64),  # traced as for inductor, but run by torch's own kernels
+        ("aot_eager", torch.float64),  # traced as for inductor, but executed by PyTorch's own kernels
         pytest.param("aot_eager", torch.float32, marks=pytest.mark.soak),
         # A minute of C++ compilation each.
         pytest.param("inductor", torch.float64, marks=[NO_COMPILER, pytest.mark.soak]),
         pytest.param("inductor", torch.float32, marks=[NO_COMPILER, pytest.mark.soak]),
     ],
 )
-def test_compiled_blocks_compute_the_same_as_plain_ones(kind, backend, dtype):
-    network, config = kind[0].to(dtype), kind[1]
+def test_compiled_blocks_compute_the_same_as_plain_ones(setting, backend, dtype):
+    network, config = setting[0].to(dtype), setting[1]
     plain = copy.deepcopy(network)
     compile_blocks(network, backend=backend)
     assert_same_loss(network, plain, draw_batch(config=config, dtype=dtype), config, BOUNDS[dtype])
@@ -72,10 +72,10 @@ def test_compiled_blocks_compute_the_same_as_plain_ones(kind, backend, dtype):
     assert counters["graph_break"] == {}
 
 
-def test_inputs_of_blocks_are_contiguous(kind):
-    # With torch 2.13, inductor's C++ kernels compute gradients that are off by several percent if a block's input
-    # is transposed.
-    network, config = kind
+def test_inputs_of_blocks_are_contiguous(setting):
+    # In torch 2.13, inductor's C++ kernels compute gradients with errors of several percent if a block's input is
+    # transposed.
+    network, config = setting
     seen = []
 
     def record(block, arguments):
@@ -101,8 +101,8 @@ def test_inductor_computes_the_same_gradient_as_the_plain_network(network):
 
 
 @pytest.mark.soak
-def test_whole_network_compiles_without_graph_breaks(kind):
-    network, config = kind[0].double(), kind[1]
+def test_whole_network_compiles_without_graph_breaks(setting):
+    network, config = setting[0].double(), setting[1]
     compiled = torch.compile(network, dynamic=False, fullgraph=True, backend="aot_eager")
     batch = draw_batch(config=config, dtype=torch.float64)
     expected = run_loss(network, batch, config, separate=False)
@@ -112,8 +112,8 @@ def test_whole_network_compiles_without_graph_breaks(kind):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_number_of_compilations_is_bounded_over_many_steps(kind):
-    network, config = kind
+def test_number_of_compilations_is_bounded_over_many_steps(setting):
+    network, config = setting
     compile_blocks(network, backend="eager")  # traces only
 
     def take_steps(steps):
@@ -127,15 +127,16 @@ def test_number_of_compilations_is_bounded_over_many_steps(kind):
 
     sizes = take_steps(range(12))
     assert 2 <= len(sizes) <= 4
-    # Blocks of a class share their graphs: one for each size of the velocities' batch, the training forward with a tangent
-    # and without, and the separate derivative, in which improved MeanFlow's v head has no tangent.
+    # Blocks of a class share their graphs. There is one graph per batch size of the no-grad velocity forward, two for the
+    # training forward (with and without a tangent), and one for the separate derivative, or two for improved MeanFlow,
+    # whose v head has no tangent.
     assert counters["stats"]["unique_graphs"] == len(sizes) + (3 if config is GUIDED else 4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert take_steps(range(5)) <= sizes
 
 
 def test_every_batch_size_of_a_long_run_is_compiled(network):
-    # Twelve sizes, more than dynamo's default limit of eight; the fixture makes reaching a limit an error.
+    # Twelve sizes exceed dynamo's default limit of eight recompilations; the fixture makes reaching a limit an error.
     compile_blocks(network, backend="eager")
     z = torch.randn(12, 4, 8, 8)
     with torch.no_grad():
@@ -147,8 +148,8 @@ def test_every_batch_size_of_a_long_run_is_compiled(network):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NO_COMPILER)])
-def test_compiled_blocks_in_bfloat16_are_as_accurate_as_plain_ones(kind, backend):
-    network, config = kind
+def test_compiled_blocks_in_bfloat16_are_as_accurate_as_plain_ones(setting, backend):
+    network, config = setting
     plain, batch = copy.deepcopy(network), draw_batch(config=config)
     compile_blocks(network, backend=backend)
     exact = run_loss(plain, batch, config, separate=False)
@@ -166,8 +167,8 @@ def test_compiled_blocks_in_bfloat16_are_as_accurate_as_plain_ones(kind, backend
 
 
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["plain", "compiled"])
-def test_checkpointed_blocks_have_the_same_gradient(kind, is_compiled):
-    network, config = kind[0].double(), kind[1]
+def test_checkpointed_blocks_have_the_same_gradient(setting, is_compiled):
+    network, config = setting[0].double(), setting[1]
     plain = copy.deepcopy(network)
     network.enable_gradient_checkpointing()
     if is_compiled:
@@ -176,9 +177,9 @@ def test_checkpointed_blocks_have_the_same_gradient(kind, is_compiled):
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
-def test_checkpointed_blocks_have_the_same_gradient_in_bfloat16(kind, separate):
+def test_checkpointed_blocks_have_the_same_gradient_in_bfloat16(setting, separate):
     # The recomputed forward must use the same casts of the weights as the first one.
-    network, config = kind
+    network, config = setting
     plain, batch = copy.deepcopy(network), draw_batch(config=config)
     network.enable_gradient_checkpointing()
     with torch.autocast("cpu", torch.bfloat16):
@@ -187,12 +188,12 @@ def test_checkpointed_blocks_have_the_same_gradient_in_bfloat16(kind, separate):
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
-def test_checkpointed_blocks_save_less_for_backward(kind, separate):
-    network, config = kind
+def test_checkpointed_blocks_save_less_for_backward(setting, separate):
+    network, config = setting
     batch = draw_batch(num_rows=32, config=config)
 
     def saved_bytes():
-        """Bytes saved for backward, including block inputs, which checkpointing itself saves."""
+        """Bytes saved for backward, including block inputs, which the hooks do not see under checkpointing."""
         sizes = {}
 
         def pack(tensor):

@@ -1,4 +1,4 @@
-"""Compares MeanFlow with flow matching on real images: scikit-learn's handwritten digits, 8x8 pixels, by class."""
+"""Compares class-conditional MeanFlow and flow matching on scikit-learn's handwritten digits, 8x8 pixels."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +35,7 @@ def train(config, images, labels):
         record = draw_step_record(
             config.loss, seed=0, step=step, num_rows=config.global_batch_size, latent_shape=(1, 8, 8)
         )
-        moments = torch.cat([images[rows], torch.zeros_like(images[rows])], dim=1)  # pixels have no variance
+        moments = torch.cat([images[rows], torch.zeros_like(images[rows])], dim=1)  # standard deviation 0
         batch = Batch(moments=moments, labels=labels[rows], record=record)
         train_step(state, state.network, [batch], IDENTITY, config)
     return build_pipeline(
@@ -44,7 +44,7 @@ def train(config, images, labels):
 
 
 def distances(config, numbers_of_steps):
-    """Trains on one thread. Returns the Frechet distance of samples, with pixels as features, per number of steps."""
+    """Trains on one thread, and returns the Frechet distance in pixel space for each number of sampling steps."""
     torch.set_num_threads(1)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
@@ -63,7 +63,7 @@ def distances(config, numbers_of_steps):
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_one_step_of_meanflow_matches_sixteen_steps_of_flow_matching():
-    # Two processes with one thread each: small matrices gain nothing from two threads.
+    # Two processes with one thread each, because a second thread does not speed up small matrices.
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
         trainings = [processes.submit(distances, FLOW_MATCHING, (1, 16)), processes.submit(distances, MEANFLOW, (1,))]
         (one, sixteen), (ours,) = (training.result() for training in trainings)

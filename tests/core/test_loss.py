@@ -170,7 +170,7 @@ def test_target_is_the_velocity_when_r_equals_t(network):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_velocity_is_evaluated_that_is_known_or_unused(network, imf_network, name):
+def test_no_grad_forward_has_only_needed_velocities_and_padding(network, imf_network, name):
     config = OBJECTIVES[name]
     network = imf_network if config.objective == "improved_meanflow" else network
     latents, labels, record = draw_batch(num_rows=64, config=config)
@@ -187,7 +187,7 @@ def test_no_velocity_is_evaluated_that_is_known_or_unused(network, imf_network, 
         return network(z, conditioning, tangent, velocity_only)
 
     meanflow_loss(training, plain, latents, labels, record, config, null_label=NULL, global_num_rows=64)
-    # The null velocity where it has a weight, the own one where it is used and r < t; then padding.
+    # A forward is needed for null velocities with a weight and for own velocities that are used if r < t; then padding.
     is_labelled, guidance = ~record.label_dropped, config.guidance
     if config.objective == "improved_meanflow":
         start, end, has_null, is_off = record.guidance_interval_start, record.guidance_interval_end, True, False
@@ -202,7 +202,7 @@ def test_no_velocity_is_evaluated_that_is_known_or_unused(network, imf_network, 
 
 
 def test_number_of_forwards_does_not_depend_on_the_draws(network, imf_network):
-    # Under FSDP, a worker with fewer calls than the others would let them wait forever.
+    # Under FSDP, the other workers would wait forever for a worker that makes fewer forwards.
     for config, separate in itertools.product(OBJECTIVES.values(), (False, True)):
         net = imf_network if config.objective == "improved_meanflow" else network
         latents, labels, whole = draw_batch(config=config)

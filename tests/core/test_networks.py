@@ -1,4 +1,4 @@
-"""The networks: published sizes, initialisation, derivatives, and the v head."""
+"""The networks: published sizes, initialisation, positions, patches, derivatives, and the v head."""
 
 from dataclasses import replace
 
@@ -8,10 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import NetworkConfig
+from meanflow_core.dual import Dual
 from meanflow_core.imf_transformer import rotary_angles, rotate
 from meanflow_core.networks import build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, b2, dit_network, imf_network, l2, m2, xl2
-from meanflow_core.transformer import Conditioning
+from meanflow_core.transformer import Conditioning, MeanFlowDiT, sine_cosine_positions, unpatchify
 from tests.conftest import perturbed
 
 
@@ -74,12 +75,6 @@ def test_improved_meanflow_networks_have_the_published_size_and_cost(
     assert num_parameters(sampling) == pytest.approx(millions * 1e6, rel=0.01)
     if published_giga_macs is not None:
         assert giga_macs(sampling) == pytest.approx(published_giga_macs, rel=0.03)
-
-
-@pytest.mark.parametrize("patch_size", [2, 4, 8])
-def test_number_of_tokens_follows_from_the_patch_size(patch_size):
-    network = on_meta(replace(dit_network("S", patch_size), depth=1))
-    assert network.pos_embed.shape[1] == (32 // patch_size) ** 2
 
 
 def test_every_preset_supports_512_pixels_and_16_latent_channels():
@@ -181,22 +176,14 @@ def test_gradients_of_rotation_match_finite_differences():
 def test_jvp_of_the_first_samples_equals_torch_func_jvp(network, imf_network, kind):
     network = (network if kind == "dit" else imf_network).double()
     z, tangent = torch.randn(5, 4, 8, 8).double(), torch.randn(3, 4, 8, 8).double()
-    inputs = conditioning(5, label=2)
-    t = torch.rand(5).double()
-    inputs = Conditioning(
-        t=t,
-        r=t * 0.4,
-        labels=inputs.labels,
-        omega=inputs.omega.double(),
-        guidance_interval_start=inputs.guidance_interval_start,
-        guidance_interval_end=inputs.guidance_interval_end,
-    )
+    inputs, t = conditioning(5, label=2), torch.rand(5).double()
+    inputs = replace(inputs, t=t, r=t * 0.4, omega=inputs.omega.double())
     output = network(z, inputs, tangent)
 
     first = inputs.rows(torch.arange(3))
 
     def u(z, t):
-        return network(z, Conditioning(**{**vars(first), "t": t})).u
+        return network(z, replace(first, t=t)).u
 
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         expected_u, expected = torch.func.jvp(u, (z[:3], first.t), (tangent, torch.ones_like(first.t)))
@@ -217,13 +204,9 @@ def test_mismatched_shapes_are_refused(network, imf_network, kind):
 
 
 def test_improved_network_requires_guidance_inputs(imf_network):
-    inputs = conditioning(1)
-    with pytest.raises(ValueError, match="needs omega, guidance_interval_start and guidance_interval_end"):
-        imf_network(torch.randn(1, 4, 8, 8), Conditioning(t=inputs.t, r=inputs.r, labels=inputs.labels))
-    with pytest.raises(ValueError, match="needs omega, guidance_interval_start and guidance_interval_end"):
-        imf_network(
-            torch.randn(1, 4, 8, 8), Conditioning(t=inputs.t, r=inputs.r, labels=inputs.labels, omega=inputs.omega)
-        )
+    for missing in ("omega", "guidance_interval_start", "guidance_interval_end"):
+        with pytest.raises(ValueError, match="needs omega, guidance_interval_start and guidance_interval_end"):
+            imf_network(torch.randn(1, 4, 8, 8), replace(conditioning(1), **{missing: None}))
 
 
 @pytest.mark.parametrize(
@@ -269,3 +252,52 @@ def test_velocity_head_gets_no_tangent(imf_network):
     z = torch.randn(2, 4, 8, 8)
     imf_network(z, conditioning(2), z)
     assert has_tangent == [False, True]
+
+
+def test_new_dit_outputs_zero():
+    network = MeanFlowDiT(sample_size=8, hidden_size=48, depth=2, num_heads=3)
+    assert torch.equal(network(torch.randn(2, 4, 8, 8), conditioning(2)).u, torch.zeros(2, 4, 8, 8))
+
+
+def test_dit_depends_on_every_input(network):
+    z = torch.randn(1, 4, 8, 8)
+    base = network(z, conditioning(1)).u
+    for other in (conditioning(1, t=0.7), conditioning(1, r=0.2), conditioning(1, label=10)):
+        assert not torch.allclose(network(z, other).u, base, atol=1e-4)
+    assert not torch.allclose(network(z + 0.1, conditioning(1)).u, base, atol=1e-4)
+
+
+def test_unpatchify_restores_the_positions_of_patches():
+    network = MeanFlowDiT(sample_size=4, in_channels=3, patch_size=2, hidden_size=12, depth=1, num_heads=1)
+    with torch.no_grad():  # the embedder copies a patch's 12 values
+        network.x_embedder.proj.weight.copy_(torch.eye(12).view(12, 3, 2, 2))
+    z = torch.arange(48.0).view(1, 3, 4, 4)
+    # Reorder each patch from (channel, row, column) to the final layer's (row, column, channel).
+    tokens = network.x_embedder(Dual(z)).value
+    patches = tokens.view(1, 4, 3, 2, 2).permute(0, 1, 3, 4, 2).reshape(1, 4, 12)
+    assert torch.equal(unpatchify(patches, 2), z)
+
+
+def test_position_embeddings_are_distinct_with_the_column_first():
+    positions = sine_cosine_positions(16, 3)
+    assert positions.shape == (9, 16)
+    assert len({tuple(row.tolist()) for row in positions}) == 9
+    assert torch.equal(positions[0, :8], positions[3, :8])  # same column
+    assert torch.equal(positions[0, 8:], positions[1, 8:])  # same row
+
+
+def test_new_dit_has_the_papers_variances_and_zero_gates():
+    torch.manual_seed(0)
+    network = MeanFlowDiT(hidden_size=384, depth=1, num_heads=6)
+    for parameter, deviation in (
+        (network.x_embedder.proj.weight, (2 / (16 + 384)) ** 0.5),  # Xavier over a patch's 16 values
+        (network.blocks[0].attn.qkv.weight, (2 / (384 + 3 * 384)) ** 0.5),
+        (network.blocks[0].mlp.fc1.weight, (2 / (384 + 4 * 384)) ** 0.5),
+        (network.t_embedder.mlp[0].weight, 0.02),
+        (network.h_embedder.mlp[2].weight, 0.02),
+        (network.y_embedder.embedding_table.weight, 0.02),
+    ):
+        assert float(parameter.detach().std()) == pytest.approx(deviation, rel=0.03)
+    zeros = [parameter for name, parameter in network.named_parameters() if name.endswith("bias")]
+    zeros += [network.blocks[0].adaLN_modulation[1].weight, network.final_layer.adaLN_modulation[1].weight]
+    assert not any(parameter.any() for parameter in zeros)

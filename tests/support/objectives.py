@@ -60,7 +60,7 @@ def run_loss(network: Network, batch: Batch, config: LossConfig, *, separate: bo
 
 
 def conditioning_of(record: StepRecord, labels: torch.Tensor) -> Conditioning:
-    """The record's conditioning inputs, without dropped labels."""
+    """The record's times and guidance with these labels, of which none is dropped."""
     guidance = {name: getattr(record, name) for name in GUIDANCE_INPUTS}
     return Conditioning(t=record.t, r=record.r, labels=labels, **guidance)
 

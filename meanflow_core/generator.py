@@ -36,10 +36,10 @@ def build_pipeline(
     """Builds a pipeline from a trained network and its autoencoder.
 
     class_names: the name of each class, in the order of the ids. wnids: their WordNet ids, if any. is_flow_matching:
-    the network predicts instantaneous velocities only. sampling: default guidance of the pipeline.
+    whether the network predicts instantaneous velocities only. sampling: default guidance of the pipeline.
     """
     sampling = sampling or SamplingConfig()
-    pipeline = MeanFlowPipeline(
+    return MeanFlowPipeline(
         network,
         vae,
         FlowMapEulerDiscreteScheduler(),
@@ -50,14 +50,12 @@ def build_pipeline(
         guidance_interval_start=sampling.guidance_interval_start,
         guidance_interval_end=sampling.guidance_interval_end,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def save_generator(pipeline: MeanFlowPipeline, folder: Path, *, portable: bool = False) -> None:
-    """Saves a pipeline as a generator folder, which loads where this package is installed.
+    """Saves a pipeline as a generator folder. Loading it requires this package, unless it is portable.
 
-    portable: adds the code, so that diffusers alone can load the folder, by
+    portable: adds the code, so that diffusers alone can load the folder, with
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
     """
     pipeline.save_pretrained(folder)
@@ -74,7 +72,7 @@ def write_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Reads a generator's provenance.json; empty if there is none, for example after a conversion.
+    """Reads a generator's provenance.json. Empty if there is none, for example in a converted generator.
 
     Raises ValueError for a damaged file.
     """
@@ -90,7 +88,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def load_network(folder: Path) -> AnyNetwork:
     """Loads a network folder in float32, for inference, from safetensors.
 
-    Raises ValueError if there is no such folder, if its class is not one of `NETWORKS`, or if it has no weights.
+    Raises ValueError if there is no such folder, if its class is not in `NETWORKS`, or if it has no weights.
     """
     config = folder / "config.json"
     if not config.is_file():
@@ -114,9 +112,6 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
 
     Raises ValueError if it is not a generator of this package or has another format version.
     """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"no model_index.json in {folder}; a generator is a folder written by save_pretrained")
     settings = _read_settings(folder)
     for name in ("vae", "scheduler"):
         if not (folder / name).is_dir():
@@ -127,14 +122,16 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
         FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         **{name: settings[name] for name in _SETTINGS if name in settings},
     )
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """Reads model_index.json. Raises ValueError if it is damaged or has another format version."""
+    """Reads model_index.json. Raises ValueError if it is missing or damaged, or has another format version."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"no model_index.json in {folder}; a generator is a folder written by save_pretrained")
     try:
-        settings = dict(json.loads((folder / "model_index.json").read_text()))
+        settings = dict(json.loads(index.read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"model_index.json in {folder} is damaged: {error}") from error
     require_format_version(settings.get("format_version"), FORMAT_VERSION, f"the generator in {folder}")
@@ -151,10 +148,10 @@ def find_generator(folder: Path) -> Path:
     if folder in found:
         found = [folder]
     if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found[:5])
+        names = ", ".join(str(path.relative_to(folder)) for path in found[:5]) or "none"
         raise ValueError(
-            f"{folder} must contain one generator (a folder with a model_index.json), but found {len(found)}"
-            f"{': ' * bool(names)}{names}; pipelines.train writes one and prints its location"
+            f"{folder} must contain one generator (a folder with a model_index.json), but found {names}; "
+            f"pipelines.train writes one and prints its location"
         )
     _read_settings(found[0])
     return found[0]

@@ -26,7 +26,7 @@ PREDICTIONS = ("average_velocity", "velocity")
 SOLVERS = ("euler", "heun")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# One value for all images, or one per image.
+# Guidance: one value for all images, or one per image.
 Scales = float | Sequence[float]
 Intervals = tuple[float, float] | Sequence[tuple[float, float]]
 
@@ -49,7 +49,7 @@ def noise_between(start: torch.Tensor, end: torch.Tensor, weights: Sequence[floa
 
     Returns cos(w pi / 2) start + sin(w pi / 2) end. For independent standard normals the result is standard normal
     too; linear interpolation would halve the variance at the midpoint.
-    Raises ValueError for shapes or weights that do not match.
+    Raises ValueError if the shapes differ, or if a weight is missing or outside [0, 1].
     """
     if start.shape != end.shape or len(weights) != len(start):
         raise ValueError(
@@ -99,9 +99,9 @@ class MeanFlowPipeline(DiffusionPipeline):
         prediction: "average_velocity" for MeanFlow; "velocity" for flow matching, integrated by Euler's or Heun's method.
         guidance_scale, guidance_interval_start, guidance_interval_end: default guidance, for networks with guidance
             inputs (improved MeanFlow) and for flow matching.
-        format_version: version of the generator folder.
+        format_version: format version of the generator folder.
 
-    Raises ValueError for an unknown prediction, or for a folder with another format version.
+    Raises ValueError for an unknown prediction or another format version.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -155,9 +155,7 @@ class MeanFlowPipeline(DiffusionPipeline):
                 raise ValueError(f"class name {name!r} is shared by the ids {matches}; use the id")
             if not matches:
                 some = ", ".join(list(known)[:10])
-                raise ValueError(
-                    f"unknown class name {name!r}; {len(known)} are known: {some}{', ...' * (len(known) > 10)}"
-                )
+                raise ValueError(f"unknown class name {name!r}; some of the {len(known)} known names: {some}")
             ids.append(matches[0])
         return ids
 
@@ -326,8 +324,8 @@ class MeanFlowPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Generates images, uint8 (B, H, W, 3), on the pipeline's device.
 
-        Image i depends only on the weights, its class, its seed and the sampling arguments. See `__call__` for the arguments.
-        Raises ValueError for invalid labels, seeds or steps.
+        Image i depends only on the weights, its class, its seed and the sampling arguments. See `__call__` for the
+        arguments and errors.
         """
         noise = self._noise(class_labels, seeds)
         z = self.sample_latents(
@@ -355,12 +353,12 @@ class MeanFlowPipeline(DiffusionPipeline):
         Args:
             class_labels: class ids.
             num_inference_steps: number of equal steps from t = 1 to t = 0.
-            generator: source of the noise, as in other diffusers pipelines.
+            generator: random generator of the noise, as in other diffusers pipelines.
             seeds: one per image, instead of `generator`. An image then does not depend on the rest of its batch.
-            latents: the noise itself, (B, C, H, W), instead of `generator` or `seeds`.
+            latents: the noise, (B, C, H, W), instead of `generator` or `seeds`.
             timesteps: the times from 1 to 0, for example (1.0, 0.4, 0.0), instead of num_inference_steps.
             guidance_scale, guidance_interval: scale and (start, end), one for all images or one per image, for improved
-                MeanFlow and for flow matching (two network evaluations per guided step). Default: the generator's own.
+                MeanFlow and for flow matching (two network evaluations per guided step). Default: the generator's.
             solver: "euler", or "heun" for flow matching (two network evaluations per step).
             output_type: "pil"; "np", float (B, H, W, 3) in [0, 1]; "pt", float (B, 3, H, W) in [0, 1]; or "latent",
                 normalised latents (B, C, H, W).

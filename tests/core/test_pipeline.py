@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from meanflow_core.pipeline import MeanFlowPipeline, noise_between, noise_from_seeds, time_grid
+from meanflow_core.pipeline import MeanFlowPipeline, noise_between, noise_from_seeds
 from meanflow_core.transformer import Conditioning
 
 
@@ -35,12 +35,8 @@ def test_sampling_follows_the_flow_map(pipeline, steps, grid):
     torch.testing.assert_close(latents, flow_map_steps(pipeline, noise, [3, 4], grid), atol=1e-5, rtol=1e-5)
 
 
-def test_time_grid_has_equal_steps():
-    assert time_grid(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
-
-
 def test_flow_matching_converges_to_the_exact_solution_and_heun_at_second_order(flow_pipeline):
-    flow_pipeline.transformer.to(torch.float64)  # not the autoencoder, which the session shares
+    flow_pipeline.transformer.to(torch.float64)  # but not the autoencoder, which all tests share
     noise = noise_from_seeds([5], (4, 8, 8))
 
     def velocity(t, z):
@@ -76,13 +72,13 @@ def test_flow_matching_is_guided_inside_the_interval_including_its_bounds(flow_p
     torch.testing.assert_close(sampled, z, atol=1e-5, rtol=1e-5)
 
 
-def test_flow_matching_evaluates_the_null_class_only_where_it_guides(flow_pipeline):
+def test_flow_matching_evaluates_the_null_class_only_in_guided_steps(flow_pipeline):
     sizes = []
     flow_pipeline.transformer.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
     noise = noise_from_seeds([1, 2], flow_pipeline.latent_shape)
     flow_pipeline.sample_latents([1, 2], noise, 2)
     flow_pipeline.sample_latents([1, 2], noise, 4, guidance_scale=3.0, guidance_interval=(0.4, 0.8))
-    assert sizes == [2, 2, 2, 4, 4, 2]  # twice unguided, then guided at t = 0.75 and 0.5
+    assert sizes == [2, 2, 2, 4, 4, 2]  # two unguided steps; then four, guided at t = 0.75 and 0.5
 
 
 def test_improved_meanflow_conditions_on_the_guidance(imf_pipeline):
@@ -121,8 +117,8 @@ def test_guidance_of_an_image_does_not_depend_on_its_batch(request, kind):
         )
         torch.testing.assert_close(together[row : row + 1], alone, atol=3e-6, rtol=1e-6)
     everywhere = pipeline.sample_latents(labels, noise, 2, guidance_scale=scales, guidance_interval=(0.0, 1.0))
-    moved = (everywhere - together).flatten(1).abs().amax(dim=1) > 3e-5
-    assert moved.tolist() == [False, True, False, True]
+    changed = (everywhere - together).flatten(1).abs().amax(dim=1) > 3e-5
+    assert changed.tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize("kind", ["pipeline", "imf_pipeline", "flow_pipeline"])
@@ -162,7 +158,7 @@ def test_generator_is_a_source_of_noise_as_in_diffusers(pipeline, monkeypatch):
     [first] = pipeline([0], generator=torch.Generator().manual_seed(0), return_dict=False)
     again = pipeline([0], generator=torch.Generator().manual_seed(0)).images
     assert again[0].tobytes() == first[0].tobytes()
-    assert freed == [1, 1]  # offloaded modules
+    assert freed == [1, 1]  # returns offloaded modules to the CPU
 
 
 @pytest.mark.parametrize(
@@ -245,10 +241,10 @@ def test_class_names_are_looked_up_by_any_synonym(pipeline):
 
 def test_interpolated_noise_starts_and_ends_at_the_given_noises_and_keeps_its_variance():
     start, end = noise_from_seeds([1] * 3, (4, 64, 64)), noise_from_seeds([2] * 3, (4, 64, 64))
-    way = noise_between(start, end, [0.0, 0.5, 1.0])
-    assert torch.equal(way[0], start[0])
-    torch.testing.assert_close(way[2], end[2], atol=1e-6, rtol=0.0)
-    assert way.flatten(1).std(dim=1) == pytest.approx(torch.ones(3), abs=0.03)
+    noise = noise_between(start, end, [0.0, 0.5, 1.0])
+    assert torch.equal(noise[0], start[0])
+    torch.testing.assert_close(noise[2], end[2], atol=1e-6, rtol=0.0)
+    assert noise.flatten(1).std(dim=1) == pytest.approx(torch.ones(3), abs=0.03)
     with pytest.raises(ValueError, match=r"weights must lie in \[0, 1\], but got \[0.0, 1.5, 1.0\]"):
         noise_between(start, end, [0.0, 1.5, 1.0])
     with pytest.raises(ValueError, match="one weight per image"):

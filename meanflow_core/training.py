@@ -1,7 +1,6 @@
 """One optimiser step on one device, and the moving averages. For several devices, pass the wrapped network."""
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ class TrainState:
     network: AnyNetwork
     """The trained network."""
     ema_networks: dict[float, AnyNetwork]
-    """{decay: moving average of the parameters}; the first one samples."""
+    """{decay: moving average of the parameters}; the first one is used for sampling."""
     optimizer: torch.optim.Adam
     """Adam with its moments."""
     step: int
@@ -33,7 +32,7 @@ class TrainState:
 
     @property
     def ema_network(self) -> AnyNetwork:
-        """The moving average that samples."""
+        """The moving average for sampling."""
         return next(iter(self.ema_networks.values()))
 
 
@@ -42,7 +41,7 @@ class Batch:
     """Rows of a step on one device: a worker's share of the global batch, or a part of it."""
 
     moments: torch.Tensor
-    """(b, 2C, H, W): of the mirror image if the record says so."""
+    """(b, 2C, H, W): those of the mirror image where `record.mirrored` is set."""
     labels: torch.Tensor
     """(b,) int64."""
     record: StepRecord
@@ -51,13 +50,13 @@ class Batch:
 
 # The entries of `StepMetrics.sums`.
 SUMS = (
-    "loss",
+    "loss",  # already divided by the global batch size
     "squared_error_r_equals_t",
-    "rows_r_equals_t",
+    "rows_r_equals_t",  # number of rows with r = t
     "squared_error_r_below_t",
     "rows_r_below_t",
-    "squared_error_v",
-    "dudt_norm",
+    "squared_error_v",  # of the v head; 0 without one
+    "dudt_norm",  # over the rows with r < t
 )
 
 
@@ -66,8 +65,7 @@ class StepMetrics:
     """Metrics of one step over this worker's rows, as tensors: reading them synchronises with the device."""
 
     sums: torch.Tensor
-    """float32 (7,), in the order of `SUMS`: loss (already divided by the global B); squared error and number of rows with
-    r = t; the same for r < t; squared error of the v head, 0 without one; norm of du/dt, summed over rows with r < t."""
+    """float32 (7,), in the order of `SUMS`."""
     gradient_norm: torch.Tensor
     """Scalar: norm of the whole gradient before clipping, the same on every worker."""
     skipped: bool = False
@@ -103,11 +101,10 @@ def build_train_state(
     initial: AnyNetwork | None = None,
     shard: Callable[[AnyNetwork], None] | None = None,
 ) -> TrainState:
-    """Builds a state before its first step; the initial parameters depend on config.seed alone.
+    """Builds a state before its first step. Its parameters are those of `initial`, or drawn from config.seed.
 
-    initial: a network of the same class and size whose parameters to start from, for example one trained with flow
-    matching. shard: shards a network in place (`sharding.shard_network`). Raises ValueError, with every difference, if
-    `initial` has another class or size.
+    initial: a network of the same class and size, for example one trained with flow matching. shard: shards a network
+    in place (`sharding.shard_network`). Raises ValueError, with every difference, if `initial` has another class or size.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -137,11 +134,9 @@ def build_train_state(
 
 def compile_blocks(network: AnyNetwork, backend: str = "inductor") -> None:
     """Compiles a network block by block, in place. Blocks of a class share their code; hooks between blocks still run."""
-    # A long run meets every size of the no-grad forward, in addition to the training forward's: more than dynamo's
-    # limit of 8, above which it silently runs uncompiled. torch 2.11 and older have no such option per module.
-    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
-    limit = {"recompile_limit": 4 * VELOCITY_BATCH_PARTS} if has_limit else {}
-    network.compile_repeated_blocks(dynamic=False, backend=backend, **limit)
+    # A long run meets more batch sizes than dynamo's limit of 8, above which it silently runs uncompiled code: those of
+    # the no-grad forward, and that of the training forward.
+    network.compile_repeated_blocks(dynamic=False, backend=backend, recompile_limit=4 * VELOCITY_BATCH_PARTS)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -196,7 +191,7 @@ def train_step(
         training_network: state.network, or a wrapper whose backward reduces gradients.
         gradient_scale: number of workers W if the wrapper averages over them, because the loss is already divided by
             the global number of rows.
-        accumulating: context of every pass but the last, such as DDP's no_sync.
+        accumulating: context manager for every pass but the last, for example DDP's `no_sync`.
         may_skip: skip the update if the gradient is not finite. This synchronises with the device in every step.
 
     Raises ValueError as the loss does.

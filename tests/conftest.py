@@ -66,6 +66,15 @@ def imf_network() -> ImprovedMeanFlowDiT:
     return perturbed(ImprovedMeanFlowDiT(**SMALL, depth=3, aux_head_depth=1))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Limits torch to one thread: small networks gain nothing from a second one, and it changes the rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tracking_uri(tmp_path_factory) -> str:
     """An MLflow database that all tests share, because creating one takes seconds. Choose names that no other test uses."""

@@ -21,20 +21,18 @@ from tests.support.objectives import (
     run_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
 NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
 def _reset_compiler():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads do not speed up small networks
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["dit", "imf_dit"])

@@ -4,14 +4,12 @@ import copy
 import functools
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -25,9 +23,10 @@ from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, TrainState, compile_blocks, train_step, update_emas
 from meanflow_core.transformer import MeanFlowDiT
 from tests.support.objectives import NULL, OBJECTIVES, conditioning_of, draw_batch, relative
-from tests.support.processes import join_group, run_processes
+from tests.support.processes import run_group
 from tests.support.training_steps import IDENTITY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_ROWS = 16
 CONFIGS = {
     name: OBJECTIVES[name] for name in ("flow matching", "omega, kappa, interval", "own velocity", "improved MeanFlow")
@@ -45,7 +44,7 @@ CASES = [
     for objective, separate, split in itertools.product(CONFIGS, (False, True), SPLITS)
     if not (separate and objective == "flow matching")
 ]
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 300
 each_network = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -165,7 +164,7 @@ def wrapped(kind, network):
     """Returns the network whose backward reduces gradients, and the one with the parameters."""
     if kind == "ddp":
         return DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True), network
-    shard_network(network, init_device_mesh("cpu", (2,)))
+    shard_network(network)
     return network, network
 
 
@@ -180,14 +179,12 @@ def gradients_of_all_cases(kind, rank):
     return gradients
 
 
-def gradient_in_bfloat16(kind, rank, config, *, checkpointing=False, **options):
+def gradient_in_bfloat16(kind, rank, config, *, checkpointing=False):
     network = small_network(config, torch.float32)
     networks = (network, network)
     if checkpointing:
         network.enable_gradient_checkpointing()
-    if options:
-        shard_network(network, init_device_mesh("cpu", (2,)), **options)
-    elif kind is not None:
+    if kind is not None:
         networks = wrapped(kind, network)
     whole, shares = split_batch(config, "5 and 11 rows", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -203,7 +200,7 @@ def checkpointed_gradients(rank, config, *, compiled=False):
     network.enable_gradient_checkpointing()
     if compiled:
         compile_blocks(network, backend="aot_eager")
-    shard_network(network, init_device_mesh("cpu", (2,)))
+    shard_network(network)
     return {separate: share_gradient(network, network, batch, config, separate) for separate in (False, True)}
 
 
@@ -224,14 +221,11 @@ def derivatives(network, config):
 
 def run_all(rank):
     results = {kind: gradients_of_all_cases(kind, rank) for kind in ("ddp", "fsdp2")}
-    mesh = init_device_mesh("cpu", (2,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for name, config in NETWORKS.items():
         results[f"bfloat16 {name}"] = [
             gradient_in_bfloat16("ddp", rank, config),
             gradient_in_bfloat16("fsdp2", rank, config),
             gradient_in_bfloat16("fsdp2", rank, config, checkpointing=True),
-            gradient_in_bfloat16("fsdp2", rank, config, mixed_precision=policy),
         ]
         wrapper, network = wrapped("ddp", small_network(config))
         batch = split_batch(config, "equal shares")[1][rank]
@@ -240,13 +234,13 @@ def run_all(rank):
         results[f"checkpointed {name}"] = checkpointed_gradients(rank, config)
 
         network = small_network(config)
-        shard_network(network, mesh)
+        shard_network(network)
         results[f"derivatives {name}"] = derivatives(network, config)
         results[f"sharded {name}"] = [isinstance(parameter, DTensor) for parameter in network.parameters()]
         results[f"groups {name}"] = sum(isinstance(module, FSDPModule) for module in network.modules())
         results[f"local numbers {name}"] = sum(p.to_local().numel() for p in network.parameters())
 
-        state = fresh_state(step_config(name), functools.partial(shard_network, mesh=mesh))
+        state = fresh_state(step_config(name), shard_network)
         share = ((0, 5), (5, NUM_ROWS))[rank]
         results[f"norms {name}"] = take_steps(state, share, step_config(name), gradient_scale=2.0)
         derivatives(state.ema_network, config)  # an average must remain updatable after sampling
@@ -260,31 +254,9 @@ def run_compiled(rank):
     return {"checkpointed guided": found, "num_graphs": counters["stats"]["unique_graphs"]}
 
 
-def work(rank, function, folder):
-    join_group(rank, 2, f"{folder}/rendezvous", TIMEOUT_SECONDS)
-    results = function(rank)
-    if rank == 0:
-        torch.save(results, Path(folder) / "results.pt")
-    distributed.destroy_process_group()
-
-
-def run_two_processes(function, folder):
-    """The results of rank 0."""
-    run_processes(work, (function, str(folder)), 2, 5 * TIMEOUT_SECONDS)
-    return torch.load(folder / "results.pt")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # like the other processes
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run_two_processes(run_all, tmp_path_factory.mktemp("two-processes"))
+def results():
+    return run_group(run_all, (), 2, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def test_splits_are_as_named():
@@ -331,8 +303,8 @@ def test_sharded_network_supports_activation_checkpointing(results, name):
 
 
 @pytest.mark.soak
-def test_sharded_network_supports_compiled_blocks(tmp_path):
-    compiled = run_two_processes(run_compiled, tmp_path)
+def test_sharded_network_supports_compiled_blocks():
+    compiled = run_group(run_compiled, (), 2, timeout_seconds=TIMEOUT_SECONDS)
     assert compiled["num_graphs"] >= 3
     for separate, found in compiled["checkpointed guided"].items():
         whole = full_batch_gradient(objective_of("guided"), separate, "r < t in the second process only")
@@ -366,17 +338,3 @@ def test_sharded_training_clipping_and_averages_match_one_process(results, name)
     for ours, network in zip(results[f"trained {name}"], (state.network, *state.ema_networks.values()), strict=True):
         moved = parameters(network) - start
         assert relative(ours - start, moved) < 1e-9
-
-
-@pytest.mark.parametrize("version", ["2.9.1", "2.13.0a0+git1234567"])
-def test_older_torch_is_refused(monkeypatch, version):
-    monkeypatch.setattr(torch, "__version__", version)
-    with pytest.raises(RuntimeError, match=r"needs torch 2\.13 or newer, but this is 2\."):
-        shard_network(small_network(NETWORKS["guided"]))
-
-
-def test_mixed_precision_policy_that_casts_times_is_refused():
-    with pytest.raises(ValueError, match="cast_forward_inputs=False"):
-        shard_network(
-            small_network(NETWORKS["guided"]), mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-        )

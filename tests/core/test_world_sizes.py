@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +21,11 @@ from meanflow_core.training import (
     train_step,
     warm_up_ddp_buckets,
 )
-from tests.support.processes import join_group, run_processes
+from tests.support.objectives import relative
+from tests.support.processes import run_group
 from tests.support.training_steps import IDENTITY, make_batch, part_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_STEPS, HALF = 10, 4
 CONFIG = replace(
     debug(),
@@ -36,7 +37,7 @@ CONFIG = replace(
 )
 SAMPLES_PER_PASS = {1: 5, 2: 4, 4: 2}
 KINDS = ("ddp", "fsdp2")
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 360
 
 
 def batches(step, rank, world_size, samples_per_pass):
@@ -121,34 +122,11 @@ def resume_sharded(rank, world_size, folder):
     return results
 
 
-def work(rank, function, world_size, folder):
-    join_group(rank, world_size, f"{folder}/rendezvous-{world_size}", TIMEOUT_SECONDS)
-    results = function(rank, world_size, Path(folder))
-    if rank == 0:
-        torch.save(results, Path(folder) / f"results-{world_size}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
-def run_group(function, world_size, folder):
-    """The results of rank 0."""
-    run_processes(work, (function, world_size, str(folder)), world_size, 3 * TIMEOUT_SECONDS)
-    return torch.load(folder / f"results-{world_size}.pt")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # like the other processes
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=[4, pytest.param(2, marks=pytest.mark.soak)])
 def runs(request, tmp_path_factory):
     """The folder of the checkpoints after HALF steps, and {name: tensors after NUM_STEPS}."""
     folder = tmp_path_factory.mktemp("world-sizes")
-    results = run_group(train_and_save, request.param, folder)
+    results = run_group(train_and_save, (request.param, folder), request.param, timeout_seconds=TIMEOUT_SECONDS)
     results["one"] = tensors(take_steps(initial_state()))
     results["one in passes"] = tensors(take_steps(initial_state(), samples_per_pass=SAMPLES_PER_PASS[1]))
     for kind in KINDS:
@@ -157,7 +135,8 @@ def runs(request, tmp_path_factory):
         results[f"one loaded from {kind}"] = tensors(state)
         results[f"one resumed from {kind}"] = tensors(take_steps(state))
     if request.param == 2:
-        results |= {f"four {name}": value for name, value in run_group(resume_sharded, 4, folder).items()}
+        resumed = run_group(resume_sharded, (4, folder), 4, timeout_seconds=TIMEOUT_SECONDS)
+        results |= {f"four {name}": value for name, value in resumed.items()}
     return folder, results
 
 
@@ -171,10 +150,6 @@ def without_key_bias(name, value):
         return value
     query, _, rest = value.chunk(3)
     return torch.cat([query, rest])
-
-
-def relative(ours, theirs):
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def test_every_number_of_processes_ends_with_the_same_parameters(runs):

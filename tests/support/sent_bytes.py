@@ -1,21 +1,17 @@
 """Counts the bytes that a training step sends between two processes, with the kernel's TCP counters."""
 
-import json
 import os
 import socket
 import struct
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.config import GuidanceConfig
 from meanflow_core.presets import debug
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import build_train_state, train_step
-from tests.support.processes import join_group
 from tests.support.training_steps import IDENTITY, make_batch, part_of
 
 GUIDED = replace(debug(), loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5)))
@@ -39,9 +35,8 @@ def sent_bytes() -> int:
     return total
 
 
-def count_sent(rank: int, folder: str) -> None:
-    """Trains in one of two processes. Rank 0 writes its sent bytes per step, {"KIND PASSES": bytes}, to sent.json."""
-    join_group(rank, 2, f"{folder}/rendezvous", 120)
+def count_sent(rank: int) -> dict[str, float]:
+    """The bytes that one of two processes sends per step, {"KIND PASSES": bytes}."""
     found = {}
     for kind in ("ddp", "fsdp2"):
         state = build_train_state(
@@ -64,7 +59,4 @@ def count_sent(rank: int, folder: str) -> None:
                 accumulating = {"accumulating": training_network.no_sync} if kind == "ddp" else {}
                 train_step(state, training_network, batches, IDENTITY, GUIDED, **accumulating)
             found[f"{kind} {passes}"] = (sent_bytes() - before) / 2
-    if rank == 0:
-        Path(folder, "sent.json").write_text(json.dumps(found))
-    distributed.barrier()
-    distributed.destroy_process_group()
+    return found

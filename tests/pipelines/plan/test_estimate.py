@@ -33,7 +33,7 @@ from pipelines.plan.job import PlanJob, Workload
 from pipelines.plan.report import describe_estimate
 from pipelines.plan.run import plan, resolve_workload
 from tests.support.latents import encode_without_ray
-from tests.support.processes import run_processes
+from tests.support.processes import run_group
 from tests.support.sent_bytes import GUIDED, count_sent
 from tests.support.training_steps import fresh_state, take_steps
 
@@ -177,9 +177,8 @@ def test_fsdp2_gathers_parameters_for_every_network_call(passes):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counters of sent bytes")
-def test_two_processes_send_the_predicted_bytes(tmp_path):
-    run_processes(count_sent, (str(tmp_path),), 2, 240)
-    sent = json.loads((tmp_path / "sent.json").read_text())
+def test_two_processes_send_the_predicted_bytes():
+    sent = run_group(count_sent, (), 2, timeout_seconds=240)
     for passes in (1, 2):
         ddp = workload(GUIDED)
         assert sent[f"ddp {passes}"] == pytest.approx(payload_bytes(ddp, passes) / 2, rel=0.02)

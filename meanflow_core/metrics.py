@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Count, sum and sum of outer products of feature vectors, from which mean and covariance follow; can be added."""
+    """Count, sum and sum of outer products of feature vectors: they determine mean and covariance, and can be added."""
 
     count: int
     """N."""
@@ -114,28 +114,25 @@ class Estimate:
     value: float
     """The value from all samples."""
     standard_error: float
-    """Standard deviation of the value over sets of as many samples; the reference is fixed."""
+    """Estimated standard deviation of the value between sets of this many samples, for a fixed reference."""
 
 
 def frechet_estimate(groups: Sequence[FeatureStatistics], reference: Moments) -> Estimate:
     """The Frechet distance of all groups together, with its standard error from a delete-a-group jackknife.
 
-    groups: disjoint parts of the samples, of any sizes; with 20 or more, the error is known to a sixth or better. The
-    error describes the resampling of N samples, not the distance's bias, which decreases with N. Raises ValueError for
-    fewer than two groups. Source: Busing, Meijer and van der Leeden 1999, Eq. 5 (groups of any size).
+    groups: disjoint parts of the samples, of any sizes. With 20 groups, the standard error itself is accurate to about
+    16 %. It describes the variation between sets of N samples, not the distance's bias, which decreases with N. Raises
+    ValueError for fewer than two groups. Source: Busing, Meijer and van der Leeden 1999, Eq. 5 (groups of any size).
     """
     if len(groups) < 2:
         raise ValueError(f"a jackknife needs at least 2 groups, but got {len(groups)}")
     whole = merged(groups)
-    value, *without = frechet_distances(
-        [whole, *(whole - group for group in groups)],  # the sums of all but one, without adding 19 of them up
-        reference,
-    )
-    shares = [whole.count / group.count for group in groups]
-    pseudo = [share * value - (share - 1.0) * one for share, one in zip(shares, without, strict=True)]
-    centre = len(groups) * value - sum((1.0 - 1.0 / share) * one for share, one in zip(shares, without, strict=True))
-    variance = sum((one - centre) ** 2 / (share - 1.0) for one, share in zip(pseudo, shares, strict=True)) / len(groups)
-    return Estimate(value, variance**0.5)
+    value, *without = frechet_distances([whole, *(whole - group for group in groups)], reference)
+    ratios = [whole.count / group.count for group in groups]
+    pseudovalues = [ratio * value - (ratio - 1.0) * distance for ratio, distance in zip(ratios, without, strict=True)]
+    centre = sum(pseudovalue / ratio for pseudovalue, ratio in zip(pseudovalues, ratios, strict=True))
+    squares = ((value - centre) ** 2 / (ratio - 1.0) for value, ratio in zip(pseudovalues, ratios, strict=True))
+    return Estimate(value, (sum(squares) / len(groups)) ** 0.5)
 
 
 def merged(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
@@ -145,7 +142,7 @@ def merged(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
 
 @dataclass(frozen=True)
 class ScoreSums:
-    """Sums of class probabilities p (N, K), from which the Inception Score follows; can be added."""
+    """Sums of class probabilities p (N, K): they determine the Inception Score, and can be added."""
 
     count: int
     """N."""
@@ -176,10 +173,10 @@ class ScoreSums:
 
 
 def inception_score(splits: Sequence[ScoreSums]) -> tuple[float, float]:
-    """Mean and standard deviation (divided by N) of the splits' scores.
+    """Mean and standard deviation (with divisor N) of the splits' scores.
 
-    Ten splits are usual, and the score of a split decreases with its size. With Inception's 1,008 logits without bias it
-    is the Inception Score. Source: Salimans et al. 2016.
+    Ten splits are usual; smaller splits have lower scores. With the 1,008 logits of Inception without bias it is the
+    Inception Score. Source: Salimans et al. 2016.
     """
     scores = torch.tensor([split.score for split in splits], dtype=torch.float64)
     return float(scores.mean()), float(scores.std(correction=0))
@@ -211,7 +208,7 @@ class Manifold:
 
 
 def precision_and_recall(samples: Manifold, reference: Manifold, chunk: int = 1024) -> tuple[float, float]:
-    """Fraction of the samples inside the reference's manifold, and of the reference inside the samples'.
+    """Precision, the fraction of samples in the reference's manifold; recall, of reference points in the samples'.
 
     Computed in float64, with `chunk` rows of distances at a time. Source: Kynkaanniemi et al. 2019.
     """
@@ -224,13 +221,6 @@ def precision_and_recall(samples: Manifold, reference: Manifold, chunk: int = 10
     return float(torch.cat(is_inside).double().mean()), float(reference_covered.double().mean())
 
 
-def mean_pairwise_distance(vectors: torch.Tensor) -> float:
-    """Mean Euclidean distance over all unordered pairs of vectors (N, P). Raises ValueError for fewer than two."""
-    if len(vectors) < 2:
-        raise ValueError(f"a pairwise distance needs at least 2 vectors, but got {len(vectors)}")
-    return float(torch.pdist(vectors.float()).double().mean())
-
-
 def mean_within_class_distance(images: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean over classes of the mean pairwise Euclidean pixel distance; images (N, ...) of any dtype, labels (N,).
 
@@ -241,7 +231,7 @@ def mean_within_class_distance(images: torch.Tensor, labels: torch.Tensor) -> fl
     classes = classes[counts > 1]
     if len(classes) == 0:
         raise ValueError(f"at least one class must have 2 images, but none of {len(counts)} has")
-    return sum(mean_pairwise_distance(flat[labels == label]) for label in classes) / len(classes)
+    return float(sum(torch.pdist(flat[labels == label]).double().mean() for label in classes) / len(classes))
 
 
 def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: int = 256) -> torch.Tensor:

@@ -16,7 +16,7 @@ NETWORK_FILE = "meanflow_network"
 
 
 def merged_source(modules: tuple[str, ...]) -> str:
-    """Concatenates modules of this package: imports of each other are removed, the others are moved to the top."""
+    """Concatenates modules of this package. Removes their imports of each other and moves all other imports to the top."""
     imports: set[str] = set()
     bodies = []
     for name in modules:

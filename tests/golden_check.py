@@ -18,7 +18,7 @@ import torch
 from meanflow_core.config import GuidanceConfig, LossConfig, NetworkConfig, TimeSamplingConfig
 from meanflow_core.draws import GUIDANCE_INPUTS, StepRecord
 from meanflow_core.generator import build_pipeline
-from meanflow_core.interop.conversion import from_official_imf, from_official_meanflow
+from meanflow_core.interop.conversion import from_official
 from meanflow_core.loss import LossOutput, meanflow_loss
 from meanflow_core.networks import AnyNetwork, build_network
 from meanflow_core.transformer import Conditioning
@@ -85,18 +85,16 @@ def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict
     return config, shape, loss
 
 
-def parameters(golden: Mapping[str, np.ndarray], prefix: str, is_improved: bool) -> dict[str, torch.Tensor]:
+def parameters(golden: Mapping[str, np.ndarray], prefix: str) -> dict[str, torch.Tensor]:
     """The arrays with this prefix, converted to this project's parameter names."""
-    convert = from_official_imf if is_improved else from_official_meanflow
-    return convert({key[len(prefix) :]: golden[key] for key in golden if key.startswith(prefix)})
+    return from_official({key[len(prefix) :]: golden[key] for key in golden if key.startswith(prefix)})
 
 
 def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False) -> dict[str, float]:
     """{quantity: relative error} of every output, gradient and sample in a file."""
     network_config, shape, loss_config = read_settings(golden)
-    is_improved = loss_config.objective == "improved_meanflow"
     network = build_network(network_config, **shape)
-    network.load_state_dict(parameters(golden, "param:", is_improved))
+    network.load_state_dict(parameters(golden, "param:"))
 
     draws = {ours: torch.from_numpy(np.asarray(golden[theirs])) for theirs, ours in DRAWS.items() if theirs in golden}
     latents, labels = torch.from_numpy(golden["latents"]), torch.from_numpy(golden["labels"]).long()
@@ -129,7 +127,7 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
         errors["v"] = difference(output.v, golden["v"])
     if "jvp_tangent" in golden:
         errors["tangent"] = difference(output.tangent, golden["jvp_tangent"][record.rows_below])
-    for name, theirs in parameters(golden, "grad:", is_improved).items():
+    for name, theirs in parameters(golden, "grad:").items():
         ours = dict(network.named_parameters())[name].grad
         errors[f"gradient of {name}"] = difference(torch.zeros_like(theirs) if ours is None else ours, theirs)
     errors |= check_sampling(network, golden)

@@ -1,7 +1,7 @@
 """Converts parameters of public checkpoints to this package's networks, with one function per source.
 
-In this package t = 1 is noise, and velocities point from data to noise. The values of a source with other conventions
-are rewritten, so that the networks need no flags.
+In this package t = 1 is noise, and velocities point from data to noise. If a source has other conventions, its
+parameters are rewritten, so that the networks need no flags.
 
     # C channels, P patch side, N tokens, D width
 """
@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from meanflow_core.networks import AnyNetwork, build_network, without_velocity_h
 from meanflow_core.presets import PRESETS, dit_network, imf_network
 from meanflow_core.transformer import FREQUENCY_EMBEDDING_SIZE, MeanFlowDiT, sine_cosine_positions, sinusoids
 
-T = TypeVar("T")
-
-# The authors' Flax modules wrap every layer and nest the layers of a Sequential; ours have the names of DiT and SiT.
+# The authors' Flax modules wrap every layer and nest the layers of a Sequential; our names are those of DiT and SiT.
 _OFFICIAL_RENAMES = (
     (r"^net/", ""),
     (r"/_flax_linear", ""),
@@ -45,8 +43,8 @@ STEP_SIZE_INIT, STEP_SIZE_SEED = 0.02, 0
 DEFAULT_SAMPLE_SIZE = 32  # ImageNet 256x256 with an 8-fold VAE
 
 
-def _rename(state: Mapping[str, T], renames: tuple[tuple[str, str], ...]) -> dict[str, T]:
-    renamed: dict[str, T] = {}
+def _rename(state: Mapping[str, torch.Tensor], renames: tuple[tuple[str, str], ...]) -> dict[str, torch.Tensor]:
+    renamed: dict[str, torch.Tensor] = {}
     for source_name, value in state.items():
         name = source_name
         for pattern, replacement in renames:
@@ -57,40 +55,27 @@ def _rename(state: Mapping[str, T], renames: tuple[tuple[str, str], ...]) -> dic
     return renamed
 
 
-def _from_flax(parameters: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_lone_velocity_layer(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drops the v head's last layer if the blocks of that head are missing, as in published files for sampling."""
+    if any(name.startswith("v_heads.") for name in state):
+        return state
+    return {name: value for name, value in state.items() if not name.startswith("v_final_layer.")}
+
+
+def from_official(parameters: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Converts flat Flax parameters of Gsunshine/meanflow or Lyy-iiis/imeanflow.
+
+    Their names are like "net/blocks/layers_0/attn/qkv/_flax_linear/kernel". Returns a float32 state dict for MeanFlowDiT
+    or ImprovedMeanFlowDiT, without a v head if the file has none. Linear kernels (in, out) are transposed, and the patch
+    convolution becomes OIHW; qkv is packed in the same order.
+    """
     arrays = {}
     for path, value in parameters.items():
         array = np.asarray(value)
         if path.endswith("/kernel"):  # linear (in, out), convolution HWIO; a norm's weight has one axis
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         arrays[path] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    return _rename(arrays, _OFFICIAL_RENAMES)
-
-
-def _without_lone_velocity_layer(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drops the v head's last layer if the blocks of that head are missing, as in files for sampling."""
-    if any(name.startswith("v_heads.") for name in state):
-        return state
-    return {name: value for name, value in state.items() if not name.startswith("v_final_layer.")}
-
-
-def from_official_meanflow(parameters: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Converts flat Flax parameters of Gsunshine/meanflow.
-
-    Their names are like "net/blocks/layers_0/attn/qkv/_flax_linear/kernel". Returns a float32 state dict for MeanFlowDiT:
-    linear kernels (in, out) are transposed, the patch convolution becomes OIHW; qkv is packed in the same order.
-    `convert_checkpoint` reports missing and unknown names.
-    """
-    return _from_flax(parameters)
-
-
-def from_official_imf(parameters: Mapping[str, np.ndarray | torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Converts flat Flax parameters of Lyy-iiis/imeanflow.
-
-    Their names are like "net/shared_blocks_0/attn/q_proj/_flax_linear/kernel". Returns a float32 state dict for
-    ImprovedMeanFlowDiT, without a v head if the file has none.
-    """
-    return _without_lone_velocity_layer(_from_flax(parameters))
+    return _without_lone_velocity_layer(_rename(arrays, _OFFICIAL_RENAMES))
 
 
 def from_imf_torch(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -109,7 +94,7 @@ def from_sit(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     Returns a float32 state dict for MeanFlowDiT whose u is -SiT(z, 1 - t) for any r: the first layer of the
     time embedder is rewritten to reverse time, and the last layer of the network is negated. The position embedding is
-    checked against ours and dropped, as is the predicted variance (the second C channels of each position in a patch).
+    checked against ours and dropped. So is the predicted variance, the second C channels of each position in a patch.
     Raises ValueError if the file is not a SiT checkpoint.
     """
     converted = _from_timm(state)
@@ -127,7 +112,7 @@ def from_repa(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Converts parameters of sihyun-yu/REPA's SiT: a velocity with our times and sign.
 
     Returns a float32 state dict for MeanFlowDiT whose u does not depend on r. The position embedding is checked against
-    ours and dropped, as are `projectors`, which only REPA's training uses.
+    ours and dropped. So are the `projectors`, which only REPA's training uses.
     Raises ValueError if the file is not a REPA checkpoint.
     """
     converted = _from_timm(state, dropped="projectors.")
@@ -145,10 +130,10 @@ def from_zhuyu_cs(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _from_timm(state: Mapping[str, torch.Tensor], dropped: str | None = None) -> dict[str, torch.Tensor]:
-    """Checks and drops the stored position embedding. The other names are the same as ours, without an h_embedder."""
+    """Checks and drops the stored position embedding. The other names are ours; the file must have no h_embedder."""
     unexpected = [name for name in state if name.startswith("h_embedder.")]
     if unexpected:
-        raise ValueError(f"{len(unexpected)} unknown: {', '.join(unexpected)}; files of this source have no h_embedder")
+        raise ValueError(f"the file is from another source: it has {', '.join(unexpected)}")
     _grid_size(state)
     kept = [name for name in state if name != "pos_embed" and not (dropped and name.startswith(dropped))]
     return {name: state[name].float() for name in kept}
@@ -209,7 +194,7 @@ def ignore_step_size(network: MeanFlowDiT) -> None:
     """Makes a network's output independent of t - r, in place; at t = r it is unchanged.
 
     For networks trained with flow matching, whose step-size embedder was only trained at t - r = 0. The last layer's
-    weight becomes 0 and its bias the embedder's output at 0. The embedder can still be trained, as in
+    weight becomes 0 and its bias the embedder's output at 0. The embedder can still be trained, like that of
     `zero_step_size_embedder`.
     """
     embedder = network.h_embedder
@@ -232,8 +217,8 @@ class Source:
 
 
 SOURCES = {
-    "official-meanflow": Source(convert=from_official_meanflow, architecture="dit"),
-    "official-imf": Source(convert=from_official_imf, architecture="imf_dit"),
+    "official-meanflow": Source(convert=from_official, architecture="dit"),
+    "official-imf": Source(convert=from_official, architecture="imf_dit"),
     "imf-torch": Source(convert=from_imf_torch, architecture="imf_dit"),
     "sit": Source(convert=from_sit, architecture="dit", is_flow_matching=True),
     "repa": Source(convert=from_repa, architecture="dit", is_flow_matching=True),
@@ -261,7 +246,7 @@ def published_training(architecture: str, hidden_size: int, depth: int) -> Train
 def convert_checkpoint(
     source_name: str, state: Mapping[str, torch.Tensor], *, sample_size: int | None = None, num_heads: int | None = None
 ) -> AnyNetwork:
-    """Builds a float32 network from the parameters of a source. Their shapes determine its size.
+    """Builds a float32 network from the parameters of a source. The size of the network follows from their shapes.
 
     sample_size: side of the latents, if the file has no position embedding; default: 32. num_heads: required if the
     size is not a published one. An improved MeanFlow network has a v head if the file has one.
@@ -287,26 +272,11 @@ def convert_checkpoint(
     )
     if not _num_blocks(converted, "v_heads"):
         network = without_velocity_head(network)
-    _require_same_shapes(source_name, converted, network)
-    network.load_state_dict(converted)
+    try:
+        network.load_state_dict(converted)
+    except RuntimeError as error:  # its message lists every name
+        raise ValueError(f"the file does not match a network of source {source_name}: {error}") from error
     return network
-
-
-def _require_same_shapes(source_name: str, converted: Mapping[str, torch.Tensor], network: AnyNetwork) -> None:
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in converted.items()}
-    differences = {
-        "missing": [name for name in expected if name not in found],
-        "unknown": [name for name in found if name not in expected],
-        "of the wrong shape": [
-            f"{name} {found[name]} instead of {expected[name]}"
-            for name in expected
-            if name in found and found[name] != expected[name]
-        ],
-    }
-    listing = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in differences.items() if names)
-    if listing:
-        raise ValueError(f"the file does not match a network of source {source_name}: {listing}")
 
 
 def _find(state: Mapping[str, torch.Tensor], name: str, num_axes: int) -> torch.Tensor:

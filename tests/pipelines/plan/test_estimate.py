@@ -1,6 +1,5 @@
 """Estimates compared with hand calculations, the runbook's figures, and bytes counted on this machine."""
 
-import json
 import re
 import sys
 from collections.abc import Callable

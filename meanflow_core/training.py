@@ -1,6 +1,7 @@
 """One optimiser step on one device, and the moving averages. For several devices, pass the wrapped network."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -134,9 +135,11 @@ def build_train_state(
 
 def compile_blocks(network: AnyNetwork, backend: str = "inductor") -> None:
     """Compiles a network block by block, in place. Blocks of a class share their code; hooks between blocks still run."""
-    # A long run meets more batch sizes than dynamo's limit of 8, above which it silently runs uncompiled code: those of
-    # the no-grad forward, and that of the training forward.
-    network.compile_repeated_blocks(dynamic=False, backend=backend, recompile_limit=4 * VELOCITY_BATCH_PARTS)
+    # A long run meets every size of the no-grad forward, in addition to the training forward's: more than dynamo's
+    # limit of 8, above which it silently runs uncompiled. torch 2.11 has no such option per module.
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
+    limit = {"recompile_limit": 4 * VELOCITY_BATCH_PARTS} if has_limit else {}
+    network.compile_repeated_blocks(dynamic=False, backend=backend, **limit)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

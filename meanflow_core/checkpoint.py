@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from meanflow_core.config import TrainingConfig
 from meanflow_core.formats import require_format_version
-from meanflow_core.networks import AnyNetwork
+from meanflow_core.networks.registry import AnyNetwork
 from meanflow_core.training import TrainState
 
 FORMAT_VERSION = 2

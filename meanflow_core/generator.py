@@ -15,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.formats import require_format_version
-from meanflow_core.networks import NETWORKS, AnyNetwork
+from meanflow_core.networks.registry import NETWORKS, AnyNetwork
 from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code
 

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 # Each module follows the modules that it imports.
-NETWORK_MODULES = ("dual", "transformer", "imf_transformer")
-PIPELINE_MODULES = ("formats", "latents", "dual", "transformer", "imf_transformer", "autoencoder", "pipeline")
+NETWORK_MODULES = ("networks.dual", "networks.dit", "networks.improved_dit")
+PIPELINE_MODULES = ("formats", "latents", *NETWORK_MODULES, "autoencoder", "pipeline")
 NETWORK_FILE = "meanflow_network"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from meanflow_core.networks import AnyNetwork
+from meanflow_core.networks.registry import AnyNetwork
 
 
 def shard_network(network: AnyNetwork) -> None:

@@ -17,10 +17,10 @@ import torch
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.generator import build_pipeline
-from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.networks import without_velocity_head
+from meanflow_core.networks.dit import MeanFlowDiT
+from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
+from meanflow_core.networks.registry import without_velocity_head
 from meanflow_core.pipeline import MeanFlowPipeline
-from meanflow_core.transformer import MeanFlowDiT
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 

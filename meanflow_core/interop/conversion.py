@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
-from meanflow_core.dual import Dual
-from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
+from meanflow_core.networks.dit import FREQUENCY_EMBEDDING_SIZE, MeanFlowDiT, sine_cosine_positions, sinusoids
+from meanflow_core.networks.dual import Dual
+from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, dit_network, imf_network
-from meanflow_core.transformer import FREQUENCY_EMBEDDING_SIZE, MeanFlowDiT, sine_cosine_positions, sinusoids
 
 # The authors' Flax modules wrap every layer and nest the layers of a Sequential; our names are those of DiT and SiT.
 _OFFICIAL_RENAMES = (

@@ -14,7 +14,7 @@ import torch
 
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks import AnyNetwork, without_velocity_head
+from meanflow_core.networks.registry import AnyNetwork, without_velocity_head
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.training import SUMS, build_train_state, train_step
 from pipelines.command_line import set_up_logging

@@ -14,7 +14,7 @@ from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.interop.conversion import convert_checkpoint, find_source, published_training
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.latents import SD_SCALING_FACTOR, SD_VAE_FT_MSE_MEAN, SD_VAE_FT_MSE_STD, LatentNormalization
-from meanflow_core.networks import AnyNetwork
+from meanflow_core.networks.registry import AnyNetwork
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
 from pipelines.convert.job import ConvertJob

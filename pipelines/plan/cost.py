@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
-from meanflow_core.draws import StepRecord, draw_step_record
-from meanflow_core.loss import meanflow_loss, total_derivative
-from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
-from meanflow_core.transformer import Conditioning
+from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
+from meanflow_core.objectives.draws import StepRecord, draw_step_record
+from meanflow_core.objectives.meanflow import meanflow_loss, total_derivative
 
 FLOAT32_BYTES = 4
 # Samples drawn to estimate the fractions that need velocities or du/dt. Step FLOPs are within 0.2 % of the long-run mean.

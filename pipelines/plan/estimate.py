@@ -7,7 +7,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from math import ceil
 
-from meanflow_core.draws import draw_step_record
+from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import num_passes
 from pipelines.plan.cost import (
     FLOAT32_BYTES,

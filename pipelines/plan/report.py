@@ -5,7 +5,7 @@ from math import ceil
 from typing import Any
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.imf_transformer import NUM_CONDITION_TOKENS
+from meanflow_core.networks.improved_dit import NUM_CONDITION_TOKENS
 from meanflow_core.presets import PRESETS
 from meanflow_core.training import num_passes
 from pipelines.plan.cost import (

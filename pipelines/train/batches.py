@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.draws import draw_step_record
+from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import Batch, contiguous_share, num_passes
 from pipelines.latents.dataset import LatentDataset
 from pipelines.latents.sample_order import samples_of_step

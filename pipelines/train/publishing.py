@@ -15,7 +15,7 @@ from meanflow_core.autoencoder import weight_hash
 from meanflow_core.checkpoint import load_average
 from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import build_pipeline, save_generator, write_provenance
-from meanflow_core.networks import AnyNetwork, build_network, without_velocity_head
+from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
 from pipelines.errors import RunError

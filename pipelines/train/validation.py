@@ -16,10 +16,10 @@ from ray.train import Checkpoint, ValidationConfig, ValidationTaskConfig
 
 from meanflow_core.checkpoint import load_average, read_state_file
 from meanflow_core.config import TrainingConfig
-from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization, sample_latents
-from meanflow_core.loss import meanflow_loss
-from meanflow_core.networks import AnyNetwork, build_network
+from meanflow_core.networks.registry import AnyNetwork, build_network
+from meanflow_core.objectives.draws import draw_step_record
+from meanflow_core.objectives.meanflow import meanflow_loss
 from pipelines.command_line import set_up_logging
 from pipelines.errors import InputError
 from pipelines.latents.autoencoder import open_autoencoder

@@ -13,8 +13,8 @@ from meanflow_core.generator import load_network
 from meanflow_core.interop.conversion import convert_checkpoint, find_source, ignore_step_size
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks import AnyNetwork, build_network, require_same_architecture
-from meanflow_core.transformer import MeanFlowDiT
+from meanflow_core.networks.dit import MeanFlowDiT
+from meanflow_core.networks.registry import AnyNetwork, build_network, require_same_architecture
 from pipelines.errors import InputError
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.manifest import Manifest

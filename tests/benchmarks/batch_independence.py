@@ -14,7 +14,7 @@ from _harness import main
 
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline
-from meanflow_core.networks import build_network
+from meanflow_core.networks.registry import build_network
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.presets import dit_network
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER

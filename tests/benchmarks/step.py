@@ -19,13 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig, TrainingConfig
-from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import LossOutput, meanflow_loss
-from meanflow_core.networks import build_network, without_velocity_head
+from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.registry import build_network, without_velocity_head
+from meanflow_core.objectives.draws import draw_step_record
+from meanflow_core.objectives.meanflow import LossOutput, meanflow_loss
 from meanflow_core.presets import PRESETS, imf_b2
 from meanflow_core.training import Batch, TrainState, build_train_state, compile_blocks, train_step
-from meanflow_core.transformer import Conditioning
 
 FLOW_MATCHING = LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
 UNGUIDED = LossConfig()

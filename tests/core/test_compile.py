@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from meanflow_core.draws import draw_step_record
+from meanflow_core.networks.dit import Conditioning
+from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import compile_blocks
-from meanflow_core.transformer import Conditioning
 from tests.support.objectives import (
     FLOW_MATCHING,
     GUIDED,

@@ -9,10 +9,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from meanflow_core.config import LossConfig, NetworkConfig, OptimizerConfig, TimeSamplingConfig, TrainingConfig
-from meanflow_core.draws import draw_step_record
 from meanflow_core.generator import build_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
+from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import Batch, build_train_state, train_step
 
 IDENTITY = LatentNormalization(mean=(0.0,), std=(1.0,))

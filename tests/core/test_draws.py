@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meanflow_core.config import GuidanceConfig, GuidanceSamplingConfig, LossConfig, TimeSamplingConfig
-from meanflow_core.draws import (
+from meanflow_core.objectives.draws import (
     GUIDANCE_INPUTS,
     StepRecord,
     draw_guidance_interval,

@@ -8,9 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow_core.config import LossConfig
-from meanflow_core.draws import StepRecord
-from meanflow_core.loss import meanflow_loss, total_derivative
-from meanflow_core.transformer import Conditioning
+from meanflow_core.networks.dit import Conditioning
+from meanflow_core.objectives.draws import StepRecord
+from meanflow_core.objectives.meanflow import meanflow_loss, total_derivative
 from tests.golden_check import GOLDEN_FOLDER, check, load
 from tests.support.objectives import (
     FLOW_MATCHING,

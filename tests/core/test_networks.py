@@ -8,11 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import NetworkConfig
-from meanflow_core.dual import Dual
-from meanflow_core.imf_transformer import rotary_angles, rotate
-from meanflow_core.networks import build_network, without_velocity_head
+from meanflow_core.networks.dit import Conditioning, MeanFlowDiT, sine_cosine_positions, unpatchify
+from meanflow_core.networks.dual import Dual
+from meanflow_core.networks.improved_dit import rotary_angles, rotate
+from meanflow_core.networks.registry import build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, b2, dit_network, imf_network, l2, m2, xl2
-from meanflow_core.transformer import Conditioning, MeanFlowDiT, sine_cosine_positions, unpatchify
 from tests.conftest import perturbed
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from meanflow_core.networks.dit import Conditioning
 from meanflow_core.pipeline import MeanFlowPipeline, noise_between, noise_from_seeds
-from meanflow_core.transformer import Conditioning
 
 
 def flow_map_steps(pipeline, z, labels, grid):

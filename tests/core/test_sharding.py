@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.config import OptimizerConfig
-from meanflow_core.draws import GUIDANCE_INPUTS, StepRecord
-from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.loss import meanflow_loss
+from meanflow_core.networks.dit import MeanFlowDiT
+from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
+from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
+from meanflow_core.objectives.meanflow import meanflow_loss
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, TrainState, compile_blocks, train_step, update_emas
-from meanflow_core.transformer import MeanFlowDiT
 from tests.support.objectives import NULL, OBJECTIVES, conditioning_of, draw_batch, relative
 from tests.support.processes import run_group
 from tests.support.training_steps import IDENTITY

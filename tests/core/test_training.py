@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from meanflow_core.config import GuidanceConfig, OptimizerConfig
-from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.loss import meanflow_loss
+from meanflow_core.networks.dit import Conditioning
+from meanflow_core.objectives.draws import draw_step_record
+from meanflow_core.objectives.meanflow import meanflow_loss
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import (
     SUMS,
@@ -23,7 +24,6 @@ from meanflow_core.training import (
     update_emas,
     warm_up_ddp_buckets,
 )
-from meanflow_core.transformer import Conditioning
 from tests.support.training_steps import (
     IDENTITY,
     broken_batch,

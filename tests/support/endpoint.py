@@ -32,9 +32,9 @@ from deploy.replica.service import GeneratorService
 from deploy.settings import Arguments
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, save_generator
-from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.networks import without_velocity_head
-from meanflow_core.transformer import MeanFlowDiT
+from meanflow_core.networks.dit import MeanFlowDiT
+from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
+from meanflow_core.networks.registry import without_velocity_head
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.serving import free_port

@@ -3,9 +3,9 @@
 import torch
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks import AnyNetwork
+from meanflow_core.networks.registry import AnyNetwork
+from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.presets import debug
 from meanflow_core.training import Batch, StepMetrics, TrainState, build_train_state, train_step
 

@@ -174,7 +174,7 @@ def test_loss_curve_averages_over_intervals():
 
 
 def test_networks_have_equal_numbers_of_parameters_at_sampling_time():
-    from meanflow_core.networks import build_network, without_velocity_head
+    from meanflow_core.networks.registry import build_network, without_velocity_head
 
     compared = build_methods(100)
     expected = num_parameters(compared["meanflow"].config.network, **SIZES)

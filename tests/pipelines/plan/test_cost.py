@@ -7,8 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
-from meanflow_core.draws import draw_step_record
-from meanflow_core.loss import meanflow_loss
+from meanflow_core.objectives.draws import draw_step_record
+from meanflow_core.objectives.meanflow import meanflow_loss
 from meanflow_core.presets import (
     b2,
     b4,

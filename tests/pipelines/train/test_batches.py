@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from meanflow_core.draws import draw_step_record
+from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.presets import debug
 from pipelines.latents.dataset import LatentDataset
 from pipelines.latents.sample_order import samples_of_step

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from meanflow_core.generator import build_pipeline
-from meanflow_core.transformer import MeanFlowDiT
+from meanflow_core.networks.dit import MeanFlowDiT
 from pipelines.tracking.run import MlflowClient, Run
 from pipelines.train import reporting
 from pipelines.train.reporting import Reporter, sample_grid

@@ -7,9 +7,9 @@ from mlflow import MlflowClient
 from ray.train import Checkpoint
 
 from meanflow_core.checkpoint import save_train_state
-from meanflow_core.draws import draw_step_record
 from meanflow_core.latents import LatentNormalization, sample_latents
-from meanflow_core.loss import meanflow_loss
+from meanflow_core.objectives.draws import draw_step_record
+from meanflow_core.objectives.meanflow import meanflow_loss
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from meanflow_core.dual import Dual, Linear, attention, lift, lift_linear
+from meanflow_core.networks.dual import Dual, Linear, attention, lift, lift_linear
 
 FREQUENCY_EMBEDDING_SIZE = 256  # number of sinusoidal features of a time (DiT's code)
 MAX_PERIOD = 10_000.0  # longest period of these features (times are in [0, 1]) and of position embeddings

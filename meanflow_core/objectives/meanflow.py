@@ -31,8 +31,8 @@ from typing import Protocol
 import torch
 
 from meanflow_core.config import LossConfig
-from meanflow_core.draws import GUIDANCE_INPUTS, StepRecord
-from meanflow_core.transformer import Conditioning, NetworkOutput
+from meanflow_core.networks.dit import Conditioning, NetworkOutput
+from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
 
 
 class Network(Protocol):

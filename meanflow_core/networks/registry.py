@@ -3,8 +3,8 @@
 import torch
 
 from meanflow_core.config import NetworkConfig
-from meanflow_core.imf_transformer import ImprovedMeanFlowDiT
-from meanflow_core.transformer import MeanFlowDiT
+from meanflow_core.networks.dit import MeanFlowDiT
+from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
 
 AnyNetwork = MeanFlowDiT | ImprovedMeanFlowDiT
 

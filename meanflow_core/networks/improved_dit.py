@@ -16,8 +16,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from meanflow_core.dual import Dual, Linear, attention, lift, lift_linear
-from meanflow_core.transformer import (
+from meanflow_core.networks.dit import (
     NORM_EPS,
     Conditioning,
     LabelEmbedder,
@@ -29,6 +28,7 @@ from meanflow_core.transformer import (
     run_blocks,
     unpatchify,
 )
+from meanflow_core.networks.dual import Dual, Linear, attention, lift, lift_linear
 
 # Number of tokens per conditioning input, in the order of the sequence (the authors' code).
 NUM_CLASS_TOKENS, NUM_OMEGA_TOKENS, NUM_INTERVAL_TOKENS, NUM_TIME_TOKENS = 8, 4, 2, 4

@@ -1,0 +1,1 @@
+"""Network architectures: modules on (value, tangent) pairs."""

@@ -1,0 +1,1 @@
+"""Training objectives: the draws of a step and the loss."""

@@ -18,7 +18,7 @@ from PIL import Image
 import meanflow_core.networks.improved_dit  # noqa: F401  # diffusers finds network classes in imported modules only
 from meanflow_core.autoencoder import decode_latents, downsampling_factor
 from meanflow_core.formats import require_format_version
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 
 FORMAT_VERSION = 2
 MAX_SEED = 2**63 - 1

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 # Each module follows the modules that it imports.
-NETWORK_MODULES = ("networks.dual", "networks.dit", "networks.improved_dit")
+NETWORK_MODULES = ("networks.dual", "networks.interface", "networks.layers", "networks.dit", "networks.improved_dit")
 PIPELINE_MODULES = ("formats", "latents", *NETWORK_MODULES, "autoencoder", "pipeline")
 NETWORK_FILE = "meanflow_network"
 

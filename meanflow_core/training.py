@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from meanflow_core.config import OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
+from meanflow_core.networks.interface import Network
 from meanflow_core.networks.registry import AnyNetwork, build_network, require_same_architecture
 from meanflow_core.objectives.draws import VELOCITY_BATCH_PARTS, StepRecord
-from meanflow_core.objectives.meanflow import Network, meanflow_loss
+from meanflow_core.objectives.meanflow import meanflow_loss
 
 
 @dataclass

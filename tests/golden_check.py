@@ -18,7 +18,7 @@ import torch
 from meanflow_core.config import GuidanceConfig, LossConfig, NetworkConfig, TimeSamplingConfig
 from meanflow_core.generator import build_pipeline
 from meanflow_core.interop.conversion import from_official
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 from meanflow_core.networks.registry import AnyNetwork, build_network
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
 from meanflow_core.objectives.meanflow import LossOutput, meanflow_loss

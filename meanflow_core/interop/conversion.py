@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
-from meanflow_core.networks.dit import FREQUENCY_EMBEDDING_SIZE, MeanFlowDiT, sine_cosine_positions, sinusoids
+from meanflow_core.networks.dit import MeanFlowDiT, sine_cosine_positions
 from meanflow_core.networks.dual import Dual
+from meanflow_core.networks.layers import FREQUENCY_EMBEDDING_SIZE, sinusoids
 from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, dit_network, imf_network
 

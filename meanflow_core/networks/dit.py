@@ -6,8 +6,6 @@ Layers operate on duals (see `dual`), so that one forward computes both u and du
     # B batch, b rows with a tangent, C channels, H W latent size, P patch side, N tokens, D width
 """
 
-import math
-from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import ClassVar
 
@@ -16,140 +14,18 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from meanflow_core.networks.dual import Dual, Linear, attention, lift, lift_linear
-
-FREQUENCY_EMBEDDING_SIZE = 256  # number of sinusoidal features of a time (DiT's code)
-MAX_PERIOD = 10_000.0  # longest period of these features (times are in [0, 1]) and of position embeddings
-NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditioning:
-    """Conditioning inputs."""
-
-    t: torch.Tensor
-    """(B,) float, in [0, 1]: the time of z_t."""
-    r: torch.Tensor
-    """(B,) float, in [0, t]: the time at which a step from t ends."""
-    labels: torch.Tensor
-    """(B,) int64: class ids; the id num_classes is the null class."""
-    omega: torch.Tensor | None = None
-    """(B,) float, at least 1: guidance scale, for improved MeanFlow's network."""
-    guidance_interval_start: torch.Tensor | None = None
-    """(B,) float, in [0, 1], for improved MeanFlow's network."""
-    guidance_interval_end: torch.Tensor | None = None
-    """(B,) float, in [guidance_interval_start, 1], for improved MeanFlow's network."""
-
-    def rows(self, index: torch.Tensor) -> "Conditioning":
-        """Selects rows by an int64 index (b,)."""
-        inputs = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value[index] for name, value in inputs.items() if value is not None})
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkOutput:
-    """Outputs of a network."""
-
-    u: torch.Tensor | None = None
-    """(B, C, H, W): average velocity over [r, t]. None if velocity_only is set and the network has a v head."""
-    v: torch.Tensor | None = None
-    """(B, C, H, W): instantaneous velocity at t, if the network has a v head."""
-    dudt: torch.Tensor | None = None
-    """(b, C, H, W), without a graph: du/dt of the first b rows, if a tangent was given."""
-
-    @property
-    def velocity(self) -> torch.Tensor:
-        """(B, C, H, W): the instantaneous velocity, for a forward with r = t: v if the network has a v head, else u."""
-        velocity = self.u if self.v is None else self.v
-        assert velocity is not None, "a network returns u or v"
-        return velocity
-
-
-# Registered as a pytree, so that wrappers and compilers find the tensors in an output.
-torch.export.register_dataclass(NetworkOutput)
-
-
-def check_patch_size(sample_size: int, patch_size: int) -> None:
-    """Raises ValueError if the patch size does not divide the latent size."""
-    if sample_size % patch_size:
-        raise ValueError(
-            f"the latent size must be a multiple of the patch size, but got {sample_size} and {patch_size}"
-        )
-
-
-def check_network_input(
-    z: torch.Tensor, conditioning: Conditioning, tangent: torch.Tensor | None, channels: int, size: int
-) -> None:
-    """Raises ValueError unless z is (B, channels, size, size), each conditioning input has B rows, and the tangent has
-    b <= B rows of z's shape."""
-    if z.shape[1:] != (channels, size, size):
-        raise ValueError(f"latents must have shape (B, {channels}, {size}, {size}), but got {tuple(z.shape)}")
-    lengths = {f.name: len(value) for f in fields(conditioning) if (value := getattr(conditioning, f.name)) is not None}
-    if any(length != len(z) for length in lengths.values()):
-        raise ValueError(f"each conditioning input must have {len(z)} rows, like the latents, but got {lengths}")
-    if tangent is not None and (tangent.shape[1:] != z.shape[1:] or len(tangent) > len(z)):
-        raise ValueError(
-            f"tangent must have the shape of the first samples of z {tuple(z.shape)}, but got {tuple(tangent.shape)}"
-        )
-
-
-class TimeEmbedder(nn.Module):
-    """Embeds a scalar (B,) as (B, D): sinusoids, then an MLP."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, time: Dual) -> Dual:
-        # Compute the sinusoids in float32, because bfloat16 rounds nearby times to the same value.
-        first: Linear = self.mlp[0]  # type: ignore[assignment]
-        column = lift_linear(lambda time: time[:, None], time)
-        hidden = first(lift(lambda time: sinusoids(time).to(first.weight.dtype), column))
-        return self.mlp[2](lift(F.silu, hidden))  # (B, D)
-
-
-def sinusoids(time: torch.Tensor) -> torch.Tensor:
-    """Times (B, 1) -> features (B, 256): cosines, then sines."""
-    half = FREQUENCY_EMBEDDING_SIZE // 2
-    frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=time.device))
-    angles = time * frequencies  # (B, 128)
-    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-
-
-class LabelEmbedder(nn.Module):
-    """Embeds class ids (B,) as (B, D); the last row of the table is the null class."""
-
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        return self.embedding_table(labels)
-
-
-class PatchEmbedder(nn.Module):
-    """Latents (B, C, H, W) -> tokens (B, N, D), in row-major order."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def initialize(self) -> None:
-        """Xavier initialisation as for a linear layer on a patch's values (DiT, and the authors' networks)."""
-        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
-        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # typed as optional
-
-    def forward(self, z: Dual) -> Dual:
-        tokens = self.proj(z.value).flatten(2).transpose(1, 2).contiguous()
-        if z.tangent is None:
-            return Dual(tokens)
-        with torch.no_grad():
-            tangent = F.conv2d(z.tangent, self.proj.weight, stride=self.proj.stride)
-        return Dual(tokens, tangent.flatten(2).transpose(1, 2).contiguous())
+from meanflow_core.networks.interface import Conditioning, NetworkOutput, check_network_input, check_patch_size
+from meanflow_core.networks.layers import (
+    MAX_PERIOD,
+    NORM_EPS,
+    LabelEmbedder,
+    PatchEmbedder,
+    TimeEmbedder,
+    run_blocks,
+    unpatchify,
+)
 
 
 class Attention(nn.Module):
@@ -272,24 +148,6 @@ class FinalLayer(nn.Module):
     def forward(self, x: Dual, condition: Dual) -> Dual:
         shift, scale = _chunks(self.adaLN_modulation[1](lift(F.silu, condition)), 2)
         return self.linear(modulated_norm(x, shift, scale))
-
-
-def run_blocks(blocks: nn.ModuleList, x: Dual, *others: object, checkpointing: bool) -> Dual:
-    """Applies blocks in sequence. checkpointing: if gradients are enabled, store only block inputs for backward."""
-    for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, *others, use_reentrant=False)
-        else:
-            x = block(x, *others)
-    return x
-
-
-def unpatchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Patches (B, N, P * P * C), each in the order (row, column, channel), -> (B, C, H, W)."""
-    batch, tokens, _ = x.shape
-    side, patch = math.isqrt(tokens), patch_size
-    x = x.view(batch, side, side, patch, patch, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch, side * patch)
 
 
 def sine_cosine_positions(hidden_size: int, grid_size: int) -> torch.Tensor:

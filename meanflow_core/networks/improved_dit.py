@@ -16,19 +16,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from meanflow_core.networks.dit import (
-    NORM_EPS,
-    Conditioning,
-    LabelEmbedder,
-    NetworkOutput,
-    PatchEmbedder,
-    TimeEmbedder,
-    check_network_input,
-    check_patch_size,
-    run_blocks,
-    unpatchify,
-)
 from meanflow_core.networks.dual import Dual, Linear, attention, lift, lift_linear
+from meanflow_core.networks.interface import Conditioning, NetworkOutput, check_network_input, check_patch_size
+from meanflow_core.networks.layers import NORM_EPS, LabelEmbedder, PatchEmbedder, TimeEmbedder, run_blocks, unpatchify
 
 # Number of tokens per conditioning input, in the order of the sequence (the authors' code).
 NUM_CLASS_TOKENS, NUM_OMEGA_TOKENS, NUM_INTERVAL_TOKENS, NUM_TIME_TOKENS = 8, 4, 2, 4

@@ -26,30 +26,12 @@ V = u + (t - r) du/dt onto v, which is equivalent: V - v = u - u_tgt.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from meanflow_core.config import LossConfig
-from meanflow_core.networks.dit import Conditioning, NetworkOutput
+from meanflow_core.networks.interface import Conditioning, Network, NetworkOutput
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
-
-
-class Network(Protocol):
-    """The network interface that the loss requires; `transformer` and `imf_transformer` implement it."""
-
-    def __call__(
-        self,
-        z: torch.Tensor,
-        conditioning: Conditioning,
-        tangent: torch.Tensor | None = None,
-        velocity_only: bool = False,
-    ) -> NetworkOutput:
-        """Maps noisy latents (B, C, H, W) to u, to v if there is a v head, and to du/dt of the first b samples.
-
-        tangent: (b, C, H, W), the direction of du/dt in z.
-        """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

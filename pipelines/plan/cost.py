@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.objectives.draws import StepRecord, draw_step_record
 from meanflow_core.objectives.meanflow import meanflow_loss, total_derivative

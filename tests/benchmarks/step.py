@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 from meanflow_core.networks.registry import build_network, without_velocity_head
 from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.objectives.meanflow import LossOutput, meanflow_loss

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import compile_blocks
 from tests.support.objectives import (

@@ -8,7 +8,7 @@ import torch
 from meanflow_core.interop import conversion
 from meanflow_core.interop.conversion import SOURCES, convert_checkpoint, published_training, reverse_time
 from meanflow_core.interop.readers import read_checkpoint
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 from tests.golden_check import GOLDEN_FOLDER, check_sampling, load, read_settings
 from tests.support.objectives import relative
 from tests.support.public_checkpoints import (

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow_core.config import LossConfig
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 from meanflow_core.objectives.draws import StepRecord
 from meanflow_core.objectives.meanflow import meanflow_loss, total_derivative
 from tests.golden_check import GOLDEN_FOLDER, check, load

@@ -8,9 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.config import NetworkConfig
-from meanflow_core.networks.dit import Conditioning, MeanFlowDiT, sine_cosine_positions, unpatchify
+from meanflow_core.networks.dit import MeanFlowDiT, sine_cosine_positions
 from meanflow_core.networks.dual import Dual
 from meanflow_core.networks.improved_dit import rotary_angles, rotate
+from meanflow_core.networks.interface import Conditioning
+from meanflow_core.networks.layers import unpatchify
 from meanflow_core.networks.registry import build_network, without_velocity_head
 from meanflow_core.presets import PRESETS, b2, dit_network, imf_network, l2, m2, xl2
 from tests.conftest import perturbed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 from meanflow_core.pipeline import MeanFlowPipeline, noise_between, noise_from_seeds
 
 

@@ -9,7 +9,7 @@ import torch
 
 from meanflow_core.config import GuidanceConfig, OptimizerConfig
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning
 from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.objectives.meanflow import meanflow_loss
 from meanflow_core.presets import debug, debug_imf

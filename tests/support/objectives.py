@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig
-from meanflow_core.networks.dit import Conditioning
+from meanflow_core.networks.interface import Conditioning, Network
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord, draw_step_record
-from meanflow_core.objectives.meanflow import LossOutput, Network, meanflow_loss
+from meanflow_core.objectives.meanflow import LossOutput, meanflow_loss
 
 NULL = 10
 HALF = TimeSamplingConfig(fraction_r_below_t=0.5)

@@ -1,0 +1,96 @@
+"""The interface of networks: conditioning inputs, outputs, and checks of both.
+
+# B batch, b samples with a tangent, C channels, H W latent size
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """Conditioning inputs."""
+
+    t: torch.Tensor
+    """(B,) float, in [0, 1]: the time of z_t."""
+    r: torch.Tensor
+    """(B,) float, in [0, t]: the time at which a step from t ends."""
+    labels: torch.Tensor
+    """(B,) int64: class ids; the id num_classes is the null class."""
+    omega: torch.Tensor | None = None
+    """(B,) float, at least 1: guidance scale, for improved MeanFlow's network."""
+    guidance_interval_start: torch.Tensor | None = None
+    """(B,) float, in [0, 1], for improved MeanFlow's network."""
+    guidance_interval_end: torch.Tensor | None = None
+    """(B,) float, in [guidance_interval_start, 1], for improved MeanFlow's network."""
+
+    def rows(self, index: torch.Tensor) -> "Conditioning":
+        """Selects rows by an int64 index (b,)."""
+        inputs = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[index] for name, value in inputs.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOutput:
+    """Outputs of a network."""
+
+    u: torch.Tensor | None = None
+    """(B, C, H, W): average velocity over [r, t]. None if velocity_only is set and the network has a v head."""
+    v: torch.Tensor | None = None
+    """(B, C, H, W): instantaneous velocity at t, if the network has a v head."""
+    dudt: torch.Tensor | None = None
+    """(b, C, H, W), without a graph: du/dt of the first b rows, if a tangent was given."""
+
+    @property
+    def velocity(self) -> torch.Tensor:
+        """(B, C, H, W): the instantaneous velocity, for a forward with r = t: v if the network has a v head, else u."""
+        velocity = self.u if self.v is None else self.v
+        assert velocity is not None, "a network returns u or v"
+        return velocity
+
+
+# Registered as a pytree, so that wrappers and compilers find the tensors in an output.
+torch.export.register_dataclass(NetworkOutput)
+
+
+class Network(Protocol):
+    """What objectives call: a network, or a wrapper of it such as DistributedDataParallel."""
+
+    def __call__(
+        self,
+        z: torch.Tensor,
+        conditioning: Conditioning,
+        tangent: torch.Tensor | None = None,
+        velocity_only: bool = False,
+    ) -> NetworkOutput:
+        """Maps noisy latents (B, C, H, W) to u, to v if there is a v head, and to du/dt of the first b samples.
+
+        tangent: (b, C, H, W), the direction of du/dt in z.
+        """
+        ...
+
+
+def check_patch_size(sample_size: int, patch_size: int) -> None:
+    """Raises ValueError if the patch size does not divide the latent size."""
+    if sample_size % patch_size:
+        raise ValueError(
+            f"the latent size must be a multiple of the patch size, but got {sample_size} and {patch_size}"
+        )
+
+
+def check_network_input(
+    z: torch.Tensor, conditioning: Conditioning, tangent: torch.Tensor | None, channels: int, size: int
+) -> None:
+    """Raises ValueError unless z is (B, channels, size, size), each conditioning input has B rows, and the tangent has
+    b <= B rows of z's shape."""
+    if z.shape[1:] != (channels, size, size):
+        raise ValueError(f"latents must have shape (B, {channels}, {size}, {size}), but got {tuple(z.shape)}")
+    lengths = {f.name: len(value) for f in fields(conditioning) if (value := getattr(conditioning, f.name)) is not None}
+    if any(length != len(z) for length in lengths.values()):
+        raise ValueError(f"each conditioning input must have {len(z)} rows, like the latents, but got {lengths}")
+    if tangent is not None and (tangent.shape[1:] != z.shape[1:] or len(tangent) > len(z)):
+        raise ValueError(
+            f"tangent must have the shape of the first samples of z {tuple(z.shape)}, but got {tuple(tangent.shape)}"
+        )

@@ -13,8 +13,8 @@ from meanflow_core.config import OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.networks.interface import Network
 from meanflow_core.networks.registry import AnyNetwork, build_network, require_same_architecture
-from meanflow_core.objectives.draws import VELOCITY_BATCH_PARTS, StepRecord
-from meanflow_core.objectives.meanflow import meanflow_loss
+from meanflow_core.objectives.draws import VELOCITY_BATCH_PARTS
+from meanflow_core.objectives.interface import Record
 
 
 @dataclass
@@ -46,20 +46,8 @@ class Batch:
     """(b, 2C, H, W): those of the mirror image where `record.mirrored` is set."""
     labels: torch.Tensor
     """(b,) int64."""
-    record: StepRecord
+    record: Record
     """The step's draws for these rows."""
-
-
-# The entries of `StepMetrics.sums`.
-SUMS = (
-    "loss",  # already divided by the global batch size
-    "squared_error_r_equals_t",
-    "rows_r_equals_t",  # number of rows with r = t
-    "squared_error_r_below_t",
-    "rows_r_below_t",
-    "squared_error_v",  # of the v head; 0 without one
-    "dudt_norm",  # over the rows with r < t
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +55,19 @@ class StepMetrics:
     """Metrics of one step over this worker's rows, as tensors: reading them synchronises with the device."""
 
     sums: torch.Tensor
-    """float32 (7,), in the order of `SUMS`."""
+    """float32 (1 + 2 n,): the loss, already divided by the global number of samples; then for each of the objective's n
+    `metric_names` the sum over samples and their number."""
     gradient_norm: torch.Tensor
     """Scalar: norm of the whole gradient before clipping, the same on every worker."""
     skipped: bool = False
     """Whether the step was skipped because the gradient was not finite."""
+
+
+def read_means(names: Sequence[str], sums: torch.Tensor) -> dict[str, float]:
+    """{metric name: mean} of `StepMetrics.sums`, possibly added up over steps; a mean of no samples is left out."""
+    values = sums[1:].tolist()
+    pairs = zip(names, values[::2], values[1::2], strict=True)
+    return {name: total / count for name, total, count in pairs if count}
 
 
 def contiguous_share(num_rows: int, part: int, num_parts: int) -> tuple[int, int]:
@@ -226,13 +222,12 @@ def warm_up_ddp_buckets(state: TrainState, training_network: Network, batch: Bat
     DDP rearranges its buckets after its first backward, and a sum over more than two workers depends on the position
     in a bucket. Without this, the first step after a resume would round differently than in an uninterrupted run.
     """
-    meanflow_loss(
+    config.loss_at(state.step).build().loss(
         training_network,
         state.network,
-        torch.zeros_like(batch.record.noise),
+        torch.zeros_like(batch.record.posterior_noise),
         batch.labels,
         batch.record,
-        config.loss_at(state.step),
         null_label=state.network.config.num_classes,
         global_num_rows=config.global_batch_size,
         separate_derivative=True,
@@ -249,25 +244,22 @@ def _forward_and_backward(
     gradient_scale: float,
 ) -> torch.Tensor:
     """Adds the gradient of these rows to the parameters' and returns their `StepMetrics.sums`."""
-    record = batch.record
-    latents = sample_latents(batch.moments, record.posterior_noise, normalization)
+    latents = sample_latents(batch.moments, batch.record.posterior_noise, normalization)
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        output = meanflow_loss(
-            training_network,
-            state.network,
-            latents,
-            batch.labels,
-            record,
-            config.loss_at(state.step),
-            null_label=state.network.config.num_classes,
-            global_num_rows=config.global_batch_size,
-            separate_derivative=config.separate_derivative,
+        output = (
+            config.loss_at(state.step)
+            .build()
+            .loss(
+                training_network,
+                state.network,
+                latents,
+                batch.labels,
+                batch.record,
+                null_label=state.network.config.num_classes,
+                global_num_rows=config.global_batch_size,
+                separate_derivative=config.separate_derivative,
+            )
         )
     (output.loss * gradient_scale).backward()
-    below = output.squared_error[record.rows_below]
-    num_below = float(len(record.rows_below))
-    counts = torch.tensor([len(batch.labels) - num_below, num_below], device=latents.device)
-    head = torch.zeros_like(output.squared_error) if output.squared_error_v is None else output.squared_error_v
-    equal = output.squared_error.sum() - below.sum()
-    derivative = output.dudt.flatten(1).norm(dim=1).sum()  # zero on rows with r = t
-    return torch.stack([output.loss.detach(), equal, counts[0], below.sum(), counts[1], head.sum(), derivative]).float()
+    means = [torch.as_tensor(value, device=latents.device) for mean in output.metrics.values() for value in mean]
+    return torch.stack([output.loss.detach(), *means]).float()

@@ -31,15 +31,14 @@ import torch
 
 from meanflow_core.config import LossConfig
 from meanflow_core.networks.interface import Conditioning, Network, NetworkOutput
-from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
+from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord, draw_step_record
+from meanflow_core.objectives.interface import Loss, Mean, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossOutput:
+class LossOutput(Loss):
     """The loss and its parts. With p = 1 the loss is always near 1, so monitor the squared errors instead."""
 
-    loss: torch.Tensor
-    """Scalar with a graph: the weighted sum over these samples, divided by the global number of samples."""
     squared_error: torch.Tensor
     """(B,) detached: ||u - u_tgt||^2, summed over C, H, W."""
     squared_error_v: torch.Tensor | None
@@ -200,6 +199,7 @@ def meanflow_loss(
         loss = loss + loss_v
     return LossOutput(
         loss=loss / global_num_rows,
+        metrics=_metrics(squared_error, squared_error_v, dudt, below),
         squared_error=squared_error,
         squared_error_v=squared_error_v,
         u=u.detach(),
@@ -208,3 +208,62 @@ def meanflow_loss(
         tangent=tangent,
         dudt=dudt,
     )
+
+
+def _metrics(
+    squared_error: torch.Tensor, squared_error_v: torch.Tensor | None, dudt: torch.Tensor, below: torch.Tensor
+) -> dict[str, Mean]:
+    """`MeanFlow.metric_names` of a pass. below: int64 (b,), the rows with r < t."""
+    error_below = squared_error[below].sum()
+    num_below, num_rows = len(below), len(squared_error)
+    metrics = {
+        "squared_error_r_equals_t": Mean(squared_error.sum() - error_below, num_rows - num_below),
+        "squared_error_r_below_t": Mean(error_below, num_below),
+        "dudt_norm": Mean(dudt.flatten(1).norm(dim=1).sum(), num_below),  # zero on rows with r = t
+    }
+    if squared_error_v is not None:
+        metrics["squared_error_v"] = Mean(squared_error_v.sum(), num_rows)
+    return metrics
+
+
+class MeanFlow(Objective[StepRecord]):
+    """Flow matching, MeanFlow and improved MeanFlow, by configuration."""
+
+    def __init__(self, config: LossConfig) -> None:
+        self.config = config
+        self.metric_names = ("squared_error_r_equals_t", "squared_error_r_below_t", "dudt_norm")
+        if config.objective == "improved_meanflow":
+            self.metric_names += ("squared_error_v",)
+
+    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> StepRecord:
+        """Draws times, noise, dropped labels and guidance; see `draws`."""
+        return draw_step_record(self.config, seed=seed, step=step, num_rows=num_rows, latent_shape=latent_shape)
+
+    def share(self, record: StepRecord, start: int, stop: int) -> StepRecord:
+        """The record of rows start to stop - 1."""
+        return record.rows(start, stop, self.config)
+
+    def loss(
+        self,
+        training_network: Network,
+        network: Network,
+        latents: torch.Tensor,
+        labels: torch.Tensor,
+        record: StepRecord,
+        *,
+        null_label: int,
+        global_num_rows: int,
+        separate_derivative: bool = False,
+    ) -> LossOutput:
+        """`meanflow_loss` with this configuration."""
+        return meanflow_loss(
+            training_network,
+            network,
+            latents,
+            labels,
+            record,
+            self.config,
+            null_label=null_label,
+            global_num_rows=global_num_rows,
+            separate_derivative=separate_derivative,
+        )

@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.registry import AnyNetwork, without_velocity_head
 from meanflow_core.pipeline import MeanFlowPipeline
-from meanflow_core.training import SUMS, build_train_state, train_step
+from meanflow_core.training import build_train_state, read_means, train_step
 from pipelines.command_line import set_up_logging
 from pipelines.compare.methods import Trial
 from pipelines.errors import RunError
@@ -45,23 +45,21 @@ def read_record(trial: Trial, folder: Path) -> dict[str, Any]:
 class LossCurve:
     """Mean squared errors over successive intervals of a training run."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, metric_names: Sequence[str], num_steps: int) -> None:
+        self._names = metric_names
         self._interval = max(1, num_steps // NUM_CURVE_POINTS)
         self._num_steps = num_steps
         self._pending: list[torch.Tensor] = []
         self.points: list[dict[str, float | None]] = []
 
     def add(self, step: int, sums: torch.Tensor) -> None:
-        """Adds the sums (`SUMS`) of a 0-based step. Reads them once per interval, because each read waits for the device."""
+        """Adds `StepMetrics.sums` of a 0-based step. Reads them once per interval, because each read waits for the device."""
         self._pending.append(sums)
         if (step + 1) % self._interval and step + 1 < self._num_steps:
             return
-        total = dict(zip(SUMS, torch.stack(self._pending).double().sum(dim=0).tolist(), strict=True))
-        point: dict[str, float | None] = {"step": step + 1}
-        for subset in ("r_equals_t", "r_below_t"):
-            count = total[f"rows_{subset}"]
-            point[f"squared_error_{subset}"] = total[f"squared_error_{subset}"] / count if count else None
-        self.points.append(point)
+        means = read_means(self._names, torch.stack(self._pending).double().sum(dim=0))
+        errors = {name: means.get(name) for name in ("squared_error_r_equals_t", "squared_error_r_below_t")}
+        self.points.append({"step": step + 1, **errors})
         self._pending.clear()
 
 
@@ -85,7 +83,7 @@ def train_trial(
     sizes = dataset.manifest.network_sizes
     state = build_train_state(config, **sizes, device=device)
     source = BatchSource(dataset, config, rank=0, world_size=1, device=device)
-    curve = LossCurve(config.num_steps)
+    curve = LossCurve(config.loss.build().metric_names, config.num_steps)
     progress = Progress(logger, f"{trial.name}: trained", "steps", config.num_steps, interval_seconds=30.0)
     started = time.perf_counter()
     for step in range(config.num_steps):

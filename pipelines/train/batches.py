@@ -5,7 +5,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import Batch, contiguous_share, num_passes
 from pipelines.latents.dataset import LatentDataset
 from pipelines.latents.sample_order import samples_of_step
@@ -33,14 +32,16 @@ class BatchSource:
     def batches(self, step: int) -> list[Batch]:
         """Returns the worker's share of step `step` (0-based): one batch per pass, on the device."""
         config, batch_size = self._config, self._config.global_batch_size
-        loss, latent_shape = config.loss_at(step), self._dataset.manifest.latent_shape
+        objective = config.loss_at(step).build()
         indices = samples_of_step(config.seed, step, batch_size, len(self._dataset))
-        record = draw_step_record(loss, seed=config.seed, step=step, num_rows=batch_size, latent_shape=latent_shape)
+        record = objective.draw(
+            seed=config.seed, step=step, num_rows=batch_size, latent_shape=self._dataset.manifest.latent_shape
+        )
         batches = []
         for number in range(self._num_passes):
             first, last = contiguous_share(self._stop - self._start, number, self._num_passes)
             start, stop = self._start + first, self._start + last
-            draws = record.rows(start, stop, loss)
+            draws = objective.share(record, start, stop)
             moments, labels = self._dataset.read(indices[start:stop], draws.mirrored.numpy())
             batches.append(
                 Batch(

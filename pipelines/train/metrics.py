@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,19 +10,21 @@ import torch
 import torch.distributed
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.training import SUMS, StepMetrics, TrainState, relative_ema_distance
+from meanflow_core.training import StepMetrics, TrainState, read_means, relative_ema_distance
 
 
 class IntervalMetrics:
     """Sums metrics over the steps of a logging interval; `read` reduces them across workers."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, metric_names: Sequence[str], device: torch.device) -> None:
+        """metric_names: those of the objective."""
+        self._names = metric_names
         self._device = device
         self.clear()
 
     def clear(self) -> None:
         """Starts a new interval."""
-        self._sums = torch.zeros(len(SUMS) + 1, device=self._device)  # SUMS, then the gradient norm
+        self._sums = torch.zeros(2 + 2 * len(self._names), device=self._device)  # `StepMetrics.sums`, then the norm
         self._num_steps = 0  # excluding skipped steps
         self._num_timed_steps = 0  # including skipped steps, excluding steps before a resume
         self._data_seconds = 0.0
@@ -70,17 +72,10 @@ class IntervalMetrics:
         peaks = torch.tensor([_peak_bytes(self._device), seconds, self._data_seconds], device=self._device)
         torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
         peak_bytes, seconds, data_seconds = peaks.tolist()
-        total = dict(zip(SUMS, sums.tolist(), strict=True))
         num_steps = max(self._num_steps, 1)
-        num_equal, num_below = max(total["rows_r_equals_t"], 1.0), max(total["rows_r_below_t"], 1.0)
-        num_samples = total["rows_r_equals_t"] + total["rows_r_below_t"]
-        velocity_head = {"squared_error_v": total["squared_error_v"] / num_samples} if total["squared_error_v"] else {}
         return {
-            "loss": total["loss"] / num_steps,
-            **velocity_head,
-            "squared_error_r_equals_t": total["squared_error_r_equals_t"] / num_equal,
-            "squared_error_r_below_t": total["squared_error_r_below_t"] / num_below,
-            "dudt_norm": total["dudt_norm"] / num_below,
+            "loss": float(sums[0]) / num_steps,
+            **read_means(self._names, sums),
             "gradient_norm": gradient_norm / num_steps,
             "learning_rate": state.optimizer.param_groups[0]["lr"],
             **{f"ema_distance_{decay}": value for decay, value in relative_ema_distance(state).items()},

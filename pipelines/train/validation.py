@@ -6,6 +6,7 @@ fixed random draws. A gap between the training and validation curves shows overf
 
 import functools
 import logging
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,6 @@ from meanflow_core.checkpoint import load_average, read_state_file
 from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.networks.registry import AnyNetwork, build_network
-from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.objectives.meanflow import meanflow_loss
 from pipelines.command_line import set_up_logging
 from pipelines.errors import InputError
 from pipelines.latents.autoencoder import open_autoencoder
@@ -91,28 +90,28 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
 def held_out_errors(
     network: AnyNetwork, dataset: LatentDataset, normalization: LatentNormalization, config: TrainingConfig
 ) -> dict[str, float]:
-    """Returns squared errors, summed over C, H, W and averaged over images, separately for r = t and r < t.
+    """Returns the objective's squared errors, summed over C, H, W and averaged over images.
 
     Uses at most `MAX_SAMPLES` evenly spaced images.
     """
     chosen = np.linspace(0, len(dataset) - 1, num=min(len(dataset), MAX_SAMPLES), dtype=np.int64)
-    loss = replace(config.loss, label_drop_probability=0.0)
-    sums, counts = {"equals": 0.0, "below": 0.0}, {"equals": 0, "below": 0}
+    objective = replace(config.loss, label_drop_probability=0.0).build()
     device = next(network.parameters()).device
+    totals: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
     for number, start in enumerate(range(0, len(chosen), BATCH_SIZE)):
         indices = chosen[start : start + BATCH_SIZE]
         moments, labels = dataset.read(indices, np.zeros(len(indices), bool))
-        record = draw_step_record(
-            loss, seed=SEED, step=number, num_rows=len(indices), latent_shape=dataset.manifest.latent_shape
-        )
-        is_below = record.r < record.t
-        record = record.to(device)
+        record = objective.draw(
+            seed=SEED, step=number, num_rows=len(indices), latent_shape=dataset.manifest.latent_shape
+        ).to(device)
         latents = sample_latents(torch.from_numpy(moments).to(device), record.posterior_noise, normalization)
-        errors = meanflow_loss(
-            network, network, latents, torch.from_numpy(labels).to(device), record, loss,
+        output = objective.loss(
+            network, network, latents, torch.from_numpy(labels).to(device), record,
             null_label=network.config.num_classes, global_num_rows=len(indices), separate_derivative=True,
-        ).squared_error.cpu()  # fmt: skip
-        for name, mask in (("equals", ~is_below), ("below", is_below)):
-            sums[name] += float(errors[mask].sum())
-            counts[name] += int(mask.sum())
-    return {f"validation/squared_error_r_{name}_t": sums[name] / counts[name] for name in sums if counts[name]}
+        )  # fmt: skip
+        for name, mean in output.metrics.items():
+            if name.startswith("squared_error"):
+                totals[name] += float(mean.total)
+                counts[name] += int(mean.num_samples)
+    return {f"validation/{name}": totals[name] / count for name, count in counts.items() if count}

@@ -91,7 +91,8 @@ class TrainingWorker:
         self._normalization = LatentNormalization.from_vae_config(self._vae.config)
 
         self._state = self._build_state()
-        self._metrics, self._nonfinite = IntervalMetrics(self._device), NonfiniteDetector()
+        self._metrics = IntervalMetrics(self._config.loss.build().metric_names, self._device)
+        self._nonfinite = NonfiniteDetector()
         self._last_metrics: dict[str, float] = {}
         restored = checkpoints.restore(self._state)
         if restored is not None:

@@ -7,18 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meanflow_core.config import GuidanceConfig, OptimizerConfig
+from meanflow_core.config import GuidanceConfig, OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.objectives.draws import draw_step_record
+from meanflow_core.objectives.interface import Mean
 from meanflow_core.objectives.meanflow import meanflow_loss
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import (
-    SUMS,
     Batch,
+    StepMetrics,
     contiguous_share,
     learning_rate,
     num_passes,
+    read_means,
     relative_ema_distance,
     train_step,
     update_emas,
@@ -51,25 +53,33 @@ def test_fresh_state_has_the_configured_adam_and_averages_without_gradients():
     assert not any(parameter.requires_grad for parameter in state.ema_network.parameters())
 
 
+def means_by_name(config: TrainingConfig, metrics: StepMetrics) -> dict[str, Mean]:
+    """The sums and counts of a step's metrics."""
+    names = config.loss.build().metric_names
+    return {name: Mean(*pair) for name, pair in zip(names, metrics.sums[1:].split(2), strict=True)}
+
+
 def test_step_moves_parameters_and_counts_rows():
     config, state = debug(), fresh_state()
     before = parameters(state.network)
     metrics = take_steps(state, config, 1)
     assert state.step == 1
     assert not torch.equal(parameters(state.network), before)
-    sums = dict(zip(SUMS, metrics.sums.tolist(), strict=True))
-    assert sums["squared_error_v"] == 0.0
-    assert (sums["rows_r_equals_t"], sums["rows_r_below_t"]) == (12.0, 4.0)
-    assert sums["loss"] == pytest.approx(1.0, abs=0.05)  # because norm_p is 1
+    means = means_by_name(config, metrics)
+    assert means.keys() == {"squared_error_r_equals_t", "squared_error_r_below_t", "dudt_norm"}
+    assert (means["squared_error_r_equals_t"].num_samples, means["squared_error_r_below_t"].num_samples) == (12.0, 4.0)
+    assert metrics.sums[0] == pytest.approx(1.0, abs=0.05)  # because norm_p is 1
     assert metrics.gradient_norm > 0
 
 
 def test_step_of_improved_meanflow_reports_the_error_of_its_velocity_head():
-    sums = dict(zip(SUMS, take_steps(fresh_state(debug_imf()), debug_imf(), 1).sums.tolist(), strict=True))
-    assert (sums["rows_r_equals_t"], sums["rows_r_below_t"]) == (8.0, 8.0)
-    assert sums["loss"] == pytest.approx(2.0, abs=0.1)  # two terms, each weighted to about 1
+    metrics = take_steps(fresh_state(debug_imf()), debug_imf(), 1)
+    means = means_by_name(debug_imf(), metrics)
+    assert (means["squared_error_r_equals_t"].num_samples, means["squared_error_v"].num_samples) == (8.0, 16.0)
+    assert metrics.sums[0] == pytest.approx(2.0, abs=0.1)  # two terms, each weighted to about 1
     # Both heads of a fresh network are zero.
-    assert sums["squared_error_v"] / 16 == pytest.approx(sums["squared_error_r_equals_t"] / 8, rel=0.5)
+    errors = read_means(debug_imf().loss.build().metric_names, metrics.sums)
+    assert errors["squared_error_v"] == pytest.approx(errors["squared_error_r_equals_t"], rel=0.5)
 
 
 def test_metrics_separate_rows_with_r_equal_to_t_from_the_others():
@@ -82,11 +92,11 @@ def test_metrics_separate_rows_with_r_equal_to_t_from_the_others():
         state.network, state.network, latents, labels, record, config.loss, null_label=10, global_num_rows=16
     )
     errors, derivatives = output.squared_error, output.dudt.flatten(1).norm(dim=1)
-    sums = dict(zip(SUMS, train_step(state, state.network, [batch], IDENTITY, config).sums, strict=True))
-    torch.testing.assert_close(sums["squared_error_r_below_t"], errors[record.r < record.t].sum())
-    torch.testing.assert_close(sums["squared_error_r_equals_t"], errors[record.r == record.t].sum())
-    torch.testing.assert_close(sums["dudt_norm"], derivatives[record.r < record.t].sum())
-    assert sums["dudt_norm"] > 0
+    means = means_by_name(config, train_step(state, state.network, [batch], IDENTITY, config))
+    torch.testing.assert_close(means["squared_error_r_below_t"].total, errors[record.r < record.t].sum())
+    torch.testing.assert_close(means["squared_error_r_equals_t"].total, errors[record.r == record.t].sum())
+    torch.testing.assert_close(means["dudt_norm"].total, derivatives[record.r < record.t].sum())
+    assert means["dudt_norm"].total > 0
 
 
 def test_ema_is_the_weighted_mean_of_past_parameters():

@@ -7,7 +7,6 @@ import torch
 
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import FeatureStatistics
-from meanflow_core.training import SUMS
 from pipelines.compare.job import CompareJob
 from pipelines.compare.measuring_trials import (
     SamplingPoint,
@@ -160,15 +159,9 @@ def test_trials_shared_by_budgets_are_planned_once_and_expensive_ones_first():
 
 
 def test_loss_curve_averages_over_intervals():
-    curve = LossCurve(num_steps=120)  # two steps per interval
+    curve = LossCurve(["squared_error_r_equals_t", "squared_error_r_below_t"], num_steps=120)  # two steps per interval
     for step in range(120):
-        figures = {
-            "squared_error_r_equals_t": 3.0 * step,
-            "rows_r_equals_t": 3.0,
-            "squared_error_r_below_t": 0.0,
-            "rows_r_below_t": 0.0,
-        }
-        curve.add(step, torch.tensor([figures.get(name, 0.0) for name in SUMS]))
+        curve.add(step, torch.tensor([1.0, 3.0 * step, 3.0, 0.0, 0.0]))
     assert len(curve.points) == 60
     assert curve.points[1] == {"step": 4, "squared_error_r_equals_t": 2.5, "squared_error_r_below_t": None}
 

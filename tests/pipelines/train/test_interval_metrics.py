@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import distributed
 
-from meanflow_core.presets import debug
-from meanflow_core.training import SUMS, StepMetrics, build_train_state
+from meanflow_core.presets import debug, debug_imf
+from meanflow_core.training import StepMetrics, build_train_state
 from pipelines.train.metrics import IntervalMetrics, NonfiniteDetector
 
 CPU = torch.device("cpu")
+NAMES = debug_imf().loss.build().metric_names
+NUM_SUMS = 1 + 2 * len(NAMES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,8 +33,8 @@ def now(monkeypatch):
 
 
 def metrics(seed, *, norm=1.5, skipped=False):
-    sums = torch.rand(len(SUMS), generator=torch.Generator().manual_seed(seed))
-    sums[2], sums[4] = 12.0, 4.0  # rows
+    sums = torch.rand(NUM_SUMS, generator=torch.Generator().manual_seed(seed))
+    sums[2::2] = torch.tensor([12.0, 4.0, 4.0, 16.0])  # rows
     return StepMetrics(sums=sums, gradient_norm=torch.tensor(norm), skipped=skipped)
 
 
@@ -40,14 +42,7 @@ def state():
     return build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=CPU)
 
 
-DETERMINISTIC = (
-    "loss",
-    "squared_error_r_equals_t",
-    "squared_error_r_below_t",
-    "squared_error_v",
-    "dudt_norm",
-    "gradient_norm",
-)
+DETERMINISTIC = ("loss", *NAMES, "gradient_norm")
 
 
 def deterministic(found):
@@ -56,18 +51,16 @@ def deterministic(found):
 
 
 def test_metrics_are_means_over_steps_and_samples():
-    interval, steps = IntervalMetrics(CPU), [metrics(seed, norm=float(seed)) for seed in range(3)]
+    interval, steps = IntervalMetrics(NAMES, CPU), [metrics(seed, norm=float(seed)) for seed in range(3)]
     for step in steps:
         interval.add(step, data_seconds=0.0)
     trained = state()
     trained.num_skipped = 2
     found = interval.read(debug(), trained, step_flops=7.0)
-    sums = dict(zip(SUMS, sum(step.sums for step in steps).tolist(), strict=True))
-    assert found["loss"] == pytest.approx(sums["loss"] / 3)
-    assert found["squared_error_r_equals_t"] == pytest.approx(sums["squared_error_r_equals_t"] / 36)
-    assert found["squared_error_r_below_t"] == pytest.approx(sums["squared_error_r_below_t"] / 12)
-    assert found["squared_error_v"] == pytest.approx(sums["squared_error_v"] / 48)
-    assert found["dudt_norm"] == pytest.approx(sums["dudt_norm"] / 12)
+    sums = sum(step.sums for step in steps)
+    assert found["loss"] == pytest.approx(sums[0] / 3)
+    expected = dict(zip(NAMES, sums[1::2] / torch.tensor([36.0, 12.0, 12.0, 48.0]), strict=True))
+    assert {name: found[name] for name in NAMES} == pytest.approx(expected)
     assert found["gradient_norm"] == pytest.approx(1.0)
     assert found["model_flops_per_second"] / found["images_per_second"] == pytest.approx(7.0 / 16)
     assert found["peak_memory_bytes"] > 1e7
@@ -76,15 +69,15 @@ def test_metrics_are_means_over_steps_and_samples():
     assert found["ema_distance_0.9"] == 0.0
 
 
-def test_network_without_velocity_head_has_no_velocity_error():
-    interval, step = IntervalMetrics(CPU), metrics(0)
-    step.sums[SUMS.index("squared_error_v")] = 0.0
+def test_mean_of_no_samples_is_left_out():
+    interval, step = IntervalMetrics(NAMES, CPU), metrics(0)
+    step.sums[1:3] = 0.0
     interval.add(step, data_seconds=0.0)
-    assert "squared_error_v" not in interval.read(debug(), state(), 1.0)
+    assert NAMES[0] not in interval.read(debug(), state(), 1.0)
 
 
 def test_metrics_of_an_interval_of_skipped_steps_are_finite():
-    interval = IntervalMetrics(CPU)
+    interval = IntervalMetrics(NAMES, CPU)
     interval.add(metrics(0, norm=float("nan"), skipped=True), data_seconds=0.0)
     found = interval.read(debug(), state(), 1.0)
     assert np.isfinite(list(found.values())).all()
@@ -92,8 +85,8 @@ def test_metrics_of_an_interval_of_skipped_steps_are_finite():
 
 
 def test_skipped_steps_do_not_count():
-    interval, without = IntervalMetrics(CPU), IntervalMetrics(CPU)
-    nonfinite = replace(metrics(1), sums=torch.full((len(SUMS),), float("nan")), skipped=True)
+    interval, without = IntervalMetrics(NAMES, CPU), IntervalMetrics(NAMES, CPU)
+    nonfinite = replace(metrics(1), sums=torch.full((NUM_SUMS,), float("nan")), skipped=True)
     for step in (metrics(0), nonfinite, metrics(2)):
         interval.add(step, data_seconds=0.0)
         if not step.skipped:
@@ -102,12 +95,12 @@ def test_skipped_steps_do_not_count():
 
 
 def test_resumed_interval_matches_an_uninterrupted_one_bit_for_bit():
-    uninterrupted, first = IntervalMetrics(CPU), IntervalMetrics(CPU)
+    uninterrupted, first = IntervalMetrics(NAMES, CPU), IntervalMetrics(NAMES, CPU)
     for seed in range(6):
         uninterrupted.add(metrics(seed), data_seconds=0.0)
         if seed < 4:
             first.add(metrics(seed), data_seconds=0.0)
-    resumed = IntervalMetrics(CPU)
+    resumed = IntervalMetrics(NAMES, CPU)
     resumed.restore(first.state(), rank=0)
     for seed in (4, 5):
         resumed.add(metrics(seed), data_seconds=0.0)
@@ -117,17 +110,17 @@ def test_resumed_interval_matches_an_uninterrupted_one_bit_for_bit():
 
 
 def test_rank_0_takes_all_sums_if_the_world_size_has_changed():
-    saved = {"num_steps": 2, "sums": [[1.0] * len(SUMS) + [5.0], [2.0] * len(SUMS) + [5.0]]}
-    first, other = IntervalMetrics(CPU), IntervalMetrics(CPU)
+    saved = {"num_steps": 2, "sums": [[1.0] * NUM_SUMS + [5.0], [2.0] * NUM_SUMS + [5.0]]}
+    first, other = IntervalMetrics(NAMES, CPU), IntervalMetrics(NAMES, CPU)
     first.restore(saved, rank=0)
     other.restore(saved, rank=1)
-    assert first.state() == {"num_steps": 2, "sums": [[3.0] * len(SUMS) + [5.0]]}
-    assert other.state() == {"num_steps": 2, "sums": [[0.0] * (len(SUMS) + 1)]}
+    assert first.state() == {"num_steps": 2, "sums": [[3.0] * NUM_SUMS + [5.0]]}
+    assert other.state() == {"num_steps": 2, "sums": [[0.0] * (NUM_SUMS + 1)]}
 
 
 def test_each_rank_restores_its_own_sums(monkeypatch):
-    saved = {"num_steps": 2, "sums": [[1.0] * (len(SUMS) + 1), [2.0] * (len(SUMS) + 1)]}
-    second = IntervalMetrics(CPU)
+    saved = {"num_steps": 2, "sums": [[1.0] * (NUM_SUMS + 1), [2.0] * (NUM_SUMS + 1)]}
+    second = IntervalMetrics(NAMES, CPU)
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "get_world_size", lambda: 2)
         second.restore(saved, rank=1)
@@ -135,7 +128,7 @@ def test_each_rank_restores_its_own_sums(monkeypatch):
 
 
 def test_rates_exclude_earlier_intervals_and_steps_before_a_resume(now):
-    interval = IntervalMetrics(CPU)
+    interval = IntervalMetrics(NAMES, CPU)
     interval.add(metrics(0), data_seconds=7.0)
     now[0] += 50.0
     interval.clear()
@@ -145,15 +138,15 @@ def test_rates_exclude_earlier_intervals_and_steps_before_a_resume(now):
     found = interval.read(debug(), state(), 1.0)
     assert found["images_per_second"] == pytest.approx(2 * 16 / 4.0)
     assert found["data_wait_share"] == pytest.approx(0.25)
-    resumed = IntervalMetrics(CPU)
-    resumed.restore({"num_steps": 9, "sums": [[1.0] * (len(SUMS) + 1)]}, rank=0)
+    resumed = IntervalMetrics(NAMES, CPU)
+    resumed.restore({"num_steps": 9, "sums": [[1.0] * (NUM_SUMS + 1)]}, rank=0)
     resumed.add(metrics(0), data_seconds=0.0)
     now[0] += 4.0
     assert resumed.read(debug(), state(), 1.0)["images_per_second"] == pytest.approx(16 / 4.0)
 
 
 def test_rates_exclude_pauses(now):
-    interval = IntervalMetrics(CPU)
+    interval = IntervalMetrics(NAMES, CPU)
     interval.add(metrics(0), data_seconds=0.5)
     now[0] += 2.0
     with interval.paused():

@@ -1,0 +1,102 @@
+"""The interface of training objectives: the random draws of a step, and the loss of its samples.
+
+Training, validation and comparison use an objective through this interface alone. A new one is a class in a file of its
+own, a configuration whose `build` returns it, and a preset; `meanflow.MeanFlow` is an example.
+
+    # b samples of one pass on one worker, C channels, H W latent size
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+
+import torch
+
+from meanflow_core.networks.interface import Network
+
+
+class Record(Protocol):
+    """Every random draw of some samples of a step."""
+
+    @property
+    def posterior_noise(self) -> torch.Tensor:
+        """(b, C, H, W) float32, standard normal: for sampling latents from moments."""
+        ...
+
+    @property
+    def mirrored(self) -> torch.Tensor:
+        """(b,) bool: whether to use the moments of the mirror image."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Copies every tensor to `device`."""
+        ...
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Mean(NamedTuple):
+    """A mean over samples, as a sum and a count, which add up over passes, workers and steps."""
+
+    total: torch.Tensor
+    """Scalar: the sum over samples."""
+    num_samples: torch.Tensor | int
+    """The number of these samples. An interval without any does not report the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The loss of some samples, and what to log about them."""
+
+    loss: torch.Tensor
+    """Scalar with a graph: a sum over these samples, divided by the number of samples in the global batch."""
+    metrics: dict[str, Mean]
+    """{name: mean}, detached, one for each of the objective's `metric_names`, in that order."""
+
+
+class Objective(ABC, Generic[R]):
+    """A training objective. It holds numbers only; all randomness is in the record."""
+
+    metric_names: tuple[str, ...]
+    """What `Loss.metrics` reports. Names that start with "squared_error" are also measured in validation."""
+
+    @abstractmethod
+    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> R:
+        """Draws the record of a step's *global* batch on the CPU, a pure function of (seed, step).
+
+        latent_shape: (C, H, W).
+        """
+
+    @abstractmethod
+    def share(self, record: R, start: int, stop: int) -> R:
+        """The record of rows start to stop - 1 of the global batch: the share of a worker or of a pass."""
+
+    @abstractmethod
+    def loss(
+        self,
+        training_network: Network,
+        network: Network,
+        latents: torch.Tensor,
+        labels: torch.Tensor,
+        record: R,
+        *,
+        null_label: int,
+        global_num_rows: int,
+        separate_derivative: bool = False,
+    ) -> Loss:
+        """The loss of these samples, a pure function of its arguments.
+
+        Args:
+            training_network: called once, with a graph; may be a wrapper that reduces gradients, such as DDP.
+            network: the same function without the wrapper, called without a graph. The number of calls must not depend
+                on the draws, so that sharded workers make the same collective calls.
+            latents: float32 (b, C, H, W), normalised.
+            labels: int64 (b,).
+            null_label: the class id that replaces dropped labels.
+            global_num_rows: number of samples in the global batch.
+            separate_derivative: compute du/dt, if there is one, in a separate float32 forward instead of the training
+                forward. Use it if the training forward runs under autocast or recomputes its activations.
+
+        Raises ValueError for mismatched shapes.
+        """

@@ -211,7 +211,7 @@ def test_an_existing_output_is_refused_and_unchanged(monkeypatch, capsys, folder
     ("options", "message"),
     [
         ({"source": "dit"}, "unknown source 'dit'; known: official-meanflow, official-imf"),
-        ({"source": "repa"}, "2 of the wrong shape: final_layer.linear.weight"),
+        ({"source": "repa"}, "size mismatch for final_layer.linear.weight"),
         ({"checkpoint": "absent.pt"}, "no checkpoint at absent.pt"),
         ({"class_names": "few.txt"}, "5 classes, but has 2 lines, 0 of them empty"),
         ({"class_names": "gap.txt"}, "5 classes, but has 5 lines, 1 of them empty"),

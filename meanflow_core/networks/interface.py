@@ -67,7 +67,8 @@ class Network(Protocol):
     ) -> NetworkOutput:
         """Maps noisy latents (B, C, H, W) to u, to v if there is a v head, and to du/dt of the first b samples.
 
-        tangent: (b, C, H, W), the direction of du/dt in z.
+        tangent: (b, C, H, W): dz of the direction (dz, dt, dr) = (tangent, 1, 0) along which to differentiate u.
+        velocity_only: in a network with a v head, compute v only.
         """
         ...
 
@@ -92,5 +93,6 @@ def check_network_input(
         raise ValueError(f"each conditioning input must have {len(z)} rows, like the latents, but got {lengths}")
     if tangent is not None and (tangent.shape[1:] != z.shape[1:] or len(tangent) > len(z)):
         raise ValueError(
-            f"tangent must have the shape of the first samples of z {tuple(z.shape)}, but got {tuple(tangent.shape)}"
+            f"tangent must have shape (b, {channels}, {size}, {size}) with b at most {len(z)}, but got "
+            f"{tuple(tangent.shape)}"
         )

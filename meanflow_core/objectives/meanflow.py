@@ -19,7 +19,7 @@ To avoid redundant forwards, one no-grad forward computes only the velocities th
 the null class for guided samples, and those of the sample's class if r < t. If r = t, the training forward's own output,
 detached, is v(z_t, t | y). The training forward computes u for all samples, and du/dt only for those with r < t, because
 the others multiply it by zero. The number of forwards does not depend on the draws, so that sharded workers make the
-same collective calls. Batch sizes come from a small set, which limits recompilation.
+same collective calls. The no-grad forward's batch is padded to one of a few sizes, which limits recompilation.
 
 Source: Geng et al. 2025, arXiv 2505.13447, Eq. 6 to 11 and 19 to 22; and arXiv 2512.02012. The latter regresses
 V = u + (t - r) du/dt onto v, which is equivalent: V - v = u - u_tgt.
@@ -75,12 +75,14 @@ def _evaluate_velocities(
     guidance: dict[str, torch.Tensor] = {}
     start, end = record.guidance_interval_start, record.guidance_interval_end
     if record.omega is not None and start is not None and end is not None:
+        # The interval is [0, 1]. omega is 1 for null velocities and for samples whose t is outside their own interval.
         is_inside = (record.t >= start) & (record.t <= end)
         omega = torch.where(is_inside[rows] & is_conditional, record.omega[rows], ones)
         guidance = {"omega": omega, "guidance_interval_start": torch.zeros_like(ones), "guidance_interval_end": ones}
     classes = torch.where(is_conditional, labels[rows], null_label)
     conditioning = Conditioning(t=t, r=t, labels=classes, **guidance)
     velocities = network(z[rows], conditioning, velocity_only=True).velocity.to(z.dtype)
+    # The last rows are padding.
     conditional, null = velocities[: num_conditional + num_null].split([num_conditional, num_null])
     return (
         zeros.index_copy(0, record.rows_conditional, conditional),
@@ -147,6 +149,9 @@ def meanflow_loss(
         network: the same network, called without a graph; with DDP, the unwrapped one.
         latents: float32 (B, C, H, W), normalised.
         labels: int64 (B,).
+        record: the random draws of these samples.
+        null_label: the class id that replaces dropped labels.
+        global_num_rows: number of samples in the global batch; the loss is a sum over these samples divided by it.
         separate_derivative: compute du/dt in a separate float32 forward instead of the training forward. Use it if
             the training forward runs under autocast or recomputes its activations.
 
@@ -157,7 +162,7 @@ def meanflow_loss(
             f"the record is for latents {tuple(record.noise.shape)} and labels {tuple(record.t.shape)}, "
             f"but got {tuple(latents.shape)} and {tuple(labels.shape)}"
         )
-    t, r, below = record.t, record.r, record.rows_below
+    t, r, below = record.t, record.r, record.rows_below  # below: rows with r < t
     z = (1.0 - _per_sample(t, latents)) * latents + _per_sample(t, latents) * record.noise
     v_sample = record.noise - latents
     y = torch.where(record.label_dropped, null_label, labels)
@@ -181,7 +186,8 @@ def meanflow_loss(
     assert u is not None, "a network must return u unless velocity_only is set"
 
     with torch.no_grad():
-        # The other samples have r = t, where the training forward's velocity is the conditional one.
+        # Samples outside rows_conditional have r = t, where the training forward's velocity is the conditional one, or
+        # their conditional velocity has weight zero.
         own_velocity = (u if v is None else v).detach()
         conditional = own_velocity.index_copy(0, record.rows_conditional, conditional[record.rows_conditional])
         v_guided = guided_velocity(v_sample, conditional, null, record)
@@ -213,7 +219,7 @@ def meanflow_loss(
 def _metrics(
     squared_error: torch.Tensor, squared_error_v: torch.Tensor | None, dudt: torch.Tensor, below: torch.Tensor
 ) -> dict[str, Mean]:
-    """`MeanFlow.metric_names` of a pass. below: int64 (b,), the rows with r < t."""
+    """The values of `MeanFlow.metric_names` for the samples of one pass. below: int64 (b,), the rows with r < t."""
     error_below = squared_error[below].sum()
     num_below, num_rows = len(below), len(squared_error)
     metrics = {

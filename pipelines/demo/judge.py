@@ -1,7 +1,7 @@
-"""Trains the demo's judge, a small classifier, on drawn images that neither the autoencoder nor the generator uses.
+"""Trains the demo's judge, a small classifier, on synthetic images that neither the autoencoder nor the generator uses.
 
-The repository ships the result in pipelines/demo/judge_weights/, so that results stay comparable;
-`python -m pipelines.demo.judge --output DIR` reproduces it.
+The repository ships the trained judge in pipelines/demo/judge_weights/, so that every demo run is measured with the same
+one. `python -m pipelines.demo.judge --output DIR` reproduces it.
 """
 
 import logging
@@ -30,7 +30,7 @@ def main() -> None:
     judge.save_pretrained(config.output)
     (config.output / "README.md").write_text(model_card(config, judge, held_out, seconds))
     logger.info(
-        "held-out accuracy %.4f, %.3f of the factors' variance explained, after %s; wrote %s",
+        "held-out accuracy %.4f, explained variance of the images' factors %.3f, after %s; wrote %s",
         held_out.accuracy, held_out.explained, format_seconds(seconds), config.output,
     )  # fmt: skip
 

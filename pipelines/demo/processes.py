@@ -26,8 +26,8 @@ def adopt_orphans() -> None:
 class Processes:
     """Runs commands with an environment and ends their descendants.
 
-    Ray's daemons outlive the process that started them. After a call of `adopt_orphans`, they become children of this
-    process.
+    Call `adopt_orphans` first: Ray's daemons outlive the process that started them, and only then become children of
+    this process.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:

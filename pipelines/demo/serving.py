@@ -19,7 +19,7 @@ from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Above the ports of Ray's workers and below the ephemeral ports, which most Ray processes use.
+# Ray's workers use ports 10002 to 19999. Most other Ray processes use ephemeral ports, on Linux from 32768.
 FREE_PORTS = range(20_000, 32_768)
 
 
@@ -94,9 +94,9 @@ def serve_and_request(work: Path, port: int, processes: Processes, model: str, t
     if (status, content_type) != (200, "image/png"):
         raise InputError(f"POST /generate answered {status} {content_type}: {content[:300]!r}")
     (work / "served.png").write_bytes(content)
-    refused, _, message = fetch(f"{url}/generate", {**body, "class": "unicorn"})
+    refusal_status, _, message = fetch(f"{url}/generate", {**body, "class": "unicorn"})
     logger.info("POST %s/generate %s: 4 images in %.0f ms", url, json.dumps(body), milliseconds)
-    logger.info("the same with class unicorn: %d %s", refused, message.decode())
+    logger.info("the same request with the unknown class unicorn: %d %s", refusal_status, message.decode())
     server.send_signal(signal.SIGINT)
     try:
         server.wait(timeout=60)

@@ -67,15 +67,16 @@ def train(config: AutoencoderTraining) -> tuple[AutoencoderKL, float]:
         x = to_float_images(pixels[indices]).to(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
-        squared = F.mse_loss(reconstruction, x)
+        mse = F.mse_loss(reconstruction, x)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = squared + config.l1_weight * F.l1_loss(reconstruction, x) + config.kl_weight * kl
+        loss = mse + config.l1_weight * F.l1_loss(reconstruction, x) + config.kl_weight * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.update(step + 1, f"batch PSNR {-10 * math.log10(squared.item() / 4):.1f} dB")
+        # Pixels in [-1, 1] have a peak of 2, hence 2^2 = 4.
+        progress.update(step + 1, f"batch PSNR {-10 * math.log10(mse.item() / 4):.1f} dB")
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     mean, std = latent_statistics(vae, pixels[:4000])
     vae.register_to_config(latents_mean=mean, latents_std=std)

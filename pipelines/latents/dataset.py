@@ -18,7 +18,7 @@ class LatentDataset:
     manifest: Manifest
     """Contents of the dataset."""
     moments: Sequence[np.ndarray]
-    """float16 (n, 2C, H, W) of each shard."""
+    """float16 (n, 2C, H, W) of each shard: means, then standard deviations, of n latents; not normalized."""
     moments_mirrored: Sequence[np.ndarray] | None
     """Moments of the mirror images; None if they are absent or left out."""
     labels: np.ndarray

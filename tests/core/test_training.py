@@ -45,7 +45,7 @@ def test_initial_parameters_depend_on_the_seed_alone_and_leave_torchs_generator_
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_fresh_state_has_the_configured_adam_and_averages_without_gradients():
+def test_fresh_state_has_the_configured_adam_betas_and_averages_that_need_no_gradients():
     state = fresh_state(replace(debug(), optimizer=OptimizerConfig(beta1=0.8, beta2=0.97)))
     assert state.optimizer.param_groups[0]["betas"] == (0.8, 0.97)
     assert state.network.training
@@ -77,7 +77,7 @@ def test_step_of_improved_meanflow_reports_the_error_of_its_velocity_head():
     means = means_by_name(debug_imf(), metrics)
     assert (means["squared_error_r_equals_t"].num_samples, means["squared_error_v"].num_samples) == (8.0, 16.0)
     assert metrics.sums[0] == pytest.approx(2.0, abs=0.1)  # two terms, each weighted to about 1
-    # Both heads of a fresh network are zero.
+    # A fresh network's u and v are zero, so both errors are means of the squared guided velocity, over 8 and 16 samples.
     errors = read_means(debug_imf().loss.build().metric_names, metrics.sums)
     assert errors["squared_error_v"] == pytest.approx(errors["squared_error_r_equals_t"], rel=0.5)
 
@@ -85,7 +85,7 @@ def test_step_of_improved_meanflow_reports_the_error_of_its_velocity_head():
 def test_metrics_separate_rows_with_r_equal_to_t_from_the_others():
     config = debug()
     state, batch = fresh_state(config), make_batch(config)
-    take_steps(state, config, 1)  # a fresh network's last layer is zero
+    take_steps(state, config, 1)  # because a fresh network's u, and so du/dt, is zero
     moments, labels, record = batch.moments, batch.labels, batch.record
     latents = moments[:, :4] + moments[:, 4:] * record.posterior_noise
     output = meanflow_loss(
@@ -276,7 +276,8 @@ def test_passes_are_bounded_in_size_and_never_empty():
             for start, stop in (contiguous_share(last - first, number, passes) for number in range(passes))
         ]
         assert min(sizes) >= 1
-        assert max(sizes) <= max(samples_per_pass, 2 if samples_per_pass == 1 else 1)
+        # No pass is empty, so if shares differ in size and samples_per_pass is 1, a pass has two samples.
+        assert max(sizes) <= max(samples_per_pass, 2)
     with pytest.raises(ValueError, match="at least the number of workers 17, but got 16"):
         num_passes(16, 17, None)
 

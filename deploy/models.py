@@ -93,10 +93,11 @@ def find_source(model: str, tracking_uri: str | None) -> ModelSource:
         name = folder.parent.name if folder.name == "generator" else folder.name
         run_id = read_provenance(find_generator(folder)).get("run_id")
         return ModelSource(model=model, name=name, run_id=run_id)
-    version = re.fullmatch(r"models:/([^/@]+)/(\d+)", model)
-    if version:
-        run_id = _client(model, tracking_uri).get_model_version(version[1], version[2]).run_id
-        return ModelSource(model=model, name=version[1], version=version[2], run_id=run_id, tracking_uri=tracking_uri)
+    registered = re.fullmatch(r"models:/([^/@]+)/(\d+)", model)
+    if registered:
+        name, version = registered.groups()
+        run_id = _client(model, tracking_uri).get_model_version(name, version).run_id
+        return ModelSource(model=model, name=name, version=version, run_id=run_id, tracking_uri=tracking_uri)
     run = re.match(r"runs:/([^/]+)/(.+)", model)
     run_id = run[1] if run else None
     return ModelSource(model=model, name=model.rpartition("/")[2], run_id=run_id, tracking_uri=tracking_uri)
@@ -132,7 +133,7 @@ def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Pa
         raise ValueError(f"{model} may refer to a different version on each replica; pass a version")
     import mlflow
 
-    _client(model, tracking_uri)
+    _client(model, tracking_uri)  # sets the tracking URI for the download
     with tempfile.TemporaryDirectory(prefix="generator-") as download:
         with _as_value_error(f"cannot fetch {model} from {tracking_uri}"):
             source = find_source(model, tracking_uri)

@@ -206,7 +206,8 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
         self._initialize()
 
     def _initialize(self) -> None:
-        # DiT's initialisation. Zeros make each block the identity at first, and the network's output zero.
+        # DiT's initialisation. With zero modulation weights, each block starts as the identity; with a zero final layer,
+        # the network's output starts at zero.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -229,7 +230,7 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
         """Computes u of noisy latents z_t, float (B, C, H, W).
 
         tangent: (b, C, H, W), b <= B: also compute du/dt of the first b rows along (dz, dt, dr) = (tangent, 1, 0).
-        velocity_only: no effect; for networks with a v head.
+        velocity_only: ignored; only networks with a v head use it.
         Raises ValueError for mismatched shapes.
         """
         check_network_input(z, conditioning, tangent, self.config.in_channels, self.config.sample_size)

@@ -15,7 +15,8 @@ from meanflow_core.config import GuidanceConfig, GuidanceSamplingConfig, LossCon
 
 GUIDANCE_INPUTS = ("omega", "guidance_interval_start", "guidance_interval_end")
 _DRAWS = ("t", "r", "noise", "posterior_noise", "label_dropped", "mirrored", *GUIDANCE_INPUTS)
-# The no-grad forward's batch is padded to a multiple of B / 8 rows: 2 % more work on average, few sizes to compile.
+# The no-grad forward's batch is padded to a multiple of B / 8 rows, so that few batch sizes have to be compiled. This
+# adds 2 % to the work on average.
 VELOCITY_BATCH_PARTS = 8
 
 
@@ -75,10 +76,11 @@ class StepRecord:
         guidance_interval_start: torch.Tensor | None = None,
         guidance_interval_end: torch.Tensor | None = None,
     ) -> "StepRecord":
-        """Checks the draws and derives the weights and row indices. The draws must be on the CPU, because it reads them.
+        """Checks the draws and derives the weights and row indices.
 
-        Rows with r < t and with dropped labels may be in any order. posterior_noise and mirrored default to zeros. omega
-        and its interval are for improved MeanFlow. Raises ValueError for mismatched shapes, non-finite noise, times that
+        The draws must be on the CPU, because their values are read. Rows with r < t and rows with r = t may be in any
+        order, and any row may have a dropped label. posterior_noise and mirrored default to zeros. Only improved MeanFlow
+        uses omega and the guidance interval. Raises ValueError for mismatched shapes, non-finite noise, times that
         violate 0 <= r <= t <= 1, omega below 1, or an invalid interval.
         """
         guidance = [omega, guidance_interval_start, guidance_interval_end]
@@ -112,7 +114,7 @@ class StepRecord:
         )
 
     def rows(self, start: int, stop: int, config: LossConfig) -> "StepRecord":
-        """The record of rows start to stop - 1: the share of a worker or of a micro-batch."""
+        """The record of rows start to stop - 1, for one worker or one micro-batch."""
         draws = {name: getattr(self, name) for name in _DRAWS}
         share = {name: value[start:stop] for name, value in draws.items() if value is not None}
         return StepRecord.from_draws(**share, config=config)
@@ -175,7 +177,10 @@ def _improved_weights(
     start: torch.Tensor | None,
     end: torch.Tensor | None,
 ) -> tuple[_Weights, torch.Tensor]:
-    """The weights, and for which rows, bool (B,), the training forward's v at r = t is also the conditional velocity."""
+    """The weights, and a mask of reusable rows, bool (B,).
+
+    A reusable row with r = t takes its conditional velocity from the training forward's v, without another forward.
+    """
     if omega is None or start is None or end is None:
         given = [name for name, value in zip(GUIDANCE_INPUTS, (omega, start, end), strict=True) if value is not None]
         raise ValueError(
@@ -190,12 +195,12 @@ def _improved_weights(
         )
     is_guided = (t >= start) & (t <= end) & ~label_dropped
     conditional = torch.where(is_guided, 1.0 - 1.0 / omega, 0.0)
-    # The conditional velocity is the network's v for the interval [0, 1].
+    # The conditional velocity is v with [0, 1] as the guidance interval. So rows with that interval are reusable.
     return _Weights(torch.ones_like(t), conditional, -conditional), (start == 0.0) & (end == 1.0)
 
 
 def _padded(rows: torch.Tensor, batch_size: int, config: LossConfig) -> torch.Tensor:
-    """Pads with row 0 to a multiple of B / 8 rows; not empty if the objective can need the no-grad forward."""
+    """Pads with row 0 to a multiple of B / 8 rows: at least B / 8 if any step of the objective may need the forward."""
     if config.objective == "improved_meanflow":
         may_need_forward = True
     else:
@@ -206,7 +211,7 @@ def _padded(rows: torch.Tensor, batch_size: int, config: LossConfig) -> torch.Te
     return torch.cat([rows, rows.new_zeros(size - len(rows))])
 
 
-def rows_below(num_rows: int, fraction: float) -> torch.Tensor:
+def r_below_t_mask(num_rows: int, fraction: float) -> torch.Tensor:
     """Selects the rows of a batch with r < t, bool (B,): row i if floor((i + 1) rho) > floor(i rho).
 
     These are floor(B rho) rows, spread evenly: each contiguous share of the batch has the same fraction of them, to
@@ -221,14 +226,15 @@ def rows_below(num_rows: int, fraction: float) -> torch.Tensor:
 def draw_times(
     num_rows: int, config: TimeSamplingConfig, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws t and r, float32 (B,), 0 <= r <= t <= 1: t is the larger of two logit-normal times, r the smaller or t.
+    """Draws t and r, float32 (B,), 0 <= r <= t <= 1.
 
+    t is the larger of two logit-normal times. r is the smaller one in the rows of `r_below_t_mask`, and t in the others.
     Source: Geng et al. 2025, Section 4.3 and Tables 1a, 1d.
     """
     logits = config.logit_mean + config.logit_std * torch.randn(2, num_rows, generator=generator)
     times = torch.sigmoid(logits)
     t, r = times.amax(dim=0), times.amin(dim=0)
-    return t, torch.where(rows_below(num_rows, config.fraction_r_below_t), r, t)
+    return t, torch.where(r_below_t_mask(num_rows, config.fraction_r_below_t), r, t)
 
 
 def draw_omega(num_rows: int, config: GuidanceSamplingConfig, generator: torch.Generator) -> torch.Tensor:
@@ -262,15 +268,18 @@ def draw_step_record(
 ) -> StepRecord:
     """Draws a step's record for the *global* batch of B = num_rows, on the CPU, as a pure function of (seed, step).
 
-    latent_shape: (C, H, W). Labels are dropped only on rows with r = t, with probability p / (1 - rho), as in the
-    authors' code; if there are too few such rows, on all rows with probability p.
+    latent_shape: (C, H, W).
+
+    Let p be label_drop_probability and rho be fraction_r_below_t. As in the authors' code, labels are dropped only on
+    rows with r = t, each with probability p / (1 - rho). If p > 1 - rho, there are too few such rows, and labels are
+    dropped on all rows with probability p.
     """
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state) % 2**63)
     t, r = draw_times(num_rows, config.times, generator)
     uniform = torch.rand(num_rows, generator=generator)
     probability, rho = config.label_drop_probability, config.times.fraction_r_below_t
-    below = rows_below(num_rows, rho)
+    below = r_below_t_mask(num_rows, rho)
     if probability <= 1.0 - rho + 1e-9:  # in floating point, 1 - 0.9 is slightly below 0.1
         label_dropped = ~below & (uniform * (1.0 - rho) < probability)
     else:

@@ -1,4 +1,4 @@
-"""Code shared by Parquet and WebDataset, whose files contain many images each and whose labels are class ids."""
+"""Code shared by the packed formats, Parquet and WebDataset: each file contains many images, and labels are class ids."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ class FileIndex:
 
 
 def check_one_split(location: str, files: list[str], folders: list[str]) -> None:
-    """The `check_files` of packed formats. Raises InputError if the file names are of several splits."""
+    """Implements `FormatReader.check_files`. Raises InputError if the file names contain more than one split."""
     splits = sorted({split for path in files for split in SPLIT.findall(path.rsplit("/", 1)[-1])})
     if len(splits) > 1:
         folder = location.rpartition("/")[0] if "*" in location else location
@@ -70,9 +70,12 @@ def read_packed(
     entries: pa.Table,
     read_file: Callable[[pa.NativeFile, pa.Table], Iterator[bytes | Exception]],
 ) -> Iterator[bytes | Exception]:
-    """Opens each file once and yields the images that `read_file` reads for the file's entries."""
-    numbers = entries["file"].to_numpy()
-    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
-        with filesystem.open_input_file(f"{root}/{files[int(numbers[start])]}") as stream:
+    """Opens each file once and yields the images that `read_file` reads for the file's entries.
+
+    The entries of one file must be consecutive.
+    """
+    file_numbers = entries["file"].to_numpy()
+    starts = np.flatnonzero(np.diff(file_numbers, prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(file_numbers)], strict=True):
+        with filesystem.open_input_file(f"{root}/{files[int(file_numbers[start])]}") as stream:
             yield from read_file(stream, entries.slice(start, stop - start))

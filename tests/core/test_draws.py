@@ -11,7 +11,7 @@ from meanflow_core.objectives.draws import (
     draw_omega,
     draw_step_record,
     draw_times,
-    rows_below,
+    r_below_t_mask,
 )
 from tests.support.objectives import GUIDED, HALF, IMPROVED
 
@@ -29,7 +29,7 @@ DRAWS = {
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("num_rows", [1, 7, 32])
 def test_number_of_rows_below_is_exact_and_they_are_spread_evenly(num_rows, fraction):
-    below = rows_below(num_rows, fraction)
+    below = r_below_t_mask(num_rows, fraction)
     assert int(below.sum()) == int(num_rows * fraction + 1e-9)
     for start in range(num_rows):  # the fraction holds for every contiguous share, to within one row
         for stop in range(start + 1, num_rows + 1):
@@ -38,7 +38,7 @@ def test_number_of_rows_below_is_exact_and_they_are_spread_evenly(num_rows, frac
 
 def test_times_are_sorted_and_differ_only_on_rows_below():
     t, r = draw_times(1000, TimeSamplingConfig(), torch.Generator().manual_seed(0))
-    below = rows_below(1000, 0.25)
+    below = r_below_t_mask(1000, 0.25)
     assert ((r > 0) & (r <= t) & (t < 1)).all()
     assert torch.equal(r < t, below)
 

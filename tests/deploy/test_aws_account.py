@@ -32,6 +32,7 @@ def account(tmp_path_factory):
             patch.setenv(name, value)
         variables: dict[str, str] = {}
         for line in runbook():
+            # Skips other programs, the login that is piped to docker, and `aws s3`, which sends several requests.
             if not re.match(r"(\w+=\$\()?aws ", line) or " | docker" in line or line.startswith("aws s3 "):
                 continue
             for placeholder, value in (("YOUR-ADDRESS", "192.0.2.7"), ("BUCKET", "a-bucket"), ("ACCOUNT", ACCOUNT)):
@@ -41,7 +42,8 @@ def account(tmp_path_factory):
             if call.operation in NOT_IN_MOTO:
                 continue
             client = boto3.client(call.service, REGION)
-            method = next(method for method, of in client.meta.method_to_api_mapping.items() if of == call.operation)
+            methods = client.meta.method_to_api_mapping  # {boto3's method: AWS's operation}
+            method = next(method for method, operation in methods.items() if operation == call.operation)
             answer = getattr(client, method)(**call.parameters)
             if name is not None:
                 variables[name] = jmespath.search(call.query, answer)
@@ -65,15 +67,15 @@ def launched(text, account, monkeypatch):
         text = text.replace(placeholder, value)
     config = AWSNodeProvider.fillout_available_node_types_resources(launcher.bootstrap_aws(prepared(text)))
     provider = AWSNodeProvider(config["provider"], config["cluster_name"])
-    made = {}
+    answers = {}
     for kind, settings in config["available_node_types"].items():
         [machine] = provider.create_node(copy.deepcopy(settings["node_config"]), {}, 1).values()
-        made[kind] = (settings["resources"], boto3.client("ec2").describe_instances(InstanceIds=[machine.id]))
-    return {kind: (resources, seen["Reservations"][0]["Instances"][0]) for kind, (resources, seen) in made.items()}
+        answers[kind] = (settings["resources"], boto3.client("ec2").describe_instances(InstanceIds=[machine.id]))
+    return {kind: (resources, found["Reservations"][0]["Instances"][0]) for kind, (resources, found) in answers.items()}
 
 
 def groups_of(machine):
-    return {group["GroupId"] for card in machine["NetworkInterfaces"] for group in card["Groups"]}
+    return {group["GroupId"] for interface in machine["NetworkInterfaces"] for group in interface["Groups"]}
 
 
 @pytest.mark.soak
@@ -83,7 +85,7 @@ def test_machines_start_in_the_runbooks_group_and_subnet_with_its_roles(account,
     machines = launched(with_efa(text) if efa else text, account, monkeypatch)
     for kind, (resources, machine) in machines.items():
         assert groups_of(machine) == {account["GROUP"]}, kind  # otherwise workers cannot reach the head
-        assert {card["SubnetId"] for card in machine["NetworkInterfaces"]} == {account["SUBNET"]}
+        assert {interface["SubnetId"] for interface in machine["NetworkInterfaces"]} == {account["SUBNET"]}
         role = machine["IamInstanceProfile"]["Arn"].split("/")[-1]
         assert role == ("meanflow-head" if kind == "head" else "meanflow")
         assert resources.get("GPU", 0) == (8 if kind.startswith("gpu") else 0)
@@ -93,6 +95,7 @@ def test_machines_start_in_the_runbooks_group_and_subnet_with_its_roles(account,
 @pytest.mark.soak
 def test_security_group_admits_only_its_members_and_ssh_from_your_address(account):
     [group] = boto3.client("ec2").describe_security_groups(GroupIds=[account["GROUP"]])["SecurityGroups"]
+    # "-1", all protocols, sorts before "tcp".
     inside, ssh = sorted(group["IpPermissions"], key=lambda rule: rule["IpProtocol"])
     assert (inside["IpProtocol"], [pair["GroupId"] for pair in inside["UserIdGroupPairs"]]) == (
         "-1",

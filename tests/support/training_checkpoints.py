@@ -1,4 +1,4 @@
-"""Tensors of debug-preset training runs, from a checkpoint or a training loop without a cluster, and their comparison."""
+"""Reads the tensors of a training run's last checkpoint, compares tensors, and trains without a cluster."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def last_checkpoint(location: str | Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """Step and tensors of a run's last committed checkpoint; `location` is a path or URI."""
+    """Step and tensors of the last committed checkpoint of a debug-preset run; `location` is a path or URI."""
     state = build_train_state(debug(), sample_size=8, in_channels=4, num_classes=10, device=CPU)
     with checkpoints.committed(*storage.open_storage(str(location))).latest.as_directory() as folder:
         load_train_state(state, Path(folder))

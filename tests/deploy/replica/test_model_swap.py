@@ -116,7 +116,7 @@ def test_a_broken_model_changes_nothing_and_is_retried_with_increasing_delays(se
 
 
 def test_the_latest_request_wins_even_over_loads_that_hang(service, loader, generator_folder, other_folder):
-    hanging = [f"hanging-{index}" for index in range(33)]  # more than the default number of threads of an event loop
+    hanging = [f"hanging-{index}" for index in range(33)]  # asyncio's default executor has at most 32 threads
     gate = threading.Event()
     loader.gates = dict.fromkeys([*hanging, str(other_folder)], gate)
 
@@ -217,7 +217,7 @@ def test_an_alias_in_a_user_config_is_refused(generator_folder):
     assert "may refer to a different version on each replica" in service.models.problem
 
 
-def test_every_serving_model_is_tagged_and_a_failure_to_do_so_is_harmless(generator_folder, other_folder, loader):
+def test_every_serving_model_is_tagged_and_failed_tagging_is_harmless(generator_folder, other_folder, loader):
     tagged = []
 
     def tag_as_serving(source, name):
@@ -246,7 +246,7 @@ def test_a_failed_load_keeps_no_device_memory(generator_folder, loaded_models, m
         was_freed.extend(weight() is None for weight in weights)
         tensor = torch.zeros(1)  # represents the weights on the device
         weights.append(weakref.ref(tensor))
-        service.models.current.engine.max_size_that_fits = 1  # a batch that ran out of memory meanwhile
+        service.models.current.engine.max_size_that_fits = 1  # as if a batch had run out of memory during the load
         raise torch.OutOfMemoryError("full")
 
     service = service_of(generator_folder, load)
@@ -258,7 +258,7 @@ def test_a_failed_load_keeps_no_device_memory(generator_folder, loaded_models, m
         await until(lambda: service.models.current.engine.max_size_that_fits is None)
 
     gc.collect()
-    gc.disable()  # freed at once, not by a later garbage collection
+    gc.disable()  # the tensor must be freed without a garbage collection
     try:
         asyncio.run(work())
     finally:

@@ -32,7 +32,7 @@ def test_a_registered_generator_is_found_fetched_and_loaded(run, tracking_uri, g
     assert find_run("models:/small/1", tracking_uri).run_id == run.run_id
     assert find_run(f"runs:/{run.run_id}/small", tracking_uri).run_id == run.run_id
     assert find_run("models:/other@champion", tracking_uri) is None
-    mlflow.set_tracking_uri(None)  # as in another stage's process, which has the address only as an argument
+    mlflow.set_tracking_uri(None)  # as in another stage's process: no global tracking URI
     version = deploy.models.resolve_model(model, tracking_uri)
     assert version == "models:/small/1"
     mlflow.set_tracking_uri(None)
@@ -86,6 +86,7 @@ def test_unknown_models_are_refused(tracking_uri, tmp_path):
 
 
 def test_registering_reads_no_history_and_loads_no_model(run, generator, monkeypatch):
+    # A call of None raises TypeError.
     monkeypatch.setattr(MlflowClient, "get_metric_history", None)
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", None)
     run.log_metrics({"loss": 1.0}, 0)
@@ -102,9 +103,11 @@ def test_only_versions_with_the_same_weights_are_tagged(run, generator, caplog):
     for weights in ("1a", "2b"):
         register_generator(run, generator, "tagged", {WEIGHTS_TAG: weights, "step": "7"})
     tag_generator(run, "1a", "evaluate.", {"evaluate.frechet.2-steps": "3"})
+    # Deletes the tag above, because it also begins with "evaluate.".
     tag_generator(run, "1a", "evaluate.", {"evaluate.report": "runs:/x/evaluate/report.json"})
     first, second = (run.client.get_model_version("tagged", str(number)) for number in (1, 2))
     assert first.tags == {"transformer_sha256": "1a", "step": "7", "evaluate.report": "runs:/x/evaluate/report.json"}
     assert second.tags == {"transformer_sha256": "2b", "step": "7"}
-    tag_generator(Run("http://127.0.0.1:9", run.run_id), "1a", "evaluate.", {"evaluate.report": "x"})
+    unreachable = Run("http://127.0.0.1:9", run.run_id)
+    tag_generator(unreachable, "1a", "evaluate.", {"evaluate.report": "x"})
     assert "cannot tag the model versions" in caplog.text

@@ -28,7 +28,7 @@ T = TypeVar("T")
 STATUS_TIMEOUT_SECONDS = 5.0
 # The generator enforces the deadline itself. If it does not answer at all, the request fails this much later.
 GRACE_SECONDS = 1.0
-# How long an "overloaded" refusal is repeated. No full queue runs empty in this time.
+# How long to repeat an "overloaded" refusal. A full queue takes longer than this to drain.
 REPEAT_REFUSAL_SECONDS = 0.1
 
 
@@ -123,7 +123,7 @@ class ApiService:
             self.problem = f"settings of the HTTP API refused; the previous ones remain in use: {error}"
             logger.error(self.problem)
             if not self.is_configured:
-                # A new replica has no previous settings; without its keys it would be open to everybody.
+                # A new replica has no previous user_config to keep. Without its API keys it would be open to everybody.
                 only_keys = {name: value for name, value in (user_config or {}).items() if name == "api_keys"}
                 self.settings = apply_user_config(self._arguments, only_keys, API_SETTINGS)
         self.recorder.record("meanflow_settings_refused", float(self.problem is not None))
@@ -179,7 +179,7 @@ class ApiService:
     def make_generation_request(
         self, body: Sampling, *, class_: int | str, num_images: int, count_field: str, model: str | None, size: str
     ) -> GenerationRequest:
-        """The generator's request for a body. Raises ApiError 400 for invalid values and exceeded limits.
+        """Converts a request body into the generator's request. Raises ApiError 400 for invalid values and exceeded limits.
 
         count_field: the body's field for `num_images`, named in error messages.
         """

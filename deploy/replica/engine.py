@@ -89,14 +89,14 @@ class Engine:
         dtype = PRECISIONS[precision]
         for module in (pipeline.transformer, pipeline.vae, preview_decoder):
             if module is not None:
-                # Not diffusers' `to`, which warns about modules to keep in float32 even if a model has none.
+                # diffusers' own `to` warns about modules that must stay in float32, even if the model has no such modules.
                 torch.nn.Module.to(module, self._device, dtype)
         for decoder in (pipeline.vae, preview_decoder):
             if decoder is not None:
                 # Convolutions are faster in channels_last format, on tensor cores and on CPUs.
                 decoder.to(memory_format=torch.channels_last)
         if compiled:
-            # Each module compiles one graph per size, and guided flow matching also runs batches of twice each size.
+            # Each module compiles a graph per batch size. Guided flow matching also runs batches of twice the size.
             torch._dynamo.config.recompile_limit = max(8, 4 * len(self.batch_sizes))
             pipeline.transformer.compile_repeated_blocks(dynamic=False)
             pipeline.vae.decoder.compile(dynamic=False)
@@ -118,8 +118,8 @@ class Engine:
     def run(self, options: BatchOptions, specs: Sequence[ImageSpec]) -> Batch:
         """Generates the images in the order of `specs`.
 
-        A batch that runs out of device memory is halved, and so are later ones. Raises torch.OutOfMemoryError if a
-        single image does not fit.
+        If a batch runs out of device memory, this batch and later ones are split into parts of at most half its size.
+        Raises torch.OutOfMemoryError if a single image does not fit.
         """
         parts: list[Batch] = []
         done = 0

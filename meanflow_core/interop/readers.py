@@ -24,10 +24,11 @@ _FLAX_CHUNKED = "__msgpack_chunked_array__"
 def read_checkpoint(path: Path, *, use_ema: bool = True) -> dict[str, torch.Tensor]:
     """Reads {name in the file: parameter} from a checkpoint, in float32 on the CPU.
 
-    The suffix determines the format: .npz has flat Flax paths (only those that start with "param:", if there are any);
-    .safetensors; .pt, .pth, .ckpt and .bin are written by torch.save; any other suffix is read as Flax's msgpack.
+    The suffix determines the format: .npz holds arrays named by Flax paths; .safetensors; .pt, .pth, .ckpt and .bin are
+    written by torch.save; any other suffix is read as Flax's msgpack. If any name in an .npz file starts with "param:",
+    only such names are read, without this prefix.
 
-    use_ema: whether to read the moving average or the parameters of a training state.
+    use_ema: from a training state, read the moving average (True) or the parameters (False).
     Raises ValueError if the file cannot be read or contains anything but tensors, numbers and names.
     """
     readers = {".npz": _read_npz, ".safetensors": safetensors.torch.load_file} | dict.fromkeys(
@@ -44,7 +45,7 @@ def read_checkpoint(path: Path, *, use_ema: bool = True) -> dict[str, torch.Tens
         flat = _flatten(_choose(readers.get(path.suffix, _read_flax)(path), use_ema))
         return {name: _as_tensor(name, value) for name, value in flat.items()}
     except pickle.UnpicklingError as error:
-        # torch's own message is left out, because it explains how to open the file anyway.
+        # torch's own message is left out, because it explains how to load the file unsafely.
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match is None:
             raise ValueError(f"cannot read {path}: it is damaged, or was not written by torch.save") from error

@@ -1,9 +1,9 @@
 """The demo's images: ten drawn shapes, each a pure function of (split, index).
 
-A model learns them in minutes on two CPU cores, but not trivially: position, size, rotation, colour and background vary
-within a class and are independent of it. Every shape covers the same area, so the mean and the spread of an image's colours
-are independent of the class, too. Every factor's distribution is symmetric under mirroring, because training uses each image
-and its mirror image.
+A model learns them in minutes on two CPU cores. The task is not trivial, because position, size, rotation, colour and
+background vary within a class and are independent of it. Every shape covers the same area, so the mean and the spread
+of an image's colours are independent of the class, too. Every factor's distribution is symmetric under mirroring,
+because training uses each image and its mirror image.
 
 The images are JPEGs in ImageNet's folder layout, so that the encode stage reads them as it reads ImageNet:
 
@@ -30,11 +30,11 @@ from pipelines.progress import Progress
 logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = 64
-# In the order of the sorted folder names, which is the reader's order of classes.
+# By label. The encode stage numbers the sorted folder names (see `wnid`), which gives the same labels.
 CLASS_NAMES = ("arrow", "circle", "crescent", "cross", "flower", "heart", "ring", "square", "star", "triangle")
 # Each consumer has its own split; splits share no image.
 SPLITS = ("train", "val", "autoencoder", "judge")
-# Radius of the disc with the area of the shape, in half image widths.
+# Range of a shape's size, given as the radius of a disc of equal area. 1 is half the image width.
 RADIUS = (0.42, 0.52)
 MAX_SHIFT = 0.15  # of the half width, along each axis
 MAX_ROTATION_DEGREES = 20.0
@@ -72,7 +72,7 @@ def _star_corners(points: int, inner_radius: float) -> np.ndarray:
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # The upper halves of two discs on a square rotated by 45 degrees; exact outside and inside.
+    # Half-discs on the two upper edges of a square rotated by 45 degrees. The distance is exact inside and outside.
     x, y = np.abs(x), y + 0.6
     lobe = np.hypot(x - 0.25, y - 0.75) - np.sqrt(2.0) / 4.0
     diagonal = np.maximum(x + y, 0.0) / 2.0
@@ -81,8 +81,8 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _flower(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Five petals, r = 0.68 + 0.32 cos(5 (angle - 90 degrees)): the radial distance over the norm of the gradient. Correct to
-    # first order at the edge, where antialiasing evaluates it.
+    # Five petals with the outline r = 0.68 + 0.32 cos(5 (angle - 90 degrees)). The radial distance is divided by the norm of
+    # its gradient. The result is correct to first order near the outline, and antialiasing uses it only there.
     radius, angle = np.hypot(x, y), np.arctan2(y, x) - np.pi / 2
     slope = -1.6 * np.sin(5 * angle) / np.maximum(radius, 0.2)
     return (radius - 0.68 - 0.32 * np.cos(5 * angle)) / np.hypot(1.0, slope)
@@ -95,7 +95,7 @@ _CROSS_CORNERS = np.array(
 )
 _SQUARE_CORNERS = np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)])
 
-# Of any size: `shape_scale` normalises all of them to the same area.
+# Signed distances. The shapes' sizes are arbitrary, because `shape_scale` normalises them to the same area.
 SHAPES: dict[str, Shape] = {
     "arrow": _polygon(_ARROW_CORNERS),
     "circle": lambda x, y: np.hypot(x, y) - 1.0,
@@ -106,13 +106,13 @@ SHAPES: dict[str, Shape] = {
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.78) - 0.22,
     "square": _polygon(_SQUARE_CORNERS),
     "star": _polygon(_star_corners(5, 0.48)),
-    "triangle": _polygon(_star_corners(3, 0.5)),  # an inner radius of half the outer one is a straight edge
+    "triangle": _polygon(_star_corners(3, 0.5)),  # inner corners at radius 0.5 lie on straight edges
 }
 
 
 @functools.cache
 def shape_scale(name: str) -> float:
-    """Divisor of a shape's coordinates that gives it the area of the unit disc."""
+    """Factor that enlarges a shape to the area of the unit disc. Divide coordinates by it to draw the enlarged shape."""
     axis = np.linspace(-2.0, 2.0, 801)
     x, y = np.meshgrid(axis, axis)
     area = float(np.count_nonzero(SHAPES[name](x, y) < 0)) * (axis[1] - axis[0]) ** 2
@@ -137,7 +137,7 @@ class Factors:
     rotation: float
     """In radians."""
     radius: float
-    """Radius of the disc with the shape's area, in half image widths."""
+    """Size of the shape: the radius of a disc of equal area, in half image widths."""
     hue: float
     """Hue of the shape, in turns."""
     hue_change: float
@@ -154,7 +154,7 @@ class Factors:
     """Direction of the background's gradient in radians."""
 
     def as_targets(self) -> np.ndarray:
-        """Regression targets for the judge: float32 (13,), of mean 0 and order 1; angles and hues as cosine and sine."""
+        """Regression targets for the judge: float32 (13,), in [-1, 1] with mean 0; angles and hues as cosine and sine."""
         turns = np.array([2 * np.pi * self.hue, 2 * np.pi * self.background_hue, self.angle, self.background_angle])
         middle, half = (RADIUS[0] + RADIUS[1]) / 2, (RADIUS[1] - RADIUS[0]) / 2
         plain = [

@@ -6,8 +6,9 @@ CROP = "adm_center_crop"  # name of `center_crop` in recipes and protocols
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crops to (size, size): halve with a box filter while at least twice too large, resize bicubically, cut the centre.
+    """Resizes the image so that its shorter side is `size`, then cuts out the central (size, size) square.
 
+    A box filter halves the image while the shorter side is at least 2 * size; bicubic resizing does the rest.
     Source: center_crop_arr of openai/guided-diffusion (MIT), rewritten.
     """
     while min(image.size) >= 2 * size:

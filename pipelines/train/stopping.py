@@ -82,7 +82,7 @@ def claim_run(run_location: str) -> ActorHandle:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm(request: ActorHandle) -> Iterator[None]:
+def stop_on_sigterm(stop_request: ActorHandle) -> Iterator[None]:
     """Turns SIGTERM into a stop request. A second SIGTERM, or a request that no worker acknowledges, ends the process.
 
     On Ctrl-C, Ray ends the workers and exits with code 0; this exit is converted into a KeyboardInterrupt.
@@ -102,8 +102,8 @@ def stop_on_sigterm(request: ActorHandle) -> Iterator[None]:
         deadline = time.monotonic() + ACKNOWLEDGE_SECONDS
         while time.monotonic() < deadline and not finished.wait(0.2):
             with contextlib.suppress(RayError):  # a failed call is retried
-                ray.get(request.request.remote())
-                if ray.get(request.is_acknowledged.remote()):
+                ray.get(stop_request.request.remote())
+                if ray.get(stop_request.is_acknowledged.remote()):
                     return
         if not finished.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -138,7 +138,7 @@ class Signals:
 class SignalMonitor:
     """Delivers stop requests and preemption notices to all workers after the same step. Call `poll` once per step."""
 
-    def __init__(self, request: ActorHandle, rank: int) -> None:
+    def __init__(self, stop_request: ActorHandle, rank: int) -> None:
         _choose_gloo_interface()
         self._group = distributed.new_group(backend="gloo")
         self._flags = torch.zeros(2, dtype=torch.int32)  # [stop requested, query Ray for preemptions]
@@ -149,7 +149,7 @@ class SignalMonitor:
         self._next_preemption_poll = time.monotonic() + PREEMPTION_POLL_SECONDS
         self._is_rank_0 = rank == 0
         if self._is_rank_0:
-            threading.Thread(target=self._poll_stop_request, args=(request,), daemon=True).start()
+            threading.Thread(target=self._poll_stop_request, args=(stop_request,), daemon=True).start()
 
     def poll(self) -> Signals:
         """Returns the signals up to the previous step, which are the same on every worker."""
@@ -174,10 +174,10 @@ class SignalMonitor:
         if self._reduction is not None:
             self._reduction.wait()
 
-    def _poll_stop_request(self, request: ActorHandle) -> None:
+    def _poll_stop_request(self, stop_request: ActorHandle) -> None:
         while not self._closed.wait(STOP_POLL_SECONDS):
             with contextlib.suppress(RayError):  # a failed call is retried
-                if ray.get(request.poll.remote()):
+                if ray.get(stop_request.poll.remote()):
                     self._stop_requested.set()
                     return
 

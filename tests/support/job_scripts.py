@@ -24,7 +24,7 @@ class Submission:
     options: dict[str, Any]
     module: str
     arguments: list[str]
-    """Of the module."""
+    """The module's command-line arguments."""
 
 
 def submission(stage: str, *arguments: str, **environment: str) -> Submission:
@@ -50,7 +50,7 @@ def submission(stage: str, *arguments: str, **environment: str) -> Submission:
 
 
 def parse_with_click(command: click.Command, words: list[str]) -> click.Context:
-    """The innermost command that a click command line would run, with its parameters."""
+    """Parses a click command line. Returns the context of the innermost subcommand, which holds its parameters."""
     name = None
     while isinstance(command, click.Group):
         name, command, words = command.resolve_command(click.Context(command), words)

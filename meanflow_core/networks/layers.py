@@ -1,4 +1,4 @@
-"""Layers that several networks share: embedders, running blocks, and patches back to latents.
+"""What several networks share: embedders, a loop over blocks, and `unpatchify`.
 
 # B batch, C channels, H W latent size, P patch side, N tokens, D width
 """
@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from meanflow_core.networks.dual import Dual, Linear, lift, lift_linear
 
 FREQUENCY_EMBEDDING_SIZE = 256  # number of sinusoidal features of a time (DiT's code)
-MAX_PERIOD = 10_000.0  # longest period of these features (times are in [0, 1]) and of position embeddings
+# The sinusoids' frequencies fall from 1 to about 1 / MAX_PERIOD, for times, which are in [0, 1], and for positions.
+MAX_PERIOD = 10_000.0
 NORM_EPS = 1e-6
 
 

@@ -42,7 +42,7 @@ class Mean(NamedTuple):
     total: torch.Tensor
     """Scalar: the sum over samples."""
     num_samples: torch.Tensor | int
-    """The number of these samples. An interval without any does not report the mean."""
+    """The number of these samples. If a logging interval has none, it does not report the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +56,21 @@ class Loss:
 
 
 class Objective(ABC, Generic[R]):
-    """A training objective. It holds numbers only; all randomness is in the record."""
+    """A training objective. It holds its configuration only; all randomness is in the record."""
 
     metric_names: tuple[str, ...]
     """What `Loss.metrics` reports. Names that start with "squared_error" are also measured in validation."""
 
     @abstractmethod
     def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> R:
-        """Draws the record of a step's *global* batch on the CPU, a pure function of (seed, step).
+        """Draws the record of a step's *global* batch of num_rows samples on the CPU, a pure function of (seed, step).
 
         latent_shape: (C, H, W).
         """
 
     @abstractmethod
     def share(self, record: R, start: int, stop: int) -> R:
-        """The record of rows start to stop - 1 of the global batch: the share of a worker or of a pass."""
+        """The record of samples start to stop - 1 of the global batch: the share of a worker or of a pass."""
 
     @abstractmethod
     def loss(

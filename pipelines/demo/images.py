@@ -112,7 +112,7 @@ SHAPES: dict[str, Shape] = {
 
 @functools.cache
 def shape_scale(name: str) -> float:
-    """Factor that enlarges a shape to the area of the unit disc. Divide coordinates by it to draw the enlarged shape."""
+    """Factor that scales a shape to the area of the unit disc. Divide coordinates by it to draw the scaled shape."""
     axis = np.linspace(-2.0, 2.0, 801)
     x, y = np.meshgrid(axis, axis)
     area = float(np.count_nonzero(SHAPES[name](x, y) < 0)) * (axis[1] - axis[0]) ** 2
@@ -155,7 +155,7 @@ class Factors:
 
     def as_targets(self) -> np.ndarray:
         """Regression targets for the judge: float32 (13,), in [-1, 1] with mean 0; angles and hues as cosine and sine."""
-        turns = np.array([2 * np.pi * self.hue, 2 * np.pi * self.background_hue, self.angle, self.background_angle])
+        angles = np.array([2 * np.pi * self.hue, 2 * np.pi * self.background_hue, self.angle, self.background_angle])
         middle, half = (RADIUS[0] + RADIUS[1]) / 2, (RADIUS[1] - RADIUS[0]) / 2
         plain = [
             self.shift_x / MAX_SHIFT,
@@ -164,7 +164,7 @@ class Factors:
             (self.radius - middle) / half,
             (self.saturation - sum(SATURATION) / 2) / ((SATURATION[1] - SATURATION[0]) / 2),
         ]
-        return np.concatenate([plain, np.cos(turns), np.sin(turns)]).astype(np.float32)
+        return np.concatenate([plain, np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
 def factors(split: str, index: int) -> Factors:

@@ -44,11 +44,11 @@ def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
     )
     progress = Progress(logger, "judge:", "steps", config.num_steps, interval_seconds=10.0)
     for step in range(config.num_steps):
-        rows = torch.randint(len(pixels), (config.batch_size,))
-        x = to_float_images(pixels[rows]).to(memory_format=torch.channels_last)
-        # A little noise keeps the judge from learning the artefacts of JPEG and of the decoder.
+        indices = torch.randint(len(pixels), (config.batch_size,))
+        x = to_float_images(pixels[indices]).to(memory_format=torch.channels_last)
+        # A little noise makes the judge insensitive to the artefacts of JPEG and of the decoder, which these images lack.
         _, logits, guesses = judge(x + 0.03 * torch.randn_like(x))
-        loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05) + F.mse_loss(guesses, factors[rows])
+        loss = F.cross_entropy(logits, labels[indices], label_smoothing=0.05) + F.mse_loss(guesses, factors[indices])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

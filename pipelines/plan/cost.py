@@ -28,7 +28,7 @@ from meanflow_core.objectives.draws import StepRecord, draw_step_record
 from meanflow_core.objectives.meanflow import meanflow_loss, total_derivative
 
 FLOAT32_BYTES = 4
-# Samples drawn to estimate the fractions that need velocities or du/dt. Step FLOPs are within 0.2 % of the long-run mean.
+# Samples drawn to estimate the fractions that need velocities or du/dt: enough for FLOPs within 0.2 % of the long-run mean.
 NUM_DRAWN_SAMPLES = 8192
 # Under FSDP2: the current block and the prefetched one, each with parameters and gradient.
 GATHERED_BLOCKS = 2
@@ -40,7 +40,7 @@ class MemoryEstimate:
 
     Includes the persistent state and the tensors of one pass through the objective. Excludes the CUDA context and library
     workspaces (about 1 GB), the allocator's fragmentation and rounding, effects of torch.compile, communication buffers, and
-    the autoencoder and sampling of the worker that draws samples.
+    the autoencoder and sampling of the worker that draws images.
     """
 
     parameters: int
@@ -52,10 +52,11 @@ class MemoryEstimate:
     averages: int
     """This device's share of the moving averages."""
     activations: int
-    """Tensors saved when backward begins; under bfloat16 including the cast parameters, which are not sharded."""
+    """Tensors alive when backward begins. Under bfloat16, these include bfloat16 copies of the parameters, not sharded."""
     temporaries: int
-    """Additional bytes at the peak, either of the pass or of the optimiser, which copies the parameters after the activations
-    are freed. With shards, plus an allowance for gathered blocks."""
+    """Bytes at the peak of a step beyond all of the above. The peak is the larger of the pass's and the optimiser's. The
+    optimiser runs after the activations are freed, and its temporaries are as large as the parameters. With shards, the
+    pass's peak includes an allowance for gathered blocks."""
 
     @property
     def total(self) -> int:
@@ -76,7 +77,7 @@ class ExecutedFlops:
 def num_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
     """Number of parameters in training, including improved MeanFlow's v head.
 
-    Raises ValueError for sizes that do not fit.
+    Raises ValueError for incompatible sizes.
     """
     with torch.device("meta"):
         network = build_network(config, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
@@ -92,8 +93,8 @@ def checkpoint_bytes(config: TrainingConfig, *, sample_size: int, in_channels: i
 def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> float:
     """FLOPs of one function evaluation on one image in sampling, without improved MeanFlow's v head.
 
-    A multiply-add counts as two, twice what papers on image generators call GFLOPs. Only matrix products and convolutions are
-    counted, including those of attention.
+    A multiply-add counts as two FLOPs; papers on image generators usually count it as one. Only matrix products and
+    convolutions are counted, including those of attention.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
 
@@ -116,29 +117,34 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
 
 @lru_cache(maxsize=64)
 def step_flops(
-    config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int, rows: int | None = None
+    config: TrainingConfig,
+    *,
+    sample_size: int,
+    in_channels: int,
+    num_classes: int,
+    num_drawn_samples: int | None = None,
 ) -> float:
     """Model FLOPs of one optimiser step over the global batch: the objective and its backward.
 
     These are the FLOPs that the mathematics requires, independent of precision, sharding and compilation, as used for model
     FLOPs utilisation (MFU). Recomputation is excluded: the second forward of a separate du/dt pass, activation checkpointing,
-    and padding of calls to a few batch sizes. A multiply-add counts as two. Only matrix products and convolutions are
-    counted, including those of attention; they are about 99 % of the work.
+    and the padding of the no-grad forward's batch. A multiply-add counts as two. Only matrix products and convolutions
+    are counted, including those of attention; they are about 99 % of the work.
 
-    The fractions of samples with r < t and with guidance are those of `rows` samples drawn as in training (default: 8,192),
-    within 0.2 % of the long-run mean. A single step of 256 samples differs by about 1 %.
-    Raises ValueError for sizes that do not fit.
+    num_drawn_samples: how many samples to draw as in training, to estimate the fractions with r < t and with guidance. With
+    the default, 8,192, the result is within 0.2 % of the long-run mean; a single step of 256 samples differs by about 1 %.
+    Raises ValueError for incompatible sizes.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-    rows = rows or NUM_DRAWN_SAMPLES
-    record = _mean_record(config, rows)
+    num_drawn_samples = num_drawn_samples or NUM_DRAWN_SAMPLES
+    record = _unpadded_record(config, num_drawn_samples)
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with torch.device("meta"):
             network = build_network(network_config, **sizes)
             return _count_flops(lambda: _loss(network, config.loss, record).backward())
 
-    return float(_at_full_depth(config.network, count, shallow=1)[0]) * config.global_batch_size / rows
+    return float(_at_full_depth(config.network, count, shallow=1)[0]) * config.global_batch_size / num_drawn_samples
 
 
 @lru_cache(maxsize=64)
@@ -146,14 +152,14 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     """FLOPs that a step executes under `config`.
 
     Adds recomputation to `step_flops`: the separate du/dt pass under bfloat16 or activation checkpointing, and the forward
-    that checkpointing repeats. Padding of calls to a few batch sizes is excluded.
+    that checkpointing repeats. The padding of the no-grad forward's batch is excluded.
 
-    Raises ValueError for sizes that do not fit.
+    Raises ValueError for incompatible sizes.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     if not config.separate_derivative:  # nothing is recomputed
         return ExecutedFlops(in_precision=step_flops(config, **sizes), in_float32=0.0)
-    record = _mean_record(config, NUM_DRAWN_SAMPLES)
+    record = _unpadded_record(config, NUM_DRAWN_SAMPLES)
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode():  # not meta tensors, which have no autocast
@@ -184,8 +190,9 @@ def memory_estimate(
     Parameters, gradients, Adam's moments and averages are float32 and divided by num_shards (FSDP2); gradients are always
     allocated, as in a step of several passes. Activations and temporaries come from tracing the objective and its backward
     without data, at the configured precision and activation checkpointing, with fused attention. The traced pass is the one
-    of step 0 with the most samples that need du/dt (among equals, a velocity). Real steps on CPUs agree within 3 %.
-    Raises ValueError for sizes that do not fit, or numbers below 1.
+    of step 0 with the most samples that need du/dt; among equals, the one with the largest no-grad forward. Real steps on
+    CPUs agree within 3 %.
+    Raises ValueError for incompatible sizes, or numbers below 1.
     """
     for name, value in (("samples_per_pass", samples_per_pass), ("num_shards", num_shards)):
         if value < 1:
@@ -213,13 +220,13 @@ def memory_estimate(
 def _bytes_of_pass(
     config: TrainingConfig, samples_per_pass: int, sizes: tuple[tuple[str, int], ...]
 ) -> tuple[int, int, int]:
-    """`_traced_bytes` of the largest pass with this many samples."""
+    """`_traced_bytes` of `_heaviest_pass`, at full depth."""
     record = _heaviest_pass(config, samples_per_pass)
 
     def trace(network_config: NetworkConfig) -> np.ndarray:
         return _traced_bytes(replace(config, network=network_config), record, dict(sizes))
 
-    # Three blocks have their peak at the same place as a deeper network.
+    # From three blocks of a kind on, memory peaks at the same point of the pass.
     kept, forward_peak, backward_peak = (int(n) for n in _at_full_depth(config.network, trace, shallow=3))
     return kept, forward_peak, backward_peak
 
@@ -238,12 +245,15 @@ def _gathered_bytes(network: AnyNetwork) -> int:
 def _at_full_depth(
     config: NetworkConfig, measure: Callable[[NetworkConfig], np.ndarray], *, shallow: int
 ) -> np.ndarray:
-    """Extrapolates `measure`, which is affine in the number of blocks of each kind, from shallow networks."""
-    heads = config.aux_head_depth if config.architecture == "imf_dit" else 0
-    depths = (config.depth - heads, heads)
+    """Extrapolates `measure`, which is affine in the number of blocks of each kind, from shallow networks.
 
-    def at(trunk: int, heads: int) -> np.ndarray:
-        return measure(replace(config, depth=trunk + heads, aux_head_depth=heads))  # a DiT ignores aux_head_depth
+    shallow: number of blocks of each kind in the shallowest network.
+    """
+    head_depth = config.aux_head_depth if config.architecture == "imf_dit" else 0
+    depths = (config.depth - head_depth, head_depth)
+
+    def at(trunk: int, head: int) -> np.ndarray:
+        return measure(replace(config, depth=trunk + head, aux_head_depth=head))  # a DiT ignores aux_head_depth
 
     first = (min(shallow, depths[0]), min(shallow, depths[1]))
     base = total = at(*first)
@@ -255,9 +265,9 @@ def _at_full_depth(
     return total
 
 
-def _mean_record(config: TrainingConfig, rows: int) -> StepRecord:
-    """Random draws of step 0 for this many samples, without padding."""
-    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(1, 1, 1))
+def _unpadded_record(config: TrainingConfig, num_samples: int) -> StepRecord:
+    """Random draws of step 0 for this many samples, without padding of the no-grad forward's batch."""
+    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=num_samples, latent_shape=(1, 1, 1))
     return replace(record, rows_velocity=torch.cat([record.rows_conditional, record.rows_null]))
 
 

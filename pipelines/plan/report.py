@@ -27,7 +27,7 @@ from pipelines.plan.estimate import (
 from pipelines.plan.hardware import FRAGMENTATION, LINK_FRACTION, PEAK_FRACTION, RESERVED_BYTES, Cluster
 from pipelines.plan.job import Workload
 
-CHANGED = "    (preset: "
+CHANGED = "    (preset: "  # begins the note on a field that differs from the preset
 DRY_RUN_TERAFLOPS = 100.0  # a round figure; `pipelines.plan` has the rates of specific GPUs
 OTHER_NUMBERS_OF_GPUS = (1, 8, 16, 32, 64)
 FLOPS_TITLE = "FLOPs (a multiply-add counts as two)"
@@ -79,7 +79,7 @@ def describe(preset: str, workload: Workload, num_workers: int, min_workers: int
     """Describes a training run before it starts: configuration, length, FLOPs, memory and checkpoints. No trailing newline.
 
     min_workers: lower bound for elastic training; None for a fixed number of workers.
-    Raises ValueError for more workers than samples in a batch, and for sizes that do not fit.
+    Raises ValueError for more workers than samples in a batch, and for incompatible sizes.
     """
     config, batch = workload.config, workload.config.global_batch_size
     fewest = num_workers if min_workers is None else min_workers
@@ -98,7 +98,7 @@ def describe(preset: str, workload: Workload, num_workers: int, min_workers: int
     sections = [
         section("configuration", [("preset", preset), *_configuration(preset, config)]),
         section("work", _work(workload, workers, samples_per_pass)),
-        # Shorter runs are for CPUs, which are far slower.
+        # No time for a run this short: it is meant for CPUs, which are far slower than DRY_RUN_TERAFLOPS.
         section(FLOPS_TITLE, [*_flops(workload), *([("time", length)] if seconds >= 36.0 else [])]),
         section(MEMORY_TITLE, _memory(workload, rows, fewest)),
         section("checkpoints", _checkpoints(workload)),
@@ -209,7 +209,7 @@ def _memory(workload: Workload, rows: int, num_devices: int) -> Lines:
         ("moving averages", memory.averages, f"{len(config.ema_decays)} x float32{shard}"),
         ("activations", memory.activations, f"of {rows} samples in {config.precision}{checkpointing}"),
         ("temporaries", memory.temporaries, "at the peak of a step"),
-        ("total", memory.total, "plus about 1 GB for CUDA; the worker that draws samples also holds the autoencoder"),
+        ("total", memory.total, "plus about 1 GB for CUDA; the worker that draws images also holds the autoencoder"),
     ]
     unit, scale = ("GB", 1e9) if memory.total >= 1e9 else ("MB", 1e6)  # one unit for all, so that lines compare
     width = len(f"{memory.total / scale:.2f}")
@@ -227,7 +227,7 @@ def _step(workload: Workload, found: Estimate) -> Lines:
         ("communication", f"{found.communication_seconds:.3f} s"),
     ]
     if found.num_nodes > 1:
-        lines.append(("to hide it", f"{found.hiding_gbit:.0f} Gbit/s between nodes"))
+        lines.append(("needed to hide it", f"{found.hiding_gbit:.0f} Gbit/s between nodes"))
     waiting = [100 * (1 - found.compute_seconds / seconds) for seconds in found.step_seconds]
     step = (
         f"{format_range(found.step_seconds, '.3f')} s: {format_range(waiting, '.0f')} % of it waiting for communication"
@@ -265,7 +265,7 @@ def _uploads(workload: Workload, cluster: Cluster, found: Estimate) -> Lines:
 
 
 def _trainings(workload: Workload, cluster: Cluster, requested: Estimate) -> list[list[str]]:
-    """The table's rows: the requested and the other numbers of GPUs, without those that cannot train."""
+    """The header, then a row for each of the requested number of GPUs and OTHER_NUMBERS_OF_GPUS that can train."""
     config, price = workload.config, cluster.price_per_gpu_hour
     on_one_gpu = compute_seconds(workload, cluster, 1)
     header = ["GPUs", "nodes", "s/step", "images/s", "days", "GPU hours", *([] if price is None else ["cost"])]

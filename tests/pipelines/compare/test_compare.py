@@ -85,7 +85,7 @@ def example_report(num_seeds=2):
         {"step": step, "squared_error_r_equals_t": 9.0 / step, "squared_error_r_below_t": 8.0 / step}
         for step in (50, 100)
     ]
-    no_rows_below = [{**point, "squared_error_r_below_t": None} for point in curve]
+    flow_matching_curve = [{**point, "squared_error_r_below_t": None} for point in curve]
     return {
         "num_samples": 20,
         "num_train_images": 60,
@@ -104,7 +104,7 @@ def example_report(num_seeds=2):
             {
                 "method": method,
                 "budgets": ["steps", "flops"],
-                "loss_curve": no_rows_below if method == "flow_matching" else curve,
+                "loss_curve": flow_matching_curve if method == "flow_matching" else curve,
             }
             for method in METHODS
             for _ in range(num_seeds)
@@ -148,9 +148,9 @@ def test_equal_flops_give_cheaper_methods_more_steps():
 
 def test_trials_shared_by_budgets_are_planned_once_and_expensive_ones_first():
     steps = [steps_in_budget(budget, 30, FLOPS) for budget in ("steps", "flops")]
-    runs = plan_trials(steps, ("flow_matching", "improved_meanflow"), (0, 1), FLOPS)
-    assert [(run.method, run.num_steps) for run in runs[4:]] == [("flow_matching", 30)] * 2
-    assert sorted((run.method, run.num_steps, run.seed) for run in runs[:4]) == [
+    trials = plan_trials(steps, ("flow_matching", "improved_meanflow"), (0, 1), FLOPS)
+    assert [(trial.method, trial.num_steps) for trial in trials[4:]] == [("flow_matching", 30)] * 2
+    assert sorted((trial.method, trial.num_steps, trial.seed) for trial in trials[:4]) == [
         ("flow_matching", 120, 0),
         ("flow_matching", 120, 1),
         ("improved_meanflow", 30, 0),
@@ -161,7 +161,7 @@ def test_trials_shared_by_budgets_are_planned_once_and_expensive_ones_first():
 def test_loss_curve_averages_over_intervals():
     curve = LossCurve(["squared_error_r_equals_t", "squared_error_r_below_t"], num_steps=120)  # two steps per interval
     for step in range(120):
-        curve.add(step, torch.tensor([1.0, 3.0 * step, 3.0, 0.0, 0.0]))
+        curve.add(step, torch.tensor([1.0, 3.0 * step, 3.0, 0.0, 0.0]))  # the loss, then (sum, count) of each metric
     assert len(curve.points) == 60
     assert curve.points[1] == {"step": 4, "squared_error_r_equals_t": 2.5, "squared_error_r_below_t": None}
 

@@ -48,9 +48,10 @@ def test_shapes_cover_the_same_area_and_stay_inside():
 def test_distribution_is_symmetric_under_mirroring():
     pixels, labels = images.draw_many("val", 0, 1000)
     for label in range(10):
-        mean = pixels[labels == label].astype(np.float64).mean(axis=(0, 3))
-        spread = pixels[labels == label].astype(np.float64).mean(axis=3).std(axis=0) / np.sqrt((labels == label).sum())
-        assert (np.abs(mean - mean[:, ::-1]) / (spread + 1)).mean() < 2.5, images.CLASS_NAMES[label]
+        of_class = pixels[labels == label].astype(np.float64)
+        mean = of_class.mean(axis=(0, 3))
+        standard_error = of_class.mean(axis=3).std(axis=0) / np.sqrt(len(of_class))
+        assert (np.abs(mean - mean[:, ::-1]) / (standard_error + 1)).mean() < 2.5, images.CLASS_NAMES[label]
 
 
 def test_folder_has_the_layout_of_imagenet(image_root):
@@ -86,8 +87,8 @@ def test_work_folder_replaces_only_an_earlier_demo(tmp_path):
 
 
 def test_stage_runs_in_the_current_folder_and_its_orphans_are_ended(tmp_path):
-    # In another process: adopting orphans cannot be undone, and all children of the process are ended, such as the fork
-    # server of other tests.
+    # Runs in another process: adopting orphans cannot be undone, and it would also end this process's other children, such
+    # as the fork server of other tests.
     script = """
 import os, subprocess, sys, psutil
 from pipelines.demo.processes import Processes, adopt_orphans

@@ -140,7 +140,7 @@ def test_checkpointed_flow_matching_recomputes_one_forward_and_no_derivative():
 
 def test_few_samples_estimate_the_flops_within_a_few_percent():
     config = small()
-    assert step_flops(config, **SMALL, rows=32) == pytest.approx(step_flops(config, **SMALL), rel=0.05)
+    assert step_flops(config, **SMALL, num_drawn_samples=32) == pytest.approx(step_flops(config, **SMALL), rel=0.05)
 
 
 @pytest.mark.parametrize(

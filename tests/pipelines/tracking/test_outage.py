@@ -1,4 +1,4 @@
-"""Tests Run with a real MLflow server behind a proxy that can simulate outages."""
+"""Tests `Run` with a real MLflow server behind a proxy that can simulate outages."""
 
 import contextlib
 import json
@@ -147,11 +147,11 @@ def test_outage_loses_nothing_and_does_not_block_callers(proxy, run, caplog, mon
     path = mlflow.artifacts.download_artifacts(run_id=run.run_id, artifact_path="config.json", tracking_uri=proxy.uri)
     with open(path) as file:
         assert json.load(file) == {"depth": 2}
-    began, missing, ended = [record.getMessage() for record in caplog.records if record.name == outbox.__name__]
-    assert began.startswith(f"cannot write to MLflow run {run.run_id}, retrying (MlflowException: API request to")
-    assert "(Caused by" in began
+    retrying, missing, caught_up = [record.getMessage() for record in caplog.records if record.name == outbox.__name__]
+    assert retrying.startswith(f"cannot write to MLflow run {run.run_id}, retrying (MlflowException: API request to")
+    assert "(Caused by" in retrying
     assert "21 entries are not written after 0.1 s, the first: metrics loss of step 2" in missing
-    assert ended.endswith("has caught up")
+    assert caught_up.endswith("has caught up")
 
 
 def test_run_is_ended_later_if_the_server_is_unreachable(proxy, run, caplog):
@@ -168,7 +168,7 @@ def test_lost_reply_does_not_cause_duplicates(proxy, run):
     run.log_metrics({"loss": 0.1, "nan": float("nan")}, 1)
     run.log_image(image(), "samples", 1)
     assert run.flush()
-    proxy.drop_replies_to = (b"log-batch", b"set-tag")  # the last requests of metrics and of an image
+    proxy.drop_replies_to = (b"log-batch", b"set-tag")  # the last request that metrics send, and the last of an image
     run.log_metrics({"loss": 0.2, "nan": float("nan")}, 2)
     run.log_image(image(), "samples", 2)
     wait_until(lambda: b"log-batch" in proxy.dropped)

@@ -123,7 +123,7 @@ def test_writer_thread_ends_when_the_queue_is_empty_and_restarts_on_demand(run):
         if thread.name == "mlflow-outbox":
             thread.join(5)
             assert not thread.is_alive()
-    run.log_metrics({"loss": 1.0}, 2)  # a report on a run that has ended
+    run.log_metrics({"loss": 1.0}, 2)  # later stages also log to a run that has ended
     assert run.flush()
     assert history(run, "loss") == [(1, 1.0), (2, 1.0)]
 

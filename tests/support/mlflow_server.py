@@ -68,7 +68,10 @@ class Server:
 
     def stop(self) -> None:
         """Kills the server and its descendants."""
-        processes = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
+        processes: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has already been stopped
+            server = psutil.Process(self._process.pid)
+            processes = [*server.children(recursive=True), server]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

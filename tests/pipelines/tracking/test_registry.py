@@ -76,7 +76,7 @@ def test_unknown_models_are_refused(tracking_uri, tmp_path):
         fetch_generator("models:/none@champion", None)
     with pytest.raises(InputError, match="does not exist; a generator is a folder, a URI, models:/name@alias or"):
         fetch_generator(str(tmp_path / "none"), None)
-    with pytest.raises(InputError, match="found 0"):
+    with pytest.raises(InputError, match="found none"):
         fetch_generator(str(tmp_path), None)
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(InputError, match="the generator in .* has format version None"):

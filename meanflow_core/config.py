@@ -6,10 +6,7 @@ Fields are hyperparameters as the papers' tables list them; data locations and d
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from meanflow_core.objectives.interface import Objective
+from typing import Any, Literal
 
 _Rule = tuple[str, Callable[[Any], bool]]  # the requirement in words, and its test
 _POSITIVE: _Rule = ("be above 0", lambda value: 0 < value < math.inf)
@@ -179,12 +176,6 @@ class LossConfig:
     label_drop_probability: float = 0.1
     """Fraction of samples whose label is replaced by the null class. If enough samples have r = t, only those are
     chosen."""
-
-    def build(self) -> "Objective[Any]":
-        """The objective with this configuration."""
-        from meanflow_core.objectives.meanflow import MeanFlow  # imports torch, which --help does not need
-
-        return MeanFlow(self)
 
     @property
     def is_flow_matching(self) -> bool:

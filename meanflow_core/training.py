@@ -15,6 +15,7 @@ from meanflow_core.networks.interface import Network
 from meanflow_core.networks.registry import AnyNetwork, build_network, require_same_architecture
 from meanflow_core.objectives.draws import VELOCITY_BATCH_PARTS
 from meanflow_core.objectives.interface import Record
+from meanflow_core.objectives.registry import build_objective
 
 
 @dataclass
@@ -222,7 +223,7 @@ def warm_up_ddp_buckets(state: TrainState, training_network: Network, batch: Bat
     DDP rearranges its buckets after its first backward, and a sum over more than two workers depends on the position
     in a bucket. Without this, the first step after a resume would round differently than in an uninterrupted run.
     """
-    config.loss_at(state.step).build().loss(
+    build_objective(config.loss_at(state.step)).loss(
         training_network,
         state.network,
         torch.zeros_like(batch.record.posterior_noise),
@@ -246,19 +247,15 @@ def _forward_and_backward(
     """Adds the gradient of these rows to the parameters' and returns their `StepMetrics.sums`."""
     latents = sample_latents(batch.moments, batch.record.posterior_noise, normalization)
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        output = (
-            config.loss_at(state.step)
-            .build()
-            .loss(
-                training_network,
-                state.network,
-                latents,
-                batch.labels,
-                batch.record,
-                null_label=state.network.config.num_classes,
-                global_num_rows=config.global_batch_size,
-                separate_derivative=config.separate_derivative,
-            )
+        output = build_objective(config.loss_at(state.step)).loss(
+            training_network,
+            state.network,
+            latents,
+            batch.labels,
+            batch.record,
+            null_label=state.network.config.num_classes,
+            global_num_rows=config.global_batch_size,
+            separate_derivative=config.separate_derivative,
         )
     (output.loss * gradient_scale).backward()
     means = [torch.as_tensor(value, device=latents.device) for mean in output.metrics.values() for value in mean]

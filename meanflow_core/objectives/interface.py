@@ -1,7 +1,7 @@
 """The interface of training objectives: the random draws of a step, and the loss of its samples.
 
 Training, validation and comparison use an objective through this interface alone. A new one is a class in a file of its
-own, a configuration whose `build` returns it, and a preset; `meanflow.MeanFlow` is an example.
+own, an entry in `registry.build_objective`, and a preset; `meanflow.MeanFlow` is an example.
 
     # b samples of one pass on one worker, C channels, H W latent size
 """

@@ -15,6 +15,7 @@ import torch
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.registry import AnyNetwork, without_velocity_head
+from meanflow_core.objectives.registry import build_objective
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.training import build_train_state, read_means, train_step
 from pipelines.command_line import set_up_logging
@@ -83,7 +84,7 @@ def train_trial(
     sizes = dataset.manifest.network_sizes
     state = build_train_state(config, **sizes, device=device)
     source = BatchSource(dataset, config, rank=0, world_size=1, device=device)
-    curve = LossCurve(config.loss.build().metric_names, config.num_steps)
+    curve = LossCurve(build_objective(config.loss).metric_names, config.num_steps)
     progress = Progress(logger, f"{trial.name}: trained", "steps", config.num_steps, interval_seconds=30.0)
     started = time.perf_counter()
     for step in range(config.num_steps):

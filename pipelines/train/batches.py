@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from meanflow_core.config import TrainingConfig
+from meanflow_core.objectives.registry import build_objective
 from meanflow_core.training import Batch, contiguous_share, num_passes
 from pipelines.latents.dataset import LatentDataset
 from pipelines.latents.sample_order import samples_of_step
@@ -32,7 +33,7 @@ class BatchSource:
     def batches(self, step: int) -> list[Batch]:
         """Returns the worker's share of step `step` (0-based): one batch per pass, on the device."""
         config, batch_size = self._config, self._config.global_batch_size
-        objective = config.loss_at(step).build()
+        objective = build_objective(config.loss_at(step))
         indices = samples_of_step(config.seed, step, batch_size, len(self._dataset))
         record = objective.draw(
             seed=config.seed, step=step, num_rows=batch_size, latent_shape=self._dataset.manifest.latent_shape

@@ -19,6 +19,7 @@ from meanflow_core.checkpoint import load_average, read_state_file
 from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.networks.registry import AnyNetwork, build_network
+from meanflow_core.objectives.registry import build_objective
 from pipelines.command_line import set_up_logging
 from pipelines.errors import InputError
 from pipelines.latents.autoencoder import open_autoencoder
@@ -95,7 +96,7 @@ def held_out_errors(
     Uses at most `MAX_SAMPLES` evenly spaced images.
     """
     chosen = np.linspace(0, len(dataset) - 1, num=min(len(dataset), MAX_SAMPLES), dtype=np.int64)
-    objective = replace(config.loss, label_drop_probability=0.0).build()
+    objective = build_objective(replace(config.loss, label_drop_probability=0.0))
     device = next(network.parameters()).device
     totals: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.interface import Network
+from meanflow_core.objectives.registry import build_objective
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import TrainState, build_train_state, train_step, warm_up_ddp_buckets
 from pipelines.command_line import set_up_logging
@@ -91,7 +92,7 @@ class TrainingWorker:
         self._normalization = LatentNormalization.from_vae_config(self._vae.config)
 
         self._state = self._build_state()
-        self._metrics = IntervalMetrics(self._config.loss.build().metric_names, self._device)
+        self._metrics = IntervalMetrics(build_objective(self._config.loss).metric_names, self._device)
         self._nonfinite = NonfiniteDetector()
         self._last_metrics: dict[str, float] = {}
         restored = checkpoints.restore(self._state)

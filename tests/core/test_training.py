@@ -13,6 +13,7 @@ from meanflow_core.networks.interface import Conditioning
 from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.objectives.interface import Mean
 from meanflow_core.objectives.meanflow import meanflow_loss
+from meanflow_core.objectives.registry import build_objective
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import (
     Batch,
@@ -55,7 +56,7 @@ def test_fresh_state_has_the_configured_adam_betas_and_averages_that_need_no_gra
 
 def means_by_name(config: TrainingConfig, metrics: StepMetrics) -> dict[str, Mean]:
     """The sums and counts of a step's metrics."""
-    names = config.loss.build().metric_names
+    names = build_objective(config.loss).metric_names
     return {name: Mean(*pair) for name, pair in zip(names, metrics.sums[1:].split(2), strict=True)}
 
 
@@ -78,7 +79,7 @@ def test_step_of_improved_meanflow_reports_the_error_of_its_velocity_head():
     assert (means["squared_error_r_equals_t"].num_samples, means["squared_error_v"].num_samples) == (8.0, 16.0)
     assert metrics.sums[0] == pytest.approx(2.0, abs=0.1)  # two terms, each weighted to about 1
     # A fresh network's u and v are zero, so both errors are means of the squared guided velocity, over 8 and 16 samples.
-    errors = read_means(debug_imf().loss.build().metric_names, metrics.sums)
+    errors = read_means(build_objective(debug_imf().loss).metric_names, metrics.sums)
     assert errors["squared_error_v"] == pytest.approx(errors["squared_error_r_equals_t"], rel=0.5)
 
 

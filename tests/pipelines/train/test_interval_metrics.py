@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import distributed
 
+from meanflow_core.objectives.registry import build_objective
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import StepMetrics, build_train_state
 from pipelines.train.metrics import IntervalMetrics, NonfiniteDetector
 
 CPU = torch.device("cpu")
-NAMES = debug_imf().loss.build().metric_names
+NAMES = build_objective(debug_imf().loss).metric_names
 NUM_SUMS = 1 + 2 * len(NAMES)
 
 

@@ -21,7 +21,7 @@ from pipelines.convert.job import ConvertJob
 from pipelines.demo.images import DrawImages
 from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob, ReferenceJob, SideBySideJob
-from pipelines.latent_cache import CacheJob
+from pipelines.latents.cache_command import CacheJob
 from pipelines.plan.__main__ import parse_arguments as parse_plan
 from pipelines.train.job import parse_arguments as parse_training
 from tests.support.aws import parse_aws

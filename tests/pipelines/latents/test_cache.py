@@ -12,10 +12,10 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from pipelines import latent_cache, storage
+from pipelines import storage
 from pipelines.command_line import run_command
 from pipelines.errors import InputError
-from pipelines.latents import cache
+from pipelines.latents import cache, cache_command
 from pipelines.latents.cache import delete_copies, list_copies, open_latents
 from pipelines.latents.manifest import MANIFEST, read_manifest, shard_name, write_manifest
 from pipelines.latents.shards import read_shard_bytes, shard_bytes
@@ -169,7 +169,7 @@ def test_copies_are_listed_and_deleted_by_key_and_age(dataset, tmp_path, monkeyp
         delete_copies(folder, ("abc",))
     arguments = ["latent_cache", "--cache-dir", str(folder), "--evict", "all", "--unused-days", "7"]
     monkeypatch.setattr(sys, "argv", arguments)
-    run_command(latent_cache.main)
+    run_command(cache_command.main)
     assert "1 copies, 0.00 GB; 1 evicted" in capsys.readouterr().out
     assert [copy.key for copy in list_copies(folder)] == [recent]
     assert (
@@ -182,5 +182,5 @@ def test_copies_are_listed_and_deleted_by_key_and_age(dataset, tmp_path, monkeyp
 def test_missing_cache_folder_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["latent_cache", "--cache-dir", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as stop:
-        run_command(latent_cache.main)
+        run_command(cache_command.main)
     assert stop.value.code == 2

@@ -4,7 +4,7 @@
     moments  (B, 2C, H, W)   mean and standard deviation of the VAE's posterior, unscaled; stored by the encode stage
     latent   (B, C, H, W)    a sample of the posterior, normalised; the network's input
 
-The normalisation is a property of a generator. Training and sampling both read it from the VAE's config
+Training and sampling must use the same normalisation, so both read it from the config of the generator's VAE
 (`scaling_factor` and `shift_factor`, or `latents_mean` and `latents_std`).
 """
 
@@ -47,7 +47,7 @@ class LatentNormalization:
     def from_vae_config(cls, config: Mapping[str, Any]) -> "LatentNormalization":
         """Reads an AutoencoderKL's config: `latents_mean` and `latents_std` if present, else shift and scale.
 
-        Raises ValueError if neither is present, or only one of the two lists.
+        Raises ValueError if the config has neither the two lists nor a scale, or only one of the lists.
         """
         channels = int(config["latent_channels"])
         mean, std = config.get("latents_mean"), config.get("latents_std")

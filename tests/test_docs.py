@@ -1,4 +1,4 @@
-"""Every command, link, file and option that README.md, docs/*.md and the other pages name exists and parses."""
+"""Checks that the commands, links, files and options in README.md, docs/*.md and the other pages exist and parse."""
 
 import re
 import tomllib
@@ -15,8 +15,7 @@ from tests.support.readme import REPOSITORY, commands, text_of
 
 DOCS = sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
 PAGES = ("README.md", "SECURITY.md", "CHANGELOG.md", *DOCS)
-# tests/test_docs_kubernetes.py checks its kubectl commands.
-KUBERNETES = "docs/kubernetes.md"
+KUBERNETES = "docs/kubernetes.md"  # tests/test_docs_kubernetes.py checks the commands of this page
 COMMAND_PAGES = ("README.md", "docs/runbook.md", "docs/own-images.md", "docs/upgrading.md")
 
 
@@ -94,7 +93,7 @@ def test_every_bash_block_is_marked_with_the_test_that_reads_it(page):
     marked = re.findall(r"<!-- ([\w-]+): (?:run|parsed) by (tests/[\w.]+) -->\n```bash\n", text_of(page))
     assert len(marked) == sum(kind == "bash" for kind, _ in blocks(page))
     for name, reader in marked:
-        # This file reads every block of COMMAND_PAGES; the others read blocks by name.
+        # This file reads every block of COMMAND_PAGES. Other test files must contain the names of the blocks they read.
         assert reader == "tests/test_docs.py" or re.search(rf'["\']{name}["\']', text_of(reader)), (name, reader)
     assert page in COMMAND_PAGES or not marked
 
@@ -172,10 +171,10 @@ def test_training_options_that_the_runbook_names_exist():
         text_of("docs/runbook.md"),
     )
     assert len(options) >= 5
-    names = text_of("pipelines/train/job.py") + text_of("meanflow_core/config.py")
+    source = text_of("pipelines/train/job.py") + text_of("meanflow_core/config.py")
     for option in options:
         words = option.split()
         if len(words) > 1 or option == "--activation-checkpointing":
             parse_module("pipelines.train", [*required, *words])
-        else:
-            assert words[0].removeprefix("--").replace("-", "_") in names, option
+        else:  # the page gives no value to parse, so only the option's field is looked up
+            assert words[0].removeprefix("--").replace("-", "_") in source, option

@@ -36,8 +36,8 @@ _OFFICIAL_RENAMES = (
 # The authors' PyTorch port keeps the wrappers' names.
 _IMF_TORCH_RENAMES = ((r"^net\.", ""), (r"\._flax_(linear|embedding)\.", "."))
 
-# Checkpoints hold the moving average of the position embedding, whose rounding changes a constant by up to 1.7e-4
-# (measured at decay 0.9999 in float32). A different layout differs by about 1.
+# Checkpoints hold the moving average of the position embedding. The embedding is constant, but rounding changes its average
+# by up to 1.7e-4 (measured at decay 0.9999 in float32). An embedding of a different layout differs by about 1.
 POSITION_TOLERANCE = 1e-3
 # Initialisation of an untrained step-size embedder: DiT's standard deviation, with a fixed seed.
 STEP_SIZE_INIT, STEP_SIZE_SEED = 0.02, 0
@@ -73,7 +73,7 @@ def from_official(parameters: Mapping[str, np.ndarray | torch.Tensor]) -> dict[s
     arrays = {}
     for path, value in parameters.items():
         array = np.asarray(value)
-        if path.endswith("/kernel"):  # linear (in, out), convolution HWIO; a norm's weight has one axis
+        if path.endswith("/kernel"):  # linear (in, out), convolution HWIO, or a norm (D,), which .T leaves as it is
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         arrays[path] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     return _without_lone_velocity_layer(_rename(arrays, _OFFICIAL_RENAMES))
@@ -95,7 +95,8 @@ def from_sit(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     Returns a float32 state dict for MeanFlowDiT whose u is -SiT(z, 1 - t) for any r: the first layer of the
     time embedder is rewritten to reverse time, and the last layer of the network is negated. The position embedding is
-    checked against ours and dropped. So is the predicted variance, the second C channels of each position in a patch.
+    checked against ours, then dropped. The predicted variance is dropped too: the second C of the 2C output channels of
+    each position in a patch.
     Raises ValueError if the file is not a SiT checkpoint.
     """
     converted = _from_timm(state)
@@ -110,10 +111,10 @@ def from_sit(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def from_repa(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Converts parameters of sihyun-yu/REPA's SiT: a velocity with our times and sign.
+    """Converts parameters of sihyun-yu/REPA's SiT: a velocity whose time and sign follow our conventions.
 
     Returns a float32 state dict for MeanFlowDiT whose u does not depend on r. The position embedding is checked against
-    ours and dropped. So are the `projectors`, which only REPA's training uses.
+    ours, then dropped. The `projectors`, which only REPA's training uses, are dropped too.
     Raises ValueError if the file is not a REPA checkpoint.
     """
     converted = _from_timm(state, dropped="projectors.")
@@ -131,7 +132,11 @@ def from_zhuyu_cs(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _from_timm(state: Mapping[str, torch.Tensor], dropped: str | None = None) -> dict[str, torch.Tensor]:
-    """Checks and drops the stored position embedding. The other names are ours; the file must have no h_embedder."""
+    """Checks and drops the stored position embedding, and drops names that start with `dropped`.
+
+    The other parameters already have our names. Raises ValueError if the file has an h_embedder or another position
+    embedding than ours.
+    """
     unexpected = [name for name in state if name.startswith("h_embedder.")]
     if unexpected:
         raise ValueError(f"the file is from another source: it has {', '.join(unexpected)}")
@@ -170,9 +175,10 @@ def _without_variance(value: torch.Tensor, channels: int, patch_size: int) -> to
 def reverse_time(weight: torch.Tensor) -> torch.Tensor:
     """Rewrites a time embedder's first layer (D, 256) so that input t gives the former output for 1 - t; float32.
 
+    For each frequency w of the embedding,
     cos((1 - t) w) = cos w cos(t w) + sin w sin(t w), and sin((1 - t) w) = sin w cos(t w) - cos w sin(t w).
     """
-    embedding_of_one = sinusoids(torch.ones(1, 1, dtype=torch.float64))[0]  # every cos w, then every sin w
+    embedding_of_one = sinusoids(torch.ones(1, 1, dtype=torch.float64))[0]  # cos w of all frequencies, then sin w
     cos, sin = embedding_of_one.chunk(2)
     of_cos, of_sin = weight.double().chunk(2, dim=1)
     return torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1).float()
@@ -304,11 +310,11 @@ def _num_blocks(state: Mapping[str, torch.Tensor], group: str) -> int:
 def _read_network_config(state: Mapping[str, torch.Tensor], architecture: str, num_heads: int | None) -> NetworkConfig:
     hidden_size, _, patch_size = _patch_sizes(state)
     if architecture == "imf_dit":
-        base, first_layer = imf_network("B"), ".mlp.w1.weight"
+        base, mlp_first_layer = imf_network("B"), ".mlp.w1.weight"
         aux_head_depth = _num_blocks(state, "u_heads")
         depth = _num_blocks(state, "shared_blocks") + aux_head_depth
     else:
-        base, first_layer = dit_network("B", 2), ".mlp.fc1.weight"
+        base, mlp_first_layer = dit_network("B", 2), ".mlp.fc1.weight"
         aux_head_depth, depth = base.aux_head_depth, _num_blocks(state, "blocks")
     if depth == 0:
         raise ValueError(f"the file is from another source: no transformer blocks among its {len(state)} names")
@@ -321,9 +327,9 @@ def _read_network_config(state: Mapping[str, torch.Tensor], architecture: str, n
             )
         num_heads = published.network.num_heads
     mlp_ratio = base.mlp_ratio
-    widths = {len(value) for name, value in state.items() if name.endswith(first_layer)}
-    if len(widths) == 1 and widths != {int(hidden_size * mlp_ratio)}:
-        mlp_ratio = widths.pop() / hidden_size
+    mlp_widths = {len(value) for name, value in state.items() if name.endswith(mlp_first_layer)}
+    if len(mlp_widths) == 1 and mlp_widths != {int(hidden_size * mlp_ratio)}:
+        mlp_ratio = mlp_widths.pop() / hidden_size
     return replace(
         base,
         patch_size=patch_size,

@@ -55,12 +55,13 @@ def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
         schedule.step()
         progress.update(step + 1, f"loss {loss.item():.3f}")
     judge = judge.to(memory_format=torch.contiguous_format).eval()
-    held_out, expected = (torch.from_numpy(array) for array in images.draw_many("val", 0, config.num_held_out))
-    targets = _factors("val", config.num_held_out)
+    val_pixels, val_labels = (torch.from_numpy(array) for array in images.draw_many("val", 0, config.num_held_out))
+    val_factors = _factors("val", config.num_held_out)
     with torch.no_grad():
-        _, logits, guesses = judge(to_float_images(held_out))
-    accuracy = float((logits.argmax(dim=1) == expected).double().mean())
-    return judge, HeldOut(accuracy, 1.0 - float((guesses - targets).square().mean() / targets.var(dim=0).mean()))
+        _, logits, guesses = judge(to_float_images(val_pixels))
+    accuracy = float((logits.argmax(dim=1) == val_labels).double().mean())
+    unexplained = float((guesses - val_factors).square().mean() / val_factors.var(dim=0).mean())
+    return judge, HeldOut(accuracy, 1.0 - unexplained)
 
 
 def model_card(config: JudgeTraining, judge: Judge, held_out: HeldOut, seconds: float) -> str:

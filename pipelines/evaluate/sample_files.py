@@ -14,7 +14,9 @@ import numpy as np
 from pipelines.errors import InputError
 
 MEMBER = "arr_0.npy"
-LOCAL_HEADER_BYTES = 30  # of a zip member, before its name and extra field (PKWARE APPNOTE 4.3.7)
+# Fixed part of a zip member's header; the member's name and extra field follow. Its last 4 bytes are the lengths of these
+# two, each in 2 bytes (PKWARE APPNOTE 4.3.7).
+LOCAL_HEADER_BYTES = 30
 
 
 class SampleFileWriter:
@@ -74,7 +76,8 @@ def _map_array(path: Path, header_offset: int) -> np.ndarray:
         file.seek(header_offset + LOCAL_HEADER_BYTES - 4)
         name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
         file.seek(header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes)
-        np.lib.format.read_magic(file)  # always 1.0 for images: numpy uses others for long headers and Unicode names
+        # Skips the format version. It is 1.0 for images: numpy uses later ones for long headers and Unicode names only.
+        np.lib.format.read_magic(file)
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype.hasobject:
             raise ValueError("it contains Python objects")

@@ -36,7 +36,7 @@ def _index_file(filesystem: fs.FileSystem, root: str, path: str) -> FileIndex:
             rows.append({"sample_id": key, "label": label, "position": sample["offset"], "size": sample["size"]})
             if label < 0:
                 problems.append(f"{key} in {path} has no label: add {key}.cls with a number, or a label to {key}.json")
-        elif label >= 0:  # without image and label, the files are not a sample
+        elif label >= 0:  # files with neither an image nor a label are not a sample, and are ignored
             problems.append(f"{key} in {path} has a label but no image")
     schema = pa.schema([field for field in ENTRY_SCHEMA if field.name != "file"])
     return FileIndex(pa.Table.from_pylist(rows, schema=schema), problems)

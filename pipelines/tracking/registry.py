@@ -42,11 +42,12 @@ PATIENCE_SECONDS = 300.0  # how long registration retries a request
 def register_generator(run: Run, folder: Path, name: str, tags: Mapping[str, str] = MappingProxyType({})) -> str:
     """Registers a generator folder as the next version of a model, assigns ALIAS to it, and returns its URI.
 
-    tags: tags of the version; `tag_generator` finds it by WEIGHTS_TAG. The run's status does not change.
+    tags: tags of the version. They must include WEIGHTS_TAG if `tag_generator` is to find the version later.
+    The run's status does not change.
     Raises InputError if MLflow cannot be reached for five minutes.
     """
     disable_http_retries()
-    # For the whole process: with a database, MLflow looks the model up at the global address.
+    # Set for the whole process: with a database, MLflow looks up the model at this global address, not at the client's.
     mlflow.set_tracking_uri(run.tracking_uri)
     client = run.client
     # pyfunc.log_model would restart the run, read the whole history of every metric, and log step 0 a second time.
@@ -133,9 +134,10 @@ def tag_generator(run: Run, transformer_sha256: str, prefix: str, tags: Mapping[
 
 
 def find_run(model: str, tracking_uri: str | None) -> Run | None:
-    """The run that trained a model: of a registry URI, or of a generator's folder by its provenance.json.
+    """Finds the run that trained a model. Returns None if it is unknown.
 
-    Without `tracking_uri`, a folder's own provenance names the address. Returns None if the run is unknown.
+    model: a models:/ or runs:/ URI, or a generator's folder, whose provenance.json names the run. tracking_uri: address of
+    MLflow; default for a folder: the address in its provenance. Raises InputError if the provenance is damaged.
     """
     if not model.startswith(REGISTRY_SCHEMES):
         try:
@@ -176,7 +178,7 @@ def _download(model: str, tracking_uri: str | None) -> Path:
         tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if not tracking_uri:
             raise InputError(f"model {model} is in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
-        # For the whole process: MLflow 3.17 resolves names at the global address and ignores registry_uri.
+        # Set for the whole process: MLflow 3.17 resolves names at the global address and ignores registry_uri.
         mlflow.set_tracking_uri(tracking_uri)
         try:
             return Path(mlflow.artifacts.download_artifacts(model))

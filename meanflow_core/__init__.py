@@ -6,28 +6,28 @@ learns v and integrates it in many steps. MeanFlow learns the *average* velocity
     u(z_t, r, t) = 1 / (t - r) * integral of v(z_s, s) ds for s from r to t,
 
 so that z_r = z_t - (t - r) u exactly, in one step. Differentiating (t - r) u with respect to t gives the MeanFlow
-identity, u = v - (t - r) du/dt. The total derivative du/dt = v du/dz + du/dt|_z is one Jacobian-vector product.
-Training regresses the network onto the right-hand side, held constant.
+identity, u = v - (t - r) du/dt. The total derivative du/dt is one Jacobian-vector product: the derivative of u along
+(dz, dt, dr) = (v, 1, 0). Training regresses the network onto the right-hand side, held constant.
 
 Suggested reading order:
-    config           the configuration of a training run, as frozen dataclasses
-    presets          the papers' configurations
-    latents          image -> moments -> latent
-    autoencoder      the VAE: loading, encoding, decoding
-    dual             tensors with tangents, the inputs and outputs of every layer
-    transformer      MeanFlow's network u(z_t, r, t, label), a DiT
-    imf_transformer  improved MeanFlow's network
-    networks         builds a network from its configuration
-    draws            the random draws of a training step, as a record
-    loss             the training objectives
-    training         one optimiser step, and the moving averages of the parameters
-    sharding         training on many devices
-    checkpoint       training state on disk
-    pipeline         MeanFlowPipeline: a diffusers pipeline from noise to images
-    generator        generator folders: save, find, load
-    portable         generator folders that contain the code that they need
-    interop          public checkpoints -> our networks
-    metrics          feature statistics, distances and scores
+    config                 the configuration of a training run, as frozen dataclasses
+    presets                the papers' configurations
+    latents                image -> moments -> latent
+    autoencoder            the VAE: loading, encoding, decoding
+    networks.dual          tensors with tangents, the inputs and outputs of every layer
+    networks.dit           MeanFlow's network u(z_t, r, t, label), a DiT
+    networks.improved_dit  improved MeanFlow's network
+    networks.registry      builds a network from its configuration
+    objectives.draws       the random draws of a training step, as a record
+    objectives.meanflow    the loss of a training step
+    training               one optimiser step, and the moving averages of the parameters
+    sharding               training on many devices
+    checkpoint             training state on disk
+    pipeline               MeanFlowPipeline: a diffusers pipeline from noise to images
+    generator              generator folders: save, find, load
+    portable               generator folders that contain the code that they need
+    interop                public checkpoints -> our networks
+    metrics                feature statistics, distances and scores
 
 Conventions: B batch, C channels, H W latent height and width; t = 0 is data, t = 1 is noise; t >= r.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class CheckJob:
-    """Check a latent dataset, and draw some of its samples."""
+    """Check a latent dataset, and show some of its samples in a figure."""
 
     data: str
     """Latent dataset: a path or URI."""

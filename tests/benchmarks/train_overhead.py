@@ -2,10 +2,10 @@
 
     python tests/benchmarks/train_overhead.py --json train_overhead.json
 
-The trainer is `python -m pipelines.train demo` with one worker and one thread: it prepares the batches of every step, uses
-DDP, updates the moving average, logs metrics to MLflow (SQLite) every 25 steps, logs system metrics, and saves a
-checkpoint every 200 steps. Its seconds per step are the time between the metrics of step 25 and of the last step. The bare
-loop has one thread and runs only network, loss, backward and Adam, on prepared batches. The two run in turns.
+The trainer is `python -m pipelines.train demo` with one worker and, by default, one thread: it prepares the batches of every
+step, uses DDP, updates the moving average, logs metrics to MLflow (SQLite) every 25 steps, logs system metrics, and saves a
+checkpoint every 200 steps. Its seconds per step are the mean from the first logged metrics (step 25) to the last. The bare
+loop has as many threads and runs only network, loss, backward and Adam, on prepared batches. The two run in turns.
 With --threads 2 on two cores, Ray's own processes compete with the training for the cores.
 """
 
@@ -87,11 +87,11 @@ def train(latents: Path, folder: Path, name: str, num_steps: int, num_threads: i
     return (last.timestamp - first.timestamp) / 1000.0 / (last.step - first.step)
 
 
-def logging_microseconds(folder: Path, rows: int = 200) -> float:
+def logging_microseconds(folder: Path, num_calls: int = 200) -> float:
     """Median duration of a call that logs the metrics of an interval."""
     run = Run.begin(f"sqlite:///{folder}/logging.db", "logging", "logging", {})
     seconds = []
-    for step in range(rows):
+    for step in range(num_calls):
         began = time.perf_counter()
         run.log_metrics({f"metric_{index}": float(step) for index in range(15)}, step)
         seconds.append(time.perf_counter() - began)
@@ -119,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     return {
         "trainer_steps_per_second": 1.0 / run,
         "bare_loop_steps_per_second": 1.0 / loop,
-        "trainer_over_bare_loop": loop / run,
+        "trainer_over_bare_loop": loop / run,  # ratio of speeds, not of durations
         "spread_of_bare_loop": float(np.ptp(loops) / loop),
         "logging_call_microseconds": microseconds,
         "logging_share_of_a_step": microseconds * 1e-6 / INTERVAL / run,

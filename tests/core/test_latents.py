@@ -14,7 +14,7 @@ def test_normalisation_by_scale_follows_diffusers():
     torch.testing.assert_close(normalization.normalize(raw), (raw - 0.1) * SD_SCALING_FACTOR)
 
 
-def test_per_channel_statistics_take_precedence_over_the_scale_and_invert():
+def test_per_channel_statistics_take_precedence_over_the_scale_and_can_be_undone():
     config = {"latent_channels": 2, "scaling_factor": 9.0, "latents_mean": [1.0, -2.0], "latents_std": [2.0, 4.0]}
     normalization = LatentNormalization.from_vae_config(config)
     raw = torch.tensor([3.0, 2.0]).view(1, 2, 1, 1)

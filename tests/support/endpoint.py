@@ -52,7 +52,7 @@ def write_generator(folder: Path, seed: int = 0, *, supports_guidance: bool = Fa
         network = MeanFlowDiT(**size, depth=2)
     with torch.no_grad():
         for parameter in network.parameters():
-            # More noise for guided networks: with 0.05, a guidance scale of 50 changes no pixel by two levels.
+            # More noise for guided networks: with 0.05, even a guidance scale of 50 changes no uint8 pixel by more than 1.
             parameter.add_((0.2 if supports_guidance else 0.05) * torch.randn(parameter.shape))
     vae = load_autoencoder(str(SHIPPED_AUTOENCODER))
     pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES, wnids=WNIDS)
@@ -74,7 +74,7 @@ class Recorded:
 
 
 def make_service(arguments: Arguments, recorded: Recorded, **options: Any) -> GeneratorService:
-    """The model side of the endpoint, without Ray. options: of ModelSwapper."""
+    """The model side of the endpoint, without Ray. options: keyword arguments of ModelSwapper."""
     return GeneratorService(arguments, ModelSwapper(arguments.model, recorded, **options), recorded)
 
 
@@ -121,7 +121,7 @@ def over_http(arguments: Arguments) -> Iterator[str]:
 def fetch(
     url: str, body: bytes | None = None, timeout: float = 60.0, key: str | None = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers in lower case and content of one response, errors included."""
+    """Status, headers (names in lower case) and content of one response. HTTP errors are returned, not raised."""
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, body, headers)
     try:

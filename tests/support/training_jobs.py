@@ -11,7 +11,10 @@ from tests.support.manifests import make_manifest
 
 
 def small_manifest(num_samples: int = 400) -> Manifest:
-    """A manifest of 4x8x8 latents in two classes. Its hashes are placeholders; no shards exist."""
+    """A manifest of 4x8x8 latents in two classes. Its hashes are placeholders; no shards exist.
+
+    Datasets store moments, mean and standard deviation, which have twice the channels of a latent.
+    """
     return make_manifest([num_samples], moments_shape=(8, 8, 8), image_size=64)
 
 

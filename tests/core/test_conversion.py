@@ -29,7 +29,7 @@ from tests.support.public_checkpoints import (
 )
 
 TIMES = (0.0, 0.1, 0.37, 0.5, 0.93, 1.0)
-BOUND = 3e-7  # in float64; converted parameters are float32
+BOUND = 3e-7  # relative error in float64; the conversion rounds parameters to float32
 
 
 def batch():
@@ -51,7 +51,8 @@ def test_converted_sit_predicts_our_velocity_at_our_times(out_channels):
     network = convert_checkpoint("sit", state).double()
     z, labels, t = batch()
     theirs = -reference_sit(in_double(state), z, labels, t_embedder=1 - t)[:, :C]
-    # A wrong time, sign or half of the channels would exceed the bound.
+    # The comparison can fail: a wrong time changes the velocity by far more than the bound, as would a wrong sign or the
+    # wrong half of the channels.
     assert relative(-reference_sit(in_double(state), z, labels, t_embedder=t)[:, :C], theirs) > 0.1
     ours = network(z, Conditioning(t=t, r=t, labels=labels)).u
     for row in range(len(TIMES)):
@@ -150,7 +151,7 @@ def test_every_parameter_of_a_file_becomes_one_parameter_of_the_network(source):
     assert {value.dtype for value in before.values()} == {torch.float32}
     for name, value in state.items():
         if name.startswith(("pos_embed", "projectors.", "net.v_final_layer.")):
-            continue
+            continue  # dropped by the conversion
         after = convert({**state, name: value + 1.0})
         assert len([key for key in before if not torch.equal(before[key], after[key])]) == 1, name
 
@@ -167,12 +168,13 @@ def test_error_lists_every_parameter_that_does_not_match(source):
     with pytest.raises(ValueError, match="does not match") as error:
         convert_checkpoint(source, broken, sample_size=SIZE)
     message = str(error.value)
-    still = SOURCES[source].convert(broken)
-    missing = [f'"{name}"' for name in names if name not in still]
+    converted_broken = SOURCES[source].convert(broken)
+    missing = [f'"{name}"' for name in names if name not in converted_broken]
     assert len(missing) == 2
     assert f"Missing key(s) in state_dict: {', '.join(missing)}." in message
     assert 'Unexpected key(s) in state_dict: "surplus", "other.surplus".' in message
-    [shortened] = [name for name in still if name in converted and still[name].shape != converted[name].shape]
+    shared = [name for name in converted_broken if name in converted]
+    [shortened] = [name for name in shared if converted_broken[name].shape != converted[name].shape]
     assert message.count("size mismatch") == 1
     assert f"size mismatch for {shortened}: " in message
 
@@ -231,7 +233,7 @@ def test_stored_position_embedding_is_checked_and_determines_the_latent_size():
     state = sit_state(out_channels=2 * C)
     large = convert_checkpoint("sit", {**state, "pos_embed": positions_of_mae(side=6)})
     assert large.config.sample_size == 6 * P
-    moved = state["pos_embed"] + 2e-4  # rounding by a moving average
+    moved = state["pos_embed"] + 2e-4  # about the rounding error of a constant in a moving average
     assert convert_checkpoint("sit", {**state, "pos_embed": moved}).config.sample_size == SIZE
     for wrong in (positions_of_mae(row_first=True), state["pos_embed"][:, 1:], state["pos_embed"][0], torch.zeros(())):
         for convert in (conversion.from_sit, conversion.from_repa, conversion.from_zhuyu_cs):

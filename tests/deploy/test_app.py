@@ -52,8 +52,9 @@ def test_the_application_resolves_the_model_once_and_sets_drain_times(generator_
     for deployment in (generator, ingress):
         arguments = deployment.init_args[-1]
         assert arguments.model == str(generator_folder)
-        assert deployment.user_config == {}  # without one, Serve does not call reconfigure, which loads the model
-        # With an empty `user_config:` in a config file, Serve only calls it if it takes a rank; test_live starts so.
+        # Serve calls reconfigure, which loads the model, only if there is a user_config or the method takes a rank. The rank
+        # is for config files with an empty `user_config:`, which replaces this one (test_live starts with such a config).
+        assert deployment.user_config == {}
         assert "rank" in inspect.signature(deployment.func_or_class.reconfigure).parameters
         assert deployment._deployment_config.graceful_shutdown_timeout_s == 9.0
     assert generator.num_replicas == 3

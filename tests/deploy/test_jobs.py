@@ -27,7 +27,7 @@ def test_commands_parse_and_each_stage_reads_the_output_of_the_previous_one():
     assert train.data == encode.output
     assert train.vae == encode.vae
     assert evaluate.model == f"models:/meanflow-{preset}@champion"
-    # A cluster that scales from zero has no GPUs when the driver starts, and the stages would choose CPUs.
+    # A cluster that scales from zero has no GPUs when the driver starts, so `--device auto` would choose CPUs.
     assert {encode.device, train.device, evaluate.device} == {"gpu"}
     assert encode.num_workers
     assert evaluate.num_workers
@@ -42,7 +42,7 @@ def test_arguments_are_passed_to_the_stage_and_variables_to_ray(stage, name, tmp
     assert plain.module == f"pipelines.{stage}"
     assert plain.options["submission_id"] == name
     assert Path(plain.options["runtime_env"]) == JOBS / "runtime_env.yaml"
-    assert not plain.options["no_wait"]  # follows the log
+    assert not plain.options["no_wait"]  # without --no-wait, `ray job submit` follows the job's log
     changed = submission(
         stage, "--num-workers", "64", SUBMISSION_ID="again", RUNTIME_ENV="mine.yaml", STORAGE=str(tmp_path)
     )

@@ -46,7 +46,7 @@ def test_openai_route_returns_one_image_per_seed(client, generator_folder):
     }  # fmt: skip
 
 
-def test_generate_returns_the_same_image_as_a_png(client, generator_folder):
+def test_generate_returns_one_image_as_a_png(client, generator_folder):
     response = client.post("/generate", json={"class": "star", "seed": 7})
     assert_same(pixels(response.content), expected_images(generator_folder, [8], [7])[0])
     headers = {

@@ -24,7 +24,7 @@ from pipelines.latents.cache import open_latents
 from pipelines.train.batches import BatchSource
 from tests.support.readme import REPOSITORY
 
-# From the first complete run, which gave 5.62. Never loosen it.
+# Upper bound, chosen from the first complete run, which gave 5.62. Never raise it.
 FRECHET_ONE_STEP = 7.5
 
 
@@ -50,7 +50,7 @@ def start_demo():
 
 
 def descendants(demo):
-    """All processes below a demo, which adopts its orphans."""
+    """All descendants of a demo, including orphaned ones, which become its children."""
     return psutil.Process(demo.pid).children(recursive=True)
 
 

@@ -15,8 +15,8 @@ from pipelines.latents.manifest import shard_name
 from pipelines.latents.shards import read_shard
 
 
-def decoded_shard(images, count):
-    images = ImageSlice.of(*find_images(str(images)), np.arange(count))
+def decoded_shard(folder, count):
+    images = ImageSlice.of(*find_images(str(folder)), np.arange(count))
     return decode_shard({"shard": np.array([0]), "images": [pickle.dumps(images)]}, image_size=64)
 
 

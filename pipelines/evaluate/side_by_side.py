@@ -16,7 +16,7 @@ from pipelines.evaluate.plots import plot_side_by_side
 from pipelines.evaluate.table import columns_of, header, nfe_of, row
 from pipelines.tracking.registry import REGISTRY_SCHEMES, find_run
 
-# Metrics are comparable if these entries of the protocols and the references are equal.
+# Metrics are comparable if the protocols have these entries and the reference in common.
 COMPARED = ("distance", "num_samples", "labels", "image_size", "uint8_rule", "extractor", "precision_recall")
 SIGNIFICANT_ERRORS = 2.0  # a difference of at least this many standard errors is significant
 
@@ -53,7 +53,7 @@ def read_report(location: str, tracking_uri: str | None) -> dict[str, Any]:
         path = path / "report.json" if path.is_dir() else path
     try:
         report = json.loads(path.read_text())
-        report["protocol"], report["samples"]  # pipelines.compare also writes a report.json
+        report["protocol"], report["samples"]  # a report.json of pipelines.compare lacks these: KeyError
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"cannot read a report in {location}: {error!r}; give an --output folder of pipelines.evaluate"
@@ -94,16 +94,17 @@ def protocol_differences(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _reference_identity(protocol: Mapping[str, Any]) -> str:
-    """Identifies what a reference was computed from, or the file itself if it has no protocol.
+    """Returns the protocol that a reference file was made with, or the file's hash if it states none.
 
-    Files of the same images have equal identities, even if their bytes or locations differ.
+    The location of the images or latents is left out if the source has other entries. Files made from the same images
+    therefore have equal identities.
     """
     reference = protocol["reference"]
-    made = reference["protocol"]
-    if not made:
+    made_with = reference["protocol"]
+    if not made_with:
         return str(reference["sha256"])
-    source = {key: value for key, value in made["source"].items() if key not in ("images", "latents")}
-    return json.dumps({**made, "source": source or made["source"]})
+    source = {key: value for key, value in made_with["source"].items() if key not in ("images", "latents")}
+    return json.dumps({**made_with, "source": source or made_with["source"]})
 
 
 def side_by_side_table(reports: Mapping[str, Mapping[str, Any]], differences: list[str]) -> str:
@@ -119,10 +120,10 @@ def side_by_side_table(reports: Mapping[str, Mapping[str, Any]], differences: li
         "",
         *header(["model", "samples", "NFE"], shown, first["protocol"]["distance"], ["difference"]),
     ]
-    baseline = {entry["title"]: entry for entry in first["samples"]}
+    baselines = {entry["title"]: entry for entry in first["samples"]}
     for name, entry in entries:
-        own = baseline.get(entry["title"])
-        difference = "" if own is None or own is entry else _difference(entry, own)
+        baseline = baselines.get(entry["title"])
+        difference = "" if baseline is None or baseline is entry else _difference(entry, baseline)
         lines.append(row([name, entry["title"], nfe_of(entry)], entry, shown, [difference]))
     return "\n".join(lines) + "\n"
 

@@ -10,7 +10,7 @@ from pipelines import storage
 from pipelines.errors import InputError
 
 FINAL_ERROR_CODES = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
-# Besides 5xx. An expired token can be renewed; a conflict, a timeout or a rate limit passes.
+# HTTP statuses to retry in addition to 5xx: an expired token can be renewed; a conflict, timeout or rate limit passes.
 RETRYABLE_STATUS = (401, 403, 408, 409, 425, 429)
 
 
@@ -36,7 +36,8 @@ def resolve_tracking_uri(storage_location: str, num_nodes: int) -> str:
 def disable_http_retries() -> None:
     """Turns off MLflow's own HTTP retries and its progress bars for this process, unless the user configured them.
 
-    MLflow retries 7 times by default, which takes 4 minutes and fills the log. It has no narrower setting.
+    MLflow retries 7 times by default, which takes 4 minutes and fills the log. Its retries can be configured only for a
+    whole process.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -46,7 +47,7 @@ def is_retryable(error: Exception) -> bool:
     """Whether the same request may succeed later: True for an unreachable or failing server, False for a refused value."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
-        if status == 404:  # without these codes the endpoint itself is missing, for example behind a proxy
+        if status == 404:  # other codes mean that the endpoint itself is missing, for example behind a proxy
             return error.error_code not in FINAL_ERROR_CODES
         return status in RETRYABLE_STATUS or (status >= 500 and status != 501)
     if isinstance(error, requests.HTTPError) and error.response is not None:

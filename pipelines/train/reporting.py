@@ -26,7 +26,10 @@ def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.
 
 
 class Reporter:
-    """Reports metrics and samples. If `run` is None, it only takes part in sampling a sharded network."""
+    """Reports metrics and samples.
+
+    Without a `run`, it reports nothing and only joins the sampling of a sharded network, which needs every process.
+    """
 
     def __init__(self, run: Run | None, pipeline: MeanFlowPipeline, num_steps: int, first_step: int) -> None:
         self._run = run

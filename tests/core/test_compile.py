@@ -125,9 +125,9 @@ def test_number_of_compilations_is_bounded_over_many_steps(setting):
 
     sizes = take_steps(range(12))
     assert 2 <= len(sizes) <= 4
-    # Blocks of a class share their graphs. There is one graph per batch size of the no-grad velocity forward, two for the
-    # training forward (with and without a tangent), and one for the separate derivative, or two for improved MeanFlow,
-    # whose v head has no tangent.
+    # Blocks of a class share their graphs. The no-grad velocity forward needs one graph per batch size, and the training
+    # forward two, with and without a tangent. The separate derivative needs one for MeanFlow, but two for improved
+    # MeanFlow, whose v head has no tangent.
     assert counters["stats"]["unique_graphs"] == len(sizes) + (3 if config is GUIDED else 4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert take_steps(range(5)) <= sizes
@@ -155,9 +155,9 @@ def test_compiled_blocks_in_bfloat16_are_as_accurate_as_plain_ones(setting, back
     def errors(module, separate):
         with torch.autocast("cpu", torch.bfloat16):
             output = run_loss(module, batch, config, separate=separate)
-        return relative(output.dudt, exact.dudt), relative(gradients(module, output.loss), gradient)
+        return relative(output.dudt, exact.dudt), relative(gradients(module, output.loss), exact_gradient)
 
-    gradient = gradients(plain, exact.loss)
+    exact_gradient = gradients(plain, exact.loss)
     for separate in (False, True):
         for ours, theirs in zip(errors(network, separate), errors(plain, separate), strict=True):
             assert 1e-4 < theirs < 0.05

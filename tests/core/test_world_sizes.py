@@ -26,7 +26,7 @@ from tests.support.processes import run_group
 from tests.support.training_steps import IDENTITY, make_batch, part_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NUM_STEPS, HALF = 10, 4
+NUM_STEPS, SAVE_STEP = 10, 4
 CONFIG = replace(
     debug(),
     loss=replace(debug().loss, guidance=GuidanceConfig(omega=1.0, kappa=0.5, guidance_interval_end=0.8)),
@@ -56,7 +56,7 @@ def initial_state(kind="ddp"):
 
 
 def take_steps(state, *, kind="ddp", rank=0, world_size=1, samples_per_pass=None, save=None):
-    """Trains to the end; `save` is called after HALF steps."""
+    """Trains to the end; `save` is called after SAVE_STEP steps."""
     network, accumulating = state.network, nullcontext
     if world_size > 1 and kind == "ddp":
         network = DistributedDataParallel(state.network, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -67,7 +67,7 @@ def take_steps(state, *, kind="ddp", rank=0, world_size=1, samples_per_pass=None
             state, network, batches(state.step, rank, world_size, samples_per_pass), IDENTITY, CONFIG,
             gradient_scale=float(world_size), accumulating=accumulating,
         )  # fmt: skip
-        if save is not None and state.step == HALF:
+        if save is not None and state.step == SAVE_STEP:
             save(state)
     return state
 
@@ -101,16 +101,16 @@ def saver(kind, rank, folder):
 
 
 def train_and_save(rank, world_size, folder):
-    process = {"rank": rank, "world_size": world_size}
-    results = {"ddp": tensors(take_steps(initial_state(), **process))}
-    process["samples_per_pass"] = SAMPLES_PER_PASS[world_size]
+    options = {"rank": rank, "world_size": world_size}
+    results = {"ddp": tensors(take_steps(initial_state(), **options))}
+    options["samples_per_pass"] = SAMPLES_PER_PASS[world_size]
     for kind in KINDS:
-        state = take_steps(initial_state(kind), kind=kind, save=saver(kind, rank, folder), **process)
+        state = take_steps(initial_state(kind), kind=kind, save=saver(kind, rank, folder), **options)
         results[f"{kind} in passes"] = tensors(state)
         results[f"{kind} distances"] = relative_ema_distance(state)
     resumed = initial_state()
     load_train_state(resumed, folder / "ddp")
-    results["ddp resumed"] = tensors(take_steps(resumed, **process))
+    results["ddp resumed"] = tensors(take_steps(resumed, **options))
     return results
 
 
@@ -124,7 +124,7 @@ def resume_sharded(rank, world_size, folder):
 
 @pytest.fixture(scope="module", params=[4, pytest.param(2, marks=pytest.mark.soak)])
 def runs(request, tmp_path_factory):
-    """The folder of the checkpoints after HALF steps, and {name: tensors after NUM_STEPS}."""
+    """The folder of the checkpoints after SAVE_STEP steps, and {name: tensors after NUM_STEPS}."""
     folder = tmp_path_factory.mktemp("world-sizes")
     results = run_group(train_and_save, (request.param, folder), request.param, timeout_seconds=TIMEOUT_SECONDS)
     results["one"] = tensors(take_steps(initial_state()))
@@ -141,9 +141,9 @@ def runs(request, tmp_path_factory):
 
 
 def without_key_bias(name, value):
-    """The query's and the value's part of a qkv bias.
+    """Drops the key's part of a qkv bias; returns other tensors unchanged.
 
-    The key's bias adds a constant to all attention weights of a row, which softmax removes. Its true gradient is zero;
+    The key's bias adds a constant to all attention logits of a row, which softmax removes. Its true gradient is zero;
     the computed one is rounding error, which Adam scales up to steps of the size of the learning rate.
     """
     if not name.endswith("attn.qkv.bias"):
@@ -177,7 +177,8 @@ def test_training_changes_every_parameter(runs):
 
 
 def test_resumed_ddp_run_matches_an_uninterrupted_one_bit_for_bit(runs):
-    # Four processes matter here: with more than two, a sum depends on the position in DDP's buckets.
+    # Four processes matter here: with more than two, the rounding of a summed gradient depends on its position in
+    # DDP's buckets.
     ours, theirs = runs[1]["ddp resumed"], runs[1]["ddp in passes"]
     assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
 
@@ -202,15 +203,15 @@ def test_checkpoint_stores_every_value_once_and_no_pickled_code(runs):
         suffixes = {path.suffix for path in (folder / kind).iterdir()}
         assert suffixes == {".safetensors", ".json"}
         size = sum(path.stat().st_size for path in (folder / kind).glob("*.safetensors"))
-        numbers = sum(value.numel() for value in results["one loaded from fsdp2"].values())
-        assert 4 * numbers < size < 4.1 * numbers + 200_000  # headers of the files included
+        num_values = sum(value.numel() for value in results["one loaded from fsdp2"].values())
+        assert 4 * num_values < size < 4.1 * num_values + 200_000  # 4 bytes per value, plus the headers of the files
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ema_distance_covers_the_whole_sharded_network(runs, kind):
-    whole, distances = (runs[1][f"{kind} {name}"] for name in ("in passes", "distances"))
+    tensors_by_name, distances = (runs[1][f"{kind} {name}"] for name in ("in passes", "distances"))
     names = [name for name, _ in initial_state().network.named_parameters()]
-    ours = torch.cat([whole[f"network/{name}"].flatten() for name in names])
+    parameters = torch.cat([tensors_by_name[f"network/{name}"].flatten() for name in names])
     for decay, distance in distances.items():
-        average = torch.cat([whole[f"{decay}/{name}"].flatten() for name in names])
-        assert distance == pytest.approx(float((average - ours).norm() / ours.norm()), rel=1e-3)
+        average = torch.cat([tensors_by_name[f"{decay}/{name}"].flatten() for name in names])
+        assert distance == pytest.approx(float((average - parameters).norm() / parameters.norm()), rel=1e-3)

@@ -55,7 +55,9 @@ def open_latents(location: str, cache_dir: str, *, mirrored: bool = True) -> Lat
                 f"own disk"
             )
         return LatentDataset.map(Path(storage.absolute(location)), manifest, mirrored=mirrored)
-    folder = Path(cache_dir).expanduser() / f"{manifest.content_sha256[:16]}{'' if mirrored else '-unmirrored'}"
+    # With the version, because a copy in an older format may have the same content.
+    key = f"v{manifest.schema_version}-{manifest.content_sha256[:16]}{'' if mirrored else '-unmirrored'}"
+    folder = Path(cache_dir).expanduser() / key
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         _copy_missing_shards(location, manifest, folder, mirrored=mirrored)

@@ -161,7 +161,7 @@ def test_copies_are_listed_and_deleted_by_key_and_age(dataset, tmp_path, monkeyp
     folder = tmp_path / "cache"
     latents = open_latents(str(dataset), str(folder))
     open_latents(str(write_dataset(tmp_path / "other", rows=(2, 2))), str(folder))
-    old, recent = (read_manifest(str(tmp_path / name)).content_sha256[:16] for name in ("latents", "other"))
+    old, recent = (f"v3-{read_manifest(str(tmp_path / name)).content_sha256[:16]}" for name in ("latents", "other"))
     two_weeks_ago = time.time() - 14 * 86_400
     os.utime(folder / old / "used", (two_weeks_ago, two_weeks_ago))
     assert [copy.key for copy in list_copies(folder)] == [old, recent]

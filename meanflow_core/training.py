@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -258,5 +259,7 @@ def _forward_and_backward(
             separate_derivative=config.separate_derivative,
         )
     (output.loss * gradient_scale).backward()
-    means = [torch.as_tensor(value, device=latents.device) for mean in output.metrics.values() for value in mean]
-    return torch.stack([output.loss.detach(), *means]).float()
+    loss = output.loss.detach()
+    # new_full fills on the device; copying a number to it would wait for the device.
+    pairs = [(mean.total, loss.new_full((), mean.num_samples)) for mean in output.metrics.values()]
+    return torch.stack([loss, *itertools.chain.from_iterable(pairs)]).float()

@@ -41,8 +41,8 @@ class Mean(NamedTuple):
 
     total: torch.Tensor
     """Scalar: the sum over samples."""
-    num_samples: torch.Tensor | int
-    """The number of these samples. If a logging interval has none, it does not report the mean."""
+    num_samples: int
+    """The number of these samples. Training logs 0 for an interval that has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,7 @@ class IntervalMetrics:
         num_steps = max(self._num_steps, 1)
         return {
             "loss": float(sums[0]) / num_steps,
+            **dict.fromkeys(self._names, 0.0),  # for means of no samples: flow matching has none with r < t
             **read_means(self._names, sums),
             "gradient_norm": gradient_norm / num_steps,
             "learning_rate": state.optimizer.param_groups[0]["lr"],

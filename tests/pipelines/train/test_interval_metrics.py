@@ -1,14 +1,19 @@
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from torch import distributed
 
+from meanflow_core.config import TimeSamplingConfig
 from meanflow_core.objectives.registry import build_objective
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import StepMetrics, build_train_state
+from pipelines.tracking.run import Run
 from pipelines.train.metrics import IntervalMetrics, NonfiniteDetector
+from pipelines.train.reporting import Reporter
+from tests.support.training_steps import fresh_state, take_steps
 
 CPU = torch.device("cpu")
 NAMES = build_objective(debug_imf().loss).metric_names
@@ -71,11 +76,23 @@ def test_metrics_are_means_over_steps_and_samples():
     assert found["ema_distance_0.9"] == 0.0
 
 
-def test_mean_of_no_samples_is_left_out():
+def test_mean_of_no_samples_is_zero():
     interval, step = IntervalMetrics(NAMES, CPU), metrics(0)
     step.sums[1:3] = 0.0
     interval.add(step, data_seconds=0.0)
-    assert NAMES[0] not in interval.read(debug(), state(), 1.0)
+    assert interval.read(debug(), state(), 1.0)[NAMES[0]] == 0.0
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_flow_matching_and_skipped_intervals_can_be_reported(skipped, caplog):
+    flow = replace(debug(), loss=replace(debug().loss, times=TimeSamplingConfig(fraction_r_below_t=0.0)))
+    trained, interval = fresh_state(flow), IntervalMetrics(build_objective(flow.loss).metric_names, CPU)
+    interval.add(replace(take_steps(trained, flow, 1), skipped=skipped), data_seconds=0.0)
+    run = MagicMock(spec=Run)
+    with caplog.at_level("INFO"):
+        Reporter(run, None, num_steps=1, first_step=0).log_metrics(interval.read(flow, trained, 1.0), step=1)
+    assert "0.0 (r < t)" in caplog.text
+    assert run.log_metrics.call_args.args[0]["squared_error_r_below_t"] == 0.0
 
 
 def test_metrics_of_an_interval_of_skipped_steps_are_finite():

@@ -1,6 +1,7 @@
 """Text reports of `pipelines.train --dry-run` and of `pipelines.plan`, which adds times, traffic and cost."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -271,9 +272,8 @@ def _trainings(workload: Workload, cluster: Cluster, requested: Estimate) -> lis
     header = ["GPUs", "nodes", "s/step", "images/s", "days", "GPU hours", *([] if price is None else ["cost"])]
     rows = [[*header, "efficiency"]]
     for number in sorted({*OTHER_NUMBERS_OF_GPUS, requested.num_gpus}):
-        try:
-            found = estimate(workload, cluster, number)
-        except ValueError:
+        found = requested if number == requested.num_gpus else _estimate_that_fits(workload, cluster, number)
+        if found is None:
             continue
         steps = found.step_seconds
         hours = [seconds * config.num_steps * number / 3600 for seconds in steps]
@@ -289,6 +289,17 @@ def _trainings(workload: Workload, cluster: Cluster, requested: Estimate) -> lis
         ]
         rows.append(row)
     return rows
+
+
+def _estimate_that_fits(workload: Workload, cluster: Cluster, num_gpus: int) -> Estimate | None:
+    """An estimate whose micro-batches fit, even if samples_per_pass does not. None if these GPUs cannot train."""
+    try:
+        found = estimate(workload, cluster, num_gpus)
+    except ValueError:
+        return None
+    if found.micro_batch_size <= found.largest_micro_batch:
+        return found
+    return estimate(replace(workload, samples_per_pass=found.largest_micro_batch), cluster, num_gpus)
 
 
 def _assumptions(workload: Workload, cluster: Cluster) -> Lines:

@@ -251,6 +251,17 @@ def test_default_micro_batch_fits_and_a_requested_one_may_not(small_gpu):
     assert "it does NOT fit; at most 20 of 32 samples fit" in describe_estimate("debug", limited, machines, 2)
 
 
+def test_other_numbers_of_gpus_use_micro_batches_that_fit(small_gpu):
+    load = workload(replace(debug(), global_batch_size=64), parallelism="fsdp2", samples_per_pass=8)
+    machines = replace(small_gpu(total(load, 4, 8)), link_gbyte=0.001)
+    assert estimate(load, machines, 8).largest_micro_batch == 4
+    table = section(describe_estimate("debug", load, machines, 64), "the training, by number of GPUs")
+    [row] = [line.split() for line in table if line.split()[0] == "8"]
+    fitting = estimate(replace(load, samples_per_pass=4), machines, 8)  # two passes gather the parameters twice
+    assert row[2] == f"{fitting.step_seconds[0]:.3f}"
+    assert row[2] != f"{estimate(load, machines, 8).step_seconds[0]:.3f}"
+
+
 def test_numbers_of_gpus_that_cannot_train_are_left_out(small_gpu):
     def numbers(load: Workload) -> list[str]:
         table = section(describe_estimate("debug", load, machines, 8), "the training, by number of GPUs")

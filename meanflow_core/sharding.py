@@ -7,8 +7,13 @@ two or three times before one backward.
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.torch_version import TorchVersion
 
 from meanflow_core.networks.registry import AnyNetwork
+
+# In older releases, forward-mode AD fails in FSDP2's hooks (pytorch#182641). Our derivatives are ordinary tensors (see
+# `networks.dual`), but tests compare them with torch.func.jvp.
+OLDEST_TORCH = "2.13"
 
 
 def shard_network(network: AnyNetwork) -> None:
@@ -18,7 +23,13 @@ def shard_network(network: AnyNetwork) -> None:
     it on every rank, after `training.compile_blocks` and before building the optimiser, and for the moving averages too.
     Backward averages gradients over all ranks, so multiply the loss by their number. For mixed precision, run the
     network under autocast: an FSDP policy would cast its inputs, and round nearby times to the same value.
+    Raises RuntimeError for torch older than 2.13; the rest of the package also works with 2.11.
     """
+    if TorchVersion(torch.__version__) < OLDEST_TORCH:
+        raise RuntimeError(
+            f"sharding needs torch {OLDEST_TORCH} or newer, but this is {torch.__version__}: "
+            "in older releases, forward-mode AD fails in FSDP2's hooks (pytorch#182641)"
+        )
     blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
     for module in (*blocks, network):
         module.register_forward_pre_hook(_clear_autocast_cache)

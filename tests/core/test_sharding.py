@@ -338,3 +338,10 @@ def test_sharded_training_clipping_and_averages_match_one_process(results, name)
     for ours, network in zip(results[f"trained {name}"], (state.network, *state.ema_networks.values()), strict=True):
         moved = parameters(network) - start
         assert relative(ours - start, moved) < 1e-9
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.13.0a0+git1234567"])
+def test_older_torch_is_refused(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(RuntimeError, match=r"needs torch 2\.13 or newer, but this is 2\."):
+        shard_network(small_network(NETWORKS["guided"]))

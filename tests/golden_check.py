@@ -21,7 +21,7 @@ from meanflow_core.interop.conversion import from_official
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.networks.registry import AnyNetwork, build_network
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
-from meanflow_core.objectives.meanflow import LossOutput, meanflow_loss
+from meanflow_core.objectives.meanflow import LossOutput, MeanFlow
 
 GOLDEN_FOLDER = Path(__file__).parent / "data" / "golden"
 BOUND = 1e-4
@@ -100,8 +100,8 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     latents, labels = torch.from_numpy(golden["latents"]), torch.from_numpy(golden["labels"]).long()
     record = StepRecord.from_draws(**draws, config=loss_config)
     null_label = shape["num_classes"]
-    output: LossOutput = meanflow_loss(
-        network, network, latents, labels, record, loss_config,
+    output: LossOutput = MeanFlow(loss_config).loss(
+        network, network, latents, labels, record,
         null_label=null_label, global_num_rows=len(labels), separate_derivative=separate_derivative,
     )  # fmt: skip
     output.loss.backward()

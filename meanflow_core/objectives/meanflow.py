@@ -130,92 +130,6 @@ def _weighted_sum(error: torch.Tensor, config: LossConfig) -> tuple[torch.Tensor
     return (weight * squared).sum(), squared.detach()
 
 
-def meanflow_loss(
-    training_network: Network,
-    network: Network,
-    latents: torch.Tensor,
-    labels: torch.Tensor,
-    record: StepRecord,
-    config: LossConfig,
-    *,
-    null_label: int,
-    global_num_rows: int,
-    separate_derivative: bool = False,
-) -> LossOutput:
-    """The loss of these samples for the objective of `config`: flow matching, MeanFlow or improved MeanFlow.
-
-    Args:
-        training_network: called once, with an autograd graph. For several devices, pass the DDP- or FSDP-wrapped network.
-        network: the same network, called without a graph; with DDP, the unwrapped one.
-        latents: float32 (B, C, H, W), normalised.
-        labels: int64 (B,).
-        record: the random draws of these samples.
-        null_label: the class id that replaces dropped labels.
-        global_num_rows: number of samples in the global batch; the loss is a sum over these samples divided by it.
-        separate_derivative: compute du/dt in a separate float32 forward instead of the training forward. Use it if
-            the training forward runs under autocast or recomputes its activations.
-
-    Raises ValueError for mismatched shapes, or for improved MeanFlow if the network has no v head.
-    """
-    if latents.shape != record.noise.shape or labels.shape != record.t.shape:
-        raise ValueError(
-            f"the record is for latents {tuple(record.noise.shape)} and labels {tuple(record.t.shape)}, "
-            f"but got {tuple(latents.shape)} and {tuple(labels.shape)}"
-        )
-    t, r, below = record.t, record.r, record.rows_below  # below: rows with r < t
-    z = (1.0 - _per_sample(t, latents)) * latents + _per_sample(t, latents) * record.noise
-    v_sample = record.noise - latents
-    y = torch.where(record.label_dropped, null_label, labels)
-    conditioning = Conditioning(t=t, r=r, labels=y, **{name: getattr(record, name) for name in GUIDANCE_INPUTS})
-
-    with torch.no_grad():
-        conditional, null = _evaluate_velocities(network, z, labels, record, null_label)
-        direction = conditional if config.uses_own_velocity else guided_velocity(v_sample, conditional, null, record)
-        tangent, derivative = direction[below], None
-        if separate_derivative and not config.is_flow_matching:
-            # Never an empty batch: under FSDP, a rank without samples r < t must make the same calls as the others.
-            rows = below if len(below) else record.rows_ordered[:1]
-            derivative = total_derivative(network, z[rows], conditioning.rows(rows), direction[rows])[: len(below)]
-
-    if derivative is None and len(below) > 0:
-        output = _forward_with_derivative(training_network, z, conditioning, record, tangent)
-        derivative = output.dudt
-    else:
-        output = training_network(z, conditioning)
-    u, v = (None if value is None else value.to(z.dtype) for value in (output.u, output.v))
-    assert u is not None, "a network must return u unless velocity_only is set"
-
-    with torch.no_grad():
-        # Samples outside rows_conditional have r = t, where the training forward's velocity is the conditional one, or
-        # their conditional velocity has weight zero.
-        own_velocity = (u if v is None else v).detach()
-        conditional = own_velocity.index_copy(0, record.rows_conditional, conditional[record.rows_conditional])
-        v_guided = guided_velocity(v_sample, conditional, null, record)
-        dudt = torch.zeros_like(z)
-        if derivative is not None:
-            dudt = dudt.index_copy(0, below, derivative.to(z.dtype))
-        target = v_guided - _per_sample(t - r, z) * dudt
-
-    loss, squared_error = _weighted_sum(u - target, config)
-    squared_error_v = None
-    if config.objective == "improved_meanflow":
-        if v is None:
-            raise ValueError("improved_meanflow needs a network with a v head, but this one returned only u")
-        loss_v, squared_error_v = _weighted_sum(v - v_guided, config)
-        loss = loss + loss_v
-    return LossOutput(
-        loss=loss / global_num_rows,
-        metrics=_metrics(squared_error, squared_error_v, dudt, below),
-        squared_error=squared_error,
-        squared_error_v=squared_error_v,
-        u=u.detach(),
-        v=None if v is None else v.detach(),
-        v_guided=v_guided,
-        tangent=tangent,
-        dudt=dudt,
-    )
-
-
 def _metrics(
     squared_error: torch.Tensor, squared_error_v: torch.Tensor | None, dudt: torch.Tensor, below: torch.Tensor
 ) -> dict[str, Mean]:
@@ -261,15 +175,64 @@ class MeanFlow(Objective[StepRecord]):
         global_num_rows: int,
         separate_derivative: bool = False,
     ) -> LossOutput:
-        """`meanflow_loss` with this configuration."""
-        return meanflow_loss(
-            training_network,
-            network,
-            latents,
-            labels,
-            record,
-            self.config,
-            null_label=null_label,
-            global_num_rows=global_num_rows,
-            separate_derivative=separate_derivative,
+        """See `Objective.loss`. Raises ValueError also for improved MeanFlow if the network has no v head."""
+        config = self.config
+        if latents.shape != record.noise.shape or labels.shape != record.t.shape:
+            raise ValueError(
+                f"the record is for latents {tuple(record.noise.shape)} and labels {tuple(record.t.shape)}, "
+                f"but got {tuple(latents.shape)} and {tuple(labels.shape)}"
+            )
+        t, r, below = record.t, record.r, record.rows_below  # below: rows with r < t
+        z = (1.0 - _per_sample(t, latents)) * latents + _per_sample(t, latents) * record.noise
+        v_sample = record.noise - latents
+        y = torch.where(record.label_dropped, null_label, labels)
+        conditioning = Conditioning(t=t, r=r, labels=y, **{name: getattr(record, name) for name in GUIDANCE_INPUTS})
+
+        with torch.no_grad():
+            conditional, null = _evaluate_velocities(network, z, labels, record, null_label)
+            direction = (
+                conditional if config.uses_own_velocity else guided_velocity(v_sample, conditional, null, record)
+            )
+            tangent, derivative = direction[below], None
+            if separate_derivative and not config.is_flow_matching:
+                # Never an empty batch: under FSDP, a rank without samples r < t must make the same calls as the others.
+                rows = below if len(below) else record.rows_ordered[:1]
+                derivative = total_derivative(network, z[rows], conditioning.rows(rows), direction[rows])[: len(below)]
+
+        if derivative is None and len(below) > 0:
+            output = _forward_with_derivative(training_network, z, conditioning, record, tangent)
+            derivative = output.dudt
+        else:
+            output = training_network(z, conditioning)
+        u, v = (None if value is None else value.to(z.dtype) for value in (output.u, output.v))
+        assert u is not None, "a network must return u unless velocity_only is set"
+
+        with torch.no_grad():
+            # Samples outside rows_conditional have r = t, where the training forward's velocity is the conditional one, or
+            # their conditional velocity has weight zero.
+            own_velocity = (u if v is None else v).detach()
+            conditional = own_velocity.index_copy(0, record.rows_conditional, conditional[record.rows_conditional])
+            v_guided = guided_velocity(v_sample, conditional, null, record)
+            dudt = torch.zeros_like(z)
+            if derivative is not None:
+                dudt = dudt.index_copy(0, below, derivative.to(z.dtype))
+            target = v_guided - _per_sample(t - r, z) * dudt
+
+        loss, squared_error = _weighted_sum(u - target, config)
+        squared_error_v = None
+        if config.objective == "improved_meanflow":
+            if v is None:
+                raise ValueError("improved_meanflow needs a network with a v head, but this one returned only u")
+            loss_v, squared_error_v = _weighted_sum(v - v_guided, config)
+            loss = loss + loss_v
+        return LossOutput(
+            loss=loss / global_num_rows,
+            metrics=_metrics(squared_error, squared_error_v, dudt, below),
+            squared_error=squared_error,
+            squared_error_v=squared_error_v,
+            u=u.detach(),
+            v=None if v is None else v.detach(),
+            v_guided=v_guided,
+            tangent=tangent,
+            dudt=dudt,
         )

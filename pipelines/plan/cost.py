@@ -25,7 +25,7 @@ from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
 from meanflow_core.objectives.draws import StepRecord, draw_step_record
-from meanflow_core.objectives.meanflow import meanflow_loss, total_derivative
+from meanflow_core.objectives.meanflow import MeanFlow, total_derivative
 
 FLOAT32_BYTES = 4
 # Samples drawn to estimate the fractions that need velocities or du/dt: enough for FLOPs within 0.2 % of the long-run mean.
@@ -293,17 +293,20 @@ def _loss(
     given: Mapping[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
     empty = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in given.items() if v is not None}
     empty |= {"noise": torch.empty(size), "posterior_noise": torch.empty(size)}
-    return meanflow_loss(
-        network,
-        network,
-        torch.empty(size),
-        torch.empty(size[0], dtype=torch.int64),
-        replace(record, **empty),
-        config,
-        null_label=network.config.num_classes,
-        global_num_rows=size[0],
-        separate_derivative=separate_derivative,
-    ).loss
+    return (
+        MeanFlow(config)
+        .loss(
+            network,
+            network,
+            torch.empty(size),
+            torch.empty(size[0], dtype=torch.int64),
+            replace(record, **empty),
+            null_label=network.config.num_classes,
+            global_num_rows=size[0],
+            separate_derivative=separate_derivative,
+        )
+        .loss
+    )
 
 
 def _count_flops(function: Callable[[], object]) -> np.ndarray:

@@ -23,7 +23,7 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.networks.registry import build_network, without_velocity_head
 from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.objectives.meanflow import LossOutput, meanflow_loss
+from meanflow_core.objectives.meanflow import LossOutput, MeanFlow
 from meanflow_core.presets import PRESETS, imf_b2
 from meanflow_core.training import Batch, TrainState, build_train_state, compile_blocks, train_step
 
@@ -62,8 +62,8 @@ def posterior_means(batch: Batch) -> torch.Tensor:
 
 def run_loss(network, batch: Batch, loss: LossConfig) -> LossOutput:
     """The loss of a batch in float32, with the derivative in the training forward."""
-    return meanflow_loss(
-        network, network, posterior_means(batch), batch.labels, batch.record, loss,
+    return MeanFlow(loss).loss(
+        network, network, posterior_means(batch), batch.labels, batch.record,
         null_label=CLASSES, global_num_rows=len(batch.labels),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from meanflow_core.config import LossConfig
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.objectives.draws import StepRecord
-from meanflow_core.objectives.meanflow import meanflow_loss, total_derivative
+from meanflow_core.objectives.meanflow import MeanFlow, total_derivative
 from tests.golden_check import GOLDEN_FOLDER, check, load
 from tests.support.objectives import (
     FLOW_MATCHING,
@@ -186,7 +186,7 @@ def test_no_grad_forward_has_only_needed_velocities_and_padding(network, imf_net
         training_sizes.append((len(z), 0 if tangent is None else len(tangent)))
         return network(z, conditioning, tangent, velocity_only)
 
-    meanflow_loss(training, plain, latents, labels, record, config, null_label=NULL, global_num_rows=64)
+    MeanFlow(config).loss(training, plain, latents, labels, record, null_label=NULL, global_num_rows=64)
     # A forward is needed for null velocities with a weight and for own velocities that are used if r < t; then padding.
     is_labelled, guidance = ~record.label_dropped, config.guidance
     if config.objective == "improved_meanflow":
@@ -232,9 +232,11 @@ def test_uneven_shares_of_a_batch_add_up_to_the_whole(setting):
     def loss(start, stop):
         share = record.rows(start, stop, config)
         rows = slice(start, stop)
-        return meanflow_loss(
-            network, network, latents[rows], labels[rows], share, config, null_label=NULL, global_num_rows=16
-        ).loss
+        return (
+            MeanFlow(config)
+            .loss(network, network, latents[rows], labels[rows], share, null_label=NULL, global_num_rows=16)
+            .loss
+        )
 
     whole = gradients(network, loss(0, 16))
     parts = sum(gradients(network, loss(start, stop)) for start, stop in ((0, 3), (3, 4), (4, 16)))
@@ -281,8 +283,8 @@ def test_training_forward_saves_no_more_for_backward_than_flow_matching(network)
 
 def test_flow_matching_needs_no_forward_for_a_derivative(network):
     latents, labels, record = draw_batch(config=FLOW_MATCHING)
-    output = meanflow_loss(
-        network, None, latents, labels, record, FLOW_MATCHING,
+    output = MeanFlow(FLOW_MATCHING).loss(
+        network, None, latents, labels, record,
         null_label=NULL, global_num_rows=16, separate_derivative=True,
     )  # fmt: skip
     assert output.loss.requires_grad

@@ -18,7 +18,7 @@ from meanflow_core.config import OptimizerConfig
 from meanflow_core.networks.dit import MeanFlowDiT
 from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
-from meanflow_core.objectives.meanflow import meanflow_loss
+from meanflow_core.objectives.meanflow import MeanFlow
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, TrainState, compile_blocks, train_step, update_emas
@@ -87,8 +87,8 @@ def split_batch(config, split, dtype=torch.float64):
 
 
 def loss_of(training_network, network, batch, config, separate=False):
-    return meanflow_loss(
-        training_network, network, *batch, config,
+    return MeanFlow(config).loss(
+        training_network, network, *batch,
         null_label=NULL, global_num_rows=NUM_ROWS, separate_derivative=separate,
     ).loss  # fmt: skip
 

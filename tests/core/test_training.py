@@ -12,7 +12,7 @@ from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.objectives.interface import Mean
-from meanflow_core.objectives.meanflow import meanflow_loss
+from meanflow_core.objectives.meanflow import MeanFlow
 from meanflow_core.objectives.registry import build_objective
 from meanflow_core.presets import debug, debug_imf
 from meanflow_core.training import (
@@ -89,8 +89,8 @@ def test_metrics_separate_rows_with_r_equal_to_t_from_the_others():
     take_steps(state, config, 1)  # because a fresh network's u, and so du/dt, is zero
     moments, labels, record = batch.moments, batch.labels, batch.record
     latents = moments[:, :4] + moments[:, 4:] * record.posterior_noise
-    output = meanflow_loss(
-        state.network, state.network, latents, labels, record, config.loss, null_label=10, global_num_rows=16
+    output = MeanFlow(config.loss).loss(
+        state.network, state.network, latents, labels, record, null_label=10, global_num_rows=16
     )
     errors, derivatives = output.squared_error, output.dudt.flatten(1).norm(dim=1)
     means = means_by_name(config, train_step(state, state.network, [batch], IDENTITY, config))

@@ -7,7 +7,7 @@ import torch
 from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig
 from meanflow_core.networks.interface import Conditioning, Network
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord, draw_step_record
-from meanflow_core.objectives.meanflow import LossOutput, meanflow_loss
+from meanflow_core.objectives.meanflow import LossOutput, MeanFlow
 
 NULL = 10
 HALF = TimeSamplingConfig(fraction_r_below_t=0.5)
@@ -53,8 +53,8 @@ def draw_batch(num_rows: int = 16, config: LossConfig = GUIDED, dtype: torch.dty
 
 def run_loss(network: Network, batch: Batch, config: LossConfig, *, separate: bool = False) -> LossOutput:
     """The loss of a whole batch."""
-    return meanflow_loss(
-        network, network, *batch, config,
+    return MeanFlow(config).loss(
+        network, network, *batch,
         null_label=NULL, global_num_rows=len(batch[1]), separate_derivative=separate,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from meanflow_core.config import NetworkConfig, TrainingConfig
 from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.objectives.meanflow import meanflow_loss
+from meanflow_core.objectives.meanflow import MeanFlow
 from meanflow_core.presets import (
     b2,
     b4,
@@ -193,8 +193,8 @@ def real_peak_bytes(config: TrainingConfig, rows: int) -> int:
     in_bfloat16 = config.precision == "bfloat16"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
-            loss = meanflow_loss(
-                network, network, latents, labels, record, config.loss, null_label=10, global_num_rows=rows,
+            loss = MeanFlow(config.loss).loss(
+                network, network, latents, labels, record, null_label=10, global_num_rows=rows,
                 separate_derivative=in_bfloat16 or config.activation_checkpointing,
             ).loss  # fmt: skip
         loss.backward()
@@ -241,8 +241,8 @@ def saved_bytes(config: TrainingConfig, rows: int) -> int:
 
     record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(4, 16, 16))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = meanflow_loss(
-            network, network, torch.randn(rows, 4, 16, 16), torch.randint(10, (rows,)), record, config.loss,
+        output = MeanFlow(config.loss).loss(
+            network, network, torch.randn(rows, 4, 16, 16), torch.randint(10, (rows,)), record,
             null_label=10, global_num_rows=rows,
         )  # fmt: skip
     assert output.loss.requires_grad

@@ -9,7 +9,7 @@ from ray.train import Checkpoint
 from meanflow_core.checkpoint import save_train_state
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.objectives.meanflow import meanflow_loss
+from meanflow_core.objectives.meanflow import MeanFlow
 from meanflow_core.presets import debug
 from meanflow_core.training import build_train_state
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
@@ -103,9 +103,9 @@ def test_errors_are_means_over_all_images_for_any_batch_size(latents, tmp_path, 
     for number, rows in enumerate(np.split(np.arange(40), [16, 32])):
         record = draw_step_record(loss, seed=validation.SEED, step=number, num_rows=len(rows), latent_shape=(4, 8, 8))
         moments, labels = dataset.read(rows, np.zeros(len(rows), bool))
-        errors = meanflow_loss(
+        errors = MeanFlow(loss).loss(
             network, network, sample_latents(torch.from_numpy(moments), record.posterior_noise, normalization),
-            torch.from_numpy(labels), record, loss, null_label=10, global_num_rows=len(rows),
+            torch.from_numpy(labels), record, null_label=10, global_num_rows=len(rows),
         ).squared_error.detach()  # fmt: skip
         below.append(errors[record.r < record.t])
         equal.append(errors[record.r == record.t])

@@ -293,20 +293,17 @@ def _loss(
     given: Mapping[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
     empty = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in given.items() if v is not None}
     empty |= {"noise": torch.empty(size), "posterior_noise": torch.empty(size)}
-    return (
-        MeanFlow(config)
-        .loss(
-            network,
-            network,
-            torch.empty(size),
-            torch.empty(size[0], dtype=torch.int64),
-            replace(record, **empty),
-            null_label=network.config.num_classes,
-            global_num_rows=size[0],
-            separate_derivative=separate_derivative,
-        )
-        .loss
+    output = MeanFlow(config).loss(
+        network,
+        network,
+        torch.empty(size),
+        torch.empty(size[0], dtype=torch.int64),
+        replace(record, **empty),
+        null_label=network.config.num_classes,
+        global_num_rows=size[0],
+        separate_derivative=separate_derivative,
     )
+    return output.loss
 
 
 def _count_flops(function: Callable[[], object]) -> np.ndarray:

@@ -232,11 +232,10 @@ def test_uneven_shares_of_a_batch_add_up_to_the_whole(setting):
     def loss(start, stop):
         share = record.rows(start, stop, config)
         rows = slice(start, stop)
-        return (
-            MeanFlow(config)
-            .loss(network, network, latents[rows], labels[rows], share, null_label=NULL, global_num_rows=16)
-            .loss
+        output = MeanFlow(config).loss(
+            network, network, latents[rows], labels[rows], share, null_label=NULL, global_num_rows=16
         )
+        return output.loss
 
     whole = gradients(network, loss(0, 16))
     parts = sum(gradients(network, loss(start, stop)) for start, stop in ((0, 3), (3, 4), (4, 16)))

@@ -8,7 +8,6 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,22 @@ from torch import distributed
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from meanflow_core.config import TrainingConfig
 from meanflow_core.formats import require_format_version
-from meanflow_core.networks.registry import AnyNetwork
+from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.training import TrainState
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STATE_FILE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of Adam's moments
 # A file is assembled in memory before it is written, so its size bounds the additional memory.
 BYTES_PER_FILE = 2**30
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save_train_state(
@@ -40,7 +44,7 @@ def save_train_state(
     written, for example because the disk is full.
     """
     rank = distributed.get_rank() if distributed.is_initialized() else 0
-    tensors = _tensors(state, with_moments=_num_updates(state) > 0)
+    tensors = _tensors(state, with_optimizers=_num_updates(state) > 0)
     with _plain_errors():
         writer = HuggingFaceStorageWriter(str(folder), _file_numbers(tensors), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
@@ -54,7 +58,7 @@ def save_train_state(
             "format_version": FORMAT_VERSION,
             "step": state.step,
             "num_skipped": state.num_skipped,
-            "config": asdict(config),
+            "config": config.as_dict(),
             "files": files,
             "extra": extra or {},
         }
@@ -68,18 +72,15 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
     """
     content = read_state_file(folder)
     state.step, state.num_skipped = content["step"], content["num_skipped"]
-    num_updates = _num_updates(state)
-    if num_updates > 0:
-        for parameter in state.network.parameters():
-            state.optimizer.state[parameter] = {
-                "step": torch.tensor(float(num_updates)),  # Adam keeps its counts on the CPU
-                **{name: torch.zeros_like(parameter) for name in MOMENTS},
-            }
-    _load(_tensors(state, with_moments=num_updates > 0), folder)
+    with_optimizers = _num_updates(state) > 0
+    optimizer_state = _optimizer_state(state) if with_optimizers else {}
+    _load(_tensors(state, with_optimizers=False) | _only_tensors(optimizer_state), folder)
+    if with_optimizers:
+        set_optimizer_state_dict(state.network, state.optimizers, optimizer_state, options=_OPTIONS)
     return content["extra"]
 
 
-def load_average(network: AnyNetwork, decay: float, folder: Path) -> None:
+def load_average(network: NetworkModel, decay: float, folder: Path) -> None:
     """Loads the moving average with this decay from a checkpoint. Raises ValueError as `load_train_state` does."""
     read_state_file(folder)
     _load(_named(f"ema_{decay}", network), folder)
@@ -130,19 +131,24 @@ def _num_updates(state: TrainState) -> int:
     return state.step - state.num_skipped
 
 
-def _named(prefix: str, network: AnyNetwork) -> dict[str, torch.Tensor]:
+def _named(prefix: str, network: NetworkModel) -> dict[str, torch.Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in network.state_dict().items()}
 
 
-def _tensors(state: TrainState, *, with_moments: bool) -> dict[str, torch.Tensor]:
+def _tensors(state: TrainState, *, with_optimizers: bool) -> dict[str, torch.Tensor]:
     tensors = _named("network", state.network)
     for decay, ema_network in state.ema_networks.items():
         tensors |= _named(f"ema_{decay}", ema_network)
-    if with_moments:
-        for name, parameter in state.network.named_parameters():
-            for moment in MOMENTS:
-                tensors[f"optimizer/{name}/{moment}"] = state.optimizer.state[parameter][moment]
-    return tensors
+    return tensors | (_only_tensors(_optimizer_state(state)) if with_optimizers else {})
+
+
+def _optimizer_state(state: TrainState) -> dict[str, Any]:
+    """{"state.PARAMETER.exp_avg": tensor, "param_groups.PARAMETER.lr": number, ...} of all optimisers."""
+    return get_optimizer_state_dict(state.network, state.optimizers, options=_OPTIONS)
+
+
+def _only_tensors(optimizer_state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {f"optimizer/{name}": value for name, value in optimizer_state.items() if isinstance(value, torch.Tensor)}
 
 
 def _file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -6,7 +6,10 @@ Fields are hyperparameters as the papers' tables list them; data locations and d
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
+
+Prediction = Literal["average_velocity", "velocity", "consistency", "epsilon"]
+"""What a network predicts, which decides how a generator samples with it; see `pipeline.MeanFlowPipeline`."""
 
 _Rule = tuple[str, Callable[[Any], bool]]  # the requirement in words, and its test
 _POSITIVE: _Rule = ("be above 0", lambda value: 0 < value < math.inf)
@@ -44,11 +47,34 @@ def _check_interval(config: "GuidanceConfig | SamplingConfig", section: str) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Architecture and size of the network (DiT's Table 1 has S to XL). Latent shape and classes come from the data."""
+    """Base of the networks' configurations: the fields are arguments of the network's class.
 
-    architecture: Literal["dit", "imf_dit"] = "dit"
-    """dit: adaptive layer norms conditioned on (t, t - r, label). imf_dit: improved MeanFlow's network, with conditioning
-    tokens and a v head."""
+    The class also gets sample_size, in_channels and num_classes, which come from the data. It is either a network of
+    this package, or any torch.nn.Module whose forward takes (z, t, t - r, labels); see `networks.forward_mode`.
+    """
+
+    network: ClassVar[str] = ""
+    """The network's class, as "module:Class"."""
+    has_velocity_head: ClassVar[bool] = False
+    """Whether the network has a v head, and guidance as an input, as improved MeanFlow requires."""
+
+    @property
+    def block_counts(self) -> tuple[int, ...]:
+        """Number of equal blocks of each kind; empty if unknown. The costs of deep networks are extrapolated by them."""
+        return ()
+
+    def with_block_counts(self, counts: tuple[int, ...]) -> Self:
+        """A configuration with other `block_counts`."""
+        assert not counts, "override this method together with block_counts"
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(NetworkConfig):
+    """A DiT: adaptive layer norms conditioned on (t, t - r, label). DiT's Table 1 has the sizes S to XL."""
+
+    network: ClassVar[str] = "meanflow_core.networks.dit:MeanFlowDiT"
+
     patch_size: int = 2
     """Side of a patch in latent pixels; a 32x32 latent has (32 / patch_size)^2 tokens."""
     hidden_size: int = 768
@@ -59,30 +85,73 @@ class NetworkConfig:
     """Attention heads; must divide hidden_size."""
     mlp_ratio: float = 4.0
     """Width of the feed-forward layer, as a multiple of hidden_size."""
-    aux_head_depth: int = 8
-    """Number of blocks in each of imf_dit's two heads; the shared trunk has depth - aux_head_depth blocks."""
 
     def __post_init__(self) -> None:
-        _check(self, "network.", _one_of("dit", "imf_dit"), "architecture")
-        _check(self, "network.", _POSITIVE_INTEGER, "patch_size", "hidden_size", "depth", "num_heads")
-        _check(self, "network.", _POSITIVE, "mlp_ratio")
+        _check_transformer(self)
         _require(
-            self.architecture == "dit" or 0 <= self.aux_head_depth <= self.depth,
+            self.hidden_size % 4 == 0,
+            f"network.hidden_size must be a multiple of 4 (sine-cosine positions), but got {self.hidden_size}",
+        )
+
+    @property
+    def block_counts(self) -> tuple[int, ...]:
+        """See `NetworkConfig.block_counts`."""
+        return (self.depth,)
+
+    def with_block_counts(self, counts: tuple[int, ...]) -> Self:
+        """See `NetworkConfig.with_block_counts`."""
+        return replace(self, depth=counts[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImprovedDiTConfig(NetworkConfig):
+    """Improved MeanFlow's network, with conditioning tokens and a v head."""
+
+    network: ClassVar[str] = "meanflow_core.networks.improved_dit:ImprovedMeanFlowDiT"
+    has_velocity_head: ClassVar[bool] = True
+
+    patch_size: int = 2
+    """Side of a patch in latent pixels; a 32x32 latent has (32 / patch_size)^2 tokens."""
+    hidden_size: int = 768
+    """Width of a token."""
+    depth: int = 12
+    """Number of transformer blocks from the input to each output."""
+    num_heads: int = 12
+    """Attention heads; must divide hidden_size."""
+    mlp_ratio: float = 8 / 3
+    """Width of the feed-forward layer, as a multiple of hidden_size."""
+    aux_head_depth: int = 8
+    """Number of blocks in each of the two heads; the shared trunk has depth - aux_head_depth blocks."""
+
+    def __post_init__(self) -> None:
+        _check_transformer(self)
+        _require(
+            0 <= self.aux_head_depth <= self.depth,
             f"network.aux_head_depth must lie in [0, depth = {self.depth}], but got {self.aux_head_depth}",
         )
         _require(
-            self.hidden_size % self.num_heads == 0,
-            f"network.hidden_size must be a multiple of num_heads, but got {self.hidden_size} and {self.num_heads}",
-        )
-        _require(
-            self.architecture == "dit" or self.hidden_size // self.num_heads % 2 == 0,
+            self.hidden_size // self.num_heads % 2 == 0,
             f"network.hidden_size / num_heads must be even (rotary positions), "
             f"but got {self.hidden_size} and {self.num_heads}",
         )
-        _require(
-            self.architecture == "imf_dit" or self.hidden_size % 4 == 0,
-            f"network.hidden_size must be a multiple of 4 (sine-cosine positions), but got {self.hidden_size}",
-        )
+
+    @property
+    def block_counts(self) -> tuple[int, ...]:
+        """See `NetworkConfig.block_counts`."""
+        return self.depth - self.aux_head_depth, self.aux_head_depth
+
+    def with_block_counts(self, counts: tuple[int, ...]) -> Self:
+        """See `NetworkConfig.with_block_counts`."""
+        return replace(self, depth=sum(counts), aux_head_depth=counts[1])
+
+
+def _check_transformer(config: DiTConfig | ImprovedDiTConfig) -> None:
+    _check(config, "network.", _POSITIVE_INTEGER, "patch_size", "hidden_size", "depth", "num_heads")
+    _check(config, "network.", _POSITIVE, "mlp_ratio")
+    _require(
+        config.hidden_size % config.num_heads == 0,
+        f"network.hidden_size must be a multiple of num_heads, but got {config.hidden_size} and {config.num_heads}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,28 +223,83 @@ class GuidanceSamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The training objective: flow matching (r = t for every sample), MeanFlow, or improved MeanFlow."""
+class GuardConfig:
+    """Guards against spikes of the loss, all off by default. A guard changes the error u - target before its weight."""
 
-    objective: Literal["meanflow", "improved_meanflow"] = "meanflow"
-    """meanflow: fixed guidance (`guidance`), built into the weights. improved_meanflow: guidance drawn per sample
-    (`guidance_sampling`) and given to the network as an input, and a second loss on its v head."""
+    max_target: float | None = None
+    """Clamp each element of the target to [-max_target, max_target] (alpha-Flow: 4)."""
+    max_error: float | None = None
+    """Clamp each element of the error to [-max_error, max_error] (FACM: 1)."""
+    normalize_error: bool = False
+    """Divide each sample's error by its root mean square plus 0.1, as sCM normalises its tangent."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_target", "max_error"):
+            if getattr(self, name) is not None:
+                _check(self, "guards.", _POSITIVE, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Base of the objectives' configurations. `objectives.interface` is the base of the objectives."""
+
+    objective: ClassVar[str] = ""
+    """The objective's class, as "module:Class"."""
+    needs_velocity_head: ClassVar[bool] = False
+    """Whether the network must have a v head, and guidance as an input."""
+
+    label_drop_probability: float = 0.1
+    """Fraction of samples whose label is replaced by the null class. If enough samples have r = t, only those are
+    chosen."""
+
+    def __post_init__(self) -> None:
+        _check(self, "loss.", _IN_0_TO_BELOW_1, "label_drop_probability")
+
+    @property
+    def prediction(self) -> Prediction:
+        """How a generator samples with the network."""
+        return "average_velocity"
+
+    def at(self, step: int, num_steps: int) -> Self:
+        """The objective at 0-based step `step` of num_steps, for objectives with a schedule."""
+        return self
+
+    def phases(self, num_steps: int) -> "list[tuple[float, Self]]":
+        """The objective's phases, each with its fraction of the run. A step costs the same throughout a phase."""
+        return [(1.0, self)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedLossConfig(LossConfig):
+    """Base of objectives whose guidance is fixed and built into the target."""
+
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Guidance of the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanFlowConfig(GuidedLossConfig):
+    """MeanFlow, and flow matching if r = t for every sample."""
+
+    objective: ClassVar[str] = "meanflow_core.objectives.meanflow:MeanFlow"
+
     times: TimeSamplingConfig = field(default_factory=TimeSamplingConfig)
     """Sampling of t and r."""
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    """Guidance of the target, for meanflow."""
-    guidance_sampling: GuidanceSamplingConfig = field(default_factory=GuidanceSamplingConfig)
-    """Sampling of guidance, for improved_meanflow."""
     tangent: Literal["guided_velocity", "own_velocity"] = "guided_velocity"
     """Direction of du/dt: the target's guided velocity, or the network's own conditional velocity at r = t, which has less
-    variance and needs no extra forward if kappa > 0 (iMF, Table 1). improved_meanflow always uses its own."""
+    variance and needs no extra forward if kappa > 0 (iMF, Table 1)."""
     norm_p: float = 1.0
     """Power p of the adaptive weight 1 / (||error||^2 + norm_eps)^p; 0 is the plain squared error."""
     norm_eps: float = 0.01
     """Constant c of the adaptive weight."""
-    label_drop_probability: float = 0.1
-    """Fraction of samples whose label is replaced by the null class. If enough samples have r = t, only those are
-    chosen."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Guards against spikes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "loss.", _one_of("guided_velocity", "own_velocity"), "tangent")
+        _check(self, "loss.", _NOT_NEGATIVE, "norm_p")
+        _check(self, "loss.", _POSITIVE, "norm_eps")
 
     @property
     def is_flow_matching(self) -> bool:
@@ -183,23 +307,39 @@ class LossConfig:
         return self.times.fraction_r_below_t == 0.0
 
     @property
-    def uses_own_velocity(self) -> bool:
-        """Whether du/dt is taken along the network's own conditional velocity."""
-        return self.tangent == "own_velocity" or self.objective == "improved_meanflow"
+    def prediction(self) -> Prediction:
+        """The velocity for flow matching, else the average velocity."""
+        return "velocity" if self.is_flow_matching else "average_velocity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImprovedMeanFlowConfig(LossConfig):
+    """Improved MeanFlow: guidance drawn per sample and given to the network, and a second loss on its v head.
+
+    du/dt is taken along the network's own conditional velocity.
+    """
+
+    objective: ClassVar[str] = "meanflow_core.objectives.meanflow:ImprovedMeanFlow"
+    needs_velocity_head: ClassVar[bool] = True
+
+    times: TimeSamplingConfig = field(default_factory=lambda: TimeSamplingConfig(fraction_r_below_t=0.5))
+    """Sampling of t and r."""
+    guidance_sampling: GuidanceSamplingConfig = field(default_factory=GuidanceSamplingConfig)
+    """Sampling of guidance."""
+    norm_p: float = 1.0
+    """Power p of the adaptive weight 1 / (||error||^2 + norm_eps)^p; 0 is the plain squared error."""
+    norm_eps: float = 0.01
+    """Constant c of the adaptive weight."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Guards of the loss on u against spikes."""
 
     def __post_init__(self) -> None:
-        _check(self, "loss.", _one_of("meanflow", "improved_meanflow"), "objective")
-        _check(self, "loss.", _one_of("guided_velocity", "own_velocity"), "tangent")
+        super().__post_init__()
         _check(self, "loss.", _NOT_NEGATIVE, "norm_p")
         _check(self, "loss.", _POSITIVE, "norm_eps")
-        _check(self, "loss.", _IN_0_TO_BELOW_1, "label_drop_probability")
         _require(
-            self.objective == "meanflow" or self.guidance.is_off,
-            "loss.guidance is for meanflow; improved_meanflow draws its guidance (loss.guidance_sampling)",
-        )
-        _require(
-            self.objective == "meanflow" or not self.is_flow_matching,
-            "loss.objective improved_meanflow needs loss.times.fraction_r_below_t above 0; flow matching is meanflow at 0",
+            self.times.fraction_r_below_t > 0.0,
+            "improved MeanFlow needs loss.times.fraction_r_below_t above 0, but got 0",
         )
 
 
@@ -207,12 +347,21 @@ class LossConfig:
 class OptimizerConfig:
     """Adam with a constant learning rate as in MeanFlow's Table 4, or with linear warm-up and cool-down."""
 
+    name: str = "adam"
+    """adam, adamw, muon (matrices of the blocks by Muon, the rest by AdamW), or "module:function" of your own; see
+    `optimizers`."""
     learning_rate: float = 1e-4
     """Learning rate after warm-up."""
     beta1: float = 0.9
     """Decay of the running mean of the gradient."""
     beta2: float = 0.95
     """Decay of the running mean of the squared gradient."""
+    momentum: float = 0.95
+    """Momentum of muon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of adamw and muon."""
+    learning_rate_factors: tuple[tuple[str, float], ...] = ()
+    """Factors of the learning rate by prefixes of parameter names, for example (("y_embedder", 0.1),)."""
     warmup_steps: int = 0
     """Number of steps of linear warm-up from 0."""
     cooldown_steps: int = 0
@@ -222,8 +371,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check(self, "optimizer.", _POSITIVE, "learning_rate")
-        _check(self, "optimizer.", _IN_0_TO_BELOW_1, "beta1", "beta2")
-        _check(self, "optimizer.", _NOT_NEGATIVE, "warmup_steps", "cooldown_steps")
+        _check(self, "optimizer.", _IN_0_TO_BELOW_1, "beta1", "beta2", "momentum")
+        _check(self, "optimizer.", _NOT_NEGATIVE, "warmup_steps", "cooldown_steps", "weight_decay")
         if self.max_gradient_norm is not None:
             _check(self, "optimizer.", _POSITIVE, "max_gradient_norm")
 
@@ -248,9 +397,9 @@ class SamplingConfig:
 class TrainingConfig:
     """The full configuration of an experiment: returned by presets, logged, and saved in every checkpoint."""
 
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: NetworkConfig = field(default_factory=DiTConfig)
     """Architecture and size of the network."""
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = field(default_factory=MeanFlowConfig)
     """Training objective."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser."""
@@ -297,19 +446,25 @@ class TrainingConfig:
         if self.guidance_after_steps is not None:
             _check(self, "", _NOT_NEGATIVE, "guidance_after_steps")
         _require(
-            (self.loss.objective == "improved_meanflow") == (self.network.architecture == "imf_dit"),
-            f"loss.objective improved_meanflow and network.architecture imf_dit go together, "
-            f"but got {self.loss.objective} and {self.network.architecture}",
+            not self.loss.needs_velocity_head or self.network.has_velocity_head,
+            f"{_class_name(self.loss.objective)} needs a network with a v head (ImprovedDiTConfig), but got "
+            f"{_class_name(self.network.network)}",
         )
         _require(
-            self.sampling.guidance_scale == 1.0 or self.network.architecture == "imf_dit" or self.loss.is_flow_matching,
-            f"sampling.guidance_scale is for improved MeanFlow and flow matching; MeanFlow's guidance is built into the "
-            f"weights (loss.guidance), but got {self.sampling.guidance_scale}",
+            self.loss.needs_velocity_head or not self.network.has_velocity_head,
+            f"{_class_name(self.network.network)} is for improved MeanFlow, but got {_class_name(self.loss.objective)}",
         )
         _require(
-            not self.guidance_after_steps or self.loss.objective == "meanflow",
-            "guidance_after_steps is for meanflow; improved_meanflow draws its guidance (loss.guidance_sampling), "
-            f"but got {self.guidance_after_steps}",
+            self.sampling.guidance_scale == 1.0
+            or self.network.has_velocity_head
+            or self.loss.prediction in ("velocity", "epsilon"),
+            "sampling.guidance_scale is for improved MeanFlow, flow matching and diffusion; other objectives build guidance "
+            f"into the weights (loss.guidance), but got {self.sampling.guidance_scale}",
+        )
+        _require(
+            not self.guidance_after_steps or isinstance(self.loss, GuidedLossConfig),
+            "guidance_after_steps is for objectives with loss.guidance; improved MeanFlow draws its guidance "
+            f"(loss.guidance_sampling), but got {self.guidance_after_steps}",
         )
 
     @property
@@ -320,13 +475,25 @@ class TrainingConfig:
 
     def loss_at(self, step: int) -> LossConfig:
         """The objective at step `step` (from 0), without guidance before `guidance_after_steps`."""
-        if step >= (self.guidance_after_steps or 0):
-            return self.loss
-        return replace(self.loss, guidance=GuidanceConfig())
+        loss = self.loss.at(step, self.num_steps)
+        if isinstance(loss, GuidedLossConfig) and step < (self.guidance_after_steps or 0):
+            return replace(loss, guidance=GuidanceConfig())
+        return loss
 
     def flat(self) -> dict[str, Any]:
         """All fields as one dictionary: {"network.patch_size": 2, "loss.times.logit_mean": -0.4, ...}."""
-        return flatten(asdict(self))
+        return flatten(self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as nested dictionaries, with the classes of network and objective."""
+        fields = asdict(self)
+        fields["network"] = {"class": self.network.network, **fields["network"]}
+        fields["loss"] = {"class": self.loss.objective, **fields["loss"]}
+        return fields
+
+
+def _class_name(reference: str) -> str:
+    return reference.partition(":")[2]
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

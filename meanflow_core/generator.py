@@ -1,6 +1,7 @@
 """Generator folders: build, save, find and load a MeanFlowPipeline.
 
-Network classes are looked up in this package's list, so loading runs no code from the folder.
+The network's class is imported by its name in model_index.json: from this package, or from a module of the user's on the
+Python path. Loading runs no code from the folder.
 """
 
 import json
@@ -8,47 +9,60 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 
 from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.config import SamplingConfig
+from meanflow_core.config import Prediction, SamplingConfig
 from meanflow_core.formats import require_format_version
-from meanflow_core.networks.registry import NETWORKS, AnyNetwork
+from meanflow_core.networks.building import find_network_class
+from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code
 
 PROVENANCE_FILE = "provenance.json"
 # Entries of model_index.json that are arguments of the pipeline.
-_SETTINGS = ("id2label", "wnids", "prediction", "guidance_scale", "guidance_interval_start", "guidance_interval_end")
+_SETTINGS = (
+    "id2label",
+    "wnids",
+    "prediction",
+    "guidance_scale",
+    "guidance_interval_start",
+    "guidance_interval_end",
+    "network_class",
+)
 
 
 def build_pipeline(
-    network: AnyNetwork,
+    network: NetworkModel,
     vae: AutoencoderKL,
     class_names: Sequence[str],
     *,
     wnids: Sequence[str] = (),
-    is_flow_matching: bool = False,
+    prediction: Prediction = "average_velocity",
+    scheduler: SchedulerMixin | None = None,
     sampling: SamplingConfig | None = None,
 ) -> MeanFlowPipeline:
     """Builds a pipeline from a trained network and its autoencoder.
 
-    class_names: the name of each class, in the order of the ids. wnids: their WordNet ids, if any. is_flow_matching:
-    whether the network predicts instantaneous velocities only. sampling: default guidance of the pipeline.
+    class_names: the name of each class, in the order of the ids. wnids: their WordNet ids, if any. prediction: what the
+    network predicts, as in `MeanFlowPipeline`. scheduler: default: FlowMapEulerDiscreteScheduler. sampling: default guidance
+    of the pipeline.
     """
     sampling = sampling or SamplingConfig()
     return MeanFlowPipeline(
         network,
         vae,
-        FlowMapEulerDiscreteScheduler(),
+        scheduler or FlowMapEulerDiscreteScheduler(),
         id2label={str(label): name for label, name in enumerate(class_names)},
         wnids={str(label): wnid for label, wnid in enumerate(wnids)},
-        prediction="velocity" if is_flow_matching else "average_velocity",
+        prediction=prediction,
         guidance_scale=sampling.guidance_scale,
         guidance_interval_start=sampling.guidance_interval_start,
         guidance_interval_end=sampling.guidance_interval_end,
+        network_class=f"{type(network).__module__}:{type(network).__qualname__}",
     )
 
 
@@ -85,26 +99,40 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {error}; delete it, or publish the generator again") from error
 
 
-def load_network(folder: Path) -> AnyNetwork:
-    """Loads a network folder in float32, for inference, from safetensors.
+def load_network(folder: Path) -> NetworkModel:
+    """Loads the network of a generator folder in float32, for inference, from safetensors.
 
-    Raises ValueError if there is no such folder, if its class is not in `NETWORKS`, or if it has no weights.
+    Raises ValueError if the folder is not a generator of this format, if its network's class cannot be imported, or if it
+    has no weights.
     """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"no config.json in {folder}; a network is a folder written by save_pretrained")
-    content = json.loads(config.read_text())
-    name = content.get("_class_name") if isinstance(content, dict) else None
-    if name not in NETWORKS:
-        raise ValueError(f"the network in {folder} must be one of {', '.join(NETWORKS)}, but got {name!r}")
+    name = _read_settings(folder).get("network_class")
+    if not isinstance(name, str):
+        raise ValueError(f"model_index.json in {folder} does not name the network_class; publish the generator again")
+    network_class = find_network_class(name)
+    if not issubclass(network_class, NetworkModel):
+        raise ValueError(f"the network_class of {folder} must be a NetworkModel, but {name} is not")
+    if not (folder / "transformer" / "config.json").is_file():
+        raise ValueError(f"no transformer/config.json in {folder}; a generator is a folder written by save_pretrained")
     diffusers_logging.disable_progress_bar()
     try:
-        network = NETWORKS[name].from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
+        network = network_class.from_pretrained(
+            folder / "transformer", dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
         )
     except OSError as error:
         raise ValueError(f"cannot read the weights of the network in {folder}: {error}") from error
     return network.eval().requires_grad_(False)
+
+
+def _load_scheduler(folder: Path) -> SchedulerMixin:
+    try:
+        name = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read the scheduler in {folder}: {error}") from error
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise ValueError(f"the scheduler in {folder} must be a diffusers scheduler, but got {name!r}")
+    scheduler: Any = found
+    return scheduler.from_pretrained(folder)
 
 
 def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowPipeline:
@@ -117,9 +145,9 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
         if not (folder / name).is_dir():
             raise ValueError(f"no {name}/ in {folder}; a generator is a complete folder written by save_pretrained")
     pipeline = MeanFlowPipeline(
-        load_network(folder / "transformer"),
+        load_network(folder),
         load_autoencoder(str(folder / "vae")),
-        FlowMapEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        _load_scheduler(folder / "scheduler"),
         **{name: settings[name] for name in _SETTINGS if name in settings},
     )
     return pipeline.to(device)

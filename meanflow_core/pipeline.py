@@ -9,8 +9,9 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMapEulerDiscreteScheduler, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -20,11 +21,13 @@ from meanflow_core.autoencoder import decode_latents, downsampling_factor
 from meanflow_core.formats import require_format_version
 from meanflow_core.networks.interface import Conditioning
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_SEED = 2**63 - 1
-PREDICTIONS = ("average_velocity", "velocity")
+PREDICTIONS = ("average_velocity", "velocity", "consistency", "epsilon")
 SOLVERS = ("euler", "heun")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+_Prediction = Callable[[torch.Tensor, float, float], torch.Tensor]  # (z, t, r) -> the network's prediction
 
 # Guidance: one value for all images, or one per image.
 Scales = float | Sequence[float]
@@ -78,6 +81,20 @@ def time_grid(num_inference_steps: int, timesteps: Sequence[float] | None = None
     return times
 
 
+def fresh_noise(noise: torch.Tensor, step: int) -> torch.Tensor:
+    """Further standard normal noise, float32 (B, C, H, W) on the CPU, for multi-step consistency sampling.
+
+    Sample i is a function of noise[i], the noise at t = 1, and the 0-based step, and so of (seed, step).
+    """
+    keys = noise.to("cpu", torch.float32).flatten(1)[:, :4].contiguous().view(torch.int32).tolist()
+    rows = []
+    for key in keys:
+        sequence = np.random.SeedSequence([step, *(number % 2**32 for number in key)])
+        seed = int(sequence.generate_state(1, np.uint64)[0]) % 2**63
+        rows.append(torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(seed)))
+    return torch.stack(rows)
+
+
 def _to_output(pixels: torch.Tensor, output_type: str) -> object:
     if output_type == "pt":
         return pixels.permute(0, 3, 1, 2).float() / 255.0
@@ -92,13 +109,16 @@ class MeanFlowPipeline(DiffusionPipeline):
     Args:
         transformer: the network, on normalised latents.
         vae: the autoencoder; its config holds the latent normalisation.
-        scheduler: computes the steps z_r = z_t - (t - r) u.
+        scheduler: computes the steps: FlowMapEulerDiscreteScheduler's z_r = z_t - (t - r) u, or for epsilon DDIMScheduler.
         id2label: {class id: name}, with the id as a string, as JSON requires. A name may list synonyms separated by
             commas, each of which finds the class.
         wnids: {class id: WordNet id}, if known.
-        prediction: "average_velocity" for MeanFlow; "velocity" for flow matching, integrated by Euler's or Heun's method.
+        prediction: what the network predicts. "average_velocity": u(z_t, r, t), for MeanFlow and its relatives.
+            "velocity": v(z_t, t), integrated by Euler's or Heun's method. "consistency": u(z_t, 0, t); each step predicts
+            the image and adds fresh noise. "epsilon": the noise, for diffusion, sampled by the scheduler.
         guidance_scale, guidance_interval_start, guidance_interval_end: default guidance, for networks with guidance
-            inputs (improved MeanFlow) and for flow matching.
+            inputs (improved MeanFlow), for flow matching and for diffusion.
+        network_class: the network's class, as "module:Class".
         format_version: format version of the generator folder.
 
     Raises ValueError for an unknown prediction or another format version.
@@ -110,13 +130,14 @@ class MeanFlowPipeline(DiffusionPipeline):
         self,
         transformer: ModelMixin,
         vae: AutoencoderKL,
-        scheduler: FlowMapEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
         wnids: dict[str, str] | None = None,
         prediction: str = "average_velocity",
         guidance_scale: float = 1.0,
         guidance_interval_start: float = 0.0,
         guidance_interval_end: float = 1.0,
+        network_class: str | None = None,
         format_version: int = FORMAT_VERSION,
     ) -> None:
         super().__init__()
@@ -131,6 +152,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             guidance_interval_start=guidance_interval_start,
             guidance_interval_end=guidance_interval_end,
+            network_class=network_class,
             format_version=format_version,
         )
 
@@ -189,7 +211,12 @@ class MeanFlowPipeline(DiffusionPipeline):
     @property
     def supports_guidance(self) -> bool:
         """Whether guidance can be set at sampling time. In plain MeanFlow it is built into the weights."""
-        return self.config.prediction == "velocity" or self.transformer.supports_guidance
+        return self.config.prediction in ("velocity", "epsilon") or self.transformer.supports_guidance
+
+    @property
+    def has_any_times(self) -> bool:
+        """Whether steps can end at any times. A diffusion scheduler has a fixed grid for each number of steps."""
+        return self.config.prediction != "epsilon"
 
     def _guidance(
         self, num_images: int, scale: Scales | None, interval: Intervals | None
@@ -248,15 +275,27 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError("noise must be finite")
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, but got {solver!r}")
-        predicts_velocity = self.config.prediction == "velocity"
-        if solver != "euler" and not predicts_velocity:
-            raise ValueError(f"solver {solver} requires velocities, but this generator predicts average velocities")
+        prediction = self.config.prediction
+        if solver != "euler" and prediction != "velocity":
+            raise ValueError(
+                f"solver {solver} requires a generator that predicts velocity, but this predicts {prediction}"
+            )
+        if not self.has_any_times and times != time_grid(len(times) - 1):
+            raise ValueError(f"timesteps of a diffusion generator must be equally spaced, but got {times}")
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
         guidance = [values.to(device) for values in self._guidance(len(labels), guidance_scale, guidance_interval)]
-        predict = (self._velocity if predicts_velocity else self._average_velocity)(labels, *guidance)
-
+        is_plain = prediction in ("average_velocity", "consistency")
+        predict = (self._average_velocity if is_plain else self._guided_prediction)(labels, *guidance)
         z = noise.to(device, torch.float32)
+        if prediction == "epsilon":
+            return self._denoise(predict, z, len(times) - 1)
+        if prediction == "consistency":
+            return self._sample_consistency(predict, z, times)
+        return self._follow_flow(predict, z, times, solver)
+
+    def _follow_flow(self, predict: _Prediction, z: torch.Tensor, times: list[float], solver: str) -> torch.Tensor:
+        """Steps z_r = z_t - (t - r) u along the times."""
         self.scheduler.set_timesteps(sigmas=times[:-1])
         scale = self.scheduler.config.num_train_timesteps
         for t, r in itertools.pairwise(times):
@@ -266,9 +305,27 @@ class MeanFlowPipeline(DiffusionPipeline):
             z = self.scheduler.step(u, t * scale, z, r_timestep=r * scale).prev_sample
         return z
 
+    def _sample_consistency(self, predict: _Prediction, z: torch.Tensor, times: list[float]) -> torch.Tensor:
+        """Predicts the image from z_t, and adds fresh noise up to the next time (Song et al. 2023, Algorithm 1)."""
+        self.scheduler.set_timesteps(sigmas=times[:-1])
+        scale, noise = self.scheduler.config.num_train_timesteps, z
+        for step, (t, s) in enumerate(itertools.pairwise(times)):
+            image = self.scheduler.step(predict(z, t, 0.0), t * scale, z, r_timestep=0.0).prev_sample
+            z = image if s == 0.0 else (1.0 - s) * image + s * fresh_noise(noise, step).to(z.device)
+        return z
+
+    def _denoise(self, predict: _Prediction, z: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """Steps of the scheduler (DDIM). Timestep k of K is t = (k + 1) / K for the network, as in training."""
+        self.scheduler.set_timesteps(num_steps)
+        num_timesteps = self.scheduler.config.num_train_timesteps
+        for timestep in self.scheduler.timesteps.tolist():
+            t = (timestep + 1) / num_timesteps
+            z = self.scheduler.step(predict(z, t, t), timestep, z).prev_sample
+        return z
+
     def _average_velocity(
         self, labels: torch.Tensor, scales: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
-    ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
+    ) -> _Prediction:
         """Returns a function (z, t, r) -> u(z, t, r), float32 (B, C, H, W)."""
 
         def predict(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
@@ -284,10 +341,10 @@ class MeanFlowPipeline(DiffusionPipeline):
 
         return predict
 
-    def _velocity(
+    def _guided_prediction(
         self, labels: torch.Tensor, scales: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
-    ) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
-        """Returns a function (z, t, r) -> v(z, t), float32 (B, C, H, W), guided inside each image's interval."""
+    ) -> _Prediction:
+        """Returns a function (z, t, r) -> v(z, t) or the noise, float32 (B, C, H, W), guided in each image's interval."""
         null = torch.full_like(labels, self.transformer.config.num_classes)
         scale = scales.view(-1, 1, 1, 1)
 
@@ -356,9 +413,11 @@ class MeanFlowPipeline(DiffusionPipeline):
             generator: random generator of the noise, as in other diffusers pipelines.
             seeds: one per image, instead of `generator`. An image then does not depend on the rest of its batch.
             latents: the noise, (B, C, H, W), instead of `generator` or `seeds`.
-            timesteps: the times from 1 to 0, for example (1.0, 0.4, 0.0), instead of num_inference_steps.
+            timesteps: the times from 1 to 0, for example (1.0, 0.4, 0.0), instead of num_inference_steps. Diffusion only
+                takes equal steps.
             guidance_scale, guidance_interval: scale and (start, end), one for all images or one per image, for improved
-                MeanFlow and for flow matching (two network evaluations per guided step). Default: the generator's.
+                MeanFlow, flow matching and diffusion (the latter two take two network evaluations per guided step).
+                Default: the generator's.
             solver: "euler", or "heun" for flow matching (two network evaluations per step).
             output_type: "pil"; "np", float (B, H, W, 3) in [0, 1]; "pt", float (B, 3, H, W) in [0, 1]; or "latent",
                 normalised latents (B, C, H, W).

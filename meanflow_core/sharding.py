@@ -9,14 +9,14 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.torch_version import TorchVersion
 
-from meanflow_core.networks.registry import AnyNetwork
+from meanflow_core.networks.interface import NetworkModel
 
 # In older releases, forward-mode AD fails in FSDP2's hooks (pytorch#182641). Our derivatives are ordinary tensors (see
 # `networks.dual`), but tests compare them with torch.func.jvp.
 OLDEST_TORCH = "2.13"
 
 
-def shard_network(network: AnyNetwork) -> None:
+def shard_network(network: NetworkModel) -> None:
     """Shards a network in place: one group per transformer block, and one for the rest (embedders, tokens, last layers).
 
     Parameters become DTensors, and every forward and every full read of a parameter becomes a collective operation. Call
@@ -30,8 +30,12 @@ def shard_network(network: AnyNetwork) -> None:
             f"sharding needs torch {OLDEST_TORCH} or newer, but this is {torch.__version__}: "
             "in older releases, forward-mode AD fails in FSDP2's hooks (pytorch#182641)"
         )
-    blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
-    for module in (*blocks, network):
+    blocks: list[nn.Module] = []
+    for module_list in network.modules():
+        if isinstance(module_list, nn.ModuleList):
+            blocks.extend(module_list)
+    modules: list[nn.Module] = [*reversed(blocks), network]
+    for module in modules:  # inner modules before those that contain them
         module.register_forward_pre_hook(_clear_autocast_cache)
         # By default, FSDP reshards the root in backward only. Sampling has no backward, and a moving average that is still
         # gathered cannot be updated.

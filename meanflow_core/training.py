@@ -12,30 +12,30 @@ from torch.distributed.tensor import DTensor
 
 from meanflow_core.config import OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
-from meanflow_core.networks.interface import Network
-from meanflow_core.networks.registry import AnyNetwork, build_network, require_same_architecture
-from meanflow_core.objectives.draws import VELOCITY_BATCH_PARTS
-from meanflow_core.objectives.interface import Record
-from meanflow_core.objectives.registry import build_objective
+from meanflow_core.networks.building import build_network, require_same_architecture
+from meanflow_core.networks.interface import Network, NetworkModel
+from meanflow_core.objectives.interface import Record, build_objective
+from meanflow_core.objectives.row_plan import VELOCITY_BATCH_PARTS
+from meanflow_core.optimizers import build_optimizers
 
 
 @dataclass
 class TrainState:
     """Everything that training changes."""
 
-    network: AnyNetwork
+    network: NetworkModel
     """The trained network."""
-    ema_networks: dict[float, AnyNetwork]
+    ema_networks: dict[float, NetworkModel]
     """{decay: moving average of the parameters}; the first one is used for sampling."""
-    optimizer: torch.optim.Adam
-    """Adam with its moments."""
+    optimizers: list[torch.optim.Optimizer]
+    """The optimisers with their states."""
     step: int
     """Number of steps taken, including skipped ones."""
     num_skipped: int = 0
     """Number of steps that were skipped because their gradient was not finite."""
 
     @property
-    def ema_network(self) -> AnyNetwork:
+    def ema_network(self) -> NetworkModel:
         """The moving average for sampling."""
         return next(iter(self.ema_networks.values()))
 
@@ -98,13 +98,14 @@ def build_train_state(
     in_channels: int,
     num_classes: int,
     device: torch.device,
-    initial: AnyNetwork | None = None,
-    shard: Callable[[AnyNetwork], None] | None = None,
+    initial: NetworkModel | None = None,
+    shard: Callable[[NetworkModel], None] | None = None,
 ) -> TrainState:
     """Builds a state before its first step. Its parameters are those of `initial`, or drawn from config.seed.
 
     initial: a network of the same class and size, for example one trained with flow matching. shard: shards a network
-    in place (`sharding.shard_network`). Raises ValueError, with every difference, if `initial` has another class or size.
+    in place (`sharding.shard_network`). Raises ValueError, with every difference, if `initial` has another class or size,
+    and for an invalid optimiser.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -123,16 +124,11 @@ def build_train_state(
     if shard is not None:
         for module in (network, *ema_networks.values()):
             shard(module)
-    optimizer = torch.optim.Adam(
-        network.parameters(),
-        lr=config.optimizer.learning_rate,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        foreach=True,
-    )
-    return TrainState(network=network, ema_networks=ema_networks, optimizer=optimizer, step=0)
+    optimizers = build_optimizers(network, config.optimizer)
+    return TrainState(network=network, ema_networks=ema_networks, optimizers=optimizers, step=0)
 
 
-def compile_blocks(network: AnyNetwork, backend: str = "inductor") -> None:
+def compile_blocks(network: NetworkModel, backend: str = "inductor") -> None:
     """Compiles a network block by block, in place. Blocks of a class share their code; hooks between blocks still run."""
     # A long run meets every size of the no-grad forward, in addition to the training forward's: more than dynamo's
     # limit of 8, above which it silently runs uncompiled. torch 2.11 has no such option per module.
@@ -198,7 +194,7 @@ def train_step(
 
     Raises ValueError as the loss does.
     """
-    state.optimizer.zero_grad(set_to_none=True)
+    state.network.zero_grad(set_to_none=True)
     sums: list[torch.Tensor] = []
     for number, batch in enumerate(batches, start=1):
         with accumulating() if number < len(batches) else nullcontext():
@@ -206,13 +202,16 @@ def train_step(
     gradient_norm = _full(
         torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.max_gradient_norm or float("inf"))
     )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optimizer, state.step, config.num_steps)
+    rate = learning_rate(config.optimizer, state.step, config.num_steps)
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("learning_rate_factor", 1.0)
     skipped = may_skip and not bool(torch.isfinite(gradient_norm))
     if skipped:
         state.num_skipped += 1
     else:
-        state.optimizer.step()
+        for optimizer in state.optimizers:
+            optimizer.step()
         update_emas(state)
     state.step += 1
     return StepMetrics(sums=torch.stack(sums).sum(dim=0), gradient_norm=gradient_norm, skipped=skipped)
@@ -234,7 +233,7 @@ def warm_up_ddp_buckets(state: TrainState, training_network: Network, batch: Bat
         global_num_rows=config.global_batch_size,
         separate_derivative=True,
     ).loss.backward()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.network.zero_grad(set_to_none=True)
 
 
 def _forward_and_backward(
@@ -261,5 +260,8 @@ def _forward_and_backward(
     (output.loss * gradient_scale).backward()
     loss = output.loss.detach()
     # new_full fills on the device; copying a number to it would wait for the device.
-    pairs = [(mean.total, loss.new_full((), mean.num_samples)) for mean in output.metrics.values()]
+    pairs = [
+        (mean.total, n if isinstance(n := mean.num_samples, torch.Tensor) else loss.new_full((), n))
+        for mean in output.metrics.values()
+    ]
     return torch.stack([loss, *itertools.chain.from_iterable(pairs)]).float()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import tyro
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.presets import PRESETS
+from meanflow_core.presets import PRESETS, find_preset
 from pipelines.errors import InputError, RunError
 
 T = TypeVar("T")
@@ -67,12 +67,14 @@ def parse_preset_command_line(
         presets = "\n".join(f"    {name:8s} {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
         print(
             f"usage: python -m {module} PRESET [OPTIONS]\n\n{description}\n"
-            f"Presets (PRESET --help lists the options):\n{presets}"
+            f"Presets (PRESET --help lists the options; module:function names one of your own):\n{presets}"
         )
         raise SystemExit(0 if arguments else 2)
     preset = arguments[0]
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    try:
+        config = find_preset(preset)()
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return preset, parse_command_line(
-        job_type, None, args=arguments[1:], default=default_job(PRESETS[preset]()), prog=f"python -m {module} {preset}"
+        job_type, None, args=arguments[1:], default=default_job(config), prog=f"python -m {module} {preset}"
     )

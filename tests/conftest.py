@@ -19,7 +19,6 @@ from meanflow_core.config import SamplingConfig
 from meanflow_core.generator import build_pipeline
 from meanflow_core.networks.dit import MeanFlowDiT
 from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
-from meanflow_core.networks.registry import without_velocity_head
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
@@ -97,7 +96,7 @@ def pipeline(network, vae) -> MeanFlowPipeline:
 def imf_pipeline(imf_network, vae) -> MeanFlowPipeline:
     """An improved MeanFlow pipeline, with guidance by default."""
     sampling = SamplingConfig(guidance_scale=4.0, guidance_interval_start=0.2, guidance_interval_end=0.7)
-    return build_pipeline(without_velocity_head(imf_network.eval()), vae, images.CLASS_NAMES, sampling=sampling)
+    return build_pipeline(imf_network.eval().for_sampling(), vae, images.CLASS_NAMES, sampling=sampling)
 
 
 @pytest.fixture

@@ -15,18 +15,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meanflow_core.config import GuidanceConfig, LossConfig, NetworkConfig, TimeSamplingConfig
+from meanflow_core.config import (
+    DiTConfig,
+    GuidanceConfig,
+    ImprovedDiTConfig,
+    ImprovedMeanFlowConfig,
+    LossConfig,
+    MeanFlowConfig,
+    NetworkConfig,
+    TimeSamplingConfig,
+)
 from meanflow_core.generator import build_pipeline
 from meanflow_core.interop.conversion import from_official
-from meanflow_core.networks.interface import Conditioning
-from meanflow_core.networks.registry import AnyNetwork, build_network
-from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
-from meanflow_core.objectives.meanflow import LossOutput, MeanFlow
+from meanflow_core.networks.building import build_network
+from meanflow_core.networks.interface import Conditioning, NetworkModel
+from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepDraws
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.objectives.meanflow import LossOutput
 
 GOLDEN_FOLDER = Path(__file__).parent / "data" / "golden"
 BOUND = 1e-4
 FLOOR = 1e-6
-# {name of a draw in the files: name in StepRecord}
+# {name of a draw in the files: name in StepDraws}
 DRAWS = {name: name for name in ("t", "r", "noise", "label_dropped", "omega")} | {
     "t_min": "guidance_interval_start",
     "t_max": "guidance_interval_end",
@@ -53,36 +63,32 @@ def read_settings(golden: Mapping[str, np.ndarray]) -> tuple[NetworkConfig, dict
     settings = json.loads(str(golden["config"]))
     is_improved = "net" in settings
     network, method = settings["net" if is_improved else "dit"], settings["method"]
-    config = NetworkConfig(
-        architecture="imf_dit" if is_improved else "dit",
-        patch_size=network["patch_size"],
-        hidden_size=network["hidden_size"],
-        depth=network["depth"],
-        num_heads=network["num_heads"],
-        mlp_ratio=network.get("mlp_ratio", 8 / 3 if is_improved else 4.0),
-        aux_head_depth=network.get("aux_head_depth", 8 if is_improved else 0),
-    )
+    sizes = {name: network[name] for name in ("patch_size", "hidden_size", "depth", "num_heads")}
+    config = DiTConfig(**sizes, mlp_ratio=network.get("mlp_ratio", 4.0))
+    if is_improved:
+        aux_head_depth = network.get("aux_head_depth", 8)
+        config = ImprovedDiTConfig(**sizes, mlp_ratio=network.get("mlp_ratio", 8 / 3), aux_head_depth=aux_head_depth)
     shape = {
         "sample_size": network["input_size"],
         "in_channels": network["in_channels"],
         "num_classes": network["num_classes"],
     }
+    common = {
+        "times": TimeSamplingConfig(fraction_r_below_t=1.0 - method.get("data_proportion", 0.75)),
+        "norm_p": method["norm_p"],
+        "norm_eps": method["norm_eps"],
+    }
+    if is_improved:
+        return config, shape, ImprovedMeanFlowConfig(**common)
     guidance = GuidanceConfig()
-    if not is_improved and method.get("guidance_eq", "cfg") != "none":
+    if method.get("guidance_eq", "cfg") != "none":
         guidance = GuidanceConfig(
             omega=method["omega"],
             kappa=method["kappa"],
             guidance_interval_start=method.get("t_start", 0.0),
             guidance_interval_end=method.get("t_end", 1.0),
         )
-    loss = LossConfig(
-        objective="improved_meanflow" if is_improved else "meanflow",
-        guidance=guidance,
-        times=TimeSamplingConfig(fraction_r_below_t=1.0 - method.get("data_proportion", 0.75)),
-        norm_p=method["norm_p"],
-        norm_eps=method["norm_eps"],
-    )
-    return config, shape, loss
+    return config, shape, MeanFlowConfig(**common, guidance=guidance)
 
 
 def parameters(golden: Mapping[str, np.ndarray], prefix: str) -> dict[str, torch.Tensor]:
@@ -98,9 +104,11 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
 
     draws = {ours: torch.from_numpy(np.asarray(golden[theirs])) for theirs, ours in DRAWS.items() if theirs in golden}
     latents, labels = torch.from_numpy(golden["latents"]), torch.from_numpy(golden["labels"]).long()
-    record = StepRecord.from_draws(**draws, config=loss_config)
+    unused = {"posterior_noise": torch.zeros_like(draws["noise"]), "mirrored": torch.zeros_like(draws["label_dropped"])}
+    objective = build_objective(loss_config)
+    record = objective.record(StepDraws(**draws, **unused), 0, len(labels))
     null_label = shape["num_classes"]
-    output: LossOutput = MeanFlow(loss_config).loss(
+    output: LossOutput = objective.loss(
         network, network, latents, labels, record,
         null_label=null_label, global_num_rows=len(labels), separate_derivative=separate_derivative,
     )  # fmt: skip
@@ -119,14 +127,14 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     errors = {
         "u": difference(output.u, golden["u"]),
         "du/dt": difference(dudt, golden["dudt"]),
-        "du/dt in the loss": difference(output.dudt[record.rows_below], golden["dudt"][record.rows_below]),
+        "du/dt in the loss": difference(output.dudt[record.plan.below], golden["dudt"][record.plan.below]),
         "v_guided": difference(output.v_guided, golden["v_guided"]),
         "loss": difference(output.loss, golden["loss"]),
     }
     if "v" in golden:
         errors["v"] = difference(output.v, golden["v"])
     if "jvp_tangent" in golden:
-        errors["tangent"] = difference(output.tangent, golden["jvp_tangent"][record.rows_below])
+        errors["tangent"] = difference(output.tangent, golden["jvp_tangent"][record.plan.below])
     for name, theirs in parameters(golden, "grad:").items():
         ours = dict(network.named_parameters())[name].grad
         errors[f"gradient of {name}"] = difference(torch.zeros_like(theirs) if ours is None else ours, theirs)
@@ -134,7 +142,7 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     return errors
 
 
-def check_sampling(network: AnyNetwork, golden: Mapping[str, np.ndarray]) -> dict[str, float]:
+def check_sampling(network: NetworkModel, golden: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Compares the pipeline's latents after one and two steps."""
     guidance = {}
     if "sample_guidance" in golden:

@@ -10,17 +10,19 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 
-from meanflow_core.config import NetworkConfig, TrainingConfig
+from meanflow_core.config import DiTConfig, ImprovedDiTConfig, TrainingConfig
+from meanflow_core.networks.building import build_network
 from meanflow_core.networks.dit import MeanFlowDiT, sine_cosine_positions
 from meanflow_core.networks.dual import Dual
+from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.networks.layers import FREQUENCY_EMBEDDING_SIZE, sinusoids
-from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
-from meanflow_core.presets import PRESETS, dit_network, imf_network
+from meanflow_core.presets import PRESETS
+from meanflow_core.presets.improved_meanflow import imf_network
+from meanflow_core.presets.meanflow import dit_network
 
 # The authors' Flax modules wrap every layer and nest the layers of a Sequential; our names are those of DiT and SiT.
 _OFFICIAL_RENAMES = (
@@ -217,19 +219,19 @@ class Source:
 
     convert: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     """Converts its parameters to a state dict of ours."""
-    architecture: Literal["dit", "imf_dit"]
-    """Architecture of its networks."""
+    is_improved: bool = False
+    """Whether its networks are improved MeanFlow's."""
     is_flow_matching: bool = False
     """Whether its networks predict instantaneous velocities only."""
 
 
 SOURCES = {
-    "official-meanflow": Source(convert=from_official, architecture="dit"),
-    "official-imf": Source(convert=from_official, architecture="imf_dit"),
-    "imf-torch": Source(convert=from_imf_torch, architecture="imf_dit"),
-    "sit": Source(convert=from_sit, architecture="dit", is_flow_matching=True),
-    "repa": Source(convert=from_repa, architecture="dit", is_flow_matching=True),
-    "zhuyu-cs": Source(convert=from_zhuyu_cs, architecture="dit"),
+    "official-meanflow": Source(convert=from_official),
+    "official-imf": Source(convert=from_official, is_improved=True),
+    "imf-torch": Source(convert=from_imf_torch, is_improved=True),
+    "sit": Source(convert=from_sit, is_flow_matching=True),
+    "repa": Source(convert=from_repa, is_flow_matching=True),
+    "zhuyu-cs": Source(convert=from_zhuyu_cs),
 }
 
 
@@ -240,19 +242,19 @@ def find_source(name: str) -> Source:
     return SOURCES[name]
 
 
-def published_training(architecture: str, hidden_size: int, depth: int) -> TrainingConfig | None:
-    """The first preset with a network of this architecture, width and depth, if any."""
-    size = (architecture, hidden_size, depth)
+def published_training(hidden_size: int, depth: int, *, is_improved: bool) -> TrainingConfig | None:
+    """The first preset with a network of this kind, width and depth, if any."""
+    kind = ImprovedDiTConfig if is_improved else DiTConfig
     for preset in PRESETS.values():
-        config = preset()
-        if (config.network.architecture, config.network.hidden_size, config.network.depth) == size:
-            return config
+        network = preset().network
+        if isinstance(network, kind) and (network.hidden_size, network.depth) == (hidden_size, depth):
+            return preset()
     return None
 
 
 def convert_checkpoint(
     source_name: str, state: Mapping[str, torch.Tensor], *, sample_size: int | None = None, num_heads: int | None = None
-) -> AnyNetwork:
+) -> NetworkModel:
     """Builds a float32 network from the parameters of a source. The size of the network follows from their shapes.
 
     sample_size: side of the latents, if the file has no position embedding; default: 32. num_heads: required if the
@@ -270,7 +272,7 @@ def convert_checkpoint(
                 f"sample_size must be {stored_size}, the size of the stored position embedding, but got {sample_size}"
             )
         sample_size = stored_size
-    config = _read_network_config(converted, source.architecture, num_heads)
+    config = _read_network_config(converted, num_heads, is_improved=source.is_improved)
     network = build_network(
         config,
         sample_size=DEFAULT_SAMPLE_SIZE if sample_size is None else sample_size,
@@ -278,7 +280,7 @@ def convert_checkpoint(
         num_classes=len(_find(converted, "y_embedder.embedding_table.weight", 2)) - 1,
     )
     if not _num_blocks(converted, "v_heads"):
-        network = without_velocity_head(network)
+        network = network.for_sampling()
     try:
         network.load_state_dict(converted)
     except RuntimeError as error:  # its message lists every name
@@ -307,24 +309,27 @@ def _num_blocks(state: Mapping[str, torch.Tensor], group: str) -> int:
     return 1 + max(numbers, default=-1)
 
 
-def _read_network_config(state: Mapping[str, torch.Tensor], architecture: str, num_heads: int | None) -> NetworkConfig:
+def _read_network_config(
+    state: Mapping[str, torch.Tensor], num_heads: int | None, *, is_improved: bool
+) -> DiTConfig | ImprovedDiTConfig:
     hidden_size, _, patch_size = _patch_sizes(state)
-    if architecture == "imf_dit":
-        base, mlp_first_layer = imf_network("B"), ".mlp.w1.weight"
-        aux_head_depth = _num_blocks(state, "u_heads")
-        depth = _num_blocks(state, "shared_blocks") + aux_head_depth
+    if is_improved:
+        heads = _num_blocks(state, "u_heads")
+        depth, mlp_first_layer = _num_blocks(state, "shared_blocks") + heads, ".mlp.w1.weight"
+        base: DiTConfig | ImprovedDiTConfig = replace(imf_network("B"), depth=max(depth, 1), aux_head_depth=heads)
     else:
-        base, mlp_first_layer = dit_network("B", 2), ".mlp.fc1.weight"
-        aux_head_depth, depth = base.aux_head_depth, _num_blocks(state, "blocks")
+        depth, mlp_first_layer = _num_blocks(state, "blocks"), ".mlp.fc1.weight"
+        base = replace(dit_network("B", 2), depth=max(depth, 1))
     if depth == 0:
         raise ValueError(f"the file is from another source: no transformer blocks among its {len(state)} names")
-    published = published_training(architecture, hidden_size, depth)
+    published = published_training(hidden_size, depth, is_improved=is_improved)
     if num_heads is None:
         if published is None:
             raise ValueError(
                 f"no published network has width {hidden_size} and depth {depth}, and the file does not contain the number "
                 f"of attention heads; pass num_heads"
             )
+        assert isinstance(published.network, DiTConfig | ImprovedDiTConfig), "published_training looks for these"
         num_heads = published.network.num_heads
     mlp_ratio = base.mlp_ratio
     mlp_widths = {len(value) for name, value in state.items() if name.endswith(mlp_first_layer)}
@@ -334,8 +339,6 @@ def _read_network_config(state: Mapping[str, torch.Tensor], architecture: str, n
         base,
         patch_size=patch_size,
         hidden_size=hidden_size,
-        depth=depth,
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
-        aux_head_depth=aux_head_depth,
     )

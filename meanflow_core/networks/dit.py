@@ -11,12 +11,17 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from meanflow_core.networks.dual import Dual, Linear, attention, lift, lift_linear
-from meanflow_core.networks.interface import Conditioning, NetworkOutput, check_network_input, check_patch_size
+from meanflow_core.networks.interface import (
+    Conditioning,
+    NetworkModel,
+    NetworkOutput,
+    check_network_input,
+    check_patch_size,
+)
 from meanflow_core.networks.layers import (
     MAX_PERIOD,
     NORM_EPS,
@@ -163,7 +168,7 @@ def sine_cosine_positions(hidden_size: int, grid_size: int) -> torch.Tensor:
     return torch.cat([column, row], dim=-1).reshape(grid_size**2, hidden_size).float()
 
 
-class MeanFlowDiT(ModelMixin, ConfigMixin):
+class MeanFlowDiT(NetworkModel):
     """The average velocity u(z_t, r, t, label) of Geng et al. 2025: a DiT conditioned on (t, t - r, label).
 
     Raises ValueError for incompatible sizes.
@@ -171,8 +176,6 @@ class MeanFlowDiT(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["Block"]
-    supports_guidance: ClassVar[bool] = False
-    """Whether guidance scale and interval are inputs of the network."""
 
     @register_to_config
     def __init__(

@@ -8,16 +8,21 @@ the authors', without their wrapper modules (t_min and t_max are the interval's 
 """
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from meanflow_core.networks.dual import Dual, Linear, attention, lift, lift_linear
-from meanflow_core.networks.interface import Conditioning, NetworkOutput, check_network_input, check_patch_size
+from meanflow_core.networks.interface import (
+    Conditioning,
+    NetworkModel,
+    NetworkOutput,
+    check_network_input,
+    check_patch_size,
+)
 from meanflow_core.networks.layers import NORM_EPS, LabelEmbedder, PatchEmbedder, TimeEmbedder, run_blocks, unpatchify
 
 # Number of tokens per conditioning input, in the order of the sequence (the authors' code).
@@ -144,7 +149,7 @@ class LinearHead(nn.Module):
         return self.linear(self.norm(x))
 
 
-class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
+class ImprovedMeanFlowDiT(NetworkModel):
     """The average velocity u(z_t, r, t | label, omega, interval), and the instantaneous velocity v for training.
 
     aux_head_depth: number of blocks in each head; the trunk has depth - aux_head_depth blocks. has_velocity_head: False
@@ -154,7 +159,6 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["InContextBlock"]
     supports_guidance: ClassVar[bool] = True
-    """Whether guidance scale and interval are inputs of the network."""
 
     @register_to_config
     def __init__(
@@ -206,6 +210,18 @@ class ImprovedMeanFlowDiT(ModelMixin, ConfigMixin):
             self.v_heads = blocks(aux_head_depth)
             self.v_final_layer = LinearHead(hidden_size, patch_size, in_channels)
         self._initialize()
+
+    def for_sampling(self) -> Self:
+        """A copy without the v head, which only training uses. The copy shares the parameters."""
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        with torch.device("meta"):
+            copy = type(self)(**{**config, "has_velocity_head": False})
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("v_")}
+        copy.load_state_dict(state, assign=True)
+        # The state dict lacks non-persistent buffers, so these are still on the meta device.
+        for name, buffer in self.named_buffers():
+            setattr(copy, name, buffer.clone())
+        return copy.train(self.training)
 
     def _initialize(self) -> None:
         for name, module in self.named_modules():

@@ -4,9 +4,10 @@
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,20 @@ class Network(Protocol):
         velocity_only: in a network with a v head, compute v only.
         """
         ...
+
+
+class NetworkModel(ModelMixin, ConfigMixin):
+    """Base of networks that training builds and generators save. Its config has sample_size, in_channels and num_classes.
+
+    Blocks that should be compiled together are listed in `_repeated_blocks`; blocks in a ModuleList are sharded one by one.
+    """
+
+    supports_guidance: ClassVar[bool] = False
+    """Whether guidance scale and interval are inputs of the network."""
+
+    def for_sampling(self) -> Self:
+        """The network without the parts that only training uses; it shares the parameters."""
+        return self
 
 
 def check_patch_size(sample_size: int, patch_size: int) -> None:

@@ -1,22 +1,36 @@
 """The interface of training objectives: the random draws of a step, and the loss of its samples.
 
-Training, validation and comparison use an objective through this interface alone. A new one is a class in a file of its
-own, an entry in `registry.build_objective`, and a preset; `meanflow.MeanFlow` is an example.
+Training, validation, cost estimates and comparison use an objective through this interface alone. A new one is a class in
+a file of its own, and a configuration (`config.LossConfig`) with presets; `diffusion.Diffusion` is the shortest example.
 
     # b samples of one pass on one worker, C channels, H W latent size
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
+from diffusers import FlowMapEulerDiscreteScheduler, SchedulerMixin
 
+from meanflow_core.config import LossConfig
 from meanflow_core.networks.interface import Network
+from meanflow_core.references import resolve
+
+
+class Draws(Protocol):
+    """The random draws of some samples of a step."""
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The draws of samples start to stop - 1."""
+        ...
 
 
 class Record(Protocol):
-    """Every random draw of some samples of a step."""
+    """The random draws of the samples of one pass, and whatever the objective computes from them on the CPU.
+
+    A dataclass of tensors and of other such dataclasses.
+    """
 
     @property
     def posterior_noise(self) -> torch.Tensor:
@@ -33,7 +47,9 @@ class Record(Protocol):
         ...
 
 
+D = TypeVar("D", bound=Draws)
 R = TypeVar("R", bound=Record)
+C = TypeVar("C", bound=LossConfig)
 
 
 class Mean(NamedTuple):
@@ -41,8 +57,8 @@ class Mean(NamedTuple):
 
     total: torch.Tensor
     """Scalar: the sum over samples."""
-    num_samples: int
-    """The number of these samples. Training logs 0 for an interval that has none."""
+    num_samples: torch.Tensor | int
+    """The number of these samples, a scalar. Training does not log the mean of an interval that has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +71,25 @@ class Loss:
     """{name: mean}, detached, one for each of the objective's `metric_names`, in that order."""
 
 
-class Objective(ABC, Generic[R]):
-    """A training objective. It holds its configuration only; all randomness is in the record."""
+class Objective(ABC, Generic[C, D, R]):
+    """A training objective. It holds its configuration only; all randomness is in the draws."""
 
     metric_names: tuple[str, ...]
-    """What `Loss.metrics` reports. Names that start with "squared_error" are also measured in validation."""
+    """What `Loss.metrics` reports. Names that start with "squared_error" are also measured in validation. The log's
+    progress line shows those without a slash."""
+
+    def __init__(self, config: C) -> None:
+        self.config = config
 
     @abstractmethod
-    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> R:
-        """Draws the record of a step's *global* batch of num_rows samples on the CPU, a pure function of (seed, step).
+    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> D:
+        """Draws a step's *global* batch of num_rows samples on the CPU, a pure function of (seed, step).
 
         latent_shape: (C, H, W).
         """
 
     @abstractmethod
-    def share(self, record: R, start: int, stop: int) -> R:
+    def record(self, draws: D, start: int, stop: int) -> R:
         """The record of samples start to stop - 1 of the global batch: the share of a worker or of a pass."""
 
     @abstractmethod
@@ -100,3 +120,23 @@ class Objective(ABC, Generic[R]):
 
         Raises ValueError for mismatched shapes.
         """
+
+    def scheduler(self) -> SchedulerMixin:
+        """The diffusers scheduler that samples from the trained network."""
+        return FlowMapEulerDiscreteScheduler()
+
+    def costs(self, record: R) -> tuple[int, ...]:
+        """Numbers of samples that decide how much memory a pass takes, the most important first.
+
+        The pass with the largest tuple is the one that a memory estimate traces. Default: all passes cost the same.
+        """
+        return ()
+
+    def unpadded(self, record: R) -> R:
+        """The record without work that only rounds up batch sizes, for counting a step's FLOPs."""
+        return record
+
+
+def build_objective(config: LossConfig) -> Objective[Any, Any, Any]:
+    """The objective with this configuration. Raises ValueError if its class cannot be imported."""
+    return resolve(config.objective)(config)

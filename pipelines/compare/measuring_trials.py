@@ -56,7 +56,7 @@ class SamplingPoint:
 def sampling_points(config: TrainingConfig, nfe: Sequence[int]) -> list[SamplingPoint]:
     """How a method is sampled: by Euler steps, and for flow matching also by Heun's method where the NFE is even."""
     points = [SamplingPoint(solver="euler", nfe=count) for count in nfe]
-    if config.loss.is_flow_matching:
+    if config.loss.prediction == "velocity":
         points += [SamplingPoint(solver="heun", nfe=count) for count in nfe if count % 2 == 0]
     return points
 

@@ -9,17 +9,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from meanflow_core import presets
 from meanflow_core.config import (
+    DiTConfig,
     GuidanceConfig,
     GuidanceSamplingConfig,
-    LossConfig,
-    NetworkConfig,
+    ImprovedDiTConfig,
+    ImprovedMeanFlowConfig,
+    MeanFlowConfig,
     OptimizerConfig,
     SamplingConfig,
     TimeSamplingConfig,
     TrainingConfig,
 )
+from meanflow_core.presets import demo as presets
 
 Budget = Literal["steps", "flops"]
 BUDGETS: tuple[Budget, ...] = ("steps", "flops")
@@ -40,29 +42,25 @@ class Method:
 
 def build_methods(num_steps: int) -> dict[str, Method]:
     """All methods by name, each trained for num_steps."""
+    loss = MeanFlowConfig(
+        times=TimeSamplingConfig(fraction_r_below_t=0.5), guidance=GuidanceConfig(omega=1.0, kappa=0.5)
+    )
     base = replace(
         presets.demo(),
-        network=NetworkConfig(patch_size=2, hidden_size=96, depth=5, num_heads=4),
-        loss=LossConfig(
-            times=TimeSamplingConfig(fraction_r_below_t=0.5), guidance=GuidanceConfig(omega=1.0, kappa=0.5)
-        ),
+        network=DiTConfig(patch_size=2, hidden_size=96, depth=5, num_heads=4),
+        loss=loss,
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, cooldown_steps=round(0.3 * num_steps)),
         ema_decays=(0.99,),
         global_batch_size=64,
         num_steps=num_steps,
     )
-    flow_matching = replace(base, loss=replace(base.loss, times=TimeSamplingConfig(fraction_r_below_t=0.0)))
-    own_velocity = replace(base, loss=replace(base.loss, tangent="own_velocity"))
+    flow_matching = replace(base, loss=replace(loss, times=TimeSamplingConfig(fraction_r_below_t=0.0)))
+    own_velocity = replace(base, loss=replace(loss, tangent="own_velocity"))
     improved = replace(
         base,
-        network=replace(base.network, architecture="imf_dit", depth=7, mlp_ratio=8 / 3, aux_head_depth=1),
-        loss=LossConfig(
-            objective="improved_meanflow",
-            tangent="own_velocity",
-            times=TimeSamplingConfig(fraction_r_below_t=0.5),
-            guidance_sampling=GuidanceSamplingConfig(omega_max=8.0),
-        ),
-        sampling=SamplingConfig(guidance_scale=base.loss.guidance.effective_scale),
+        network=ImprovedDiTConfig(patch_size=2, hidden_size=96, depth=7, num_heads=4, aux_head_depth=1),
+        loss=ImprovedMeanFlowConfig(guidance_sampling=GuidanceSamplingConfig(omega_max=8.0)),
+        sampling=SamplingConfig(guidance_scale=loss.guidance.effective_scale),
     )
     methods = (
         Method(name="flow_matching", title="flow matching", config=flow_matching),

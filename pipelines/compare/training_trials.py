@@ -14,8 +14,8 @@ import torch
 
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks.registry import AnyNetwork, without_velocity_head
-from meanflow_core.objectives.registry import build_objective
+from meanflow_core.networks.interface import NetworkModel
+from meanflow_core.objectives.interface import build_objective
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.training import build_train_state, read_means, train_step
 from pipelines.command_line import set_up_logging
@@ -95,7 +95,7 @@ def train_trial(
     seconds = time.perf_counter() - started
     if not all(bool(torch.isfinite(parameter).all()) for parameter in state.ema_network.parameters()):
         raise RuntimeError(f"{trial.name}: the parameters are not finite after {config.num_steps} steps")
-    network = without_velocity_head(state.ema_network).cpu()
+    network = state.ema_network.for_sampling().cpu()
     record = {
         "trial": trial.name,
         "method": trial.method,
@@ -115,7 +115,8 @@ def train_trial(
         vae,
         dataset.manifest.class_names,
         wnids=dataset.manifest.wnids,
-        is_flow_matching=config.loss.is_flow_matching,
+        prediction=config.loss.prediction,
+        scheduler=build_objective(config.loss).scheduler(),
         sampling=config.sampling,
     )
     _write_trial(trial, folder, pipeline, record)
@@ -135,7 +136,7 @@ def _write_trial(trial: Trial, folder: Path, pipeline: MeanFlowPipeline, record:
         shutil.rmtree(partial)  # Ray ran the task twice; the other copy finished first with the same result
 
 
-def _num_parameters(network: AnyNetwork) -> int:
+def _num_parameters(network: NetworkModel) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 

@@ -14,7 +14,7 @@ from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.interop.conversion import convert_checkpoint, find_source, published_training
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.latents import SD_SCALING_FACTOR, SD_VAE_FT_MSE_MEAN, SD_VAE_FT_MSE_STD, LatentNormalization
-from meanflow_core.networks.registry import AnyNetwork
+from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
 from pipelines.convert.job import ConvertJob
@@ -54,15 +54,15 @@ def convert(job: ConvertJob) -> tuple[Path, int]:
             f"{vae.config.latent_channels}; give the --vae that the network was trained with"
         )
     names, wnids = read_class_names(job.class_names, config.num_classes)
-    normalization = set_normalization(vae, source.architecture)
+    normalization = set_normalization(vae, is_improved=source.is_improved)
     logger.info("latents are normalized with mean %s and standard deviation %s", normalization.mean, normalization.std)
     pipeline = build_pipeline(
         network.eval(),
         vae,
         names,
         wnids=wnids,
-        is_flow_matching=source.is_flow_matching,
-        sampling=published_sampling(network, source.architecture),
+        prediction="velocity" if source.is_flow_matching else "average_velocity",
+        sampling=published_sampling(network, is_improved=source.is_improved),
     )
     _write(pipeline, output, portable=job.portable)
     return output, network.num_parameters()
@@ -90,13 +90,13 @@ def read_class_names(path: Path | None, num_classes: int) -> tuple[list[str], li
     return [match[2] for match in matches], [match[1] for match in matches]
 
 
-def published_sampling(network: AnyNetwork, architecture: str) -> SamplingConfig:
+def published_sampling(network: NetworkModel, *, is_improved: bool) -> SamplingConfig:
     """The authors' sampling settings for a network of this size; no guidance for an unpublished size."""
-    published = published_training(architecture, network.config.hidden_size, network.config.depth)
+    published = published_training(network.config.hidden_size, network.config.depth, is_improved=is_improved)
     return SamplingConfig() if published is None else published.sampling
 
 
-def set_normalization(vae: AutoencoderKL, architecture: str) -> LatentNormalization:
+def set_normalization(vae: AutoencoderKL, *, is_improved: bool) -> LatentNormalization:
     """Sets and returns the latent normalization in the VAE's config.
 
     Improved MeanFlow normalizes Stable Diffusion's latents per channel, but that VAE's config has a single scale.
@@ -105,7 +105,7 @@ def set_normalization(vae: AutoencoderKL, architecture: str) -> LatentNormalizat
     config = vae.config
     is_stable_diffusion = config.latent_channels == 4 and config.scaling_factor == SD_SCALING_FACTOR
     is_per_channel = config.latents_mean is not None or config.latents_std is not None
-    if architecture == "imf_dit" and not is_per_channel:
+    if is_improved and not is_per_channel:
         if is_stable_diffusion:
             vae.register_to_config(latents_mean=list(SD_VAE_FT_MSE_MEAN), latents_std=list(SD_VAE_FT_MSE_STD))
             logger.info("set the per-channel latent normalization of improved MeanFlow in the VAE's config")

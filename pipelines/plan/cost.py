@@ -7,7 +7,7 @@ same, so the cost of a deep network is extrapolated from two or three shallow on
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -19,13 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
-from meanflow_core.networks.interface import Conditioning
-from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
-from meanflow_core.objectives.draws import StepRecord, draw_step_record
-from meanflow_core.objectives.meanflow import MeanFlow, total_derivative
+from meanflow_core.networks.building import build_network
+from meanflow_core.networks.interface import Conditioning, NetworkModel
+from meanflow_core.objectives.interface import build_objective
 
 FLOAT32_BYTES = 4
 # Samples drawn to estimate the fractions that need velocities or du/dt: enough for FLOPs within 0.2 % of the long-run mean.
@@ -100,7 +99,7 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
 
     def count(config: NetworkConfig) -> np.ndarray:
         with torch.device("meta"):
-            network = without_velocity_head(build_network(config, **sizes))
+            network = build_network(config, **sizes).for_sampling()
         z = torch.empty(1, in_channels, sample_size, sample_size, device="meta")
         per_sample = torch.empty(1, device="meta")
         guidance = (
@@ -124,7 +123,7 @@ def step_flops(
     num_classes: int,
     num_drawn_samples: int | None = None,
 ) -> float:
-    """Model FLOPs of one optimiser step over the global batch: the objective and its backward.
+    """Model FLOPs of one optimiser step over the global batch, averaged over the phases of the objective.
 
     These are the FLOPs that the mathematics requires, independent of precision, sharding and compilation, as used for model
     FLOPs utilisation (MFU). Recomputation is excluded: the second forward of a separate du/dt pass, activation checkpointing,
@@ -137,19 +136,24 @@ def step_flops(
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     num_drawn_samples = num_drawn_samples or NUM_DRAWN_SAMPLES
-    record = _unpadded_record(config, num_drawn_samples)
 
-    def count(network_config: NetworkConfig) -> np.ndarray:
-        with torch.device("meta"):
-            network = build_network(network_config, **sizes)
-            return _count_flops(lambda: _loss(network, config.loss, record).backward())
+    def flops(loss: LossConfig) -> float:
+        record = _unpadded_record(loss, config.seed, num_drawn_samples)
 
-    return float(_at_full_depth(config.network, count, shallow=1)[0]) * config.global_batch_size / num_drawn_samples
+        def count(network_config: NetworkConfig) -> np.ndarray:
+            with torch.device("meta"):
+                network = build_network(network_config, **sizes)
+                return _count_flops(lambda: _loss(network, loss, record).backward())
+
+        return float(_at_full_depth(config.network, count, shallow=1)[0])
+
+    total = sum(fraction * flops(loss) for fraction, loss in config.loss.phases(config.num_steps))
+    return total * config.global_batch_size / num_drawn_samples
 
 
 @lru_cache(maxsize=64)
 def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> ExecutedFlops:
-    """FLOPs that a step executes under `config`.
+    """FLOPs that a step executes under `config`, in the objective's longest phase.
 
     Adds recomputation to `step_flops`: the separate du/dt pass under bfloat16 or activation checkpointing, and the forward
     that checkpointing repeats. The padding of the no-grad forward's batch is excluded.
@@ -159,21 +163,42 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     if not config.separate_derivative:  # nothing is recomputed
         return ExecutedFlops(in_precision=step_flops(config, **sizes), in_float32=0.0)
-    record = _unpadded_record(config, NUM_DRAWN_SAMPLES)
+    loss = _longest_phase(config)
+    record = _unpadded_record(loss, config.seed, NUM_DRAWN_SAMPLES)
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode():  # not meta tensors, which have no autocast
             network = build_network(network_config, **sizes)
             if config.activation_checkpointing:
                 network.enable_gradient_checkpointing()
-            whole = _count_flops(lambda: _loss(network, config.loss, record, separate_derivative=True).backward())
-            if config.loss.is_flow_matching:
-                return np.concatenate([whole, np.zeros(1)])
-            return np.concatenate([whole, _count_flops(lambda: _derivative(network, record))])
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+                return _count_flops(
+                    lambda: _loss(network, loss, record, separate_derivative=True).backward(),
+                    only_dtype=torch.float32 if config.precision == "bfloat16" else None,
+                )
 
-    whole, derivative = _at_full_depth(config.network, count, shallow=1) * config.global_batch_size / NUM_DRAWN_SAMPLES
-    in_float32 = float(derivative) if config.precision == "bfloat16" else 0.0
-    return ExecutedFlops(in_precision=float(whole) - in_float32, in_float32=in_float32)
+    total, in_float32 = _at_full_depth(config.network, count, shallow=1) * config.global_batch_size / NUM_DRAWN_SAMPLES
+    if config.precision != "bfloat16":
+        in_float32 = 0.0
+    return ExecutedFlops(in_precision=float(total - in_float32), in_float32=float(in_float32))
+
+
+def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
+    """Number of forwards of the network in one pass, in the objective's longest phase."""
+    calls = 0
+    loss = _longest_phase(config)
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    with torch.device("meta"):
+        shallow = config.network.with_block_counts(tuple(min(1, count) for count in config.network.block_counts))
+        network = build_network(shallow, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
+        network.register_forward_pre_hook(count)
+        record = _record(loss, config.seed, config.global_batch_size)
+        _loss(network, loss, record, separate_derivative=config.separate_derivative)
+    return calls
 
 
 def memory_estimate(
@@ -235,11 +260,12 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _gathered_bytes(network: AnyNetwork) -> int:
+def _gathered_bytes(network: NetworkModel) -> int:
     """Unsharded parameters and gradients that FSDP2 holds at once: of GATHERED_BLOCKS blocks and of all other layers."""
-    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     blocks = [_count(block) for blocks in lists for block in blocks]
-    return 2 * FLOAT32_BYTES * (GATHERED_BLOCKS * max(blocks) + _count(network) - sum(blocks))
+    rest = max(0, _count(network) - sum(blocks))
+    return 2 * FLOAT32_BYTES * (GATHERED_BLOCKS * max(blocks, default=0) + rest)
 
 
 def _at_full_depth(
@@ -249,76 +275,99 @@ def _at_full_depth(
 
     shallow: number of blocks of each kind in the shallowest network.
     """
-    head_depth = config.aux_head_depth if config.architecture == "imf_dit" else 0
-    depths = (config.depth - head_depth, head_depth)
-
-    def at(trunk: int, head: int) -> np.ndarray:
-        return measure(replace(config, depth=trunk + head, aux_head_depth=head))  # a DiT ignores aux_head_depth
-
-    first = (min(shallow, depths[0]), min(shallow, depths[1]))
-    base = total = at(*first)
-    for kind in range(2):
-        more = depths[kind] - first[kind]
+    depths = config.block_counts
+    first = tuple(min(shallow, depth) for depth in depths)
+    base = total = measure(config.with_block_counts(first))
+    for kind, depth in enumerate(depths):
+        more = depth - first[kind]
         if more > 0:
-            one_more = at(first[0] + (kind == 0), first[1] + (kind == 1))
+            one_more = measure(config.with_block_counts(tuple(n + (i == kind) for i, n in enumerate(first))))
             total = total + more * (one_more - base)
     return total
 
 
-def _unpadded_record(config: TrainingConfig, num_samples: int) -> StepRecord:
-    """Random draws of step 0 for this many samples, without padding of the no-grad forward's batch."""
-    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=num_samples, latent_shape=(1, 1, 1))
-    return replace(record, rows_velocity=torch.cat([record.rows_conditional, record.rows_null]))
+def _longest_phase(config: TrainingConfig) -> LossConfig:
+    return max(config.loss.phases(config.num_steps), key=lambda phase: phase[0])[1]
 
 
-def _derivative(network: AnyNetwork, record: StepRecord) -> torch.Tensor:
-    """du/dt of the samples with r < t in a separate pass, on tensors without data."""
-    size = (len(record.rows_below), network.config.in_channels, network.config.sample_size, network.config.sample_size)
-    z, per_sample = torch.empty(size), torch.empty(size[0])
-    guidance = (
-        {}
-        if record.omega is None
-        else {"omega": per_sample, "guidance_interval_start": per_sample, "guidance_interval_end": per_sample}
-    )
-    return total_derivative(
-        network, z, Conditioning(t=per_sample, r=per_sample, labels=per_sample.long(), **guidance), z
-    )
+def _record(config: LossConfig, seed: int, num_samples: int) -> Any:
+    """The record of step 0 with this many samples, with latents of shape (1, 1, 1)."""
+    objective = build_objective(config)
+    with torch.device("cpu"):
+        draws = objective.draw(seed=seed, step=0, num_rows=num_samples, latent_shape=(1, 1, 1))
+        return objective.record(draws, 0, num_samples)
 
 
-def _loss(
-    network: AnyNetwork, config: LossConfig, record: StepRecord, *, separate_derivative: bool = False
-) -> torch.Tensor:
-    """The objective of a record's samples on tensors without data: meta or fake tensors, as the caller's context creates."""
-    size = (len(record.t), network.config.in_channels, network.config.sample_size, network.config.sample_size)
-    given: Mapping[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
-    empty = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in given.items() if v is not None}
-    empty |= {"noise": torch.empty(size), "posterior_noise": torch.empty(size)}
-    output = MeanFlow(config).loss(
+def _unpadded_record(config: LossConfig, seed: int, num_samples: int) -> Any:
+    """`_record` without padding of the no-grad forward's batch."""
+    return build_objective(config).unpadded(_record(config, seed, num_samples))
+
+
+def _without_data(record: Any, latent_shape: tuple[int, int, int]) -> Any:
+    """The record on tensors without data, meta or fake as the caller's context creates, with latents of another shape."""
+    changes: dict[str, Any] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if is_dataclass(value):
+            changes[field.name] = _without_data(value, latent_shape)
+        elif isinstance(value, torch.Tensor):
+            shape = (len(value), *latent_shape) if value.dim() == 4 else value.shape
+            changes[field.name] = torch.empty(shape, dtype=value.dtype)
+    return replace(record, **changes)
+
+
+def _loss(network: NetworkModel, config: LossConfig, record: Any, *, separate_derivative: bool = False) -> torch.Tensor:
+    """The objective of a record's samples on tensors without data."""
+    num_rows = len(record.mirrored)
+    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+    output = build_objective(config).loss(
         network,
         network,
-        torch.empty(size),
-        torch.empty(size[0], dtype=torch.int64),
-        replace(record, **empty),
+        torch.empty(num_rows, *shape),
+        torch.empty(num_rows, dtype=torch.int64),
+        _without_data(record, shape),
         null_label=network.config.num_classes,
-        global_num_rows=size[0],
+        global_num_rows=num_rows,
         separate_derivative=separate_derivative,
     )
     return output.loss
 
 
-def _count_flops(function: Callable[[], object]) -> np.ndarray:
+class _FlopsOfDtype(TorchDispatchMode):
+    """Counts the FLOPs of products whose first operand has a dtype."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.total = 0.0
+        self._dtype = dtype
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        if count is not None and tensors[0].dtype == self._dtype:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _count_flops(function: Callable[[], object], only_dtype: torch.dtype | None = None) -> np.ndarray:
+    """(2,): the FLOPs of a call, and those in only_dtype (0 without it)."""
     # Fused attention would be counted as zero, or with its recomputation.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    part = _FlopsOfDtype(only_dtype)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), part:
         function()
-    return np.array([float(counter.get_total_flops())])
+    return np.array([float(counter.get_total_flops()), part.total])
 
 
-def _heaviest_pass(config: TrainingConfig, samples_per_pass: int) -> StepRecord:
+def _heaviest_pass(config: TrainingConfig, samples_per_pass: int) -> Any:
+    """The record of the pass of step 0 that needs the most memory, in the objective's longest phase."""
     num_rows = max(config.global_batch_size, samples_per_pass)
-    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=num_rows, latent_shape=(1, 1, 1))
+    objective = build_objective(_longest_phase(config))
+    draws = objective.draw(seed=config.seed, step=0, num_rows=num_rows, latent_shape=(1, 1, 1))
     starts = range(0, num_rows - samples_per_pass + 1, samples_per_pass)
-    passes = (record.rows(start, start + samples_per_pass, config.loss) for start in starts)
-    return max(passes, key=lambda record: (len(record.rows_below), len(record.rows_velocity)))
+    return max((objective.record(draws, start, start + samples_per_pass) for start in starts), key=objective.costs)
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -349,7 +398,7 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-def _traced_bytes(config: TrainingConfig, record: StepRecord, sizes: Mapping[str, int]) -> np.ndarray:
+def _traced_bytes(config: TrainingConfig, record: Any, sizes: Mapping[str, int]) -> np.ndarray:
     """(3,): bytes alive when backward begins, and the peaks before and after, in one pass.
 
     Excludes parameters, buffers and gradients, but includes a layer's gradient until it is accumulated.
@@ -364,7 +413,7 @@ def _traced_bytes(config: TrainingConfig, record: StepRecord, sizes: Mapping[str
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         with _LiveBytes([*network.parameters(), *network.buffers(), *gradients]) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                loss = _loss(network, config.loss, record, separate_derivative=config.separate_derivative)
+                loss = _loss(network, _longest_phase(config), record, separate_derivative=config.separate_derivative)
             kept, forward_peak = live.now, live.peak
             live.peak = live.now
             loss.backward()

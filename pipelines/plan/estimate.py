@@ -7,13 +7,13 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from math import ceil
 
-from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import num_passes
 from pipelines.plan.cost import (
     FLOAT32_BYTES,
     MemoryEstimate,
     executed_flops,
     memory_estimate,
+    num_network_calls,
     num_parameters,
     step_flops,
 )
@@ -87,10 +87,7 @@ def payload_bytes(workload: Workload, passes: int) -> float:
     """
     if workload.parallelism == "ddp":
         return 2.0 * gradient_bytes(workload)
-    config = workload.config
-    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=passes, latent_shape=(1, 1, 1))
-    calls = 1 + (len(record.rows_velocity) > 0)
-    calls += config.separate_derivative and not config.loss.is_flow_matching
+    calls = num_network_calls(workload.config, **workload.sizes)
     return float(passes * (calls + 2) * gradient_bytes(workload))
 
 

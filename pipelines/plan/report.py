@@ -5,9 +5,9 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
-from meanflow_core.config import TrainingConfig
+from meanflow_core.config import DiTConfig, ImprovedDiTConfig, TrainingConfig
 from meanflow_core.networks.improved_dit import NUM_CONDITION_TOKENS
-from meanflow_core.presets import PRESETS
+from meanflow_core.presets import find_preset
 from meanflow_core.training import num_passes
 from pipelines.plan.cost import (
     checkpoint_bytes,
@@ -137,7 +137,7 @@ def describe_estimate(preset: str, workload: Workload, cluster: Cluster, num_gpu
 
 def _configuration(preset: str, config: TrainingConfig) -> Lines:
     """Every field; a changed one with the preset's value."""
-    defaults = PRESETS[preset]().flat() if preset in PRESETS else config.flat()
+    defaults = find_preset(preset)().flat()
 
     def show(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -151,21 +151,28 @@ def _configuration(preset: str, config: TrainingConfig) -> Lines:
 def _work(workload: Workload, workers: dict[str, int], samples_per_pass: int) -> Lines:
     """workers: {name of the line: number of workers}."""
     config, batch = workload.config, workload.config.global_batch_size
-    patches = (workload.sizes["sample_size"] // config.network.patch_size) ** 2
-    conditioning = 0 if config.network.architecture == "dit" else NUM_CONDITION_TOKENS
-    tokens = patches + conditioning
-    kinds = f": {patches} patches and {conditioning} of conditioning" if conditioning else ""
     steps_per_epoch = workload.images / batch
     shape = "x".join(map(str, workload.latent_shape))
     return [
         ("parameters", with_prefix(num_parameters(config.network, **workload.sizes), "")),
         ("data", f"{workload.images:,} images, {workload.classes:,} classes, latents {shape}"),
-        ("an image", f"{tokens:,} tokens{kinds}"),
-        ("a step", f"{batch:,} images, {batch * tokens:,} tokens"),
+        *_tokens(workload),
         *((name, f"{number}: {_shares(batch, number, samples_per_pass)}") for name, number in workers.items()),
         ("an epoch", f"{steps_per_epoch:,.1f} steps"),
         ("the training", f"{config.num_steps:,} steps, {config.num_steps / steps_per_epoch:,.1f} epochs"),
     ]
+
+
+def _tokens(workload: Workload) -> Lines:
+    """Numbers of tokens, for transformers."""
+    network, batch = workload.config.network, workload.config.global_batch_size
+    if not isinstance(network, DiTConfig | ImprovedDiTConfig):
+        return [("a step", f"{batch:,} images")]
+    patches = (workload.sizes["sample_size"] // network.patch_size) ** 2
+    conditioning = NUM_CONDITION_TOKENS if isinstance(network, ImprovedDiTConfig) else 0
+    kinds = f": {patches} patches and {conditioning} of conditioning" if conditioning else ""
+    tokens = patches + conditioning
+    return [("an image", f"{tokens:,} tokens{kinds}"), ("a step", f"{batch:,} images, {batch * tokens:,} tokens")]
 
 
 def _shares(batch: int, num_workers: int, samples_per_pass: int) -> str:

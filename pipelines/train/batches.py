@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.objectives.registry import build_objective
+from meanflow_core.objectives.interface import build_objective
 from meanflow_core.training import Batch, contiguous_share, num_passes
 from pipelines.latents.dataset import LatentDataset
 from pipelines.latents.sample_order import samples_of_step
@@ -35,20 +35,20 @@ class BatchSource:
         config, batch_size = self._config, self._config.global_batch_size
         objective = build_objective(config.loss_at(step))
         indices = samples_of_step(config.seed, step, batch_size, len(self._dataset))
-        record = objective.draw(
+        draws = objective.draw(
             seed=config.seed, step=step, num_rows=batch_size, latent_shape=self._dataset.manifest.latent_shape
         )
         batches = []
         for number in range(self._num_passes):
             first, last = contiguous_share(self._stop - self._start, number, self._num_passes)
             start, stop = self._start + first, self._start + last
-            draws = objective.share(record, start, stop)
-            moments, labels = self._dataset.read(indices[start:stop], draws.mirrored.numpy())
+            record = objective.record(draws, start, stop)
+            moments, labels = self._dataset.read(indices[start:stop], record.mirrored.numpy())
             batches.append(
                 Batch(
                     moments=torch.from_numpy(moments).to(self._device, non_blocking=True),
                     labels=torch.from_numpy(labels).to(self._device, non_blocking=True),
-                    record=draws.to(self._device),
+                    record=record.to(self._device),
                 )
             )
         return batches

@@ -73,7 +73,7 @@ class TrainJob:
     experiment: str = "meanflow-ray"
     """MLflow experiment."""
     model_name: str | None = None
-    """Name in MLflow's model registry. Default: "meanflow-" and the preset's name."""
+    """Name in MLflow's model registry. Default: "meanflow-" and the preset's name, without its module."""
     portable: bool = False
     """Write the generator with its code, so that diffusers alone can open it (trust_remote_code=True)."""
     dry_run: bool = False
@@ -101,7 +101,7 @@ class TrainJob:
 
     def registered_name(self, preset: str) -> str:
         """The generator's name in MLflow's model registry."""
-        return self.model_name or f"meanflow-{preset}"
+        return self.model_name or f"meanflow-{preset.rpartition(':')[2]}"
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str, TrainJob]:

@@ -75,10 +75,9 @@ class IntervalMetrics:
         num_steps = max(self._num_steps, 1)
         return {
             "loss": float(sums[0]) / num_steps,
-            **dict.fromkeys(self._names, 0.0),  # for means of no samples: flow matching has none with r < t
             **read_means(self._names, sums),
             "gradient_norm": gradient_norm / num_steps,
-            "learning_rate": state.optimizer.param_groups[0]["lr"],
+            "learning_rate": state.optimizers[0].param_groups[0]["lr"],
             **{f"ema_distance_{decay}": value for decay, value in relative_ema_distance(state).items()},
             "num_skipped": float(state.num_skipped),
             "images_per_second": self._num_timed_steps * config.global_batch_size / seconds,

@@ -40,7 +40,9 @@ def write_card(
     """Writes README.md into a generator's folder. provenance: the content of its provenance.json."""
     code = code_identity()
     classes = ", ".join(manifest.class_names[:5]) + (", ..." if len(manifest.class_names) > 5 else "")
-    num_steps, steps = (50, "many steps") if config.loss.is_flow_matching else (1, "one or a few steps")
+    num_steps, steps = (
+        (50, "many steps") if config.loss.prediction in ("velocity", "epsilon") else (1, "one or a few steps")
+    )
     (folder / "README.md").write_text(f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from meanflow_core.autoencoder import load_autoencoder, weight_hash
+from meanflow_core.networks.building import build_network
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.optimizers import build_optimizers
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.latents.cache import NO_CACHE
@@ -93,11 +98,12 @@ def _require_compatible_data(job: TrainJob, manifest: Manifest) -> None:
         _require_autoencoder(job.vae, job.data, manifest)
     if job.validation_data is not None:
         validation.require_comparable(job.validation_data, manifest)
-    if manifest.latent_shape[1] % job.config.network.patch_size:
-        raise InputError(
-            f"the latent size {manifest.latent_shape[1]} must be a multiple of network.patch_size "
-            f"{job.config.network.patch_size}"
-        )
+    try:
+        with torch.device("meta"):
+            build_optimizers(build_network(job.config.network, **manifest.network_sizes), job.config.optimizer)
+        build_objective(job.config.loss)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if job.config.global_batch_size < job.num_workers:
         raise InputError(
             f"global_batch_size {job.config.global_batch_size} must be at least num_workers {job.num_workers}"

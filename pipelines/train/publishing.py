@@ -15,7 +15,9 @@ from meanflow_core.autoencoder import weight_hash
 from meanflow_core.checkpoint import load_average
 from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import build_pipeline, save_generator, write_provenance
-from meanflow_core.networks.registry import AnyNetwork, build_network, without_velocity_head
+from meanflow_core.networks.building import build_network
+from meanflow_core.networks.interface import NetworkModel
+from meanflow_core.objectives.interface import build_objective
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
 from pipelines.errors import RunError
@@ -49,7 +51,7 @@ class FinishedTraining:
 
 
 def training_pipeline(
-    network: AnyNetwork, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig
+    network: NetworkModel, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig
 ) -> MeanFlowPipeline:
     """Builds a diffusers pipeline from a network, with the run's class names and sampling settings."""
     return build_pipeline(
@@ -57,7 +59,8 @@ def training_pipeline(
         vae,
         manifest.class_names,
         wnids=manifest.wnids,
-        is_flow_matching=config.loss.is_flow_matching,
+        prediction=config.loss.prediction,
+        scheduler=build_objective(config.loss).scheduler(),
         sampling=config.sampling,
     )
 
@@ -105,7 +108,7 @@ def write_generator(training: FinishedTraining, decay: float, run: Run, folder: 
         network = build_network(job.config.network, **manifest.network_sizes).eval()
     with training.checkpoint.as_directory() as checkpoint:
         load_average(network, decay, Path(checkpoint))
-    pipeline = training_pipeline(without_velocity_head(network), open_autoencoder(job.data), manifest, job.config)
+    pipeline = training_pipeline(network.for_sampling(), open_autoencoder(job.data), manifest, job.config)
     save_generator(pipeline, folder, portable=job.portable)
     provenance: dict[str, Any] = {
         "run_id": run.run_id,

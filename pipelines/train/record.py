@@ -72,7 +72,7 @@ class TrainingRecord:
 
 def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
     """Returns the settings and hashes that must not change on resume, as nested JSON values."""
-    config = {name: value for name, value in asdict(job.config).items() if name not in RESUMABLE_SETTINGS}
+    config = {name: value for name, value in job.config.as_dict().items() if name not in RESUMABLE_SETTINGS}
     content = {
         "config": config,
         "data_sha256": manifest.content_sha256,

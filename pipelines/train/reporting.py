@@ -25,6 +25,12 @@ def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.
     return image_grid(images.cpu().numpy(), GRID_SEEDS)
 
 
+def _errors(metrics: dict[str, float]) -> list[str]:
+    """The objective's squared errors, for the progress line: "squared error r equals t 12.3"."""
+    names = [name for name in metrics if name.startswith("squared_error") and "/" not in name]
+    return [f"{name.replace('_', ' ')} {metrics[name]:.1f}" for name in names]
+
+
 class Reporter:
     """Reports metrics and samples.
 
@@ -43,8 +49,7 @@ class Reporter:
         self._run.log_metrics(metrics, step)
         self._progress.update(
             step,
-            f"{metrics['images_per_second']:.0f} images/s, squared error {metrics['squared_error_r_equals_t']:.1f} "
-            f"(r = t) {metrics['squared_error_r_below_t']:.1f} (r < t)",
+            ", ".join([f"{metrics['images_per_second']:.0f} images/s", *_errors(metrics)]),
         )
 
     def log_samples(self, step: int) -> None:

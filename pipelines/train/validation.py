@@ -18,8 +18,9 @@ from ray.train import Checkpoint, ValidationConfig, ValidationTaskConfig
 from meanflow_core.checkpoint import load_average, read_state_file
 from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
-from meanflow_core.networks.registry import AnyNetwork, build_network
-from meanflow_core.objectives.registry import build_objective
+from meanflow_core.networks.building import build_network
+from meanflow_core.networks.interface import NetworkModel
+from meanflow_core.objectives.interface import build_objective
 from pipelines.command_line import set_up_logging
 from pipelines.errors import InputError
 from pipelines.latents.autoencoder import open_autoencoder
@@ -79,7 +80,7 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
         load_average(network, job.config.ema_decays[0], Path(folder))
     normalization = LatentNormalization.from_vae_config(open_autoencoder(job.validation_data).config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    errors = held_out_errors(network.eval().to(device), dataset, normalization, job.config)
+    errors = held_out_errors(network.eval().to(device), dataset, normalization, job.config, step)
     run = Run(tracking_uri, run_id)
     run.log_metrics(errors, step)
     run.flush(MLFLOW_PATIENCE_SECONDS)
@@ -89,23 +90,28 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
 
 @torch.no_grad()
 def held_out_errors(
-    network: AnyNetwork, dataset: LatentDataset, normalization: LatentNormalization, config: TrainingConfig
+    network: NetworkModel,
+    dataset: LatentDataset,
+    normalization: LatentNormalization,
+    config: TrainingConfig,
+    step: int,
 ) -> dict[str, float]:
     """Returns the objective's squared errors, summed over C, H, W and averaged over images.
 
-    Uses at most `MAX_SAMPLES` evenly spaced images.
+    Uses at most `MAX_SAMPLES` evenly spaced images. step: number of steps that the network was trained for.
     """
     chosen = np.linspace(0, len(dataset) - 1, num=min(len(dataset), MAX_SAMPLES), dtype=np.int64)
-    objective = build_objective(replace(config.loss, label_drop_probability=0.0))
+    objective = build_objective(replace(config.loss_at(step), label_drop_probability=0.0))
     device = next(network.parameters()).device
     totals: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for number, start in enumerate(range(0, len(chosen), BATCH_SIZE)):
         indices = chosen[start : start + BATCH_SIZE]
         moments, labels = dataset.read(indices, np.zeros(len(indices), bool))
-        record = objective.draw(
+        draws = objective.draw(
             seed=SEED, step=number, num_rows=len(indices), latent_shape=dataset.manifest.latent_shape
-        ).to(device)
+        )
+        record = objective.record(draws, 0, len(indices)).to(device)
         latents = sample_latents(torch.from_numpy(moments).to(device), record.posterior_noise, normalization)
         output = objective.loss(
             network, network, latents, torch.from_numpy(labels).to(device), record,

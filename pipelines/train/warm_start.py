@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.config import TrainingConfig
+from meanflow_core.config import GuidedLossConfig, TrainingConfig
 from meanflow_core.generator import load_network
 from meanflow_core.interop.conversion import convert_checkpoint, find_source, ignore_step_size
 from meanflow_core.interop.readers import read_checkpoint
 from meanflow_core.latents import LatentNormalization
+from meanflow_core.networks.building import build_network, require_same_architecture
 from meanflow_core.networks.dit import MeanFlowDiT
-from meanflow_core.networks.registry import AnyNetwork, build_network, require_same_architecture
+from meanflow_core.networks.interface import NetworkModel
 from pipelines.errors import InputError
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.manifest import Manifest
@@ -31,7 +32,7 @@ UNGUIDED_EPOCHS = 20
 class InitialNetwork:
     """A pretrained network."""
 
-    network: AnyNetwork
+    network: NetworkModel
     """The network, of the configured architecture and size, in float32."""
     is_flow_matching: bool
     """Whether it was trained with flow matching and predicts only instantaneous velocities."""
@@ -56,7 +57,7 @@ def load_initial_network(job: TrainJob, manifest: Manifest) -> InitialNetwork | 
     try:
         if source is None:
             folder = fetch_generator(location, None)
-            network = load_network(folder / "transformer")
+            network = load_network(folder)
             require_same_architecture(network, expected)
             _require_same_normalization(folder, job.data)
             is_flow_matching = json.loads((folder / "model_index.json").read_text()).get("prediction") == "velocity"
@@ -66,7 +67,10 @@ def load_initial_network(job: TrainJob, manifest: Manifest) -> InitialNetwork | 
             is_flow_matching = find_source(source).is_flow_matching
             state = read_checkpoint(Path(location))
             network = convert_checkpoint(
-                source, state, sample_size=manifest.latent_shape[1], num_heads=job.config.network.num_heads
+                source,
+                state,
+                sample_size=manifest.latent_shape[1],
+                num_heads=getattr(job.config.network, "num_heads", None),
             )
             require_same_architecture(network, expected)
     except ValueError as error:
@@ -90,7 +94,7 @@ def delay_guidance(config: TrainingConfig, manifest: Manifest) -> TrainingConfig
 
     Guidance with a large kappa from the first step makes training from a flow-matching network diverge.
     """
-    is_guided = config.loss.objective == "meanflow" and not config.loss.guidance.is_off
+    is_guided = isinstance(config.loss, GuidedLossConfig) and not config.loss.guidance.is_off
     if config.guidance_after_steps is not None or not is_guided:
         return config
     steps = min(UNGUIDED_EPOCHS * manifest.num_samples // config.global_batch_size, config.num_steps // 2)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.interface import Network
-from meanflow_core.objectives.registry import build_objective
+from meanflow_core.objectives.interface import build_objective
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import TrainState, build_train_state, train_step, warm_up_ddp_buckets
 from pipelines.command_line import set_up_logging

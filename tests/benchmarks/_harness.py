@@ -78,8 +78,8 @@ def write_demo_generator(folder: Path) -> Path:
     # Imported here, because other benchmarks need neither diffusers nor the demo.
     from meanflow_core.autoencoder import load_autoencoder
     from meanflow_core.generator import build_pipeline, save_generator
-    from meanflow_core.networks.registry import build_network
-    from meanflow_core.presets import demo
+    from meanflow_core.networks.building import build_network
+    from meanflow_core.presets.demo import demo
     from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
     from pipelines.demo.images import CLASS_NAMES
 

@@ -14,9 +14,9 @@ from _harness import main
 
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline
-from meanflow_core.networks.registry import build_network
+from meanflow_core.networks.building import build_network
 from meanflow_core.pipeline import MeanFlowPipeline
-from meanflow_core.presets import dit_network
+from meanflow_core.presets.meanflow import dit_network
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 
 NUM_IMAGES, NUM_CLASSES = 16, 10

@@ -39,9 +39,9 @@ from diffusers import AutoencoderKL
 
 from deploy.api.encoding import encode_image
 from meanflow_core.generator import build_pipeline, load_pipeline, save_generator
-from meanflow_core.networks.registry import build_network
+from meanflow_core.networks.building import build_network
 from meanflow_core.pipeline import MeanFlowPipeline
-from meanflow_core.presets import dit_network
+from meanflow_core.presets.meanflow import dit_network
 from pipelines.cluster import FAST_MALLOC
 from pipelines.demo.serving import free_port
 from tests.benchmarks._serve_server import (

@@ -18,18 +18,26 @@ from _harness import interleaved_medians, main, synchronize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig, TrainingConfig
+from meanflow_core.config import (
+    DiTConfig,
+    GuidanceConfig,
+    LossConfig,
+    MeanFlowConfig,
+    TimeSamplingConfig,
+    TrainingConfig,
+)
 from meanflow_core.latents import LatentNormalization
+from meanflow_core.networks.building import build_network
 from meanflow_core.networks.interface import Conditioning
-from meanflow_core.networks.registry import build_network, without_velocity_head
-from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.objectives.meanflow import LossOutput, MeanFlow
-from meanflow_core.presets import PRESETS, imf_b2
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.objectives.meanflow import LossOutput
+from meanflow_core.presets import PRESETS
+from meanflow_core.presets.improved_meanflow import imf_b2
 from meanflow_core.training import Batch, TrainState, build_train_state, compile_blocks, train_step
 
-FLOW_MATCHING = LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
-UNGUIDED = LossConfig()
-GUIDED = LossConfig(guidance=GuidanceConfig(omega=1.0, kappa=0.5))
+FLOW_MATCHING = MeanFlowConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
+UNGUIDED = MeanFlowConfig()
+GUIDED = MeanFlowConfig(guidance=GuidanceConfig(omega=1.0, kappa=0.5))
 CHANNELS, SIZE, CLASSES = 4, 32, 1000
 IDENTITY = LatentNormalization(mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS)
 
@@ -39,7 +47,9 @@ def make_batch(loss: LossConfig, rows: int, device: str, step: int = 0) -> Batch
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(rows, 2 * CHANNELS, SIZE, SIZE, generator=generator).abs()
     labels = torch.randint(CLASSES, (rows,), generator=generator)
-    record = draw_step_record(loss, seed=0, step=step, num_rows=rows, latent_shape=(CHANNELS, SIZE, SIZE))
+    objective = build_objective(loss)
+    draws = objective.draw(seed=0, step=step, num_rows=rows, latent_shape=(CHANNELS, SIZE, SIZE))
+    record = objective.record(draws, 0, rows)
     return Batch(moments=moments.to(device), labels=labels.to(device), record=record.to(torch.device(device)))
 
 
@@ -62,7 +72,7 @@ def posterior_means(batch: Batch) -> torch.Tensor:
 
 def run_loss(network, batch: Batch, loss: LossConfig) -> LossOutput:
     """The loss of a batch in float32, with the derivative in the training forward."""
-    return MeanFlow(loss).loss(
+    return build_objective(loss).loss(
         network, network, posterior_means(batch), batch.labels, batch.record,
         null_label=CLASSES, global_num_rows=len(batch.labels),
     )  # fmt: skip
@@ -106,21 +116,14 @@ def measure_improved_flops(config: TrainingConfig, rows: int) -> dict[str, float
     with torch.device("meta"):
         network = build_network(config.network, sample_size=SIZE, in_channels=CHANNELS, num_classes=CLASSES)
     batch = make_batch(loss, rows, "meta")
-    record = batch.record
-    conditioning = Conditioning(
-        t=record.t,
-        r=record.r,
-        labels=batch.labels,
-        omega=record.omega,
-        guidance_interval_start=record.guidance_interval_start,
-        guidance_interval_end=record.guidance_interval_end,
-    )
+    plan = batch.record.plan
+    conditioning = batch.record.draws.conditioning(batch.labels, CLASSES)
     z = posterior_means(batch)
     with torch.no_grad():
         all_blocks = count_flops(lambda: network(z, conditioning))
         for_velocity = count_flops(lambda: network(z, conditioning, velocity_only=True))
-        for_average = count_flops(lambda: without_velocity_head(network)(z, conditioning))
-    rho, guided = len(record.rows_below) / rows, len(record.rows_null) / rows
+        for_average = count_flops(lambda: network.for_sampling()(z, conditioning))
+    rho, guided = len(plan.below) / rows, len(plan.null) / rows
     floor = 3 * all_blocks + rho * for_average + (rho + guided) * for_velocity
     taken = count_flops(lambda: run_loss(network, batch, loss).loss.backward())
     return {
@@ -166,7 +169,7 @@ def whole_batch_loss(network, batch: Batch, loss: LossConfig, *, separate: bool)
     With `separate`, an additional forward computes u, as in PyTorch ports. Otherwise u comes from the JVP, as in the
     authors' JAX code.
     """
-    record, x, column = batch.record, posterior_means(batch), (-1, 1, 1, 1)
+    record, x, column = batch.record.draws, posterior_means(batch), (-1, 1, 1, 1)
     t, r = record.t, record.r
     z = (1 - t.view(column)) * x + t.view(column) * record.noise
     labels = torch.where(record.label_dropped, CLASSES, batch.labels)
@@ -206,11 +209,11 @@ def make_steps(
         batch = make_batch(GUIDED, rows, device)
 
         def peer(separate: bool) -> None:
-            state.optimizer.zero_grad(set_to_none=True)
+            state.network.zero_grad(set_to_none=True)
             with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss = whole_batch_loss(state.network, batch, GUIDED, separate=separate)
             loss.backward()
-            state.optimizer.step()
+            state.optimizers[0].step()
 
         steps["guided_whole_batch_one_pass"] = lambda: peer(False)
         steps["guided_whole_batch_separate"] = lambda: peer(True)
@@ -266,7 +269,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         precision=arguments.precision,
         compile=False,
     )
-    if config.network.architecture != "dit":
+    if not isinstance(config.network, DiTConfig):
         raise SystemExit(f"--preset must use the dit architecture, but got {arguments.preset}")
     figures = measure_flops(config, arguments.batch_size)
     figures |= measure_improved_flops(imf_b2(), arguments.batch_size)

@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.presets import demo
+from meanflow_core.presets.demo import demo
 from meanflow_core.training import build_train_state, train_step
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER

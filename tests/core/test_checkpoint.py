@@ -10,7 +10,7 @@ import torch
 
 from meanflow_core import checkpoint
 from meanflow_core.checkpoint import load_average, load_train_state, save_train_state
-from meanflow_core.presets import debug, debug_imf
+from meanflow_core.presets.demo import debug, debug_imf
 from meanflow_core.training import train_step
 from tests.support.training_steps import IDENTITY, broken_batch, fresh_state, parameters, take_steps
 

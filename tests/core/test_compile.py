@@ -8,7 +8,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from meanflow_core.networks.interface import Conditioning
-from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import compile_blocks
 from tests.support.objectives import (
     FLOW_MATCHING,
@@ -16,6 +15,7 @@ from tests.support.objectives import (
     IMPROVED,
     NULL,
     draw_batch,
+    draw_record,
     gradients,
     relative,
     run_loss,
@@ -117,7 +117,7 @@ def test_number_of_compilations_is_bounded_over_many_steps(setting):
     def take_steps(steps):
         sizes = set()
         for step in steps:
-            record = draw_step_record(config, seed=1, step=step, num_rows=64, latent_shape=(4, 8, 8))
+            record = draw_record(config, seed=1, step=step, num_rows=64, latent_shape=(4, 8, 8))
             batch = torch.randn(64, 4, 8, 8), torch.randint(NULL, (64,)), record
             run_loss(network, batch, config, separate=step % 2 == 0).loss.backward()
             sizes.add(len(record.rows_velocity))

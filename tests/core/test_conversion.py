@@ -96,7 +96,7 @@ def test_converted_imf_torch_predicts_the_same_velocities(has_velocity_head):
 @pytest.mark.parametrize("path", sorted(GOLDEN_FOLDER.glob("*.npz")), ids=lambda path: path.stem)
 def test_authors_parameters_give_the_authors_samples(path):
     golden = load(path)
-    is_improved = read_settings(golden)[2].objective == "improved_meanflow"
+    is_improved = read_settings(golden)[2].needs_velocity_head
     source = "official-imf" if is_improved else "official-meanflow"
     network = convert_checkpoint(source, read_checkpoint(path), sample_size=8, num_heads=3)
     errors = check_sampling(network, golden)

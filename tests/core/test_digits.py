@@ -8,23 +8,23 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from meanflow_core.config import LossConfig, NetworkConfig, OptimizerConfig, TimeSamplingConfig, TrainingConfig
+from meanflow_core.config import DiTConfig, MeanFlowConfig, OptimizerConfig, TimeSamplingConfig, TrainingConfig
 from meanflow_core.generator import build_pipeline
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
-from meanflow_core.objectives.draws import draw_step_record
 from meanflow_core.training import Batch, build_train_state, train_step
+from tests.support.objectives import draw_record
 
 IDENTITY = LatentNormalization(mean=(0.0,), std=(1.0,))
 FLOW_MATCHING = TrainingConfig(
-    network=NetworkConfig(patch_size=2, hidden_size=64, depth=3, num_heads=4),
-    loss=LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0)),
+    network=DiTConfig(patch_size=2, hidden_size=64, depth=3, num_heads=4),
+    loss=MeanFlowConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0)),
     optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, cooldown_steps=400),
     ema_decays=(0.99,),
     global_batch_size=128,
     num_steps=1200,
 )
-MEANFLOW = replace(FLOW_MATCHING, loss=LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.5)))
+MEANFLOW = replace(FLOW_MATCHING, loss=MeanFlowConfig(times=TimeSamplingConfig(fraction_r_below_t=0.5)))
 
 
 def train(config, images, labels):
@@ -32,9 +32,7 @@ def train(config, images, labels):
     generator = torch.Generator().manual_seed(5)
     for step in range(config.num_steps):
         rows = torch.randint(len(images), (config.global_batch_size,), generator=generator)
-        record = draw_step_record(
-            config.loss, seed=0, step=step, num_rows=config.global_batch_size, latent_shape=(1, 8, 8)
-        )
+        record = draw_record(config.loss, seed=0, step=step, num_rows=config.global_batch_size, latent_shape=(1, 8, 8))
         moments = torch.cat([images[rows], torch.zeros_like(images[rows])], dim=1)  # standard deviation 0
         batch = Batch(moments=moments, labels=labels[rows], record=record)
         train_step(state, state.network, [batch], IDENTITY, config)

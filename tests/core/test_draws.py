@@ -3,17 +3,15 @@
 import pytest
 import torch
 
-from meanflow_core.config import GuidanceConfig, GuidanceSamplingConfig, LossConfig, TimeSamplingConfig
+from meanflow_core.config import GuidanceConfig, GuidanceSamplingConfig, MeanFlowConfig, TimeSamplingConfig
 from meanflow_core.objectives.draws import (
     GUIDANCE_INPUTS,
-    StepRecord,
     draw_guidance_interval,
     draw_omega,
-    draw_step_record,
-    draw_times,
+    draw_two_times,
     r_below_t_mask,
 )
-from tests.support.objectives import GUIDED, HALF, IMPROVED
+from tests.support.objectives import GUIDED, HALF, IMPROVED, draw_record, make_record, rows_of
 
 DRAWS = {
     "t": torch.tensor([0.7, 0.5]),
@@ -37,7 +35,7 @@ def test_number_of_rows_below_is_exact_and_they_are_spread_evenly(num_rows, frac
 
 
 def test_times_are_sorted_and_differ_only_on_rows_below():
-    t, r = draw_times(1000, TimeSamplingConfig(), torch.Generator().manual_seed(0))
+    t, r = draw_two_times(1000, TimeSamplingConfig(), torch.Generator().manual_seed(0))
     below = r_below_t_mask(1000, 0.25)
     assert ((r > 0) & (r <= t) & (t < 1)).all()
     assert torch.equal(r < t, below)
@@ -45,7 +43,7 @@ def test_times_are_sorted_and_differ_only_on_rows_below():
 
 @pytest.mark.parametrize(("mean", "std"), [(-0.4, 1.0), (0.3, 2.0)])
 def test_times_follow_the_logit_normal_distribution(mean, std):
-    t, _ = draw_times(40_000, TimeSamplingConfig(logit_mean=mean, logit_std=std), torch.Generator().manual_seed(1))
+    t, _ = draw_two_times(40_000, TimeSamplingConfig(logit_mean=mean, logit_std=std), torch.Generator().manual_seed(1))
     # t is the larger of two: its logit has mean mu + sigma / sqrt(pi) and variance sigma^2 (1 - 1 / pi).
     logits = torch.logit(t.double())
     assert float(logits.mean()) == pytest.approx(mean + std / torch.pi**0.5, abs=0.02 * std)
@@ -81,7 +79,7 @@ def test_ends_of_the_guidance_interval_are_independent_and_uniform_on_either_sid
 
 def test_draws_are_a_function_of_seed_and_step():
     def draw(seed, step):
-        return draw_step_record(IMPROVED, seed=seed, step=step, num_rows=8, latent_shape=(4, 8, 8))
+        return draw_record(IMPROVED, seed=seed, step=step, num_rows=8, latent_shape=(4, 8, 8)).draws
 
     assert torch.equal(draw(1, 2).noise, draw(1, 2).noise)
     assert torch.equal(draw(1, 2).omega, draw(1, 2).omega)
@@ -92,7 +90,7 @@ def test_draws_are_a_function_of_seed_and_step():
 
 
 def test_half_of_the_rows_are_mirrored_and_posterior_noise_is_standard_normal():
-    record = draw_step_record(LossConfig(), seed=0, step=0, num_rows=40_000, latent_shape=(1, 1, 1))
+    record = draw_record(MeanFlowConfig(), seed=0, step=0, num_rows=40_000, latent_shape=(1, 1, 1))
     assert float(record.mirrored.double().mean()) == pytest.approx(0.5, abs=0.01)
     assert float(record.posterior_noise.mean()) == pytest.approx(0.0, abs=0.02)
     assert float(record.posterior_noise.std()) == pytest.approx(1.0, abs=0.02)
@@ -101,22 +99,22 @@ def test_half_of_the_rows_are_mirrored_and_posterior_noise_is_standard_normal():
 def test_labels_are_dropped_on_rows_with_r_equal_to_t_if_there_are_enough():
     def draw(probability, fraction, num_rows):
         times = TimeSamplingConfig(fraction_r_below_t=fraction)
-        config = LossConfig(label_drop_probability=probability, times=times)
-        return draw_step_record(config, seed=0, step=0, num_rows=num_rows, latent_shape=(1, 1, 1))
+        config = MeanFlowConfig(label_drop_probability=probability, times=times)
+        return draw_record(config, seed=0, step=0, num_rows=num_rows, latent_shape=(1, 1, 1))
 
     record = draw(0.1, 0.25, 40_000)
-    assert not record.label_dropped[record.rows_below].any()
-    assert float(record.label_dropped.double().mean()) == pytest.approx(0.1, abs=0.006)
+    assert not record.draws.label_dropped[record.plan.below].any()
+    assert float(record.draws.label_dropped.double().mean()) == pytest.approx(0.1, abs=0.006)
     for probability, fraction in ((0.5, 0.5), (0.1, 0.9)):  # just enough, although 1 - 0.9 is rounded
         record = draw(probability, fraction, 1000)
-        assert torch.equal(record.label_dropped, record.r == record.t)
+        assert torch.equal(record.draws.label_dropped, record.draws.r == record.draws.t)
     record = draw(0.5, 0.75, 40_000)
-    assert float(record.label_dropped[record.rows_below].double().mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(record.draws.label_dropped[record.plan.below].double().mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_rows_of_the_no_grad_forward_have_few_sizes():
     sizes = {
-        len(draw_step_record(GUIDED, seed=0, step=step, num_rows=64, latent_shape=(1, 1, 1)).rows_velocity)
+        len(draw_record(GUIDED, seed=0, step=step, num_rows=64, latent_shape=(1, 1, 1)).plan.velocity)
         for step in range(200)
     }
     assert all(size % 8 == 0 for size in sizes)
@@ -126,34 +124,37 @@ def test_rows_of_the_no_grad_forward_have_few_sizes():
 def test_rows_at_the_bounds_of_the_interval_are_guided_and_omega_may_be_one():
     t = torch.tensor([0.125, 0.25, 0.75, 0.875])
     draws = {"t": t, "r": t, "noise": torch.zeros(4, 1, 1, 1), "label_dropped": torch.zeros(4, dtype=torch.bool)}
-    config = LossConfig(
+    config = MeanFlowConfig(
         guidance=GuidanceConfig(omega=0.7, kappa=0.5, guidance_interval_start=0.25, guidance_interval_end=0.75)
     )
-    assert (StepRecord.from_draws(**draws, config=config).weight_conditional > 0).tolist() == [False, True, True, False]
+    assert (make_record(config, **draws).weights.conditional > 0).tolist() == [False, True, True, False]
     guidance = {
         "omega": torch.tensor([2.0, 2.0, 2.0, 1.0]),
         "guidance_interval_start": torch.full((4,), 0.25),
         "guidance_interval_end": torch.full((4,), 0.75),
     }
-    record = StepRecord.from_draws(**draws, **guidance, config=IMPROVED)
-    assert record.weight_conditional.tolist() == [0.0, 0.5, 0.5, 0.0]
+    record = make_record(IMPROVED, **draws, **guidance)
+    assert record.weights.conditional.tolist() == [0.0, 0.5, 0.5, 0.0]
 
 
 def test_share_of_a_record_has_every_draw_of_its_rows():
-    whole = draw_step_record(IMPROVED, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
-    share = whole.rows(3, 9, IMPROVED)
+    whole = draw_record(IMPROVED, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
+    share = rows_of(whole, 3, 9, IMPROVED)
     for name in ("t", "r", "noise", "posterior_noise", "label_dropped", "mirrored", *GUIDANCE_INPUTS):
-        assert torch.equal(getattr(share, name), getattr(whole, name)[3:9]), name
+        assert torch.equal(getattr(share.draws, name), getattr(whole.draws, name)[3:9]), name
 
 
 def test_record_moves_to_a_device():
-    for config in (IMPROVED, LossConfig(times=HALF)):
-        record = draw_step_record(config, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
-        moved = vars(record.to(torch.device("meta")))
-        present = {name: value for name, value in vars(record).items() if value is not None}
-        assert {name for name, value in moved.items() if value is not None} == set(present)
-        for name, value in present.items():
-            assert (moved[name].device.type, moved[name].shape) == ("meta", value.shape)
+    for config in (IMPROVED, MeanFlowConfig(times=HALF)):
+        record = draw_record(config, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
+        moved = record.to(torch.device("meta"))
+        for part in ("draws", "weights", "plan"):
+            before, after = vars(getattr(record, part)), vars(getattr(moved, part))
+            for name, value in before.items():
+                if value is None:
+                    assert after[name] is None
+                else:
+                    assert (after[name].device.type, after[name].shape) == ("meta", value.shape)
 
 
 @pytest.mark.parametrize(
@@ -178,4 +179,4 @@ def test_record_moves_to_a_device():
 )
 def test_invalid_draws_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
-        StepRecord.from_draws(**{**DRAWS, **changes}, config=IMPROVED)
+        make_record(IMPROVED, **{**DRAWS, **changes})

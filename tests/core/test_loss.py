@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meanflow_core.config import LossConfig
+from meanflow_core.config import GuidanceConfig, ImprovedMeanFlowConfig, MeanFlowConfig
 from meanflow_core.networks.interface import Conditioning
-from meanflow_core.objectives.draws import StepRecord
-from meanflow_core.objectives.meanflow import MeanFlow, total_derivative
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.objectives.meanflow import total_derivative
 from tests.golden_check import GOLDEN_FOLDER, check, load
 from tests.support.objectives import (
     FLOW_MATCHING,
@@ -21,7 +21,9 @@ from tests.support.objectives import (
     conditioning_of,
     draw_batch,
     gradients,
+    make_record,
     relative,
+    rows_of,
     run_loss,
 )
 
@@ -32,15 +34,20 @@ def setting(request, network, imf_network):
     return (network, GUIDED) if request.param == "guided" else (imf_network, IMPROVED)
 
 
+def uses_own_velocity(config):
+    return isinstance(config, ImprovedMeanFlowConfig) or config.tangent == "own_velocity"
+
+
 def reference_loss(network, x, labels, record, config):
     """The loss as in the papers: guidance and the JVP over the whole batch, in one forward with a graph."""
+    conditioning, record = conditioning_of(record, labels), record.draws
     t, r, column = record.t, record.r, (-1, 1, 1, 1)
     z = (1 - t.view(column)) * x + t.view(column) * record.noise
     v = record.noise - x
     y = torch.where(record.label_dropped, NULL, labels)
     null = torch.full_like(y, NULL)
-    improved = config.objective == "improved_meanflow"
-    conditioning = conditioning_of(record, y)
+    improved = isinstance(config, ImprovedMeanFlowConfig)
+    conditioning = replace(conditioning, labels=y)
 
     def velocity(classes, omega):
         inputs = Conditioning(t=t, r=t, labels=classes)
@@ -72,7 +79,7 @@ def reference_loss(network, x, labels, record, config):
         output = network(z, replace(conditioning, t=t, r=r))
         return output.u, output.velocity
 
-    tangent = own if config.uses_own_velocity else guided
+    tangent = own if uses_own_velocity(config) else guided
     with sdpa_kernel(SDPBackend.MATH):
         (u, head), (dudt, _) = torch.func.jvp(function, (z, t, r), (tangent, torch.ones_like(t), torch.zeros_like(r)))
     errors = [u - (guided - (t - r).view(column) * dudt).detach()]
@@ -113,7 +120,7 @@ def test_result_does_not_depend_on_the_order_of_rows(name):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_equals_the_papers_form_over_the_whole_batch(network, imf_network, name, separate):
     config = OBJECTIVES[name]
-    network = (imf_network if config.objective == "improved_meanflow" else network).double()
+    network = (imf_network if isinstance(config, ImprovedMeanFlowConfig) else network).double()
     batch = draw_batch(config=config, dtype=torch.float64)
     ours = run_loss(network, batch, config, separate=separate).loss
     theirs = reference_loss(network, *batch, config)
@@ -129,7 +136,7 @@ def test_total_derivative_agrees_with_finite_differences(setting):
     dudt = total_derivative(network, latents, conditioning, tangent)
 
     def u(sign):
-        return network(latents + sign * eps * tangent, replace(conditioning, t=record.t + sign * eps)).u
+        return network(latents + sign * eps * tangent, replace(conditioning, t=record.draws.t + sign * eps)).u
 
     with torch.no_grad():
         numeric = (u(1) - u(-1)) / (2 * eps)
@@ -141,7 +148,7 @@ def test_gradient_agrees_with_finite_differences_for_a_fixed_target(network):
     config = replace(GUIDED, norm_p=0.0)  # the gradient treats the weight as a constant
     batch = draw_batch(config=config, dtype=torch.float64)
     record, output = batch[2], run_loss(network, batch, config)
-    column = (record.t - record.r).view(-1, 1, 1, 1)
+    column = (record.draws.t - record.draws.r).view(-1, 1, 1, 1)
     target = output.v_guided - column * output.dudt
     generator = torch.Generator().manual_seed(2)
     directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in network.parameters()]
@@ -164,7 +171,7 @@ def test_gradient_agrees_with_finite_differences_for_a_fixed_target(network):
 def test_target_is_the_velocity_when_r_equals_t(network):
     batch = draw_batch(config=FLOW_MATCHING)
     output = run_loss(network, batch, FLOW_MATCHING)
-    v = batch[2].noise - batch[0]
+    v = batch[2].draws.noise - batch[0]
     torch.testing.assert_close(output.squared_error, (output.u - v).square().flatten(1).sum(1))
     assert torch.equal(output.dudt, torch.zeros_like(v))
 
@@ -172,7 +179,7 @@ def test_target_is_the_velocity_when_r_equals_t(network):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_grad_forward_has_only_needed_velocities_and_padding(network, imf_network, name):
     config = OBJECTIVES[name]
-    network = imf_network if config.objective == "improved_meanflow" else network
+    network = imf_network if isinstance(config, ImprovedMeanFlowConfig) else network
     latents, labels, record = draw_batch(num_rows=64, config=config)
     velocity_sizes, training_sizes = [], []
 
@@ -186,16 +193,17 @@ def test_no_grad_forward_has_only_needed_velocities_and_padding(network, imf_net
         training_sizes.append((len(z), 0 if tangent is None else len(tangent)))
         return network(z, conditioning, tangent, velocity_only)
 
-    MeanFlow(config).loss(training, plain, latents, labels, record, null_label=NULL, global_num_rows=64)
+    build_objective(config).loss(training, plain, latents, labels, record, null_label=NULL, global_num_rows=64)
     # A forward is needed for null velocities with a weight and for own velocities that are used if r < t; then padding.
-    is_labelled, guidance = ~record.label_dropped, config.guidance
-    if config.objective == "improved_meanflow":
+    record, guidance = record.draws, getattr(config, "guidance", GuidanceConfig())
+    is_labelled = ~record.label_dropped
+    if isinstance(config, ImprovedMeanFlowConfig):
         start, end, has_null, is_off = record.guidance_interval_start, record.guidance_interval_end, True, False
     else:
         start, end, is_off = guidance.guidance_interval_start, guidance.guidance_interval_end, guidance.is_off
         has_null = abs(1 - guidance.omega - guidance.kappa) > 1e-9
     guided = is_labelled & (record.t >= start) & (record.t <= end) & (not is_off)
-    needs_own = torch.ones_like(guided) if config.uses_own_velocity else guided & (guidance.kappa > 0)
+    needs_own = torch.ones_like(guided) if uses_own_velocity(config) else guided & (guidance.kappa > 0)
     needed = int((guided & has_null).sum() + (needs_own & (record.r < record.t)).sum())
     assert training_sizes == [(64, int((record.r < record.t).sum()))]
     assert velocity_sizes == ([] if needed == 0 else [-(-needed // 8) * 8])
@@ -204,10 +212,14 @@ def test_no_grad_forward_has_only_needed_velocities_and_padding(network, imf_net
 def test_number_of_forwards_does_not_depend_on_the_draws(network, imf_network):
     # Under FSDP, the other workers would wait forever for a worker that makes fewer forwards.
     for config, separate in itertools.product(OBJECTIVES.values(), (False, True)):
-        net = imf_network if config.objective == "improved_meanflow" else network
+        net = imf_network if isinstance(config, ImprovedMeanFlowConfig) else network
         latents, labels, whole = draw_batch(config=config)
         kinds = {  # one row of each kind: r = t or below, inside the interval or not, dropped or not
-            (bool(whole.r[row] < whole.t[row]), bool(whole.weight_null[row] != 0), bool(whole.label_dropped[row])): row
+            (
+                bool(whole.draws.r[row] < whole.draws.t[row]),
+                bool(whole.weights.null[row] != 0),
+                bool(whole.draws.label_dropped[row]),
+            ): row
             for row in range(16)
         }
         counts = set()
@@ -218,7 +230,7 @@ def test_number_of_forwards_does_not_depend_on_the_draws(network, imf_network):
                 calls.append(1)
                 return net(*arguments, **options)
 
-            share = latents[row : row + 1], labels[row : row + 1], whole.rows(row, row + 1, config)
+            share = latents[row : row + 1], labels[row : row + 1], rows_of(whole, row, row + 1, config)
             with torch.no_grad():
                 run_loss(counting, share, config, separate=separate)
             counts.add(len(calls))
@@ -230,9 +242,9 @@ def test_uneven_shares_of_a_batch_add_up_to_the_whole(setting):
     latents, labels, record = draw_batch(config=config)
 
     def loss(start, stop):
-        share = record.rows(start, stop, config)
+        share = rows_of(record, start, stop, config)
         rows = slice(start, stop)
-        output = MeanFlow(config).loss(
+        output = build_objective(config).loss(
             network, network, latents[rows], labels[rows], share, null_label=NULL, global_num_rows=16
         )
         return output.loss
@@ -243,7 +255,7 @@ def test_uneven_shares_of_a_batch_add_up_to_the_whole(setting):
 
 
 def test_separate_derivative_is_float32_under_autocast(network):
-    config = LossConfig()  # no guidance: the tangent is exact
+    config = MeanFlowConfig()  # no guidance: the tangent is exact
     batch = draw_batch(config=config)
 
     def run(separate, enabled):
@@ -282,7 +294,7 @@ def test_training_forward_saves_no_more_for_backward_than_flow_matching(network)
 
 def test_flow_matching_needs_no_forward_for_a_derivative(network):
     latents, labels, record = draw_batch(config=FLOW_MATCHING)
-    output = MeanFlow(FLOW_MATCHING).loss(
+    output = build_objective(FLOW_MATCHING).loss(
         network, None, latents, labels, record,
         null_label=NULL, global_num_rows=16, separate_derivative=True,
     )  # fmt: skip
@@ -293,11 +305,13 @@ def test_flow_matching_needs_no_forward_for_a_derivative(network):
 def test_rows_with_r_equal_to_t_may_have_any_interval(imf_network, start, end):
     network = imf_network.double()
     latents, labels, record = draw_batch(config=IMPROVED, dtype=torch.float64)
-    record = StepRecord.from_draws(
-        t=record.t, r=record.r, noise=record.noise, label_dropped=record.label_dropped, omega=record.omega,
-        guidance_interval_start=torch.full_like(record.t, start),
-        guidance_interval_end=torch.full_like(record.t, end), config=IMPROVED,
-    )  # fmt: skip
+    draws = {name: getattr(record.draws, name) for name in ("t", "r", "noise", "label_dropped", "omega")}
+    record = make_record(
+        IMPROVED,
+        **draws,
+        guidance_interval_start=torch.full_like(draws["t"], start),
+        guidance_interval_end=torch.full_like(draws["t"], end),
+    )
     loss = run_loss(network, (latents, labels, record), IMPROVED).loss
     assert loss.item() == pytest.approx(reference_loss(network, latents, labels, record, IMPROVED).item(), rel=1e-12)
 
@@ -306,7 +320,7 @@ def test_batch_that_does_not_match_the_record_is_refused(network):
     latents, labels, record = draw_batch()
     with pytest.raises(ValueError, match="the record is for latents"):
         run_loss(network, (latents[:3], labels, record), GUIDED)
-    with pytest.raises(ValueError, match="the record is for latents"):
+    with pytest.raises(ValueError, match="the record is for labels"):
         run_loss(network, (latents, labels[:3], record), GUIDED)
 
 

@@ -7,14 +7,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow_core.config import NetworkConfig
+from meanflow_core.config import DiTConfig, ImprovedDiTConfig
+from meanflow_core.networks.building import build_network
 from meanflow_core.networks.dit import MeanFlowDiT, sine_cosine_positions
 from meanflow_core.networks.dual import Dual
 from meanflow_core.networks.improved_dit import rotary_angles, rotate
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.networks.layers import unpatchify
-from meanflow_core.networks.registry import build_network, without_velocity_head
-from meanflow_core.presets import PRESETS, b2, dit_network, imf_network, l2, m2, xl2
+from meanflow_core.presets import PRESETS
+from meanflow_core.presets.improved_meanflow import imf_network
+from meanflow_core.presets.meanflow import b2, dit_network, l2, m2, xl2
 from tests.conftest import perturbed
 
 
@@ -73,14 +75,15 @@ def test_improved_meanflow_networks_have_the_published_size_and_cost(
 ):
     network = on_meta(imf_network(size))
     assert num_parameters(network) == pytest.approx(trained_millions * 1e6, rel=0.01)
-    sampling = without_velocity_head(network)
+    sampling = network.for_sampling()
     assert num_parameters(sampling) == pytest.approx(millions * 1e6, rel=0.01)
     if published_giga_macs is not None:
         assert giga_macs(sampling) == pytest.approx(published_giga_macs, rel=0.03)
 
 
 def test_every_preset_supports_512_pixels_and_16_latent_channels():
-    for config in {replace(preset().network, depth=1, aux_head_depth=1) for preset in PRESETS.values()}:
+    networks = [preset().network for preset in PRESETS.values()]
+    for config in {network.with_block_counts((1,) * len(network.block_counts)) for network in networks}:
         network = on_meta(config, sample_size=64, in_channels=16)
         output = network(torch.empty(1, 16, 64, 64, device="meta"), conditioning(1, device="meta"))
         assert output.u.shape == (1, 16, 64, 64)
@@ -146,13 +149,13 @@ def test_velocity_only_skips_the_u_head(imf_network):
 
 
 def test_network_without_velocity_head_has_the_same_u_and_mode(imf_network, network):
-    sampling = without_velocity_head(imf_network)
+    sampling = imf_network.for_sampling()
     z = torch.randn(2, 4, 8, 8)
     assert torch.equal(sampling(z, conditioning(2)).u, imf_network(z, conditioning(2)).u)
     assert sampling(z, conditioning(2)).v is None
-    assert without_velocity_head(imf_network.train()).training
-    assert not without_velocity_head(imf_network.eval()).training
-    assert without_velocity_head(network) is network  # has none
+    assert imf_network.train().for_sampling().training
+    assert not imf_network.eval().for_sampling().training
+    assert network.for_sampling() is network  # has none
     assert not any(name.startswith("v_") for name in sampling.state_dict())
     with pytest.raises(ValueError, match="velocity_only needs a v head"):
         sampling(z, conditioning(2), velocity_only=True)
@@ -236,9 +239,8 @@ def test_improved_network_round_trips_through_a_folder(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["dit", "imf_dit"])
 def test_network_is_built_as_configured(architecture):
-    config = NetworkConfig(
-        architecture=architecture, patch_size=4, hidden_size=48, depth=3, num_heads=3, mlp_ratio=2.5, aux_head_depth=1
-    )
+    sizes = {"patch_size": 4, "hidden_size": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2.5}
+    config = DiTConfig(**sizes) if architecture == "dit" else ImprovedDiTConfig(**sizes, aux_head_depth=1)
     built = build_network(config, sample_size=8, in_channels=5, num_classes=7)
     expected = {"patch_size": 4, "hidden_size": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2.5, "in_channels": 5}
     assert {name: built.config[name] for name in expected} == expected

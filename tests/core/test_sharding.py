@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow_core.config import OptimizerConfig
 from meanflow_core.networks.dit import MeanFlowDiT
 from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
-from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord
-from meanflow_core.objectives.meanflow import MeanFlow
-from meanflow_core.presets import debug, debug_imf
+from meanflow_core.objectives.draws import GUIDANCE_INPUTS
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.presets.demo import debug, debug_imf
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import Batch, TrainState, compile_blocks, train_step, update_emas
-from tests.support.objectives import NULL, OBJECTIVES, conditioning_of, draw_batch, relative
+from tests.support.objectives import NULL, OBJECTIVES, conditioning_of, draw_batch, make_record, relative, rows_of
 from tests.support.processes import run_group
 from tests.support.training_steps import IDENTITY
 
@@ -51,7 +51,7 @@ each_network = pytest.mark.parametrize("name", NETWORKS)
 def small_network(config, dtype=torch.float64):
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "in_channels": 4, "num_classes": NULL, "hidden_size": 48, "num_heads": 3}
-    if config.objective == "improved_meanflow":
+    if config.needs_velocity_head:
         network = ImprovedMeanFlowDiT(**sizes, depth=3, aux_head_depth=1)
     else:
         network = MeanFlowDiT(**sizes, depth=2)
@@ -65,7 +65,7 @@ def split_batch(config, split, dtype=torch.float64):
     """A batch of 16 samples, and each of the two processes' shares of it."""
     latents, labels, record = draw_batch(config=config, dtype=dtype)
     names = ("t", "r", "noise", "label_dropped", *GUIDANCE_INPUTS)
-    draws = {name: getattr(record, name) for name in names if getattr(record, name) is not None}
+    draws = {name: getattr(record.draws, name) for name in names if getattr(record.draws, name) is not None}
     first, below = torch.arange(NUM_ROWS) < NUM_ROWS // 2, draws["r"] < draws["t"]
     if split == "r < t in the second process only":
         order = torch.argsort(below.to(torch.uint8), stable=True)
@@ -77,17 +77,17 @@ def split_batch(config, split, dtype=torch.float64):
             draws["guidance_interval_end"] = torch.where(first, 0.8, draws["guidance_interval_end"])
     if split == "first process without labels":
         draws["label_dropped"] = draws["label_dropped"] | first
-    record = StepRecord.from_draws(**draws, config=config)
+    record = make_record(config, **draws)
     edge = 5 if split == "5 and 11 rows" else NUM_ROWS // 2
     shares = [
-        (latents[start:stop], labels[start:stop], record.rows(start, stop, config))
+        (latents[start:stop], labels[start:stop], rows_of(record, start, stop, config))
         for start, stop in ((0, edge), (edge, NUM_ROWS))
     ]
     return (latents, labels, record), shares
 
 
 def loss_of(training_network, network, batch, config, separate=False):
-    return MeanFlow(config).loss(
+    return build_objective(config).loss(
         training_network, network, *batch,
         null_label=NULL, global_num_rows=NUM_ROWS, separate_derivative=separate,
     ).loss  # fmt: skip
@@ -267,7 +267,7 @@ def test_splits_are_as_named():
             assert len(share[0].rows_null) == 0
             assert name == "flow matching" or len(share[1].rows_null) > 0
         assert shares["first process without labels"][0].label_dropped.all()
-        counts = [len(share.rows_below) for share in shares["r < t in the second process only"]]
+        counts = [len(share.plan.below) for share in shares["r < t in the second process only"]]
         assert counts == ([0, 0] if name == "flow matching" else [0, 8])
 
 

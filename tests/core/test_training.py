@@ -10,11 +10,8 @@ import torch
 from meanflow_core.config import GuidanceConfig, OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.interface import Conditioning
-from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.objectives.interface import Mean
-from meanflow_core.objectives.meanflow import MeanFlow
-from meanflow_core.objectives.registry import build_objective
-from meanflow_core.presets import debug, debug_imf
+from meanflow_core.objectives.interface import Mean, build_objective
+from meanflow_core.presets.demo import debug, debug_imf
 from meanflow_core.training import (
     Batch,
     StepMetrics,
@@ -27,6 +24,7 @@ from meanflow_core.training import (
     update_emas,
     warm_up_ddp_buckets,
 )
+from tests.support.objectives import draw_record
 from tests.support.training_steps import (
     IDENTITY,
     broken_batch,
@@ -48,7 +46,7 @@ def test_initial_parameters_depend_on_the_seed_alone_and_leave_torchs_generator_
 
 def test_fresh_state_has_the_configured_adam_betas_and_averages_that_need_no_gradients():
     state = fresh_state(replace(debug(), optimizer=OptimizerConfig(beta1=0.8, beta2=0.97)))
-    assert state.optimizer.param_groups[0]["betas"] == (0.8, 0.97)
+    assert state.optimizers[0].param_groups[0]["betas"] == (0.8, 0.97)
     assert state.network.training
     assert not state.ema_network.training
     assert not any(parameter.requires_grad for parameter in state.ema_network.parameters())
@@ -89,7 +87,7 @@ def test_metrics_separate_rows_with_r_equal_to_t_from_the_others():
     take_steps(state, config, 1)  # because a fresh network's u, and so du/dt, is zero
     moments, labels, record = batch.moments, batch.labels, batch.record
     latents = moments[:, :4] + moments[:, 4:] * record.posterior_noise
-    output = MeanFlow(config.loss).loss(
+    output = build_objective(config.loss).loss(
         state.network, state.network, latents, labels, record, null_label=10, global_num_rows=16
     )
     errors, derivatives = output.squared_error, output.dudt.flatten(1).norm(dim=1)
@@ -150,7 +148,7 @@ def test_each_step_uses_its_own_learning_rate_and_then_updates_the_average():
     for rate in (0.25e-3, 0.5e-3):
         before = parameters(state.ema_network)
         take_steps(state, config, 1)
-        assert state.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        assert state.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
         torch.testing.assert_close(parameters(state.ema_network), 0.9 * before + 0.1 * parameters(state.network))
 
 
@@ -169,7 +167,7 @@ def test_network_learns_to_map_noise_to_a_single_point():
     point = torch.full((16, 8, 8, 8), 0.7)
     point[:, 4:] = 0.0  # a posterior without variance
     for _ in range(100):
-        record = draw_step_record(config.loss, seed=0, step=state.step, num_rows=16, latent_shape=(4, 8, 8))
+        record = draw_record(config.loss, seed=0, step=state.step, num_rows=16, latent_shape=(4, 8, 8))
         batch = Batch(moments=point, labels=torch.zeros(16, dtype=torch.int64), record=record)
         train_step(state, state.network, [batch], IDENTITY, config)
     noise = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -309,7 +307,7 @@ def test_step_with_a_non_finite_gradient_changes_nothing_if_it_may_be_skipped():
     take_steps(state, config, 2)
     before = [parameters(state.network), parameters(state.ema_network)]
     first = next(state.network.parameters())
-    moments = {name: value.clone() for name, value in state.optimizer.state[first].items()}
+    moments = {name: value.clone() for name, value in state.optimizers[0].state[first].items()}
     metrics = train_step(state, state.network, [broken_batch(config, 2)], IDENTITY, config, may_skip=True)
     assert metrics.skipped
     assert not torch.isfinite(metrics.gradient_norm)
@@ -317,7 +315,7 @@ def test_step_with_a_non_finite_gradient_changes_nothing_if_it_may_be_skipped():
     assert torch.equal(parameters(state.network), before[0])
     assert torch.equal(parameters(state.ema_network), before[1])
     for name, value in moments.items():
-        assert torch.equal(state.optimizer.state[first][name], value)
+        assert torch.equal(state.optimizers[0].state[first][name], value)
     assert not take_steps(state, config, 1).skipped
     assert torch.isfinite(parameters(state.network)).all()
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.checkpoint import load_train_state, save_train_state
 from meanflow_core.config import GuidanceConfig, OptimizerConfig
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import (
     build_train_state,
@@ -78,7 +78,9 @@ def tensors(state):
     for prefix, network in (("network", state.network), *state.ema_networks.items()):
         found |= {f"{prefix}/{name}": value for name, value in network.state_dict().items()}
     for name, parameter in state.network.named_parameters():
-        found |= {f"{moment}/{name}": state.optimizer.state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
+        found |= {
+            f"{moment}/{name}": state.optimizers[0].state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")
+        }
     return {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
         for name, value in found.items()

@@ -10,10 +10,11 @@ from diffusers import AutoencoderKL
 from meanflow_core.generator import load_pipeline
 from meanflow_core.interop.conversion import convert_checkpoint
 from meanflow_core.latents import SD_VAE_FT_MSE_MEAN, SD_VAE_FT_MSE_STD, LatentNormalization
+from meanflow_core.networks.building import build_network, require_same_architecture
 from meanflow_core.networks.dit import MeanFlowDiT
 from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
-from meanflow_core.networks.registry import build_network, require_same_architecture
-from meanflow_core.presets import PRESETS, imf_network
+from meanflow_core.presets import PRESETS
+from meanflow_core.presets.improved_meanflow import imf_network
 from pipelines.command_line import run_command
 from pipelines.convert import run as conversion
 from pipelines.convert.__main__ import main

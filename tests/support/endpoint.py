@@ -34,7 +34,6 @@ from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.networks.dit import MeanFlowDiT
 from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
-from meanflow_core.networks.registry import without_velocity_head
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.serving import free_port
@@ -47,7 +46,7 @@ def write_generator(folder: Path, seed: int = 0, *, supports_guidance: bool = Fa
     torch.manual_seed(seed)
     size = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 48, "num_heads": 3}
     if supports_guidance:
-        network = without_velocity_head(ImprovedMeanFlowDiT(**size, depth=3, aux_head_depth=1))
+        network = ImprovedMeanFlowDiT(**size, depth=3, aux_head_depth=1).for_sampling()
     else:
         network = MeanFlowDiT(**size, depth=2)
     with torch.no_grad():

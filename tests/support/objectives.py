@@ -4,35 +4,42 @@ from dataclasses import replace
 
 import torch
 
-from meanflow_core.config import GuidanceConfig, LossConfig, TimeSamplingConfig
+from meanflow_core.config import (
+    GuidanceConfig,
+    ImprovedMeanFlowConfig,
+    LossConfig,
+    MeanFlowConfig,
+    TimeSamplingConfig,
+)
 from meanflow_core.networks.interface import Conditioning, Network
-from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepRecord, draw_step_record
-from meanflow_core.objectives.meanflow import LossOutput, MeanFlow
+from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepDraws
+from meanflow_core.objectives.interface import Loss, build_objective
+from meanflow_core.objectives.row_plan import StepRecord
 
 NULL = 10
 HALF = TimeSamplingConfig(fraction_r_below_t=0.5)
-GUIDED = LossConfig(
+GUIDED = MeanFlowConfig(
     guidance=GuidanceConfig(omega=0.7, kappa=0.5, guidance_interval_start=0.1, guidance_interval_end=0.8),
     times=HALF,
     label_drop_probability=0.3,
 )
-IMPROVED = LossConfig(objective="improved_meanflow", times=HALF, label_drop_probability=0.3)
-FLOW_MATCHING = LossConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
+IMPROVED = ImprovedMeanFlowConfig(times=HALF, label_drop_probability=0.3)
+FLOW_MATCHING = MeanFlowConfig(times=TimeSamplingConfig(fraction_r_below_t=0.0))
 # With a label_drop_probability above 1/2, labels are also dropped for samples with r < t.
 OBJECTIVES = {
     "flow matching": FLOW_MATCHING,
-    "no guidance": LossConfig(times=HALF),
-    "omega": LossConfig(times=HALF, guidance=GuidanceConfig(omega=2.0)),
-    "kappa and no null class": LossConfig(times=HALF, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
+    "no guidance": MeanFlowConfig(times=HALF),
+    "omega": MeanFlowConfig(times=HALF, guidance=GuidanceConfig(omega=2.0)),
+    "kappa and no null class": MeanFlowConfig(times=HALF, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
     "omega, kappa, interval": GUIDED,
-    "weight of the null class is a rounding error": LossConfig(
+    "weight of the null class is a rounding error": MeanFlowConfig(
         times=HALF, guidance=GuidanceConfig(omega=0.7, kappa=0.3)
     ),
     "guided flow matching": replace(FLOW_MATCHING, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
     "labels dropped anywhere": replace(GUIDED, label_drop_probability=0.6),
     "every row r < t": replace(GUIDED, times=TimeSamplingConfig(fraction_r_below_t=1.0)),
     "own velocity": replace(GUIDED, tangent="own_velocity"),
-    "own velocity, no guidance": LossConfig(times=HALF, tangent="own_velocity"),
+    "own velocity, no guidance": MeanFlowConfig(times=HALF, tangent="own_velocity"),
     "improved MeanFlow": IMPROVED,
     "improved MeanFlow, labels dropped anywhere": replace(IMPROVED, label_drop_probability=0.6),
 }
@@ -40,20 +47,45 @@ OBJECTIVES = {
 Batch = tuple[torch.Tensor, torch.Tensor, StepRecord]
 
 
+def make_record(config: LossConfig, **draws: torch.Tensor | None) -> StepRecord:
+    """The record of these draws. Posterior noise and mirrored are zero by default."""
+    assert draws["noise"] is not None
+    assert draws["label_dropped"] is not None
+    zeros = {
+        "posterior_noise": torch.zeros_like(draws["noise"]),
+        "mirrored": torch.zeros_like(draws["label_dropped"]),
+    }
+    return build_objective(config).record(StepDraws(**(zeros | draws)), 0, len(draws["noise"]))
+
+
+def draw_record(
+    config: LossConfig, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]
+) -> StepRecord:
+    """The record of a step's global batch."""
+    objective = build_objective(config)
+    draws = objective.draw(seed=seed, step=step, num_rows=num_rows, latent_shape=latent_shape)
+    return objective.record(draws, 0, num_rows)
+
+
+def rows_of(record: StepRecord, start: int, stop: int, config: LossConfig) -> StepRecord:
+    """The record of some rows."""
+    return build_objective(config).record(record.draws, start, stop)
+
+
 def draw_batch(num_rows: int = 16, config: LossConfig = GUIDED, dtype: torch.dtype = torch.float32) -> Batch:
     """Latents (4x8x8), labels (10 classes) and the step record of a batch."""
-    record = draw_step_record(config, seed=3, step=5, num_rows=num_rows, latent_shape=(4, 8, 8))
+    drawn = draw_record(config, seed=3, step=5, num_rows=num_rows, latent_shape=(4, 8, 8)).draws
     generator = torch.Generator().manual_seed(11)
     latents = torch.randn(num_rows, 4, 8, 8, generator=generator).to(dtype)
     labels = torch.randint(10, (num_rows,), generator=generator)
-    draws = {name: getattr(record, name) for name in ("t", "r", "noise", *GUIDANCE_INPUTS)}
+    draws = {name: getattr(drawn, name) for name in ("t", "r", "noise", *GUIDANCE_INPUTS)}
     draws = {name: value.to(dtype) for name, value in draws.items() if value is not None}
-    return latents, labels, StepRecord.from_draws(**draws, label_dropped=record.label_dropped, config=config)
+    return latents, labels, make_record(config, **draws, label_dropped=drawn.label_dropped)
 
 
-def run_loss(network: Network, batch: Batch, config: LossConfig, *, separate: bool = False) -> LossOutput:
+def run_loss(network: Network, batch: Batch, config: LossConfig, *, separate: bool = False) -> Loss:
     """The loss of a whole batch."""
-    return MeanFlow(config).loss(
+    return build_objective(config).loss(
         network, network, *batch,
         null_label=NULL, global_num_rows=len(batch[1]), separate_derivative=separate,
     )  # fmt: skip
@@ -61,8 +93,8 @@ def run_loss(network: Network, batch: Batch, config: LossConfig, *, separate: bo
 
 def conditioning_of(record: StepRecord, labels: torch.Tensor) -> Conditioning:
     """The record's times and guidance with these labels, of which none is dropped."""
-    guidance = {name: getattr(record, name) for name in GUIDANCE_INPUTS}
-    return Conditioning(t=record.t, r=record.r, labels=labels, **guidance)
+    guidance = {name: getattr(record.draws, name) for name in GUIDANCE_INPUTS}
+    return Conditioning(t=record.draws.t, r=record.draws.r, labels=labels, **guidance)
 
 
 def gradients(network: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:

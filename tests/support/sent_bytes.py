@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from meanflow_core.config import GuidanceConfig
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from meanflow_core.sharding import shard_network
 from meanflow_core.training import build_train_state, train_step
 from tests.support.training_steps import IDENTITY, make_batch, part_of

@@ -8,7 +8,7 @@ import torch
 from meanflow_core.checkpoint import load_train_state
 from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from meanflow_core.training import TrainState, build_train_state, train_step
 from pipelines import storage
 from pipelines.latents.autoencoder import open_autoencoder
@@ -25,7 +25,7 @@ def tensors_of(state: TrainState) -> dict[str, torch.Tensor]:
     for decay, network in state.ema_networks.items():
         tensors |= {f"ema_{decay}/{name}": value for name, value in network.state_dict().items()}
     for name, parameter in state.network.named_parameters():
-        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.optimizers[0].state[parameter].items()}
     return tensors
 
 

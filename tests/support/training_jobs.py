@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from pipelines.latents.manifest import Manifest
 from pipelines.train.job import TrainJob
 from tests.support.manifests import make_manifest

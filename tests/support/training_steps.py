@@ -4,15 +4,15 @@ import torch
 
 from meanflow_core.config import TrainingConfig
 from meanflow_core.latents import LatentNormalization
-from meanflow_core.networks.registry import AnyNetwork
-from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.presets import debug
+from meanflow_core.networks.interface import NetworkModel
+from meanflow_core.presets.demo import debug
 from meanflow_core.training import Batch, StepMetrics, TrainState, build_train_state, train_step
+from tests.support.objectives import draw_record, rows_of
 
 IDENTITY = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
 
 
-def fresh_state(config: TrainingConfig | None = None, initial: AnyNetwork | None = None) -> TrainState:
+def fresh_state(config: TrainingConfig | None = None, initial: NetworkModel | None = None) -> TrainState:
     """A state before its first step, on 4x8x8 latents of 10 classes."""
     return build_train_state(
         config or debug(), sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"), initial=initial
@@ -21,7 +21,7 @@ def fresh_state(config: TrainingConfig | None = None, initial: AnyNetwork | None
 
 def make_batch(config: TrainingConfig, step: int = 0) -> Batch:
     """The global batch of a step: random moments and labels, and the step's record."""
-    record = draw_step_record(
+    record = draw_record(
         config.loss, seed=config.seed, step=step, num_rows=config.global_batch_size, latent_shape=(4, 8, 8)
     )
     generator = torch.Generator().manual_seed(step)
@@ -35,7 +35,7 @@ def part_of(batch: Batch, start: int, stop: int, config: TrainingConfig) -> Batc
     return Batch(
         moments=batch.moments[start:stop],
         labels=batch.labels[start:stop],
-        record=batch.record.rows(start, stop, config.loss),
+        record=rows_of(batch.record, start, stop, config.loss),
     )
 
 

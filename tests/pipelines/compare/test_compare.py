@@ -167,11 +167,11 @@ def test_loss_curve_averages_over_intervals():
 
 
 def test_networks_have_equal_numbers_of_parameters_at_sampling_time():
-    from meanflow_core.networks.registry import build_network, without_velocity_head
+    from meanflow_core.networks.building import build_network
 
     compared = build_methods(100)
     expected = num_parameters(compared["meanflow"].config.network, **SIZES)
-    network = without_velocity_head(build_network(compared["improved_meanflow"].config.network, **SIZES))
+    network = build_network(compared["improved_meanflow"].config.network, **SIZES).for_sampling()
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(expected, rel=0.03)
 
 

@@ -6,26 +6,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from meanflow_core.config import NetworkConfig, TrainingConfig
-from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.objectives.meanflow import MeanFlow
-from meanflow_core.presets import (
-    b2,
-    b4,
-    b4_omega3,
-    b4_unguided,
-    debug_imf,
-    demo,
-    fm_b4,
-    imf_b2,
-    imf_l2,
-    imf_m2,
-    imf_xl2,
-    l2,
-    m2,
-    s2,
-    xl2,
-)
+from meanflow_core.config import DiTConfig, TrainingConfig
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.presets.demo import debug_imf, demo
+from meanflow_core.presets.improved_meanflow import imf_b2, imf_l2, imf_m2, imf_xl2
+from meanflow_core.presets.meanflow import b2, b4, b4_omega3, b4_unguided, fm_b4, l2, m2, s2, xl2
 from meanflow_core.training import build_train_state
 from pipelines.plan.cost import (
     checkpoint_bytes,
@@ -35,13 +20,14 @@ from pipelines.plan.cost import (
     num_parameters,
     step_flops,
 )
+from tests.support.objectives import draw_record
 
 IMAGENET = {"sample_size": 32, "in_channels": 4, "num_classes": 1000}
 SMALL = {"sample_size": 16, "in_channels": 4, "num_classes": 10}
 
 
 def small(**changes) -> TrainingConfig:
-    network = NetworkConfig(patch_size=2, hidden_size=128, depth=3, num_heads=4)
+    network = DiTConfig(patch_size=2, hidden_size=128, depth=3, num_heads=4)
     return replace(demo(), **{"network": network, "global_batch_size": 32, **changes})
 
 
@@ -90,7 +76,7 @@ def test_improved_meanflow_step_counts_each_head_where_it_runs():
     # With S, U and V for the FLOPs of the trunk and the heads, U = V: the training forward runs all three; du/dt of half the
     # samples runs S and U; the conditional velocity of that half and the unconditional one of guided samples run S and V.
     config = small_improved()
-    record = draw_step_record(config.loss, seed=0, step=0, num_rows=8192, latent_shape=(1, 1, 1))
+    record = draw_record(config.loss, seed=0, step=0, num_rows=8192, latent_shape=(1, 1, 1))
     guided = len(record.rows_null) / 8192
     one_head = forward_flops(config.network, **SMALL)
     trunk_and_output = forward_flops(replace(config.network, depth=2, aux_head_depth=0), **SMALL)
@@ -187,19 +173,19 @@ def real_peak_bytes(config: TrainingConfig, rows: int) -> int:
     network = state.network
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()  # creates the moments
-    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(4, 16, 16))
+    state.optimizers[0].step()  # creates the moments
+    record = draw_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(4, 16, 16))
     latents, labels = torch.randn(rows, 4, 16, 16), torch.randint(10, (rows,))
     in_bfloat16 = config.precision == "bfloat16"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
-            loss = MeanFlow(config.loss).loss(
+            loss = build_objective(config.loss).loss(
                 network, network, latents, labels, record, null_label=10, global_num_rows=rows,
                 separate_derivative=in_bfloat16 or config.activation_checkpointing,
             ).loss  # fmt: skip
         loss.backward()
         del loss
-        state.optimizer.step()
+        state.optimizers[0].step()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     now = peak = 0
     for event in events:
@@ -239,9 +225,9 @@ def saved_bytes(config: TrainingConfig, rows: int) -> int:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    record = draw_step_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(4, 16, 16))
+    record = draw_record(config.loss, seed=config.seed, step=0, num_rows=rows, latent_shape=(4, 16, 16))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = MeanFlow(config.loss).loss(
+        output = build_objective(config.loss).loss(
             network, network, torch.randn(rows, 4, 16, 16), torch.randint(10, (rows,)), record,
             null_label=10, global_num_rows=rows,
         )  # fmt: skip

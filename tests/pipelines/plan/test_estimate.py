@@ -12,7 +12,8 @@ from torch import distributed
 
 from meanflow_core.checkpoint import save_train_state
 from meanflow_core.config import GuidanceConfig, TrainingConfig
-from meanflow_core.presets import debug, xl2
+from meanflow_core.presets.demo import debug
+from meanflow_core.presets.meanflow import xl2
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError

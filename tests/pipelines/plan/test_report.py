@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from meanflow_core.presets import debug, debug_imf
+from meanflow_core.presets.demo import debug, debug_imf
 from pipelines.plan.cost import memory_estimate, step_flops
 from pipelines.plan.job import Workload
 from pipelines.plan.report import describe

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from pipelines.latents.dataset import LatentDataset
 from pipelines.latents.sample_order import samples_of_step
 from pipelines.train.batches import BatchSource, Prefetcher
+from tests.support.objectives import draw_record
 from tests.support.training_jobs import small_manifest
 
 
@@ -46,7 +46,7 @@ def test_samples_and_draws_are_a_function_of_seed_and_step(dataset, seed, step):
     config = replace(debug(), seed=seed, guidance_after_steps=3)
     [batch] = source_of(dataset, config).batches(step)
     loss = config.loss_at(step)
-    expected = draw_step_record(loss, seed=seed, step=step, num_rows=16, latent_shape=(4, 8, 8)).rows(0, 16, loss)
+    expected = draw_record(loss, seed=seed, step=step, num_rows=16, latent_shape=(4, 8, 8)).rows(0, 16, loss)
     for field in fields(expected):
         torch.testing.assert_close(getattr(batch.record, field.name), getattr(expected, field.name), rtol=0, atol=0)
     assert batch.labels.tolist() == [index % 7 for index in samples_of_step(seed, step, 16, 50)]

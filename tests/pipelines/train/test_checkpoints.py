@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyarrow import fs
 
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from meanflow_core.training import build_train_state
 from pipelines.errors import InputError
 from pipelines.train import checkpoints

@@ -7,8 +7,8 @@ import torch
 from torch import distributed
 
 from meanflow_core.config import TimeSamplingConfig
-from meanflow_core.objectives.registry import build_objective
-from meanflow_core.presets import debug, debug_imf
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.presets.demo import debug, debug_imf
 from meanflow_core.training import StepMetrics, build_train_state
 from pipelines.tracking.run import Run
 from pipelines.train.metrics import IntervalMetrics, NonfiniteDetector

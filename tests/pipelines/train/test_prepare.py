@@ -4,7 +4,7 @@ import pytest
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.generator import save_generator
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.errors import InputError

@@ -11,7 +11,7 @@ import ray
 from mlflow import MlflowClient
 from pyarrow import fs
 
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.train import checkpoints

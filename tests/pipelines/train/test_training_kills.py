@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from meanflow_core.presets import debug
+from meanflow_core.presets.demo import debug
 from pipelines import storage
 from pipelines.demo import images
 from pipelines.train import checkpoints

@@ -8,9 +8,8 @@ from ray.train import Checkpoint
 
 from meanflow_core.checkpoint import save_train_state
 from meanflow_core.latents import LatentNormalization, sample_latents
-from meanflow_core.objectives.draws import draw_step_record
-from meanflow_core.objectives.meanflow import MeanFlow
-from meanflow_core.presets import debug
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.presets.demo import debug
 from meanflow_core.training import build_train_state
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.encode.job import EncodeJob
@@ -24,6 +23,7 @@ from pipelines.train import validation
 from pipelines.train.job import TrainJob
 from tests.conftest import perturbed
 from tests.support.latents import encode_without_ray
+from tests.support.objectives import draw_record
 
 CONFIG = replace(debug(), ema_decays=(0.9, 0.5))
 
@@ -47,7 +47,7 @@ def test_validation_measures_the_moving_average_and_logs_at_the_checkpoints_step
     perturbed(state.ema_network)
     state.step = 7
     for parameter in state.network.parameters():
-        state.optimizer.state[parameter] = {
+        state.optimizers[0].state[parameter] = {
             "step": torch.tensor(7.0),
             **{name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")},
         }
@@ -101,9 +101,9 @@ def test_errors_are_means_over_all_images_for_any_batch_size(latents, tmp_path, 
         network.y_embedder.embedding_table.weight.mul_(100.0)
     loss, below, equal = replace(debug().loss, label_drop_probability=0.0), [], []
     for number, rows in enumerate(np.split(np.arange(40), [16, 32])):
-        record = draw_step_record(loss, seed=validation.SEED, step=number, num_rows=len(rows), latent_shape=(4, 8, 8))
+        record = draw_record(loss, seed=validation.SEED, step=number, num_rows=len(rows), latent_shape=(4, 8, 8))
         moments, labels = dataset.read(rows, np.zeros(len(rows), bool))
-        errors = MeanFlow(loss).loss(
+        errors = build_objective(loss).loss(
             network, network, sample_latents(torch.from_numpy(moments), record.posterior_noise, normalization),
             torch.from_numpy(labels), record, null_label=10, global_num_rows=len(rows),
         ).squared_error.detach()  # fmt: skip

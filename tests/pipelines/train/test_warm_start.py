@@ -9,7 +9,7 @@ from meanflow_core.config import GuidanceConfig
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.interop.conversion import ignore_step_size
 from meanflow_core.networks.interface import Conditioning
-from meanflow_core.presets import debug, debug_imf
+from meanflow_core.presets.demo import debug, debug_imf
 from pipelines.demo import images
 from pipelines.errors import InputError
 from pipelines.train.job import TrainJob

@@ -278,28 +278,37 @@ class GuidedLossConfig(LossConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanFlowConfig(GuidedLossConfig):
-    """MeanFlow, and flow matching if r = t for every sample."""
-
-    objective: ClassVar[str] = "meanflow_core.objectives.meanflow:MeanFlow"
+class FlowLossConfig(LossConfig):
+    """Base of objectives that learn u(z_t, r, t) on the path z_t = (1 - t) x + t e."""
 
     times: TimeSamplingConfig = field(default_factory=TimeSamplingConfig)
     """Sampling of t and r."""
-    tangent: Literal["guided_velocity", "own_velocity"] = "guided_velocity"
-    """Direction of du/dt: the target's guided velocity, or the network's own conditional velocity at r = t, which has less
-    variance and needs no extra forward if kappa > 0 (iMF, Table 1)."""
     norm_p: float = 1.0
     """Power p of the adaptive weight 1 / (||error||^2 + norm_eps)^p; 0 is the plain squared error."""
     norm_eps: float = 0.01
     """Constant c of the adaptive weight."""
     guards: GuardConfig = field(default_factory=GuardConfig)
-    """Guards against spikes."""
+    """Guards of the loss on u against spikes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "loss.", _NOT_NEGATIVE, "norm_p")
+        _check(self, "loss.", _POSITIVE, "norm_eps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanFlowConfig(FlowLossConfig, GuidedLossConfig):
+    """MeanFlow, and flow matching if r = t for every sample."""
+
+    objective: ClassVar[str] = "meanflow_core.objectives.meanflow:MeanFlow"
+
+    tangent: Literal["guided_velocity", "own_velocity"] = "guided_velocity"
+    """Direction of du/dt: the target's guided velocity, or the network's own conditional velocity at r = t, which has less
+    variance and needs no extra forward if kappa > 0 (iMF, Table 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self, "loss.", _one_of("guided_velocity", "own_velocity"), "tangent")
-        _check(self, "loss.", _NOT_NEGATIVE, "norm_p")
-        _check(self, "loss.", _POSITIVE, "norm_eps")
 
     @property
     def is_flow_matching(self) -> bool:
@@ -313,7 +322,7 @@ class MeanFlowConfig(GuidedLossConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImprovedMeanFlowConfig(LossConfig):
+class ImprovedMeanFlowConfig(FlowLossConfig):
     """Improved MeanFlow: guidance drawn per sample and given to the network, and a second loss on its v head.
 
     du/dt is taken along the network's own conditional velocity.
@@ -326,17 +335,9 @@ class ImprovedMeanFlowConfig(LossConfig):
     """Sampling of t and r."""
     guidance_sampling: GuidanceSamplingConfig = field(default_factory=GuidanceSamplingConfig)
     """Sampling of guidance."""
-    norm_p: float = 1.0
-    """Power p of the adaptive weight 1 / (||error||^2 + norm_eps)^p; 0 is the plain squared error."""
-    norm_eps: float = 0.01
-    """Constant c of the adaptive weight."""
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    """Guards of the loss on u against spikes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "loss.", _NOT_NEGATIVE, "norm_p")
-        _check(self, "loss.", _POSITIVE, "norm_eps")
         _require(
             self.times.fraction_r_below_t > 0.0,
             "improved MeanFlow needs loss.times.fraction_r_below_t above 0, but got 0",

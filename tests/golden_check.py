@@ -30,8 +30,8 @@ from meanflow_core.interop.conversion import from_official
 from meanflow_core.networks.building import build_network
 from meanflow_core.networks.interface import Conditioning, NetworkModel
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepDraws
+from meanflow_core.objectives.flow import LossOutput
 from meanflow_core.objectives.interface import build_objective
-from meanflow_core.objectives.meanflow import LossOutput
 
 GOLDEN_FOLDER = Path(__file__).parent / "data" / "golden"
 BOUND = 1e-4

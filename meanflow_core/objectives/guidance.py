@@ -39,11 +39,17 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def noisy_latents(latents: torch.Tensor, record: StepRecord) -> tuple[torch.Tensor, torch.Tensor]:
     """z_t and v_t, each (B, C, H, W). Raises ValueError if the record is for another batch."""
+    check_latents(latents, record)
     draws = record.draws
-    if latents.shape != draws.noise.shape:
-        raise ValueError(f"the record is for latents {tuple(draws.noise.shape)}, but got {tuple(latents.shape)}")
     t = per_sample(draws.t, latents)
     return (1.0 - t) * latents + t * draws.noise, draws.noise - latents
+
+
+def check_latents(latents: torch.Tensor, record: StepRecord) -> None:
+    """Raises ValueError unless the latents have the shape of the record's noise."""
+    expected = record.draws.noise.shape
+    if latents.shape != expected:
+        raise ValueError(f"the record is for latents {tuple(expected)}, but got {tuple(latents.shape)}")
 
 
 def check_labels(labels: torch.Tensor, record: StepRecord) -> None:

@@ -29,8 +29,8 @@ from meanflow_core.config import (
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.building import build_network
 from meanflow_core.networks.interface import Conditioning
+from meanflow_core.objectives.flow import LossOutput
 from meanflow_core.objectives.interface import build_objective
-from meanflow_core.objectives.meanflow import LossOutput
 from meanflow_core.presets import PRESETS
 from meanflow_core.presets.improved_meanflow import imf_b2
 from meanflow_core.training import Batch, TrainState, build_train_state, compile_blocks, train_step

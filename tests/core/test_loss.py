@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow_core.config import GuidanceConfig, ImprovedMeanFlowConfig, MeanFlowConfig
 from meanflow_core.networks.interface import Conditioning
+from meanflow_core.objectives.flow import total_derivative
 from meanflow_core.objectives.interface import build_objective
-from meanflow_core.objectives.meanflow import total_derivative
 from tests.golden_check import GOLDEN_FOLDER, check, load
 from tests.support.objectives import (
     FLOW_MATCHING,

@@ -1,0 +1,124 @@
+"""alpha-Flow and SoFlow: one identity between two times, without a derivative.
+
+    s     = t - a (t - r),  z_s = z_t - a (t - r) v             v: guided velocity, see `guidance`
+    u_tgt = stop_gradient(a v + (1 - a) u(z_s, r, s))
+    D     = u(z_t, r, t) - u_tgt,  g = D / a                    g is MeanFlow's error for a -> 0
+    loss  = 1/B sum over samples of w ||D||^2 / a               its gradient is that of w ||g||^2 for a fixed target
+
+alpha-Flow: w = 1 / (||g||^2 + c / a^2)^p, and a falls from 1 to 0. For a = 1 the target is v. For a = 0 it is MeanFlow's,
+with a derivative. SoFlow: w = 1 / (||g||^2 + c)^p, and a falls from 0.1 to 0.002. For r = t, both are flow matching.
+
+SoFlow states the identity for f(z, r, t) = z - (t - r) u: (f(z_t, r, t) - f(z_s, r, s)) / (t - s) = -g.
+Source: Zhang et al. 2025, arXiv 2510.20771; Luo et al. 2025, arXiv 2512.15657.
+
+    # B batch, b rows with r < t, C channels, H W latent size
+"""
+
+import torch
+
+from meanflow_core.networks.interface import Conditioning, Network
+from meanflow_core.objectives import guidance
+from meanflow_core.objectives.flow import FlowObjective, LossOutput, forward_with_derivative
+from meanflow_core.objectives.guidance import per_sample
+from meanflow_core.objectives.row_plan import StepRecord
+from meanflow_core.presets.alpha_flow import AlphaFlowConfig
+
+
+def velocity_at_earlier_time(
+    network: Network,
+    z: torch.Tensor,
+    velocity: torch.Tensor,
+    conditioning: Conditioning,
+    record: StepRecord,
+    ratio: float,
+) -> torch.Tensor:
+    """u(z_s, r, s) of the rows with r < t, from one no-grad forward; (B, C, H, W), zero in the others.
+
+    velocity: (B, C, H, W), the guided velocity of the rows with r < t.
+    """
+    below = record.plan.below
+    # Never an empty batch: under FSDP, a rank without rows r < t must make the same calls as the others.
+    rows = below if len(below) else record.plan.ordered[:1]
+    selected = conditioning.rows(rows)
+    step = ratio * (selected.t - selected.r)
+    inputs = Conditioning(t=selected.t - step, r=selected.r, labels=selected.labels)
+    with torch.no_grad():
+        u = network(z[rows] - per_sample(step, z) * velocity[rows], inputs).u
+    assert u is not None, "a network must return u unless velocity_only is set"
+    return torch.zeros_like(z).index_copy(0, below, u.to(z.dtype)[: len(below)])
+
+
+class AlphaFlow(FlowObjective[AlphaFlowConfig]):
+    """alpha-Flow at one value of its ratio a, which the configuration of each step gives."""
+
+    def loss(
+        self,
+        training_network: Network,
+        network: Network,
+        latents: torch.Tensor,
+        labels: torch.Tensor,
+        record: StepRecord,
+        *,
+        null_label: int,
+        global_num_rows: int,
+        separate_derivative: bool = False,
+    ) -> LossOutput:
+        """See `Objective.loss`. The configuration must be the one of a step, `LossConfig.at`."""
+        guidance.check_labels(labels, record)
+        config, a = self.config, self.config.ratio
+        assert a is not None, "the ratio depends on the step: build the objective from config.loss_at(step)"
+        t, r = per_sample(record.draws.t, latents), per_sample(record.draws.r, latents)
+        z, v_sample = guidance.noisy_latents(latents, record)
+        conditioning = record.draws.conditioning(labels, null_label)
+        # Velocities. For samples with r = t, the conditional one is still missing.
+        missing = guidance.missing_velocities(network, z, labels, record, null_label)
+        direction = guidance.guided_velocity(v_sample, missing, record.weights)
+        # The network at the earlier time, or the derivative
+        dudt = u_earlier = torch.zeros_like(z)
+        if a == 0.0:
+            output, dudt = forward_with_derivative(
+                training_network, network, z, conditioning, direction, record, separate=separate_derivative
+            )
+        else:
+            if a < 1.0:
+                u_earlier = velocity_at_earlier_time(network, z, direction, conditioning, record, a)
+            output = training_network(z, conditioning)
+        assert output.u is not None, "a network must return u unless velocity_only is set"
+        u = output.u.to(z.dtype)
+        # Target
+        velocities = guidance.complete_velocities(missing, output, record)
+        v_guided = guidance.guided_velocity(v_sample, velocities, record.weights)
+        if a == 0.0:
+            target = v_guided - (t - r) * dudt
+        else:
+            target = torch.where(r < t, a * v_guided + (1.0 - a) * u_earlier, v_guided)
+        # Weight
+        error, guarded = guidance.guarded_error(u, target, config.guards)
+        divisor = torch.where(record.draws.r < record.draws.t, a or 1.0, 1.0)  # (B,): a, or 1 where the target is exact
+        squared = guidance.squared_norm(error)
+        weight = self._weight(squared.detach() / divisor.square(), divisor)
+        loss = (weight * squared / divisor).sum()
+        squared_error = guidance.squared_norm(u.detach() - target) / divisor.square()
+        return LossOutput(
+            loss=loss / global_num_rows,
+            metrics=self._metrics(record, squared_error, dudt, guarded),
+            squared_error=squared_error,
+            u=u.detach(),
+            v_guided=v_guided,
+            tangent=direction[record.plan.below],
+            dudt=dudt,
+        )
+
+    def _weight(self, squared_g: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+        """w, (B,). squared_g: ||g||^2."""
+        return (squared_g + self.config.norm_eps / divisor.square()) ** -self.config.norm_p
+
+
+class SoFlow(AlphaFlow):
+    """SoFlow at one value of its ratio."""
+
+    has_derivative = False
+
+    def _weight(self, squared_g: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+        """w, (B,). squared_g: ||g||^2."""
+        return (squared_g + self.config.norm_eps) ** -self.config.norm_p

@@ -1,4 +1,4 @@
-"""Consistency training, continuous (sCM-style) and discrete (ECT): settings and presets.
+"""Consistency training, continuous (as sCM) and discrete (ECT).
 
 Both start best from a flow-matching generator (--init-from), whose steps count as training.
 """

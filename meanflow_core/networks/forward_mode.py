@@ -7,7 +7,6 @@ is written on (value, tangent) pairs (`dual`).
 # B batch, b samples with a tangent, C channels, H W latent size
 """
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow_core.networks.interface import Conditioning, NetworkModel, NetworkOutput, check_network_input
+from meanflow_core.references import resolve
 
 
 class ForwardModeNetwork(NetworkModel):
@@ -87,9 +87,8 @@ class ForwardModeNetwork(NetworkModel):
 
 
 def _find_class(reference: str) -> type[nn.Module]:
-    module, _, name = reference.partition(":")
     # In a portable generator, the class is in this very file.
-    found = globals().get(name) or getattr(importlib.import_module(module), name)
+    found = globals().get(reference.partition(":")[2]) or resolve(reference)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"a network must be a subclass of torch.nn.Module, but {reference!r} is {found!r}")
     return found

@@ -3,8 +3,9 @@
 # B batch, b samples with a tangent, C channels, H W latent size
 """
 
+import sys
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -82,6 +83,11 @@ class NetworkModel(ModelMixin, ConfigMixin):
 
     supports_guidance: ClassVar[bool] = False
     """Whether guidance scale and interval are inputs of the network."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        # diffusers loads a component only if the module of its class also contains the base class.
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
 
     def for_sampling(self) -> Self:
         """The network without the parts that only training uses; it shares the parameters."""

@@ -8,8 +8,7 @@ from pipelines import storage
 from pipelines.compare.job import CompareJob
 from pipelines.compare.plan import distinct_experiments, plan_entrants
 from pipelines.latents.manifest import read_manifest
-from pipelines.plan.cost import step_flops
-from pipelines.sweep.experiments import train_experiments
+from pipelines.sweep.experiments import flops_of_step, train_experiments
 from pipelines.sweep.parent_run import begin_or_resume
 from pipelines.train.job import TrainJob
 
@@ -19,8 +18,8 @@ logger = logging.getLogger(__name__)
 def compare(job: CompareJob) -> None:
     """Trains what is missing. Raises InputError for invalid input, RunError if a training fails."""
     output = Path(storage.output_location(str(job.output), "--output"))
-    sizes = read_manifest(job.data).network_sizes
-    entrants = plan_entrants(job, lambda config: step_flops(config, **sizes))
+    manifest = read_manifest(job.data)
+    entrants = plan_entrants(job, lambda config: flops_of_step(config, manifest))
     common = TrainJob(
         data=job.data,
         storage=str(output / "runs"),

@@ -17,7 +17,7 @@ from meanflow_core.config import TrainingConfig
 from pipelines.cluster import choose_gpus, start_ray
 from pipelines.command_line import set_up_logging
 from pipelines.errors import InputError, RunError
-from pipelines.latents.manifest import read_manifest
+from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.plan.cost import step_flops
 from pipelines.progress import Progress
 from pipelines.tracking.run import Run
@@ -94,7 +94,11 @@ class _Trainings:
         self._max_concurrent = max_concurrent
         # With RAY_ADDRESS, a driver counts the cluster's GPUs instead of its own, of which it has none.
         self._variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "MLFLOW_TRACKING_URI": tracking_uri}
-        self._gigaflops = _gigaflops(experiments, common.data)
+        manifest = read_manifest(common.data)
+        self._gigaflops = {
+            experiment.name: round(flops_of_step(experiment.config, manifest) * experiment.config.num_steps / 1e9)
+            for experiment in experiments
+        }
         self._done = sum(self._gigaflops[name] for name in self.records)
         total = sum(self._gigaflops.values())
         self._progress = Progress(logger, "trained", "gigaflop", total, start=self._done)
@@ -173,11 +177,14 @@ def _job_of(experiment: Experiment, common: TrainJob) -> TrainJob:
     return replace(common, run_name=experiment.name, config=experiment.config, init_from=initial or common.init_from)
 
 
-def _gigaflops(experiments: Sequence[Experiment], data: str) -> dict[str, int]:
-    """Training FLOPs of each experiment. Raises InputError if the data cannot be read or does not fit a network."""
-    sizes = read_manifest(data).network_sizes
+def flops_of_step(config: TrainingConfig, manifest: Manifest) -> float:
+    """Training FLOPs of a step. Counted once for all configurations that differ in neither network, objective nor batch.
+
+    Raises InputError if the network does not fit the data.
+    """
+    counted = TrainingConfig(network=config.network, loss=config.loss, global_batch_size=config.global_batch_size)
     try:
-        return {e.name: round(step_flops(e.config, **sizes) * e.config.num_steps / 1e9) for e in experiments}
+        return step_flops(counted, **manifest.network_sizes)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -3,6 +3,7 @@
 # B batch, b samples with a tangent, C channels, H W latent size
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Protocol, Self
 
@@ -86,6 +87,12 @@ class NetworkModel(ModelMixin, ConfigMixin):
     def for_sampling(self) -> Self:
         """The network without the parts that only training uses; it shares the parameters."""
         return self
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Disables autocast on this kind of device. The meta device, on which FLOPs are counted, has none."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
 
 
 def check_patch_size(sample_size: int, patch_size: int) -> None:

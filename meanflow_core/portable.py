@@ -10,8 +10,12 @@ import json
 from pathlib import Path
 
 # Each module follows the modules that it imports.
-NETWORK_MODULES = tuple(
-    f"{__package__}.networks.{name}" for name in ("dual", "interface", "layers", "dit", "improved_dit", "forward_mode")
+NETWORK_MODULES = (
+    f"{__package__}.references",
+    *(
+        f"{__package__}.networks.{name}"
+        for name in ("dual", "interface", "layers", "dit", "improved_dit", "forward_mode")
+    ),
 )
 PIPELINE_MODULES = (
     f"{__package__}.formats",

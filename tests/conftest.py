@@ -102,7 +102,7 @@ def imf_pipeline(imf_network, vae) -> MeanFlowPipeline:
 @pytest.fixture
 def flow_pipeline(network, vae) -> MeanFlowPipeline:
     """A flow matching pipeline."""
-    return build_pipeline(network.eval(), vae, images.CLASS_NAMES, is_flow_matching=True)
+    return build_pipeline(network.eval(), vae, images.CLASS_NAMES, prediction="velocity")
 
 
 @pytest.fixture(scope="session")

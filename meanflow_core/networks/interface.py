@@ -3,9 +3,13 @@
 # B batch, b samples with a tangent, C channels, H W latent size
 """
 
+<<<<<<< HEAD
 from contextlib import AbstractContextManager, nullcontext
+=======
+import sys
+>>>>>>> main
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -83,6 +87,11 @@ class NetworkModel(ModelMixin, ConfigMixin):
 
     supports_guidance: ClassVar[bool] = False
     """Whether guidance scale and interval are inputs of the network."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        # diffusers loads a component only if the module of its class also contains the base class.
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
 
     def for_sampling(self) -> Self:
         """The network without the parts that only training uses; it shares the parameters."""

@@ -120,7 +120,7 @@ def test_number_of_compilations_is_bounded_over_many_steps(setting):
             record = draw_record(config, seed=1, step=step, num_rows=64, latent_shape=(4, 8, 8))
             batch = torch.randn(64, 4, 8, 8), torch.randint(NULL, (64,)), record
             run_loss(network, batch, config, separate=step % 2 == 0).loss.backward()
-            sizes.add(len(record.rows_velocity))
+            sizes.add(len(record.plan.velocity))
         return sizes
 
     sizes = take_steps(range(12))

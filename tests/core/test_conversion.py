@@ -260,9 +260,11 @@ def test_sizes_are_inferred_from_shapes_except_the_number_of_heads():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "width", "depth", "num_heads"),
-    [("dit", 384, 12, 6), ("dit", 768, 12, 12), ("imf_dit", 768, 12, 12), ("imf_dit", 1024, 48, 16)],
+    ("is_improved", "width", "depth", "num_heads"),
+    [(False, 384, 12, 6), (False, 768, 12, 12), (True, 768, 12, 12), (True, 1024, 48, 16)],
 )
-def test_published_networks_are_found_by_architecture_width_and_depth(architecture, width, depth, num_heads):
-    assert published_training(architecture, width, depth).network.num_heads == num_heads
-    assert published_training(architecture, width + 1, depth) is None
+def test_published_networks_are_found_by_kind_width_and_depth(is_improved, width, depth, num_heads):
+    found = published_training(width, depth, is_improved=is_improved)
+    assert found.network.num_heads == num_heads
+    assert found.network.has_velocity_head == is_improved
+    assert published_training(width + 1, depth, is_improved=is_improved) is None

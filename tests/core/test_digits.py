@@ -36,9 +36,8 @@ def train(config, images, labels):
         moments = torch.cat([images[rows], torch.zeros_like(images[rows])], dim=1)  # standard deviation 0
         batch = Batch(moments=moments, labels=labels[rows], record=record)
         train_step(state, state.network, [batch], IDENTITY, config)
-    return build_pipeline(
-        state.ema_network, None, [str(digit) for digit in range(10)], is_flow_matching=config.loss.is_flow_matching
-    )
+    names = [str(digit) for digit in range(10)]
+    return build_pipeline(state.ema_network, None, names, prediction=config.loss.prediction)
 
 
 def distances(config, numbers_of_steps):

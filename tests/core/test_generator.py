@@ -19,6 +19,10 @@ def largest_difference(first, second):
     return int((first.int() - second.int()).abs().max())
 
 
+def set_value(file, name, value):
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+
+
 def run_in_new_process(script, **environment):
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment}
@@ -78,9 +82,33 @@ def test_loading_runs_no_code_from_the_folder(pipeline, tmp_path):
     for file in ("pipeline.py", "transformer/meanflow_network.py"):
         (tmp_path / file).write_text("raise SystemExit('ran')")
     assert load_pipeline(tmp_path).class_names == pipeline.class_names
-    config = tmp_path / "transformer" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "UNet2DModel"}))
-    with pytest.raises(ValueError, match="must be one of MeanFlowDiT, ImprovedMeanFlowDiT, but got 'UNet2DModel'"):
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("diffusers:UNet2DModel", "network_class of .* must be a NetworkModel, but diffusers:UNet2DModel is not"),
+        (
+            "meanflow_core.pipeline:MeanFlowPipeline",
+            "must be a subclass of torch.nn.Module, but 'meanflow_core.pipeline:",
+        ),
+        ("meanflow_core.networks.dit:DiT", "cannot find 'meanflow_core.networks.dit:DiT'"),
+        ("not_installed:Network", "cannot find 'not_installed:Network': No module named 'not_installed'"),
+        (None, r"model_index\.json in .* does not name the network_class"),
+    ],
+)
+def test_generator_with_another_network_class_is_refused(pipeline, tmp_path, name, message):
+    save_generator(pipeline, tmp_path)
+    set_value(tmp_path / "model_index.json", "network_class", name)
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(tmp_path)
+
+
+def test_generator_of_a_plain_module_that_cannot_be_imported_is_refused(pipeline, tmp_path):
+    save_generator(pipeline, tmp_path)
+    set_value(tmp_path / "model_index.json", "network_class", "meanflow_core.networks.forward_mode:ForwardModeNetwork")
+    set_value(tmp_path / "transformer" / "config.json", "module", "not_installed:Network")
+    with pytest.raises(ValueError, match="cannot find 'not_installed:Network': No module named 'not_installed'"):
         load_pipeline(tmp_path)
 
 
@@ -101,7 +129,7 @@ def test_class_names_are_sorted_by_id(network, vae):
     ("part", "message"),
     [
         ("model_index.json", "no model_index.json in"),
-        ("transformer/config.json", "no config.json in"),
+        ("transformer/config.json", "no transformer/config.json in"),
         ("vae", "no vae/ in .*; a generator is a complete folder"),
         ("scheduler", "no scheduler/ in .*; a generator is a complete folder"),
     ],
@@ -114,13 +142,12 @@ def test_error_for_an_incomplete_generator_names_the_missing_part(pipeline, tmp_
         load_pipeline(tmp_path)
 
 
-@pytest.mark.parametrize("version", [1, 3, None])
+@pytest.mark.parametrize("version", [2, 4, None])
 def test_generator_of_another_format_version_is_refused(pipeline, tmp_path, version):
     save_generator(pipeline, tmp_path)
-    index = tmp_path / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "format_version": version}))
+    set_value(tmp_path / "model_index.json", "format_version", version)
     for load in (load_pipeline, find_generator, MeanFlowPipeline.from_pretrained):
-        with pytest.raises(ValueError, match=f"has format version {version}, but this release reads version 2 only"):
+        with pytest.raises(ValueError, match=f"has format version {version}, but this release reads version 3 only"):
             load(tmp_path)
 
 
@@ -135,7 +162,7 @@ def test_generator_is_found_in_the_folder_or_as_the_only_one_below_it(tmp_path):
         find_generator(tmp_path)
     for name in ("first", "first/inner", "second"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model_index.json").write_text('{"format_version": 2}')
+        (tmp_path / name / "model_index.json").write_text('{"format_version": 3}')
     assert find_generator(tmp_path / "first") == tmp_path / "first"
     assert find_generator(tmp_path / "first" / "inner") == tmp_path / "first" / "inner"
     with pytest.raises(ValueError, match="but found first, first/inner, second;"):

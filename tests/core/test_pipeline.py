@@ -182,7 +182,7 @@ def test_generator_is_a_source_of_noise_as_in_diffusers(pipeline, monkeypatch):
         ({"timesteps": (1.0, 0.5)}, "must decrease from 1.0 to 0.0"),
         ({"timesteps": (1.0, 0.5, 0.5, 0.0)}, "must decrease from 1.0 to 0.0"),
         ({"output_type": "jpeg"}, "output_type must be one of"),
-        ({"solver": "heun"}, "requires velocities"),
+        ({"solver": "heun"}, "requires a generator that predicts velocity, but this predicts average_velocity"),
         ({"solver": "rk4"}, "solver must be one of euler, heun"),
         ({"guidance_scale": 2.0}, "built into its weights"),
         ({"guidance_interval": (0.1, 0.5)}, "built into its weights"),
@@ -212,8 +212,8 @@ def test_invalid_guidance_is_refused_with_the_reason(imf_pipeline, arguments, wo
 
 
 def test_unknown_prediction_is_refused(network, vae, pipeline):
-    with pytest.raises(ValueError, match="average_velocity, velocity, but got 'epsilon'"):
-        MeanFlowPipeline(network, vae, pipeline.scheduler, prediction="epsilon")
+    with pytest.raises(ValueError, match="average_velocity, velocity, consistency, epsilon, but got 'image'"):
+        MeanFlowPipeline(network, vae, pipeline.scheduler, prediction="image")
 
 
 def test_guidance_scale_of_one_is_allowed_for_every_generator(pipeline):

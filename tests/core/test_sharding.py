@@ -213,10 +213,10 @@ def derivatives(network, config):
     def u(z, t, r):
         return network(z, replace(conditioning, t=t, r=r)).u
 
-    ones, zeros = torch.ones_like(record.t), torch.zeros_like(record.t)
-    ours = network(latents, conditioning, record.noise).dudt
+    t, r, noise = record.draws.t, record.draws.r, record.draws.noise
+    ours = network(latents, conditioning, noise).dudt
     with sdpa_kernel(SDPBackend.MATH):
-        return ours, torch.func.jvp(u, (latents, record.t, record.r), (record.noise, ones, zeros))[1]
+        return ours, torch.func.jvp(u, (latents, t, r), (noise, torch.ones_like(t), torch.zeros_like(r)))[1]
 
 
 def run_all(rank):
@@ -262,11 +262,11 @@ def results():
 def test_splits_are_as_named():
     for name, config in CONFIGS.items():
         shares = {split: [s[2] for s in split_batch(config, split)[1]] for split in SPLITS}
-        assert [len(share.t) for share in shares["5 and 11 rows"]] == [5, 11]
+        assert [len(share.mirrored) for share in shares["5 and 11 rows"]] == [5, 11]
         for share in shares["first process outside the guidance interval"], shares["first process without labels"]:
-            assert len(share[0].rows_null) == 0
-            assert name == "flow matching" or len(share[1].rows_null) > 0
-        assert shares["first process without labels"][0].label_dropped.all()
+            assert len(share[0].plan.null) == 0
+            assert name == "flow matching" or len(share[1].plan.null) > 0
+        assert shares["first process without labels"][0].draws.label_dropped.all()
         counts = [len(share.plan.below) for share in shares["r < t in the second process only"]]
         assert counts == ([0, 0] if name == "flow matching" else [0, 8])
 

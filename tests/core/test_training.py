@@ -65,7 +65,9 @@ def test_step_moves_parameters_and_counts_rows():
     assert state.step == 1
     assert not torch.equal(parameters(state.network), before)
     means = means_by_name(config, metrics)
-    assert means.keys() == {"squared_error_r_equals_t", "squared_error_r_below_t", "dudt_norm"}
+    assert {name for name in means if "/" not in name} == {
+        "squared_error_r_equals_t", "squared_error_r_below_t", "dudt_norm"
+    }  # fmt: skip
     assert (means["squared_error_r_equals_t"].num_samples, means["squared_error_r_below_t"].num_samples) == (12.0, 4.0)
     assert metrics.sums[0] == pytest.approx(1.0, abs=0.05)  # because norm_p is 1
     assert metrics.gradient_norm > 0
@@ -86,16 +88,25 @@ def test_metrics_separate_rows_with_r_equal_to_t_from_the_others():
     state, batch = fresh_state(config), make_batch(config)
     take_steps(state, config, 1)  # because a fresh network's u, and so du/dt, is zero
     moments, labels, record = batch.moments, batch.labels, batch.record
+    t, r = record.draws.t, record.draws.r
     latents = moments[:, :4] + moments[:, 4:] * record.posterior_noise
     output = build_objective(config.loss).loss(
         state.network, state.network, latents, labels, record, null_label=10, global_num_rows=16
     )
     errors, derivatives = output.squared_error, output.dudt.flatten(1).norm(dim=1)
     means = means_by_name(config, train_step(state, state.network, [batch], IDENTITY, config))
-    torch.testing.assert_close(means["squared_error_r_below_t"].total, errors[record.r < record.t].sum())
-    torch.testing.assert_close(means["squared_error_r_equals_t"].total, errors[record.r == record.t].sum())
-    torch.testing.assert_close(means["dudt_norm"].total, derivatives[record.r < record.t].sum())
+    torch.testing.assert_close(means["squared_error_r_below_t"].total, errors[r < t].sum())
+    torch.testing.assert_close(means["squared_error_r_equals_t"].total, errors[r == t].sum())
+    torch.testing.assert_close(means["dudt_norm"].total, derivatives[r < t].sum())
     assert means["dudt_norm"].total > 0
+    for index in range(10):
+        in_bin = (t >= index / 10) & (t < (index + 1) / 10)
+        found = means[f"squared_error_by_t/{index / 10}"]
+        assert found.num_samples == in_bin.sum()
+        torch.testing.assert_close(found.total, errors[in_bin].sum())
+        found = means[f"dudt_norm_by_t/{index / 10}"]
+        assert found.num_samples == (in_bin & (r < t)).sum()
+        torch.testing.assert_close(found.total, derivatives[in_bin & (r < t)].sum())
 
 
 def test_ema_is_the_weighted_mean_of_past_parameters():
@@ -216,12 +227,12 @@ def test_step_samples_latents_from_moments_and_drops_labels():
     train_step(state, training_network, [batch], LatentNormalization(mean=(1.0,) * 4, std=(2.0,) * 4), config)
     [(z, conditioning)] = calls
     mean, std = moments.chunk(2, dim=1)
-    t, latents = record.t.view(-1, 1, 1, 1), (mean + std * record.posterior_noise - 1.0) / 2.0
-    order = record.rows_ordered
-    torch.testing.assert_close(z, ((1 - t) * latents + t * record.noise)[order])
-    assert record.label_dropped.any()
+    draws, order = record.draws, record.plan.ordered
+    t, latents = draws.t.view(-1, 1, 1, 1), (mean + std * draws.posterior_noise - 1.0) / 2.0
+    torch.testing.assert_close(z, ((1 - t) * latents + t * draws.noise)[order])
+    assert draws.label_dropped.any()
     null = 10
-    assert torch.equal(conditioning.labels, torch.where(record.label_dropped, null, labels)[order])
+    assert torch.equal(conditioning.labels, torch.where(draws.label_dropped, null, labels)[order])
 
 
 def test_guidance_starts_after_the_configured_steps():

@@ -132,7 +132,7 @@ def test_saving_samples_keeps_only_the_images_for_pixel_distances_in_memory(job,
 @pytest.mark.soak
 @pytest.mark.cluster
 def test_guided_samples_are_saved_and_their_file_gives_the_same_metrics(job, network, vae, tmp_path):
-    velocity = build_pipeline(network, vae, images.CLASS_NAMES, is_flow_matching=True)
+    velocity = build_pipeline(network, vae, images.CLASS_NAMES, prediction="velocity")
     velocity.save_pretrained(tmp_path / "generator")
     guided = replace(
         job, steps=(2,), guidance_scales=(1.0, 3.0), guidance_intervals=((0.2, 0.9),), solvers=("euler", "heun"),

@@ -33,7 +33,7 @@ def test_random_labels_are_a_function_of_seed_and_index():
     ids=lambda setting: setting.title,
 )
 def test_number_of_function_evaluations_matches_the_sampler(network, vae, setting):
-    pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES, is_flow_matching=True)
+    pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES, prediction="velocity")
     batch_sizes = []
     network.register_forward_pre_hook(lambda module, arguments: batch_sizes.append(len(arguments[0])))
     pipeline.sample_latents(

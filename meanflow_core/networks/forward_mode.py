@@ -8,7 +8,7 @@ layer instead of the two of a network that is written on (value, tangent) pairs 
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,7 @@ class ForwardModeNetwork(NetworkModel):
     Raises ValueError for an unknown class, other arguments than the constructor's, or layers that break these rules.
     """
 
-    differentiate = staticmethod(torch.func.jvp)
+    differentiate: Callable[..., Any] = staticmethod(torch.func.jvp)
     """(function, primals, tangents) -> its value and its derivative. Estimates of memory replace it."""
 
     @register_to_config

@@ -3,11 +3,8 @@
 # B batch, b samples with a tangent, C channels, H W latent size
 """
 
-<<<<<<< HEAD
-from contextlib import AbstractContextManager, nullcontext
-=======
 import sys
->>>>>>> main
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, Self
 

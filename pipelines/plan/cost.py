@@ -84,6 +84,13 @@ def num_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int,
     return _count(network)
 
 
+def num_sampling_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
+    """`num_parameters` without improved MeanFlow's v head."""
+    with torch.device("meta"):
+        network = build_network(config, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
+        return _count(network.for_sampling())
+
+
 def checkpoint_bytes(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
     """Bytes of a checkpoint's tensors: parameters, averages and Adam's moments in float32, without headers."""
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}

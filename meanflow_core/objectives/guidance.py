@@ -12,7 +12,6 @@ velocity v(z_t, t | y) is u(z_t, t, t | y), or the output of its v head. Source:
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from meanflow_core.config import GuardConfig
 from meanflow_core.networks.interface import Conditioning, Network, NetworkOutput
@@ -144,6 +143,8 @@ def bin_names(name: str) -> tuple[str, ...]:
 
 def means_by_time(name: str, values: torch.Tensor, t: torch.Tensor) -> dict[str, Mean]:
     """The means of (B,) in ten bins of t, under `bin_names`."""
-    bins = F.one_hot((t * NUM_BINS).long().clamp(max=NUM_BINS - 1), NUM_BINS).to(values.dtype)  # (B, 10)
-    totals, counts = values @ bins, bins.sum(dim=0)
+    bins = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    is_in_bin = bins[:, None] == torch.arange(NUM_BINS, device=t.device)  # (B, 10)
+    # Not a matrix product, which autocast rounds to bfloat16 and which spreads a NaN over all bins.
+    totals, counts = torch.where(is_in_bin, values[:, None], 0.0).sum(dim=0), is_in_bin.sum(dim=0)
     return {key: Mean(totals[i], counts[i]) for i, key in enumerate(bin_names(name))}

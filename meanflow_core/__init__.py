@@ -10,24 +10,33 @@ identity, u = v - (t - r) du/dt. The total derivative du/dt is one Jacobian-vect
 (dz, dt, dr) = (v, 1, 0). Training regresses the network onto the right-hand side, held constant.
 
 Suggested reading order:
-    config                 the configuration of a training run, as frozen dataclasses
-    presets                the papers' configurations
-    latents                image -> moments -> latent
-    autoencoder            the VAE: loading, encoding, decoding
-    networks.dual          tensors with tangents, the inputs and outputs of every layer
-    networks.dit           MeanFlow's network u(z_t, r, t, label), a DiT
-    networks.improved_dit  improved MeanFlow's network
-    networks.registry      builds a network from its configuration
-    objectives.draws       the random draws of a training step, as a record
-    objectives.meanflow    the loss of a training step
-    training               one optimiser step, and the moving averages of the parameters
-    sharding               training on many devices
-    checkpoint             training state on disk
-    pipeline               MeanFlowPipeline: a diffusers pipeline from noise to images
-    generator              generator folders: save, find, load
-    portable               generator folders that contain the code that they need
-    interop                public checkpoints -> our networks
-    metrics                feature statistics, distances and scores
+    config                   the configuration of a training run, as frozen dataclasses
+    presets                  the papers' configurations, a module per family
+    latents                  image -> moments -> latent
+    autoencoder              the VAE: loading, encoding, decoding
+    networks.dual            tensors with tangents, the inputs and outputs of every layer
+    networks.dit             MeanFlow's network u(z_t, r, t, label), a DiT
+    networks.improved_dit    improved MeanFlow's network
+    networks.forward_mode    any torch.nn.Module as a network
+    networks.building        builds a network from its configuration
+    objectives.interface     what an objective is
+    objectives.draws         the random draws of a training step
+    objectives.row_plan      which samples need which forward
+    objectives.guidance      guided velocities, guards and weights
+    objectives.flow          the training forward with du/dt, and metrics
+    objectives.meanflow      flow matching, MeanFlow and improved MeanFlow
+    objectives.alpha_flow    alpha-Flow and SoFlow
+    objectives.consistency   consistency training, continuous and discrete
+    objectives.diffusion     DDPM
+    optimizers               Adam, AdamW and Muon
+    training                 one optimiser step, and the moving averages of the parameters
+    sharding                 training on many devices
+    checkpoint               training state on disk
+    pipeline                 MeanFlowPipeline: a diffusers pipeline from noise to images
+    generator                generator folders: save, find, load
+    portable                 generator folders that contain the code that they need
+    interop                  public checkpoints -> our networks
+    metrics                  feature statistics, distances and scores
 
 Conventions: B batch, C channels, H W latent height and width; t = 0 is data, t = 1 is noise; t >= r.
 """

@@ -280,7 +280,8 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(
                 f"solver {solver} requires a generator that predicts velocity, but this predicts {prediction}"
             )
-        if not self.has_any_times and times != time_grid(len(times) - 1):
+        is_equal = np.allclose(times, time_grid(len(times) - 1), rtol=0.0, atol=1e-6)
+        if not self.has_any_times and not is_equal:
             raise ValueError(f"timesteps of a diffusion generator must be equally spaced, but got {times}")
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
@@ -315,12 +316,17 @@ class MeanFlowPipeline(DiffusionPipeline):
         return z
 
     def _denoise(self, predict: _Prediction, z: torch.Tensor, num_steps: int) -> torch.Tensor:
-        """Steps of the scheduler (DDIM). Timestep k of K is t = (k + 1) / K for the network, as in training."""
+        """DDIM's steps with eta 0. Timestep k of K is t = (k + 1) / K for the network, as in training."""
         self.scheduler.set_timesteps(num_steps)
         num_timesteps = self.scheduler.config.num_train_timesteps
-        for timestep in self.scheduler.timesteps.tolist():
+        timesteps = self.scheduler.timesteps.tolist()
+        for timestep, following in itertools.zip_longest(timesteps, timesteps[1:]):
             t = (timestep + 1) / num_timesteps
-            z = self.scheduler.step(predict(z, t, t), timestep, z).prev_sample
+            epsilon = predict(z, t, t)
+            z = self.scheduler.step(epsilon, timestep, z).pred_original_sample
+            # Not the step's prev_sample: its noise level is not that of the next timestep unless num_steps divides K.
+            if following is not None:
+                z = self.scheduler.add_noise(z, epsilon, torch.tensor([following]))
         return z
 
     def _average_velocity(

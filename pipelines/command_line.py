@@ -51,6 +51,17 @@ def parse_command_line(job_type: type[T], description: str | None, **options: An
         raise InputError(str(error)) from error
 
 
+def _list_presets() -> str:
+    """The presets with the first lines of their docstrings, under the first lines of their modules'."""
+    lines, module = [], None
+    for name, preset in PRESETS.items():
+        if preset.__module__ != module:
+            module = preset.__module__
+            lines.append("\n  " + (sys.modules[module].__doc__ or "").splitlines()[0])
+        lines.append(f"    {name:16s} {(preset.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
 def parse_preset_command_line(
     job_type: type[T],
     arguments: list[str],
@@ -64,10 +75,9 @@ def parse_preset_command_line(
     Raises InputError for an unknown preset and for values that the dataclass rejects.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        presets = "\n".join(f"    {name:8s} {(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items())
         print(
             f"usage: python -m {module} PRESET [OPTIONS]\n\n{description}\n"
-            f"Presets (PRESET --help lists the options; module:function names one of your own):\n{presets}"
+            f"Presets (PRESET --help lists the options; module:function names one of your own):\n{_list_presets()}"
         )
         raise SystemExit(0 if arguments else 2)
     preset = arguments[0]

@@ -94,7 +94,8 @@ class AlphaFlow(FlowObjective[AlphaFlowConfig]):
             target = torch.where(r < t, a * v_guided + (1.0 - a) * u_earlier, v_guided)
         # Weight
         error, guarded = guidance.guarded_error(u, target, config.guards)
-        divisor = torch.where(record.draws.r < record.draws.t, a or 1.0, 1.0)  # (B,): a, or 1 where the target is exact
+        is_below = record.draws.r < record.draws.t
+        divisor = torch.ones_like(record.draws.t).masked_fill(is_below, a or 1.0)  # (B,): a, or 1 for r = t
         squared = guidance.squared_norm(error)
         weight = self._weight(squared.detach() / divisor.square(), divisor)
         loss = (weight * squared / divisor).sum()

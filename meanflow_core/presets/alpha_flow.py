@@ -1,4 +1,4 @@
-"""alpha-Flow (Zhang et al. 2025, arXiv 2510.20771) and SoFlow (Luo et al. 2025, arXiv 2512.15657): settings and presets."""
+"""alpha-Flow (Zhang et al. 2025, arXiv 2510.20771) and SoFlow (Luo et al. 2025, arXiv 2512.15657)."""
 
 import math
 from dataclasses import dataclass, replace

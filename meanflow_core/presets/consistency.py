@@ -1,4 +1,4 @@
-"""Consistency training, continuous (sCM-style) and discrete (ECT): settings and presets.
+"""Consistency training, continuous (as sCM) and discrete (ECT).
 
 Both start best from a flow-matching generator (--init-from), whose steps count as training.
 """
@@ -131,10 +131,12 @@ def ect_b4() -> TrainingConfig:
 def demo_consistency() -> TrainingConfig:
     """Continuous consistency training on drawn shapes, in the comparison's size, half of it flow matching."""
     times = TimeSamplingConfig(logit_mean=-0.4, logit_std=1.4, fraction_r_below_t=0.5)
-    return comparison(ContinuousConsistencyConfig(times=times, guidance=COMPARISON_GUIDANCE))
+    loss = ContinuousConsistencyConfig(times=times, guidance=COMPARISON_GUIDANCE)
+    return replace(comparison(loss), guidance_after_steps=0)  # the initial network has learnt the guided velocity
 
 
 def demo_ect() -> TrainingConfig:
     """Easy consistency tuning on drawn shapes, in the comparison's size, half of it flow matching."""
     times = TimeSamplingConfig(logit_mean=-0.4, logit_std=2.0, fraction_r_below_t=0.5)
-    return comparison(DiscreteConsistencyConfig(times=times, guidance=COMPARISON_GUIDANCE))
+    loss = DiscreteConsistencyConfig(times=times, guidance=COMPARISON_GUIDANCE)
+    return replace(comparison(loss), guidance_after_steps=0)  # the initial network has learnt the guided velocity

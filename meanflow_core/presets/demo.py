@@ -1,4 +1,4 @@
-"""Presets for drawn shapes, 4x8x8 latents: the demo, the methods that the comparison trains, and tiny ones for tests."""
+"""Drawn shapes, 4x8x8 latents: the demo, the methods that the comparison trains, and tiny ones for tests."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Presets of improved MeanFlow (arXiv 2512.02012): batch 1024, ten epochs of warm-up, 50 % of samples with r < t.
+"""Improved MeanFlow (arXiv 2512.02012): batch 1024, ten epochs of warm-up, 50 % of samples with r < t.
 
 Latents are normalised per channel (`latents.SD_VAE_FT_MSE_MEAN` and `_STD`, as `latents_mean` and `latents_std` of the
 VAE's config).

@@ -1,4 +1,4 @@
-"""Presets of MeanFlow (arXiv 2505.13447, Tables 1, 2, 4) and of flow matching with the same networks.
+"""MeanFlow (arXiv 2505.13447, Tables 1, 2, 4), and flow matching with the same networks.
 
 Batch 256, Adam (0.9, 0.95) at 1e-4, EMA 0.9999, 25 % of samples with r < t, latents normalised by 0.18215.
 """

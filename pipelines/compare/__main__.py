@@ -1,4 +1,4 @@
-"""Compares flow matching, MeanFlow, MeanFlow with its own velocity as tangent, and improved MeanFlow.
+"""Compares training methods: presets, trained alike by pipelines.train and measured alike by pipelines.evaluate.
 
     python -m pipelines.compare --data demo/latents --train-images demo/train --held-out-images demo/val \\
         --judge pipelines/demo/judge_weights --output comparison
@@ -16,9 +16,8 @@ def main() -> None:
     """Runs the command."""
     job = parse_command_line(CompareJob, __doc__)
     from pipelines.compare.run import compare  # imports torch and Ray
-    from pipelines.compare.table import table
 
-    print(table(compare(job)), end="")
+    compare(job)
     print(f"report: {job.output}")
 
 

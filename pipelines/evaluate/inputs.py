@@ -118,5 +118,6 @@ def _check_generator(job: EvaluateJob, generator: Generator, extractor: Extracto
         )
     if "heun" in job.solvers and generator.pipeline.config.prediction != "velocity":
         raise InputError(
-            "--solvers heun requires a flow matching generator, but this one predicts average velocities; use euler"
+            f"--solvers heun requires a flow matching generator, which predicts velocity, but this one predicts "
+            f"{generator.pipeline.config.prediction.replace('_', ' ')}; use euler"
         )

@@ -55,13 +55,13 @@ class Setting:
     def num_function_evaluations(self, pipeline: "MeanFlowPipeline") -> int:
         """Network evaluations per image (NFE).
 
-        Heun uses two evaluations per step. For a velocity network, classifier-free guidance adds an unconditional
-        evaluation at each time inside the guidance interval.
+        Heun uses two evaluations per step. For networks that predict a velocity or noise, classifier-free guidance adds an
+        unconditional evaluation at each time inside the guidance interval.
         """
         import torch  # imported here to keep --help fast
 
         num_evaluations = self.num_steps * (2 if self.solver == "heun" else 1)
-        if pipeline.config.prediction != "velocity":
+        if pipeline.config.prediction not in ("velocity", "epsilon"):
             return num_evaluations
         scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
         if scale == 1.0:

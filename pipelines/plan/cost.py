@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
 from meanflow_core.networks.building import build_network
+from meanflow_core.networks.forward_mode import ForwardModeNetwork
 from meanflow_core.networks.interface import Conditioning, NetworkModel
 from meanflow_core.objectives.interface import build_objective
 
@@ -166,10 +167,8 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     record = _unpadded_record(loss, config.seed, NUM_DRAWN_SAMPLES)
 
     def count(network_config: NetworkConfig) -> np.ndarray:
-        with FakeTensorMode():
-            network = build_network(network_config, **sizes)
-            if config.activation_checkpointing:
-                network.enable_gradient_checkpointing()
+        with FakeTensorMode():  # not meta tensors, which have no autocast
+            network = _fake_network(config, network_config, sizes)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
                 return _count_flops(
                     lambda: _loss(network, loss, record, separate_derivative=True).backward(),
@@ -283,6 +282,21 @@ def _at_full_depth(
             one_more = measure(config.with_block_counts(tuple(n + (i == kind) for i, n in enumerate(first))))
             total = total + more * (one_more - base)
     return total
+
+
+def _fake_network(config: TrainingConfig, network_config: NetworkConfig, sizes: Mapping[str, int]) -> NetworkModel:
+    """A network for a FakeTensorMode."""
+    network = build_network(network_config, **sizes)
+    if config.activation_checkpointing:
+        network.enable_gradient_checkpointing()
+    if isinstance(network, ForwardModeNetwork):
+        network.differentiate = _two_forwards
+    return network
+
+
+def _two_forwards(function: Callable[..., torch.Tensor], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """In place of torch.func.jvp, which fails on fake tensors: its matrix products are those of two forwards."""
+    return function(*primals), function(*primals)
 
 
 def _longest_phase(config: TrainingConfig) -> LossConfig:
@@ -407,9 +421,7 @@ def _traced_bytes(config: TrainingConfig, record: Any, sizes: Mapping[str, int])
     """
     # Fake CPU tensors: their fused attention saves the same tensors as a GPU's; meta tensors have no fused attention.
     with FakeTensorMode():
-        network = build_network(config.network, **sizes).train()
-        if config.activation_checkpointing:
-            network.enable_gradient_checkpointing()
+        network = _fake_network(config, config.network, sizes).train()
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]

@@ -13,6 +13,7 @@ import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import DatasetInput, Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from PIL import Image
 
 from pipelines.errors import InputError
@@ -46,15 +47,17 @@ class Run:
         parameters: Mapping[str, Any],
         tags: Mapping[str, str] = MappingProxyType({}),
         datasets: Sequence[DatasetInput] = (),
+        parent_run_id: str | None = None,
     ) -> "Run":
-        """Creates a run with its parameters, tags and datasets.
+        """Creates a run with its parameters, tags and datasets. MLflow shows it below its parent, if it has one.
 
         Raises InputError if MLflow cannot be reached or refuses the run.
         """
         disable_http_retries()
         client = MlflowClient(tracking_uri)
+        tags = dict(tags) if parent_run_id is None else {**tags, MLFLOW_PARENT_RUN_ID: parent_run_id}
         try:
-            run_id = client.create_run(_experiment_id(client, experiment), run_name=name, tags=dict(tags)).info.run_id
+            run_id = client.create_run(_experiment_id(client, experiment), run_name=name, tags=tags).info.run_id
             try:
                 client.log_batch(run_id, params=[Param(key, str(value)) for key, value in parameters.items()])
                 if datasets:

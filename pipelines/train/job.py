@@ -72,6 +72,8 @@ class TrainJob:
     """Mirror each training image with probability 1/2. Without mirroring, the cached copy is half as large."""
     experiment: str = "meanflow-ray"
     """MLflow experiment."""
+    parent_run_id: str | None = None
+    """MLflow run that contains this one. pipelines.sweep sets it."""
     model_name: str | None = None
     """Name in MLflow's model registry. Default: "meanflow-" and the preset's name, without its module."""
     portable: bool = False

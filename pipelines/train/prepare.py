@@ -40,7 +40,7 @@ def prepare(job: TrainJob) -> Preparation:
     """
     if not job.run_name.strip() or "/" in job.run_name or job.run_name.startswith("."):
         raise InputError(f"--run-name must not be empty, contain a slash or start with a dot, but got {job.run_name!r}")
-    job = _with_absolute_locations(job)
+    job = with_absolute_locations(job)
     manifest = read_manifest(job.data)
     _require_compatible_data(job, manifest)
     record = read_record(job)
@@ -78,7 +78,8 @@ def reload_initial_network(job: TrainJob, manifest: Manifest, record: TrainingRe
     return initial
 
 
-def _with_absolute_locations(job: TrainJob) -> TrainJob:
+def with_absolute_locations(job: TrainJob) -> TrainJob:
+    """Returns the job with absolute locations, because Ray's processes run in other working directories."""
     init_from = job.init_from
     if init_from is not None and not init_from.startswith(REGISTRY_SCHEMES):
         init_from = storage.absolute(init_from)

@@ -161,7 +161,9 @@ def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str)
     datasets = [_dataset(job.data, manifest, "training")]
     if job.validation_data is not None:
         datasets.append(_dataset(job.validation_data, read_manifest(job.validation_data), "validation"))
-    run = Run.begin(tracking_uri, job.experiment, job.run_name, parameters, tags=code_identity(), datasets=datasets)
+    run = Run.begin(
+        tracking_uri, job.experiment, job.run_name, parameters, code_identity(), datasets, job.parent_run_id
+    )
     run.log_dict(job.config.flat(), "configuration.json")
     run.log_dict(json.loads(manifest.to_json()), "data_manifest.json")
     return run

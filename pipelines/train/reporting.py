@@ -37,10 +37,12 @@ class Reporter:
     Without a `run`, it reports nothing and only joins the sampling of a sharded network, which needs every process.
     """
 
-    def __init__(self, run: Run | None, pipeline: MeanFlowPipeline, num_steps: int, first_step: int) -> None:
+    def __init__(
+        self, run: Run | None, pipeline: MeanFlowPipeline, num_steps: int, first_step: int, name: str = "this run"
+    ) -> None:
         self._run = run
         self._pipeline = pipeline
-        self._progress = Progress(logger, "trained", "steps", num_steps, start=first_step)
+        self._progress = Progress(logger, f"{name}: trained", "steps", num_steps, start=first_step)
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Logs an interval's metrics."""

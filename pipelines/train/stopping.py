@@ -68,7 +68,7 @@ def claim_run(run_location: str) -> ActorHandle:
     has_logged = False
     while True:
         try:
-            return actor.options(name=f"training {run_location}", namespace=NAMESPACE).remote()
+            return actor.options(name=_actor_name(run_location), namespace=NAMESPACE).remote()
         except ValueError as error:
             if not has_logged:
                 logger.info("waiting for another job of this cluster to release %s", run_location)
@@ -79,6 +79,16 @@ def claim_run(run_location: str) -> ActorHandle:
                     f"`ray job stop`"
                 ) from error
             time.sleep(0.5)
+
+
+def request_stop(run_location: str) -> None:
+    """Requests that the workers of a run save a checkpoint and stop. Does nothing if no job of this cluster trains it."""
+    with contextlib.suppress(ValueError, RayError):
+        ray.get(ray.get_actor(_actor_name(run_location), namespace=NAMESPACE).request.remote())
+
+
+def _actor_name(run_location: str) -> str:
+    return f"training {run_location}"
 
 
 @contextlib.contextmanager

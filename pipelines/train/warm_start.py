@@ -60,7 +60,13 @@ def load_initial_network(job: TrainJob, manifest: Manifest) -> InitialNetwork | 
             network = load_network(folder)
             require_same_architecture(network, expected)
             _require_same_normalization(folder, job.data)
-            is_flow_matching = json.loads((folder / "model_index.json").read_text()).get("prediction") == "velocity"
+            prediction = json.loads((folder / "model_index.json").read_text()).get("prediction")
+            if (prediction == "epsilon") != (job.config.loss.prediction == "epsilon"):
+                raise ValueError(
+                    f"its network predicts {prediction}, but this training's {job.config.loss.prediction}; start diffusion "
+                    f"from diffusion, and all other objectives from each other"
+                )
+            is_flow_matching = prediction == "velocity"
             if is_flow_matching and isinstance(network, MeanFlowDiT):
                 ignore_step_size(network)
         else:

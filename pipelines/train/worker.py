@@ -139,7 +139,8 @@ class TrainingWorker:
         elif self._job.parallelism != "fsdp2":
             return None
         pipeline = training_pipeline(self._state.ema_network, self._vae.to(self._device), self._manifest, self._config)
-        return Reporter(run if self._rank == 0 else None, pipeline, self._config.num_steps, self._state.step)
+        shown_run = run if self._rank == 0 else None
+        return Reporter(shown_run, pipeline, self._config.num_steps, self._state.step, self._job.run_name)
 
     def run(self) -> Outcome:
         """Trains until the last step, a stop request or a nonfinite gradient. All workers return the same outcome."""

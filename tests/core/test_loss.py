@@ -19,6 +19,7 @@ from tests.support.objectives import (
     IMPROVED,
     NULL,
     OBJECTIVES,
+    OTHER_OBJECTIVES,
     conditioning_of,
     draw_batch,
     gradients,
@@ -27,6 +28,8 @@ from tests.support.objectives import (
     rows_of,
     run_loss,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["guided", "improved"])
@@ -212,7 +215,8 @@ def test_no_grad_forward_has_only_needed_velocities_and_padding(network, imf_net
 
 def test_number_of_forwards_does_not_depend_on_the_draws(network, imf_network):
     # Under FSDP, the other workers would wait forever for a worker that makes fewer forwards.
-    for config, separate in itertools.product(OBJECTIVES.values(), (False, True)):
+    configs = [*OBJECTIVES.values(), *OTHER_OBJECTIVES.values()]
+    for config, separate in itertools.product(configs, (False, True)):
         net = imf_network if isinstance(config, ImprovedMeanFlowConfig) else network
         latents, labels, whole = draw_batch(config=config)
         kinds = {  # one row of each kind: r = t or below, inside the interval or not, dropped or not

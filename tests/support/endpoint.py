@@ -34,6 +34,8 @@ from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.networks.dit import MeanFlowDiT
 from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
+from meanflow_core.objectives.interface import build_objective
+from meanflow_core.presets import PRESETS
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.serving import free_port
@@ -41,8 +43,13 @@ from pipelines.demo.serving import free_port
 WNIDS = [images.wnid(label) for label in range(10)]
 
 
-def write_generator(folder: Path, seed: int = 0, *, supports_guidance: bool = False) -> Path:
-    """Writes a generator of a tiny network with random weights and the demo's autoencoder: 10 classes, 64 pixels."""
+def write_generator(
+    folder: Path, seed: int = 0, *, supports_guidance: bool = False, preset: str = "demo_meanflow"
+) -> Path:
+    """Writes a generator of a tiny network with random weights and the demo's autoencoder: 10 classes, 64 pixels.
+
+    preset: its objective decides how the generator samples.
+    """
     torch.manual_seed(seed)
     size = {"sample_size": 8, "in_channels": 4, "num_classes": 10, "hidden_size": 48, "num_heads": 3}
     if supports_guidance:
@@ -54,7 +61,15 @@ def write_generator(folder: Path, seed: int = 0, *, supports_guidance: bool = Fa
             # More noise for guided networks: with 0.05, even a guidance scale of 50 changes no uint8 pixel by more than 1.
             parameter.add_((0.2 if supports_guidance else 0.05) * torch.randn(parameter.shape))
     vae = load_autoencoder(str(SHIPPED_AUTOENCODER))
-    pipeline = build_pipeline(network.eval(), vae, images.CLASS_NAMES, wnids=WNIDS)
+    loss = PRESETS[preset]().loss
+    pipeline = build_pipeline(
+        network.eval(),
+        vae,
+        images.CLASS_NAMES,
+        wnids=WNIDS,
+        prediction=loss.prediction,
+        scheduler=build_objective(loss).scheduler(),
+    )
     save_generator(pipeline, folder)
     return folder
 

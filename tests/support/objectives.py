@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from meanflow_core.config import (
+    GuardConfig,
     GuidanceConfig,
     ImprovedMeanFlowConfig,
     LossConfig,
@@ -15,6 +16,9 @@ from meanflow_core.networks.interface import Conditioning, Network
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepDraws
 from meanflow_core.objectives.interface import Loss, build_objective
 from meanflow_core.objectives.row_plan import StepRecord
+from meanflow_core.presets.alpha_flow import AlphaFlowConfig, SoFlowConfig
+from meanflow_core.presets.consistency import ContinuousConsistencyConfig, DiscreteConsistencyConfig
+from meanflow_core.presets.diffusion import DiffusionConfig
 
 NULL = 10
 HALF = TimeSamplingConfig(fraction_r_below_t=0.5)
@@ -42,6 +46,30 @@ OBJECTIVES = {
     "own velocity, no guidance": MeanFlowConfig(times=HALF, tangent="own_velocity"),
     "improved MeanFlow": IMPROVED,
     "improved MeanFlow, labels dropped anywhere": replace(IMPROVED, label_drop_probability=0.6),
+}
+# Objectives at one step of their schedules.
+_GUIDED = {"guidance": GUIDED.guidance, "label_drop_probability": 0.3}
+_DROPPED_ANYWHERE = {"guidance": GUIDED.guidance, "label_drop_probability": 0.6}
+OTHER_OBJECTIVES: dict[str, LossConfig] = {
+    "alpha-Flow": AlphaFlowConfig(ratio=0.3, times=HALF, **_GUIDED),
+    "alpha-Flow, no guidance, target clamped": AlphaFlowConfig(
+        ratio=0.3, times=HALF, guards=GuardConfig(max_target=0.5)
+    ),
+    "alpha-Flow at a = 1, labels dropped anywhere": AlphaFlowConfig(ratio=1.0, times=HALF, **_DROPPED_ANYWHERE),
+    "alpha-Flow at a = 0": AlphaFlowConfig(ratio=0.0, times=HALF, **_GUIDED),
+    "SoFlow": SoFlowConfig(ratio=0.05, times=HALF, norm_p=0.5, **_GUIDED),
+    "SoFlow, no guidance": SoFlowConfig(ratio=0.05, times=HALF),
+    "continuous consistency": ContinuousConsistencyConfig(derivative_weight=0.4, times=HALF, **_GUIDED),
+    "continuous consistency, labels dropped anywhere": ContinuousConsistencyConfig(
+        derivative_weight=1.0, times=HALF, **_DROPPED_ANYWHERE
+    ),
+    "continuous consistency in every row": ContinuousConsistencyConfig(derivative_weight=0.4),
+    "ECT": DiscreteConsistencyConfig(stage=1, times=HALF, **_GUIDED),
+    "ECT, labels dropped anywhere": DiscreteConsistencyConfig(stage=4, times=HALF, norm_p=1.0, **_DROPPED_ANYWHERE),
+    "ECT in every row": DiscreteConsistencyConfig(stage=0),
+    "DDPM": DiffusionConfig(**_GUIDED),
+    "DDPM, kappa and no null class": DiffusionConfig(guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
+    "DDPM, cosine, no guidance": DiffusionConfig(schedule="cosine"),
 }
 
 Batch = tuple[torch.Tensor, torch.Tensor, StepRecord]

@@ -163,7 +163,7 @@ def test_a_vae_keeps_its_own_normalization(monkeypatch, folder, tmp_path, caplog
 def test_published_sizes_get_the_published_sampling(size, scale, interval):
     with torch.device("meta"):
         network = build_network(imf_network(size), sample_size=32, in_channels=4, num_classes=1000)
-    sampling = published_sampling(network, "imf_dit")
+    sampling = published_sampling(network, is_improved=True)
     assert (sampling.guidance_scale, (sampling.guidance_interval_start, sampling.guidance_interval_end)) == (
         scale,
         interval,
@@ -171,7 +171,7 @@ def test_published_sizes_get_the_published_sampling(size, scale, interval):
 
 
 def test_an_unpublished_size_gets_no_guidance(imf_network):
-    assert published_sampling(imf_network, "imf_dit").guidance_scale == 1.0
+    assert published_sampling(imf_network, is_improved=True).guidance_scale == 1.0
 
 
 def test_a_portable_generator_includes_its_code(monkeypatch, folder, tmp_path):

@@ -18,6 +18,7 @@ from tests.support.training_steps import fresh_state, take_steps
 CPU = torch.device("cpu")
 NAMES = build_objective(debug_imf().loss).metric_names
 NUM_SUMS = 1 + 2 * len(NAMES)
+NUM_SAMPLES = torch.arange(1.0, len(NAMES) + 1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +41,7 @@ def now(monkeypatch):
 
 def metrics(seed, *, norm=1.5, skipped=False):
     sums = torch.rand(NUM_SUMS, generator=torch.Generator().manual_seed(seed))
-    sums[2::2] = torch.tensor([12.0, 4.0, 4.0, 16.0])  # rows
+    sums[2::2] = NUM_SAMPLES
     return StepMetrics(sums=sums, gradient_norm=torch.tensor(norm), skipped=skipped)
 
 
@@ -65,7 +66,7 @@ def test_metrics_are_means_over_steps_and_samples():
     found = interval.read(debug(), trained, step_flops=7.0)
     sums = sum(step.sums for step in steps)
     assert found["loss"] == pytest.approx(sums[0] / 3)
-    means = sums[1::2] / torch.tensor([36.0, 12.0, 12.0, 48.0])
+    means = sums[1::2] / (3 * NUM_SAMPLES)
     expected = dict(zip(NAMES, means.tolist(), strict=True))
     assert {name: found[name] for name in NAMES} == pytest.approx(expected)
     assert found["gradient_norm"] == pytest.approx(1.0)
@@ -76,11 +77,11 @@ def test_metrics_are_means_over_steps_and_samples():
     assert found["ema_distance_0.9"] == 0.0
 
 
-def test_mean_of_no_samples_is_zero():
+def test_mean_of_no_samples_is_left_out():
     interval, step = IntervalMetrics(NAMES, CPU), metrics(0)
     step.sums[1:3] = 0.0
     interval.add(step, data_seconds=0.0)
-    assert interval.read(debug(), state(), 1.0)[NAMES[0]] == 0.0
+    assert set(NAMES) - set(interval.read(debug(), state(), 1.0)) == {NAMES[0]}
 
 
 @pytest.mark.parametrize("skipped", [False, True])
@@ -91,8 +92,11 @@ def test_flow_matching_and_skipped_intervals_can_be_reported(skipped, caplog):
     run = MagicMock(spec=Run)
     with caplog.at_level("INFO"):
         Reporter(run, None, num_steps=1, first_step=0).log_metrics(interval.read(flow, trained, 1.0), step=1)
-    assert "0.0 (r < t)" in caplog.text
-    assert run.log_metrics.call_args.args[0]["squared_error_r_below_t"] == 0.0
+    assert "trained 1 of 1 steps" in caplog.text
+    assert ("squared error r equals t" in caplog.text) == (not skipped)
+    logged = run.log_metrics.call_args.args[0]
+    assert ("squared_error_r_equals_t" in logged) == (not skipped)
+    assert not any(name.startswith(("squared_error_r_below_t", "dudt_norm")) for name in logged)
 
 
 def test_metrics_of_an_interval_of_skipped_steps_are_finite():

@@ -26,7 +26,10 @@ def test_unknown_preset_is_refused_with_the_known_ones(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(main)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: unknown preset 'x12'; known: {', '.join(PRESETS)}\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: unknown preset 'x12'; known: {', '.join(PRESETS)}, or module:function for one of your own\n"
+    )
 
 
 def test_help_lists_the_presets(capsys):

@@ -52,7 +52,7 @@ def test_invalid_data_is_refused(job, tmp_path):
     (tmp_path / "held-out/manifest.json").write_text(other.to_json())
     with pytest.raises(InputError, match="--validation-data .*held-out differs from --data in classes"):
         prepare(replace(job, validation_data=str(tmp_path / "held-out")))
-    with pytest.raises(InputError, match="the latent size 8 must be a multiple of network.patch_size 3"):
+    with pytest.raises(InputError, match="the latent size must be a multiple of the patch size, but got 8 and 3"):
         prepare(with_config(job, network=replace(job.config.network, patch_size=3)))
     with pytest.raises(InputError, match="global_batch_size 16 must be at least num_workers 17"):
         prepare(replace(job, num_workers=17))

@@ -51,7 +51,7 @@ def test_every_average_is_published_and_the_first_is_registered_once(training, r
     assert published.model == f"models:/{tmp_path.name}@champion"
     for decay, name in ((0.9, "generator"), (0.5, "generator-ema-0.5")):
         folder = tmp_path / "runs/r" / name
-        weights = load_network(folder / "transformer").state_dict()
+        weights = load_network(folder).state_dict()
         assert all(torch.equal(weights[key], value) for key, value in averages[decay].state_dict().items())
         assert read_provenance(folder) == {
             "run_id": run.run_id, "tracking_uri": run.tracking_uri, "preset": "debug", "step": 20, "ema_decay": decay,
@@ -62,7 +62,7 @@ def test_every_average_is_published_and_the_first_is_registered_once(training, r
     assert read_record(finished.job) == after == replace(record, published=published)
     assert train_run._publish(finished, run, after, is_validated=True) == after
     [version] = MlflowClient(run.tracking_uri).search_model_versions(f"name='{tmp_path.name}'")
-    assert version.tags["transformer_sha256"] == weight_hash(load_network(tmp_path / "runs/r/generator/transformer"))
+    assert version.tags["transformer_sha256"] == weight_hash(load_network(tmp_path / "runs/r/generator"))
     assert (version.tags["step"], version.tags["generator"]) == ("20", published.generator)
 
 

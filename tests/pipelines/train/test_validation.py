@@ -42,6 +42,10 @@ def fresh_state():
     return build_train_state(CONFIG, sample_size=8, in_channels=4, num_classes=10, device=torch.device("cpu"))
 
 
+def without_bins(errors):
+    return {name for name in errors if "_by_t/" not in name}
+
+
 def test_validation_measures_the_moving_average_and_logs_at_the_checkpoints_step(latents, tmp_path, tracking_uri):
     state = fresh_state()
     perturbed(state.ema_network)
@@ -62,9 +66,10 @@ def test_validation_measures_the_moving_average_and_logs_at_the_checkpoints_step
 
     dataset = open_latents(str(latents), str(tmp_path / "cache"), mirrored=False)
     normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)
-    expected = validation.held_out_errors(state.ema_network, dataset, normalization, CONFIG)
+    expected = validation.held_out_errors(state.ema_network, dataset, normalization, CONFIG, step=7)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert found.keys() == {"validation/squared_error_r_below_t", "validation/squared_error_r_equals_t"}
+    assert without_bins(found) == {"validation/squared_error_r_below_t", "validation/squared_error_r_equals_t"}
+    assert "validation/squared_error_by_t/0.4" in found
     client = MlflowClient(tracking_uri)
     for name, value in found.items():
         assert [(m.step, m.value) for m in client.get_metric_history(run.run_id, name)] == [(7, value)]
@@ -107,10 +112,10 @@ def test_errors_are_means_over_all_images_for_any_batch_size(latents, tmp_path, 
             network, network, sample_latents(torch.from_numpy(moments), record.posterior_noise, normalization),
             torch.from_numpy(labels), record, null_label=10, global_num_rows=len(rows),
         ).squared_error.detach()  # fmt: skip
-        below.append(errors[record.r < record.t])
-        equal.append(errors[record.r == record.t])
+        below.append(errors[record.draws.r < record.draws.t])
+        equal.append(errors[record.draws.r == record.draws.t])
     monkeypatch.setattr(validation, "BATCH_SIZE", 16)
-    found = validation.held_out_errors(network, dataset, normalization, debug())
+    found = validation.held_out_errors(network, dataset, normalization, debug(), step=0)
     assert found["validation/squared_error_r_below_t"] == pytest.approx(float(torch.cat(below).mean()), rel=1e-4)
     assert found["validation/squared_error_r_equals_t"] == pytest.approx(float(torch.cat(equal).mean()), rel=1e-4)
 
@@ -126,9 +131,11 @@ def test_large_dataset_is_sampled_evenly(latents, tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "MAX_SAMPLES", 4)
     flow = replace(debug().loss, times=replace(debug().loss.times, fraction_r_below_t=0.0))
     normalization = LatentNormalization(mean=(0.0,) * 4, std=(1.0,) * 4)
-    found = validation.held_out_errors(fresh_state().network, dataset, normalization, replace(debug(), loss=flow))
+    found = validation.held_out_errors(
+        fresh_state().network, dataset, normalization, replace(debug(), loss=flow), step=0
+    )
     assert taken == [0, 13, 26, 39]
-    assert found.keys() == {"validation/squared_error_r_equals_t"}  # flow matching has r = t only
+    assert without_bins(found) == {"validation/squared_error_r_equals_t"}  # flow matching has r = t only
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu"])

@@ -33,7 +33,8 @@ def data(tmp_path, vae):
 
 
 def saved(network, vae, folder, *, is_flow_matching):
-    save_generator(build_pipeline(network, vae, images.CLASS_NAMES, is_flow_matching=is_flow_matching), folder)
+    prediction = "velocity" if is_flow_matching else "average_velocity"
+    save_generator(build_pipeline(network, vae, images.CLASS_NAMES, prediction=prediction), folder)
     return str(folder)
 
 

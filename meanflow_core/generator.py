@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.config import Prediction, SamplingConfig
 from meanflow_core.formats import require_format_version
-from meanflow_core.networks.building import find_network_class
+from meanflow_core.networks.forward_mode import find_network_class
 from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code

@@ -4,6 +4,7 @@
 """
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, Self
 
@@ -92,6 +93,12 @@ class NetworkModel(ModelMixin, ConfigMixin):
     def for_sampling(self) -> Self:
         """The network without the parts that only training uses; it shares the parameters."""
         return self
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Disables autocast on this kind of device. The meta device, on which FLOPs are counted, has none."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else nullcontext()
 
 
 def check_patch_size(sample_size: int, patch_size: int) -> None:

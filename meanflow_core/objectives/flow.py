@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from meanflow_core.config import FlowLossConfig, GuardConfig, LossConfig
-from meanflow_core.networks.interface import Conditioning, Network, NetworkOutput
+from meanflow_core.networks.interface import Conditioning, Network, NetworkOutput, without_autocast
 from meanflow_core.objectives import guidance
 from meanflow_core.objectives.draws import StepDraws, draw_step, draw_two_times
 from meanflow_core.objectives.interface import Loss, Mean, Objective
@@ -44,7 +44,7 @@ def total_derivative(
     Runs in float32 even under autocast, because t - r multiplies the derivative's rounding error.
     Source: Geng et al. 2025, Eq. 8.
     """
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(z.device):
         dudt = network(z, conditioning, tangent).dudt
     assert dudt is not None, "a network must return du/dt if it gets a tangent"
     return dudt

@@ -143,8 +143,8 @@ def bin_names(name: str) -> tuple[str, ...]:
 
 def means_by_time(name: str, values: torch.Tensor, t: torch.Tensor) -> dict[str, Mean]:
     """The means of (B,) in ten bins of t, under `bin_names`."""
-    index = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-    bins = (index.unsqueeze(1) == torch.arange(NUM_BINS, device=t.device)).to(values.dtype)  # (B, 10)
-    # Sums, not a matrix product, which autocast would round to bfloat16.
-    totals, counts = (values.unsqueeze(1) * bins).sum(dim=0), bins.sum(dim=0)
+    bins = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    is_in_bin = bins[:, None] == torch.arange(NUM_BINS, device=t.device)  # (B, 10)
+    # Not a matrix product, which autocast rounds to bfloat16 and which spreads a NaN over all bins.
+    totals, counts = torch.where(is_in_bin, values[:, None], 0.0).sum(dim=0), is_in_bin.sum(dim=0)
     return {key: Mean(totals[i], counts[i]) for i, key in enumerate(bin_names(name))}

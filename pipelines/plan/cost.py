@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
 from meanflow_core.networks.building import build_network
+from meanflow_core.networks.forward_mode import ForwardModeNetwork
 from meanflow_core.networks.interface import Conditioning, NetworkModel
 from meanflow_core.objectives.interface import build_objective
 
@@ -105,17 +106,16 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
 
     def count(config: NetworkConfig) -> np.ndarray:
-        with torch.device("meta"):
+        with FakeTensorMode(), torch.no_grad():
             network = build_network(config, **sizes).for_sampling()
-        z = torch.empty(1, in_channels, sample_size, sample_size, device="meta")
-        per_sample = torch.empty(1, device="meta")
-        guidance = (
-            {"omega": per_sample, "guidance_interval_start": per_sample, "guidance_interval_end": per_sample}
-            if network.supports_guidance
-            else {}
-        )
-        conditioning = Conditioning(t=per_sample, r=per_sample, labels=per_sample.long(), **guidance)
-        with torch.no_grad():
+            z = torch.empty(1, in_channels, sample_size, sample_size)
+            per_sample = torch.empty(1)
+            guidance = (
+                {"omega": per_sample, "guidance_interval_start": per_sample, "guidance_interval_end": per_sample}
+                if network.supports_guidance
+                else {}
+            )
+            conditioning = Conditioning(t=per_sample, r=per_sample, labels=per_sample.long(), **guidance)
             return _count_flops(lambda: network(z, conditioning))
 
     return float(_at_full_depth(config, count, shallow=1)[0])
@@ -148,7 +148,7 @@ def step_flops(
         record = _unpadded_record(loss, config.seed, num_drawn_samples)
 
         def count(network_config: NetworkConfig) -> np.ndarray:
-            with torch.device("meta"):
+            with FakeTensorMode():  # not meta tensors, which have no autocast
                 network = build_network(network_config, **sizes)
                 return _count_flops(lambda: _loss(network, loss, record).backward())
 
@@ -175,9 +175,7 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode():  # not meta tensors, which have no autocast
-            network = build_network(network_config, **sizes)
-            if config.activation_checkpointing:
-                network.enable_gradient_checkpointing()
+            network = _fake_network(config, network_config, sizes)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
                 return _count_flops(
                     lambda: _loss(network, loss, record, separate_derivative=True).backward(),
@@ -199,11 +197,11 @@ def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: 
         nonlocal calls
         calls += 1
 
-    with torch.device("meta"):
-        shallow = config.network.with_block_counts(tuple(min(1, count) for count in config.network.block_counts))
+    shallow = config.network.with_block_counts(tuple(min(1, count) for count in config.network.block_counts))
+    record = _record(loss, config.seed, config.global_batch_size)
+    with FakeTensorMode():
         network = build_network(shallow, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
         network.register_forward_pre_hook(count)
-        record = _record(loss, config.seed, config.global_batch_size)
         _loss(network, loss, record, separate_derivative=config.separate_derivative)
     return calls
 
@@ -293,6 +291,21 @@ def _at_full_depth(
     return total
 
 
+def _fake_network(config: TrainingConfig, network_config: NetworkConfig, sizes: Mapping[str, int]) -> NetworkModel:
+    """A network for a FakeTensorMode."""
+    network = build_network(network_config, **sizes)
+    if config.activation_checkpointing:
+        network.enable_gradient_checkpointing()
+    if isinstance(network, ForwardModeNetwork):
+        network.differentiate = _two_forwards
+    return network
+
+
+def _two_forwards(function: Callable[..., torch.Tensor], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """In place of torch.func.jvp, which fails on fake tensors: its matrix products are those of two forwards."""
+    return function(*primals), function(*primals)
+
+
 def _longest_phase(config: TrainingConfig) -> LossConfig:
     return max(config.loss.phases(config.num_steps), key=lambda phase: phase[0])[1]
 
@@ -300,9 +313,8 @@ def _longest_phase(config: TrainingConfig) -> LossConfig:
 def _record(config: LossConfig, seed: int, num_samples: int) -> Any:
     """The record of step 0 with this many samples, with latents of shape (1, 1, 1)."""
     objective = build_objective(config)
-    with torch.device("cpu"):
-        draws = objective.draw(seed=seed, step=0, num_rows=num_samples, latent_shape=(1, 1, 1))
-        return objective.record(draws, 0, num_samples)
+    draws = objective.draw(seed=seed, step=0, num_rows=num_samples, latent_shape=(1, 1, 1))
+    return objective.record(draws, 0, num_samples)
 
 
 def _unpadded_record(config: LossConfig, seed: int, num_samples: int) -> Any:
@@ -311,7 +323,7 @@ def _unpadded_record(config: LossConfig, seed: int, num_samples: int) -> Any:
 
 
 def _without_data(record: Any, latent_shape: tuple[int, int, int]) -> Any:
-    """The record on tensors without data, meta or fake as the caller's context creates, with latents of another shape."""
+    """The record on fake tensors, in the caller's FakeTensorMode, with latents of another shape."""
     changes: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
@@ -324,7 +336,7 @@ def _without_data(record: Any, latent_shape: tuple[int, int, int]) -> Any:
 
 
 def _loss(network: NetworkModel, config: LossConfig, record: Any, *, separate_derivative: bool = False) -> torch.Tensor:
-    """The objective of a record's samples on tensors without data."""
+    """The objective of a record's samples on fake tensors, in the caller's FakeTensorMode."""
     num_rows = len(record.mirrored)
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
     output = build_objective(config).loss(
@@ -361,10 +373,14 @@ class _FlopsOfDtype(TorchDispatchMode):
 
 def _count_flops(function: Callable[[], object], only_dtype: torch.dtype | None = None) -> np.ndarray:
     """(2,): the FLOPs of a call, and those in only_dtype (0 without it)."""
-    # Fused attention would be counted as zero, or with its recomputation.
-    part = _FlopsOfDtype(only_dtype)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), part:
-        function()
+    # Fused attention would be counted as zero, or with its recomputation. By default, math attention upcasts to float32.
+    part, before = _FlopsOfDtype(only_dtype), torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), part:
+            function()
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
     return np.array([float(counter.get_total_flops()), part.total])
 
 
@@ -412,9 +428,7 @@ def _traced_bytes(config: TrainingConfig, record: Any, sizes: Mapping[str, int])
     """
     # Fake CPU tensors: their fused attention saves the same tensors as a GPU's; meta tensors have no fused attention.
     with FakeTensorMode():
-        network = build_network(config.network, **sizes).train()
-        if config.activation_checkpointing:
-            network.enable_gradient_checkpointing()
+        network = _fake_network(config, config.network, sizes).train()
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]

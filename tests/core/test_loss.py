@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from meanflow_core.config import GuidanceConfig, ImprovedMeanFlowConfig, MeanFlowConfig
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.objectives.flow import total_derivative
+from meanflow_core.objectives.guidance import means_by_time
 from meanflow_core.objectives.interface import build_objective
 from tests.golden_check import GOLDEN_FOLDER, check, load
 from tests.support.objectives import (
@@ -335,3 +336,13 @@ def test_improved_meanflow_requires_a_velocity_head(imf_network):
 
     with pytest.raises(ValueError, match="needs a network with a v head"):
         run_loss(headless, draw_batch(config=IMPROVED), IMPROVED)
+
+
+def test_means_by_time_keep_their_precision_and_other_bins_under_autocast():
+    values, t = torch.tensor([1.0, 1000.125, float("nan")]), torch.tensor([0.05, 1.0, 0.5])
+    with torch.autocast("cpu", torch.bfloat16):
+        means = means_by_time("error", values, t)
+    assert means["error_by_t/0.0"] == (1.0, 1)
+    assert means["error_by_t/0.9"] == (1000.125, 1)
+    assert means["error_by_t/0.5"].total.isnan()
+    assert means["error_by_t/0.4"] == (0.0, 0)

@@ -633,13 +633,15 @@ def test_bins_of_t_add_up_to_the_totals(network, name):
         assert sum(int(mean.num_samples) for mean in in_bins) == metrics["dudt_norm"].num_samples
 
 
-def test_a_bin_holds_the_samples_of_its_times():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bin_holds_the_samples_of_its_times(autocast):
     t = torch.tensor([0.0, 0.05, 0.1, 0.55, 0.999, 1.0])
-    means = guidance.means_by_time("error", torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), t)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # bfloat16 would round 1025
+        means = guidance.means_by_time("error", torch.tensor([1.0, 2.0, 4.0, 1025.0, 16.0, 32.0]), t)
     assert {name: (int(total), int(count)) for name, (total, count) in means.items() if count} == {
         "error_by_t/0.0": (3, 2),
         "error_by_t/0.1": (4, 1),
-        "error_by_t/0.5": (8, 1),
+        "error_by_t/0.5": (1025, 1),
         "error_by_t/0.9": (48, 2),
     }
     assert len(means) == 10
@@ -664,3 +666,22 @@ def test_soflows_error_is_that_of_the_flow_map(network):
     for config_class in (SoFlowConfig, AlphaFlowConfig):
         output = run_loss(network, (latents, labels, record), config_class(ratio=0.05, times=EVERY))
         torch.testing.assert_close(output.squared_error, quotient.square().sum(dim=(1, 2, 3)), rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: AlphaFlowConfig(ratio=1.5), r"loss.ratio must lie in \[0, 1\], but got 1.5"),
+        (lambda: AlphaFlowConfig(steepness=0.0), "loss.steepness must be above 0, but got 0.0"),
+        (lambda: SoFlowConfig(ratio_end=0.0), "loss.ratio_end must be above 0 and at most 1, but got 0.0"),
+        (lambda: ContinuousConsistencyConfig(warmup=2.0), r"loss.warmup must lie in \[0, 1\], but got 2.0"),
+        (lambda: ContinuousConsistencyConfig(times=FLOW_MATCHING.times), "fraction_r_below_t above 0, but got 0"),
+        (lambda: DiscreteConsistencyConfig(guidance=GUIDANCE), "guidance needs samples with r = t"),
+        (lambda: DiscreteConsistencyConfig(num_stages=0), "loss.num_stages must be at least 1, but got 0"),
+        (lambda: DiffusionConfig(schedule="square"), "must be one of linear, cosine, but got 'square'"),
+        (lambda: DiffusionConfig(num_timesteps=1), "loss.num_timesteps must be at least 2, but got 1"),
+    ],
+)
+def test_invalid_settings_are_refused_with_the_reason(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()

@@ -133,7 +133,7 @@ def take_steps(state, share, config, gradient_scale):
     moments = torch.randn(NUM_ROWS, 8, 8, 8, generator=generator, dtype=torch.float64).abs()
     labels = torch.randint(NULL, (NUM_ROWS,), generator=generator)
     start, stop = share
-    record = draw_batch(config=config.loss, dtype=torch.float64)[2].rows(start, stop, config.loss)
+    record = rows_of(draw_batch(config=config.loss, dtype=torch.float64)[2], start, stop, config.loss)
     batch = Batch(moments=moments[start:stop], labels=labels[start:stop], record=record)
     return [
         train_step(state, state.network, [batch], IDENTITY, config, gradient_scale=gradient_scale).gradient_norm
@@ -147,7 +147,7 @@ def fresh_state(config, prepare):
     for module in (network, *ema_networks.values()):
         prepare(module)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, foreach=True)
-    return TrainState(network=network, ema_networks=ema_networks, optimizer=optimizer, step=0)
+    return TrainState(network=network, ema_networks=ema_networks, optimizers=[optimizer], step=0)
 
 
 def step_config(name):

@@ -77,7 +77,7 @@ def test_improved_meanflow_step_counts_each_head_where_it_runs():
     # samples runs S and U; the conditional velocity of that half and the unconditional one of guided samples run S and V.
     config = small_improved()
     record = draw_record(config.loss, seed=0, step=0, num_rows=8192, latent_shape=(1, 1, 1))
-    guided = len(record.rows_null) / 8192
+    guided = len(record.plan.null) / 8192
     one_head = forward_flops(config.network, **SMALL)
     trunk_and_output = forward_flops(replace(config.network, depth=2, aux_head_depth=0), **SMALL)
     expected = 3 * (2 * one_head - trunk_and_output) + (0.5 + 0.5 + guided) * one_head

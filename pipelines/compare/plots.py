@@ -51,12 +51,12 @@ def plot_samples(blocks: Mapping[str, Mapping[int, np.ndarray]], path: Path, *, 
     figure = Figure(figsize=(cell * len(first) + 0.6, (cell * height + 0.08) * len(blocks) + 0.7), layout="constrained")
     panels = figure.subplots(len(blocks), len(first), squeeze=False)
     for row, (method, images) in zip(panels, blocks.items(), strict=True):
-        for axis, (nfe, block) in zip(row, images.items(), strict=True):
+        for axis, block in zip(row, images.values(), strict=True):
             axis.imshow(image_grid(block, num_columns))
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            if row is panels[0]:
-                axis.set_title(f"{nfe} NFE")
         row[0].set_ylabel(textwrap.fill(method, 14))
+    for axis, nfe in zip(panels[0], first, strict=True):
+        axis.set_title(f"{nfe} NFE")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=150)

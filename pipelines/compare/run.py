@@ -123,7 +123,7 @@ def evaluate_entrants(
     The first generator's last report also has the real images.
     """
     experiments = {entrant.experiment.name: entrant.experiment for entrant in entrants}
-    progress = Progress(logger, "evaluated", "generators", len(experiments))
+    progress = Progress(logger, "evaluated", "images", len(experiments) * len(job.nfe) * job.num_samples)
     held_out: str | None = job.held_out_images
     reports: dict[str, list[dict[str, Any]]] = {}
     for name, experiment in experiments.items():
@@ -147,7 +147,9 @@ def evaluate_entrants(
             evaluate_once(records[name], each, f"{folder}/{name}-{key}.json") for key, each in jobs.items()
         ]
         held_out = None
-        progress.update(len(reports), name)
+        progress.update(
+            len(reports) * len(job.nfe) * job.num_samples, f"{len(reports)} of {len(experiments)} generators"
+        )
     return reports
 
 

@@ -6,7 +6,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from meanflow_core.presets import find_preset
+from meanflow_core.presets import preset_config
 from pipelines.compare.job import TITLES, CompareJob
 from pipelines.compare.plan import distinct_experiments, plan_entrants, with_num_steps
 from pipelines.compare.plots import plot_quality, plot_samples
@@ -47,7 +47,7 @@ def job(latents, image_root, tmp_path):
 
 def flops_of(config):
     """Made-up FLOPs of a step; 10 for methods that FLOPS does not list."""
-    return next((flops for name, flops in FLOPS.items() if find_preset(name)().loss == config.loss), 10.0)
+    return next((flops for name, flops in FLOPS.items() if preset_config(name).loss == config.loss), 10.0)
 
 
 def example_reports(entrants):
@@ -94,7 +94,7 @@ def report(job):
 
 
 def test_shipped_methods_differ_only_in_objective_and_improved_meanflow_in_its_network():
-    configs = {name: find_preset(name)() for name in TITLES}
+    configs = {name: preset_config(name) for name in TITLES}
     base = configs["demo_meanflow"]
     for name, config in configs.items():
         others = {"loss": base.loss, "network": base.network, "sampling": base.sampling, "guidance_after_steps": None}
@@ -129,7 +129,7 @@ def test_consistency_spends_half_of_its_budget_on_the_flow_matching_that_it_star
 
 
 def test_cooldown_keeps_its_fraction_of_the_run():
-    config = with_num_steps(find_preset("demo_meanflow")(), 400)
+    config = with_num_steps(preset_config("demo_meanflow"), 400)
     assert (config.num_steps, config.optimizer.cooldown_steps, config.optimizer.warmup_steps) == (400, 120, 100)
 
 

@@ -133,3 +133,9 @@ def test_new_run_delays_guidance_after_flow_matching_only(network, vae, data, tm
     ready = prepare(replace(job, init_from=location))
     assert ready.job.config.guidance_after_steps == (15 if is_flow_matching else None)
     torch.testing.assert_close(u(ready.initial.network, 0.7, 0.7), u(network, 0.7, 0.7))
+
+
+def test_warm_start_across_diffusion_and_flows_is_refused(network, vae, data, tmp_path):
+    save_generator(build_pipeline(network, vae, images.CLASS_NAMES, prediction="epsilon"), tmp_path / "generator")
+    with pytest.raises(InputError, match="predicts epsilon, but this training's average_velocity"):
+        load(str(tmp_path / "generator"), None, CONFIG, data)

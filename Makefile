@@ -1,6 +1,6 @@
 # make demo    from nothing to a served one-step image, on a laptop
 # make test    lint, types, import contracts, tests
-# make compare flow matching, MeanFlow and improved MeanFlow side by side; about an hour on 2 cores
+# make compare ten training methods side by side, three seeds each; some hours on 2 cores
 # make env     only the environment;   make lint, make soak, make soak-deps, make bench, make lock: see README.md
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=42949672
 demo: $(STAMP)
 	@$(FAST_MALLOC) $(BIN)/python -m pipelines.demo
 
-# Resumes an interrupted comparison: images, latents and results of earlier calls are kept.
+# Resumes an interrupted comparison: images, latents, trainings and evaluations of earlier calls are kept.
 compare: $(STAMP)
 	@test -f $(COMPARISON)/images/drawn || { \
 	    $(BIN)/python -m pipelines.demo.images --output $(COMPARISON)/images && touch $(COMPARISON)/images/drawn; }

@@ -7,6 +7,7 @@ file must be self-contained, so modules of this package are concatenated into on
 import ast
 import importlib
 import json
+import sys
 from pathlib import Path
 
 # Each module follows the modules that it imports.
@@ -25,61 +26,94 @@ PIPELINE_MODULES = (
     f"{__package__}.pipeline",
 )
 NETWORK_FILE = "meanflow_network"
-REMEDY = "define the network in a module of its own, which imports torch and meanflow_core.networks only"
+REMEDY = "define the network in one module, which imports torch and meanflow_core.networks only"
 
 
 def merged_source(modules: tuple[str, ...]) -> str:
     """Concatenates modules. Removes their imports of this package and moves all other imports to the top.
 
-    Raises ValueError if a module needs one of this package that is not among them, or if two define the same name.
+    Raises ValueError if a module needs one that is not among them, from this package or from the module's own folder, or
+    if two define the same name.
     """
     imports: set[str] = set()
     defines: dict[str, str] = {}
     bodies = []
     for name in modules:
-        source_file = importlib.import_module(name).__file__
-        assert source_file is not None
-        source = Path(source_file).read_text()
+        source = _source_file(name).read_text()
         lines = source.splitlines()
         for node in ast.parse(source).body:
             defined = getattr(node, "name", None)  # of a function or class
             if defined is not None and defines.setdefault(defined, name) != name:
                 raise ValueError(f"{defines[defined]} and {name} both define {defined}; rename one of them")
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                text = ast.unparse(node)
-                needed = _own_module(node)
-                if needed is None:
-                    imports.add(text)
-                elif needed not in modules:
-                    raise ValueError(f"{name} imports {needed}, which a portable generator does not contain; {REMEDY}")
+                needed = _needed_modules(node, _source_file(name).parent)
+                missing = [module for module in needed if module not in modules]
+                if missing:
+                    raise ValueError(
+                        f"{name} imports {missing[0]}, which a portable generator does not contain; {REMEDY}"
+                    )
+                if not needed:
+                    imports.add(ast.unparse(node))
                 first, last = node.lineno, node.end_lineno or node.lineno
                 lines[first - 1 : last] = [""] * (last - first + 1)
         bodies.append("\n".join(lines).strip())
     header = '"""Written by meanflow-ray, so that diffusers can load this generator without meanflow-ray."""'
-    return "\n\n\n".join([header, "\n".join(sorted(imports)), *bodies]) + "\n"
+    in_order = sorted(imports, key=lambda line: (not line.startswith("from __future__"), line))
+    return "\n\n\n".join([header, "\n".join(in_order), *bodies]) + "\n"
 
 
-def _own_module(node: ast.Import | ast.ImportFrom) -> str | None:
-    """The module of this package that a statement imports from; None for other imports."""
-    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-    return next((name for name in names if name.split(".")[0] == __package__), None)
+def _source_file(module: str) -> Path:
+    file = importlib.import_module(module).__file__
+    assert file is not None
+    return Path(file)
+
+
+def _needed_modules(node: ast.Import | ast.ImportFrom, folder: Path) -> list[str]:
+    """The modules of this package and of the importing module's folder that a statement imports."""
+    if isinstance(node, ast.ImportFrom):
+        names = ["." * node.level + (node.module or "")]
+    else:
+        names = [alias.name for alias in node.names]
+    found = []
+    for name in names:
+        top = name.split(".")[0]
+        is_beside = (folder / f"{top}.py").is_file() or (folder / top / "__init__.py").is_file()
+        if top in ("", __package__) or (is_beside and top not in sys.stdlib_module_names):
+            found.append(name)
+    return found
+
+
+def _with_own_imports(modules: set[str]) -> set[str]:
+    """These modules and the NETWORK_MODULES that they import, directly or not."""
+    found, waiting = set(modules), list(modules)
+    while waiting:
+        file = _source_file(waiting.pop())
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                new = {*_needed_modules(node, file.parent)} & {*NETWORK_MODULES} - found
+                found |= new
+                waiting += new
+    return found
 
 
 def add_code(folder: Path) -> None:
     """Makes a generator folder portable: adds the code and refers to it in model_index.json.
 
     A network from outside this package is added with the module that defines it. Raises ValueError if that module imports
-    other parts of this package than its networks.
+    other parts of this package than its networks, or another module of its folder.
     """
     index = folder / "model_index.json"
     settings = json.loads(index.read_text())
     network_class = settings["transformer"][1]
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    references = [settings["network_class"], config.get("module", "")]
-    own = {name.partition(":")[0] for name in references} - {*NETWORK_MODULES, ""}
-    network_modules = (*NETWORK_MODULES, *sorted(own))
+    plain_module = json.loads((folder / "transformer" / "config.json").read_text()).get("module_class")
+    references = [settings["network_class"], *([plain_module] if plain_module else [])]
+    needed = _with_own_imports({name.partition(":")[0] for name in references})
+    ours = [name for name in NETWORK_MODULES if name in needed]
+    source = merged_source((*ours, *sorted(needed - {*ours})))
+    if plain_module:
+        source += f"\n\nEMBEDDED_MODULES[{plain_module!r}] = {plain_module.partition(':')[2]}\n"
     (folder / "pipeline.py").write_text(merged_source(PIPELINE_MODULES))
-    (folder / "transformer" / f"{NETWORK_FILE}.py").write_text(merged_source(network_modules))
+    (folder / "transformer" / f"{NETWORK_FILE}.py").write_text(source)
     settings["_class_name"] = ["pipeline", settings["_class_name"]]
     settings["transformer"] = [NETWORK_FILE, network_class]
     index.write_text(json.dumps(settings, indent=2) + "\n")

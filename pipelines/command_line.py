@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import tyro
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.presets import PRESETS, find_preset
+from meanflow_core.presets import PRESETS, preset_config
 from pipelines.errors import InputError, RunError
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def parse_preset_command_line(
         raise SystemExit(0 if arguments else 2)
     preset = arguments[0]
     try:
-        config = find_preset(preset)()
+        config = preset_config(preset)
     except ValueError as error:
         raise InputError(str(error)) from error
     return preset, parse_command_line(

@@ -95,7 +95,18 @@ def test_every_imported_package_is_required():
 
 
 def test_command_modules_are_found():
-    commands = {"encode", "train", "evaluate", "reference", "check", "convert", "plan", "compare", "latent_cache"}
+    commands = {
+        "encode",
+        "train",
+        "evaluate",
+        "reference",
+        "check",
+        "convert",
+        "plan",
+        "compare",
+        "sweep",
+        "latent_cache",
+    }
     commands = {f"pipelines.{name}" for name in commands | {"side_by_side", "demo", "demo.images"}}
     found = command_modules()
     assert commands | {"deploy.keys", "deploy.models", "deploy.spot_notice"} <= set(found)

@@ -37,15 +37,21 @@ def _collect() -> dict[str, Preset]:
 PRESETS = _collect()
 
 
-def find_preset(name: str) -> Preset:
-    """The preset with this name, or the function that "module:function" refers to.
+def preset_config(name: str) -> TrainingConfig:
+    """The configuration of the preset with this name, or of the function that "module:function" refers to.
 
-    Raises ValueError, with the known names, for an unknown name, or for a module or function that cannot be imported.
+    Raises ValueError, with the known names, for an unknown name; if a module or function cannot be imported; or if it does
+    not return a TrainingConfig.
     """
-    if ":" in name:
-        return resolve(name)
-    if name not in PRESETS:
+    if ":" not in name and name not in PRESETS:
         raise ValueError(
             f"unknown preset {name!r}; known: {', '.join(PRESETS)}, or module:function for one of your own"
         )
-    return PRESETS[name]
+    function = PRESETS[name] if name in PRESETS else resolve(name)
+    config = function() if callable(function) else function
+    if not callable(function) or not isinstance(config, TrainingConfig):
+        raise ValueError(
+            f"a preset must be a function without arguments that returns a TrainingConfig, but {name} "
+            f"{'returns' if callable(function) else 'is'} {config!r}"
+        )
+    return config

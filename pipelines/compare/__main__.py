@@ -15,9 +15,10 @@ from pipelines.compare.job import CompareJob
 def main() -> None:
     """Runs the command."""
     job = parse_command_line(CompareJob, __doc__)
+    from pipelines.compare.report import table
     from pipelines.compare.run import compare  # imports torch and Ray
 
-    compare(job)
+    print(table(compare(job)), end="")
     print(f"report: {job.output}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.presets import find_preset
+from meanflow_core.presets import preset_config
 from pipelines.compare.job import Budget, CompareJob
 from pipelines.errors import InputError
 from pipelines.sweep.experiments import Experiment
@@ -42,7 +42,7 @@ class Entrant:
 def plan_entrants(job: CompareJob, flops_of: FlopsOf) -> list[Entrant]:
     """All methods with each budget and seed. Raises InputError for an unknown preset."""
     try:
-        configs = {name: find_preset(name)() for name in (*job.methods, job.baseline)}
+        configs = {name: preset_config(name) for name in (*job.methods, job.baseline)}
     except ValueError as error:
         raise InputError(str(error)) from error
     total_flops = job.num_steps * flops_of(configs[job.baseline])

@@ -9,7 +9,7 @@ the preset's values, as in pipelines.train.
 
 import sys
 
-from meanflow_core.presets import find_preset
+from meanflow_core.presets import preset_config
 from pipelines.command_line import parse_preset_command_line, run_command
 from pipelines.errors import InputError
 from pipelines.plan.job import PlanJob, Workload
@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, PlanJob]:
         __doc__ or "",
         lambda config: PlanJob(workload=Workload(config=config)),
     )
-    if job.epochs is not None and job.workload.config.num_steps != find_preset(preset)().num_steps:
+    if job.epochs is not None and job.workload.config.num_steps != preset_config(preset).num_steps:
         raise InputError(f"give --epochs {job.epochs:g} or --num-steps {job.workload.config.num_steps}, but not both")
     return preset, job
 

@@ -6,7 +6,8 @@ same, so the cost of a deep network is extrapolated from two or three shallow on
     # B batch, C channels, H W latent size
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -30,8 +31,13 @@ from meanflow_core.objectives.interface import build_objective
 FLOAT32_BYTES = 4
 # Samples drawn to estimate the fractions that need velocities or du/dt: enough for FLOPs within 0.2 % of the long-run mean.
 NUM_DRAWN_SAMPLES = 8192
+NUM_TRIED_SAMPLES = 8
 # Under FSDP2: the current block and the prefetched one, each with parameters and gradient.
 GATHERED_BLOCKS = 2
+
+
+class DataDependentError(ValueError):
+    """The network or the objective reads values of tensors, so it cannot run without data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +83,18 @@ class ExecutedFlops:
 def num_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
     """Number of parameters in training, including improved MeanFlow's v head.
 
-    Raises ValueError for incompatible sizes.
+    Raises ValueError for incompatible sizes, or DataDependentError.
     """
     with torch.device("meta"):
         network = build_network(config, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
     return _count(network)
+
+
+def num_sampling_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
+    """`num_parameters` without improved MeanFlow's v head."""
+    with torch.device("meta"):
+        network = build_network(config, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
+        return _count(network.for_sampling())
 
 
 def checkpoint_bytes(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
@@ -100,7 +113,7 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
 
     def count(config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode(), torch.no_grad():
-            network = build_network(config, **sizes).for_sampling()
+            network = _fake_network(config, sizes).for_sampling()
             z = torch.empty(1, in_channels, sample_size, sample_size)
             per_sample = torch.empty(1)
             guidance = (
@@ -109,7 +122,8 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
                 else {}
             )
             conditioning = Conditioning(t=per_sample, r=per_sample, labels=per_sample.long(), **guidance)
-            return _count_flops(lambda: network(z, conditioning))
+            with _without_values():
+                return _count_flops(lambda: network(z, conditioning))
 
     return float(_at_full_depth(config, count, shallow=1)[0])
 
@@ -132,7 +146,7 @@ def step_flops(
 
     num_drawn_samples: how many samples to draw as in training, to estimate the fractions with r < t and with guidance. With
     the default, 8,192, the result is within 0.2 % of the long-run mean; a single step of 256 samples differs by about 1 %.
-    Raises ValueError for incompatible sizes.
+    Raises ValueError for incompatible sizes, or DataDependentError.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     num_drawn_samples = num_drawn_samples or NUM_DRAWN_SAMPLES
@@ -142,7 +156,7 @@ def step_flops(
 
         def count(network_config: NetworkConfig) -> np.ndarray:
             with FakeTensorMode():  # not meta tensors, which have no autocast
-                network = build_network(network_config, **sizes)
+                network = _fake_network(network_config, sizes)
                 return _count_flops(lambda: _loss(network, loss, record).backward())
 
         return float(_at_full_depth(config.network, count, shallow=1)[0])
@@ -158,7 +172,7 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     Adds recomputation to `step_flops`: the separate du/dt pass under bfloat16 or activation checkpointing, and the forward
     that checkpointing repeats. The padding of the no-grad forward's batch is excluded.
 
-    Raises ValueError for incompatible sizes.
+    Raises ValueError for incompatible sizes, or DataDependentError.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     if not config.separate_derivative:  # nothing is recomputed
@@ -168,7 +182,7 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode():  # not meta tensors, which have no autocast
-            network = _fake_network(config, network_config, sizes)
+            network = _fake_network(network_config, sizes, checkpointing=config.activation_checkpointing)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
                 return _count_flops(
                     lambda: _loss(network, loss, record, separate_derivative=True).backward(),
@@ -183,6 +197,7 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
 
 def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
     """Number of forwards of the network in one pass, in the objective's longest phase."""
+    sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     calls = 0
     loss = _longest_phase(config)
 
@@ -193,10 +208,25 @@ def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: 
     shallow = config.network.with_block_counts(tuple(min(1, count) for count in config.network.block_counts))
     record = _record(loss, config.seed, config.global_batch_size)
     with FakeTensorMode():
-        network = build_network(shallow, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes)
+        network = _fake_network(shallow, sizes)
         network.register_forward_pre_hook(count)
         _loss(network, loss, record, separate_derivative=config.separate_derivative)
     return calls
+
+
+def try_step(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> None:
+    """Runs the forwards of a step of a few samples without data.
+
+    Raises ValueError if the network cannot be built, returns another shape than expected, or lacks the forward-mode AD that
+    the objective needs; DataDependentError if it cannot run without data.
+    """
+    loss = _longest_phase(config)
+    record = _record(loss, config.seed, NUM_TRIED_SAMPLES)
+    with torch.device("meta"):  # fake tensors have no forward-mode AD
+        network = build_network(
+            config.network, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes
+        )
+        _loss(network, loss, record, separate_derivative=config.separate_derivative)
 
 
 def memory_estimate(
@@ -284,10 +314,10 @@ def _at_full_depth(
     return total
 
 
-def _fake_network(config: TrainingConfig, network_config: NetworkConfig, sizes: Mapping[str, int]) -> NetworkModel:
+def _fake_network(config: NetworkConfig, sizes: Mapping[str, int], *, checkpointing: bool = False) -> NetworkModel:
     """A network for a FakeTensorMode."""
-    network = build_network(network_config, **sizes)
-    if config.activation_checkpointing:
+    network = build_network(config, **sizes)
+    if checkpointing:
         network.enable_gradient_checkpointing()
     if isinstance(network, ForwardModeNetwork):
         network.differentiate = _two_forwards
@@ -295,7 +325,7 @@ def _fake_network(config: TrainingConfig, network_config: NetworkConfig, sizes: 
 
 
 def _two_forwards(function: Callable[..., torch.Tensor], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """In place of torch.func.jvp, which fails on fake tensors: its matrix products are those of two forwards."""
+    """In place of torch.func.jvp, which fails on fake tensors. As many products, but for attention, which has a third."""
     return function(*primals), function(*primals)
 
 
@@ -316,7 +346,7 @@ def _unpadded_record(config: LossConfig, seed: int, num_samples: int) -> Any:
 
 
 def _without_data(record: Any, latent_shape: tuple[int, int, int]) -> Any:
-    """The record on fake tensors, in the caller's FakeTensorMode, with latents of another shape."""
+    """The record on tensors without data, with latents of another shape."""
     changes: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
@@ -329,20 +359,30 @@ def _without_data(record: Any, latent_shape: tuple[int, int, int]) -> Any:
 
 
 def _loss(network: NetworkModel, config: LossConfig, record: Any, *, separate_derivative: bool = False) -> torch.Tensor:
-    """The objective of a record's samples on fake tensors, in the caller's FakeTensorMode."""
+    """The objective of a record's samples on tensors without data: the caller's FakeTensorMode or meta device."""
     num_rows = len(record.mirrored)
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
-    output = build_objective(config).loss(
-        network,
-        network,
-        torch.empty(num_rows, *shape),
-        torch.empty(num_rows, dtype=torch.int64),
-        _without_data(record, shape),
-        null_label=network.config.num_classes,
-        global_num_rows=num_rows,
-        separate_derivative=separate_derivative,
-    )
+    with _without_values():
+        output = build_objective(config).loss(
+            network,
+            network,
+            torch.empty(num_rows, *shape),
+            torch.empty(num_rows, dtype=torch.int64),
+            _without_data(record, shape),
+            null_label=network.config.num_classes,
+            global_num_rows=num_rows,
+            separate_derivative=separate_derivative,
+        )
     return output.loss
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Turns the errors of reading the value of a tensor without data into a DataDependentError."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        raise DataDependentError(f"the network or the objective does not run without data: {error}") from error
 
 
 class _FlopsOfDtype(TorchDispatchMode):
@@ -421,7 +461,7 @@ def _traced_bytes(config: TrainingConfig, record: Any, sizes: Mapping[str, int])
     """
     # Fake CPU tensors: their fused attention saves the same tensors as a GPU's; meta tensors have no fused attention.
     with FakeTensorMode():
-        network = _fake_network(config, config.network, sizes).train()
+        network = _fake_network(config.network, sizes, checkpointing=config.activation_checkpointing).train()
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]

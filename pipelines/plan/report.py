@@ -7,7 +7,7 @@ from typing import Any
 
 from meanflow_core.config import DiTConfig, ImprovedDiTConfig, TrainingConfig
 from meanflow_core.networks.improved_dit import NUM_CONDITION_TOKENS
-from meanflow_core.presets import find_preset
+from meanflow_core.presets import preset_config
 from meanflow_core.training import num_passes
 from pipelines.plan.cost import (
     checkpoint_bytes,
@@ -137,7 +137,7 @@ def describe_estimate(preset: str, workload: Workload, cluster: Cluster, num_gpu
 
 def _configuration(preset: str, config: TrainingConfig) -> Lines:
     """Every field; a changed one with the preset's value."""
-    defaults = find_preset(preset)().flat()
+    defaults = preset_config(preset).flat()
 
     def show(value: Any) -> str:
         return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

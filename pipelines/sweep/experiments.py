@@ -46,15 +46,33 @@ class Experiment:
     """Experiment whose generator is the initial network."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The experiments after training."""
+
+    records: dict[str, TrainingRecord]
+    """{name: record} of those that are finished."""
+    failures: dict[str, str]
+    """{name: reason} of the others."""
+
+    def require_all(self) -> None:
+        """Raises RunError if experiments failed."""
+        if self.failures:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
+            raise RunError(
+                f"{len(self.failures)} of {len(self.failures) + len(self.records)} experiments failed ({reasons}); the same "
+                f"command keeps the others and tries these again"
+            )
+
+
 def train_experiments(
     experiments: Sequence[Experiment], common: TrainJob, parent: Run, max_concurrent: int | None = None
-) -> dict[str, TrainingRecord]:
-    """Trains the experiments that are not finished, and returns the records of all, by name.
+) -> Trained:
+    """Trains the experiments that are not finished. One that fails does not stop the others.
 
     common: the other options of every training; its storage is the folder of all runs. parent: the MLflow run that contains
     theirs. max_concurrent: trainings at a time. Default: as many as the cluster has CPUs or GPUs for.
-    Raises InputError for invalid input, RunError if experiments fail, after all others have been trained, and SystemExit
-    after SIGTERM, when the running ones have saved a checkpoint.
+    Raises InputError for invalid input, and SystemExit after SIGTERM, when the running ones have saved a checkpoint.
     """
     common = replace(with_absolute_locations(common), parent_run_id=parent.run_id)
     start_ray(needed_cpus=common.num_workers)
@@ -71,13 +89,7 @@ def train_experiments(
     if stop.is_set():
         print("stopped with checkpoints; the same command resumes from them", flush=True)
         raise SystemExit(128 + signal.SIGTERM)
-    if trainings.failures:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in trainings.failures.items())
-        raise RunError(
-            f"{len(trainings.failures)} of {len(experiments)} experiments failed ({reasons}); the same command keeps the "
-            f"others and tries these again"
-        )
-    return trainings.records
+    return Trained(trainings.records, trainings.failures)
 
 
 class _Trainings:

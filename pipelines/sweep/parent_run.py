@@ -1,7 +1,8 @@
 """The MLflow run of a whole sweep or comparison, which contains the runs of its trainings."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -9,6 +10,7 @@ from pyarrow import fs
 
 from pipelines import storage
 from pipelines.cluster import start_ray
+from pipelines.errors import InputError
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
@@ -22,7 +24,7 @@ def begin_or_resume(
     """Begins the run of the sweep in a folder, or resumes the one that the folder names.
 
     experiment: MLflow experiment. tracking_folder: where MLflow's database is unless MLFLOW_TRACKING_URI is set. Default:
-    location. Raises InputError if MLflow cannot be reached, or does not have the run.
+    location. Raises InputError if MLflow cannot be reached or does not have the run, or if the folder holds something else.
     """
     start_ray(needed_cpus=1)
     tracking_uri = resolve_tracking_uri(tracking_folder or location, sum(node["Alive"] for node in ray.nodes()))
@@ -31,6 +33,20 @@ def begin_or_resume(
         run = Run(tracking_uri, json.loads(storage.read_bytes(filesystem, f"{folder}/{FILE}"))["run_id"])
         run.resume()
         return run
+    others = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    if any(not info.base_name.startswith("mlflow") for info in others):  # MLflow's database is made first
+        raise InputError(f"{location} holds something else; choose a new folder")
     run = Run.begin(tracking_uri, experiment, folder.rpartition("/")[2], parameters, code_identity())
     storage.write_bytes(filesystem, f"{folder}/{FILE}", json.dumps({"run_id": run.run_id}).encode())
     return run
+
+
+@contextlib.contextmanager
+def ends_run(run: Run) -> Iterator[None]:
+    """Gives the run its final status at the end of the block."""
+    try:
+        yield
+    except BaseException as error:
+        run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+        raise
+    run.end("FINISHED")

@@ -78,6 +78,17 @@ def register_generator(run: Run, folder: Path, name: str, tags: Mapping[str, str
     return f"models:/{name}@{ALIAS}"
 
 
+def make_champion(run: Run, name: str, training_run_id: str) -> str:
+    """Assigns ALIAS to the newest version of a model that a training run registered, and returns the model's URI.
+
+    run: any run on the same server. Raises InputError if MLflow cannot be reached for five minutes.
+    """
+    versions = _with_retry(run, run.client.search_model_versions, f"name='{name}' and run_id='{training_run_id}'")
+    newest = max(int(version.version) for version in versions)
+    _with_retry(run, run.client.set_registered_model_alias, name, ALIAS, str(newest))
+    return f"models:/{name}@{ALIAS}"
+
+
 def _save_model(model: Model, generator: Path, folder: Path) -> None:
     """Writes a generator as an MLflow model folder, with its signature and an input example."""
     mlflow.pyfunc.save_model(

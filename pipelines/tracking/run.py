@@ -109,7 +109,10 @@ class Run:
 
     def log_dict(self, content: Mapping[str, Any], file: str) -> None:
         """Queues a dictionary for upload as a JSON artifact."""
-        text = json.dumps(content, indent=2) + "\n"
+        self.log_text(json.dumps(content, indent=2) + "\n", file)
+
+    def log_text(self, text: str, file: str) -> None:
+        """Queues a text for upload as an artifact."""
         self._outbox.put(Request(f"file {file}", partial(self.client.log_text, self.run_id, text, file)))
 
     def pending(self) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ class IntervalMetrics:
             self._sums = sums.sum(dim=0)
             self._sums[-1] = sums[0, -1]  # every rank holds the global gradient norm
 
-    def read(self, config: TrainingConfig, state: TrainState, step_flops: float) -> dict[str, float]:
+    def read(self, config: TrainingConfig, state: TrainState, step_flops: float | None) -> dict[str, float]:
         """Returns the interval's metrics, which are the same on every worker. Collective."""
         seconds = time.monotonic() - self._start_time
         sums, gradient_norm = self._sums[:-1].clone(), self._sums[-1].item()
@@ -81,7 +81,7 @@ class IntervalMetrics:
             **{f"ema_distance_{decay}": value for decay, value in relative_ema_distance(state).items()},
             "num_skipped": float(state.num_skipped),
             "images_per_second": self._num_timed_steps * config.global_batch_size / seconds,
-            "model_flops_per_second": self._num_timed_steps * step_flops / seconds,
+            **({} if step_flops is None else {"model_flops_per_second": self._num_timed_steps * step_flops / seconds}),
             "data_wait_share": data_seconds / seconds,
             "peak_memory_bytes": peak_bytes,
         }

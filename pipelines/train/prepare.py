@@ -1,17 +1,18 @@
 """Validates a job and loads its inputs before training starts. Nothing here writes to storage."""
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
 
 from meanflow_core.autoencoder import load_autoencoder, weight_hash
 from meanflow_core.networks.building import build_network
-from meanflow_core.objectives.interface import build_objective
 from meanflow_core.optimizers import build_optimizers
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.latents.cache import NO_CACHE
 from pipelines.latents.manifest import Manifest, read_manifest
+from pipelines.plan.cost import DataDependentError, try_step
 from pipelines.tracking.registry import REGISTRY_SCHEMES
 from pipelines.train import checkpoints, validation
 from pipelines.train.job import TrainJob
@@ -101,8 +102,12 @@ def _require_compatible_data(job: TrainJob, manifest: Manifest) -> None:
         validation.require_comparable(job.validation_data, manifest)
     try:
         with torch.device("meta"):
-            build_optimizers(build_network(job.config.network, **manifest.network_sizes), job.config.optimizer)
-        build_objective(job.config.loss)
+            network = build_network(job.config.network, **manifest.network_sizes)
+            if job.config.activation_checkpointing:
+                network.enable_gradient_checkpointing()
+            build_optimizers(network, job.config.optimizer)
+        with contextlib.suppress(DataDependentError):
+            try_step(job.config, **manifest.network_sizes)
     except ValueError as error:
         raise InputError(str(error)) from error
     if job.config.global_batch_size < job.num_workers:

@@ -18,11 +18,12 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from meanflow_core.autoencoder import weight_hash
+from meanflow_core.config import TrainingConfig
 from pipelines import storage
 from pipelines.cluster import choose_gpus, start_ray
 from pipelines.errors import InputError
 from pipelines.latents.manifest import Manifest
-from pipelines.plan.cost import step_flops
+from pipelines.plan.cost import DataDependentError, step_flops
 from pipelines.plan.job import Workload
 from pipelines.plan.report import describe
 from pipelines.tracking.run import Run
@@ -122,7 +123,7 @@ def _run_workers(
         run_id=run.run_id,
         stop_request=stop_request,
         initial_network=None if initial is None else ray.put(initial.network),
-        step_flops=step_flops(job.config, **manifest.network_sizes),
+        step_flops=_step_flops(job.config, manifest),
         validates=validates,
     )
     trainer = TorchTrainer(
@@ -149,6 +150,15 @@ def _run_workers(
     except TrainingFailedError as error:
         logger.error("training failed", exc_info=error)
         raise failures.as_command_error(error, job) from error
+
+
+def _step_flops(config: TrainingConfig, manifest: Manifest) -> float | None:
+    """Model FLOPs of a step; None, with a warning, if they cannot be counted without data."""
+    try:
+        return step_flops(config, **manifest.network_sizes)
+    except DataDependentError as error:
+        logger.warning("model_flops_per_second is not logged: %s", error)
+        return None
 
 
 def _require_finished(job: TrainJob, outcome: Outcome) -> None:

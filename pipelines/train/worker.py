@@ -51,8 +51,8 @@ class WorkerTask:
     """Actor that holds the driver's request to stop."""
     initial_network: ray.ObjectRef | None
     """Initial network of a warm start; ignored once there is a checkpoint."""
-    step_flops: float
-    """Floating-point operations of the model per step, over all workers."""
+    step_flops: float | None
+    """Floating-point operations of the model per step, over all workers; None if they cannot be counted."""
     validates: bool
     """Validate every checkpoint while training continues."""
 

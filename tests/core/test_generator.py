@@ -107,7 +107,7 @@ def test_generator_with_another_network_class_is_refused(pipeline, tmp_path, nam
 def test_generator_of_a_plain_module_that_cannot_be_imported_is_refused(pipeline, tmp_path):
     save_generator(pipeline, tmp_path)
     set_value(tmp_path / "model_index.json", "network_class", "meanflow_core.networks.forward_mode:ForwardModeNetwork")
-    set_value(tmp_path / "transformer" / "config.json", "module", "not_installed:Network")
+    set_value(tmp_path / "transformer" / "config.json", "module_class", "not_installed:Network")
     with pytest.raises(ValueError, match="cannot find 'not_installed:Network': No module named 'not_installed'"):
         load_pipeline(tmp_path)
 

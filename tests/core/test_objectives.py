@@ -666,3 +666,22 @@ def test_soflows_error_is_that_of_the_flow_map(network):
     for config_class in (SoFlowConfig, AlphaFlowConfig):
         output = run_loss(network, (latents, labels, record), config_class(ratio=0.05, times=EVERY))
         torch.testing.assert_close(output.squared_error, quotient.square().sum(dim=(1, 2, 3)), rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: AlphaFlowConfig(ratio=1.5), r"loss.ratio must lie in \[0, 1\], but got 1.5"),
+        (lambda: AlphaFlowConfig(steepness=0.0), "loss.steepness must be above 0, but got 0.0"),
+        (lambda: SoFlowConfig(ratio_end=0.0), "loss.ratio_end must be above 0 and at most 1, but got 0.0"),
+        (lambda: ContinuousConsistencyConfig(warmup=2.0), r"loss.warmup must lie in \[0, 1\], but got 2.0"),
+        (lambda: ContinuousConsistencyConfig(times=FLOW_MATCHING.times), "fraction_r_below_t above 0, but got 0"),
+        (lambda: DiscreteConsistencyConfig(guidance=GUIDANCE), "guidance needs samples with r = t"),
+        (lambda: DiscreteConsistencyConfig(num_stages=0), "loss.num_stages must be at least 1, but got 0"),
+        (lambda: DiffusionConfig(schedule="square"), "must be one of linear, cosine, but got 'square'"),
+        (lambda: DiffusionConfig(num_timesteps=1), "loss.num_timesteps must be at least 2, but got 1"),
+    ],
+)
+def test_invalid_settings_are_refused_with_the_reason(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()

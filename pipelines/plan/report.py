@@ -140,7 +140,7 @@ def _configuration(preset: str, config: TrainingConfig) -> Lines:
     defaults = preset_config(preset).flat()
 
     def show(value: Any) -> str:
-        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
     return [
         (name, show(value) + ("" if value == defaults[name] else f"{CHANGED}{show(defaults[name])})"))

@@ -83,7 +83,7 @@ def job(pipeline, tmp_path, image_root):
 def test_unsupported_options_are_refused_before_anything_is_written(job, pipeline, tmp_path):
     with pytest.raises(InputError, match="guidance is fixed in its weights"):
         evaluate(replace(job, guidance_scales=(2.0,)))
-    with pytest.raises(InputError, match="predicts average velocities"):
+    with pytest.raises(InputError, match="which predicts velocity, but this one predicts average velocity"):
         evaluate(replace(job, solvers=("heun",)))
     with pytest.raises(InputError, match=r"at least 20 \(2 for each of the 10 classes\), but got 19"):
         evaluate(replace(job, num_samples=19))

@@ -88,6 +88,7 @@ def test_configuration_lists_every_field_and_marks_overrides():
     shown = lines_of(dry_run(config=config), "configuration")
     assert list(shown) == ["preset", *config.flat()]
     assert shown["network.patch_size"] == "4"
+    assert shown["optimizer.learning_rate_factors"] == "none"
     assert shown["global_batch_size"] == "8    (preset: 16)"
     assert shown["ema_decays"] == "0.9 0.99    (preset: 0.9)"
 

@@ -104,8 +104,9 @@ class ForwardModeNetwork(NetworkModel):
             except RuntimeError as error:
                 if any(words in str(error) for words in _FORWARD_MODE_ERRORS):
                     raise ValueError(
-                        f"{self.config.module_class} has an operation without forward-mode AD, which du/dt needs: {error}; "
-                        "replace the operation, or make it a torch.autograd.Function with setup_context and jvp"
+                        f"{self.config.module_class} has an operation without forward-mode AD, which du/dt needs: "
+                        f"{str(error).splitlines()[0]}; replace the operation, or make it a torch.autograd.Function with "
+                        "setup_context and jvp"
                     ) from error
                 raise
         return u, dudt

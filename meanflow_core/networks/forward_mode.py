@@ -1,8 +1,8 @@
 """Trains any torch.nn.Module: du/dt by torch's forward-mode automatic differentiation.
 
 A module m(z, t, h, labels) -> (B, C, H, W), with h = t - r, becomes u(z_t, r, t, label). Its du/dt is `torch.func.jvp` in
-a no-grad forward over the rows with r < t. The training forward computes u of these rows too: three products per linear
-layer instead of the two of a network that is written on (value, tangent) pairs (`dual`).
+a no-grad forward over the rows with r < t, which takes three products per linear layer. A network that is written on
+(value, tangent) pairs (`dual`) adds one product to the training forward instead.
 
 # B batch, b samples with a tangent, C channels, H W latent size
 """

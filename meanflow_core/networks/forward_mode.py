@@ -1,8 +1,8 @@
 """Trains any torch.nn.Module: du/dt by torch's forward-mode automatic differentiation.
 
 A module m(z, t, h, labels) -> (B, C, H, W), with h = t - r, becomes u(z_t, r, t, label). Its du/dt is `torch.func.jvp` in
-a no-grad forward over the rows with r < t. The training forward computes u of these rows too: three products per linear
-layer instead of the two of a network that is written on (value, tangent) pairs (`dual`).
+a no-grad forward over the rows with r < t, which takes three products per linear layer. A network that is written on
+(value, tangent) pairs (`dual`) adds one product to the training forward instead.
 
 # B batch, b samples with a tangent, C channels, H W latent size
 """
@@ -104,8 +104,9 @@ class ForwardModeNetwork(NetworkModel):
             except RuntimeError as error:
                 if any(words in str(error) for words in _FORWARD_MODE_ERRORS):
                     raise ValueError(
-                        f"{self.config.module_class} has an operation without forward-mode AD, which du/dt needs: {error}; "
-                        "replace the operation, or make it a torch.autograd.Function with setup_context and jvp"
+                        f"{self.config.module_class} has an operation without forward-mode AD, which du/dt needs: "
+                        f"{str(error).splitlines()[0]}; replace the operation, or make it a torch.autograd.Function with "
+                        "setup_context and jvp"
                     ) from error
                 raise
         return u, dudt

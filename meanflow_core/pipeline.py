@@ -16,7 +16,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-import meanflow_core.networks.improved_dit  # noqa: F401  # diffusers finds network classes in imported modules only
+# diffusers finds network classes in imported modules only.
+import meanflow_core.networks.dit
+import meanflow_core.networks.forward_mode
+import meanflow_core.networks.improved_dit  # noqa: F401
 from meanflow_core.autoencoder import decode_latents, downsampling_factor
 from meanflow_core.formats import require_format_version
 from meanflow_core.networks.interface import Conditioning

@@ -1,4 +1,4 @@
-"""An MLP-Mixer in plain PyTorch. Training needs no more than this: du/dt comes from torch's forward-mode AD.
+"""An MLP-Mixer in plain PyTorch: training gets du/dt from torch's forward-mode AD.
 
 # B batch, C channels, H W latent size, P patch side, N tokens, D width
 """
@@ -33,21 +33,21 @@ class Block(nn.Module):
 
 
 class PlainNet(nn.Module):
-    """Maps z (B, C, H, W), t and h = t - r (B,), and class ids (B,) to u (B, C, H, W)."""
+    """The network. The data give sample_size, in_channels and num_classes; `PlainNetConfig` gives the rest."""
 
     def __init__(
-        self, sample_size: int, in_channels: int, num_classes: int, patch_size: int, width: int, depth: int
+        self, *, sample_size: int, in_channels: int, num_classes: int, patch_size: int, width: int, depth: int
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.times = mlp(4 * 16, width, width)
         self.classes = nn.Embedding(num_classes + 1, width)  # the last one is the null class
-        # Training shards and optimises the blocks of a ModuleList as such.
+        # FSDP2 shards, and Muon updates, the blocks of a ModuleList.
         self.blocks = nn.ModuleList(Block((sample_size // patch_size) ** 2, width) for _ in range(depth))
         self.pixels = nn.ConvTranspose2d(width, in_channels, patch_size, stride=patch_size)
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Computes u."""
+        """z: (B, C, H, W); t and h = t - r, float (B,); labels: class ids, int64 (B,). Returns u (B, C, H, W)."""
         frequencies = 2.0 ** torch.arange(16, device=z.device).div(4) * math.pi / 2
         angles = torch.stack([t, h], dim=1)[:, :, None] * frequencies  # (B, 2, 16)
         condition = self.times(torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)) + self.classes(labels)

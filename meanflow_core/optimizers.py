@@ -1,14 +1,17 @@
 """Optimisers by name. Each is one function of the network and the configuration; they share its learning rate schedule.
 
-A new one is a function here, or in a module of your own as "module:function". It returns one or more torch optimisers,
-which together update every parameter once.
+A new one is a function here, or in a module of your own as "module:function". It returns a list of torch optimisers, which
+together update every parameter once. Training sets the learning rate of each of their groups to the schedule's, times the
+group's "learning_rate_factor" if it has one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from meanflow_core.config import OptimizerConfig
 from meanflow_core.references import resolve
@@ -43,7 +46,7 @@ def muon(network: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimi
     others = [(name, value) for name, value in network.named_parameters() if id(value) not in chosen]
     if not matrices:
         raise ValueError("muon needs a network with linear layers, but this one has none; choose adamw")
-    first = torch.optim.Muon(
+    first = Muon(
         parameter_groups(matrices, config),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -51,6 +54,40 @@ def muon(network: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimi
         adjust_lr_fn="match_rms_adamw",
     )
     return [first, _adamw(others, network, config)] if others else [first]
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, which also updates sharded matrices as one process would.
+
+    torch's own computes on shards, with partial sums in bfloat16 that depend on the number of shards, and communicates in
+    every product. Here, each process gathers a matrix's update once and orthogonalises it alone.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
+        if not any(isinstance(value, DTensor) for group in self.param_groups for value in group["params"]):
+            super().step()
+            return
+        for group in self.param_groups:
+            for value in group["params"]:
+                if value.grad is not None:
+                    self._update_sharded(value, value.grad, group)
+
+    def _update_sharded(self, value: DTensor, gradient: DTensor, group: dict[str, Any]) -> None:
+        state = self.state[value]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        state["momentum_buffer"].lerp_(gradient, 1.0 - group["momentum"])
+        update: Any = gradient.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov's momentum
+        change = nn.Parameter(torch.zeros(value.shape, dtype=value.dtype, device=value.device))
+        change.grad = update.full_tensor()
+        names = ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
+        settings = {name: group[name] for name in names}
+        torch.optim.Muon([change], momentum=0.0, weight_decay=0.0, **settings).step()
+        whole = DTensor.from_local(change.detach(), value.device_mesh, [Replicate()] * value.device_mesh.ndim)
+        value.mul_(1.0 - group["lr"] * group["weight_decay"])
+        value.add_(whole.redistribute(placements=value.placements))  # each process takes its rows; no communication
 
 
 def _adamw(parameters: Named, network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -72,8 +109,7 @@ def _implementation(network: nn.Module) -> dict[str, bool]:
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups parameters by the factor of their learning rate: that of the first prefix of their name, else 1.
 
-    Each group has "params", "lr" and "learning_rate_factor". Raises ValueError for a prefix that matches no parameter of
-    the network, or if there are no parameters.
+    Each group has "params", "lr" and "learning_rate_factor".
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters:
@@ -93,8 +129,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], list[torch.optim.Op
 def build_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """The optimisers of a network's parameters.
 
-    Raises ValueError for an unknown optimiser, for settings that it does not take, or for a prefix in
-    learning_rate_factors that no parameter has.
+    Raises ValueError for an unknown optimiser, for settings that it does not take, for a prefix in learning_rate_factors
+    that no parameter has, or if the optimisers do not update every parameter once.
     """
     names = [name for name, _ in network.named_parameters()]
     for prefix, _ in config.learning_rate_factors:
@@ -108,4 +144,13 @@ def build_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.
             f"optimizer.name must be one of {', '.join(OPTIMIZERS)} or a module:function, but got {config.name!r}"
         )
     function = OPTIMIZERS[config.name] if config.name in OPTIMIZERS else resolve(config.name)
-    return list(function(network, config))
+    optimizers = list(function(network, config))
+    updated = Counter(
+        id(value) for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]
+    )
+    for name, value in network.named_parameters():
+        if value.requires_grad and updated[id(value)] != 1:
+            raise ValueError(
+                f"optimizer {config.name} must update every parameter once, but updates {name} {updated[id(value)]} times"
+            )
+    return optimizers

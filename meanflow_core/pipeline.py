@@ -84,6 +84,11 @@ def time_grid(num_inference_steps: int, timesteps: Sequence[float] | None = None
     return times
 
 
+def has_equal_steps(times: Sequence[float]) -> bool:
+    """Whether the times from 1 to 0 are equally spaced, but for rounding."""
+    return bool(np.allclose(times, time_grid(len(times) - 1), rtol=0.0, atol=1e-6))
+
+
 def fresh_noise(noise: torch.Tensor, step: int) -> torch.Tensor:
     """Further standard normal noise, float32 (B, C, H, W) on the CPU, for multi-step consistency sampling.
 
@@ -283,8 +288,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(
                 f"solver {solver} requires a generator that predicts velocity, but this predicts {prediction}"
             )
-        is_equal = np.allclose(times, time_grid(len(times) - 1), rtol=0.0, atol=1e-6)
-        if not self.has_any_times and not is_equal:
+        if not self.has_any_times and not has_equal_steps(times):
             raise ValueError(f"timesteps of a diffusion generator must be equally spaced, but got {times}")
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)

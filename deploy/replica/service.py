@@ -18,7 +18,7 @@ from deploy.replica.engine import BatchOptions, BatchTiming, ImageSpec
 from deploy.replica.loading import LoadedModel
 from deploy.replica.model_swap import ModelSwapper
 from deploy.settings import GENERATOR_SETTINGS, Arguments, apply_user_config
-from meanflow_core.pipeline import time_grid
+from meanflow_core.pipeline import has_equal_steps
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +163,7 @@ def find_unsupported(request: GenerationRequest, loaded: LoadedModel) -> Refusal
         param = "guidance_scale" if request.guidance_interval is None else "guidance_interval"
         message = "this model's guidance is built into its weights; omit the guidance options"
         return Refusal(status=400, code="no_guidance", param=param, message=message)
-    equal_steps = tuple(time_grid(len(request.timesteps) - 1))
-    if info.prediction == "epsilon" and tuple(request.timesteps) != equal_steps:
+    if info.prediction == "epsilon" and not has_equal_steps(request.timesteps):
         message = "this diffusion model takes equal steps only; give num_inference_steps instead of timesteps"
         return Refusal(status=400, code="unequal_timesteps", param="timesteps", message=message)
     if request.is_preview and not info.has_previews:

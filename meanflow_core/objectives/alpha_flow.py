@@ -111,7 +111,7 @@ class AlphaFlow(FlowObjective[AlphaFlowConfig]):
         )
 
     def _weight(self, squared_g: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-        """w, (B,). squared_g: ||g||^2."""
+        """w, (B,). squared_g: ||g||^2. divisor: a, or 1 where r = t."""
         return (squared_g + self.config.norm_eps / divisor.square()) ** -self.config.norm_p
 
 

@@ -95,8 +95,8 @@ def alpha_flow_b4() -> TrainingConfig:
 def soflow_b4() -> TrainingConfig:
     """SoFlow-B/4, 80 epochs at batch 256 with the authors' guidance of scale 3 below t = 0.8; no FID transcribed.
 
-    Differs from the authors' code in the times (sorted pairs here, two distributions there) and in the smooth end of the
-    guidance above t = 0.8.
+    Differs from the authors' code in the times (sorted pairs here, two distributions there), in the smooth end of the
+    guidance above t = 0.8, and in the weight of the samples with r < t, which is half as large there.
     """
     loss = SoFlowConfig(guidance=GuidanceConfig(omega=0.75, kappa=0.75, guidance_interval_end=0.8))
     return replace(b4_unguided(), loss=loss, optimizer=OptimizerConfig(beta2=0.99))

@@ -19,13 +19,13 @@ from meanflow_core.presets.demo import COMPARISON_GUIDANCE, comparison
 from meanflow_core.presets.meanflow import b4_unguided
 
 
-def _require_anchor(config: FlowLossConfig, guided: GuidedLossConfig) -> None:
+def _require_anchor(config: FlowLossConfig, *, uses_own_velocity: bool) -> None:
     fraction = config.times.fraction_r_below_t
     if fraction == 0.0:
         raise ValueError("consistency training needs loss.times.fraction_r_below_t above 0, but got 0")
-    if fraction == 1.0 and not guided.guidance.is_off:
+    if fraction == 1.0 and uses_own_velocity:
         raise ValueError(
-            "guidance needs samples with r = t, which train the velocities that it combines: set "
+            "guidance and the own velocity need samples with r = t, which train these velocities: set "
             "loss.times.fraction_r_below_t below 1, but got 1"
         )
 
@@ -54,7 +54,7 @@ class ContinuousConsistencyConfig(MeanFlowConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_anchor(self, self)
+        _require_anchor(self, uses_own_velocity=not self.guidance.is_off or self.tangent == "own_velocity")
         if not 0.0 <= self.warmup <= 1.0:
             raise ValueError(f"loss.warmup must lie in [0, 1], but got {self.warmup}")
 
@@ -97,7 +97,7 @@ class DiscreteConsistencyConfig(FlowLossConfig, GuidedLossConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_anchor(self, self)
+        _require_anchor(self, uses_own_velocity=not self.guidance.is_off)
         if self.num_stages < 1:
             raise ValueError(f"loss.num_stages must be at least 1, but got {self.num_stages}")
 

@@ -676,7 +676,7 @@ def test_soflows_error_is_that_of_the_flow_map(network):
         (lambda: SoFlowConfig(ratio_end=0.0), "loss.ratio_end must be above 0 and at most 1, but got 0.0"),
         (lambda: ContinuousConsistencyConfig(warmup=2.0), r"loss.warmup must lie in \[0, 1\], but got 2.0"),
         (lambda: ContinuousConsistencyConfig(times=FLOW_MATCHING.times), "fraction_r_below_t above 0, but got 0"),
-        (lambda: DiscreteConsistencyConfig(guidance=GUIDANCE), "guidance needs samples with r = t"),
+        (lambda: DiscreteConsistencyConfig(guidance=GUIDANCE), "guidance and the own velocity need samples with r = t"),
         (lambda: DiscreteConsistencyConfig(num_stages=0), "loss.num_stages must be at least 1, but got 0"),
         (lambda: DiffusionConfig(schedule="square"), "must be one of linear, cosine, but got 'square'"),
         (lambda: DiffusionConfig(num_timesteps=1), "loss.num_timesteps must be at least 2, but got 1"),

@@ -32,6 +32,7 @@ from pipelines import storage
 from pipelines.cluster import start_ray
 from pipelines.demo.serving import fetch, free_port, wait_until_ready
 from pipelines.errors import InputError
+from pipelines.plan.report import CHANGED
 from pipelines.train import checkpoints, stopping
 from pipelines.train.job import parse_arguments
 from pipelines.train.prepare import prepare
@@ -157,7 +158,7 @@ def test_dry_run_shows_the_settings_and_costs_of_the_experiment(finished):
     report = finished.printed["dry run"]
     assert "my_experiment:CosineMeanFlow" in report
     assert "my_network:PlainNet" in report
-    assert "0.5 (preset: 1.0)" in report
+    assert f"0.5{CHANGED}1.0)" in report
     assert "per function evaluation" in report
 
 
@@ -254,22 +255,27 @@ def test_a_run_resumes_with_the_same_settings_only(finished, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("imports", "message"),
+    ("name", "line", "message"),
     [
-        ("import meanflow_core.config", "imports meanflow_core.config, which a portable generator does not contain"),
-        ("from my_experiment import cosine", "imports my_experiment, which a portable generator does not contain"),
         (
-            "from torch import nn as Conditioning_\n\nclass Conditioning(Conditioning_.Module): ...",
-            "both define Conditioning",
+            "imports_config",
+            "import meanflow_core.config",
+            "imports meanflow_core.config, which a portable generator",
         ),
+        (
+            "imports_its_neighbour",
+            "from my_layers import Layer",
+            "imports my_layers, which a portable generator does not",
+        ),
+        ("defines_a_name_again", "class Conditioning: ...", "networks.interface and .* both define Conditioning"),
     ],
 )
-def test_network_that_is_not_in_one_module_is_not_portable(finished, tmp_path, monkeypatch, imports, message):
+def test_network_that_is_not_in_one_module_is_not_portable(finished, tmp_path, monkeypatch, name, line, message):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_experiment.py").write_text("cosine = 1")
-    (tmp_path / "my_other.py").write_text(f"{imports}\nfrom my_network import PlainNet\n")
+    (tmp_path / "my_layers.py").write_text("class Layer: ...")
+    (tmp_path / f"{name}.py").write_text(f"{line}\nfrom my_network import PlainNet\n")
     pipeline = load_pipeline(finished.folder / "runs/mine/generator")
-    pipeline.transformer.register_to_config(module_class="my_other:PlainNet")
+    pipeline.transformer.register_to_config(module_class=f"{name}:PlainNet")
     with pytest.raises(ValueError, match=message):
         save_generator(pipeline, tmp_path / "generator", portable=True)
 

@@ -108,7 +108,7 @@ class _Trainings:
         self._variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "MLFLOW_TRACKING_URI": tracking_uri}
         manifest = read_manifest(common.data)
         self._gigaflops = {
-            experiment.name: round(flops_of_step(experiment.config, manifest) * experiment.config.num_steps / 1e9)
+            experiment.name: 1 + int(flops_of_step(experiment.config, manifest) * experiment.config.num_steps / 1e9)
             for experiment in experiments
         }
         self._done = sum(self._gigaflops[name] for name in self.records)

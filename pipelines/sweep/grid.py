@@ -54,7 +54,7 @@ def expand(vary: Sequence[str], config: TrainingConfig) -> list[Variant]:
             changed = with_fields(config, changes)
         except ValueError as error:
             raise InputError(f"--vary {name}: {error}") from error
-        name = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)  # names folders and MLflow's metrics
         variants.append(Variant(name=name, values=dict(zip(values, labels, strict=True)), config=changed))
     if len({variant.name for variant in variants}) < len(variants):
         raise InputError(f"the values of a field must differ, but got {', '.join(vary)}")

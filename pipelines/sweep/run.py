@@ -1,6 +1,7 @@
 """Runs a sweep: trains and evaluates the variants, then writes their table."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ def sweep(preset: str, job: SweepJob, variants: Sequence[Variant]) -> str:
         scores = {
             name: score(record, job, f"{output}/evaluations/{name}.json") for name, record in trained.records.items()
         }
-        ranked = sorted(scores, key=lambda name: next(iter(scores[name].values())))
+        ranked = sorted(scores, key=lambda name: _rank(scores[name]))
         text = table(variants, {name: scores[name] for name in ranked}, trained.failures)
         print(text, end="")
         storage.write_bytes(*storage.open_storage(f"{output}/table.md"), text.encode())
@@ -76,6 +77,11 @@ def score(record: TrainingRecord, job: SweepJob, location: str) -> Scores:
     metrics = MlflowClient(record.tracking_uri).get_run(record.mlflow_run_id).data.metrics
     errors = [value for key, value in metrics.items() if key.startswith("validation/")]
     return {("validation_error", 0): sum(errors)} if errors else {("training_loss", 0): metrics["loss"]}
+
+
+def _rank(scores: Scores) -> float:
+    first = next(iter(scores.values()))
+    return first if math.isfinite(first) else math.inf
 
 
 def table(variants: Sequence[Variant], scores: Mapping[str, Scores], failures: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 
 from meanflow_core.config import TrainingConfig
-from meanflow_core.training import StepMetrics, TrainState, read_means, relative_ema_distance
+from meanflow_core.training import StepMetrics, TrainState, learning_rate, read_means, relative_ema_distance
 
 
 class IntervalMetrics:
@@ -77,7 +77,7 @@ class IntervalMetrics:
             "loss": float(sums[0]) / num_steps,
             **read_means(self._names, sums),
             "gradient_norm": gradient_norm / num_steps,
-            "learning_rate": state.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": learning_rate(config.optimizer, max(state.step - 1, 0), config.num_steps),
             **{f"ema_distance_{decay}": value for decay, value in relative_ema_distance(state).items()},
             "num_skipped": float(state.num_skipped),
             "images_per_second": self._num_timed_steps * config.global_batch_size / seconds,

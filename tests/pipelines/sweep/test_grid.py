@@ -29,7 +29,7 @@ def test_grid_has_all_combinations_and_their_names():
 def test_values_are_parsed_to_the_type_of_the_field(specification, field, values):
     variants = expand([specification], debug())
     assert [variant.config.flat()[field] for variant in variants] == values
-    assert not any(set("/:= ") & set(variant.name) for variant in variants)  # they name folders and metrics
+    assert not any(set("/:=+ ") & set(variant.name) for variant in variants)  # they name folders and metrics
 
 
 def test_values_that_depend_on_each_other_are_set_together():

@@ -35,33 +35,36 @@ def test_table_lists_the_best_first_and_failed_variants_last():
 @pytest.mark.cluster
 def test_sweep_keeps_the_variants_that_do_not_fail(latents, tmp_path, monkeypatch, capsys):
     options = [
-        "debug", "--data", str(latents), "--storage", str(tmp_path), "--run-name", "rates", "--cache-dir", "none",
-        "--device", "cpu", "--num-steps", "4", "--vary", "seed=0,1",
+        "debug", "--data", str(latents), "--storage", str(tmp_path), "--run-name", "names", "--cache-dir", "none",
+        "--device", "cpu", "--num-steps", "4", "--vary", "seed=3",
     ]  # fmt: skip
-    output, tracking_uri = tmp_path / "rates", f"sqlite:///{tmp_path}/mlflow.db"
+    output, client = tmp_path / "names", MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     try:
-        monkeypatch.setattr(sys, "argv", ["sweep", *options, "--vary", "optimizer.learning_rate=1e-3"])
-        command.main()
-        printed = capsys.readouterr().out
-        monkeypatch.setattr(sys, "argv", ["sweep", *options, "--vary", "optimizer.learning_rate=1e-3,1e38"])
-        with pytest.raises(RunError, match=r"2 of 4 experiments failed \(.*is not finite"):
+        monkeypatch.setattr(sys, "argv", ["sweep", *options, "--vary", "optimizer.name=adam,nowhere:make"])
+        with pytest.raises(RunError, match=r"1 of 2 experiments failed \(seed-3_name-nowhere-make: cannot find"):
             command.main()
+        record = json.loads((output / "runs/seed-3_name-adam/training.json").read_text())
+        parent = client.get_run(json.loads((output / FILE).read_text())["run_id"])
+        assert parent.info.status == "FAILED"
+        monkeypatch.setattr(sys, "argv", ["sweep", *options, "--vary", "optimizer.name=adam,muon"])
+        command.main()
     finally:
         ray.shutdown()
-    assert "| seed | optimizer.learning_rate | training loss |" in printed
-    assert len(printed.split("| 0.001 |")) == 3
-    assert (output / "table.md").read_text().count("| 1e+38 | failed |") == 2
-    for seed in (0, 1):
-        assert (output / f"runs/seed-{seed}_learning_rate-0.001/generator/model_index.json").is_file()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("| seed | optimizer.name | training loss |") == 2
+    assert lines.count("| 3 | nowhere:make | failed |") == 1
+    assert json.loads((output / "runs/seed-3_name-adam/training.json").read_text()) == record
 
-    client, parent = MlflowClient(tracking_uri), json.loads((output / FILE).read_text())["run_id"]
-    run = client.get_run(parent)
-    assert run.info.status == "FAILED"
-    assert run.data.params["preset"] == "debug"
-    losses = [run.data.metrics[f"evaluate/seed-{seed}_learning_rate-0.001/training_loss"] for seed in (0, 1)]
-    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert sorted(child.info.status for child in children) == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
-    champion = client.get_model_version_by_alias("meanflow-rates", "champion")
-    best = client.get_run(champion.run_id)
-    assert best.data.metrics["loss"] == min(losses)
-    assert best.info.run_name == f"seed-{losses.index(min(losses))}_learning_rate-0.001"
+    parent = client.get_run(parent.info.run_id)
+    assert (parent.info.status, parent.data.params["preset"]) == ("FINISHED", "debug")
+    found = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    children = {run.info.run_name: run for run in found}
+    losses = {name: run.data.metrics["loss"] for name, run in children.items()}
+    assert sorted(children) == ["seed-3_name-adam", "seed-3_name-muon"]
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+    assert {name: parent.data.metrics[f"evaluate/{name}/training_loss"] for name in losses} == losses
+    best = children[min(losses, key=losses.get)]
+    assert client.get_model_version_by_alias("meanflow-names", "champion").run_id == best.info.run_id
+    assert (
+        (output / "table.md").read_text().splitlines()[2].startswith(f"| 3 | {best.info.run_name.rpartition('-')[2]} |")
+    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed
 
-from meanflow_core.config import TimeSamplingConfig
+from meanflow_core.config import OptimizerConfig, TimeSamplingConfig
 from meanflow_core.objectives.interface import build_objective
 from meanflow_core.presets.demo import debug, debug_imf
 from meanflow_core.training import StepMetrics, build_train_state
@@ -75,6 +75,15 @@ def test_metrics_are_means_over_steps_and_samples():
     assert found["learning_rate"] == debug().optimizer.learning_rate
     assert found["num_skipped"] == 2.0
     assert found["ema_distance_0.9"] == 0.0
+
+
+def test_learning_rate_is_that_of_the_last_step_without_the_factors_of_single_parameters():
+    factors = OptimizerConfig(learning_rate=1.0, warmup_steps=4, learning_rate_factors=(("x_embedder", 0.1),))
+    config = replace(debug(), optimizer=factors)
+    trained, interval = fresh_state(config), IntervalMetrics(NAMES, CPU)
+    take_steps(trained, config, 2)
+    assert trained.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05)
+    assert interval.read(config, trained, 1.0)["learning_rate"] == 0.5
 
 
 def test_mean_of_no_samples_is_left_out():

@@ -32,6 +32,7 @@ from pipelines import storage
 from pipelines.cluster import start_ray
 from pipelines.demo.serving import fetch, free_port, wait_until_ready
 from pipelines.errors import InputError
+from pipelines.plan.report import CHANGED
 from pipelines.train import checkpoints, stopping
 from pipelines.train.job import parse_arguments
 from pipelines.train.prepare import prepare
@@ -59,7 +60,7 @@ pytestmark = pytest.mark.cluster
 def documented(block: str, *changes: tuple[str, str]) -> list[list[str]]:
     """The words of the commands of the page's block, with the options of SMALLER and other changes."""
     lines = []
-    for line in commands(f"own-experiment-{block}", PAGE):
+    for line in commands(block, PAGE):
         for before, after in (("REPOSITORY", str(REPOSITORY)), *changes):
             line = line.replace(before, after)
         words = shlex.split(line)
@@ -112,14 +113,17 @@ def finished(tmp_path_factory, image_root) -> Iterator[Finished]:
 
         start_ray(needed_cpus=3)
         try:
-            dry_run, train = documented("train")
+            dry_run, train = documented("own-experiment-train")
             printed["dry run"] = run(dry_run)
             printed["train"] = run(train)
-            again = ["other" if word == "mine" else word for word in train]
+            # Without validation, which changes nothing and would start a process for each checkpoint.
+            again = documented(
+                "own-experiment-train", ("--run-name mine", "--run-name other"), ("--validation-data held-out", "")
+            )[1]
             with interrupted("runs/other"):
                 printed["interrupted"] = run(again, expected_code=128 + signal.SIGTERM)
             printed["resumed"] = run(again)
-            [evaluate] = documented("evaluate")
+            [evaluate] = documented("own-experiment-evaluate")
             printed["evaluate"] = run(evaluate)
         finally:
             ray.shutdown()
@@ -157,7 +161,7 @@ def test_dry_run_shows_the_settings_and_costs_of_the_experiment(finished):
     report = finished.printed["dry run"]
     assert "my_experiment:CosineMeanFlow" in report
     assert "my_network:PlainNet" in report
-    assert "0.5 (preset: 1.0)" in report
+    assert f"0.5{CHANGED}1.0)" in report
     assert "per function evaluation" in report
 
 
@@ -206,7 +210,7 @@ def test_evaluation_measures_the_generator(finished):
 
 def test_endpoint_serves_the_generator(finished):
     folder = finished.folder / "runs/mine/generator"
-    words = documented("serve")[1]
+    words = documented("own-experiment-serve")[1]
     request = json.loads(words[words.index("-d") + 1])
     with in_process(Arguments(model=str(folder))) as client:
         response = client.post("/generate", json=request)
@@ -237,7 +241,9 @@ def test_generator_whose_module_is_missing_is_refused(finished, monkeypatch):
 
 def test_training_starts_from_the_generator_of_the_same_network_only(finished, monkeypatch):
     monkeypatch.chdir(finished.folder)
-    words = documented("train", ("--run-name mine", "--run-name next --init-from runs/mine/generator"))[1][3:]
+    words = documented("own-experiment-train", ("--run-name mine", "--run-name next --init-from runs/mine/generator"))[
+        1
+    ][3:]
     initial = prepare(parse_arguments(words)[1]).initial
     assert not initial.is_flow_matching
     weights = load_file(finished.folder / "runs/mine/generator/transformer/diffusion_pytorch_model.safetensors")
@@ -248,28 +254,33 @@ def test_training_starts_from_the_generator_of_the_same_network_only(finished, m
 
 def test_a_run_resumes_with_the_same_settings_only(finished, monkeypatch):
     monkeypatch.chdir(finished.folder)
-    words = [*documented("train")[1][3:], "--loss.huber", "0.5"]
+    words = [*documented("own-experiment-train")[1][3:], "--loss.huber", "0.5"]
     with pytest.raises(InputError, match=r"config.loss.huber was 1.0, is now 0.5"):
         prepare(parse_arguments(words)[1])
 
 
 @pytest.mark.parametrize(
-    ("imports", "message"),
+    ("name", "line", "message"),
     [
-        ("import meanflow_core.config", "imports meanflow_core.config, which a portable generator does not contain"),
-        ("from my_experiment import cosine", "imports my_experiment, which a portable generator does not contain"),
         (
-            "from torch import nn as Conditioning_\n\nclass Conditioning(Conditioning_.Module): ...",
-            "both define Conditioning",
+            "imports_config",
+            "import meanflow_core.config",
+            "imports meanflow_core.config, which a portable generator",
         ),
+        (
+            "imports_its_neighbour",
+            "from my_layers import Layer",
+            "imports my_layers, which a portable generator does not",
+        ),
+        ("defines_a_name_again", "class Conditioning: ...", "networks.interface and .* both define Conditioning"),
     ],
 )
-def test_network_that_is_not_in_one_module_is_not_portable(finished, tmp_path, monkeypatch, imports, message):
+def test_network_that_is_not_in_one_module_is_not_portable(finished, tmp_path, monkeypatch, name, line, message):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_experiment.py").write_text("cosine = 1")
-    (tmp_path / "my_other.py").write_text(f"{imports}\nfrom my_network import PlainNet\n")
+    (tmp_path / "my_layers.py").write_text("class Layer: ...")
+    (tmp_path / f"{name}.py").write_text(f"{line}\nfrom my_network import PlainNet\n")
     pipeline = load_pipeline(finished.folder / "runs/mine/generator")
-    pipeline.transformer.register_to_config(module_class="my_other:PlainNet")
+    pipeline.transformer.register_to_config(module_class=f"{name}:PlainNet")
     with pytest.raises(ValueError, match=message):
         save_generator(pipeline, tmp_path / "generator", portable=True)
 
@@ -343,11 +354,11 @@ def test_every_command_of_the_page_runs_as_a_process(tmp_path):
     def run(words: list[str]) -> None:
         subprocess.run(words, cwd=tmp_path, env=environment, check=True, timeout=900)
 
-    copy, *rest = documented("data")
+    copy, *rest = documented("own-experiment-data")
     run(["bash", "-c", shlex.join(copy).replace("'", "")])
     for words in rest:
         run(words)
-    dry_run, train = documented("train")
+    dry_run, train = documented("own-experiment-train")
     run(dry_run)
     train += ["--num-steps", "400"]
     first = subprocess.Popen(train, cwd=tmp_path, env=environment)
@@ -358,10 +369,10 @@ def test_every_command_of_the_page_runs_as_a_process(tmp_path):
     run([word.replace("mine", "whole") for word in train])
     ours, theirs = (last_checkpoint(tmp_path / "runs" / name) for name in ("mine", "whole"))
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    run(documented("evaluate")[0])
+    run(documented("own-experiment-evaluate")[0])
 
     port = free_port(8000)
-    serve, curl = documented("serve")
+    serve, curl = documented("own-experiment-serve")
     with subprocess.Popen(serve, cwd=tmp_path, env=environment, start_new_session=True) as server:
         try:
             wait_until_ready(f"http://127.0.0.1:{port}", server)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.compare.job import BUDGET_TITLES, TITLES, Budget, CompareJob
+from pipelines.compare.job import BUDGET_TITLES, TITLES, Budget
 from pipelines.compare.plan import Entrant
 
 Reports = Mapping[str, Sequence[Mapping[str, Any]]]  # name of an experiment -> its evaluations' reports
@@ -46,13 +46,11 @@ def collect_results(entrants: Sequence[Entrant], reports: Reports) -> list[dict[
 def curves_of(report: Mapping[str, Any], budget: Budget) -> dict[str, list[dict[str, Any]]]:
     """{title: results in order of NFE} of a budget: one curve per method, and one more per further solver."""
     curves: dict[str, list[dict[str, Any]]] = {}
-    solvers = {result["method"]: set[str]() for result in report["results"]}
-    for result in report["results"]:
-        solvers[result["method"]].add(result["solver"])
+    with_heun = {result["method"] for result in report["results"] if result["solver"] == "heun"}
     for result in report["results"]:
         if result["budget"] == budget:
             title = title_of(result["method"])
-            if len(solvers[result["method"]]) > 1:
+            if result["method"] in with_heun:
                 title = f"{title}, {result['solver'].capitalize()}"
             curves.setdefault(title, []).append(result)
     return curves
@@ -146,9 +144,3 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
         return "—"
     mean, low, high = (f"{value[key]:.{digits}f}" for key in ("mean", "min", "max"))
     return mean if low == high else f"{mean} ({low}–{high})"
-
-
-def settings_of(job: CompareJob) -> dict[str, Any]:
-    """The job's entries in the report."""
-    names = ("methods", "baseline", "from_baseline", "seeds", "num_steps", "budgets", "num_samples")
-    return {**{name: getattr(job, name) for name in names}, "nfe": sorted(job.nfe)}

@@ -1,8 +1,7 @@
 """The MLflow run of a whole sweep or comparison, which contains the runs of its trainings."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -39,14 +38,3 @@ def begin_or_resume(
     run = Run.begin(tracking_uri, experiment, folder.rpartition("/")[2], parameters, code_identity())
     storage.write_bytes(filesystem, f"{folder}/{FILE}", json.dumps({"run_id": run.run_id}).encode())
     return run
-
-
-@contextlib.contextmanager
-def ends_run(run: Run) -> Iterator[None]:
-    """Gives the run its final status at the end of the block."""
-    try:
-        yield
-    except BaseException as error:
-        run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
-        raise
-    run.end("FINISHED")

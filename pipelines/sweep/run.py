@@ -1,6 +1,5 @@
 """Runs a sweep: trains and evaluates the variants, then writes their table."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,11 +13,9 @@ from pipelines.sweep.evaluations import evaluate_once
 from pipelines.sweep.experiments import Experiment, train_experiments
 from pipelines.sweep.grid import Variant
 from pipelines.sweep.job import SweepJob
-from pipelines.sweep.parent_run import begin_or_resume, ends_run
+from pipelines.sweep.parent_run import begin_or_resume
 from pipelines.tracking.registry import make_champion
 from pipelines.train.record import TrainingRecord
-
-logger = logging.getLogger(__name__)
 
 Scores = dict[tuple[str, int], float]  # {(metric, number of sampling steps or 0): value}; the first one ranks
 
@@ -35,7 +32,7 @@ def sweep(preset: str, job: SweepJob, variants: Sequence[Variant]) -> str:
     parameters = {"preset": preset, "vary": " ".join(job.vary), "data": storage.redact(job.train.data)}
     experiments = [Experiment(name=variant.name, preset=preset, config=variant.config) for variant in variants]
     run = begin_or_resume(output, job.train.experiment, parameters, folder)
-    with ends_run(run):
+    with run.ends():
         trained = train_experiments(experiments, common, run, job.max_concurrent)
         scores = {
             name: score(record, job, f"{output}/evaluations/{name}.json") for name, record in trained.records.items()

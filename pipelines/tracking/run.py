@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -139,6 +139,16 @@ class Run:
         """
         self._put_status(status, partial(self.client.set_terminated, self.run_id, status, end_time=now_ms()))
         self.flush(patience_seconds)
+
+    @contextlib.contextmanager
+    def ends(self) -> Iterator[None]:
+        """Ends the run with the block: FINISHED, KILLED after a stop or an interrupt, FAILED after any other exception."""
+        try:
+            yield
+        except BaseException as error:
+            self.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+            raise
+        self.end("FINISHED")
 
     def system_metrics(self, node_id: str) -> SystemMetrics:
         """A context manager that logs this machine's CPU, memory, disk, network and GPU usage. Call `flush` after it."""

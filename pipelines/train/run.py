@@ -61,7 +61,7 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
         initial = reload_initial_network(job, manifest, record)
         record = replace(record, tracking_uri=tracking_uri)
         run = resume_run(record)
-    try:
+    with run.ends():
         logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
         for key, value in job.config.flat().items():
             logger.info("  %s = %s", key, value)
@@ -72,12 +72,7 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
         checkpoint, step = result.checkpoint, result.return_value.step
         assert checkpoint is not None, "the last step always saves a checkpoint"
         training = FinishedTraining(job=job, preset=preset, manifest=manifest, checkpoint=checkpoint, step=step)
-        record = _publish(training, run, record, is_validated=validates)
-    except BaseException as error:
-        run.end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
-        raise
-    run.end("FINISHED")
-    return record
+        return _publish(training, run, record, is_validated=validates)
 
 
 def dry_run(preset: str, job: TrainJob) -> str:

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from meanflow_core.presets import preset_config
 from pipelines.compare.job import TITLES, CompareJob
 from pipelines.compare.plan import distinct_experiments, plan_entrants, with_num_steps
 from pipelines.compare.plots import plot_quality, plot_samples
-from pipelines.compare.report import collect_results, findings, settings_of, table
+from pipelines.compare.report import collect_results, findings, table
 from pipelines.compare.run import REPORT_FILES, compare
 from pipelines.compare.velocity_figure import draw_velocities
 from pipelines.demo.judge import SHIPPED_JUDGE
@@ -83,7 +83,7 @@ def report(job):
     costs = {"step_flops": 1e9, "seconds_per_step": 0.5, "num_parameters": 2_000_000}
     costs |= {"num_parameters_sampling": 1_500_000, "milliseconds_per_image": {"1": 3.0, "2": 9.0}}
     return {
-        **settings_of(job),
+        **asdict(job),
         "distance": "Fréchet distance (judge)",
         "held_out": {"frechet": 0.1, "accuracy": 0.99},
         "reconstruction": {"frechet": 0.2, "accuracy": 0.98},

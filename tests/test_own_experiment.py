@@ -32,7 +32,9 @@ from pipelines import storage
 from pipelines.cluster import start_ray
 from pipelines.demo.serving import fetch, free_port, wait_until_ready
 from pipelines.errors import InputError
+from pipelines.plan.__main__ import parse_arguments as parse_plan
 from pipelines.plan.report import CHANGED
+from pipelines.plan.run import plan
 from pipelines.train import checkpoints, stopping
 from pipelines.train.job import parse_arguments
 from pipelines.train.prepare import prepare
@@ -163,6 +165,11 @@ def test_dry_run_shows_the_settings_and_costs_of_the_experiment(finished):
     assert "my_network:PlainNet" in report
     assert f"0.5{CHANGED}1.0)" in report
     assert "per function evaluation" in report
+
+
+def test_plan_estimates_the_experiment(finished):
+    report = plan(*parse_plan(["my_experiment:cosine", "--gpus", "8"]))
+    assert "Estimate: my_experiment:cosine on 8 GPUs" in report
 
 
 def test_training_validates_publishes_and_registers_the_experiment(finished):

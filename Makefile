@@ -1,6 +1,6 @@
 # make demo    from nothing to a served one-step image, on a laptop
 # make test    lint, types, import contracts, tests
-# make compare ten training methods side by side, three seeds each; some hours on 2 cores
+# make compare ten objectives side by side; some hours on 2 cores, and it goes on where it was cut short
 # make env     only the environment;   make lint, make soak, make soak-deps, make bench, make lock: see README.md
 
 PYTHON ?= python3

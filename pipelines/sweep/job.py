@@ -29,7 +29,8 @@ class SweepJob:
     """Runs at a time. Default: as many as the cluster has GPUs or CPUs for."""
     reference: str | None = None
     """Reference statistics of real images, from pipelines.reference. Every generator is evaluated against them. Without them,
-    the variants are sorted by the validation error, or else by the last training loss."""
+    the variants are sorted by their squared errors on --validation-data, or else by the last ones in training; these are
+    comparable only if the variants have the same objective."""
     extractor: str = "inception"
     """Feature extractor of the reference: as in pipelines.evaluate."""
     steps: tuple[int, ...] = (1,)

@@ -56,7 +56,7 @@ def sweep(preset: str, job: SweepJob, variants: Sequence[Variant]) -> str:
 
 
 def score(record: TrainingRecord, job: SweepJob, location: str) -> Scores:
-    """The distances of a generator at each number of steps. Without a reference, its validation error or training loss."""
+    """The distances of a generator at each number of steps. Without a reference, the sum of its squared errors."""
     if job.reference is not None:
         evaluation = EvaluateJob(
             output=Path(),
@@ -75,8 +75,12 @@ def score(record: TrainingRecord, job: SweepJob, location: str) -> Scores:
             if key in entry
         }
     metrics = MlflowClient(record.tracking_uri).get_run(record.mlflow_run_id).data.metrics
-    errors = [value for key, value in metrics.items() if key.startswith("validation/")]
-    return {("validation_error", 0): sum(errors)} if errors else {("training_loss", 0): metrics["loss"]}
+    is_validated = any(key.startswith("validation/") for key in metrics)
+    prefix = "validation/" if is_validated else ""
+    shown = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    # Not the loss, whose adaptive weight makes it nearly constant; nor the errors by time, whose names have a slash.
+    errors = [value for key, value in shown.items() if key.startswith("squared_error") and "/" not in key]
+    return {("validation_error" if is_validated else "training_error", 0): sum(errors or [metrics["loss"]])}
 
 
 def _rank(scores: Scores) -> float:

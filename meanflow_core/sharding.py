@@ -11,8 +11,8 @@ from torch.torch_version import TorchVersion
 
 from meanflow_core.networks.interface import NetworkModel
 
-# In older releases, forward-mode AD fails in FSDP2's hooks (pytorch#182641). Our derivatives are ordinary tensors (see
-# `networks.dual`), but tests compare them with torch.func.jvp.
+# In older releases, forward-mode AD fails in FSDP2's hooks (pytorch#182641). `networks.forward_mode` uses it; the derivatives
+# of `networks.dual` are ordinary tensors.
 OLDEST_TORCH = "2.13"
 
 

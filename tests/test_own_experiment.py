@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from deploy.settings import Arguments
+from meanflow_core.checkpoint import save_train_state
 from meanflow_core.config import NetworkConfig
 from meanflow_core.generator import load_pipeline, save_generator
 from meanflow_core.presets import preset_config
@@ -40,6 +41,7 @@ from tests.support.api import pixels
 from tests.support.endpoint import in_process
 from tests.support.latents import encode_demo_images
 from tests.support.readme import REPOSITORY, commands
+from tests.support.training_checkpoints import differing, train_in_this_process
 from tests.support.training_jobs import job_with_data, with_config
 from tests.support.waiting import wait_until
 
@@ -70,7 +72,7 @@ def documented(block: str, *changes: tuple[str, str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Finished:
-    """The page's commands up to evaluate, and a run that was interrupted and resumed."""
+    """The page's commands up to evaluate. The training was interrupted and resumed."""
 
     folder: Path
     printed: dict[str, str]
@@ -115,14 +117,9 @@ def finished(tmp_path_factory, image_root) -> Iterator[Finished]:
         try:
             dry_run, train = documented("own-experiment-train")
             printed["dry run"] = run(dry_run)
+            with interrupted("runs/mine"):
+                printed["interrupted"] = run(train, expected_code=128 + signal.SIGTERM)
             printed["train"] = run(train)
-            # Without validation, which changes nothing and would start a process for each checkpoint.
-            again = documented(
-                "own-experiment-train", ("--run-name mine", "--run-name other"), ("--validation-data held-out", "")
-            )[1]
-            with interrupted("runs/other"):
-                printed["interrupted"] = run(again, expected_code=128 + signal.SIGTERM)
-            printed["resumed"] = run(again)
             [evaluate] = documented("own-experiment-evaluate")
             printed["evaluate"] = run(evaluate)
         finally:
@@ -183,23 +180,25 @@ def test_training_validates_publishes_and_registers_the_experiment(finished):
     assert history[-1].value < history[0].value
 
 
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
     with checkpoints.committed(*storage.open_storage(str(run))).latest.as_directory() as folder:
-        files = sorted(Path(folder).glob("*.safetensors"))
-        return {name: value for file in files for name, value in load_file(file).items()}
+        return tensors_in(Path(folder))
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(finished):
+def test_an_interrupted_run_resumes_bit_for_bit(finished, tmp_path):
     assert "with a checkpoint; the same command resumes from it" in finished.printed["interrupted"]
     stopped_at = int(finished.printed["interrupted"].split("stopped at step ")[1].split()[0])
     assert 1 <= stopped_at < 30
-    runs = finished.folder / "runs"
-    ours, theirs = last_checkpoint(runs / "other"), last_checkpoint(runs / "mine")
-    assert ours.keys() == theirs.keys()
+    config = parse_arguments(documented("own-experiment-train")[1][3:])[1].config
+    whole = train_in_this_process(finished.folder / "latents", config, num_threads=1)
+    save_train_state(whole.state, config, tmp_path)
+    ours, theirs = last_checkpoint(finished.folder / "runs/mine"), tensors_in(tmp_path)
     assert any("momentum_buffer" in name for name in ours)  # Muon's
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    weights = "generator/transformer/diffusion_pytorch_model.safetensors"
-    assert (runs / "other" / weights).read_bytes() == (runs / "mine" / weights).read_bytes()
+    assert differing(ours, theirs) == []
 
 
 def test_evaluation_measures_the_generator(finished):
@@ -360,6 +359,7 @@ def test_every_command_of_the_page_runs_as_a_process(tmp_path):
         run(words)
     dry_run, train = documented("own-experiment-train")
     run(dry_run)
+    run(["python", "-m", "pipelines.plan", "my_experiment:cosine", "--gpus", "8"])
     train += ["--num-steps", "400"]
     first = subprocess.Popen(train, cwd=tmp_path, env=environment)
     wait_until(lambda: list(tmp_path.glob("runs/mine/checkpoint_*")) or first.poll() is not None, 600)
@@ -367,8 +367,7 @@ def test_every_command_of_the_page_runs_as_a_process(tmp_path):
     assert first.wait(120) == 128 + signal.SIGTERM
     run(train)
     run([word.replace("mine", "whole") for word in train])
-    ours, theirs = (last_checkpoint(tmp_path / "runs" / name) for name in ("mine", "whole"))
-    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert differing(*(last_checkpoint(tmp_path / "runs" / name) for name in ("mine", "whole"))) == []
     run(documented("own-experiment-evaluate")[0])
 
     port = free_port(8000)

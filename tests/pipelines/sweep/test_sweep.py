@@ -37,6 +37,7 @@ def test_table_lists_the_best_first_and_failed_variants_last():
     ]
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_sweep_keeps_the_variants_that_do_not_fail(latents, tmp_path, monkeypatch, capsys):
     options = [

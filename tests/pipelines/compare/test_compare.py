@@ -218,6 +218,7 @@ def times_of_writing(job):
     return {str(path.relative_to(job.output)): path.stat().st_mtime_ns for path in files}
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 @pytest.mark.usefixtures("_cluster")
 def test_comparison_of_one_method_writes_its_report(job):

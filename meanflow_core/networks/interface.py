@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, Self
@@ -13,7 +14,26 @@ from diffusers import ConfigMixin, ModelMixin
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditioning:
+class TensorFields:
+    """Base of dataclasses whose fields are tensors, other such dataclasses, or None."""
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Applies a function to every tensor."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, TensorFields):
+                return value.map(function)
+            return None if value is None else function(value)
+
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device: torch.device) -> Self:
+        """Copies every tensor to `device`."""
+        return self.map(lambda value: value.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning(TensorFields):
     """Conditioning inputs."""
 
     t: torch.Tensor
@@ -31,8 +51,7 @@ class Conditioning:
 
     def rows(self, index: torch.Tensor) -> "Conditioning":
         """Selects rows by an int64 index (b,)."""
-        inputs = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value[index] for name, value in inputs.items() if value is not None})
+        return self.map(lambda value: value[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +64,12 @@ class NetworkOutput:
     """(B, C, H, W): instantaneous velocity at t, if the network has a v head."""
     dudt: torch.Tensor | None = None
     """(b, C, H, W), without a graph: du/dt of the first b rows, if a tangent was given."""
+
+    @property
+    def average_velocity(self) -> torch.Tensor:
+        """(B, C, H, W): u, of a forward without velocity_only."""
+        assert self.u is not None, "a network returns u unless velocity_only is set"
+        return self.u
 
     @property
     def velocity(self) -> torch.Tensor:

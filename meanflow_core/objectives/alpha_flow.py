@@ -16,36 +16,12 @@ Source: Zhang et al. 2025, arXiv 2510.20771; Luo et al. 2025, arXiv 2512.15657.
 
 import torch
 
-from meanflow_core.networks.interface import Conditioning, Network
+from meanflow_core.networks.interface import Network
 from meanflow_core.objectives import guidance
-from meanflow_core.objectives.flow import FlowObjective, LossOutput, forward_with_derivative
+from meanflow_core.objectives.flow import FlowObjective, LossOutput, average_velocity_below, forward_with_derivative
 from meanflow_core.objectives.guidance import per_sample
 from meanflow_core.objectives.row_plan import StepRecord
 from meanflow_core.presets.alpha_flow import AlphaFlowConfig
-
-
-def velocity_at_earlier_time(
-    network: Network,
-    z: torch.Tensor,
-    velocity: torch.Tensor,
-    conditioning: Conditioning,
-    record: StepRecord,
-    ratio: float,
-) -> torch.Tensor:
-    """u(z_s, r, s) of the rows with r < t, from one no-grad forward; (B, C, H, W), zero in the others.
-
-    velocity: (B, C, H, W), the guided velocity of the rows with r < t.
-    """
-    below = record.plan.below
-    # Never an empty batch: under FSDP, a rank without rows r < t must make the same calls as the others.
-    rows = below if len(below) else record.plan.ordered[:1]
-    selected = conditioning.rows(rows)
-    step = ratio * (selected.t - selected.r)
-    inputs = Conditioning(t=selected.t - step, r=selected.r, labels=selected.labels)
-    with torch.no_grad():
-        u = network(z[rows] - per_sample(step, z) * velocity[rows], inputs).u
-    assert u is not None, "a network must return u unless velocity_only is set"
-    return torch.zeros_like(z).index_copy(0, below, u.to(z.dtype)[: len(below)])
 
 
 class AlphaFlow(FlowObjective[AlphaFlowConfig]):
@@ -64,7 +40,7 @@ class AlphaFlow(FlowObjective[AlphaFlowConfig]):
         separate_derivative: bool = False,
     ) -> LossOutput:
         """See `Objective.loss`. The configuration must be the one of a step, `LossConfig.at`."""
-        guidance.check_labels(labels, record)
+        guidance.check_batch(latents, labels, record)
         config, a = self.config, self.config.ratio
         assert a is not None, "the ratio depends on the step: build the objective from config.loss_at(step)"
         t, r = per_sample(record.draws.t, latents), per_sample(record.draws.r, latents)
@@ -72,7 +48,7 @@ class AlphaFlow(FlowObjective[AlphaFlowConfig]):
         conditioning = record.draws.conditioning(labels, null_label)
         # Velocities. For samples with r = t, the conditional one is still missing.
         missing = guidance.missing_velocities(network, z, labels, record, null_label)
-        direction = guidance.guided_velocity(v_sample, missing, record.weights)
+        direction = guidance.guided_velocity(v_sample, missing, record)
         # The network at the earlier time, or the derivative
         dudt = u_earlier = torch.zeros_like(z)
         if a == 0.0:
@@ -81,13 +57,12 @@ class AlphaFlow(FlowObjective[AlphaFlowConfig]):
             )
         else:
             if a < 1.0:
-                u_earlier = velocity_at_earlier_time(network, z, direction, conditioning, record, a)
+                s, z_s = record.draws.t - a * (record.draws.t - record.draws.r), z - a * (t - r) * direction
+                u_earlier = average_velocity_below(network, z_s, s, record.draws.r, conditioning.labels, record)
             output = training_network(z, conditioning)
-        assert output.u is not None, "a network must return u unless velocity_only is set"
-        u = output.u.to(z.dtype)
+        u = output.average_velocity.to(z.dtype)
         # Target
-        velocities = guidance.complete_velocities(missing, output, record)
-        v_guided = guidance.guided_velocity(v_sample, velocities, record.weights)
+        v_guided = guidance.guided_velocity(v_sample, missing, record, output)
         if a == 0.0:
             target = v_guided - (t - r) * dudt
         else:

@@ -21,10 +21,10 @@ Source: Lu and Song 2024, arXiv 2410.11081; Geng et al. 2024, arXiv 2406.14548; 
 
 import torch
 
-from meanflow_core.networks.interface import Conditioning, Network
+from meanflow_core.networks.interface import Network
 from meanflow_core.objectives import guidance
 from meanflow_core.objectives.draws import r_below_t_mask
-from meanflow_core.objectives.flow import FlowObjective, LossOutput
+from meanflow_core.objectives.flow import FlowObjective, LossOutput, average_velocity_below
 from meanflow_core.objectives.guidance import per_sample
 from meanflow_core.objectives.meanflow import MeanFlow
 from meanflow_core.objectives.row_plan import StepRecord
@@ -86,23 +86,23 @@ class DiscreteConsistency(FlowObjective[DiscreteConsistencyConfig]):
         separate_derivative: bool = False,
     ) -> LossOutput:
         """See `Objective.loss`. The configuration must be the one of a step, `LossConfig.at`."""
-        guidance.check_labels(labels, record)
+        guidance.check_batch(latents, labels, record)
         config, stage, t = self.config, self.config.stage, record.draws.t
         assert stage is not None, "the stage depends on the step: build the objective from config.loss_at(step)"
         z, v_sample = guidance.noisy_latents(latents, record)
         conditioning = record.draws.conditioning(labels, null_label)
         # Velocities. For samples with r = t, the conditional one is still missing.
         missing = guidance.missing_velocities(network, z, labels, record, null_label)
-        direction = guidance.guided_velocity(v_sample, missing, record.weights)
+        direction = guidance.guided_velocity(v_sample, missing, record)
         # The image as predicted from the previous time
         s = previous_time(t, stage)
-        image = _predict_image(network, z - per_sample(t - s, z) * direction, s, conditioning, record)
+        z_s = z - per_sample(t - s, z) * direction
+        u_s = average_velocity_below(network, z_s, s, torch.zeros_like(s), conditioning.labels, record)
+        image = z_s - per_sample(s, z) * u_s
         output = training_network(z, conditioning)
-        assert output.u is not None, "a network must return u unless velocity_only is set"
-        u = output.u.to(z.dtype)
+        u = output.average_velocity.to(z.dtype)
         # Target: the u whose prediction is that image, or the velocity
-        velocities = guidance.complete_velocities(missing, output, record)
-        v_guided = guidance.guided_velocity(v_sample, velocities, record.weights)
+        v_guided = guidance.guided_velocity(v_sample, missing, record, output)
         is_below = record.draws.r < t
         target = torch.where(per_sample(is_below, z), (z - image) / per_sample(t, z), v_guided)
         # Weight: f(z_t, t) - image = -t (u - target)
@@ -120,18 +120,3 @@ class DiscreteConsistency(FlowObjective[DiscreteConsistencyConfig]):
             tangent=direction[record.plan.below],
             dudt=torch.zeros_like(z),
         )
-
-
-def _predict_image(
-    network: Network, z: torch.Tensor, s: torch.Tensor, conditioning: Conditioning, record: StepRecord
-) -> torch.Tensor:
-    """f(z_s, s) of the rows with r < t, from one no-grad forward; (B, C, H, W), zero in the others."""
-    below = record.plan.below
-    # Never an empty batch: under FSDP, a rank without rows r < t must make the same calls as the others.
-    rows = below if len(below) else record.plan.ordered[:1]
-    inputs = Conditioning(t=s[rows], r=torch.zeros_like(s[rows]), labels=conditioning.labels[rows])
-    with torch.no_grad():
-        u = network(z[rows], inputs).u
-    assert u is not None, "a network must return u unless velocity_only is set"
-    image = z[rows] - per_sample(s[rows], z) * u.to(z.dtype)
-    return torch.zeros_like(z).index_copy(0, below, image[: len(below)])

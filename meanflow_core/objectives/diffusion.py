@@ -75,18 +75,15 @@ class Diffusion(PlannedObjective[DiffusionConfig]):
         separate_derivative: bool = False,
     ) -> Loss:
         """See `Objective.loss`."""
-        guidance.check_labels(labels, record)
-        guidance.check_latents(latents, record)
+        guidance.check_batch(latents, labels, record)
         draws = record.draws
         level = (draws.t * self.config.num_timesteps).round().long() - 1
         alpha = per_sample(self._alphas_cumprod.to(latents.device)[level], latents).to(latents.dtype)
         z = alpha.sqrt() * latents + (1.0 - alpha).sqrt() * draws.noise
         missing = guidance.missing_velocities(network, z, labels, record, null_label)
         output = training_network(z, draws.conditioning(labels, null_label))
-        assert output.u is not None, "a network must return u unless velocity_only is set"
-        predictions = guidance.complete_velocities(missing, output, record)
-        target = guidance.guided_velocity(draws.noise, predictions, record.weights)
-        squared_error = guidance.squared_norm(output.u.to(z.dtype) - target)
+        target = guidance.guided_velocity(draws.noise, missing, record, output)
+        squared_error = guidance.squared_norm(output.average_velocity.to(z.dtype) - target)
         detached = squared_error.detach()
         return Loss(
             loss=squared_error.sum() / (global_num_rows * latents[0].numel()),

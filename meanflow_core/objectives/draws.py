@@ -5,21 +5,21 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import torch
 
 from meanflow_core.config import GuidanceSamplingConfig, ImprovedMeanFlowConfig, LossConfig, TimeSamplingConfig
-from meanflow_core.networks.interface import Conditioning
+from meanflow_core.networks.interface import Conditioning, TensorFields
 
 GUIDANCE_INPUTS = ("omega", "guidance_interval_start", "guidance_interval_end")
 VECTORS = ("t", "r", "label_dropped", "mirrored", *GUIDANCE_INPUTS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepDraws:
+class StepDraws(TensorFields):
     """All random draws of some samples of a step."""
 
     t: torch.Tensor
@@ -43,15 +43,7 @@ class StepDraws:
 
     def rows(self, start: int, stop: int) -> "StepDraws":
         """The draws of samples start to stop - 1, for one worker or one micro-batch."""
-        return self._map(lambda value: value[start:stop])
-
-    def to(self, device: torch.device) -> "StepDraws":
-        """Copies every tensor to `device`."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "StepDraws":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+        return self.map(lambda value: value[start:stop])
 
     def conditioning(self, labels: torch.Tensor, null_label: int) -> Conditioning:
         """The network's inputs besides z_t. labels: int64 (B,), before null_label replaces the dropped ones."""

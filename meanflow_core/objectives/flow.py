@@ -77,8 +77,7 @@ def forward_with_derivative(
     """
     below, derivative = record.plan.below, None
     if separate:
-        # Never an empty batch: under FSDP, a rank without samples r < t must make the same calls as the others.
-        rows = below if len(below) else record.plan.ordered[:1]
+        rows = record.plan.below_or_one
         derivative = total_derivative(network, z[rows], conditioning.rows(rows), direction[rows])[: len(below)]
     if separate or len(below) == 0:
         output = training_network(z, conditioning)
@@ -89,6 +88,19 @@ def forward_with_derivative(
     if derivative is not None:
         dudt = dudt.index_copy(0, below, derivative.to(z.dtype))
     return output, dudt
+
+
+@torch.no_grad()
+def average_velocity_below(
+    network: Network, z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, labels: torch.Tensor, record: StepRecord
+) -> torch.Tensor:
+    """u(z, r, t) of the samples with r < t, from one no-grad forward; (B, C, H, W), zero for the others.
+
+    z, t, r and labels are of all samples. t and r may differ from the record's.
+    """
+    below, rows = record.plan.below, record.plan.below_or_one
+    u = network(z[rows], Conditioning(t=t[rows], r=r[rows], labels=labels[rows])).average_velocity
+    return torch.zeros_like(z).index_copy(0, below, u.to(z.dtype)[: len(below)])
 
 
 Config = TypeVar("Config", bound=LossConfig)

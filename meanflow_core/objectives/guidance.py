@@ -16,7 +16,7 @@ import torch
 from meanflow_core.config import GuardConfig
 from meanflow_core.networks.interface import Conditioning, Network, NetworkOutput
 from meanflow_core.objectives.interface import Mean
-from meanflow_core.objectives.row_plan import GuidanceWeights, StepRecord
+from meanflow_core.objectives.row_plan import StepRecord
 
 NUM_BINS = 10
 NORMALIZATION_CONSTANT = 0.1  # Source: Lu and Song 2024 (sCM), Section 4.1
@@ -37,24 +37,18 @@ def per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def noisy_latents(latents: torch.Tensor, record: StepRecord) -> tuple[torch.Tensor, torch.Tensor]:
-    """z_t and v_t, each (B, C, H, W). Raises ValueError if the record is for another batch."""
-    check_latents(latents, record)
+    """z_t and v_t, each (B, C, H, W)."""
     draws = record.draws
     t = per_sample(draws.t, latents)
     return (1.0 - t) * latents + t * draws.noise, draws.noise - latents
 
 
-def check_latents(latents: torch.Tensor, record: StepRecord) -> None:
-    """Raises ValueError unless the latents have the shape of the record's noise."""
-    expected = record.draws.noise.shape
-    if latents.shape != expected:
-        raise ValueError(f"the record is for latents {tuple(expected)}, but got {tuple(latents.shape)}")
-
-
-def check_labels(labels: torch.Tensor, record: StepRecord) -> None:
-    """Raises ValueError unless there is one label per row of the record."""
-    if labels.shape != record.draws.t.shape:
-        raise ValueError(f"the record is for labels {tuple(record.draws.t.shape)}, but got {tuple(labels.shape)}")
+def check_batch(latents: torch.Tensor, labels: torch.Tensor, record: StepRecord) -> None:
+    """Raises ValueError unless latents and labels have the shapes of the record's noise and times."""
+    draws = record.draws
+    for name, values, expected in (("latents", latents, draws.noise.shape), ("labels", labels, draws.t.shape)):
+        if values.shape != expected:
+            raise ValueError(f"the record is for {name} {tuple(expected)}, but got {tuple(values.shape)}")
 
 
 @torch.no_grad()
@@ -84,19 +78,21 @@ def missing_velocities(
     return Velocities(zeros.index_copy(0, plan.conditional, conditional), zeros.index_copy(0, plan.null, null))
 
 
-def complete_velocities(missing: Velocities, output: NetworkOutput, record: StepRecord) -> Velocities:
-    """Takes the other conditional velocities from the training forward, whose v is the velocity in rows with r = t.
+def guided_velocity(
+    sample: torch.Tensor, missing: Velocities, record: StepRecord, output: NetworkOutput | None = None
+) -> torch.Tensor:
+    """a v_t + k v(z_t, t | y) + n v(z_t, t | null), (B, C, H, W). sample: v_t.
 
-    Those of the remaining rows have weight zero.
+    output: the training forward's, whose v is the conditional velocity of the rows that `missing` lacks. Without it, only
+    the rows with r < t are valid.
     """
-    own, rows = output.velocity.detach().to(missing.conditional.dtype), record.plan.conditional
-    return Velocities(own.index_copy(0, rows, missing.conditional[rows]), missing.null)
-
-
-def guided_velocity(sample: torch.Tensor, velocities: Velocities, weights: GuidanceWeights) -> torch.Tensor:
-    """a v_t + k v(z_t, t | y) + n v(z_t, t | null), (B, C, H, W). sample: v_t."""
+    conditional = missing.conditional
+    if output is not None:
+        rows = record.plan.conditional
+        conditional = output.velocity.detach().to(sample.dtype).index_copy(0, rows, conditional[rows])
+    weights = record.weights
     a, k, n = (per_sample(weight, sample) for weight in (weights.sample, weights.conditional, weights.null))
-    return a * sample + k * velocities.conditional + n * velocities.null
+    return a * sample + k * conditional + n * missing.null
 
 
 def guarded_error(

@@ -57,7 +57,7 @@ class MeanFlow(FlowObjective[MeanFlowConfig]):
         separate_derivative: bool = False,
     ) -> LossOutput:
         """See `Objective.loss`."""
-        guidance.check_labels(labels, record)
+        guidance.check_batch(latents, labels, record)
         config, below = self.config, record.plan.below
         t, r = per_sample(record.draws.t, latents), per_sample(record.draws.r, latents)
         z, v_sample = guidance.noisy_latents(latents, record)
@@ -66,17 +66,15 @@ class MeanFlow(FlowObjective[MeanFlowConfig]):
         missing = guidance.missing_velocities(network, z, labels, record, null_label)
         direction = missing.conditional
         if not self.uses_own_velocity:
-            direction = guidance.guided_velocity(v_sample, missing, record.weights)
+            direction = guidance.guided_velocity(v_sample, missing, record)
         # JVP
         output, dudt = forward_with_derivative(
             training_network, network, z, conditioning, direction, record,
             separate=separate_derivative and self.has_r_below_t,
         )  # fmt: skip
-        assert output.u is not None, "a network must return u unless velocity_only is set"
-        u = output.u.to(z.dtype)
+        u = output.average_velocity.to(z.dtype)
         # Target
-        velocities = guidance.complete_velocities(missing, output, record)
-        v_guided = guidance.guided_velocity(v_sample, velocities, record.weights)
+        v_guided = guidance.guided_velocity(v_sample, missing, record, output)
         target = v_guided - self.derivative_weight * (t - r) * dudt
         # Weight
         error, guarded = guidance.guarded_error(u, target, config.guards)
@@ -111,7 +109,7 @@ class ImprovedMeanFlow(FlowObjective[ImprovedMeanFlowConfig]):
         separate_derivative: bool = False,
     ) -> LossOutput:
         """See `Objective.loss`. Raises ValueError also if the network has no v head."""
-        guidance.check_labels(labels, record)
+        guidance.check_batch(latents, labels, record)
         config, below = self.config, record.plan.below
         t, r = per_sample(record.draws.t, latents), per_sample(record.draws.r, latents)
         z, v_sample = guidance.noisy_latents(latents, record)
@@ -126,8 +124,7 @@ class ImprovedMeanFlow(FlowObjective[ImprovedMeanFlowConfig]):
             raise ValueError("improved MeanFlow needs a network with a v head, but this one returned only u")
         u, v = output.u.to(z.dtype), output.v.to(z.dtype)
         # Target
-        velocities = guidance.complete_velocities(missing, output, record)
-        v_guided = guidance.guided_velocity(v_sample, velocities, record.weights)
+        v_guided = guidance.guided_velocity(v_sample, missing, record, output)
         target = v_guided - (t - r) * dudt
         # Weight, for both heads
         error, guarded = guidance.guarded_error(u, target, config.guards)

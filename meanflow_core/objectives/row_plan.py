@@ -7,13 +7,12 @@ is the velocity of the sample's class.
 # B batch, b rows with r < t
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass, replace
 
 import torch
 
 from meanflow_core.config import GuidanceConfig, GuidedLossConfig, ImprovedMeanFlowConfig, LossConfig
+from meanflow_core.networks.interface import TensorFields
 from meanflow_core.objectives.draws import GUIDANCE_INPUTS, StepDraws, check_draws
 
 # The no-grad forward's batch is padded to a multiple of B / 8 rows, so that few batch sizes have to be compiled. This
@@ -22,17 +21,7 @@ VELOCITY_BATCH_PARTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tensors:
-    def to(self, device: torch.device) -> Self:
-        """Copies every tensor to `device`."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidanceWeights(_Tensors):
+class GuidanceWeights(TensorFields):
     """The guided velocity is a v_t + k v(z_t, t | y) + n v(z_t, t | null), with a + k + n = 1."""
 
     sample: torch.Tensor
@@ -44,7 +33,7 @@ class GuidanceWeights(_Tensors):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowPlan(_Tensors):
+class RowPlan(TensorFields):
     """The rows of each forward."""
 
     below: torch.Tensor
@@ -59,13 +48,21 @@ class RowPlan(_Tensors):
     """int64: rows of the no-grad forward: conditional, null, then padding with row 0. Empty only if the objective never
     needs that forward."""
 
+    @property
+    def below_or_one(self) -> torch.Tensor:
+        """The rows with r < t, or any one row if there are none.
+
+        For forwards of these rows alone: under FSDP, a rank without such rows must make the same calls as the others.
+        """
+        return self.below if len(self.below) else self.ordered[:1]
+
     def unpadded(self) -> "RowPlan":
         """The plan without padding of the no-grad forward."""
         return replace(self, velocity=torch.cat([self.conditional, self.null]))
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepRecord:
+class StepRecord(TensorFields):
     """The draws of some samples of a step, with their guidance weights and row plan."""
 
     draws: StepDraws
@@ -81,10 +78,6 @@ class StepRecord:
     def mirrored(self) -> torch.Tensor:
         """(B,) bool: whether to use the moments of the mirror image."""
         return self.draws.mirrored
-
-    def to(self, device: torch.device) -> "StepRecord":
-        """Copies every tensor to `device`."""
-        return StepRecord(draws=self.draws.to(device), weights=self.weights.to(device), plan=self.plan.to(device))
 
 
 def plan_rows(

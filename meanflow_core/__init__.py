@@ -32,6 +32,8 @@ Suggested reading order:
     training                 one optimiser step, and the moving averages of the parameters
     sharding                 training on many devices
     checkpoint               training state on disk
+    predictions              what networks predict
+    sampling                 noise and times of sampling
     pipeline                 MeanFlowPipeline: a diffusers pipeline from noise to images
     generator                generator folders: save, find, load
     portable                 generator folders that contain the code that they need

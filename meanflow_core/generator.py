@@ -15,12 +15,13 @@ from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, SchedulerMix
 from diffusers.utils import logging as diffusers_logging
 
 from meanflow_core.autoencoder import load_autoencoder
-from meanflow_core.config import Prediction, SamplingConfig
+from meanflow_core.config import SamplingConfig
 from meanflow_core.formats import require_format_version
 from meanflow_core.networks.forward_mode import find_network_class
 from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code
+from meanflow_core.predictions import Prediction
 
 PROVENANCE_FILE = "provenance.json"
 # Entries of model_index.json that are arguments of the pipeline.

@@ -20,6 +20,8 @@ NETWORK_MODULES = (
 )
 PIPELINE_MODULES = (
     f"{__package__}.formats",
+    f"{__package__}.predictions",
+    f"{__package__}.sampling",
     f"{__package__}.latents",
     *NETWORK_MODULES,
     f"{__package__}.autoencoder",

@@ -171,7 +171,7 @@ def test_training_options_that_the_runbook_names_exist():
         text_of("docs/runbook.md"),
     )
     assert len(options) >= 5
-    source = text_of("pipelines/train/job.py") + text_of("meanflow_core/config.py")
+    source = text_of("pipelines/train/job.py") + text_of("meanflow_core/config/training.py")
     for option in options:
         words = option.split()
         if len(words) > 1 or option == "--activation-checkpointing":

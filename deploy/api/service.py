@@ -18,7 +18,7 @@ from deploy.api.schema import Readiness, Sampling
 from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, ModelInfo, Refusal
 from deploy.metrics import Recorder
 from deploy.settings import API_SETTINGS, Arguments, apply_user_config
-from meanflow_core.pipeline import time_grid
+from meanflow_core.sampling import time_grid
 
 logger = logging.getLogger(__name__)
 

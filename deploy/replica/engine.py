@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderTiny
 
 from meanflow_core.autoencoder import allow_tf32, decode_latents, decode_preview, forbid_tf32
-from meanflow_core.pipeline import MeanFlowPipeline, noise_between, noise_from_seeds
+from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.sampling import noise_between, noise_from_seeds
 
 PRECISIONS = {
     "float32": torch.float32,

@@ -18,7 +18,7 @@ from deploy.replica.engine import BatchOptions, BatchTiming, ImageSpec
 from deploy.replica.loading import LoadedModel
 from deploy.replica.model_swap import ModelSwapper
 from deploy.settings import GENERATOR_SETTINGS, Arguments, apply_user_config
-from meanflow_core.pipeline import has_equal_steps
+from meanflow_core.sampling import has_equal_steps
 
 logger = logging.getLogger(__name__)
 

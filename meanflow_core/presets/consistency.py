@@ -11,10 +11,10 @@ from meanflow_core.config import (
     GuardConfig,
     GuidedLossConfig,
     MeanFlowConfig,
-    Prediction,
     TimeSamplingConfig,
     TrainingConfig,
 )
+from meanflow_core.predictions import Prediction
 from meanflow_core.presets.demo import COMPARISON_GUIDANCE, comparison
 from meanflow_core.presets.meanflow import b4_unguided
 

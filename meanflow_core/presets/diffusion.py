@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from meanflow_core.config import GuidedLossConfig, Prediction, TrainingConfig
+from meanflow_core.config import GuidedLossConfig, TrainingConfig
+from meanflow_core.predictions import Prediction
 from meanflow_core.presets.demo import COMPARISON_GUIDANCE, comparison
 from meanflow_core.presets.meanflow import b4_unguided
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from meanflow_core.predictions import needs_many_steps
+
 if TYPE_CHECKING:
     from meanflow_core.pipeline import MeanFlowPipeline
 
@@ -61,7 +63,7 @@ class Setting:
         import torch  # imported here to keep --help fast
 
         num_evaluations = self.num_steps * (2 if self.solver == "heun" else 1)
-        if pipeline.config.prediction not in ("velocity", "epsilon"):
+        if not needs_many_steps(pipeline.config.prediction):
             return num_evaluations
         scale = pipeline.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
         if scale == 1.0:

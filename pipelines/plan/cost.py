@@ -6,27 +6,29 @@ same, so the cost of a deep network is extrapolated from two or three shallow on
     # B batch, C channels, H W latent size
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from meanflow_core.config import LossConfig, NetworkConfig, TrainingConfig
 from meanflow_core.networks.building import build_network
-from meanflow_core.networks.forward_mode import ForwardModeNetwork
 from meanflow_core.networks.interface import Conditioning, NetworkModel
 from meanflow_core.objectives.interface import build_objective
+from pipelines.plan.tracing import (
+    LiveBytes,
+    at_full_depth,
+    count_flops,
+    fake_network,
+    loss_without_data,
+    shallowest,
+    without_values,
+)
 
 FLOAT32_BYTES = 4
 # Samples drawn to estimate the fractions that need velocities or du/dt: enough for FLOPs within 0.2 % of the long-run mean.
@@ -34,10 +36,6 @@ NUM_DRAWN_SAMPLES = 8192
 NUM_TRIED_SAMPLES = 8
 # Under FSDP2: the current block and the prefetched one, each with parameters and gradient.
 GATHERED_BLOCKS = 2
-
-
-class DataDependentError(ValueError):
-    """The network or the objective reads values of tensors, so it cannot run without data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +111,7 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
 
     def count(config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode(), torch.no_grad():
-            network = _fake_network(config, sizes).for_sampling()
+            network = fake_network(config, sizes).for_sampling()
             z = torch.empty(1, in_channels, sample_size, sample_size)
             per_sample = torch.empty(1)
             guidance = (
@@ -122,10 +120,10 @@ def forward_flops(config: NetworkConfig, *, sample_size: int, in_channels: int, 
                 else {}
             )
             conditioning = Conditioning(t=per_sample, r=per_sample, labels=per_sample.long(), **guidance)
-            with _without_values():
-                return _count_flops(lambda: network(z, conditioning))
+            with without_values():
+                return count_flops(lambda: network(z, conditioning))
 
-    return float(_at_full_depth(config, count, shallow=1)[0])
+    return float(at_full_depth(config, count, shallow=1)[0])
 
 
 @lru_cache(maxsize=64)
@@ -156,10 +154,10 @@ def step_flops(
 
         def count(network_config: NetworkConfig) -> np.ndarray:
             with FakeTensorMode():  # not meta tensors, which have no autocast
-                network = _fake_network(network_config, sizes)
-                return _count_flops(lambda: _loss(network, loss, record).backward())
+                network = fake_network(network_config, sizes)
+                return count_flops(lambda: loss_without_data(network, loss, record).backward())
 
-        return float(_at_full_depth(config.network, count, shallow=1)[0])
+        return float(at_full_depth(config.network, count, shallow=1)[0])
 
     total = sum(fraction * flops(loss) for fraction, loss in config.loss.phases(config.num_steps))
     return total * config.global_batch_size / num_drawn_samples
@@ -182,16 +180,14 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
 
     def count(network_config: NetworkConfig) -> np.ndarray:
         with FakeTensorMode():  # not meta tensors, which have no autocast
-            network = _fake_network(network_config, sizes, checkpointing=config.activation_checkpointing)
+            network = fake_network(network_config, sizes, checkpointing=config.activation_checkpointing)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                return _count_flops(
-                    lambda: _loss(network, loss, record, separate_derivative=True).backward(),
+                return count_flops(
+                    lambda: loss_without_data(network, loss, record, separate_derivative=True).backward(),
                     only_dtype=torch.float32 if config.precision == "bfloat16" else None,
                 )
 
-    total, in_float32 = _at_full_depth(config.network, count, shallow=1) * config.global_batch_size / NUM_DRAWN_SAMPLES
-    if config.precision != "bfloat16":
-        in_float32 = 0.0
+    total, in_float32 = at_full_depth(config.network, count, shallow=1) * config.global_batch_size / NUM_DRAWN_SAMPLES
     return ExecutedFlops(in_precision=float(total - in_float32), in_float32=float(in_float32))
 
 
@@ -205,12 +201,11 @@ def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: 
         nonlocal calls
         calls += 1
 
-    shallow = config.network.with_block_counts(tuple(min(1, count) for count in config.network.block_counts))
     record = _record(loss, config.seed, config.global_batch_size)
     with FakeTensorMode():
-        network = _fake_network(shallow, sizes)
+        network = fake_network(shallowest(config.network), sizes)
         network.register_forward_pre_hook(count)
-        _loss(network, loss, record, separate_derivative=config.separate_derivative)
+        loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
     return calls
 
 
@@ -224,9 +219,9 @@ def try_step(config: TrainingConfig, *, sample_size: int, in_channels: int, num_
     record = _record(loss, config.seed, NUM_TRIED_SAMPLES)
     with torch.device("meta"):  # fake tensors have no forward-mode AD
         network = build_network(
-            config.network, sample_size=sample_size, in_channels=in_channels, num_classes=num_classes
+            shallowest(config.network), sample_size=sample_size, in_channels=in_channels, num_classes=num_classes
         )
-        _loss(network, loss, record, separate_derivative=config.separate_derivative)
+        loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
 
 
 def memory_estimate(
@@ -280,7 +275,7 @@ def _bytes_of_pass(
         return _traced_bytes(replace(config, network=network_config), record, dict(sizes))
 
     # From three blocks of a kind on, memory peaks at the same point of the pass.
-    kept, forward_peak, backward_peak = (int(n) for n in _at_full_depth(config.network, trace, shallow=3))
+    kept, forward_peak, backward_peak = (int(n) for n in at_full_depth(config.network, trace, shallow=3))
     return kept, forward_peak, backward_peak
 
 
@@ -294,40 +289,6 @@ def _gathered_bytes(network: NetworkModel) -> int:
     blocks = [_count(block) for blocks in lists for block in blocks]
     rest = max(0, _count(network) - sum(blocks))
     return 2 * FLOAT32_BYTES * (GATHERED_BLOCKS * max(blocks, default=0) + rest)
-
-
-def _at_full_depth(
-    config: NetworkConfig, measure: Callable[[NetworkConfig], np.ndarray], *, shallow: int
-) -> np.ndarray:
-    """Extrapolates `measure`, which is affine in the number of blocks of each kind, from shallow networks.
-
-    shallow: number of blocks of each kind in the shallowest network.
-    """
-    depths = config.block_counts
-    first = tuple(min(shallow, depth) for depth in depths)
-    base = total = measure(config.with_block_counts(first))
-    for kind, depth in enumerate(depths):
-        more = depth - first[kind]
-        if more > 0:
-            one_more = measure(config.with_block_counts(tuple(n + (i == kind) for i, n in enumerate(first))))
-            total = total + more * (one_more - base)
-    return total
-
-
-def _fake_network(config: NetworkConfig, sizes: Mapping[str, int], *, checkpointing: bool = False) -> NetworkModel:
-    """A network for a FakeTensorMode."""
-    network = build_network(config, **sizes)
-    if checkpointing:
-        network.enable_gradient_checkpointing()
-    if isinstance(network, ForwardModeNetwork):
-        network.differentiate = _three_forwards
-    return network
-
-
-def _three_forwards(function: Callable[..., torch.Tensor], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """Has the FLOPs of torch.func.jvp, which fails on fake tensors: a product has two derivatives, one in each factor."""
-    function(*primals)
-    return function(*primals), function(*primals)
 
 
 def _longest_phase(config: TrainingConfig) -> LossConfig:
@@ -346,78 +307,6 @@ def _unpadded_record(config: LossConfig, seed: int, num_samples: int) -> Any:
     return build_objective(config).unpadded(_record(config, seed, num_samples))
 
 
-def _without_data(record: Any, latent_shape: tuple[int, int, int]) -> Any:
-    """The record on tensors without data, with latents of another shape."""
-    changes: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if is_dataclass(value):
-            changes[field.name] = _without_data(value, latent_shape)
-        elif isinstance(value, torch.Tensor):
-            shape = (len(value), *latent_shape) if value.dim() == 4 else value.shape
-            changes[field.name] = torch.empty(shape, dtype=value.dtype)
-    return replace(record, **changes)
-
-
-def _loss(network: NetworkModel, config: LossConfig, record: Any, *, separate_derivative: bool = False) -> torch.Tensor:
-    """The objective of a record's samples on tensors without data: the caller's FakeTensorMode or meta device."""
-    num_rows = len(record.mirrored)
-    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
-    with _without_values():
-        output = build_objective(config).loss(
-            network,
-            network,
-            torch.empty(num_rows, *shape),
-            torch.empty(num_rows, dtype=torch.int64),
-            _without_data(record, shape),
-            null_label=network.config.num_classes,
-            global_num_rows=num_rows,
-            separate_derivative=separate_derivative,
-        )
-    return output.loss
-
-
-@contextmanager
-def _without_values() -> Iterator[None]:
-    """Turns the errors of reading the value of a tensor without data into a DataDependentError."""
-    try:
-        yield
-    except (RuntimeError, TypeError) as error:
-        raise DataDependentError(f"the network or the objective does not run without data: {error}") from error
-
-
-class _FlopsOfDtype(TorchDispatchMode):
-    """Counts the FLOPs of products whose first operand has a dtype."""
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.total = 0.0
-        self._dtype = dtype
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func.overloadpacket)
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        if count is not None and tensors[0].dtype == self._dtype:
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-def _count_flops(function: Callable[[], object], only_dtype: torch.dtype | None = None) -> np.ndarray:
-    """(2,): the FLOPs of a call, and those in only_dtype (0 without it)."""
-    # Fused attention would be counted as zero, or with its recomputation. By default, math attention upcasts to float32.
-    part, before = _FlopsOfDtype(only_dtype), torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), part:
-            function()
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
-    return np.array([float(counter.get_total_flops()), part.total])
-
-
 def _heaviest_pass(config: TrainingConfig, samples_per_pass: int) -> Any:
     """The record of the pass of step 0 that needs the most memory, in the objective's longest phase."""
     num_rows = max(config.global_batch_size, samples_per_pass)
@@ -427,34 +316,6 @@ def _heaviest_pass(config: TrainingConfig, samples_per_pass: int) -> Any:
     return max((objective.record(draws, start, start + samples_per_pass) for start in starts), key=objective.costs)
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Tracks the bytes of all storages that operations create, until they are freed."""
-
-    def __init__(self, known: Sequence[torch.Tensor]) -> None:
-        """known: tensors to exclude."""
-        super().__init__()
-        self.now = self.peak = 0
-        self._storages = WeakKeyDictionary({tensor.untyped_storage(): None for tensor in known})
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage not in self._storages:
-                self._storages[storage] = None
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                finalize(storage, self._drop, storage.nbytes()).atexit = False
-        return result
-
-
 def _traced_bytes(config: TrainingConfig, record: Any, sizes: Mapping[str, int]) -> np.ndarray:
     """(3,): bytes alive when backward begins, and the peaks before and after, in one pass.
 
@@ -462,13 +323,15 @@ def _traced_bytes(config: TrainingConfig, record: Any, sizes: Mapping[str, int])
     """
     # Fake CPU tensors: their fused attention saves the same tensors as a GPU's; meta tensors have no fused attention.
     with FakeTensorMode():
-        network = _fake_network(config.network, sizes, checkpointing=config.activation_checkpointing).train()
+        network = fake_network(config.network, sizes, checkpointing=config.activation_checkpointing).train()
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-        with _LiveBytes([*network.parameters(), *network.buffers(), *gradients]) as live:
+        with LiveBytes([*network.parameters(), *network.buffers(), *gradients]) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                loss = _loss(network, _longest_phase(config), record, separate_derivative=config.separate_derivative)
+                loss = loss_without_data(
+                    network, _longest_phase(config), record, separate_derivative=config.separate_derivative
+                )
             kept, forward_peak = live.now, live.peak
             live.peak = live.now
             loss.backward()

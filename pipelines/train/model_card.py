@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meanflow_core.config import TrainingConfig
+from meanflow_core.predictions import needs_many_steps
 from pipelines import storage
 from pipelines.latents.manifest import Manifest
 from pipelines.tracking.provenance import code_identity
@@ -40,9 +41,7 @@ def write_card(
     """Writes README.md into a generator's folder. provenance: the content of its provenance.json."""
     code = code_identity()
     classes = ", ".join(manifest.class_names[:5]) + (", ..." if len(manifest.class_names) > 5 else "")
-    num_steps, steps = (
-        (50, "many steps") if config.loss.prediction in ("velocity", "epsilon") else (1, "one or a few steps")
-    )
+    num_steps, steps = (50, "many steps") if needs_many_steps(config.loss.prediction) else (1, "one or a few steps")
     (folder / "README.md").write_text(f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation

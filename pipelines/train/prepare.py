@@ -12,7 +12,8 @@ from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.latents.cache import NO_CACHE
 from pipelines.latents.manifest import Manifest, read_manifest
-from pipelines.plan.cost import DataDependentError, try_step
+from pipelines.plan.cost import try_step
+from pipelines.plan.tracing import DataDependentError
 from pipelines.tracking.registry import REGISTRY_SCHEMES
 from pipelines.train import checkpoints, validation
 from pipelines.train.job import TrainJob

@@ -23,9 +23,10 @@ from pipelines import storage
 from pipelines.cluster import choose_gpus, start_ray
 from pipelines.errors import InputError
 from pipelines.latents.manifest import Manifest
-from pipelines.plan.cost import DataDependentError, step_flops
+from pipelines.plan.cost import step_flops
 from pipelines.plan.job import Workload
 from pipelines.plan.report import describe
+from pipelines.plan.tracing import DataDependentError
 from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
 from pipelines.train import checkpoints, failures, stopping, validation

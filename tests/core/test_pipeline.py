@@ -8,7 +8,8 @@ import torch
 from scipy.integrate import solve_ivp
 
 from meanflow_core.networks.interface import Conditioning
-from meanflow_core.pipeline import MeanFlowPipeline, noise_between, noise_from_seeds
+from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.sampling import noise_between, noise_from_seeds
 
 
 def flow_map_steps(pipeline, z, labels, grid):

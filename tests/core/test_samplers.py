@@ -11,9 +11,9 @@ from diffusers.configuration_utils import register_to_config
 from meanflow_core.generator import build_pipeline, load_pipeline, save_generator
 from meanflow_core.networks.interface import Conditioning, NetworkModel, NetworkOutput
 from meanflow_core.objectives.interface import build_objective
-from meanflow_core.pipeline import fresh_noise, noise_from_seeds, time_grid
 from meanflow_core.presets.consistency import ContinuousConsistencyConfig, DiscreteConsistencyConfig
 from meanflow_core.presets.diffusion import DiffusionConfig
+from meanflow_core.sampling import fresh_noise, noise_from_seeds, time_grid
 from pipelines.demo import images
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,7 +5,7 @@ from diffusers import AutoencoderTiny
 
 from deploy.replica.engine import BatchOptions, Engine, ImageSpec
 from meanflow_core.generator import load_pipeline
-from meanflow_core.pipeline import noise_between, noise_from_seeds
+from meanflow_core.sampling import noise_between, noise_from_seeds
 
 ONE_STEP = BatchOptions((1.0, 0.0))
 

@@ -12,7 +12,7 @@ from deploy.replica import service as service_module
 from deploy.replica.loading import load_model
 from deploy.settings import Arguments
 from meanflow_core.generator import load_pipeline
-from meanflow_core.pipeline import noise_between, noise_from_seeds
+from meanflow_core.sampling import noise_between, noise_from_seeds
 from tests.support.endpoint import Recorded, make_service
 
 

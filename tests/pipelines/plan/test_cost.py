@@ -135,7 +135,7 @@ def test_few_samples_estimate_the_flops_within_a_few_percent():
 def test_flops_of_a_deep_network_are_extrapolated_from_shallow_ones(config, deeper, monkeypatch):
     config = replace(config, network=replace(config.network, **deeper))
     flops = step_flops(config, **SMALL)
-    monkeypatch.setattr("pipelines.plan.cost._at_full_depth", lambda network, measure, shallow: measure(network))
+    monkeypatch.setattr("pipelines.plan.cost.at_full_depth", lambda network, measure, shallow: measure(network))
     assert flops == pytest.approx(step_flops(config, **SMALL), rel=1e-12)
 
 
@@ -245,7 +245,7 @@ def test_memory_of_a_deep_network_is_extrapolated_from_shallow_ones(monkeypatch)
     config = small(precision="bfloat16", activation_checkpointing=True)
     config = replace(config, network=replace(config.network, depth=6))
     estimate = memory_estimate(config, **SMALL, samples_per_pass=16)
-    monkeypatch.setattr("pipelines.plan.cost._at_full_depth", lambda network, measure, shallow: measure(network))
+    monkeypatch.setattr("pipelines.plan.cost.at_full_depth", lambda network, measure, shallow: measure(network))
     traced = memory_estimate(config, **SMALL, samples_per_pass=16)
     assert estimate.activations == traced.activations
     assert estimate.total == pytest.approx(traced.total, rel=0.02)

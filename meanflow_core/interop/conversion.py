@@ -246,9 +246,12 @@ def published_training(hidden_size: int, depth: int, *, is_improved: bool) -> Tr
     """The first preset with a network of this kind, width and depth, if any."""
     kind = ImprovedDiTConfig if is_improved else DiTConfig
     for preset in PRESETS.values():
-        network = preset().network
-        if isinstance(network, kind) and (network.hidden_size, network.depth) == (hidden_size, depth):
-            return preset()
+        config = preset()
+        if isinstance(config.network, kind) and (config.network.hidden_size, config.network.depth) == (
+            hidden_size,
+            depth,
+        ):
+            return config
     return None
 
 
@@ -313,15 +316,15 @@ def _read_network_config(
     state: Mapping[str, torch.Tensor], num_heads: int | None, *, is_improved: bool
 ) -> DiTConfig | ImprovedDiTConfig:
     hidden_size, _, patch_size = _patch_sizes(state)
-    if is_improved:
-        heads = _num_blocks(state, "u_heads")
-        depth, mlp_first_layer = _num_blocks(state, "shared_blocks") + heads, ".mlp.w1.weight"
-        base: DiTConfig | ImprovedDiTConfig = replace(imf_network("B"), depth=max(depth, 1), aux_head_depth=heads)
-    else:
-        depth, mlp_first_layer = _num_blocks(state, "blocks"), ".mlp.fc1.weight"
-        base = replace(dit_network("B", 2), depth=max(depth, 1))
+    head_depth = _num_blocks(state, "u_heads")
+    depth = _num_blocks(state, "shared_blocks" if is_improved else "blocks") + head_depth
     if depth == 0:
         raise ValueError(f"the file is from another source: no transformer blocks among its {len(state)} names")
+    base: DiTConfig | ImprovedDiTConfig
+    if is_improved:
+        base, mlp_first_layer = replace(imf_network("B"), depth=depth, aux_head_depth=head_depth), ".mlp.w1.weight"
+    else:
+        base, mlp_first_layer = replace(dit_network("B", 2), depth=depth), ".mlp.fc1.weight"
     published = published_training(hidden_size, depth, is_improved=is_improved)
     if num_heads is None:
         if published is None:

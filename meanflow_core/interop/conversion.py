@@ -316,7 +316,7 @@ def _read_network_config(
     state: Mapping[str, torch.Tensor], num_heads: int | None, *, is_improved: bool
 ) -> DiTConfig | ImprovedDiTConfig:
     hidden_size, _, patch_size = _patch_sizes(state)
-    head_depth = _num_blocks(state, "u_heads")
+    head_depth = _num_blocks(state, "u_heads") if is_improved else 0
     depth = _num_blocks(state, "shared_blocks" if is_improved else "blocks") + head_depth
     if depth == 0:
         raise ValueError(f"the file is from another source: no transformer blocks among its {len(state)} names")

@@ -74,8 +74,8 @@ class ExecutedFlops:
 
     in_precision: float
     """FLOPs at the configured precision."""
-    in_float32: float
-    """FLOPs of the separate float32 pass that computes du/dt under bfloat16; else 0."""
+    of_derivative: float
+    """FLOPs of the separate pass that computes du/dt under bfloat16, at config.derivative_precision; else 0."""
 
 
 def num_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
@@ -174,7 +174,7 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     if not config.separate_derivative:  # nothing is recomputed
-        return ExecutedFlops(in_precision=step_flops(config, **sizes), in_float32=0.0)
+        return ExecutedFlops(in_precision=step_flops(config, **sizes), of_derivative=0.0)
     loss = _longest_phase(config)
     record = _unpadded_record(loss, config.seed, NUM_DRAWN_SAMPLES)
 
@@ -187,8 +187,10 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
                     only_dtype=torch.float32 if config.precision == "bfloat16" else None,
                 )
 
-    total, in_float32 = at_full_depth(config.network, count, shallow=1) * config.global_batch_size / NUM_DRAWN_SAMPLES
-    return ExecutedFlops(in_precision=float(total - in_float32), in_float32=float(in_float32))
+    total, of_derivative = (
+        at_full_depth(config.network, count, shallow=1) * config.global_batch_size / NUM_DRAWN_SAMPLES
+    )
+    return ExecutedFlops(in_precision=float(total - of_derivative), of_derivative=float(of_derivative))
 
 
 def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:

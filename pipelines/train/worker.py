@@ -16,7 +16,7 @@ import torch.distributed
 from ray.actor import ActorHandle
 from torch.nn.parallel import DistributedDataParallel
 
-from meanflow_core.autoencoder import allow_tf32
+from meanflow_core.autoencoder import allow_tf32, forbid_tf32
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.interface import Network
 from meanflow_core.objectives.interface import build_objective
@@ -218,8 +218,7 @@ def _set_up_device(job: TrainJob) -> torch.device:
     elif job.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if job.config.precision == "tf32":
-        allow_tf32()
+    (allow_tf32 if job.config.uses_tf32 else forbid_tf32)()
     return device
 
 

@@ -73,9 +73,16 @@ class EvaluateJob(MeasuringOptions):
     """Number of samples and reference images for precision and recall, at quadratic cost. 0 skips both."""
     save_samples: Path | None = None
     """Folder for the samples of every setting as .npz (arr_0, uint8 NHWC), for other evaluation suites."""
+    promote: bool = False
+    """Make the evaluated version (models:/name@candidate) the champion if there is none, or if its distance at the first
+    setting is better by more than two standard errors."""
+    promote_below: float | None = None
+    """With --promote: also make it the champion if its distance is below this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.promote_below is not None and not self.promote:
+            raise ValueError("promote_below needs --promote")
         if (self.model is None) == (self.samples is None):
             raise ValueError("give either --model or --samples")
         if self.reference is None and self.train_images is None:

@@ -33,6 +33,7 @@ from pipelines.evaluate.plan import (
     samples_set,
 )
 from pipelines.evaluate.plots import plot_guidance, plot_quality
+from pipelines.evaluate.promotion import open_promotion, promote_if_better
 from pipelines.evaluate.real_images import read_evenly
 from pipelines.evaluate.reference import Reference, read_reference, reference_bytes, reference_protocol
 from pipelines.evaluate.report import build_report
@@ -53,6 +54,10 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     Raises InputError for invalid input.
     """
     job = with_absolute_locations(job)
+    promotion = None
+    if job.promote:
+        promotion = open_promotion(job, job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        job = replace(job, model=promotion.version.uri)  # the alias may move during the evaluation
     inputs = open_inputs(job)
     measured = _measure(job, inputs)
     job.output.mkdir(parents=True, exist_ok=True)
@@ -62,6 +67,8 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
         logger.warning("skipped %d unreadable %s", count, name)
     files = _write_report(job, inputs, report, measured.sets)
     log_report(job, inputs.generator, report, files)
+    if promotion is not None:
+        promote_if_better(promotion, report)
     return report
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import ParamSpec, TypeVar
@@ -33,14 +34,15 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 REGISTRY_SCHEMES = ("models:/", "runs:/")
-ALIAS = "champion"
+CANDIDATE = "candidate"  # alias of the version that was trained last
+CHAMPION = "champion"  # alias of the version that evaluation chose, for serving
 MODEL_FILE = Path(__file__).with_name("mlflow_generator.py")
 WEIGHTS_TAG = "transformer_sha256"  # tag of a model version: the hash of its network's weights
 PATIENCE_SECONDS = 300.0  # how long registration retries a request
 
 
 def register_generator(run: Run, folder: Path, name: str, tags: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Registers a generator folder as the next version of a model, assigns ALIAS to it, and returns its URI.
+    """Registers a generator folder as the next version of a model, assigns CANDIDATE to it, and returns its URI.
 
     tags: tags of the version. They must include WEIGHTS_TAG if `tag_generator` is to find the version later.
     The run's status does not change.
@@ -74,19 +76,19 @@ def register_generator(run: Run, folder: Path, name: str, tags: Mapping[str, str
         run, client.create_model_version,
         name, logged.model_uri, run_id=run.run_id, model_id=logged.model_id, tags=dict(tags),
     )  # fmt: skip
-    _with_retry(run, client.set_registered_model_alias, name, ALIAS, str(version.version))
-    return f"models:/{name}@{ALIAS}"
+    _with_retry(run, client.set_registered_model_alias, name, CANDIDATE, str(version.version))
+    return f"models:/{name}@{CANDIDATE}"
 
 
 def make_champion(run: Run, name: str, training_run_id: str) -> str:
-    """Assigns ALIAS to the newest version of a model that a training run registered, and returns the model's URI.
+    """Assigns CHAMPION to the newest version of a model that a training run registered, and returns the model's URI.
 
     run: any run on the same server. Raises InputError if MLflow cannot be reached for five minutes.
     """
     versions = _with_retry(run, run.client.search_model_versions, f"name='{name}' and run_id='{training_run_id}'")
     newest = max(int(version.version) for version in versions)
-    _with_retry(run, run.client.set_registered_model_alias, name, ALIAS, str(newest))
-    return f"models:/{name}@{ALIAS}"
+    _with_retry(run, run.client.set_registered_model_alias, name, CHAMPION, str(newest))
+    return f"models:/{name}@{CHAMPION}"
 
 
 def _save_model(model: Model, generator: Path, folder: Path) -> None:
@@ -161,15 +163,45 @@ def find_run(model: str, tracking_uri: str | None) -> Run | None:
         return None
     if model.startswith("runs:/"):
         return Run(tracking_uri, model.removeprefix("runs:/").split("/")[0])
+    version = find_version(model, tracking_uri)
+    return Run(tracking_uri, version.run_id) if version is not None and version.run_id else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A registered version of a model."""
+
+    name: str
+    number: int
+    run_id: str | None
+    """The run that trained it."""
+    tracking_uri: str
+
+    @property
+    def uri(self) -> str:
+        """Its address, which never means another version."""
+        return f"models:/{self.name}/{self.number}"
+
+
+def find_version(model: str, tracking_uri: str | None) -> Version | None:
+    """The version that "models:/name@alias" or "models:/name/3" means now. None if there is none, or for another address."""
+    if tracking_uri is None or not model.startswith("models:/"):
+        return None
     client, name = MlflowClient(tracking_uri), model.removeprefix("models:/")
     try:
         if "@" in name:
-            version = client.get_model_version_by_alias(*name.split("@", 1))
+            found = client.get_model_version_by_alias(*name.split("@", 1))
         else:
-            version = client.get_model_version(*name.split("/", 1))
+            found = client.get_model_version(*name.split("/", 1))
     except (MlflowException, TypeError):
         return None
-    return Run(tracking_uri, version.run_id) if version.run_id else None
+    return Version(name=found.name, number=int(found.version), run_id=found.run_id or None, tracking_uri=tracking_uri)
+
+
+def move_alias(version: Version, alias: str) -> None:
+    """Assigns an alias to a version. Raises InputError if MLflow cannot be reached for five minutes."""
+    run = Run(version.tracking_uri, version.run_id or "")
+    _with_retry(run, run.client.set_registered_model_alias, version.name, alias, str(version.number))
 
 
 def fetch_generator(model: str, tracking_uri: str | None) -> Path:

@@ -28,7 +28,7 @@ PIPELINE_MODULES = (
     f"{__package__}.pipeline",
 )
 NETWORK_FILE = "meanflow_network"
-REMEDY = "define the network in one module, which imports torch and meanflow_core.networks only"
+REMEDY = "define the network in one module, which imports installed libraries and meanflow_core.networks only"
 
 
 def merged_source(modules: tuple[str, ...]) -> str:
@@ -98,22 +98,31 @@ def _with_own_imports(modules: set[str]) -> set[str]:
     return found
 
 
-def add_code(folder: Path) -> None:
-    """Makes a generator folder portable: adds the code and refers to it in model_index.json.
+def network_source(network_class: str, plain_module: str | None = None) -> str:
+    """The code of a network, "module:Class", and of the plain module that it is made of, if any.
 
     A network from outside this package is added with the module that defines it. Raises ValueError if that module imports
     other parts of this package than its networks, or another module of its folder.
     """
-    index = folder / "model_index.json"
-    settings = json.loads(index.read_text())
-    network_class = settings["transformer"][1]
-    plain_module = json.loads((folder / "transformer" / "config.json").read_text()).get("module_class")
-    references = [settings["network_class"], *([plain_module] if plain_module else [])]
+    references = [network_class, *([plain_module] if plain_module else [])]
     needed = _with_own_imports({name.partition(":")[0] for name in references})
     ours = [name for name in NETWORK_MODULES if name in needed]
     source = merged_source((*ours, *sorted(needed - {*ours})))
     if plain_module:
         source += f"\n\nEMBEDDED_MODULES[{plain_module!r}] = {plain_module.partition(':')[2]}\n"
+    return source
+
+
+def add_code(folder: Path) -> None:
+    """Makes a generator folder portable: adds the code and refers to it in model_index.json.
+
+    Raises ValueError as `network_source` does.
+    """
+    index = folder / "model_index.json"
+    settings = json.loads(index.read_text())
+    network_class = settings["transformer"][1]
+    plain_module = json.loads((folder / "transformer" / "config.json").read_text()).get("module_class")
+    source = network_source(settings["network_class"], plain_module)
     (folder / "pipeline.py").write_text(merged_source(PIPELINE_MODULES))
     (folder / "transformer" / f"{NETWORK_FILE}.py").write_text(source)
     settings["_class_name"] = ["pipeline", settings["_class_name"]]

@@ -284,6 +284,19 @@ def test_network_that_is_not_in_one_module_is_not_portable(finished, tmp_path, m
         save_generator(pipeline, tmp_path / "generator", portable=True)
 
 
+def test_training_refuses_a_network_that_cannot_be_portable_before_it_starts(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(finished.folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_layers.py").write_text("")
+    (tmp_path / "needs_layers.py").write_text("import my_layers\nfrom my_network import PlainNet\n")
+    words = documented("own-experiment-train", ("--run-name mine", "--run-name unportable"))[1][3:]
+    _, job = parse_arguments(words)
+    network = make_dataclass("Config", [], bases=(type(job.config.network),), frozen=True, kw_only=True)
+    network.network = "needs_layers:PlainNet"
+    with pytest.raises(InputError, match="imports my_layers, which a portable generator does not"):
+        prepare(replace(job, config=replace(job.config, network=network())))
+
+
 # What is refused
 
 

@@ -61,6 +61,9 @@ class ForwardModeNetwork(NetworkModel):
         super().__init__()
         sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
         self.module = _build_module(module_class, {**sizes, **(arguments or {})})
+        for layer in self.module.modules():
+            if isinstance(layer, nn.GroupNorm):  # its forward-mode AD views its input, which fails after attention
+                layer.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
 
     def forward(
         self,
@@ -108,6 +111,10 @@ class ForwardModeNetwork(NetworkModel):
                         f"{str(error).splitlines()[0]}; replace the operation, or make it a torch.autograd.Function with "
                         "setup_context and jvp"
                     ) from error
+                error.add_note(
+                    f"This happened in the forward-mode AD of {self.config.module_class}, which computes du/dt. "
+                    "See 'Rules for the network' in docs/how-to/own-experiment.md."
+                )
                 raise
         return u, dudt
 

@@ -28,7 +28,10 @@ PIPELINE_MODULES = (
     f"{__package__}.pipeline",
 )
 NETWORK_FILE = "meanflow_network"
-REMEDY = "define the network in one module, which imports installed libraries and meanflow_core.networks only"
+REMEDY = (
+    "define the network in one module, which imports installed libraries, and from this package only names, by "
+    "from meanflow_core.networks.MODULE import NAME"
+)
 
 
 def merged_source(modules: tuple[str, ...]) -> str:
@@ -44,16 +47,17 @@ def merged_source(modules: tuple[str, ...]) -> str:
         source = _source_file(name).read_text()
         lines = source.splitlines()
         for node in ast.parse(source).body:
-            defined = getattr(node, "name", None)  # of a function or class
-            if defined is not None and defines.setdefault(defined, name) != name:
-                raise ValueError(f"{defines[defined]} and {name} both define {defined}; rename one of them")
+            for defined in _defined_names(node):
+                if defines.setdefault(defined, name) != name:
+                    raise ValueError(f"{defines[defined]} and {name} both define {defined}; rename one of them")
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 needed = _needed_modules(node, _source_file(name).parent)
                 missing = [module for module in needed if module not in modules]
+                is_plain = isinstance(node, ast.ImportFrom) and not any(alias.asname for alias in node.names)
+                if needed and not is_plain and not name.startswith(f"{__package__}."):
+                    missing = [ast.unparse(node)]  # other names do not survive the removal of the import
                 if missing:
-                    raise ValueError(
-                        f"{name} imports {missing[0]}, which a portable generator does not contain; {REMEDY}"
-                    )
+                    raise ValueError(f"{name} needs {missing[0]}, which a portable generator cannot contain; {REMEDY}")
                 if not needed:
                     imports.add(ast.unparse(node))
                 first, last = node.lineno, node.end_lineno or node.lineno
@@ -62,6 +66,14 @@ def merged_source(modules: tuple[str, ...]) -> str:
     header = '"""Written by meanflow-ray, so that diffusers can load this generator without meanflow-ray."""'
     in_order = sorted(imports, key=lambda line: (not line.startswith("from __future__"), line))
     return "\n\n\n".join([header, "\n".join(in_order), *bodies]) + "\n"
+
+
+def _defined_names(node: ast.stmt) -> list[str]:
+    """The names that a statement of a module defines: of a function, a class or constants."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 def _source_file(module: str) -> Path:

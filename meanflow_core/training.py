@@ -246,8 +246,9 @@ def _forward_and_backward(
 ) -> torch.Tensor:
     """Adds the gradient of these rows to the parameters' and returns their `StepMetrics.sums`."""
     latents = sample_latents(batch.moments, batch.record.posterior_noise, normalization)
+    objective = build_objective(config.loss_at(state.step))
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        output = build_objective(config.loss_at(state.step)).loss(
+        output = objective.loss(
             training_network,
             state.network,
             latents,
@@ -262,6 +263,6 @@ def _forward_and_backward(
     # new_full fills on the device; copying a number to it would wait for the device.
     pairs = [
         (mean.total, n if isinstance(n := mean.num_samples, torch.Tensor) else loss.new_full((), n))
-        for mean in output.metrics.values()
+        for mean in (output.metrics[name] for name in objective.metric_names)
     ]
     return torch.stack([loss, *itertools.chain.from_iterable(pairs)]).float()

@@ -264,12 +264,12 @@ def test_a_run_resumes_with_the_same_settings_only(finished, monkeypatch):
         (
             "imports_config",
             "import meanflow_core.config",
-            "imports meanflow_core.config, which a portable generator",
+            "needs import meanflow_core.config, which a portable generator",
         ),
         (
             "imports_its_neighbour",
             "from my_layers import Layer",
-            "imports my_layers, which a portable generator does not",
+            "needs (import )?my_layers, which a portable generator cannot",
         ),
         ("defines_a_name_again", "class Conditioning: ...", "networks.interface and .* both define Conditioning"),
     ],
@@ -293,7 +293,7 @@ def test_training_refuses_a_network_that_cannot_be_portable_before_it_starts(fin
     _, job = parse_arguments(words)
     network = make_dataclass("Config", [], bases=(type(job.config.network),), frozen=True, kw_only=True)
     network.network = "needs_layers:PlainNet"
-    with pytest.raises(InputError, match="imports my_layers, which a portable generator does not"):
+    with pytest.raises(InputError, match="needs (import )?my_layers, which a portable generator cannot"):
         prepare(replace(job, config=replace(job.config, network=network())))
 
 
@@ -331,6 +331,9 @@ def network_config(name: str) -> NetworkConfig:
         ("not_a_class", "must be a subclass of torch.nn.Module"),
         ("WithoutSizes", "must take sample_size, in_channels, num_classes as arguments"),
         ("WithDropout", "but layer is Dropout"),
+        ("WithAttentionDropout", r"but layer.self_attn is MultiheadAttention"),
+        ("OtherForward", "the forward of tests.support.plain_networks:OtherForward must take z, t, h and labels"),
+        ("FailsOnData", r"a step of 8 samples of noise fails with .*FailsOnData and .*: RuntimeError: .*shapes"),
         ("OtherShape", r"must return the shape of z .*, but got .*"),
         ("WithCustomFunction", "an operation without forward-mode AD, which du/dt needs: You must implement the jvp"),
     ],

@@ -168,9 +168,14 @@ def _build_module(reference: str, arguments: dict[str, Any]) -> nn.Module:
         raise ValueError(
             f"the constructor of {reference} must take {', '.join(arguments)} as arguments, but: {error}"
         ) from error
+    try:
+        inspect.signature(module_class.forward).bind(None, "z", "t", "h", "labels")
+    except TypeError as error:
+        raise ValueError(f"the forward of {reference} must take z, t, h and labels, but: {error}") from error
     module = module_class(**arguments)
     for name, layer in module.named_modules():
         is_random = isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+        is_random |= isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0
         if is_random or isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"{reference} must treat each sample alone and be a function of its inputs, but {name} is "

@@ -104,6 +104,30 @@ class WithDropout(Layer):
         return nn.Dropout(0.1)
 
 
+class WithAttentionDropout(Layer):
+    """Random, by a number of a layer."""
+
+    def make_layer(self, size, channels):
+        return nn.TransformerEncoderLayer(size, 2, 16, 0.1)
+
+
+class OtherForward(Layer):
+    """Does not take t - r."""
+
+    def make_layer(self, size, channels):
+        return nn.Identity()
+
+    def forward(self, z, t, labels):
+        return self.layer(z)
+
+
+class FailsOnData(Layer):
+    """Multiplies matrices of other sizes."""
+
+    def make_layer(self, size, channels):
+        return nn.Linear(size + 1, size)
+
+
 class WithBatchNorm(Layer):
     """Mixes the rows of a batch."""
 

@@ -14,6 +14,7 @@ Suggested reading order:
     presets                  the papers' configurations, a module per family
     latents                  image -> moments -> latent
     autoencoder              the VAE: loading, encoding, decoding
+    networks.interface       the inputs and outputs of a network
     networks.dual            tensors with tangents, the inputs and outputs of every layer
     networks.dit             MeanFlow's network u(z_t, r, t, label), a DiT
     networks.improved_dit    improved MeanFlow's network

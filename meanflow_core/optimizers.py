@@ -1,4 +1,4 @@
-"""Optimisers by name. Each is one function of the network and the configuration; they share its learning rate schedule.
+"""Optimisers by name. Each is one function of the network and the configuration; all follow its learning rate schedule.
 
 A new one is a function here, or in a module of your own as "module:function". It returns a list of torch optimisers, which
 together update every parameter once. Training sets the learning rate of each of their groups to the schedule's, times the

@@ -28,7 +28,7 @@ FORMAT_VERSION = 3
 SOLVERS = ("euler", "heun")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-_Prediction = Callable[[torch.Tensor, float, float], torch.Tensor]  # (z, t, r) -> the network's prediction
+_Predict = Callable[[torch.Tensor, float, float], torch.Tensor]  # (z, t, r) -> the network's prediction
 
 # Guidance: one value for all images, or one per image.
 Scales = float | Sequence[float]
@@ -220,7 +220,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         device = self._execution_device
         labels = torch.tensor(class_labels, device=device)
         guidance = [values.to(device) for values in self._guidance(len(labels), guidance_scale, guidance_interval)]
-        predict = (self._guided_prediction if needs_many_steps(prediction) else self._average_velocity)(
+        predict = (self._guided_function if needs_many_steps(prediction) else self._average_velocity_function)(
             labels, *guidance
         )
         z = noise.to(device, torch.float32)
@@ -230,7 +230,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             return self._sample_consistency(predict, z, times)
         return self._follow_flow(predict, z, times, solver)
 
-    def _follow_flow(self, predict: _Prediction, z: torch.Tensor, times: list[float], solver: str) -> torch.Tensor:
+    def _follow_flow(self, predict: _Predict, z: torch.Tensor, times: list[float], solver: str) -> torch.Tensor:
         """Steps z_r = z_t - (t - r) u along the times."""
         self.scheduler.set_timesteps(sigmas=times[:-1])
         scale = self.scheduler.config.num_train_timesteps
@@ -241,7 +241,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             z = self.scheduler.step(u, t * scale, z, r_timestep=r * scale).prev_sample
         return z
 
-    def _sample_consistency(self, predict: _Prediction, z: torch.Tensor, times: list[float]) -> torch.Tensor:
+    def _sample_consistency(self, predict: _Predict, z: torch.Tensor, times: list[float]) -> torch.Tensor:
         """Predicts the image from z_t, and adds fresh noise up to the next time (Song et al. 2023, Algorithm 1)."""
         self.scheduler.set_timesteps(sigmas=times[:-1])
         scale, noise = self.scheduler.config.num_train_timesteps, z
@@ -250,7 +250,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             z = image if s == 0.0 else (1.0 - s) * image + s * fresh_noise(noise, step).to(z.device)
         return z
 
-    def _denoise(self, predict: _Prediction, z: torch.Tensor, num_steps: int) -> torch.Tensor:
+    def _denoise(self, predict: _Predict, z: torch.Tensor, num_steps: int) -> torch.Tensor:
         """DDIM's steps with eta 0. Timestep k of K is t = (k + 1) / K for the network, as in training."""
         self.scheduler.set_timesteps(num_steps)
         num_timesteps = self.scheduler.config.num_train_timesteps
@@ -264,9 +264,9 @@ class MeanFlowPipeline(DiffusionPipeline):
                 z = self.scheduler.add_noise(z, epsilon, torch.tensor([following]))
         return z
 
-    def _average_velocity(
+    def _average_velocity_function(
         self, labels: torch.Tensor, scales: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
-    ) -> _Prediction:
+    ) -> _Predict:
         """Returns a function (z, t, r) -> u(z, t, r), float32 (B, C, H, W)."""
 
         def predict(z: torch.Tensor, t: float, r: float) -> torch.Tensor:
@@ -282,9 +282,9 @@ class MeanFlowPipeline(DiffusionPipeline):
 
         return predict
 
-    def _guided_prediction(
+    def _guided_function(
         self, labels: torch.Tensor, scales: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
-    ) -> _Prediction:
+    ) -> _Predict:
         """Returns a function (z, t, r) -> v(z, t) or the noise, float32 (B, C, H, W), guided in each image's interval."""
         null = torch.full_like(labels, self.transformer.config.num_classes)
         scale = scales.view(-1, 1, 1, 1)

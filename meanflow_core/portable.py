@@ -28,7 +28,10 @@ PIPELINE_MODULES = (
     f"{__package__}.pipeline",
 )
 NETWORK_FILE = "meanflow_network"
-REMEDY = "define the network in one module, which imports torch and meanflow_core.networks only"
+REMEDY = (
+    "define the network in one module, which imports installed libraries, and from this package only names, by "
+    "from meanflow_core.networks.MODULE import NAME"
+)
 
 
 def merged_source(modules: tuple[str, ...]) -> str:
@@ -44,16 +47,17 @@ def merged_source(modules: tuple[str, ...]) -> str:
         source = _source_file(name).read_text()
         lines = source.splitlines()
         for node in ast.parse(source).body:
-            defined = getattr(node, "name", None)  # of a function or class
-            if defined is not None and defines.setdefault(defined, name) != name:
-                raise ValueError(f"{defines[defined]} and {name} both define {defined}; rename one of them")
+            for defined in _defined_names(node):
+                if defines.setdefault(defined, name) != name:
+                    raise ValueError(f"{defines[defined]} and {name} both define {defined}; rename one of them")
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 needed = _needed_modules(node, _source_file(name).parent)
                 missing = [module for module in needed if module not in modules]
+                is_plain = isinstance(node, ast.ImportFrom) and not any(alias.asname for alias in node.names)
+                if needed and not is_plain and not name.startswith(f"{__package__}."):
+                    missing = [ast.unparse(node)]  # other names do not survive the removal of the import
                 if missing:
-                    raise ValueError(
-                        f"{name} imports {missing[0]}, which a portable generator does not contain; {REMEDY}"
-                    )
+                    raise ValueError(f"{name} needs {missing[0]}, which a portable generator cannot contain; {REMEDY}")
                 if not needed:
                     imports.add(ast.unparse(node))
                 first, last = node.lineno, node.end_lineno or node.lineno
@@ -62,6 +66,14 @@ def merged_source(modules: tuple[str, ...]) -> str:
     header = '"""Written by meanflow-ray, so that diffusers can load this generator without meanflow-ray."""'
     in_order = sorted(imports, key=lambda line: (not line.startswith("from __future__"), line))
     return "\n\n\n".join([header, "\n".join(in_order), *bodies]) + "\n"
+
+
+def _defined_names(node: ast.stmt) -> list[str]:
+    """The names that a statement of a module defines: of a function, a class or constants."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 def _source_file(module: str) -> Path:
@@ -98,22 +110,31 @@ def _with_own_imports(modules: set[str]) -> set[str]:
     return found
 
 
-def add_code(folder: Path) -> None:
-    """Makes a generator folder portable: adds the code and refers to it in model_index.json.
+def network_source(network_class: str, plain_module: str | None = None) -> str:
+    """The code of a network, "module:Class", and of the plain module that it is made of, if any.
 
     A network from outside this package is added with the module that defines it. Raises ValueError if that module imports
     other parts of this package than its networks, or another module of its folder.
     """
-    index = folder / "model_index.json"
-    settings = json.loads(index.read_text())
-    network_class = settings["transformer"][1]
-    plain_module = json.loads((folder / "transformer" / "config.json").read_text()).get("module_class")
-    references = [settings["network_class"], *([plain_module] if plain_module else [])]
+    references = [network_class, *([plain_module] if plain_module else [])]
     needed = _with_own_imports({name.partition(":")[0] for name in references})
     ours = [name for name in NETWORK_MODULES if name in needed]
     source = merged_source((*ours, *sorted(needed - {*ours})))
     if plain_module:
         source += f"\n\nEMBEDDED_MODULES[{plain_module!r}] = {plain_module.partition(':')[2]}\n"
+    return source
+
+
+def add_code(folder: Path) -> None:
+    """Makes a generator folder portable: adds the code and refers to it in model_index.json.
+
+    Raises ValueError as `network_source` does.
+    """
+    index = folder / "model_index.json"
+    settings = json.loads(index.read_text())
+    network_class = settings["transformer"][1]
+    plain_module = json.loads((folder / "transformer" / "config.json").read_text()).get("module_class")
+    source = network_source(settings["network_class"], plain_module)
     (folder / "pipeline.py").write_text(merged_source(PIPELINE_MODULES))
     (folder / "transformer" / f"{NETWORK_FILE}.py").write_text(source)
     settings["_class_name"] = ["pipeline", settings["_class_name"]]

@@ -7,8 +7,8 @@ PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def needs_many_steps(prediction: str) -> bool:
-    """Whether images take many steps, because the network predicts the direction at one time only.
+    """Whether sampling follows the velocity or the noise in many small steps.
 
-    Such a network can be guided at sampling time: it knows the null class at every time.
+    Such a generator can be guided at sampling time, by the predictions for the class and for the null class at each step.
     """
     return prediction in ("velocity", "epsilon")

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -14,7 +15,7 @@ from meanflow_core.config import OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.networks.building import build_network, require_same_architecture
 from meanflow_core.networks.interface import Network, NetworkModel
-from meanflow_core.objectives.interface import Loss, Record, build_objective
+from meanflow_core.objectives.interface import Loss, Objective, Record, build_objective
 from meanflow_core.objectives.row_plan import VELOCITY_BATCH_PARTS
 from meanflow_core.optimizers import build_optimizers
 
@@ -224,16 +225,22 @@ def warm_up_ddp_buckets(state: TrainState, training_network: Network, batch: Bat
     in a bucket. Without this, the first step after a resume would round differently than in an uninterrupted run.
     """
     latents = torch.zeros_like(batch.record.posterior_noise)
-    _loss(state, training_network, latents, batch, config).loss.backward()
+    objective = build_objective(config.loss_at(state.step))
+    _loss(objective, state, training_network, latents, batch, config).loss.backward()
     state.network.zero_grad(set_to_none=True)
 
 
 def _loss(
-    state: TrainState, training_network: Network, latents: torch.Tensor, batch: Batch, config: TrainingConfig
+    objective: Objective[Any, Any, Any],
+    state: TrainState,
+    training_network: Network,
+    latents: torch.Tensor,
+    batch: Batch,
+    config: TrainingConfig,
 ) -> Loss:
     """The objective of these rows, at the configured precision."""
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        return build_objective(config.loss_at(state.step)).loss(
+        return objective.loss(
             training_network,
             state.network,
             latents,
@@ -255,12 +262,13 @@ def _forward_and_backward(
 ) -> torch.Tensor:
     """Adds the gradient of these rows to the parameters' and returns their `StepMetrics.sums`."""
     latents = sample_latents(batch.moments, batch.record.posterior_noise, normalization)
-    output = _loss(state, training_network, latents, batch, config)
+    objective = build_objective(config.loss_at(state.step))
+    output = _loss(objective, state, training_network, latents, batch, config)
     (output.loss * gradient_scale).backward()
     loss = output.loss.detach()
     # new_full fills on the device; copying a number to it would wait for the device.
     pairs = [
         (mean.total, n if isinstance(n := mean.num_samples, torch.Tensor) else loss.new_full((), n))
-        for mean in output.metrics.values()
+        for mean in (output.metrics[name] for name in objective.metric_names)
     ]
     return torch.stack([loss, *itertools.chain.from_iterable(pairs)]).float()

@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from deploy.settings import Arguments
 from meanflow_core.checkpoint import save_train_state
 from meanflow_core.config import NetworkConfig
-from meanflow_core.generator import load_pipeline, save_generator
+from meanflow_core.generator import load_pipeline
+from meanflow_core.portable import network_source
 from meanflow_core.presets import preset_config
 from pipelines import storage
 from pipelines.cluster import start_ray
@@ -264,24 +265,42 @@ def test_a_run_resumes_with_the_same_settings_only(finished, monkeypatch):
         (
             "imports_config",
             "import meanflow_core.config",
-            "imports meanflow_core.config, which a portable generator",
+            "needs import meanflow_core.config, which a portable generator",
         ),
         (
             "imports_its_neighbour",
             "from my_layers import Layer",
-            "imports my_layers, which a portable generator does not",
+            "needs (import )?my_layers, which a portable generator cannot",
         ),
         ("defines_a_name_again", "class Conditioning: ...", "networks.interface and .* both define Conditioning"),
+        ("defines_a_constant_again", "MAX_PERIOD = 1", "networks.layers and .* both define MAX_PERIOD"),
+        (
+            "renames_an_import",
+            "from meanflow_core.networks.layers import run_blocks as run",
+            "needs from meanflow_core.networks.layers import run_blocks as run, which",
+        ),
     ],
 )
-def test_network_that_is_not_in_one_module_is_not_portable(finished, tmp_path, monkeypatch, name, line, message):
+def test_network_that_is_not_in_one_module_is_not_portable(tmp_path, monkeypatch, name, line, message):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_layers.py").write_text("class Layer: ...")
-    (tmp_path / f"{name}.py").write_text(f"{line}\nfrom my_network import PlainNet\n")
-    pipeline = load_pipeline(finished.folder / "runs/mine/generator")
-    pipeline.transformer.register_to_config(module_class=f"{name}:PlainNet")
+    network = (FILES[1]).read_text()
+    (tmp_path / f"{name}.py").write_text(f"{line}\nfrom meanflow_core.networks.layers import PatchEmbedder\n{network}")
     with pytest.raises(ValueError, match=message):
-        save_generator(pipeline, tmp_path / "generator", portable=True)
+        network_source("meanflow_core.networks.forward_mode:ForwardModeNetwork", f"{name}:PlainNet")
+
+
+def test_training_refuses_a_network_that_cannot_be_portable_before_it_starts(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(finished.folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_layers.py").write_text("")
+    (tmp_path / "needs_layers.py").write_text("import my_layers\nfrom my_network import PlainNet\n")
+    words = documented("own-experiment-train", ("--run-name mine", "--run-name unportable"))[1][3:]
+    _, job = parse_arguments(words)
+    network = make_dataclass("Config", [], bases=(type(job.config.network),), frozen=True, kw_only=True)
+    network.network = "needs_layers:PlainNet"
+    with pytest.raises(InputError, match="needs (import )?my_layers, which a portable generator cannot"):
+        prepare(replace(job, config=replace(job.config, network=network())))
 
 
 # What is refused
@@ -298,10 +317,14 @@ def test_network_that_is_not_in_one_module_is_not_portable(finished, tmp_path, m
             "a function without arguments .*, but my_experiment:CosineMeanFlowConfig returns Cos",
         ),
         ("my_experiment:math", "must be a function .*, but my_experiment:math is <module 'math'"),
+        ("meanflow_core.presets.demo:comparison", r"demo:comparison fails: comparison\(\) missing 1 required"),
+        ("my_broken:cosine", "cannot import my_broken: NameError: name 'undefined' is not defined"),
     ],
 )
-def test_preset_that_is_none_is_refused(preset, message, monkeypatch):
+def test_preset_that_is_none_is_refused(preset, message, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FILES[0].parent)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_broken.py").write_text("undefined")
     with pytest.raises(InputError, match=message):
         parse_arguments([preset, "--data", "d", "--storage", "s", "--run-name", "r"])
 
@@ -318,6 +341,9 @@ def network_config(name: str) -> NetworkConfig:
         ("not_a_class", "must be a subclass of torch.nn.Module"),
         ("WithoutSizes", "must take sample_size, in_channels, num_classes as arguments"),
         ("WithDropout", "but layer is Dropout"),
+        ("WithAttentionDropout", r"but layer.self_attn is MultiheadAttention"),
+        ("OtherForward", "the forward of tests.support.plain_networks:OtherForward must take z, t, h and labels"),
+        ("FailsOnData", r"a step of 8 samples of noise fails with .*FailsOnData and .*: RuntimeError: .*shapes"),
         ("OtherShape", r"must return the shape of z .*, but got .*"),
         ("WithCustomFunction", "an operation without forward-mode AD, which du/dt needs: You must implement the jvp"),
     ],

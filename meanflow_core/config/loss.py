@@ -40,13 +40,13 @@ class GuidanceConfig:
     """Classifier-free guidance built into the target velocity (MeanFlow, Eq. 19 to 21).
 
     v_guided = omega v_t + kappa u(z_t, t, t | label) + (1 - omega - kappa) u(z_t, t, t | null). The effective scale is
-    omega / (1 - kappa). Sampling then needs no guidance.
+    omega / (1 - kappa). Sampling then needs no guidance. Samples whose label is dropped are not guided.
     """
 
     omega: float = 1.0
-    """Weight of the sample's conditional velocity v_t; omega = 1 and kappa = 0 disable guidance."""
+    """Weight of the sample's own velocity v_t = e - x; omega = 1 and kappa = 0 disable guidance."""
     kappa: float = 0.0
-    """Weight of the network's own conditional velocity, below 1."""
+    """Weight of the network's class-conditional velocity, below 1."""
     guidance_interval_start: float = 0.0
     """Samples with t below this are not guided."""
     guidance_interval_end: float = 1.0
@@ -61,6 +61,12 @@ class GuidanceConfig:
     def is_off(self) -> bool:
         """Whether v_guided is v_t for every sample."""
         return self.omega == 1.0 and self.kappa == 0.0
+
+    @property
+    def null_weight(self) -> float:
+        """Weight of the null class's velocity, 1 - omega - kappa."""
+        weight = 1.0 - self.omega - self.kappa
+        return 0.0 if abs(weight) < 1e-12 else weight  # if omega + kappa = 1, rounding must not cause a forward
 
     @property
     def effective_scale(self) -> float:
@@ -139,6 +145,13 @@ class GuidedLossConfig(LossConfig):
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Guidance of the target."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.label_drop_probability > 0.0 or self.guidance.null_weight == 0.0,
+            "guidance with the null class needs loss.label_drop_probability above 0, which trains that class, but got 0",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowLossConfig(LossConfig):
@@ -159,6 +172,23 @@ class FlowLossConfig(LossConfig):
         check(self, "loss.", POSITIVE, "norm_eps")
 
 
+def require_r_below_t(config: FlowLossConfig, objective: str) -> None:
+    """Raises ValueError if no sample has r < t, because sampling steps from t to r < t."""
+    require(
+        config.times.fraction_r_below_t > 0.0,
+        f"{objective} needs loss.times.fraction_r_below_t above 0, but got 0; for flow matching, use its own presets",
+    )
+
+
+def require_r_equals_t(config: FlowLossConfig, *, uses_own_velocity: bool) -> None:
+    """Raises ValueError if the target contains the network's velocities, and no sample trains them."""
+    require(
+        config.times.fraction_r_below_t < 1.0 or not uses_own_velocity,
+        "guidance and the own velocity need samples with r = t, which train these velocities: set "
+        "loss.times.fraction_r_below_t below 1, but got 1",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeanFlowConfig(FlowLossConfig, GuidedLossConfig):
     """MeanFlow, and flow matching if r = t for every sample."""
@@ -172,6 +202,10 @@ class MeanFlowConfig(FlowLossConfig, GuidedLossConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "loss.", one_of("guided_velocity", "own_velocity"), "tangent")
+        is_own = self.tangent == "own_velocity"
+        require_r_equals_t(
+            self, uses_own_velocity=is_own or self.guidance.kappa > 0.0 or self.guidance.null_weight != 0.0
+        )
 
     @property
     def is_flow_matching(self) -> bool:
@@ -201,7 +235,4 @@ class ImprovedMeanFlowConfig(FlowLossConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.times.fraction_r_below_t > 0.0,
-            "improved MeanFlow needs loss.times.fraction_r_below_t above 0, but got 0",
-        )
+        require_r_below_t(self, "improved MeanFlow")

@@ -10,6 +10,7 @@ from meanflow_core.config.rules import (
     IN_0_TO_BELOW_1,
     NOT_NEGATIVE,
     POSITIVE,
+    POSITIVE_INTEGER,
     check,
     check_interval,
     one_of,
@@ -20,7 +21,7 @@ from meanflow_core.predictions import needs_many_steps
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam with a constant learning rate as in MeanFlow's Table 4, or with linear warm-up and cool-down."""
+    """Optimiser and learning rate. The defaults are MeanFlow's (Table 4): Adam with a constant rate."""
 
     name: str = "adam"
     """adam, adamw, muon (matrices of the blocks by Muon, the rest by AdamW), or "module:function" of your own; see
@@ -54,7 +55,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Default guidance of the trained generator, for improved MeanFlow and flow matching."""
+    """Default guidance of the trained generator, for improved MeanFlow, flow matching and diffusion."""
 
     guidance_scale: float = 1.0
     """Guidance scale, at least 1; 1 is no guidance."""
@@ -106,7 +107,8 @@ class TrainingConfig:
     checkpoint_interval_steps: int = 10_000
     """Steps between two checkpoints; the last step always saves one."""
     sample_interval_steps: int = 10_000
-    """Steps between two grids of samples, which have fixed seeds and are drawn in 1 and in 2 sampling steps."""
+    """Steps between two grids of samples. They have fixed seeds, and are drawn in 1 and in 2 sampling steps; those of flow
+    matching and diffusion in 10 and in 25."""
 
     def __post_init__(self) -> None:
         require(
@@ -120,8 +122,8 @@ class TrainingConfig:
             "derivative_precision must be float32 or tf32 with activation_checkpointing, which computes du/dt in a separate "
             "forward, but got bfloat16",
         )
-        check(self, "", AT_LEAST_1, "global_batch_size", "num_steps", "log_interval_steps")
-        check(self, "", AT_LEAST_1, "checkpoint_interval_steps", "sample_interval_steps")
+        check(self, "", POSITIVE_INTEGER, "global_batch_size", "num_steps", "log_interval_steps")
+        check(self, "", POSITIVE_INTEGER, "checkpoint_interval_steps", "sample_interval_steps")
         if self.guidance_after_steps is not None:
             check(self, "", NOT_NEGATIVE, "guidance_after_steps")
         require(
@@ -139,6 +141,13 @@ class TrainingConfig:
             or needs_many_steps(self.loss.prediction),
             "sampling.guidance_scale is for improved MeanFlow, flow matching and diffusion; other objectives build guidance "
             f"into the weights (loss.guidance), but got {self.sampling.guidance_scale}",
+        )
+        require(
+            self.sampling.guidance_scale == 1.0
+            or not isinstance(self.loss, GuidedLossConfig)
+            or self.loss.guidance.is_off,
+            "guidance is built into the target already (loss.guidance), so sampling.guidance_scale must be 1, but got "
+            f"{self.sampling.guidance_scale}",
         )
         require(
             not self.guidance_after_steps or isinstance(self.loss, GuidedLossConfig),

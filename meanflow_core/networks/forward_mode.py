@@ -61,6 +61,9 @@ class ForwardModeNetwork(NetworkModel):
         super().__init__()
         sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
         self.module = _build_module(module_class, {**sizes, **(arguments or {})})
+        for layer in self.module.modules():
+            if isinstance(layer, nn.GroupNorm):  # its forward-mode AD views its input, which fails after attention
+                layer.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())
 
     def forward(
         self,
@@ -108,6 +111,10 @@ class ForwardModeNetwork(NetworkModel):
                         f"{str(error).splitlines()[0]}; replace the operation, or make it a torch.autograd.Function with "
                         "setup_context and jvp"
                     ) from error
+                error.add_note(
+                    f"This happened in the forward-mode AD of {self.config.module_class}, which computes du/dt. "
+                    "See 'Rules for the network' in docs/how-to/own-experiment.md."
+                )
                 raise
         return u, dudt
 
@@ -161,9 +168,14 @@ def _build_module(reference: str, arguments: dict[str, Any]) -> nn.Module:
         raise ValueError(
             f"the constructor of {reference} must take {', '.join(arguments)} as arguments, but: {error}"
         ) from error
+    try:
+        inspect.signature(module_class.forward).bind(None, "z", "t", "h", "labels")
+    except TypeError as error:
+        raise ValueError(f"the forward of {reference} must take z, t, h and labels, but: {error}") from error
     module = module_class(**arguments)
     for name, layer in module.named_modules():
         is_random = isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+        is_random |= isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0
         if is_random or isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"{reference} must treat each sample alone and be a function of its inputs, but {name} is "

@@ -1,9 +1,9 @@
-"""alpha-Flow and SoFlow: one identity between two times, without a derivative.
+"""alpha-Flow and SoFlow: one identity between two times, with a derivative only for a = 0.
 
     s     = t - a (t - r),  z_s = z_t - a (t - r) v             v: guided velocity, see `guidance`
     u_tgt = stop_gradient(a v + (1 - a) u(z_s, r, s))
     D     = u(z_t, r, t) - u_tgt,  g = D / a                    g is MeanFlow's error for a -> 0
-    loss  = 1/B sum over samples of w ||D||^2 / a               its gradient is that of w ||g||^2 for a fixed target
+    loss  = 1/B sum over samples of w ||D||^2 / a               its gradient is 2 w g, as that of MeanFlow's loss
 
 alpha-Flow: w = 1 / (||g||^2 + c / a^2)^p, and a falls from 1 to 0. For a = 1 the target is v. For a = 0 it is MeanFlow's,
 with a derivative. SoFlow: w = 1 / (||g||^2 + c)^p, and a falls from 0.1 to 0.002. For r = t, both are flow matching.
@@ -18,13 +18,18 @@ import torch
 
 from meanflow_core.networks.interface import Network
 from meanflow_core.objectives import guidance
-from meanflow_core.objectives.flow import FlowObjective, LossOutput, average_velocity_below, forward_with_derivative
+from meanflow_core.objectives.flow import (
+    FlowObjective,
+    LossOutput,
+    average_velocity_where_r_below_t,
+    forward_with_derivative,
+)
 from meanflow_core.objectives.guidance import per_sample
 from meanflow_core.objectives.row_plan import StepRecord
-from meanflow_core.presets.alpha_flow import AlphaFlowConfig
+from meanflow_core.presets.alpha_flow import AlphaFlowConfig, SoFlowConfig
 
 
-class AlphaFlow(FlowObjective[AlphaFlowConfig]):
+class AlphaFlow(FlowObjective[AlphaFlowConfig | SoFlowConfig]):
     """alpha-Flow at one value of its ratio a, which the configuration of each step gives."""
 
     def loss(
@@ -58,7 +63,9 @@ class AlphaFlow(FlowObjective[AlphaFlowConfig]):
         else:
             if a < 1.0:
                 s, z_s = record.draws.t - a * (record.draws.t - record.draws.r), z - a * (t - r) * direction
-                u_earlier = average_velocity_below(network, z_s, s, record.draws.r, conditioning.labels, record)
+                u_earlier = average_velocity_where_r_below_t(
+                    network, z_s, s, record.draws.r, conditioning.labels, record
+                )
             output = training_network(z, conditioning)
         u = output.average_velocity.to(z.dtype)
         # Target
@@ -77,7 +84,7 @@ class AlphaFlow(FlowObjective[AlphaFlowConfig]):
         squared_error = guidance.squared_norm(u.detach() - target) / divisor.square()
         return LossOutput(
             loss=loss / global_num_rows,
-            metrics=self._metrics(record, squared_error, dudt, guarded),
+            metrics=self._metrics(record, squared_error, dudt if a == 0.0 else None, guarded),
             squared_error=squared_error,
             u=u.detach(),
             v_guided=v_guided,

@@ -24,7 +24,7 @@ import torch
 from meanflow_core.networks.interface import Network
 from meanflow_core.objectives import guidance
 from meanflow_core.objectives.draws import r_below_t_mask
-from meanflow_core.objectives.flow import FlowObjective, LossOutput, average_velocity_below
+from meanflow_core.objectives.flow import FlowObjective, LossOutput, average_velocity_where_r_below_t
 from meanflow_core.objectives.guidance import per_sample
 from meanflow_core.objectives.meanflow import MeanFlow
 from meanflow_core.objectives.row_plan import StepRecord
@@ -97,7 +97,7 @@ class DiscreteConsistency(FlowObjective[DiscreteConsistencyConfig]):
         # The image as predicted from the previous time
         s = previous_time(t, stage)
         z_s = z - per_sample(t - s, z) * direction
-        u_s = average_velocity_below(network, z_s, s, torch.zeros_like(s), conditioning.labels, record)
+        u_s = average_velocity_where_r_below_t(network, z_s, s, torch.zeros_like(s), conditioning.labels, record)
         image = z_s - per_sample(s, z) * u_s
         output = training_network(z, conditioning)
         u = output.average_velocity.to(z.dtype)
@@ -113,7 +113,7 @@ class DiscreteConsistency(FlowObjective[DiscreteConsistencyConfig]):
         squared_error = guidance.squared_norm(u.detach() - target)
         return LossOutput(
             loss=(weight * squared).sum() / global_num_rows,
-            metrics=self._metrics(record, squared_error, torch.zeros_like(z), guarded),
+            metrics=self._metrics(record, squared_error, None, guarded),
             squared_error=squared_error,
             u=u.detach(),
             v_guided=v_guided,

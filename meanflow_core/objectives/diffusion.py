@@ -1,13 +1,15 @@
 """Diffusion with noise prediction (DDPM), sampled by DDIM.
 
     z_k  = sqrt(abar_k) x + sqrt(1 - abar_k) e          k uniform in 0 .. K - 1; the network gets t = (k + 1) / K and r = t
-    e*   = stop_gradient(a e + k_ eps(z_k | y) + n eps(z_k | null))     guided noise, weights as in `guidance`
+    e*   = stop_gradient(a e + b eps(z_k | y) + n eps(z_k | null))      guided noise; (a, b, n) are `guidance`'s (a, k, n)
     loss = 1/B sum over samples of mean((eps - e*)^2)
 
 Source: Ho et al. 2020, arXiv 2006.11239; DDIM: Song et al. 2020, arXiv 2010.02502.
 
     # B batch, C channels, H W latent size
 """
+
+from functools import lru_cache
 
 import torch
 from diffusers import DDIMScheduler
@@ -24,15 +26,17 @@ from meanflow_core.presets.diffusion import DiffusionConfig
 _BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # diffusers' names
 
 
+@lru_cache(maxsize=16)
+def _alphas_cumprod(config: DiffusionConfig) -> torch.Tensor:
+    """abar_k, float32 (K,)."""
+    with torch.device("cpu"):
+        return Diffusion(config).scheduler().alphas_cumprod
+
+
 class Diffusion(PlannedObjective[DiffusionConfig]):
     """DDPM with a linear or a cosine schedule."""
 
     metric_names = ("squared_error", *guidance.bin_names("squared_error"))
-
-    def __init__(self, config: DiffusionConfig) -> None:
-        super().__init__(config)
-        with torch.device("cpu"):
-            self._alphas_cumprod: torch.Tensor = self.scheduler().alphas_cumprod  # (K,)
 
     def scheduler(self) -> DDIMScheduler:
         """DDIM with eta 0. The first step starts at the last noise level ("trailing"), whatever the number of steps."""
@@ -78,7 +82,7 @@ class Diffusion(PlannedObjective[DiffusionConfig]):
         guidance.check_batch(latents, labels, record)
         draws = record.draws
         level = (draws.t * self.config.num_timesteps).round().long() - 1
-        alpha = per_sample(self._alphas_cumprod.to(latents.device)[level], latents).to(latents.dtype)
+        alpha = per_sample(_alphas_cumprod(self.config).to(latents.device)[level], latents).to(latents.dtype)
         z = alpha.sqrt() * latents + (1.0 - alpha).sqrt() * draws.noise
         missing = guidance.missing_velocities(network, z, labels, record, null_label)
         output = training_network(z, draws.conditioning(labels, null_label))

@@ -21,7 +21,8 @@ class LossOutput(Loss):
     """The loss and its parts. With p = 1 the loss is always near 1, so monitor the squared errors instead."""
 
     squared_error: torch.Tensor
-    """(B,) detached: ||u - u_tgt||^2, summed over C, H, W, before guards."""
+    """(B,) detached: ||u - u_tgt||^2, summed over C, H, W, before guards; in alpha-Flow and SoFlow divided by a^2, so that it
+    is comparable with MeanFlow's."""
     squared_error_v: torch.Tensor | None = None
     """(B,) detached: ||v - guided velocity||^2 of the v head, if there is one."""
     u: torch.Tensor
@@ -50,40 +51,32 @@ def total_derivative(
     return dudt
 
 
-def _forward_with_derivative(
-    network: Network, z: torch.Tensor, conditioning: Conditioning, record: StepRecord, tangent: torch.Tensor
-) -> NetworkOutput:
-    """Computes u and v of all samples, and du/dt of those with r < t, in one forward."""
-    order = record.plan.ordered  # samples with r < t first, because a tangent belongs to the first rows
-    output = network(z[order], conditioning.rows(order), tangent)
-    inverse = torch.argsort(order)
-    u, v = (None if value is None else value[inverse] for value in (output.u, output.v))
-    return NetworkOutput(u=u, v=v, dudt=output.dudt)
-
-
 def forward_with_derivative(
     training_network: Network,
     network: Network,
     z: torch.Tensor,
     conditioning: Conditioning,
-    direction: torch.Tensor,
+    tangent: torch.Tensor,
     record: StepRecord,
     *,
     separate: bool,
 ) -> tuple[NetworkOutput, torch.Tensor]:
-    """The training forward of all samples, and du/dt along `direction`, (B, C, H, W), which is zero where r = t.
+    """The training forward of all samples, and du/dt along `tangent`, (B, C, H, W), which is zero where r = t.
 
     separate: compute du/dt in a separate float32 forward of `network`.
     """
     below, derivative = record.plan.below, None
     if separate:
         rows = record.plan.below_or_one
-        derivative = total_derivative(network, z[rows], conditioning.rows(rows), direction[rows])[: len(below)]
+        derivative = total_derivative(network, z[rows], conditioning.rows(rows), tangent[rows])[: len(below)]
     if separate or len(below) == 0:
         output = training_network(z, conditioning)
     else:
-        output = _forward_with_derivative(training_network, z, conditioning, record, direction[below])
-        derivative = output.dudt
+        order = record.plan.ordered  # samples with r < t first, because a tangent belongs to the first rows
+        ordered = training_network(z[order], conditioning.rows(order), tangent[below])
+        inverse = torch.argsort(order)
+        u, v = (None if value is None else value[inverse] for value in (ordered.u, ordered.v))
+        output, derivative = NetworkOutput(u=u, v=v), ordered.dudt
     dudt = torch.zeros_like(z)
     if derivative is not None:
         dudt = dudt.index_copy(0, below, derivative.to(z.dtype))
@@ -91,7 +84,7 @@ def forward_with_derivative(
 
 
 @torch.no_grad()
-def average_velocity_below(
+def average_velocity_where_r_below_t(
     network: Network, z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, labels: torch.Tensor, record: StepRecord
 ) -> torch.Tensor:
     """u(z, r, t) of the samples with r < t, from one no-grad forward; (B, C, H, W), zero for the others.
@@ -173,19 +166,20 @@ class FlowObjective(PlannedObjective[FlowConfig]):
         self,
         record: StepRecord,
         squared_error: torch.Tensor,
-        dudt: torch.Tensor,
+        dudt: torch.Tensor | None,
         guarded: torch.Tensor | None,
         squared_error_v: torch.Tensor | None = None,
     ) -> dict[str, Mean]:
-        """The values of `metric_names`."""
+        """The values of `metric_names`. dudt: None if the step has no derivative."""
         below, t = record.plan.below, record.draws.t
-        norm = dudt.flatten(1).norm(dim=1)
+        derived = below[:0] if dudt is None else below
+        norm = torch.zeros_like(t) if dudt is None else dudt.flatten(1).norm(dim=1)
         values = {
             "squared_error_r_equals_t": guidance.mean_over(squared_error, record.plan.ordered[len(below) :]),
             "squared_error_r_below_t": guidance.mean_over(squared_error, below),
-            "dudt_norm": guidance.mean_over(norm, below),
+            "dudt_norm": guidance.mean_over(norm, derived),
             **guidance.means_by_time("squared_error", squared_error, t),
-            **guidance.means_by_time("dudt_norm", norm[below], t[below]),
+            **guidance.means_by_time("dudt_norm", norm[derived], t[derived]),
         }
         for name, rows in (("guarded_share", guarded), ("squared_error_v", squared_error_v)):
             if rows is not None:

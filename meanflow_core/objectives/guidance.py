@@ -1,10 +1,11 @@
 """What objectives on the path z_t = (1 - t) x + t e share: noisy latents, guided velocities, guards, weights, metrics.
 
-    v_t = e - x                                            conditional velocity of one sample
+    v_t = e - x                                            velocity of one sample
     v   = a v_t + k v(z_t, t | y) + n v(z_t, t | null)     guided velocity, a + k + n = 1
 
-(a, k, n) = (omega, kappa, 1 - omega - kappa) inside the guidance interval, and (1, 0, 0) outside. The network's own
-velocity v(z_t, t | y) is u(z_t, t, t | y), or the output of its v head. Source: Geng et al. 2025, Eq. 19 to 21.
+(a, k, n) = (omega, kappa, 1 - omega - kappa) inside the guidance interval. Outside, and for samples whose label is dropped,
+it is (1, 0, 0). The network's own class-conditional velocity v(z_t, t | y) is u(z_t, t, t | y), or its v head's output.
+Source: Geng et al. 2025, Eq. 19 to 21.
 
     # B batch, b rows with r < t, C channels, H W latent size
 """

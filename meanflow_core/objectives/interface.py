@@ -1,7 +1,7 @@
 """The interface of training objectives: the random draws of a step, and the loss of its samples.
 
 Training, validation, cost estimates and comparison use an objective through this interface alone. A new one is a class in
-a file of its own, and a configuration (`config.LossConfig`) with presets; `diffusion.Diffusion` is the shortest example.
+a file of its own, and a configuration (`config.LossConfig`) with presets. docs/how-to/own-experiment.md has an example.
 
     # b samples of one pass on one worker, C channels, H W latent size
 """
@@ -21,7 +21,8 @@ from meanflow_core.references import resolve
 class Record(Protocol):
     """The random draws of the samples of one pass, and whatever the objective computes from them on the CPU.
 
-    A dataclass of tensors and of other such dataclasses.
+    A dataclass of tensors and of other such dataclasses. Its tensors with four dimensions have the shape of the latents:
+    cost estimates draw for latents of shape (1, 1, 1), and then replace them.
     """
 
     @property
@@ -60,13 +61,13 @@ class Loss:
     loss: torch.Tensor
     """Scalar with a graph: a sum over these samples, divided by the number of samples in the global batch."""
     metrics: dict[str, Mean]
-    """{name: mean}, detached, one for each of the objective's `metric_names`, in that order."""
+    """{name: mean}, detached, one for each of the objective's `metric_names`."""
 
 
 class Objective(ABC, Generic[C, D, R]):
     """A training objective. It holds its configuration only; all randomness is in the draws."""
 
-    metric_names: tuple[str, ...]
+    metric_names: tuple[str, ...] = ()
     """What `Loss.metrics` reports. Names that start with "squared_error" are also measured in validation. The log's
     progress line shows those without a slash."""
 

@@ -95,10 +95,11 @@ def plan_rows(
         weights, is_reusable = _improved_weights(draws)
         may_need_forward = True
     else:
-        assert isinstance(config, GuidedLossConfig), "other objectives need a record of their own"
+        if not isinstance(config, GuidedLossConfig):
+            raise TypeError(f"{type(config).__name__} must be a GuidedLossConfig to have a row plan; override record")
         weights, is_reusable = _fixed_weights(draws, config.guidance), torch.ones_like(below)
         needs_own = has_r_below_t and (uses_own_velocity or config.guidance.kappa != 0.0)
-        may_need_forward = _null_weight(config.guidance) != 0.0 or needs_own
+        may_need_forward = config.guidance.null_weight != 0.0 or needs_own
     needs_conditional = (weights.conditional != 0.0) | (below & uses_own_velocity)
     conditional = (needs_conditional & (below | ~is_reusable)).nonzero().flatten()
     null = (weights.null != 0.0).nonzero().flatten()
@@ -118,13 +119,8 @@ def _fixed_weights(draws: StepDraws, config: GuidanceConfig) -> GuidanceWeights:
     return GuidanceWeights(
         sample=torch.where(is_guided, config.omega, torch.ones_like(t)),
         conditional=torch.where(is_guided, config.kappa, torch.zeros_like(t)),
-        null=_null_weight(config) * is_guided.to(t.dtype),
+        null=config.null_weight * is_guided.to(t.dtype),
     )
-
-
-def _null_weight(config: GuidanceConfig) -> float:
-    weight = 1.0 - config.omega - config.kappa
-    return 0.0 if abs(weight) < 1e-12 else weight  # if omega + kappa = 1, rounding must not cause a forward
 
 
 def _improved_weights(draws: StepDraws) -> tuple[GuidanceWeights, torch.Tensor]:

@@ -48,10 +48,13 @@ def preset_config(name: str) -> TrainingConfig:
             f"unknown preset {name!r}; known: {', '.join(PRESETS)}, or module:function for one of your own"
         )
     function = PRESETS[name] if name in PRESETS else resolve(name)
-    config = function() if callable(function) else function
-    if not callable(function) or not isinstance(config, TrainingConfig):
-        raise ValueError(
-            f"a preset must be a function without arguments that returns a TrainingConfig, but {name} "
-            f"{'returns' if callable(function) else 'is'} {config!r}"
-        )
+    rule = "a preset must be a function without arguments that returns a TrainingConfig"
+    if not callable(function):
+        raise ValueError(f"{rule}, but {name} is {function!r}")
+    try:
+        config = function()
+    except TypeError as error:
+        raise ValueError(f"{rule}, but {name} fails: {error}") from error
+    if not isinstance(config, TrainingConfig):
+        raise ValueError(f"{rule}, but {name} returns {config!r}")
     return config

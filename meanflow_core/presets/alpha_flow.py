@@ -12,6 +12,8 @@ from meanflow_core.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from meanflow_core.config.loss import require_r_below_t
+from meanflow_core.config.rules import IN_0_TO_1, IN_ABOVE_0_TO_1, POSITIVE, check
 from meanflow_core.presets.demo import COMPARISON_GUIDANCE, COMPARISON_TIMES, comparison
 from meanflow_core.presets.meanflow import STEPS_PER_EPOCH, b4_unguided
 
@@ -32,10 +34,10 @@ class AlphaFlowConfig(FlowLossConfig, GuidedLossConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ratio is not None and not 0.0 <= self.ratio <= 1.0:
-            raise ValueError(f"loss.ratio must lie in [0, 1], but got {self.ratio}")
-        if not 0.0 < self.steepness < math.inf:
-            raise ValueError(f"loss.steepness must be above 0, but got {self.steepness}")
+        if self.ratio is not None:
+            check(self, "loss.", IN_0_TO_1, "ratio")
+        check(self, "loss.", POSITIVE, "steepness")
+        require_r_below_t(self, "alpha-Flow")
 
     def ratio_at(self, progress: float) -> float:
         """a after this fraction of the run."""
@@ -58,11 +60,13 @@ class AlphaFlowConfig(FlowLossConfig, GuidedLossConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoFlowConfig(AlphaFlowConfig):
+class SoFlowConfig(FlowLossConfig, GuidedLossConfig):
     """SoFlow: alpha-Flow's identity with a small ratio that falls exponentially over the run."""
 
     objective: ClassVar[str] = "meanflow_core.objectives.alpha_flow:SoFlow"
 
+    ratio: float | None = None
+    """a, fixed for the whole run, in (0, 1]. Default: from ratio_start to ratio_end."""
     ratio_start: float = 0.1
     """a at the first step."""
     ratio_end: float = 0.002
@@ -70,13 +74,14 @@ class SoFlowConfig(AlphaFlowConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ratio_start", "ratio_end"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"loss.{name} must be above 0 and at most 1, but got {getattr(self, name)}")
+        given = () if self.ratio is None else ("ratio",)
+        check(self, "loss.", IN_ABOVE_0_TO_1, "ratio_start", "ratio_end", *given)
+        require_r_below_t(self, "SoFlow")
 
-    def ratio_at(self, progress: float) -> float:
-        """a after this fraction of the run."""
-        return self.ratio_start * (self.ratio_end / self.ratio_start) ** progress
+    def at(self, step: int, num_steps: int) -> Self:
+        """The objective with the step's ratio a."""
+        ratio = self.ratio_start * (self.ratio_end / self.ratio_start) ** (step / num_steps)
+        return self if self.ratio is not None else replace(self, ratio=ratio)
 
     def phases(self, num_steps: int) -> list[tuple[float, Self]]:
         """Every step has the same cost."""

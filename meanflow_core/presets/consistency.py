@@ -14,27 +14,18 @@ from meanflow_core.config import (
     TimeSamplingConfig,
     TrainingConfig,
 )
+from meanflow_core.config.loss import require_r_below_t, require_r_equals_t
+from meanflow_core.config.rules import IN_0_TO_1, NOT_NEGATIVE, POSITIVE_INTEGER, check
 from meanflow_core.predictions import Prediction
 from meanflow_core.presets.demo import COMPARISON_GUIDANCE, comparison
 from meanflow_core.presets.meanflow import b4_unguided
-
-
-def _require_anchor(config: FlowLossConfig, *, uses_own_velocity: bool) -> None:
-    fraction = config.times.fraction_r_below_t
-    if fraction == 0.0:
-        raise ValueError("consistency training needs loss.times.fraction_r_below_t above 0, but got 0")
-    if fraction == 1.0 and uses_own_velocity:
-        raise ValueError(
-            "guidance and the own velocity need samples with r = t, which train these velocities: set "
-            "loss.times.fraction_r_below_t below 1, but got 1"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuousConsistencyConfig(MeanFlowConfig):
     """Continuous-time consistency training: MeanFlow's identity with r = 0, stabilised as sCM (Lu and Song 2024).
 
-    u predicts the image as f(z_t, 0, t) = z_t - t u. The samples with r = t, if any, are flow matching, as in FACM.
+    u predicts the image as f(z_t, t) = z_t - t u(z_t, 0, t). The samples with r = t, if any, are flow matching, as in FACM.
     """
 
     objective: ClassVar[str] = "meanflow_core.objectives.consistency:ContinuousConsistency"
@@ -54,9 +45,9 @@ class ContinuousConsistencyConfig(MeanFlowConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_anchor(self, uses_own_velocity=not self.guidance.is_off or self.tangent == "own_velocity")
-        if not 0.0 <= self.warmup <= 1.0:
-            raise ValueError(f"loss.warmup must lie in [0, 1], but got {self.warmup}")
+        require_r_below_t(self, "consistency training")
+        given = () if self.derivative_weight is None else ("derivative_weight",)
+        check(self, "loss.", IN_0_TO_1, "warmup", *given)
 
     @property
     def prediction(self) -> Prediction:
@@ -97,9 +88,11 @@ class DiscreteConsistencyConfig(FlowLossConfig, GuidedLossConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_anchor(self, uses_own_velocity=not self.guidance.is_off)
-        if self.num_stages < 1:
-            raise ValueError(f"loss.num_stages must be at least 1, but got {self.num_stages}")
+        require_r_below_t(self, "consistency training")
+        require_r_equals_t(self, uses_own_velocity=not self.guidance.is_off)
+        check(self, "loss.", POSITIVE_INTEGER, "num_stages")
+        if self.stage is not None:
+            check(self, "loss.", NOT_NEGATIVE, "stage")
 
     @property
     def prediction(self) -> Prediction:

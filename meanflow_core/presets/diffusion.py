@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from meanflow_core.config import GuidedLossConfig, TrainingConfig
+from meanflow_core.config.rules import check, one_of, require
 from meanflow_core.predictions import Prediction
 from meanflow_core.presets.demo import COMPARISON_GUIDANCE, comparison
 from meanflow_core.presets.meanflow import b4_unguided
@@ -22,10 +23,8 @@ class DiffusionConfig(GuidedLossConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule not in ("linear", "cosine"):
-            raise ValueError(f"loss.schedule must be one of linear, cosine, but got {self.schedule!r}")
-        if self.num_timesteps < 2:
-            raise ValueError(f"loss.num_timesteps must be at least 2, but got {self.num_timesteps}")
+        check(self, "loss.", one_of("linear", "cosine"), "schedule")
+        require(self.num_timesteps >= 2, f"loss.num_timesteps must be at least 2, but got {self.num_timesteps}")
 
     @property
     def prediction(self) -> Prediction:

@@ -15,7 +15,7 @@ from pipelines.errors import InputError
 from pipelines.sweep.experiments import Experiment
 
 FlopsOf = Callable[[TrainingConfig], float]  # FLOPs of one step of a configuration
-EQUAL_SHARE = 0.005  # FLOPs of a step are estimates, within 0.2 %
+FLOPS_TOLERANCE = 0.005  # FLOPs of a step are estimates, within 0.2 %
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def plan_entrants(job: CompareJob, flops_of: FlopsOf) -> list[Entrant]:
     def share_of(method: str, budget: Budget, share: float) -> int:
         """The number of the method's steps in a share of the budget."""
         num_steps = job.num_steps if budget == "steps" else total_flops / flops_of(configs[method])
-        if abs(num_steps - job.num_steps) < EQUAL_SHARE * job.num_steps:
+        if abs(num_steps - job.num_steps) < FLOPS_TOLERANCE * job.num_steps:
             num_steps = job.num_steps  # the same training serves both budgets
         return max(1, round(share * num_steps))
 

@@ -133,7 +133,7 @@ def step_flops(
     sample_size: int,
     in_channels: int,
     num_classes: int,
-    num_drawn_samples: int | None = None,
+    num_drawn_samples: int = NUM_DRAWN_SAMPLES,
 ) -> float:
     """Model FLOPs of one optimiser step over the global batch, averaged over the phases of the objective.
 
@@ -147,7 +147,6 @@ def step_flops(
     Raises ValueError for incompatible sizes, or DataDependentError.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-    num_drawn_samples = num_drawn_samples or NUM_DRAWN_SAMPLES
 
     def flops(loss: LossConfig) -> float:
         record = _unpadded_record(loss, config.seed, num_drawn_samples)
@@ -165,7 +164,7 @@ def step_flops(
 
 @lru_cache(maxsize=64)
 def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> ExecutedFlops:
-    """FLOPs that a step executes under `config`, in the objective's longest phase.
+    """FLOPs that a step executes under `config`, averaged over the phases of the objective.
 
     Adds recomputation to `step_flops`: the separate du/dt pass under bfloat16 or activation checkpointing, and the forward
     that checkpointing repeats. The padding of the no-grad forward's batch is excluded.
@@ -175,55 +174,89 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     if not config.separate_derivative:  # nothing is recomputed
         return ExecutedFlops(in_precision=step_flops(config, **sizes), of_derivative=0.0)
-    loss = _longest_phase(config)
-    record = _unpadded_record(loss, config.seed, NUM_DRAWN_SAMPLES)
 
-    def count(network_config: NetworkConfig) -> np.ndarray:
-        with FakeTensorMode():  # not meta tensors, which have no autocast
-            network = fake_network(network_config, sizes, checkpointing=config.activation_checkpointing)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                return count_flops(
-                    lambda: loss_without_data(network, loss, record, separate_derivative=True).backward(),
-                    only_dtype=torch.float32 if config.precision == "bfloat16" else None,
-                )
+    def flops(loss: LossConfig) -> np.ndarray:
+        record = _unpadded_record(loss, config.seed, NUM_DRAWN_SAMPLES)
 
-    total, of_derivative = (
-        at_full_depth(config.network, count, shallow=1) * config.global_batch_size / NUM_DRAWN_SAMPLES
-    )
+        def count(network_config: NetworkConfig) -> np.ndarray:
+            with FakeTensorMode():  # not meta tensors, which have no autocast
+                network = fake_network(network_config, sizes, checkpointing=config.activation_checkpointing)
+                with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    return count_flops(
+                        lambda: loss_without_data(network, loss, record, separate_derivative=True).backward(),
+                        only_dtype=torch.float32 if config.precision == "bfloat16" else None,
+                    )
+
+        return at_full_depth(config.network, count, shallow=1)
+
+    phases = config.loss.phases(config.num_steps)
+    in_batch = sum((fraction * flops(loss) for fraction, loss in phases), start=np.zeros(2))
+    total, of_derivative = in_batch * config.global_batch_size / NUM_DRAWN_SAMPLES
     return ExecutedFlops(in_precision=float(total - of_derivative), of_derivative=float(of_derivative))
 
 
 def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
-    """Number of forwards of the network in one pass, in the objective's longest phase."""
+    """Number of forwards of the network in one pass, in the phase of the objective that has the most."""
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-    calls = 0
-    loss = _longest_phase(config)
 
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
+    def calls(loss: LossConfig) -> int:
+        found: list[None] = []
+        record = _record(loss, config.seed, config.global_batch_size)
+        with FakeTensorMode():
+            network = fake_network(shallowest(config.network), sizes)
+            network.register_forward_pre_hook(lambda *_: found.append(None))
+            loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
+        return len(found)
 
-    record = _record(loss, config.seed, config.global_batch_size)
-    with FakeTensorMode():
-        network = fake_network(shallowest(config.network), sizes)
-        network.register_forward_pre_hook(count)
-        loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
-    return calls
+    return max(calls(loss) for _, loss in config.loss.phases(config.num_steps))
 
 
 def try_step(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> None:
-    """Runs the forwards of a step of a few samples without data.
+    """Runs a step of a few samples in every phase of the objective, with one block of each kind.
 
-    Raises ValueError if the network cannot be built, returns another shape than expected, or lacks the forward-mode AD that
-    the objective needs; DataDependentError if it cannot run without data.
+    On tensors without data if network and objective are of this package, else on noise, because another network or objective
+    may depend on values. Raises ValueError if the network cannot be built, if the step fails, or if its metrics are not
+    the objective's `metric_names`.
     """
-    loss = _longest_phase(config)
-    record = _record(loss, config.seed, NUM_TRIED_SAMPLES)
-    with torch.device("meta"):  # fake tensors have no forward-mode AD
-        network = build_network(
-            shallowest(config.network), sample_size=sample_size, in_channels=in_channels, num_classes=num_classes
+    sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
+    for _, loss in config.loss.phases(config.num_steps):
+        if all(name.startswith("meanflow_core.") for name in (config.network.network, loss.objective)):
+            with torch.device("meta"):  # fake tensors have no forward-mode AD
+                network = build_network(shallowest(config.network), **sizes)
+                record = _record(loss, config.seed, config.global_batch_size)
+                loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
+        else:
+            _try_on_noise(config, loss, sizes)
+
+
+def _try_on_noise(config: TrainingConfig, loss: LossConfig, sizes: Mapping[str, int]) -> None:
+    objective = build_objective(loss)
+    network = build_network(shallowest(config.network), **sizes).train()
+    shape = (sizes["in_channels"], sizes["sample_size"], sizes["sample_size"])
+    try:
+        draws = objective.draw(seed=config.seed, step=0, num_rows=NUM_TRIED_SAMPLES, latent_shape=shape)
+        record = objective.record(draws, 0, NUM_TRIED_SAMPLES)
+        output = objective.loss(
+            network,
+            network,
+            record.posterior_noise,
+            torch.zeros(NUM_TRIED_SAMPLES, dtype=torch.int64),
+            record,
+            null_label=sizes["num_classes"],
+            global_num_rows=NUM_TRIED_SAMPLES,
+            separate_derivative=config.separate_derivative,
         )
-        loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
+        output.loss.backward()
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"a step of {NUM_TRIED_SAMPLES} samples of noise fails with {config.network.network} and {loss.objective}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if set(output.metrics) != set(objective.metric_names):
+        raise ValueError(
+            f"the metrics of {loss.objective} must be its metric_names {', '.join(objective.metric_names)}, but its loss "
+            f"returns {', '.join(output.metrics)}"
+        )
 
 
 def memory_estimate(
@@ -240,8 +273,9 @@ def memory_estimate(
     Parameters, gradients, Adam's moments and averages are float32 and divided by num_shards (FSDP2); gradients are always
     allocated, as in a step of several passes. Activations and temporaries come from tracing the objective and its backward
     without data, at the configured precision and activation checkpointing, with fused attention. The traced pass is the one
-    of step 0 with the most samples that need du/dt; among equals, the one with the largest no-grad forward. Real steps on
-    CPUs agree within 3 %.
+    of step 0 with the most samples that need du/dt; among equals, the one with the largest no-grad forward; in the phase
+    of the objective that needs the most. Real steps on CPUs agree within 3 %. The optimiser's share is Adam's; muon
+    stores one moment instead of two for its matrices.
     Raises ValueError for incompatible sizes, or numbers below 1.
     """
     for name, value in (("samples_per_pass", samples_per_pass), ("num_shards", num_shards)):
@@ -270,15 +304,19 @@ def memory_estimate(
 def _bytes_of_pass(
     config: TrainingConfig, samples_per_pass: int, sizes: tuple[tuple[str, int], ...]
 ) -> tuple[int, int, int]:
-    """`_traced_bytes` of `_heaviest_pass`, at full depth."""
-    record = _heaviest_pass(config, samples_per_pass)
+    """`_traced_bytes` of `_heaviest_pass`, at full depth, in the phase with the highest peak."""
 
-    def trace(network_config: NetworkConfig) -> np.ndarray:
-        return _traced_bytes(replace(config, network=network_config), record, dict(sizes))
+    def traced(loss: LossConfig) -> tuple[int, int, int]:
+        record = _heaviest_pass(config, loss, samples_per_pass)
 
-    # From three blocks of a kind on, memory peaks at the same point of the pass.
-    kept, forward_peak, backward_peak = (int(n) for n in at_full_depth(config.network, trace, shallow=3))
-    return kept, forward_peak, backward_peak
+        def trace(network_config: NetworkConfig) -> np.ndarray:
+            return _traced_bytes(replace(config, network=network_config), loss, record, dict(sizes))
+
+        # From three blocks of a kind on, memory peaks at the same point of the pass.
+        kept, forward_peak, backward_peak = (int(n) for n in at_full_depth(config.network, trace, shallow=3))
+        return kept, forward_peak, backward_peak
+
+    return max((traced(loss) for _, loss in config.loss.phases(config.num_steps)), key=lambda found: max(found[1:]))
 
 
 def _count(module: nn.Module) -> int:
@@ -293,10 +331,6 @@ def _gathered_bytes(network: NetworkModel) -> int:
     return 2 * FLOAT32_BYTES * (GATHERED_BLOCKS * max(blocks, default=0) + rest)
 
 
-def _longest_phase(config: TrainingConfig) -> LossConfig:
-    return max(config.loss.phases(config.num_steps), key=lambda phase: phase[0])[1]
-
-
 def _record(config: LossConfig, seed: int, num_samples: int) -> Any:
     """The record of step 0 with this many samples, with latents of shape (1, 1, 1)."""
     objective = build_objective(config)
@@ -309,16 +343,16 @@ def _unpadded_record(config: LossConfig, seed: int, num_samples: int) -> Any:
     return build_objective(config).unpadded(_record(config, seed, num_samples))
 
 
-def _heaviest_pass(config: TrainingConfig, samples_per_pass: int) -> Any:
-    """The record of the pass of step 0 that needs the most memory, in the objective's longest phase."""
+def _heaviest_pass(config: TrainingConfig, loss: LossConfig, samples_per_pass: int) -> Any:
+    """The record of the pass of step 0 that needs the most memory."""
     num_rows = max(config.global_batch_size, samples_per_pass)
-    objective = build_objective(_longest_phase(config))
+    objective = build_objective(loss)
     draws = objective.draw(seed=config.seed, step=0, num_rows=num_rows, latent_shape=(1, 1, 1))
     starts = range(0, num_rows - samples_per_pass + 1, samples_per_pass)
     return max((objective.record(draws, start, start + samples_per_pass) for start in starts), key=objective.costs)
 
 
-def _traced_bytes(config: TrainingConfig, record: Any, sizes: Mapping[str, int]) -> np.ndarray:
+def _traced_bytes(config: TrainingConfig, loss: LossConfig, record: Any, sizes: Mapping[str, int]) -> np.ndarray:
     """(3,): bytes alive when backward begins, and the peaks before and after, in one pass.
 
     Excludes parameters, buffers and gradients, but includes a layer's gradient until it is accumulated.
@@ -331,10 +365,8 @@ def _traced_bytes(config: TrainingConfig, record: Any, sizes: Mapping[str, int])
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         with LiveBytes([*network.parameters(), *network.buffers(), *gradients]) as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                loss = loss_without_data(
-                    network, _longest_phase(config), record, separate_derivative=config.separate_derivative
-                )
+                output = loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
             kept, forward_peak = live.now, live.peak
             live.peak = live.now
-            loss.backward()
+            output.backward()
         return np.array([kept, forward_peak, live.peak])

@@ -16,7 +16,7 @@ from pipelines.train.record import TrainingRecord
 
 logger = logging.getLogger(__name__)
 
-UNRELATED_OPTIONS = ("output", "num_workers", "device")  # a report with others is kept
+UNRELATED_OPTIONS = ("output", "num_workers", "device")  # a kept report is valid whatever they are
 
 
 def evaluate_once(record: TrainingRecord, job: EvaluateJob, location: str) -> dict[str, Any]:

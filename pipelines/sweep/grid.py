@@ -41,7 +41,7 @@ def expand(vary: Sequence[str], config: TrainingConfig) -> list[Variant]:
         field, _, texts = specification.partition("=")
         field = field.strip().replace("-", "_")
         if field in values or not texts:
-            raise InputError(f"--vary must be field=value,value with a field once, but got {', '.join(vary)}")
+            raise InputError(f"--vary must be FIELD=VALUE,VALUE... with each field once, but got {', '.join(vary)}")
         values[field] = [_parse(field, text, _type_of(field, config)) for text in texts.split(",")]
     leaves = [field.rpartition(".")[2] for field in values]
     names = [leaf if leaves.count(leaf) == 1 else field for leaf, field in zip(leaves, values, strict=True)]

@@ -33,8 +33,11 @@ def begin_or_resume(
         run.resume()
         return run
     others = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    if any(not info.base_name.startswith("mlflow") for info in others):  # MLflow's database is made first
-        raise InputError(f"{location} holds something else; choose a new folder")
+    others = [info for info in others if not info.base_name.startswith("mlflow")]  # MLflow's database is made first
+    if others:
+        raise InputError(
+            f"{location} must be empty or hold {FILE}, but holds {others[0].base_name}; choose a new folder"
+        )
     run = Run.begin(tracking_uri, experiment, folder.rpartition("/")[2], parameters, code_identity())
     storage.write_bytes(filesystem, f"{folder}/{FILE}", json.dumps({"run_id": run.run_id}).encode())
     return run

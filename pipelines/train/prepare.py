@@ -1,6 +1,5 @@
 """Validates a job and loads its inputs before training starts. Nothing here writes to storage."""
 
-import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,12 +7,12 @@ import torch
 from meanflow_core.autoencoder import load_autoencoder, weight_hash
 from meanflow_core.networks.building import build_network
 from meanflow_core.optimizers import build_optimizers
+from meanflow_core.portable import network_source
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.latents.cache import NO_CACHE
 from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.plan.cost import try_step
-from pipelines.plan.tracing import DataDependentError
 from pipelines.tracking.registry import REGISTRY_SCHEMES
 from pipelines.train import checkpoints, validation
 from pipelines.train.job import TrainJob
@@ -107,8 +106,10 @@ def _require_compatible_data(job: TrainJob, manifest: Manifest) -> None:
             if job.config.activation_checkpointing:
                 network.enable_gradient_checkpointing()
             build_optimizers(network, job.config.optimizer)
-        with contextlib.suppress(DataDependentError):
-            try_step(job.config, **manifest.network_sizes)
+        if job.portable:
+            network_class = type(network)
+            network_source(f"{network_class.__module__}:{network_class.__name__}", network.config.get("module_class"))
+        try_step(job.config, **manifest.network_sizes)
     except ValueError as error:
         raise InputError(str(error)) from error
     if job.config.global_batch_size < job.num_workers:

@@ -7,13 +7,16 @@ import numpy as np
 
 from meanflow_core.grids import image_grid
 from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.predictions import needs_many_steps
 from pipelines.progress import Progress
 from pipelines.tracking.run import Run
 
 logger = logging.getLogger(__name__)
 
 GRID_CLASSES, GRID_SEEDS = 10, 8  # rows and columns of the sample grid
-GRID_KEYS = {1: "samples/one_step", 2: "samples/two_steps"}  # by the number of sampling steps
+# {number of sampling steps: name of the grid}
+FEW_STEPS = {1: "samples/one_step", 2: "samples/two_steps"}
+MANY_STEPS = {10: "samples/10_steps", 25: "samples/25_steps"}  # of flow matching and diffusion
 
 
 def sample_grid(pipeline: MeanFlowPipeline, num_inference_steps: int = 1) -> np.ndarray:
@@ -56,7 +59,8 @@ class Reporter:
 
     def log_samples(self, step: int) -> None:
         """Logs sample grids of the moving average; collective if the network is sharded."""
-        for num_inference_steps, key in GRID_KEYS.items():
+        needs_many = needs_many_steps(self._pipeline.config.prediction)
+        for num_inference_steps, key in (MANY_STEPS if needs_many else FEW_STEPS).items():
             grid = sample_grid(self._pipeline, num_inference_steps)
             if self._run is not None:
                 self._run.log_image(grid, key, step)

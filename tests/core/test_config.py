@@ -18,7 +18,10 @@ from meanflow_core.config import (
     TrainingConfig,
 )
 from meanflow_core.presets import PRESETS
+from meanflow_core.presets.alpha_flow import AlphaFlowConfig, SoFlowConfig
 from meanflow_core.presets.improved_meanflow import imf_network
+
+NO_R_BELOW_T = TimeSamplingConfig(fraction_r_below_t=0.0)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,7 @@ from meanflow_core.presets.improved_meanflow import imf_network
             "guidance_interval_start <= guidance_interval_end",
         ),
         (lambda: MeanFlowConfig(norm_eps=0.0), "norm_eps must be above 0"),
-        (lambda: TrainingConfig(num_steps=0), "num_steps must be at least 1"),
+        (lambda: TrainingConfig(num_steps=0), "num_steps must be a whole number above 0"),
         (lambda: TrainingConfig(ema_decays=()), "one or more numbers"),
         (lambda: TrainingConfig(ema_decays=(0.9, 1.0)), r"in \[0, 1\), but got \(0.9, 1.0\)"),
         (lambda: TrainingConfig(ema_decays=(0.9, 0.9)), "must differ"),
@@ -80,7 +83,25 @@ from meanflow_core.presets.improved_meanflow import imf_network
             lambda: dataclasses.replace(PRESETS["debug_imf"](), guidance_after_steps=5),
             "guidance_after_steps is for objectives with loss.guidance; .* but got 5",
         ),
-        (lambda: TrainingConfig(global_batch_size=0), "global_batch_size must be at least 1"),
+        (lambda: TrainingConfig(global_batch_size=0), "global_batch_size must be a whole number above 0"),
+        (lambda: TrainingConfig(num_steps=1e5), "num_steps must be a whole number above 0, but got 100000.0"),
+        (lambda: AlphaFlowConfig(times=NO_R_BELOW_T), "alpha-Flow needs loss.times.fraction_r_below_t above 0"),
+        (lambda: SoFlowConfig(times=NO_R_BELOW_T), "SoFlow needs loss.times.fraction_r_below_t above 0"),
+        (lambda: SoFlowConfig(ratio=0.0), "loss.ratio must be above 0 and at most 1, but got 0.0"),
+        (
+            lambda: MeanFlowConfig(
+                times=TimeSamplingConfig(fraction_r_below_t=1.0), guidance=GuidanceConfig(omega=0.5, kappa=0.5)
+            ),
+            "guidance and the own velocity need samples with r = t",
+        ),
+        (
+            lambda: MeanFlowConfig(guidance=GuidanceConfig(omega=2.0), label_drop_probability=0.0),
+            "guidance with the null class needs loss.label_drop_probability above 0",
+        ),
+        (
+            lambda: dataclasses.replace(PRESETS["demo_flow_matching"](), sampling=SamplingConfig(guidance_scale=2.0)),
+            "guidance is built into the target already .* but got 2.0",
+        ),
         (
             lambda: SamplingConfig(guidance_interval_start=0.7, guidance_interval_end=0.5),
             "guidance_interval_start <= guidance_interval_end",
@@ -90,6 +111,11 @@ from meanflow_core.presets.improved_meanflow import imf_network
 def test_invalid_values_raise_an_error(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_guided_flow_matching_may_train_without_dropped_labels():
+    assert MeanFlowConfig(guidance=GuidanceConfig(omega=0.5, kappa=0.5), label_drop_probability=0.0)
+    assert dataclasses.replace(PRESETS["fm_b4"](), sampling=SamplingConfig(guidance_scale=2.0))
 
 
 def test_effective_guidance_scale_is_omega_over_one_minus_kappa():

@@ -628,6 +628,8 @@ def test_bins_of_t_add_up_to_the_totals(network, name):
         torch.testing.assert_close(sum(mean.total for mean in in_bins), metrics["dudt_norm"].total)
         torch.testing.assert_close(metrics["dudt_norm"].total, output.dudt.flatten(1).norm(dim=1).sum())
         assert sum(int(mean.num_samples) for mean in in_bins) == metrics["dudt_norm"].num_samples
+        has_derivative = getattr(config, "ratio", 0.0) == 0.0  # alpha-Flow has none before a is 0
+        assert (metrics["dudt_norm"].num_samples > 0) == has_derivative
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -674,7 +676,7 @@ def test_soflows_error_is_that_of_the_flow_map(network):
         (lambda: ContinuousConsistencyConfig(warmup=2.0), r"loss.warmup must lie in \[0, 1\], but got 2.0"),
         (lambda: ContinuousConsistencyConfig(times=FLOW_MATCHING.times), "fraction_r_below_t above 0, but got 0"),
         (lambda: DiscreteConsistencyConfig(guidance=GUIDANCE), "guidance and the own velocity need samples with r = t"),
-        (lambda: DiscreteConsistencyConfig(num_stages=0), "loss.num_stages must be at least 1, but got 0"),
+        (lambda: DiscreteConsistencyConfig(num_stages=0), "loss.num_stages must be a whole number above 0, but got 0"),
         (lambda: DiffusionConfig(schedule="square"), "must be one of linear, cosine, but got 'square'"),
         (lambda: DiffusionConfig(num_timesteps=1), "loss.num_timesteps must be at least 2, but got 1"),
     ],

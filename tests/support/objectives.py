@@ -41,7 +41,7 @@ OBJECTIVES = {
     ),
     "guided flow matching": replace(FLOW_MATCHING, guidance=GuidanceConfig(omega=0.5, kappa=0.5)),
     "labels dropped anywhere": replace(GUIDED, label_drop_probability=0.6),
-    "every row r < t": replace(GUIDED, times=TimeSamplingConfig(fraction_r_below_t=1.0)),
+    "every row r < t": MeanFlowConfig(times=TimeSamplingConfig(fraction_r_below_t=1.0)),
     "own velocity": replace(GUIDED, tangent="own_velocity"),
     "own velocity, no guidance": MeanFlowConfig(times=HALF, tangent="own_velocity"),
     "improved MeanFlow": IMPROVED,

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from diffusers import UNet2DModel
 from torch import nn
 
 from meanflow_core.networks.dit import MeanFlowDiT
@@ -30,6 +31,29 @@ def in_forward_mode(network: MeanFlowDiT, **arguments) -> ForwardModeNetwork:
     plain = ForwardModeNetwork(f"{__name__}:PlainDiT", {**config, **arguments}, **sizes)
     plain.module.dit.load_state_dict(copy.deepcopy(network.state_dict()))
     return plain.to(network.dtype).train(network.training)
+
+
+class UNet(nn.Module):
+    """A small U-Net of diffusers, with group normalization after attention."""
+
+    def __init__(self, sample_size, in_channels, num_classes):
+        super().__init__()
+        self.unet = UNet2DModel(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=in_channels,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+            class_embed_type="identity",
+        )
+        self.classes = nn.Embedding(num_classes + 1, 64)
+        self.step_size = nn.Linear(1, 64)
+
+    def forward(self, z, t, h, labels):
+        return self.unet(z, t, class_labels=self.classes(labels) + self.step_size(h[:, None])).sample
 
 
 class Layer(nn.Module):
@@ -78,6 +102,30 @@ class WithDropout(Layer):
 
     def make_layer(self, size, channels):
         return nn.Dropout(0.1)
+
+
+class WithAttentionDropout(Layer):
+    """Random, by a number of a layer."""
+
+    def make_layer(self, size, channels):
+        return nn.TransformerEncoderLayer(size, 2, 16, 0.1)
+
+
+class OtherForward(Layer):
+    """Does not take t - r."""
+
+    def make_layer(self, size, channels):
+        return nn.Identity()
+
+    def forward(self, z, t, labels):
+        return self.layer(z)
+
+
+class FailsOnData(Layer):
+    """Multiplies matrices of other sizes."""
+
+    def make_layer(self, size, channels):
+        return nn.Linear(size + 1, size)
 
 
 class WithBatchNorm(Layer):

@@ -1,14 +1,17 @@
 """Counted costs, compared with published figures, with the mathematics, and with the memory of a real step."""
 
-from dataclasses import replace
+from dataclasses import dataclass, make_dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from meanflow_core.config import DiTConfig, TrainingConfig
-from meanflow_core.objectives.interface import build_objective
-from meanflow_core.presets.demo import debug_imf, demo
+from meanflow_core.config import DiTConfig, MeanFlowConfig, NetworkConfig, TrainingConfig
+from meanflow_core.objectives.interface import Mean, build_objective
+from meanflow_core.objectives.meanflow import MeanFlow
+from meanflow_core.presets.alpha_flow import AlphaFlowConfig
+from meanflow_core.presets.demo import debug, debug_imf, demo
 from meanflow_core.presets.improved_meanflow import imf_b2, imf_l2, imf_m2, imf_xl2
 from meanflow_core.presets.meanflow import b2, b4, b4_omega3, b4_unguided, fm_b4, l2, m2, s2, xl2
 from meanflow_core.training import build_train_state
@@ -19,6 +22,7 @@ from pipelines.plan.cost import (
     memory_estimate,
     num_parameters,
     step_flops,
+    try_step,
 )
 from tests.support.objectives import draw_record
 
@@ -261,3 +265,42 @@ def test_numbers_below_one_are_refused():
         memory_estimate(small(), **SMALL, samples_per_pass=0)
     with pytest.raises(ValueError, match="num_shards must be at least 1, but got 0"):
         memory_estimate(small(), **SMALL, samples_per_pass=1, num_shards=0)
+
+
+def plain_network(name):
+    reference = {"network": f"tests.support.plain_networks:{name}"}
+    return make_dataclass("Config", [], bases=(NetworkConfig,), namespace=reference, frozen=True, kw_only=True)()
+
+
+def test_every_phase_of_the_objective_is_tried_and_measured():
+    # Only the last phase of alpha-Flow has a derivative, and it is not the longest.
+    config = replace(debug(), network=plain_network("WithUnsupportedOperation"), loss=AlphaFlowConfig())
+    with pytest.raises(ValueError, match="WithUnsupportedOperation has an operation without forward-mode AD"):
+        try_step(config, **SMALL)
+    try_step(replace(config, loss=AlphaFlowConfig(ratio=0.5)), **SMALL)
+    whole, *parts = (
+        memory_estimate(replace(debug(), loss=loss), **SMALL, samples_per_pass=16).total
+        for loss in (AlphaFlowConfig(), *(AlphaFlowConfig(ratio=ratio) for ratio in (0.0, 0.5, 1.0)))
+    )
+    assert whole == max(parts) > min(parts)
+
+
+class Misnamed(MeanFlow):
+    metric_names = ("error",)
+
+    def __init__(self, config):
+        self.config = config
+        self.has_r_below_t = True
+
+    def _metrics(self, *_):
+        return {"eror": Mean(torch.zeros(()), 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MisnamedConfig(MeanFlowConfig):
+    objective: ClassVar[str] = f"{__name__}:Misnamed"
+
+
+def test_metrics_must_have_the_names_that_the_objective_states():
+    with pytest.raises(ValueError, match="must be its metric_names error, but its loss returns eror"):
+        try_step(replace(debug(), loss=MisnamedConfig()), **SMALL)

@@ -42,7 +42,7 @@ def test_help_lists_the_presets(capsys):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--num-steps", "0", "num_steps must be at least 1"),
+        ("--num-steps", "0", "num_steps must be a whole number above 0"),
         ("--samples-per-pass", "0", "samples_per_pass must be at least 1, but got 0"),
         ("--min-workers", "2", "min_workers must be at most num_workers 1, but got 2"),
         ("--resize-interval-seconds", "0", "resize_interval_seconds must be above 0, but got 0"),

@@ -248,7 +248,7 @@ def _step(workload: Workload, found: Estimate) -> Lines:
 
 def _data(workload: Workload, cluster: Cluster, found: Estimate) -> Lines:
     pace = workload.config.global_batch_size / found.step_seconds[0] / found.num_nodes
-    size = f"{with_prefix(workload.latent_bytes, 'B')} {'with' if workload.mirror else 'without'} mirror images"
+    size = f"{with_prefix(workload.latent_bytes, 'B')} {'with' if workload.config.mirror else 'without'} mirror images"
     return [
         ("latents", f"{size}, {workload.image_bytes:,} B per image"),
         ("copied in", f"{format_duration(workload.latent_bytes / (cluster.storage_gbyte * 1e9))}, once"),

@@ -68,8 +68,6 @@ class TrainJob:
     """Device to train on. auto: GPUs if the cluster has any; a resumed run keeps its device."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
     """Folder on each node's local disk for a memory-mapped copy of the latents. "none": memory-map --data directly."""
-    mirror: bool = True
-    """Mirror each training image with probability 1/2. Without mirroring, the cached copy is half as large."""
     experiment: str = "meanflow-ray"
     """MLflow experiment."""
     parent_run_id: str | None = None

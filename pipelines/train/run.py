@@ -85,7 +85,6 @@ def dry_run(preset: str, job: TrainJob) -> str:
         images=manifest.num_samples,
         latent_shape=manifest.latent_shape,
         classes=len(manifest.class_names),
-        mirror=job.mirror,
         parallelism=job.parallelism,
         samples_per_pass=job.samples_per_pass,
     )

@@ -86,7 +86,7 @@ class TrainingWorker:
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
         self._device = _set_up_device(self._job)
         checkpoints.delete_local_leftovers()
-        dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._job.mirror)
+        dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._config.mirror)
         self._manifest = dataset.manifest
         self._vae = open_autoencoder(self._job.data)
         self._normalization = LatentNormalization.from_vae_config(self._vae.config)

@@ -74,7 +74,7 @@ def test_runbook_figures_match_the_estimate():
     sustained = float(runbook_number("A GPU **sustains NUMBER TFLOP/s**"))
     price = float(runbook_number("A node of 8 GPUs costs **NUMBER dollars an hour**")) / 8
     machines = cluster(teraflops=sustained, price_per_gpu_hour=price)
-    load = Workload(config=replace(xl2(), precision="tf32"))
+    load = Workload(config=replace(xl2(), precision="tf32", mirror=True))  # both mirrors are encoded
     many, one_node = estimate(load, machines, 32), estimate(load, machines, 8)
     hours = one_node.step_seconds[0] * load.config.num_steps / 3600
     expected = {
@@ -209,7 +209,7 @@ def test_latents_on_disk_have_the_predicted_size(mirrored):
     moments = np.ones((rows, 8, 32, 32), np.float16)
     names = [f"n01440764/n01440764_{row}" for row in range(rows)]
     content = shard_bytes(moments, moments if mirrored else None, np.zeros(rows, np.int32), names, [])
-    predicted = Workload(config=xl2(), mirror=mirrored).latent_bytes * rows / 1_281_167
+    predicted = Workload(config=replace(xl2(), mirror=mirrored)).latent_bytes * rows / 1_281_167
     assert predicted < len(content) < 1.003 * predicted
 
 
@@ -341,18 +341,17 @@ def test_measured_rates_replace_assumed_ones():
 
 
 def test_options_reach_the_workload_and_the_cluster():
-    arguments = "xl2 --images 1000 --latent-shape 16 64 64 --classes 7 --no-mirror --parallelism fsdp2"
+    arguments = "xl2 --images 1000 --latent-shape 16 64 64 --classes 7 --mirror --parallelism fsdp2"
     _, job = parse_arguments([*arguments.split(), "--samples-per-pass", "3", "--gpu", "l4", "--storage-gbyte", "3"])
     assert resolve_workload(job) == Workload(
-        config=xl2(),
+        config=replace(xl2(), mirror=True),
         images=1000,
         latent_shape=(16, 64, 64),
         classes=7,
-        mirror=False,
         parallelism="fsdp2",
         samples_per_pass=3,
     )
-    assert resolve_workload(job).latent_bytes == 1000 * 2 * 32 * 64 * 64
+    assert resolve_workload(job).latent_bytes == 1000 * 2 * 2 * 32 * 64 * 64
     assert job.cluster == Cluster(gpu="l4", storage_gbyte=3.0)
     assert job.cluster.sustained_link_gbyte == 12.0
 
@@ -365,4 +364,4 @@ def test_data_option_takes_sizes_from_the_manifest(image_root, tmp_path):
     assert load.images == manifest.num_samples
     assert load.latent_shape == manifest.latent_shape
     assert load.classes == len(manifest.class_names)
-    assert not load.mirror
+    assert not load.config.mirror

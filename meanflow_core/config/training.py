@@ -101,7 +101,7 @@ class TrainingConfig:
     num_steps: int = 1_200_960
     """Number of optimiser steps; an epoch of ImageNet at batch 256 is 5,004 steps."""
     mirror: bool = False
-    """Mirror each training image with probability 1/2; the papers' code does not. A node's copy of the latents then has mirror
+    """Mirror each image with probability 1/2; the papers' code does not. A node's copy of the latents then has mirror
     images, too."""
     seed: int = 0
     """Seed of the initial parameters, the data order and every random draw."""

@@ -16,5 +16,7 @@ def resolve(reference: str) -> Any:
     except Exception as error:
         raise ValueError(f"cannot import {module}: {type(error).__name__}: {error}") from error
     if not hasattr(found, name):
-        raise ValueError(f"cannot find {reference!r}: module {module!r} has no attribute {name!r}")
+        raise ValueError(
+            f"cannot find {reference!r}: module {module!r} has no attribute {name!r}; a reference is module:name"
+        )
     return getattr(found, name)

@@ -221,9 +221,9 @@ def try_step(config: TrainingConfig, *, sample_size: int, in_channels: int, num_
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     for _, loss in config.loss.phases(config.num_steps):
         if all(name.startswith("meanflow_core.") for name in (config.network.network, loss.objective)):
+            record = _record(loss, config.seed, config.global_batch_size)
             with torch.device("meta"):  # fake tensors have no forward-mode AD
                 network = build_network(shallowest(config.network), **sizes)
-                record = _record(loss, config.seed, config.global_batch_size)
                 loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
         else:
             _try_on_noise(config, loss, sizes)

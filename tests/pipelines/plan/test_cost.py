@@ -11,7 +11,9 @@ from meanflow_core.config import DiTConfig, MeanFlowConfig, NetworkConfig, Train
 from meanflow_core.objectives.interface import Mean, build_objective
 from meanflow_core.objectives.meanflow import MeanFlow
 from meanflow_core.presets.alpha_flow import AlphaFlowConfig
+from meanflow_core.presets.consistency import demo_consistency
 from meanflow_core.presets.demo import debug, debug_imf, demo
+from meanflow_core.presets.diffusion import demo_ddpm
 from meanflow_core.presets.improved_meanflow import imf_b2, imf_l2, imf_m2, imf_xl2
 from meanflow_core.presets.meanflow import b2, b4, b4_omega3, b4_unguided, fm_b4, l2, m2, s2, xl2
 from meanflow_core.training import build_train_state
@@ -270,6 +272,11 @@ def test_numbers_below_one_are_refused():
 def plain_network(name):
     reference = {"network": f"tests.support.plain_networks:{name}"}
     return make_dataclass("Config", [], bases=(NetworkConfig,), namespace=reference, frozen=True, kw_only=True)()
+
+
+def test_a_step_of_this_packages_objectives_and_networks_can_be_tried_without_data():
+    for config in (debug(), debug_imf(), replace(debug(), loss=AlphaFlowConfig()), demo_consistency(), demo_ddpm()):
+        try_step(config, **SMALL)
 
 
 def test_every_phase_of_the_objective_is_tried_and_measured():

@@ -51,7 +51,7 @@ def test_values_that_depend_on_each_other_are_set_together():
         ),
         (["network.hidden_size=66"], "--vary hidden_size-66: network.hidden_size must be a multiple of 4"),
         (["seed=1,1"], "values of a field must differ"),
-        (["seed=1", "seed=2"], "a field once"),
+        (["seed=1", "seed=2"], "each field once"),
         (["seed"], "must be FIELD=VALUE,VALUE"),
     ],
 )

@@ -145,13 +145,6 @@ class GuidedLossConfig(LossConfig):
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Guidance of the target."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.label_drop_probability > 0.0 or self.guidance.null_weight == 0.0,
-            "guidance with the null class needs loss.label_drop_probability above 0, which trains that class, but got 0",
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class FlowLossConfig(LossConfig):

@@ -22,6 +22,7 @@ from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
 from meanflow_core.portable import add_code
 from meanflow_core.predictions import Prediction
+from meanflow_core.references import reference_of
 
 PROVENANCE_FILE = "provenance.json"
 # Entries of model_index.json that are arguments of the pipeline.
@@ -63,7 +64,7 @@ def build_pipeline(
         guidance_scale=sampling.guidance_scale,
         guidance_interval_start=sampling.guidance_interval_start,
         guidance_interval_end=sampling.guidance_interval_end,
-        network_class=f"{type(network).__module__}:{type(network).__qualname__}",
+        network_class=reference_of(type(network)),
     )
 
 

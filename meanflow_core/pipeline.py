@@ -278,7 +278,7 @@ class MeanFlowPipeline(DiffusionPipeline):
                 guidance_interval_start=starts,
                 guidance_interval_end=ends,
             )
-            return self.transformer(z.to(self.transformer.dtype), conditioning).u.float()
+            return self.transformer(z.to(self.transformer.dtype), conditioning).average_velocity.float()
 
         return predict
 

@@ -4,6 +4,11 @@ import importlib
 from typing import Any
 
 
+def reference_of(found: type) -> str:
+    """The reference of a class, for `resolve`."""
+    return f"{found.__module__}:{found.__qualname__}"
+
+
 def resolve(reference: str) -> Any:
     """The object that "module:name" refers to. Raises ValueError if there is none, or if the module fails to import."""
     module, _, name = reference.partition(":")

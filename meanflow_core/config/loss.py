@@ -145,13 +145,6 @@ class GuidedLossConfig(LossConfig):
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Guidance of the target."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.label_drop_probability > 0.0 or self.guidance.null_weight == 0.0,
-            "guidance with the null class needs loss.label_drop_probability above 0, which trains that class, but got 0",
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class FlowLossConfig(LossConfig):
@@ -202,10 +195,7 @@ class MeanFlowConfig(FlowLossConfig, GuidedLossConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "loss.", one_of("guided_velocity", "own_velocity"), "tangent")
-        is_own = self.tangent == "own_velocity"
-        require_r_equals_t(
-            self, uses_own_velocity=is_own or self.guidance.kappa > 0.0 or self.guidance.null_weight != 0.0
-        )
+        require_r_equals_t(self, uses_own_velocity=not self.guidance.is_off or self.tangent == "own_velocity")
 
     @property
     def is_flow_matching(self) -> bool:

@@ -146,6 +146,12 @@ class TrainingConfig:
             f"into the weights (loss.guidance), but got {self.sampling.guidance_scale}",
         )
         require(
+            not isinstance(self.loss, GuidedLossConfig)
+            or self.loss.guidance.null_weight == 0.0
+            or self.loss.label_drop_probability > 0.0,
+            "guidance with the null class needs loss.label_drop_probability above 0, which trains that class, but got 0",
+        )
+        require(
             self.sampling.guidance_scale == 1.0
             or not isinstance(self.loss, GuidedLossConfig)
             or self.loss.guidance.is_off,

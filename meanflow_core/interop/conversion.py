@@ -247,10 +247,8 @@ def published_training(hidden_size: int, depth: int, *, is_improved: bool) -> Tr
     kind = ImprovedDiTConfig if is_improved else DiTConfig
     for preset in PRESETS.values():
         config = preset()
-        if isinstance(config.network, kind) and (config.network.hidden_size, config.network.depth) == (
-            hidden_size,
-            depth,
-        ):
+        network = config.network
+        if isinstance(network, kind) and (network.hidden_size, network.depth) == (hidden_size, depth):
             return config
     return None
 

@@ -7,6 +7,7 @@ a file of its own, and a configuration (`config.LossConfig`) with presets. docs/
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -21,8 +22,8 @@ from meanflow_core.references import resolve
 class Record(Protocol):
     """The random draws of the samples of one pass, and whatever the objective computes from them on the CPU.
 
-    A dataclass of tensors and of other such dataclasses. Its tensors with four dimensions have the shape of the latents:
-    cost estimates draw for latents of shape (1, 1, 1), and then replace them.
+    A `TensorFields` with these properties. Its tensors with four dimensions have the shape of the latents: cost estimates
+    draw for latents of shape (1, 1, 1), and then replace them.
     """
 
     @property
@@ -33,6 +34,10 @@ class Record(Protocol):
     @property
     def mirrored(self) -> torch.Tensor:
         """(b,) bool: whether to use the moments of the mirror image."""
+        ...
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Applies a function to every tensor."""
         ...
 
     def to(self, device: torch.device) -> Self:

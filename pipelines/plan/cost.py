@@ -26,6 +26,7 @@ from pipelines.plan.tracing import (
     count_flops,
     fake_network,
     loss_without_data,
+    run_objective,
     shallowest,
     without_values,
 )
@@ -147,19 +148,7 @@ def step_flops(
     Raises ValueError for incompatible sizes, or DataDependentError.
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
-
-    def flops(loss: LossConfig) -> float:
-        record = _unpadded_record(loss, config.seed, num_drawn_samples)
-
-        def count(network_config: NetworkConfig) -> np.ndarray:
-            with FakeTensorMode():  # not meta tensors, which have no autocast
-                network = fake_network(network_config, sizes)
-                return count_flops(lambda: loss_without_data(network, loss, record).backward())
-
-        return float(at_full_depth(config.network, count, shallow=1)[0])
-
-    total = sum(fraction * flops(loss) for fraction, loss in config.loss.phases(config.num_steps))
-    return total * config.global_batch_size / num_drawn_samples
+    return float(_flops(config, sizes, num_drawn_samples, with_recomputation=False)[0])
 
 
 @lru_cache(maxsize=64)
@@ -174,25 +163,36 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     if not config.separate_derivative:  # nothing is recomputed
         return ExecutedFlops(in_precision=step_flops(config, **sizes), of_derivative=0.0)
+    total, of_derivative = _flops(config, sizes, NUM_DRAWN_SAMPLES, with_recomputation=True)
+    return ExecutedFlops(in_precision=float(total - of_derivative), of_derivative=float(of_derivative))
 
-    def flops(loss: LossConfig) -> np.ndarray:
-        record = _unpadded_record(loss, config.seed, NUM_DRAWN_SAMPLES)
+
+def _flops(
+    config: TrainingConfig, sizes: Mapping[str, int], num_drawn_samples: int, *, with_recomputation: bool
+) -> np.ndarray:
+    """(2,): FLOPs of a step, averaged over the phases, and with recomputation under bfloat16 those of float32 operands."""
+    is_bfloat16 = with_recomputation and config.precision == "bfloat16"
+
+    def of_phase(loss: LossConfig) -> np.ndarray:
+        record = _unpadded_record(loss, config.seed, num_drawn_samples)
 
         def count(network_config: NetworkConfig) -> np.ndarray:
             with FakeTensorMode():  # not meta tensors, which have no autocast
-                network = fake_network(network_config, sizes, checkpointing=config.activation_checkpointing)
-                with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+                is_checkpointed = with_recomputation and config.activation_checkpointing
+                network = fake_network(network_config, sizes, checkpointing=is_checkpointed)
+                with torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16):
                     return count_flops(
-                        lambda: loss_without_data(network, loss, record, separate_derivative=True).backward(),
-                        only_dtype=torch.float32 if config.precision == "bfloat16" else None,
+                        lambda: loss_without_data(
+                            network, loss, record, separate_derivative=with_recomputation
+                        ).backward(),
+                        only_dtype=torch.float32 if is_bfloat16 else None,
                     )
 
         return at_full_depth(config.network, count, shallow=1)
 
     phases = config.loss.phases(config.num_steps)
-    in_batch = sum((fraction * flops(loss) for fraction, loss in phases), start=np.zeros(2))
-    total, of_derivative = in_batch * config.global_batch_size / NUM_DRAWN_SAMPLES
-    return ExecutedFlops(in_precision=float(total - of_derivative), of_derivative=float(of_derivative))
+    total = sum((fraction * of_phase(loss) for fraction, loss in phases), start=np.zeros(2))
+    return total * config.global_batch_size / num_drawn_samples
 
 
 def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
@@ -212,39 +212,35 @@ def num_network_calls(config: TrainingConfig, *, sample_size: int, in_channels: 
 
 
 def try_step(config: TrainingConfig, *, sample_size: int, in_channels: int, num_classes: int) -> None:
-    """Runs a step of a few samples in every phase of the objective, with one block of each kind.
+    """Runs a step in every phase of the objective, with one block of each kind.
 
-    On tensors without data if network and objective are of this package, else on noise, because another network or objective
-    may depend on values. Raises ValueError if the network cannot be built, if the step fails, or if its metrics are not
-    the objective's `metric_names`.
+    On tensors without data if network and objective are of this package, else on a few samples of noise, because another
+    network or objective may depend on values. Raises ValueError if the network cannot be built, if the step fails, or if
+    its metrics are not the objective's `metric_names`.
     """
-    sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
+    names = config.network.network, config.loss.objective
+    is_ours = all(name.startswith("meanflow_core.") for name in names)
+    with torch.device("meta" if is_ours else "cpu"):  # fake tensors have no forward-mode AD
+        network = build_network(
+            shallowest(config.network), sample_size=sample_size, in_channels=in_channels, num_classes=num_classes
+        )
     for _, loss in config.loss.phases(config.num_steps):
-        if all(name.startswith("meanflow_core.") for name in (config.network.network, loss.objective)):
+        if is_ours:
             record = _record(loss, config.seed, config.global_batch_size)
-            with torch.device("meta"):  # fake tensors have no forward-mode AD
-                network = build_network(shallowest(config.network), **sizes)
+            with torch.device("meta"):
                 loss_without_data(network, loss, record, separate_derivative=config.separate_derivative)
         else:
-            _try_on_noise(config, loss, sizes)
+            _try_on_noise(config, loss, network.train())
 
 
-def _try_on_noise(config: TrainingConfig, loss: LossConfig, sizes: Mapping[str, int]) -> None:
+def _try_on_noise(config: TrainingConfig, loss: LossConfig, network: NetworkModel) -> None:
     objective = build_objective(loss)
-    network = build_network(shallowest(config.network), **sizes).train()
-    shape = (sizes["in_channels"], sizes["sample_size"], sizes["sample_size"])
+    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
     try:
         draws = objective.draw(seed=config.seed, step=0, num_rows=NUM_TRIED_SAMPLES, latent_shape=shape)
         record = objective.record(draws, 0, NUM_TRIED_SAMPLES)
-        output = objective.loss(
-            network,
-            network,
-            record.posterior_noise,
-            torch.zeros(NUM_TRIED_SAMPLES, dtype=torch.int64),
-            record,
-            null_label=sizes["num_classes"],
-            global_num_rows=NUM_TRIED_SAMPLES,
-            separate_derivative=config.separate_derivative,
+        output = run_objective(
+            network, loss, record.posterior_noise, record, separate_derivative=config.separate_derivative
         )
         output.loss.backward()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -20,7 +19,7 @@ from meanflow_core.config import LossConfig, NetworkConfig
 from meanflow_core.networks.building import build_network
 from meanflow_core.networks.forward_mode import ForwardModeNetwork
 from meanflow_core.networks.interface import NetworkModel
-from meanflow_core.objectives.interface import build_objective
+from meanflow_core.objectives.interface import Loss, Record, build_objective
 
 
 class DataDependentError(ValueError):
@@ -43,37 +42,36 @@ def _three_forwards(function: Callable[..., torch.Tensor], primals: Any, tangent
     return function(*primals), function(*primals)
 
 
-def _without_data(record: Any, latent_shape: tuple[int, int, int]) -> Any:
-    """The record on tensors without data, with latents of another shape."""
-    changes: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if is_dataclass(value):
-            changes[field.name] = _without_data(value, latent_shape)
-        elif isinstance(value, torch.Tensor):
-            shape = (len(value), *latent_shape) if value.dim() == 4 else value.shape
-            changes[field.name] = torch.empty(shape, dtype=value.dtype)
-    return replace(record, **changes)
+def run_objective(
+    network: NetworkModel, config: LossConfig, latents: torch.Tensor, record: Record, *, separate_derivative: bool
+) -> Loss:
+    """The objective of a record's samples, all of class 0, on the device of the tensors."""
+    num_rows = len(latents)
+    return build_objective(config).loss(
+        network,
+        network,
+        latents,
+        torch.zeros(num_rows, dtype=torch.int64),
+        record,
+        null_label=network.config.num_classes,
+        global_num_rows=num_rows,
+        separate_derivative=separate_derivative,
+    )
 
 
 def loss_without_data(
-    network: NetworkModel, config: LossConfig, record: Any, *, separate_derivative: bool = False
+    network: NetworkModel, config: LossConfig, record: Record, *, separate_derivative: bool = False
 ) -> torch.Tensor:
     """The objective of a record's samples on tensors without data: the caller's FakeTensorMode or meta device."""
-    num_rows = len(record.mirrored)
-    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+    latent_shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+
+    def without_data(value: torch.Tensor) -> torch.Tensor:
+        return torch.empty((len(value), *latent_shape) if value.dim() == 4 else value.shape, dtype=value.dtype)
+
     with without_values():
-        output = build_objective(config).loss(
-            network,
-            network,
-            torch.empty(num_rows, *shape),
-            torch.empty(num_rows, dtype=torch.int64),
-            _without_data(record, shape),
-            null_label=network.config.num_classes,
-            global_num_rows=num_rows,
-            separate_derivative=separate_derivative,
-        )
-    return output.loss
+        empty = record.map(without_data)
+        latents = torch.empty_like(empty.posterior_noise)
+        return run_objective(network, config, latents, empty, separate_derivative=separate_derivative).loss
 
 
 @contextmanager

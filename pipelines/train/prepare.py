@@ -8,6 +8,7 @@ from meanflow_core.autoencoder import load_autoencoder, weight_hash
 from meanflow_core.networks.building import build_network
 from meanflow_core.optimizers import build_optimizers
 from meanflow_core.portable import network_source
+from meanflow_core.references import reference_of
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.latents.cache import NO_CACHE
@@ -107,8 +108,7 @@ def _require_compatible_data(job: TrainJob, manifest: Manifest) -> None:
                 network.enable_gradient_checkpointing()
             build_optimizers(network, job.config.optimizer)
         if job.portable:
-            network_class = type(network)
-            network_source(f"{network_class.__module__}:{network_class.__name__}", network.config.get("module_class"))
+            network_source(reference_of(type(network)), network.config.get("module_class"))
         try_step(job.config, **manifest.network_sizes)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -95,7 +95,7 @@ NO_R_BELOW_T = TimeSamplingConfig(fraction_r_below_t=0.0)
             "guidance and the own velocity need samples with r = t",
         ),
         (
-            lambda: MeanFlowConfig(guidance=GuidanceConfig(omega=2.0), label_drop_probability=0.0),
+            lambda: TrainingConfig(loss=MeanFlowConfig(guidance=GuidanceConfig(omega=2.0), label_drop_probability=0.0)),
             "guidance with the null class needs loss.label_drop_probability above 0",
         ),
         (
@@ -114,7 +114,8 @@ def test_invalid_values_raise_an_error(build, message):
 
 
 def test_guided_flow_matching_may_train_without_dropped_labels():
-    assert MeanFlowConfig(guidance=GuidanceConfig(omega=0.5, kappa=0.5), label_drop_probability=0.0)
+    loss = MeanFlowConfig(guidance=GuidanceConfig(omega=0.5, kappa=0.5), label_drop_probability=0.0)
+    assert TrainingConfig(loss=loss)
     assert dataclasses.replace(PRESETS["fm_b4"](), sampling=SamplingConfig(guidance_scale=2.0))
 
 

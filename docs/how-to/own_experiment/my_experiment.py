@@ -68,8 +68,7 @@ class CosineMeanFlow(Objective[CosineMeanFlowConfig, DrawnStep, StepDraws]):
         z = cos * latents + sin * record.noise
         v = (cos * record.noise - sin * latents) * math.pi / 2
         target = v - (t - r) * total_derivative(network, z, conditioning, v)
-        u = training_network(z, conditioning).u
-        assert u is not None
+        u = training_network(z, conditioning).average_velocity
         squared_error = (u.float() - target).square().flatten(1).sum(dim=1)  # (B,)
         loss = torch.sqrt(squared_error + self.config.huber**2) - self.config.huber
         mean = Mean(squared_error.detach().sum(), len(labels))

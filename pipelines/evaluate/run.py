@@ -21,7 +21,7 @@ from pipelines.evaluate.chunks import num_kept_between
 from pipelines.evaluate.extractors import absolute_extractor
 from pipelines.evaluate.inputs import Inputs, open_inputs
 from pipelines.evaluate.job import EvaluateJob
-from pipelines.evaluate.measuring import WorkerConfig, Workers, measure_sets, start_cluster
+from pipelines.evaluate.measuring import WorkerConfig
 from pipelines.evaluate.mlflow_log import log_report
 from pipelines.evaluate.plan import (
     GRID,
@@ -40,6 +40,7 @@ from pipelines.evaluate.report import build_report
 from pipelines.evaluate.sample_files import SampleFileWriter
 from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.table import report_table
+from pipelines.evaluate.workers import Workers, measure_sets, start_cluster
 from pipelines.progress import format_seconds
 from pipelines.tracking.registry import REGISTRY_SCHEMES
 

@@ -13,14 +13,16 @@ from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.metrics import FeatureStatistics
 from pipelines.cluster import start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
+from pipelines.evaluate import workers
 from pipelines.evaluate.chunks import Kept, generated_chunks, image_file_chunks, make_chunks, sample_file_chunks, spans
 from pipelines.evaluate.extractors import Features
 from pipelines.evaluate.job import MeasuringOptions
 from pipelines.evaluate.judge import load_judge
-from pipelines.evaluate.measuring import Measurer, WorkerConfig, Workers, measure_sets
+from pipelines.evaluate.measuring import Measurer, WorkerConfig
 from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.evaluate.sources import ImageBatch
 from pipelines.evaluate.sums import SetSums
+from pipelines.evaluate.workers import Workers, measure_sets
 from pipelines.images.sources import find_images
 
 RULE = SampleRule(base_seed=3, labels="balanced")
@@ -133,6 +135,31 @@ def assert_equal_bits(ours, theirs):
         assert torch.equal(our_group.total, their_group.total)
 
 
+def test_sums_are_added_in_a_tree_whose_shape_depends_on_their_number_alone(monkeypatch):
+    monkeypatch.setattr(workers, "_add_on_worker", tuple)  # shows what a task would add
+
+    def total(num_chunks):
+        tree = workers.SumTree()
+        for number in range(num_chunks):
+            tree.add(number)
+        return tree.total()
+
+    assert total(1) == (0,)
+    assert total(9) == (tuple(range(8)), 8)
+    assert total(19) == (tuple(range(8)), tuple(range(8, 16)), 16, 17, 18)
+    assert total(64) == (tuple(tuple(range(first, first + 8)) for first in range(0, 64, 8)),)
+
+
+def test_a_part_of_a_set_keeps_its_images_apart_from_the_sums_of_its_features(config):
+    [chunk, *_] = generated_chunks("samples", Setting(num_steps=1), RULE, 60, Kept(60, 60))
+    whole = Measurer(config, "cpu").measure(chunk)
+    kept, sums = whole.split()
+    assert (kept.groups, kept.scores, kept.spatial) == ({}, {}, None)
+    assert (kept.num_images, len(torch.cat(kept.images)), sums.num_images, sums.images) == (3, 3, 0, [])
+    kept.add(sums)
+    assert_equal_bits(kept, whole)
+
+
 @pytest.mark.soak
 @pytest.mark.cluster
 def test_results_match_bit_for_bit_with_one_two_or_four_workers_even_if_one_is_killed(config):
@@ -142,12 +169,12 @@ def test_results_match_bit_for_bit_with_one_two_or_four_workers_even_if_one_is_k
     def kill_one(sums):
         if killed:
             return
-        workers = [
+        processes = [
             process
             for process in psutil.Process().children(recursive=True)
-            if process.name().startswith("ray::") and "MapWorker" in " ".join([process.name(), *process.cmdline()])
+            if process.name().startswith("ray::") and "ChunkWorker" in " ".join([process.name(), *process.cmdline()])
         ]
-        killed.append(random.choice(workers))
+        killed.append(random.choice(processes))
         killed[0].kill()
 
     start_ray(needed_cpus=6)

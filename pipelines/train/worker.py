@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed
@@ -87,6 +88,8 @@ class TrainingWorker:
         self._device = _set_up_device(self._job)
         checkpoints.delete_local_leftovers()
         dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._config.mirror)
+        # Nodes copy at different speeds. Unlike this barrier, the process group's collectives time out after 30 minutes.
+        ray.train.collective.barrier()
         self._manifest = dataset.manifest
         self._vae = open_autoencoder(self._job.data)
         self._normalization = LatentNormalization.from_vae_config(self._vae.config)

@@ -256,6 +256,7 @@ def test_new_run_requires_a_reachable_server(proxy):
 def test_system_metrics_continue_after_an_outage_and_after_a_restart(proxy, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
     key = "system/node-1/cpu_utilization_percentage"
     with run.system_metrics("node-1"):
         time.sleep(0.3)

@@ -5,6 +5,7 @@ import os
 from typing import Literal
 
 from pipelines.errors import InputError
+from pipelines.private_interfaces import CLEANER_LOGGER
 
 Device = Literal["auto", "gpu", "cpu"]
 # By default, glibc returns the memory of large temporary tensors to the system. The page faults of allocating it again at
@@ -38,7 +39,7 @@ def start_ray(needed_cpus: int) -> None:
 
 def _silence_cleaner() -> None:
     # Without a dashboard, Ray Train's placement group cleaner warns every second that it cannot query its controller.
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    logging.getLogger(CLEANER_LOGGER).setLevel(logging.ERROR)
 
 
 def choose_gpus(device: Device, num_processes: int = 1) -> bool:

@@ -13,9 +13,9 @@ import fsspec
 from pyarrow import fs
 
 from pipelines.errors import InputError
+from pipelines.private_interfaces import SUBMITTED_JOB
 
 PYARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs")
-SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
 
 
 def absolute(location: str) -> str:

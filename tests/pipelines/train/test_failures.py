@@ -33,5 +33,5 @@ def test_message_names_the_cause_and_where_to_resume(tmp_path):
     nonfinite = str(nonfinite_error(job, 21))
     assert nonfinite.startswith(f"the gradient of step 21 is not finite; {hint}")
     assert "--skip-nonfinite 4" in nonfinite
-    (tmp_path / "runs/r" / checkpoints.RECORD).write_text("{")
+    (tmp_path / "runs/r" / checkpoints.CHECKPOINT_RECORD).write_text("{")
     assert "the run's checkpoints cannot be read now" in resume_hint(job)

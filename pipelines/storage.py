@@ -85,6 +85,13 @@ def require_folder(location: str, description: str) -> tuple[fs.FileSystem, str]
     return filesystem, path
 
 
+def content_identity(location: str, filesystem: fs.FileSystem, path: str) -> str:
+    """A text that changes when a file of the folder changes: its location, and names, sizes and times of the files."""
+    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    files = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.is_file)
+    return f"{location} {files}"
+
+
 def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:
     """The whole content of a file."""
     with filesystem.open_input_stream(path) as stream:

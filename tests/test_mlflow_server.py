@@ -273,8 +273,8 @@ def test_training_logs_metrics_and_registers_a_model_that_loads_through_the_serv
         if through_server:
             monkeypatch.setenv("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
         caplog.clear()
-        with deploy.models.fetched_generator("models:/first/1", deployment.server.uri) as (folder, source):
-            assert (folder / "model_index.json").is_file()
+        folder, source = deploy.models.fetch_generator("models:/first/1", deployment.server.uri)
+        assert (folder / "model_index.json").is_file()
         assert source.run_id == run.info.run_id
         signed = [message for message in caplog.messages if "GET /bucket/" in message and "X-Amz-Signature=" in message]
         # By default, MLflow downloads from the store with URLs that the server signs.
@@ -344,5 +344,5 @@ def test_outages_of_database_and_server_lose_no_metrics(deployment, start, as_us
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert steps == list(range(5, num_steps + 1, 5)), name
     assert deploy.models.resolve_model("models:/outages@champion", server.uri) == "models:/outages/1"
-    with deploy.models.fetched_generator("models:/outages/1", server.uri) as (folder, _):
-        assert (folder / "model_index.json").is_file()
+    folder, _ = deploy.models.fetch_generator("models:/outages/1", server.uri)
+    assert (folder / "model_index.json").is_file()

@@ -1,9 +1,7 @@
 """MLflow's model registry: registering, tagging, finding and fetching generators."""
 
-import atexit
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +21,7 @@ from mlflow.types import ParamSpec as ModelParameter
 from pyarrow import fs
 
 from meanflow_core.generator import find_generator, read_provenance
+from meanflow_core.node_cache import cached_folder
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.tracking.run import Run
@@ -187,7 +186,7 @@ def find_version(model: str, tracking_uri: str | None) -> Version | None:
     """The version that "models:/name@alias" or "models:/name/3" means now. None if there is none, or for another address."""
     if tracking_uri is None or not model.startswith("models:/"):
         return None
-    client, name = MlflowClient(tracking_uri), model.removeprefix("models:/")
+    client, name = MlflowClient(tracking_uri), model.removeprefix("models:/").replace("/latest", "@latest")
     try:
         if "@" in name:
             found = client.get_model_version_by_alias(*name.split("@", 1))
@@ -207,36 +206,46 @@ def move_alias(version: Version, alias: str) -> None:
 def fetch_generator(model: str, tracking_uri: str | None) -> Path:
     """The local folder of a generator: a path, a URI, "models:/name@alias" or "runs:/id/name".
 
-    Downloads from an object store are deleted when the process ends. Raises InputError if there is no such generator.
+    Each node fetches a generator once. Raises InputError if there is no such generator.
     """
-    folder = _download(model, tracking_uri)
     try:
-        return find_generator(folder)
+        return find_generator(_local_folder(model, tracking_uri))
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def _download(model: str, tracking_uri: str | None) -> Path:
+def _local_folder(model: str, tracking_uri: str | None) -> Path:
     if model.startswith(REGISTRY_SCHEMES):
-        tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if not tracking_uri:
-            raise InputError(f"model {model} is in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
-        # Set for the whole process: MLflow 3.17 resolves names at the global address and ignores registry_uri.
-        mlflow.set_tracking_uri(tracking_uri)
-        try:
-            return Path(mlflow.artifacts.download_artifacts(model))
-        except (MlflowException, OSError) as error:
-            raise InputError(f"cannot fetch {model} from {tracking_uri}: {error}") from error
+        return _from_mlflow(model, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
     try:
         filesystem, path = storage.require_folder(model, "generator")
     except InputError as error:
         raise InputError(f"{error}; a generator is a folder, a URI, models:/name@alias or runs:/id/name") from error
     if storage.is_local(model):
         return Path(path)
-    folder = tempfile.mkdtemp(prefix="generator-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
-        fs.copy_files(path, folder, source_filesystem=filesystem)
+        return cached_folder(
+            storage.content_identity(model, filesystem, path),
+            lambda folder: fs.copy_files(path, str(folder), source_filesystem=filesystem),
+        )
     except OSError as error:
-        raise InputError(f"cannot fetch {model}: {error}") from error
-    return Path(folder)
+        raise InputError(f"cannot fetch {storage.redact(model)}: {error}") from error
+
+
+def _from_mlflow(model: str, tracking_uri: str | None) -> Path:
+    if not tracking_uri:
+        raise InputError(f"model {model} is in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
+    # Set for the whole process: MLflow 3.17 resolves names at the global address and ignores registry_uri.
+    mlflow.set_tracking_uri(tracking_uri)
+    version = find_version(model, tracking_uri)
+    if version is None and ("@" in model or model.endswith("/latest")):
+        raise InputError(f"cannot find {model} at {tracking_uri}")
+    fixed = model if version is None else version.uri  # an alias may move
+    run_id = None if version is None else version.run_id  # a new server at this address may use the same names
+    try:
+        return cached_folder(
+            f"{tracking_uri} {fixed} {run_id}",
+            lambda folder: mlflow.artifacts.download_artifacts(fixed, dst_path=str(folder)),
+        )
+    except (MlflowException, OSError) as error:
+        raise InputError(f"cannot fetch {model} from {tracking_uri}: {error}") from error

@@ -151,7 +151,7 @@ def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str)
         "data.sha256": manifest.content_sha256,
         "data.vae": manifest.recipe.vae_id,
         "data.vae_sha256": manifest.recipe.vae_sha256,
-        "num_workers": job.num_workers,
+        "num_workers": job.workers,
         "parallelism": job.parallelism,
         "samples_per_pass": job.samples_per_pass,
         "init_from": job.init_from and storage.redact(job.init_from),

@@ -16,6 +16,7 @@ from PIL import Image
 
 from meanflow_core.grids import image_grid
 from pipelines import storage
+from pipelines.cluster import map_on_cluster
 from pipelines.errors import InputError
 from pipelines.evaluate.chunks import num_kept_between
 from pipelines.evaluate.extractors import absolute_extractor
@@ -193,10 +194,13 @@ def _complete_reference(job: EvaluateJob, inputs: Inputs, sets: Mapping[str, Set
 
 
 def _train_pixels(inputs: Inputs) -> torch.Tensor | None:
-    """Training images for the pixel distances. None without training images, held-out images or a generator."""
+    """Reads training images for the pixel distances on the cluster.
+
+    Returns None without training images, held-out images or a generator.
+    """
     if inputs.train is None or inputs.held_out is None or inputs.generator is None:
         return None
-    return read_evenly(inputs.train, inputs.image_size, NUM_PIXEL_TRAIN)[0]
+    return read_evenly(inputs.train, inputs.image_size, NUM_PIXEL_TRAIN, map_on_cluster)[0]
 
 
 def _write_report(job: EvaluateJob, inputs: Inputs, report: dict[str, Any], sets: Mapping[str, SetSums]) -> list[Path]:

@@ -103,7 +103,7 @@ def test_every_image_of_a_sample_file_is_measured_once(tmp_path):
     np.testing.assert_array_equal(torch.cat(sums.images), pixels)
 
 
-def test_unreadable_images_are_skipped_and_counted(image_root, tmp_path):
+def test_unreadable_images_are_skipped_and_counted(image_root, caplog):
     images = find_images(str(image_root / "val"))
     worker = Measurer(CONFIG, "cpu")
     whole = measure(worker, image_file_chunks("samples", images, 64))
@@ -115,6 +115,8 @@ def test_unreadable_images_are_skipped_and_counted(image_root, tmp_path):
     finally:
         path.write_bytes(content)
     assert (whole.num_images, whole.num_unreadable, part.num_images, part.num_unreadable) == (40, 0, 39, 1)
+    assert "skipped 1 unreadable images: d0000004/" in caplog.text
+    assert "has changed since the images were listed" in caplog.text
     assert whole.num_correct == 40
     assert (whole.statistics - part.statistics).count == 1
 

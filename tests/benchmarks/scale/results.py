@@ -60,9 +60,8 @@ class Row:
     peak_megabytes: float
     """Peak memory of the process that measured all steps of the experiment at this size."""
     growth: float | None
-    """Exponent of the CPU time between the previous size and this one; for the largest size only."""
+    """Exponent of the CPU time between the smallest and the largest size; for the largest only."""
     note: str
-    simulated: str
     problems: list[str]
     """Limits that the row exceeds."""
 
@@ -122,26 +121,20 @@ def run_experiment(name: str, experiment: Experiment) -> list[Row]:
     """Measures every size in a process of its own, prints what it finds, and returns the rows of the table."""
     print(f"{name}; simulated: {experiment.simulated}", flush=True)
     rows: list[Row] = []
-    previous: dict[str, Timing] = {}
-    for position, size in enumerate(experiment.sizes):
+    first: dict[str, Timing] = {}
+    for size in experiment.sizes:
         timings, peak = in_process(_measure, experiment, size)
-        is_last = position == len(experiment.sizes) - 1
+        first = first or timings
         for step, timing in timings.items():
             growth = None
-            if is_last and timing.cpu_seconds >= MIN_CPU_SECONDS:
-                ratio = timing.cpu_seconds / previous[step].cpu_seconds
-                growth = math.log(ratio) / math.log(size / experiment.sizes[position - 1])
-            problems = _problems(experiment, step, size, timing, peak, growth)
+            if size == experiment.sizes[-1] and timing.cpu_seconds >= MIN_CPU_SECONDS:
+                growth = math.log(timing.cpu_seconds / first[step].cpu_seconds) / math.log(size / experiment.sizes[0])
             row = Row(
                 experiment=name, step=step, size=size, unit=experiment.unit, **vars(timing), peak_megabytes=peak,
-                growth=growth, simulated=experiment.simulated, problems=problems,
+                growth=growth, problems=_problems(experiment, step, size, timing, peak, growth),
             )  # fmt: skip
-            time_and_peak = (
-                f"{format_seconds(row.seconds)}, CPU {format_seconds(row.cpu_seconds)}, {row.peak_megabytes:,.0f} MB"
-            )
-            print(f"  {size:,} {row.unit}: {step}: {time_and_peak} {_verdict(row) if row.problems else ''}", flush=True)
+            print(f"  {_progress(row)}", flush=True)
             rows.append(row)
-        previous = timings
     return rows
 
 
@@ -169,14 +162,19 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def _verdict(row: Row) -> str:
-    return f"SHORT: {', '.join(row.problems)}" if row.problems else "ok"
+def _progress(row: Row) -> str:
+    times = f"{format_seconds(row.seconds)}, CPU {format_seconds(row.cpu_seconds)}, {row.peak_megabytes:,.0f} MB"
+    return f"{row.size:,} {row.unit}: {row.step}: {times} {_verdict([row]) if row.problems else ''}".rstrip()
+
+
+def _verdict(rows: list[Row]) -> str:
+    problems = [f"{problem} at {row.size:,}" for row in rows for problem in row.problems]
+    return f"SHORT: {', '.join(problems)}" if problems else "ok"
 
 
 def _table_line(rows: list[Row]) -> str:
     """The line of a step, from its rows at all sizes."""
     last = rows[-1]
-    verdicts = [_verdict(row) for row in rows if row.problems] or ["ok"]
     cells = [
         f"{last.experiment}: {last.step}",
         f"{' / '.join(f'{row.size:,}' for row in rows)} {last.unit}",
@@ -184,7 +182,7 @@ def _table_line(rows: list[Row]) -> str:
         " / ".join(format_seconds(row.cpu_seconds) for row in rows),
         f"{last.peak_megabytes:,.0f}",
         "" if last.growth is None else f"{last.growth:.2f}",
-        verdicts[-1],
+        _verdict(rows),
         last.note,
     ]
     return f"| {' | '.join(cells)} |"

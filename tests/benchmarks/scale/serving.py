@@ -3,7 +3,7 @@
 import asyncio
 import pickle
 
-from results import Experiment, Timing, fractions, repeated, scaled, timed
+from results import Experiment, Timing, fractions, repeated, scaled
 
 from deploy.replica.batching import Batcher, BatchLimits, DeadlineError
 from deploy.replica.class_index import ClassIndex, class_entries
@@ -26,15 +26,19 @@ def experiments(num_images: int) -> dict[str, Experiment]:
 
 def measure_classes(num_classes: int) -> dict[str, Timing]:
     """Builds the index of classes, and asks for the page."""
-    timings: dict[str, Timing] = {}
     names = {label: f"class {label}, synonym {label}" for label in range(num_classes)}
-    with timed(timings, "build the index of classes"):
-        index = ClassIndex(class_entries(names, {str(label): f"n{label:08d}" for label in names}, num_classes))
-    timings["classes from the replica to the API, pickled"] = repeated(
-        lambda number: pickle.loads(pickle.dumps(index.entries)), 5
-    )
+    wnids = {str(label): f"n{label:08d}" for label in names}
+    entries = class_entries(names, wnids, num_classes)
+    timings = {
+        "build the index of classes": repeated(
+            lambda number: ClassIndex(class_entries(names, wnids, num_classes)), 3, warmup=1
+        ),
+        "classes from the replica to the API, pickled": repeated(
+            lambda number: pickle.loads(pickle.dumps(entries)), 5, warmup=1
+        ),
+    }
     with stub_endpoint() as endpoint:
-        endpoint.generator.classes = index.entries
+        endpoint.generator.classes = entries
         pages = {"GET /classes": {}, "GET /classes with search and limit": {"search": "7", "limit": 10}}
         for step, query in pages.items():
             timings[step] = repeated(lambda number, query=query: endpoint.client.get("/classes", params=query), 5)
@@ -44,15 +48,15 @@ def measure_classes(num_classes: int) -> dict[str, Timing]:
 
 def measure_queue(num_rows: int) -> dict[str, Timing]:
     """Queues rows as requests of one row: all served, all timed out, and all in one request."""
-    timings: dict[str, Timing] = {}
-    for step, function in {
+    steps = {
         "serve requests of one row": serve_all,
         "serve one request of all rows": serve_one_request,
         "time out requests of one row": time_out_all,
-    }.items():
-        with timed(timings, step):
-            asyncio.run(function(num_rows))
-    return timings
+    }
+    return {
+        step: repeated(lambda number, function=function: asyncio.run(function(num_rows)), 3, warmup=1)
+        for step, function in steps.items()
+    }
 
 
 async def nothing(group: str, items: list[int]) -> tuple[list[int], None]:

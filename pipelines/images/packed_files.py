@@ -63,7 +63,8 @@ def index_packed(
         table.append_column("file", pa.array(np.full(len(table), number))).select(ENTRY_SCHEMA.names)
         for number, table in enumerate(file_index.entries for file_index in indexes)
     ]
-    entries = pa.concat_tables(tables).cast(ENTRY_SCHEMA)
+    # One chunk per column: `take`, which slices the index for every shard, costs as much as the table has chunks.
+    entries = pa.concat_tables(tables).cast(ENTRY_SCHEMA).combine_chunks()
     if len(entries) == 0:
         raise InputError(f"no images in {listing.location}: its {len(listing.files)} files are empty")
     stored_names = next((file_index.class_names for file_index in indexes if file_index.class_names), None)

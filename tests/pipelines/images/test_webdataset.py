@@ -89,6 +89,14 @@ def test_same_key_in_two_tars_is_refused(tmp_path):
         find_images(str(tmp_path))
 
 
+def test_index_of_many_tars_has_one_chunk_per_column(tmp_path):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", [(f"{number}.jpg", b"1"), (f"{number}.cls", b"0")])
+    _, _, index = find_images(str(tmp_path))
+    # Slicing a table costs as much as it has chunks, and every shard slices the index.
+    assert [column.num_chunks for column in index.entries.columns] == [1] * index.entries.num_columns
+
+
 def test_object_store_gives_the_same_index_as_a_local_disk(tmp_path):
     write_tar(
         tmp_path / "t.tar", [("a.jpg", b"image"), ("a.cls", b"1"), ("b.jpg", b"other"), ("b.json", b'{"label": 0}')]

@@ -1,4 +1,4 @@
-"""Evaluate: the sums of features of 50,000 samples, merged to one set."""
+"""Evaluate: the sums of features of 50,000 samples, which workers merge to one per jackknife group."""
 
 import pickle
 
@@ -6,8 +6,9 @@ import torch
 from results import Experiment, Timing, scaled, timed
 
 from meanflow_core.metrics import FeatureStatistics, ScoreSums
-from pipelines.evaluate.chunks import CHUNK_SIZE, Span, spans
-from pipelines.evaluate.sums import SetSums
+from pipelines.evaluate.chunks import CHUNK_SIZE, spans
+from pipelines.evaluate.sums import NUM_GROUPS, SetSums, add_sums
+from pipelines.evaluate.workers import FAN_IN
 
 NUM_FEATURES, NUM_SPATIAL, NUM_LOGITS = 2048, 2023, 1008  # Inception's
 
@@ -23,11 +24,6 @@ def experiments(num_images: int) -> dict[str, Experiment]:
     }  # fmt: skip
 
 
-def messages(num_workers: int, num_samples: int) -> list[Span]:
-    """What the driver receives sums for: one message per chunk, whatever the number of workers."""
-    return spans(num_samples)
-
-
 def measure_sums(num_workers: int, num_samples: int) -> dict[str, Timing]:
     """Receives the sums as `measure_sets` does, and merges them."""
     timings: dict[str, Timing] = {}
@@ -35,14 +31,17 @@ def measure_sums(num_workers: int, num_samples: int) -> dict[str, Timing]:
     statistics, spatial = FeatureStatistics.of(features), FeatureStatistics.of(features[:, :NUM_SPATIAL])
     scores = ScoreSums.of(features[:, :NUM_LOGITS])
     message = pickle.dumps(SetSums("samples", {0: statistics}, {0: scores}, spatial, num_images=CHUNK_SIZE))
-    received, spans_received = SetSums("samples"), messages(num_workers, num_samples)
-    with timed(timings, "receive and merge all sums") as notes:
-        for span in spans_received:
+    received, num_chunks = SetSums("samples"), len(spans(num_samples))
+    with timed(timings, "a worker's task: add 8 chunks") as notes:
+        add_sums(*(pickle.loads(message) for _ in range(FAN_IN)))
+        notes.append(f"{num_chunks} chunks; {-(-num_chunks // num_workers)} a worker")
+    with timed(timings, "driver: receive and merge one sum per group") as notes:
+        for group in range(NUM_GROUPS):
             sums: SetSums = pickle.loads(message)
-            sums.groups, sums.scores = {span.group: sums.groups[0]}, {span.group: sums.scores[0]}
+            sums.groups, sums.scores = {group: sums.groups[0]}, {group: sums.scores[0]}
             received.add(sums)
-        num_bytes = len(message) * len(spans_received)
-        notes.append(f"{len(spans_received)} messages of {len(message) / 1e6:.0f} MB, {num_bytes / 1e9:.1f} GB in all")
+        num_bytes = len(message) * NUM_GROUPS
+        notes.append(f"{NUM_GROUPS} messages of {len(message) / 1e6:.0f} MB, {num_bytes / 1e9:.1f} GB in all")
     with timed(timings, "statistics of the whole set"):
         assert received.statistics.count == received.num_images
     return timings

@@ -20,7 +20,7 @@ from pipelines.demo.judge import SHIPPED_JUDGE
 from tests.support.endpoint import in_process
 from tests.support.object_store import s3_bucket
 
-pytestmark = [pytest.mark.soak, pytest.mark.cluster]
+pytestmark = [pytest.mark.soak, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 
 def run(folder: Path, tracking_uri: str, *words: str) -> None:

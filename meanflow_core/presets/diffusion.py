@@ -46,10 +46,14 @@ def ddpm_cosine_b4() -> TrainingConfig:
 
 
 def demo_ddpm() -> TrainingConfig:
-    """DDPM with the linear schedule on drawn shapes, in the comparison's size."""
-    return comparison(DiffusionConfig(guidance=COMPARISON_GUIDANCE))
+    """DDPM with the linear schedule on drawn shapes, in the comparison's size, at twice the other methods' learning rate.
+
+    Searched with one seed and 500 samples: 2e-3, 4e-3 and 8e-3 reach distances of 34, 26 and 18 in 8 steps.
+    """
+    config = comparison(DiffusionConfig(guidance=COMPARISON_GUIDANCE))
+    return replace(config, optimizer=replace(config.optimizer, learning_rate=8e-3))
 
 
 def demo_ddpm_cosine() -> TrainingConfig:
     """DDPM with the cosine schedule on drawn shapes, in the comparison's size."""
-    return comparison(DiffusionConfig(schedule="cosine", guidance=COMPARISON_GUIDANCE))
+    return replace(demo_ddpm(), loss=DiffusionConfig(schedule="cosine", guidance=COMPARISON_GUIDANCE))

@@ -30,7 +30,7 @@ def is_in_mlflow(model: str) -> bool:
     return model.startswith(MLFLOW_SCHEMES)
 
 
-def is_uri(model: str) -> bool:
+def is_in_object_store(model: str) -> bool:
     """Whether `model` is a folder in an object store."""
     return "://" in model
 
@@ -69,8 +69,8 @@ def resolve_model(model: str, tracking_uri: str | None) -> str:
     if not is_in_mlflow(model):
         from meanflow_core.generator import find_generator
 
-        if is_uri(model):
-            _list_files(model)
+        if is_in_object_store(model):
+            _open_folder(model)
             return model
         folder = Path(model).expanduser().absolute()
         if not folder.is_dir():
@@ -93,7 +93,10 @@ def resolve_model(model: str, tracking_uri: str | None) -> str:
 
 
 def find_source(model: str, tracking_uri: str | None) -> ModelSource:
-    """Name, version and training run of a resolved model. Raises MlflowException if the lookup fails."""
+    """Name, version and training run of a resolved model. Fetches a generator from an object store, to read its run.
+
+    Raises MlflowException if the lookup in MLflow fails, and ValueError for a folder that is no generator.
+    """
     if not is_in_mlflow(model):
         return fetch_generator(model, None)[1]
     registered = re.fullmatch(r"models:/([^/@]+)/(\d+)", model)
@@ -139,8 +142,8 @@ def fetch_generator(model: str, tracking_uri: str | None) -> tuple[Path, ModelSo
     from meanflow_core.node_cache import cached_folder
 
     if not is_in_mlflow(model):
-        folder = find_generator(_from_object_store(model) if is_uri(model) else Path(model).expanduser())
-        return folder, _source_of_folder(model if is_uri(model) else str(folder), folder)
+        folder = find_generator(_from_object_store(model) if is_in_object_store(model) else Path(model).expanduser())
+        return folder, _source_of_folder(model if is_in_object_store(model) else str(folder), folder)
     if is_alias(model):
         raise ValueError(f"{model} may refer to a different version on each replica; pass a version")
     import mlflow
@@ -149,37 +152,33 @@ def fetch_generator(model: str, tracking_uri: str | None) -> tuple[Path, ModelSo
     with _as_value_error(f"cannot fetch {model} from {tracking_uri}"):
         source = find_source(model, tracking_uri)
         copy = cached_folder(
-            f"{tracking_uri} {model} {source.run_id}",  # a new server at this address may use the same names
+            # As in pipelines/tracking/registry.py, so that all stages share the copy.
+            f"{tracking_uri} {model} {source.run_id if source.version else None}",
             lambda folder: mlflow.artifacts.download_artifacts(model, dst_path=str(folder)),
         )
     return find_generator(copy), source
 
 
-def _list_files(uri: str) -> tuple["fs.FileSystem", str, list[tuple[str, int, int]]]:
-    """The file system of a URI, the path in it, and path, size and time of its files. Raises ValueError if there are none."""
+def _open_folder(uri: str) -> tuple["fs.FileSystem", str]:
+    """The file system of a URI, and the path in it. Raises ValueError if it is not an existing folder."""
     from pyarrow import fs
 
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
-        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        is_folder = filesystem.get_file_info(path).type == fs.FileType.Directory
     except (ValueError, OSError) as error:
         raise ValueError(f"cannot find model {uri}: {error}") from error
-    files = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.is_file)
-    if not files:
-        raise ValueError(f"model {uri} has no files")
-    return filesystem, path, files
+    if not is_folder:
+        raise ValueError(f"cannot find model {uri}: there is no such folder")
+    return filesystem, path
 
 
 def _from_object_store(uri: str) -> Path:
-    from pyarrow import fs
+    from meanflow_core.node_cache import cached_copy
 
-    from meanflow_core.node_cache import cached_folder
-
-    filesystem, path, files = _list_files(uri)
+    filesystem, path = _open_folder(uri)
     with _as_value_error(f"cannot fetch {uri}"):
-        return cached_folder(
-            f"{uri} {files}", lambda folder: fs.copy_files(path, str(folder), source_filesystem=filesystem)
-        )
+        return cached_copy(uri, filesystem, path)
 
 
 def describe_model(model: str, tracking_uri: str | None) -> str:

@@ -1,5 +1,6 @@
 """A node's copies of folders from object stores and model registries, shared by all processes of the node."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -7,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -31,8 +33,7 @@ def cached_folder(identity: str, fetch: Callable[[Path], None]) -> Path:
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:32]
     with _lock(folder):
         if not folder.is_dir():
-            partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+            partial = _without_partial(folder)
             partial.mkdir()
             try:
                 fetch(partial)
@@ -50,8 +51,35 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
 
 
 def _evict(cache: Path) -> None:
-    copies = [(path.stat().st_mtime, path) for path in cache.iterdir() if path.is_dir() and not path.suffix]
-    for used, folder in sorted(copies, reverse=True)[NUM_KEPT:]:
-        if time.time() - used > MIN_UNUSED_SECONDS:
-            with _lock(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+    copies = []
+    for path in cache.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process evicts, too
+            if path.is_dir() and not path.suffix:
+                copies.append((path.stat().st_mtime, path))
+    for _, folder in sorted(copies, reverse=True)[NUM_KEPT:]:
+        with _lock(folder), contextlib.suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > MIN_UNUSED_SECONDS:
+                partial = _without_partial(folder)
+                folder.rename(partial)  # first: what is left of an interrupted deletion is no copy
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _without_partial(folder: Path) -> Path:
+    """The path of a folder's incomplete copy, after deleting what a killed process left there."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
+def cached_copy(location: str, filesystem: Any, path: str) -> Path:
+    """The node's copy of a folder in an object store, fetched again if a file of it has changed. Requires pyarrow.
+
+    location: its URI. filesystem, path: pyarrow's file system, and the folder in it.
+    """
+    from pyarrow import fs
+
+    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    files = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.is_file)
+    return cached_folder(
+        f"{location} {files}", lambda folder: fs.copy_files(path, str(folder), source_filesystem=filesystem)
+    )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
@@ -49,9 +50,10 @@ def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iter
 
     # Half a CPU, since tasks that read images wait for storage half of the time.
     task = ray.remote(num_cpus=0.5)(lambda item: function(item))
-    for reference in [task.remote(item) for item in items]:
+    references = deque([task.remote(item) for item in items])
+    while references:
         try:
-            yield ray.get(reference)
+            yield ray.get(references.popleft())  # not kept: its result is deleted
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
 

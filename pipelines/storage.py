@@ -87,13 +87,6 @@ def require_folder(location: str, description: str) -> tuple[fs.FileSystem, str]
     return filesystem, path
 
 
-def content_identity(location: str, filesystem: fs.FileSystem, path: str) -> str:
-    """A text that changes when a file of the folder changes: its location, and names, sizes and times of the files."""
-    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    files = sorted((info.path, info.size, info.mtime_ns) for info in infos if info.is_file)
-    return f"{location} {files}"
-
-
 def list_folder(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
     """All files and folders below a folder. In an object store, lists its sub-folders side by side.
 

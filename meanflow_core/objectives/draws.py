@@ -1,7 +1,7 @@
 """The random draws of a training step: times, noise, dropped labels and guidance.
 
-Times, labels and guidance are few numbers, so every worker draws those of the global batch. Noise is drawn by row, so that a
-worker draws its own rows alone.
+Times, labels and guidance are few numbers, so every worker draws those of the global batch. Noise is drawn by row, so
+each worker draws only its own rows.
 
 # B batch, C channels, H W latent size
 """

@@ -66,14 +66,17 @@ class Promotion:
 
     version: Version
     champion: Mapping[str, Any] | None
-    """The champion's report; None if there is no champion, or if it needs no comparison."""
+    """The champion's report; None if there is no champion."""
+    champion_number: int | None
+    """The champion's version; None if there is no champion."""
     below: float | None
 
 
-def open_promotion(job: EvaluateJob, tracking_uri: str | None) -> Promotion:
+def open_promotion(job: EvaluateJob, tracking_uri: str | None) -> Promotion | None:
     """Finds the version of --model and the champion's report, before anything is measured.
 
-    Raises InputError if the model is not registered, is the champion already, or has a champion without a report.
+    Returns None if the version is the champion already. Raises InputError if the model is not registered, if the champion has
+    no report, or if MLflow does not answer.
     """
     version = None if job.model is None else find_version(job.model, tracking_uri)
     if version is None:
@@ -84,21 +87,26 @@ def open_promotion(job: EvaluateJob, tracking_uri: str | None) -> Promotion:
     name = f"models:/{version.name}@{CHAMPION}"
     champion = find_version(name, tracking_uri)
     if champion is None:
-        return Promotion(version=version, champion=None, below=job.promote_below)
+        return Promotion(version=version, champion=None, champion_number=None, below=job.promote_below)
     if champion.number == version.number:
+        logger.info("version %s of %s is the champion already", version.number, version.name)
+        return None
+    report = read_report(name, tracking_uri)
+    measured = report["protocol"].get("generator", {}).get("transformer_sha256")
+    if measured and champion.weights_sha256 and measured != champion.weights_sha256:
         raise InputError(
-            f"{job.model} is the champion already (version {version.number}); evaluate it without --promote"
+            f"the last evaluation of run {champion.run_id} measured other weights than those of the champion; evaluate "
+            f"{champion.uri} first"
         )
-    try:
-        report = read_report(name, tracking_uri)
-    except InputError as error:
-        raise InputError(f"{error}, with the options that you want to compare by") from error
-    return Promotion(version=version, champion=report, below=job.promote_below)
+    return Promotion(version=version, champion=report, champion_number=champion.number, below=job.promote_below)
 
 
 def promote_if_better(promotion: Promotion, report: Mapping[str, Any]) -> Decision:
     """Decides, moves the alias if the version is better, and logs the decision."""
     decision, version = decide(report, promotion.champion, below=promotion.below), promotion.version
+    champion = find_version(f"models:/{version.name}@{CHAMPION}", version.tracking_uri)
+    if (None if champion is None else champion.number) != promotion.champion_number:
+        decision = Decision(promote=False, reason="the champion changed during the evaluation; evaluate again")
     if decision.promote:
         move_alias(version, CHAMPION)
     verdict = "becomes" if decision.promote else "does not become"

@@ -59,7 +59,8 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     promotion = None
     if job.promote:
         promotion = open_promotion(job, job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
-        job = replace(job, model=promotion.version.uri)  # the alias may move during the evaluation
+        if promotion is not None:
+            job = replace(job, model=promotion.version.uri)  # the alias may move during the evaluation
     inputs = open_inputs(job)
     measured = _measure(job, inputs)
     job.output.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ results have the same bits for any number of workers.
 
 import logging
 import os
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -60,16 +60,22 @@ def measure_sets(
     num_images = sum(chunk.num_images for chunk in chunks)
     progress, num_done = Progress(logger, "measured", "images", num_images), 0
     sets: dict[str, SetSums] = {}
-    trees: dict[tuple[str, int], SumTree] = {}  # by set and jackknife group
+    trees: dict[tuple[str, int], SumTree] = defaultdict(SumTree)  # by set and jackknife group
+    totals: dict[tuple[str, int], ray.ObjectRef] = {}
+    num_missing = Counter((chunk.set_name, chunk.group) for chunk in chunks)
     try:
         for chunk, result in zip(chunks, _results(chunks, config, workers), strict=True):
+            key = chunk.set_name, chunk.group
             on_chunk(result.kept)
             sets.setdefault(chunk.set_name, SetSums(chunk.set_name)).add(result.kept)
-            trees.setdefault((chunk.set_name, chunk.group), SumTree()).add(result.sums)
+            trees[key].add(result.sums)
+            num_missing[key] -= 1
+            if not num_missing[key]:
+                totals[key] = trees.pop(key).total()  # now, to free the memory of its parts
             num_done += result.kept.num_images + result.kept.num_unreadable
             progress.update(num_done, f"last chunk: {chunk.set_name}")
-        for (name, _), tree in trees.items():
-            sets[name].add(ray.get(tree.total()))
+        for (name, _), total in totals.items():
+            sets[name].add(ray.get(total))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from error

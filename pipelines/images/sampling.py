@@ -14,7 +14,8 @@ def sample_images(index: ImageIndex, num_images: int | None) -> ImageIndex:
     """Chooses at most `num_images` images of an index, and keeps their order. None: all.
 
     Folders and tars: images evenly spaced over the source. Parquet: equally many images of each class, as far as the class
-    has them, from few row groups that are spread evenly over the source, because a row group can only be read as a whole.
+    has them, from few row groups that are spread evenly over the source (at least one per class if the files are sorted by
+    class), because a row group can only be read as a whole.
     """
     if num_images is None or num_images >= len(index):
         return index

@@ -1,4 +1,4 @@
-"""The images of a latent dataset, stored in it: the files of their source, and which images were encoded.
+"""The index file of a latent dataset: the files of its source, and the images that were encoded from each.
 
 The file has a row per file of the source: its path, its size, and the images that were encoded from it. It replaces listing
 and indexing the source again.

@@ -18,10 +18,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, Schema
 from mlflow.types import ParamSpec as ModelParameter
-from pyarrow import fs
 
 from meanflow_core.generator import find_generator, read_provenance
-from meanflow_core.node_cache import cached_folder
+from meanflow_core.node_cache import cached_copy, cached_folder
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.tracking.run import Run
@@ -52,8 +51,10 @@ def register_generator(run: Run, folder: Path, name: str, tags: Mapping[str, str
     mlflow.set_tracking_uri(run.tracking_uri)
     client = run.client
     # pyfunc.log_model would restart the run, read the whole history of every metric, and log step 0 a second time.
-    experiment_id = _with_retry(run, client.get_run, run.run_id).info.experiment_id
-    logged = _with_retry(run, client.create_logged_model, experiment_id, name=name, source_run_id=run.run_id)
+    experiment_id = _with_retry(run.tracking_uri, client.get_run, run.run_id).info.experiment_id
+    logged = _with_retry(
+        run.tracking_uri, client.create_logged_model, experiment_id, name=name, source_run_id=run.run_id
+    )
     model = Model(
         artifact_path=logged.artifact_location,
         model_uuid=logged.model_id,
@@ -63,19 +64,19 @@ def register_generator(run: Run, folder: Path, name: str, tags: Mapping[str, str
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / "model"
         _save_model(model, folder, local)
-        _with_retry(run, client.log_model_artifacts, logged.model_id, str(local))
-    _with_retry(run, client.finalize_logged_model, logged.model_id, "READY")
-    _with_retry(run, client.log_outputs, run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        _with_retry(run.tracking_uri, client.log_model_artifacts, logged.model_id, str(local))
+    _with_retry(run.tracking_uri, client.finalize_logged_model, logged.model_id, "READY")
+    _with_retry(run.tracking_uri, client.log_outputs, run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
     try:
-        _with_retry(run, client.create_registered_model, name)
+        _with_retry(run.tracking_uri, client.create_registered_model, name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     version = _with_retry(
-        run, client.create_model_version,
+        run.tracking_uri, client.create_model_version,
         name, logged.model_uri, run_id=run.run_id, model_id=logged.model_id, tags=dict(tags),
     )  # fmt: skip
-    _with_retry(run, client.set_registered_model_alias, name, CANDIDATE, str(version.version))
+    _with_retry(run.tracking_uri, client.set_registered_model_alias, name, CANDIDATE, str(version.version))
     return f"models:/{name}@{CANDIDATE}"
 
 
@@ -84,9 +85,11 @@ def make_champion(run: Run, name: str, training_run_id: str) -> str:
 
     run: any run on the same server. Raises InputError if MLflow cannot be reached for five minutes.
     """
-    versions = _with_retry(run, run.client.search_model_versions, f"name='{name}' and run_id='{training_run_id}'")
+    versions = _with_retry(
+        run.tracking_uri, run.client.search_model_versions, f"name='{name}' and run_id='{training_run_id}'"
+    )
     newest = max(int(version.version) for version in versions)
-    _with_retry(run, run.client.set_registered_model_alias, name, CHAMPION, str(newest))
+    move_alias(Version(name=name, number=newest, run_id=training_run_id, tracking_uri=run.tracking_uri), CHAMPION)
     return f"models:/{name}@{CHAMPION}"
 
 
@@ -107,7 +110,7 @@ def _save_model(model: Model, generator: Path, folder: Path) -> None:
     )
 
 
-def _with_retry(run: Run, request: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _with_retry(tracking_uri: str, request: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The result of a request, retried every second for PATIENCE_SECONDS. Raises InputError after that."""
     deadline, has_warned = time.monotonic() + PATIENCE_SECONDS, False
     while True:
@@ -117,9 +120,9 @@ def _with_retry(run: Run, request: Callable[P, T], *args: P.args, **kwargs: P.kw
             if not is_retryable(error):
                 raise
             if time.monotonic() > deadline:
-                raise InputError(explain_failure(run.tracking_uri, error)) from error
+                raise InputError(explain_failure(tracking_uri, error)) from error
             if not has_warned:
-                logger.warning("registration at %s failed and is retried: %s", run.tracking_uri, one_line(error))
+                logger.warning("a request to MLflow at %s failed and is retried: %s", tracking_uri, one_line(error))
             has_warned = True
         time.sleep(1.0)
 
@@ -175,6 +178,8 @@ class Version:
     run_id: str | None
     """The run that trained it."""
     tracking_uri: str
+    weights_sha256: str | None = None
+    """Hash of its network's weights, if the version is tagged with it."""
 
     @property
     def uri(self) -> str:
@@ -183,24 +188,37 @@ class Version:
 
 
 def find_version(model: str, tracking_uri: str | None) -> Version | None:
-    """The version that "models:/name@alias" or "models:/name/3" means now. None if there is none, or for another address."""
+    """The version that "models:/name@alias" or "models:/name/3" means now.
+
+    None if there is no such version, or if `model` is not such a URI. Raises InputError if MLflow does not answer
+    for five minutes: there may be a version.
+    """
     if tracking_uri is None or not model.startswith("models:/"):
         return None
+    disable_http_retries()
     client, name = MlflowClient(tracking_uri), model.removeprefix("models:/").replace("/latest", "@latest")
-    try:
-        if "@" in name:
-            found = client.get_model_version_by_alias(*name.split("@", 1))
-        else:
-            found = client.get_model_version(*name.split("/", 1))
-    except (MlflowException, TypeError):
+    by_alias = "@" in name
+    parts = name.split("@" if by_alias else "/", 1)
+    if len(parts) != 2:  # models:/ID
         return None
-    return Version(name=found.name, number=int(found.version), run_id=found.run_id or None, tracking_uri=tracking_uri)
+    request = client.get_model_version_by_alias if by_alias else client.get_model_version
+    try:
+        found = _with_retry(tracking_uri, request, *parts)
+    except MlflowException:  # unknown
+        return None
+    return Version(
+        name=found.name,
+        number=int(found.version),
+        run_id=found.run_id or None,
+        tracking_uri=tracking_uri,
+        weights_sha256=found.tags.get(WEIGHTS_TAG),
+    )
 
 
 def move_alias(version: Version, alias: str) -> None:
     """Assigns an alias to a version. Raises InputError if MLflow cannot be reached for five minutes."""
-    run = Run(version.tracking_uri, version.run_id or "")
-    _with_retry(run, run.client.set_registered_model_alias, version.name, alias, str(version.number))
+    client = MlflowClient(version.tracking_uri, registry_uri=version.tracking_uri)
+    _with_retry(version.tracking_uri, client.set_registered_model_alias, version.name, alias, str(version.number))
 
 
 def fetch_generator(model: str, tracking_uri: str | None) -> Path:
@@ -224,10 +242,7 @@ def _local_folder(model: str, tracking_uri: str | None) -> Path:
     if storage.is_local(model):
         return Path(path)
     try:
-        return cached_folder(
-            storage.content_identity(model, filesystem, path),
-            lambda folder: fs.copy_files(path, str(folder), source_filesystem=filesystem),
-        )
+        return cached_copy(model, filesystem, path)
     except OSError as error:
         raise InputError(f"cannot fetch {storage.redact(model)}: {error}") from error
 

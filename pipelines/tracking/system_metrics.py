@@ -15,7 +15,7 @@ class SystemMetrics(SystemMetricsMonitor):
 
     MLflow's own writer stops for good at the first failed request. A sample is taken every 10 s
     (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL), and the mean of 6 samples is logged
-    (MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING): about 80,000 values a day from a node with 8 GPUs.
+    (MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING): about 70,000 values a day from a node with 8 GPUs.
     """
 
     def __init__(self, outbox: Outbox, run_id: str, tracking_uri: str, node_id: str) -> None:

@@ -153,7 +153,7 @@ class SignalMonitor:
     def __init__(self, stop_request: ActorHandle, rank: int) -> None:
         _choose_gloo_interface()
         self._group = distributed.new_group(backend="gloo")
-        # [stop requested, query Ray for preemptions, steps from the next broadcast to the one after it]
+        # [stop requested, query Ray for preemptions, number of steps between the next two broadcasts]
         self._message = torch.zeros(3, dtype=torch.int32)
         self._broadcast: distributed.Work | None = None
         self._num_steps = self._num_steps_left = 1  # from the last broadcast to the next; how many of them are left

@@ -42,6 +42,8 @@ class PartResult:
     seconds: float = 0.0
     problem: str = ""
     """Why figures are missing; empty if the part is complete."""
+    has_failed: bool = False
+    """Whether it ended with an error, not because its time was used up."""
 
 
 def run_part(title: str, part: Part, setup: Setup, limit_seconds: float) -> PartResult:
@@ -56,7 +58,7 @@ def run_part(title: str, part: Part, setup: Setup, limit_seconds: float) -> Part
                 break
     except Exception as error:  # the other parts still run
         traceback.print_exc()
-        result.problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        result.problem, result.has_failed = f"{type(error).__name__}: {error}".splitlines()[0], True
     result.seconds = time.monotonic() - started
     return result
 
@@ -69,7 +71,7 @@ def missed(results: list[PartResult]) -> list[str]:
         for figure in result.figures
         if figure.limit is not None and not figure.value <= figure.limit
     ]
-    return found + [f"{result.title}: {result.problem}" for result in results if "Error" in result.problem]
+    return found + [f"{result.title}: {result.problem}" for result in results if result.has_failed]
 
 
 def write(results: list[PartResult], machine: dict[str, object], json_file: Path, markdown_file: Path) -> None:

@@ -61,6 +61,9 @@ def main() -> int:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps({**content, "rows": [vars(row) for row in rows]}, indent=2) + "\n")
     print(markdown(rows))
+    missing = [name for name in arguments.parts if not any(f"{row.experiment}/".startswith(f"{name}/") for row in rows)]
+    if missing:
+        parser.error(f"no experiment {', '.join(missing)}; measured: {', '.join({row.experiment for row in rows})}")
     return 1 if any(row.problems for row in rows) else 0
 
 

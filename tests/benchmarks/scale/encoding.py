@@ -24,9 +24,10 @@ from results import Experiment, Timing, fractions, timed
 from pipelines.encode import run as encode_run
 from pipelines.encode.job import EncodeJob
 from pipelines.encode.plan import Plan
-from pipelines.images.index import ImageIndex, Listing
+from pipelines.images.index import Listing
 from pipelines.images.packed_files import FileIndex
 from pipelines.images.sources import index_images
+from pipelines.images.stored import INDEX, index_bytes, read_index_bytes
 from pipelines.latents.manifest import EncodingRecipe
 
 NUM_CLASSES = 1000
@@ -75,6 +76,7 @@ def measure_webdataset(num_images: int) -> dict[str, Timing]:
             "label": pa.array(rows % NUM_CLASSES, pa.int32()),
             "position": (rows - first) * 112_000 + 512,
             "size": np.full(len(rows), 110_000),
+            "row_group": pa.nulls(len(rows), pa.int32()),
         }
         pickles.append(pickle.dumps(FileIndex(pa.table(columns), [])))
     files = [f"train-{number:05d}.tar" for number in range(num_tars)]
@@ -88,10 +90,9 @@ def measure_plan(listing: Listing, map_files: Callable) -> dict[str, Timing]:
     with timed(timings, "index"):
         index = index_images(filesystem, listing, map_files)
     with timed(timings, "hash the listing, write and read the index") as notes:
-        sha256 = listing.sha256
-        content = index.to_bytes(sha256)
+        sha256, content = listing.sha256, index_bytes(listing, index)
         notes.append(f"{len(content) / 1e6:.0f} MB")
-        assert ImageIndex.from_bytes(content, sha256) is not None
+        assert len(read_index_bytes(content, INDEX)[1]) == len(index)
     plan = Plan(filesystem, listing, index, recipe(sha256))
     with timed(timings, "plan and pickle the slices of all shards") as notes:
         slices = [pickle.dumps(plan.images(shard)) for shard in range(plan.num_shards)]

@@ -98,14 +98,14 @@ def step_metrics(seed: int) -> StepMetrics:
 def measure_control(num_ranks: int) -> dict[str, Timing]:
     """The signals and the metrics of a step, over Gloo among processes of this machine."""
     context = multiprocessing.get_context("fork")
-    timings = context.SimpleQueue()
+    timings: multiprocessing.Queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=control_rank, args=(rank, num_ranks, folder, timings)) for rank in range(num_ranks)
         ]
         for rank in ranks:
             rank.start()
-        results = [timings.get() for _ in ranks]
+        results = [timings.get(timeout=300) for _ in ranks]
         for rank in ranks:
             rank.join()
     worst = {step: max((result[step] for result in results), key=lambda timing: timing.seconds) for step in results[0]}
@@ -116,7 +116,7 @@ def measure_control(num_ranks: int) -> dict[str, Timing]:
     return worst
 
 
-def control_rank(rank: int, num_ranks: int, folder: str, timings: "multiprocessing.SimpleQueue") -> None:
+def control_rank(rank: int, num_ranks: int, folder: str, timings: "multiprocessing.Queue") -> None:
     """One rank of `measure_control`."""
     stopping.ray.get = lambda result: result
     stopping.PREEMPTION_POLL_SECONDS = math.inf

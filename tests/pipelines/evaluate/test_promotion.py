@@ -9,7 +9,8 @@ import pytest
 from pipelines.errors import InputError
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.promotion import decide, open_promotion, promote_if_better
-from pipelines.tracking.registry import find_version, register_generator
+from pipelines.tracking import registry
+from pipelines.tracking.registry import WEIGHTS_TAG, find_version, register_generator
 from pipelines.tracking.run import Run
 
 
@@ -56,9 +57,11 @@ def register(tracking_uri, pipeline, tmp_path):
     """Registers a new version of the test's model, with a report if given."""
     pipeline.save_pretrained(tmp_path / "generator")
 
-    def register(content=None):
+    def register(content=None, weights=None):
         run = Run.begin(tracking_uri, "experiment", "training", {})
-        assert register_generator(run, tmp_path / "generator", tmp_path.name) == f"models:/{tmp_path.name}@candidate"
+        tags = {} if weights is None else {WEIGHTS_TAG: weights}
+        model = register_generator(run, tmp_path / "generator", tmp_path.name, tags)
+        assert model == f"models:/{tmp_path.name}@candidate"
         if content is not None:
             (tmp_path / "report.json").write_text(json.dumps(content | {"warnings": []}))
             run.log_file(tmp_path / "report.json", "evaluate")
@@ -91,8 +94,36 @@ def test_only_a_better_candidate_takes_the_champions_alias(register, tracking_ur
     register(report(5.0))
     promote_if_better(open_candidate(tmp_path, tracking_uri), report(5.0))
     assert champion_number(tmp_path, tracking_uri) == 3
-    with pytest.raises(InputError, match=r"is the champion already \(version 3\)"):
+    assert open_candidate(tmp_path, tracking_uri) is None  # it is the champion already
+
+
+def test_two_evaluations_at_once_do_not_both_replace_the_champion(register, tracking_uri, tmp_path):
+    register(report(9.0))
+    promote_if_better(open_candidate(tmp_path, tracking_uri), report(9.0))
+    register(report(5.0))
+    better = open_candidate(tmp_path, tracking_uri)
+    register(report(6.0))
+    good = open_candidate(tmp_path, tracking_uri)
+    assert promote_if_better(better, report(5.0)).promote
+    decision = promote_if_better(good, report(6.0))
+    assert (decision.promote, champion_number(tmp_path, tracking_uri)) == (False, 2)
+    assert "the champion changed during the evaluation" in decision.reason
+
+
+def test_a_champion_whose_report_is_of_other_weights_is_refused(register, tracking_uri, tmp_path):
+    register(report(9.0, generator={"transformer_sha256": "b2"}), weights="a1")
+    promote_if_better(open_candidate(tmp_path, tracking_uri), report(9.0))
+    register(report(5.0))
+    with pytest.raises(
+        InputError, match=r"measured other weights than those of the champion; evaluate models:/.*/1 first"
+    ):
         open_candidate(tmp_path, tracking_uri)
+
+
+def test_a_server_that_does_not_answer_is_not_a_missing_champion(monkeypatch):
+    monkeypatch.setattr(registry, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(InputError, match="cannot reach MLflow at http://127.0.0.1:9"):
+        find_version("models:/m@champion", "http://127.0.0.1:9")
 
 
 def test_what_cannot_be_compared_is_refused_before_measuring(register, tracking_uri, tmp_path):
@@ -103,7 +134,7 @@ def test_what_cannot_be_compared_is_refused_before_measuring(register, tracking_
     register()
     promote_if_better(open_candidate(tmp_path, tracking_uri), report(9.0))
     register()
-    with pytest.raises(InputError, match="has no report; run pipelines.evaluate first, with the options"):
+    with pytest.raises(InputError, match="has no report; run pipelines.evaluate first"):
         open_candidate(tmp_path, tracking_uri)
     with pytest.raises(ValueError, match="promote_below needs --promote"):
         EvaluateJob(output=tmp_path, model="m", reference="r", promote_below=3.0)

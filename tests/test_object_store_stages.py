@@ -38,11 +38,10 @@ def test_every_stage_reads_and_writes_an_object_store(image_root, tmp_path, monk
     monkeypatch.setenv("TMPDIR", copies)
     monkeypatch.setattr(tempfile, "tempdir", copies)
     with s3_bucket() as bucket:
-        for split in ("train", "val"):
-            filesystem, path = storage.open_storage(f"{bucket}/{split}")
-            fs.copy_files(str(image_root / split), path, destination_filesystem=filesystem)
+        filesystem, path = storage.open_storage(f"{bucket}/images")
+        fs.copy_files(str(image_root), path, destination_filesystem=filesystem)
         encode = ["pipelines.encode", "--vae", str(SHIPPED_AUTOENCODER), "--image-size", "64", "--num-workers", "1"]
-        run(tmp_path, tracking_uri, *encode, "--images", f"{bucket}/train", "--output", f"{bucket}/latents",
+        run(tmp_path, tracking_uri, *encode, "--images", f"{bucket}/images/train", "--output", f"{bucket}/latents",
             "--max-rejected-fraction", "0.5")  # fmt: skip
         train = ["pipelines.train", "debug", "--data", f"{bucket}/latents", "--storage", f"{bucket}/runs",
                  "--num-steps", "4", "--sample-interval-steps", "4", "--checkpoint-interval-steps", "2",
@@ -53,7 +52,7 @@ def test_every_stage_reads_and_writes_an_object_store(image_root, tmp_path, monk
 
         evaluate = ["pipelines.evaluate", "--extractor", str(SHIPPED_JUDGE), "--num-samples", "40", "--steps", "1",
                     "--num-workers", "1", "--num-precision-recall", "20"]  # fmt: skip
-        images = ["--train-images", f"{bucket}/train"]
+        images = ["--train-images", f"{bucket}/images/train"]
         run(tmp_path, tracking_uri, *evaluate, *images, "--model", f"{generator}-ema-0.5", "--output", "ema")
         assert json.loads((tmp_path / "ema/report.json").read_text())["protocol"]["generator"]["ema_decay"] == 0.5
         run(tmp_path, tracking_uri, *evaluate, *images, "--model", "models:/shapes/1", "--output", "one", "--promote")

@@ -60,11 +60,12 @@ def measure_sets(
     num_images = sum(chunk.num_images for chunk in chunks)
     progress, num_done = Progress(logger, "measured", "images", num_images), 0
     sets: dict[str, SetSums] = {}
-    trees: dict[tuple[str, int], SumTree] = defaultdict(SumTree)  # by set and jackknife group
+    pool = WorkerPool(config, workers, len(chunks))
+    trees: dict[tuple[str, int], SumTree] = defaultdict(lambda: SumTree(pool.add))  # by set and jackknife group
     totals: dict[tuple[str, int], ray.ObjectRef] = {}
     num_missing = Counter((chunk.set_name, chunk.group) for chunk in chunks)
     try:
-        for chunk, result in zip(chunks, _results(chunks, config, workers), strict=True):
+        for chunk, result in zip(chunks, pool.measure(chunks), strict=True):
             key = chunk.set_name, chunk.group
             on_chunk(result.kept)
             sets.setdefault(chunk.set_name, SetSums(chunk.set_name)).add(result.kept)
@@ -112,42 +113,67 @@ class ChunkWorker:
         assert self._measurer is not None
         return self._measurer.measure(chunk).split()
 
+    def add(self, *parts: SetSums) -> SetSums:
+        """The sums of consecutive parts of a set."""
+        return add_sums(*parts)
 
-def _results(chunks: Sequence[Chunk], config: WorkerConfig, workers: Workers) -> Iterator[ChunkResult]:
-    """Yields the results of all chunks in order. A worker receives chunks as soon as the cluster has room for it."""
-    actor_class = ray.remote(ChunkWorker).options(
-        num_gpus=1 if workers.use_gpu else 0,
-        num_cpus=0 if workers.use_gpu else 1,
-        max_restarts=-1,
-        max_task_retries=-1,
-    )
-    device = "cuda" if workers.use_gpu else "cpu"
-    actors = [actor_class.remote(config, device) for _ in range(min(workers.num_workers, len(chunks)))]
-    running: dict[ray.ObjectRef, tuple[ActorHandle, int | None]] = {
-        actor.load.remote(): (actor, None) for actor in actors
-    }
-    waiting, sums = deque(range(len(chunks))), {}
-    finished: dict[int, SetSums] = {}
-    num_yielded = 0
-    while num_yielded < len(chunks):
-        [reference], _ = ray.wait(list(running), num_returns=1)
-        actor, number = running.pop(reference)
-        kept = ray.get(reference)
-        if number is not None:
-            finished[number] = kept
-        if waiting:
-            following = waiting.popleft()
-            reference, sums[following] = actor.measure.options(num_returns=2).remote(chunks[following])
-            running[reference] = actor, following
-        while num_yielded in finished:
-            yield ChunkResult(finished.pop(num_yielded), sums.pop(num_yielded))
-            num_yielded += 1
+
+class WorkerPool:
+    """The actors, as far as the cluster has room for them."""
+
+    def __init__(self, config: WorkerConfig, workers: Workers, num_chunks: int) -> None:
+        actor_class = ray.remote(ChunkWorker).options(
+            num_gpus=1 if workers.use_gpu else 0,
+            num_cpus=0 if workers.use_gpu else 1,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        device = "cuda" if workers.use_gpu else "cpu"
+        self._actors = [actor_class.remote(config, device) for _ in range(min(workers.num_workers, num_chunks))]
+        self._loaded: list[ActorHandle] = []
+        self._num_added = 0
+
+    def measure(self, chunks: Sequence[Chunk]) -> Iterator[ChunkResult]:
+        """Yields the results of all chunks in order. An actor receives chunks as soon as it has loaded its models."""
+        loading: dict[ray.ObjectRef, ActorHandle] = {actor.load.remote(): actor for actor in self._actors}
+        measuring: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
+        waiting, sums = deque(range(len(chunks))), {}
+        finished: dict[int, SetSums] = {}
+        num_yielded = 0
+        while num_yielded < len(chunks):
+            [reference], _ = ray.wait([*loading, *measuring], num_returns=1)
+            kept = ray.get(reference)
+            if reference in loading:
+                actor = loading.pop(reference)
+                self._loaded.append(actor)
+            else:
+                actor, number = measuring.pop(reference)
+                finished[number] = kept
+            if waiting:
+                following = waiting.popleft()
+                reference, sums[following] = actor.measure.options(num_returns=2).remote(chunks[following])
+                measuring[reference] = actor, following
+            while num_yielded in finished:
+                yield ChunkResult(finished.pop(num_yielded), sums.pop(num_yielded))
+                num_yielded += 1
+
+    def add(self, references: Sequence[ray.ObjectRef]) -> ray.ObjectRef:
+        """Adds sums on one of the actors, after its current chunk. They take turns.
+
+        Not in tasks of their own: the actors hold all CPUs, and Ray starts a process for every task that needs none.
+        """
+        self._num_added += 1
+        actor = self._loaded[self._num_added % len(self._loaded)]
+        added: ray.ObjectRef = actor.add.remote(*references)
+        return added
 
 
 @dataclass
 class SumTree:
-    """Adds sums in a tree of tasks on the workers. Its shape depends on the number of sums alone."""
+    """Adds sums in a tree. Its shape depends on the number of sums alone."""
 
+    add_on_worker: Callable[[Sequence[ray.ObjectRef]], ray.ObjectRef]
+    """Adds sums on a worker."""
     _levels: list[list[ray.ObjectRef]] = field(default_factory=list)
     """Sums that are not added yet: level k has sums of FAN_IN ** k chunks."""
 
@@ -157,15 +183,10 @@ class SumTree:
             level.append(reference)
             if len(level) < FAN_IN:
                 return
-            reference = _add_on_worker(level)
+            reference = self.add_on_worker(tuple(level))
             level.clear()
         self._levels.append([reference])
 
     def total(self) -> ray.ObjectRef:
         """The sums of all chunks."""
-        return _add_on_worker([reference for level in reversed(self._levels) for reference in level])
-
-
-def _add_on_worker(references: list[ray.ObjectRef]) -> ray.ObjectRef:
-    # No CPU is reserved: the actors hold all of them until the end. Ray chooses the node that has most of the sums.
-    return ray.remote(num_cpus=0)(add_sums).remote(*references)
+        return self.add_on_worker([reference for level in reversed(self._levels) for reference in level])

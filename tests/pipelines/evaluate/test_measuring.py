@@ -13,7 +13,6 @@ from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.metrics import FeatureStatistics
 from pipelines.cluster import start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate import workers
 from pipelines.evaluate.chunks import Kept, generated_chunks, image_file_chunks, make_chunks, sample_file_chunks, spans
 from pipelines.evaluate.extractors import Features
 from pipelines.evaluate.job import MeasuringOptions
@@ -22,7 +21,7 @@ from pipelines.evaluate.measuring import Measurer, WorkerConfig
 from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.evaluate.sources import ImageBatch
 from pipelines.evaluate.sums import SetSums
-from pipelines.evaluate.workers import Workers, measure_sets
+from pipelines.evaluate.workers import SumTree, Workers, measure_sets
 from pipelines.images.sources import find_images
 
 RULE = SampleRule(base_seed=3, labels="balanced")
@@ -137,11 +136,9 @@ def assert_equal_bits(ours, theirs):
         assert torch.equal(our_group.total, their_group.total)
 
 
-def test_sums_are_added_in_a_tree_whose_shape_depends_on_their_number_alone(monkeypatch):
-    monkeypatch.setattr(workers, "_add_on_worker", tuple)  # shows what a task would add
-
+def test_sums_are_added_in_a_tree_whose_shape_depends_on_their_number_alone():
     def total(num_chunks):
-        tree = workers.SumTree()
+        tree = SumTree(tuple)  # shows what is added together
         for number in range(num_chunks):
             tree.add(number)
         return tree.total()

@@ -57,8 +57,8 @@ def test_every_stage_reads_and_writes_an_object_store(image_root, tmp_path, monk
         assert json.loads((tmp_path / "ema/report.json").read_text())["protocol"]["generator"]["ema_decay"] == 0.5
         run(tmp_path, tracking_uri, *evaluate, *images, "--model", "models:/shapes/1", "--output", "one", "--promote")
         client = MlflowClient(tracking_uri)
-        assert client.get_model_version_by_alias("shapes", "champion").version == "1"
-        assert client.get_model_version_by_alias("shapes", "candidate").version == "2"
+        assert str(client.get_model_version_by_alias("shapes", "champion").version) == "1"
+        assert str(client.get_model_version_by_alias("shapes", "candidate").version) == "2"
 
         for model in (generator, "models:/shapes@champion"):
             resolved = resolve_model(model, tracking_uri)

@@ -32,13 +32,14 @@ class SystemMetrics(SystemMetricsMonitor):
         self.finish()
 
     def monitor(self) -> None:
-        """Takes samples until `finish`."""
-        has_warned, num_samples = False, 0
-        while not self._shutdown_event.wait(self.sampling_interval):
+        """Takes samples until `finish`. The last mean may be of fewer samples."""
+        has_warned, num_samples, is_finished = False, 0, False
+        while not is_finished:
+            is_finished = self._shutdown_event.wait(self.sampling_interval)
             try:
                 self.collect_metrics()
                 num_samples += 1
-                if num_samples % self.samples_before_logging == 0:
+                if is_finished or num_samples % self.samples_before_logging == 0:
                     self.publish_metrics(self.aggregate_metrics())
             except Exception as error:  # a driver that does not answer must not end the monitor
                 if not has_warned:

@@ -2,8 +2,8 @@
 
 SIGTERM (`ray job stop`) reaches the driver, which forwards it to an actor; rank 0 polls that actor once a second.
 Preemption notices come from Ray through a collective call. All workers must react after the same step, or they deadlock.
-Therefore rank 0 broadcasts the signals about once a second. The broadcast is asynchronous: it starts after one step and is
-read after a later one, the same on every worker, so that it overlaps with computation.
+Therefore rank 0 broadcasts the signals about five times a second. The broadcast is asynchronous: it starts after one step
+and is read after a later one, the same on every worker, so that it overlaps with computation.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "meanflow-ray"  # Ray namespace of the actors
 STOP_POLL_SECONDS = 1.0
-BROADCAST_SECONDS = 1.0  # approximate time between two broadcasts of the signals
+BROADCAST_SECONDS = 0.2  # approximate time between two broadcasts of the signals
 MAX_STEPS_PER_BROADCAST = 20  # bounds the delay when steps become slower
 PREEMPTION_POLL_SECONDS = 5.0  # Ray's own interval
 ACKNOWLEDGE_SECONDS = 10.0  # if no worker acknowledges a request within this time, none is running

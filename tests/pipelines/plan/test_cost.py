@@ -114,7 +114,7 @@ def test_model_flops_do_not_depend_on_precision_checkpointing_and_compile():
     ],
 )
 def test_executed_flops_include_recomputation(changes, more, of_derivative):
-    config = replace(b4(), **changes)
+    config = replace(b4(), **{"precision": "float32", **changes})
     forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
     found = executed_flops(config, **IMAGENET)
     whole = found.in_precision + found.of_derivative

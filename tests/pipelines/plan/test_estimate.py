@@ -156,7 +156,7 @@ def test_derivative_under_bfloat16_runs_at_its_own_rate(precision):
     machines = cluster(teraflops=None)
     fast, slow = (1e12 * machines.sustained_teraflops(name) for name in ("bfloat16", precision))
     seconds = executed.in_precision / fast + executed.of_derivative / slow
-    assert slow < 0.6 * fast
+    assert slow < 0.8 * fast
     assert compute_seconds(load, machines, 1) == pytest.approx(seconds)
     # A measured rate is in model FLOPs; everything else that runs is included in it.
     assert compute_seconds(load, cluster(teraflops=40.0), 1) == pytest.approx(step_flops(xl2(), **load.sizes) / 40e12)
@@ -314,11 +314,11 @@ def test_epochs_set_the_number_of_steps():
 
 def test_command_prints_its_assumptions():
     text = plan(*parse_arguments(["debug", "--gpus", "16", "--precision", "bfloat16", "--price-per-gpu-hour", "2"]))
-    assert re.search(r"a step, as executed +\d+\.\d+ [MG]FLOP, \d+\.\d+ [MG]FLOP of it in float32\n", text)
+    assert re.search(r"a step, as executed +\d+\.\d+ [MG]FLOP, \d+\.\d+ [MG]FLOP of it in tf32\n", text)
     assumed = "\n".join(section(text, "assumptions"))
     for value in (
         "119.0 of 989 TFLOP/s: matrix products at 0.6 of the H100 SXM's dense peak (a guess), the rest at 3.35 TB/s",
-        "of 67 TFLOP/s",
+        "of 494 TFLOP/s",
         "337.5 GB/s",
         "100 Gbit/s",
         "1 GB/s",

@@ -71,7 +71,7 @@ def test_invalid_data_is_refused(job, tmp_path):
 def test_training_uses_all_gpus_by_default(job, monkeypatch, num_gpus, options, device, num_workers):
     monkeypatch.setattr(train_run, "num_gpus", lambda: num_gpus)
     monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: device != "cpu" and num_gpus > 0)
-    found = train_run.with_workers(replace(job, **options), None)
+    found = train_run.with_workers(replace(job, **{"num_workers": None, **options}), None)
     assert (found.device, found.num_workers) == (device, num_workers)
 
 

@@ -145,16 +145,13 @@ class TrainingConfig:
             "sampling.guidance_scale is for improved MeanFlow, flow matching and diffusion; other objectives build guidance "
             f"into the weights (loss.guidance), but got {self.sampling.guidance_scale}",
         )
+        guidance = self.loss.guidance if isinstance(self.loss, GuidedLossConfig) else GuidanceConfig()  # off
         require(
-            not isinstance(self.loss, GuidedLossConfig)
-            or self.loss.guidance.null_weight == 0.0
-            or self.loss.label_drop_probability > 0.0,
+            guidance.null_weight == 0.0 or self.loss.label_drop_probability > 0.0,
             "guidance with the null class needs loss.label_drop_probability above 0, which trains that class, but got 0",
         )
         require(
-            self.sampling.guidance_scale == 1.0
-            or not isinstance(self.loss, GuidedLossConfig)
-            or self.loss.guidance.is_off,
+            self.sampling.guidance_scale == 1.0 or guidance.is_off,
             "guidance is built into the target already (loss.guidance), so sampling.guidance_scale must be 1, but got "
             f"{self.sampling.guidance_scale}",
         )

@@ -51,7 +51,7 @@ def run_objective(
         network,
         network,
         latents,
-        torch.zeros(num_rows, dtype=torch.int64),
+        torch.zeros(num_rows, dtype=torch.int64, device=latents.device),
         record,
         null_label=network.config.num_classes,
         global_num_rows=num_rows,

@@ -69,7 +69,8 @@ def list_images(location: str, image_format: Format | None = None) -> tuple[fs.F
     if not present:
         raise InputError(
             f"no images in {location}; expected class folders of .jpeg, .jpg, .png, .webp or .bmp files such as "
-            f"{folder}/n01440764/n01440764_18.JPEG, or .parquet files, or .tar files of a WebDataset"
+            f"{folder}/n01440764/n01440764_18.JPEG, or .parquet files, or .tar files of a WebDataset, or IDX files such as "
+            f"train-images-idx3-ubyte.gz"
         )
     if image_format is None and len(present) > 1:
         raise InputError(

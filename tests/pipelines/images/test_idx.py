@@ -1,0 +1,95 @@
+"""IDX files: MNIST and its relatives."""
+
+import gzip
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.images.decoding import decode_images
+from pipelines.images.sources import ImageSlice, find_images
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8)
+LABELS = np.array([3, 0, 1, 1, 2, 3, 0], np.uint8)
+
+
+def write_idx(folder: Path, split: str = "train", *, compressed: bool = False) -> None:
+    """Writes PIXELS and LABELS as a pair of IDX files."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, content in (
+        ("images-idx3-ubyte", struct.pack(">IIII", 0x803, *PIXELS.shape) + PIXELS.tobytes()),
+        ("labels-idx1-ubyte", struct.pack(">II", 0x801, len(LABELS)) + LABELS.tobytes()),
+    ):
+        if compressed:
+            (folder / f"{split}-{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / f"{split}-{name}").write_bytes(content)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_images_and_labels_are_read_exactly_and_in_order(tmp_path: Path, compressed: bool) -> None:
+    write_idx(tmp_path, compressed=compressed)
+    filesystem, listing, index = find_images(str(tmp_path))
+    assert index.entries["label"].to_pylist() == LABELS.tolist()
+    rows = np.array([1, 2, 5])  # not the first, and with a gap
+    contents = list(ImageSlice.of(filesystem, listing, index, rows).read())
+    for content, row in zip(contents, rows, strict=True):
+        assert isinstance(content, bytes)
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.mode == "L"
+            np.testing.assert_array_equal(np.array(image), PIXELS[row])
+    for decoded, row in zip(decode_images(ImageSlice.of(filesystem, listing, index, rows), 28), rows, strict=True):
+        np.testing.assert_array_equal(decoded, np.repeat(PIXELS[row][..., None], 3, axis=2))
+
+
+def test_classes_are_named_by_a_file_or_by_their_ids(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    assert find_images(str(tmp_path))[2].class_names == ["0", "1", "2", "3"]
+    (tmp_path / "class_names.txt").write_text("T-shirt\nTrouser\nPullover\nDress\n")
+    assert find_images(str(tmp_path))[2].class_names == ["T-shirt", "Trouser", "Pullover", "Dress"]
+    (tmp_path / "class_names.txt").write_text("T-shirt\nTrouser\n")
+    with pytest.raises(InputError, match="labels up to 3, but names only 2 classes"):
+        find_images(str(tmp_path))
+
+
+def test_a_split_is_selected_by_a_pattern(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    write_idx(tmp_path, "t10k")
+    with pytest.raises(InputError, match=r"several sets of images.*select the files of one: .*/t10k-\*"):
+        find_images(str(tmp_path))
+    assert len(find_images(f"{tmp_path}/train-*")[2]) == len(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train-images-idx3-ubyte", lambda content: content[:-1], "its header announces 5504 bytes, but it has 5503"),
+        ("train-images-idx3-ubyte", lambda content: content[:9], "less than the header"),
+        ("train-labels-idx1-ubyte", lambda content: content[:-1], "its header announces 15 bytes, but it has 14"),
+        ("train-images-idx3-ubyte", lambda content: b"\0\0\x0d\3" + content[4:], "must begin with 0x00000803"),
+        ("train-labels-idx1-ubyte", lambda _: struct.pack(">II", 0x801, 2) + b"\0\1", "7 images, but .* has 2 labels"),
+        ("train-labels-idx1-ubyte", None, "not its labels train-labels-idx1-ubyte"),
+        ("train-images-idx3-ubyte", None, "not its images train-images-idx3-ubyte"),
+    ],
+)
+def test_damaged_and_missing_files_are_named(tmp_path: Path, name: str, change: object, message: str) -> None:
+    write_idx(tmp_path)
+    path = tmp_path / name
+    if callable(change):
+        path.write_bytes(change(path.read_bytes()))
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match=message):
+        find_images(str(tmp_path))
+
+
+def test_a_compressed_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    write_idx(tmp_path, compressed=True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cut short.*download it again"):
+        find_images(str(tmp_path))

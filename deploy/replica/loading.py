@@ -46,6 +46,7 @@ def load_model(model: str, arguments: Arguments) -> LoadedModel:
         id=arguments.served_name or source.name,
         created=int(time.time()),
         image_size=pipeline.image_size,
+        image_mode=pipeline.image_mode,
         num_classes=len(entries),
         supports_guidance=pipeline.supports_guidance,
         guidance_scale=config.guidance_scale,

@@ -6,9 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from diffusers import AutoencoderKL
-
-from meanflow_core.autoencoder import load_autoencoder
+from meanflow_core.autoencoder import Autoencoder, load_autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.interop.conversion import convert_checkpoint, find_source, published_training
@@ -96,15 +94,15 @@ def published_sampling(network: NetworkModel, *, is_improved: bool) -> SamplingC
     return SamplingConfig() if published is None else published.sampling
 
 
-def set_normalization(vae: AutoencoderKL, *, is_improved: bool) -> LatentNormalization:
+def set_normalization(vae: Autoencoder, *, is_improved: bool) -> LatentNormalization:
     """Sets and returns the latent normalization in the VAE's config.
 
     Improved MeanFlow normalizes Stable Diffusion's latents per channel, but that VAE's config has a single scale.
     Raises InputError if the config has no normalization.
     """
     config = vae.config
-    is_stable_diffusion = config.latent_channels == 4 and config.scaling_factor == SD_SCALING_FACTOR
-    is_per_channel = config.latents_mean is not None or config.latents_std is not None
+    is_stable_diffusion = config.latent_channels == 4 and config.get("scaling_factor") == SD_SCALING_FACTOR
+    is_per_channel = config.get("latents_mean") is not None or config.get("latents_std") is not None
     if is_improved and not is_per_channel:
         if is_stable_diffusion:
             vae.register_to_config(latents_mean=list(SD_VAE_FT_MSE_MEAN), latents_std=list(SD_VAE_FT_MSE_STD))

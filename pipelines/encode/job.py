@@ -6,6 +6,7 @@ from typing import Literal
 from pipelines.cluster import Device
 from pipelines.images.formats import Format
 
+PIXELS = "pixels"  # value of --vae
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
@@ -19,7 +20,13 @@ class EncodeJob:
     output: str
     """Folder of the latent dataset: a path or URI."""
     vae: str
-    """Autoencoder: a hub id such as stabilityai/sd-vae-ft-mse, or a folder."""
+    """Autoencoder: a hub id such as stabilityai/sd-vae-ft-mse, or a folder. pixels: none; the generator works on the pixels
+    themselves, which suits images of up to about 64 pixels."""
+    pixel_factor: int = 1
+    """With --vae pixels: side of the pixel blocks that become channels. 2 turns 3x32x32 into 12x16x16."""
+    grey: bool | None = None
+    """With --vae pixels: whether the images are grey, so that the generator has one image channel. Images with colours are
+    then rejected. Default: yes for IDX files, otherwise no."""
     format: Format | None = None
     """Format of the images; default: detected from the file names."""
     image_size: int = 256
@@ -48,8 +55,18 @@ class EncodeJob:
     streamed once to find its images."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size", "images_per_shard", "num_workers", "encoders_per_gpu", "limit"):
+        for name in (
+            "image_size",
+            "batch_size",
+            "images_per_shard",
+            "num_workers",
+            "encoders_per_gpu",
+            "limit",
+            "pixel_factor",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
+        if self.vae != PIXELS and (self.pixel_factor != 1 or self.grey is not None):
+            raise ValueError(f"pixel_factor and grey need --vae {PIXELS}, but the autoencoder is {self.vae}")
         if not 0.0 <= self.max_rejected_fraction <= 1.0:
             raise ValueError(f"max_rejected_fraction must be in [0, 1], but got {self.max_rejected_fraction}")

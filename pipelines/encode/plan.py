@@ -5,10 +5,9 @@ import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from diffusers import AutoencoderKL
 from pyarrow import fs
 
-from meanflow_core.autoencoder import downsampling_factor, weight_hash
+from meanflow_core.autoencoder import Autoencoder, downsampling_factor, weight_hash
 from pipelines import storage
 from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError
@@ -62,7 +61,7 @@ class Plan:
         return [shard for shard in range(self.num_shards) if shard_name(shard) not in present]
 
 
-def make_recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> EncodingRecipe:
+def make_recipe(job: EncodeJob, listing: Listing, vae: Autoencoder) -> EncodingRecipe:
     """The recipe of a job. Raises InputError if the autoencoder does not support the image size."""
     factor = downsampling_factor(vae)
     if job.image_size % factor:
@@ -106,7 +105,7 @@ def read_index(output: str, listing: Listing) -> ImageIndex | None:
     return None
 
 
-def write_plan(output: str, plan: Plan, vae: AutoencoderKL) -> None:
+def write_plan(output: str, plan: Plan, vae: Autoencoder) -> None:
     """Writes the autoencoder and the index, then the recipe, which marks both as complete."""
     filesystem, root = storage.open_storage(output)
     write_autoencoder(output, vae)

@@ -18,9 +18,11 @@ import ray
 from pyarrow import fs
 
 from meanflow_core.autoencoder import load_autoencoder
+from meanflow_core.pixels import PixelAutoencoder
 from pipelines import storage
 from pipelines.cluster import choose_gpus, map_on_cluster, num_gpus, start_ray
-from pipelines.encode.job import EncodeJob
+from pipelines.encode.job import PIXELS, EncodeJob
+from pipelines.encode.pixels import build_pixel_autoencoder, normalize_by_images
 from pipelines.encode.plan import Plan, has_same_recipe, make_recipe, read_index, write_plan
 from pipelines.encode.stages import EncodeShard, decode_shard, write_shard
 from pipelines.errors import InputError
@@ -39,12 +41,13 @@ MAX_LOGGED_REJECTIONS = 20
 
 def encode(job: EncodeJob) -> Manifest:
     """Encodes the missing shards of a job and returns the manifest. Raises InputError for invalid input."""
-    vae_location = storage.absolute(job.vae) if Path(job.vae).expanduser().exists() else job.vae
+    is_path = job.vae != PIXELS and Path(job.vae).expanduser().exists()
+    vae_location = storage.absolute(job.vae) if is_path else job.vae
     output = storage.output_location(job.output, "--output")
     job = replace(job, images=storage.absolute(job.images), output=output, vae=vae_location)
     filesystem, listing = list_images(job.images, job.format)
     try:
-        vae = load_autoencoder(job.vae)
+        vae = build_pixel_autoencoder(job, listing) if job.vae == PIXELS else load_autoencoder(job.vae)
     except ValueError as error:
         raise InputError(str(error)) from error
     recipe = make_recipe(job, listing, vae)
@@ -56,6 +59,8 @@ def encode(job: EncodeJob) -> Manifest:
     stored = read_index(job.output, listing) if is_started else None
     plan = Plan(filesystem, listing, stored or _choose_images(job, filesystem, listing), recipe)
     if stored is None:
+        if isinstance(vae, PixelAutoencoder):
+            normalize_by_images(vae, plan, map_on_cluster if ray.is_initialized() else map)
         write_plan(job.output, plan, vae)
     missing = plan.missing_shards(job.output)
     logger.info(
@@ -65,7 +70,7 @@ def encode(job: EncodeJob) -> Manifest:
     start_seconds = time.monotonic()
     if missing:
         _start_ray(job)
-        _encode_shards(job, plan, missing)
+        _encode_shards(job, plan, missing, grey=isinstance(vae, PixelAutoencoder) and vae.is_grey)
     manifest = _complete(job, plan)
     num_encoded = sum(len(plan.rows(shard)) for shard in missing)
     _log_summary(manifest, num_encoded, time.monotonic() - start_seconds)
@@ -86,7 +91,7 @@ def _start_ray(job: EncodeJob) -> None:
     start_ray(needed_cpus=(job.num_workers or os.cpu_count() or 1) + 1)  # one CPU per encoder, one to decode and write
 
 
-def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
+def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool) -> None:
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     num_encoders = job.num_workers
     if num_encoders is None and job.device != "cpu" and num_gpus() > 0:
@@ -101,7 +106,7 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
             "grows: add nodes, or restart the job with a smaller --num-workers",
             num_encoders, num_encoders + 1, num_cpus,
         )  # fmt: skip
-    results = _encoding_dataset(job, plan, shards, num_encoders, use_gpu=use_gpu)
+    results = _encoding_dataset(job, plan, shards, num_encoders, use_gpu=use_gpu, grey=grey)
     done = plan.num_images - sum(len(plan.rows(shard)) for shard in shards)
     progress = Progress(logger, "encoded", "images", plan.num_images, start=done)
     num_rejected = 0
@@ -112,7 +117,7 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
 
 
 def _encoding_dataset(
-    job: EncodeJob, plan: Plan, shards: list[int], num_encoders: int, *, use_gpu: bool
+    job: EncodeJob, plan: Plan, shards: list[int], num_encoders: int, *, use_gpu: bool, grey: bool
 ) -> ray.data.Dataset:
     """The lazy Ray dataset that encodes shards; one block per shard, one row of counts per written shard."""
     context = ray.data.DataContext.get_current()
@@ -130,7 +135,7 @@ def _encoding_dataset(
             # Half a CPU, since decoding waits for storage half of the time. If it equalled the encoder's num_cpus, Ray Data
             # would fuse decoding into the encoding actors, where it cannot scale independently.
             num_cpus=0.5,
-            fn_kwargs={"image_size": job.image_size},
+            fn_kwargs={"image_size": job.image_size, "grey": grey},
         )
         .map_batches(
             EncodeShard,

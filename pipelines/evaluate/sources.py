@@ -13,9 +13,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
-from meanflow_core.autoencoder import decode_latents, reconstruct
+from meanflow_core.autoencoder import Autoencoder, decode_latents, reconstruct
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
@@ -50,7 +49,7 @@ class Models:
 
     device: torch.device
     pipeline: MeanFlowPipeline | None = None
-    autoencoder: AutoencoderKL | None = None
+    autoencoder: Autoencoder | None = None
 
 
 class Source(Protocol):

@@ -1,4 +1,4 @@
-"""Code shared by the packed formats, Parquet, WebDataset and IDX: each file contains many images, and labels are class ids."""
+"""Code shared by the packed formats, Parquet, WebDataset and IDX. Each file contains many images; labels are class ids."""
 
 import functools
 import logging

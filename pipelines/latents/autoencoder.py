@@ -10,10 +10,10 @@ from pyarrow import fs
 from pipelines import storage
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from meanflow_core.autoencoder import Autoencoder
 
 
-def open_autoencoder(location: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
+def open_autoencoder(location: str, dtype: torch.dtype = torch.float32) -> "Autoencoder":
     """Loads a dataset's autoencoder on the CPU."""
     from meanflow_core.autoencoder import load_autoencoder  # slow: it imports diffusers
 
@@ -23,7 +23,7 @@ def open_autoencoder(location: str, dtype: torch.dtype = torch.float32) -> "Auto
         return load_autoencoder(folder, dtype)
 
 
-def write_autoencoder(location: str, vae: "AutoencoderKL") -> None:
+def write_autoencoder(location: str, vae: "Autoencoder") -> None:
     """Writes a dataset's autoencoder."""
     filesystem, root = storage.open_storage(location)
     with tempfile.TemporaryDirectory() as folder:

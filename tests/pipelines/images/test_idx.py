@@ -1,6 +1,5 @@
 """IDX files: MNIST and its relatives."""
 
-import gzip
 import io
 import struct
 from pathlib import Path
@@ -12,38 +11,23 @@ from PIL import Image
 from pipelines.errors import InputError
 from pipelines.images.decoding import decode_images
 from pipelines.images.sources import ImageSlice, find_images
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8)
-LABELS = np.array([3, 0, 1, 1, 2, 3, 0], np.uint8)
-
-
-def write_idx(folder: Path, split: str = "train", *, compressed: bool = False) -> None:
-    """Writes PIXELS and LABELS as a pair of IDX files."""
-    folder.mkdir(exist_ok=True, parents=True)
-    for name, content in (
-        ("images-idx3-ubyte", struct.pack(">IIII", 0x803, *PIXELS.shape) + PIXELS.tobytes()),
-        ("labels-idx1-ubyte", struct.pack(">II", 0x801, len(LABELS)) + LABELS.tobytes()),
-    ):
-        if compressed:
-            (folder / f"{split}-{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / f"{split}-{name}").write_bytes(content)
+from tests.support.image_formats import IDX_LABELS, IDX_PIXELS, write_idx
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_images_and_labels_are_read_exactly_and_in_order(tmp_path: Path, compressed: bool) -> None:
     write_idx(tmp_path, compressed=compressed)
     filesystem, listing, index = find_images(str(tmp_path))
-    assert index.entries["label"].to_pylist() == LABELS.tolist()
+    assert index.entries["label"].to_pylist() == IDX_LABELS.tolist()
     rows = np.array([1, 2, 5])  # not the first, and with a gap
     contents = list(ImageSlice.of(filesystem, listing, index, rows).read())
     for content, row in zip(contents, rows, strict=True):
         assert isinstance(content, bytes)
         with Image.open(io.BytesIO(content)) as image:
             assert image.mode == "L"
-            np.testing.assert_array_equal(np.array(image), PIXELS[row])
+            np.testing.assert_array_equal(np.array(image), IDX_PIXELS[row])
     for decoded, row in zip(decode_images(ImageSlice.of(filesystem, listing, index, rows), 28), rows, strict=True):
-        np.testing.assert_array_equal(decoded, np.repeat(PIXELS[row][..., None], 3, axis=2))
+        np.testing.assert_array_equal(decoded, np.repeat(IDX_PIXELS[row][..., None], 3, axis=2))
 
 
 def test_classes_are_named_by_a_file_or_by_their_ids(tmp_path: Path) -> None:
@@ -61,7 +45,7 @@ def test_a_split_is_selected_by_a_pattern(tmp_path: Path) -> None:
     write_idx(tmp_path, "t10k")
     with pytest.raises(InputError, match=r"several sets of images.*select the files of one: .*/t10k-\*"):
         find_images(str(tmp_path))
-    assert len(find_images(f"{tmp_path}/train-*")[2]) == len(LABELS)
+    assert len(find_images(f"{tmp_path}/train-*")[2]) == len(IDX_LABELS)
 
 
 @pytest.mark.parametrize(

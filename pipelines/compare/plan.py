@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from meanflow_core.config import TrainingConfig
 from meanflow_core.presets import preset_config
+from meanflow_core.references import resolve
 from pipelines.compare.job import Budget, CompareJob
 from pipelines.errors import InputError
 from pipelines.sweep.experiments import Experiment
@@ -40,9 +41,10 @@ class Entrant:
 
 
 def plan_entrants(job: CompareJob, flops_of: FlopsOf) -> list[Entrant]:
-    """All methods with each budget and seed. Raises InputError for an unknown preset."""
+    """All methods with each budget and seed. Raises InputError for an unknown preset or function."""
     try:
-        configs = {name: preset_config(name) for name in (*job.methods, job.baseline)}
+        adapt: Callable[[TrainingConfig], TrainingConfig] = resolve(job.adapt) if job.adapt else lambda config: config
+        configs = {name: adapt(preset_config(name)) for name in (*job.methods, job.baseline)}
     except ValueError as error:
         raise InputError(str(error)) from error
     total_flops = job.num_steps * flops_of(configs[job.baseline])

@@ -39,7 +39,7 @@ from pipelines.train.record import TrainingRecord
 logger = logging.getLogger(__name__)
 
 REPORT_FILES = ("report.json", "table.md", "comparison.png", "samples.png", "paths.png")
-RECORDED_OPTIONS = ("methods", "baseline", "from_baseline", "seeds", "num_steps", "budgets", "num_samples")
+RECORDED_OPTIONS = ("methods", "adapt", "baseline", "from_baseline", "seeds", "num_steps", "budgets", "num_samples")
 NUM_GRID_IMAGES, NUM_GRID_COLUMNS = 8, 4
 
 

@@ -202,11 +202,13 @@ class SignalMonitor:
             self._broadcast.wait()
 
     def _poll_stop_request(self, stop_request: ActorHandle) -> None:
-        while not self._closed.wait(STOP_POLL_SECONDS):
+        while True:  # first at once: the request may have come while the workers started
             with contextlib.suppress(RayError):  # a failed call is retried
                 if ray.get(stop_request.poll.remote()):
                     self._stop_requested.set()
                     return
+            if self._closed.wait(STOP_POLL_SECONDS):
+                return
 
     def _has_new_preemption(self) -> bool:
         preemption = ray.train.get_preemption_info()  # collective

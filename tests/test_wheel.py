@@ -110,7 +110,7 @@ def test_command_modules_are_found():
     commands = {f"pipelines.{name}" for name in commands | {"side_by_side", "demo", "demo.images"}}
     found = command_modules()
     assert commands | {"deploy.keys", "deploy.models", "deploy.spot_notice"} <= set(found)
-    assert "pipelines.evaluate.judge" not in found
+    assert "pipelines.judge.network" not in found
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from meanflow_core.autoencoder import to_float_images
 from pipelines.demo import images
 from pipelines.demo.job import JudgeTraining
-from pipelines.evaluate.judge import Judge
+from pipelines.judge.network import Judge
 from pipelines.progress import Progress, format_seconds
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import torch
 
 from meanflow_core.autoencoder import weight_hash
 from pipelines.errors import InputError
-from pipelines.evaluate.judge import load_judge
+from pipelines.judge.network import load_judge
 
 INCEPTION = "inception"
 # Inception with unpublished weights: its distance must not be called FID.
@@ -217,7 +217,7 @@ class _JudgeFeatures(Extractor):
             "weights_sha256": weight_hash(self._judge),
             "resize": f"none: images must be {size}x{size}",
             "input": "uint8 RGB, x / 127.5 - 1",
-            "library": "pipelines.evaluate.judge",
+            "library": "pipelines.judge",
         }
 
     def __call__(self, images: torch.Tensor) -> Features:

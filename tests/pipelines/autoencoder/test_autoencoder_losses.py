@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipelines.autoencoder.features import PACKAGES, EfficientNetFeatures
+from pipelines.autoencoder.features import EfficientNetFeatures
 from pipelines.autoencoder.losses import AutoencoderLoss, kl_divergence, perceptual_distance
 from pipelines.autoencoder.network import learning_rate_factor, update_average
 
@@ -91,8 +91,6 @@ def test_moving_average_forgets_the_initialisation_and_then_follows_slowly():
 
 
 def test_efficientnet_features_have_four_sizes_and_a_gradient():
-    for package in PACKAGES:
-        pytest.importorskip(package.replace("-", "_"))
     network = EfficientNetFeatures()
     assert not any(parameter.requires_grad for parameter in network.parameters())
     images = random(1, 3, 64, 64).requires_grad_()

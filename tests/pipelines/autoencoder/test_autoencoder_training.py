@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +13,13 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from meanflow_core.autoencoder import load_autoencoder, reconstruct
+from meanflow_core.autoencoder import encode_moments, load_autoencoder, reconstruct, to_float_images
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.metrics import peak_signal_to_noise
-from pipelines.autoencoder import features, run
+from pipelines.autoencoder import run
 from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.autoencoder.network import build_autoencoder
-from pipelines.autoencoder.publishing import HeldOut, latent_statistics
+from pipelines.autoencoder.publishing import HeldOut, latent_statistics, set_normalization
 from pipelines.autoencoder.record import RECORD, Record, configuration, write_record
 from pipelines.autoencoder.run import train_autoencoder
 from pipelines.autoencoder.worker import AutoencoderTrainer
@@ -180,6 +181,23 @@ def test_latent_statistics_are_those_of_posterior_samples(image_root, held_out):
     torch.testing.assert_close(normalised.std((0, 2, 3)), torch.ones(4), atol=0.01, rtol=0)
 
 
+def test_latents_of_a_tiny_autoencoder_are_normalized_together_and_survive_saving(image_root, held_out, tmp_path):
+    job = autoencoder_job(image_root, "unused", kind="tiny", kl_weight=1e-3)
+    trainer = AutoencoderTrainer(job, torch.device("cpu"))
+    images = to_float_images(held_out)
+    losses = [float(trainer.train_step(images, trainer.network).total) for _ in range(15)]
+    assert losses[-1] < 0.8 * losses[0]
+    set_normalization(trainer.average, *latent_statistics(trainer.average, held_out))
+    trainer.average.save_pretrained(tmp_path)
+    vae = load_autoencoder(str(tmp_path))
+    mean, std = encode_moments(vae, held_out).chunk(2, dim=1)
+    assert mean.shape == (len(held_out), 4, 8, 8)
+    assert not std.any()
+    latents = LatentNormalization.from_vae_config(vae.config).normalize(mean)
+    assert (float(latents.mean()), float(latents.std())) == (pytest.approx(0.0, abs=1e-3), pytest.approx(1.0, abs=1e-3))
+    torch.testing.assert_close(reconstruct(vae, held_out), reconstruct(trainer.average, held_out))
+
+
 def test_grid_shows_originals_above_their_reconstructions(vae, held_out):
     labels = torch.tensor([0] * 3 + [1] * 37)
     grid = HeldOut(held_out, labels).grid(vae)
@@ -234,8 +252,8 @@ def test_batch_must_be_a_multiple_of_the_workers(image_root, tmp_path, monkeypat
 
 
 def test_perceptual_loss_names_the_missing_packages(image_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "PACKAGES", ("efficientnet-lite-nowhere",))
-    with pytest.raises(InputError, match="requires the packages efficientnet-lite-nowhere; install them"):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)  # as if it were not installed
+    with pytest.raises(InputError, match="efficientnet-lite0 needs .*; run pip install"):
         train_autoencoder(autoencoder_job(image_root, tmp_path / "vae", perceptual_weight=0.1))
 
 

@@ -26,3 +26,17 @@ def on_fashion(config: TrainingConfig) -> TrainingConfig:
     """Adapts a method of the comparison to Fashion-MNIST's 28x28 pixels: patches of 4x4, no mirror images."""
     assert isinstance(config.network, TransformerConfig), "the comparison's networks are transformers"
     return replace(config, network=replace(config.network, patch_size=4), mirror=False)
+
+
+def clothing() -> TrainingConfig:
+    """MeanFlow on a few thousand photographs in 8x8 latents: 2.4 M parameters, hours on 2 CPU cores; no published FID."""
+    return replace(
+        demo(),
+        network=DiTConfig(patch_size=1, hidden_size=160, depth=5, num_heads=5),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, cooldown_steps=2000),
+        ema_decays=(0.999, 0.99),
+        num_steps=10_000,
+        log_interval_steps=50,
+        checkpoint_interval_steps=500,
+        sample_interval_steps=1000,
+    )

@@ -16,7 +16,7 @@ from tests.support.readme import REPOSITORY, commands, text_of
 DOCS = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))
 PAGES = ("README.md", "SECURITY.md", "CHANGELOG.md", *DOCS)
 KUBERNETES = "docs/kubernetes.md"  # tests/test_docs_kubernetes.py checks the commands of this page
-COMMAND_PAGES = ("README.md", "docs/runbook.md", "docs/own-images.md", "docs/upgrading.md")
+COMMAND_PAGES = ("README.md", "docs/runbook.md", "docs/tutorials/own-images.md", "docs/upgrading.md")
 
 
 def blocks(page: str) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Recomputes the runbook's figures, and checks that its steps and docs/own-images.md's read what earlier steps wrote."""
+"""Recomputes the runbook's figures, and checks that its steps and docs/tutorials/own-images.md's read what earlier steps wrote."""
 
 import math
 import re
@@ -202,7 +202,7 @@ def test_addresses_are_those_of_the_cluster(lines):
 
 
 def test_steps_for_own_images_read_what_the_steps_before_wrote():
-    lines = [shlex.split(line) for line in commands("own-images", "docs/own-images.md")]
+    lines = [shlex.split(line) for line in commands("own-images", "docs/tutorials/own-images.md")]
     datasets = {option(words, "--output") for words in lines if "pipelines.encode" in words}
     trained = [words for words in lines if "pipelines.train" in words]
     for words in trained:

@@ -11,7 +11,7 @@ COMPARISON := build/compare
 DATA ?= shapes
 FASHION := build/fashion
 FASHION_FILES ?= /usr/share/datasets/fashion-mnist
-FASHION_CLASSES := T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag 'Ankle boot'
+FASHION_CLASSES := T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag 'Ankle boot'
 # Keeps glibc from returning large temporaries to the system at every step: 3 to 10 times faster on CPUs. One arena, because
 # the thresholds only apply to the first, and Ray calls its workers' code from other threads.
 FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \
@@ -38,6 +38,8 @@ compare-shapes: $(STAMP)
 	    --judge pipelines/demo/judge_weights --output $(COMPARISON)/comparison
 
 compare-fashion: $(STAMP)
+	@test -d $(FASHION_FILES) || \
+	    { echo "error: no $(FASHION_FILES); apt-get install dataset-fashion-mnist, or set FASHION_FILES" >&2; exit 2; }
 	@test -f $(FASHION)/images/class_names.txt || { mkdir -p $(FASHION)/images && cp $(FASHION_FILES)/*-ubyte.gz $(FASHION)/images && \
 	    printf '%s\n' $(FASHION_CLASSES) > $(FASHION)/images/class_names.txt; }
 	@test -f $(FASHION)/latents/manifest.json || \
@@ -50,7 +52,7 @@ compare-fashion: $(STAMP)
 	@$(FAST_MALLOC) $(BIN)/python -m pipelines.compare --data $(FASHION)/latents \
 	    --train-images '$(FASHION)/images/train-*' --held-out-images '$(FASHION)/images/t10k-*' \
 	    --judge $(FASHION)/judge --output $(FASHION)/comparison \
-	    --adapt meanflow_core.presets.photographs:on_fashion --num-steps 3000
+	    --adapt meanflow_core.presets.real_images:on_fashion --num-steps 3000
 
 env: $(STAMP)
 

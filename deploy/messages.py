@@ -101,7 +101,7 @@ class GenerationResult:
     images: np.ndarray
     """uint8 (N, H, W, 3)."""
     image_mode: ImageMode
-    """L if the generator is grey; the three channels of its images are then equal."""
+    """L if the generator is grey."""
     class_id: int
     class_name: str
     wnid: str | None

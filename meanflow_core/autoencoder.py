@@ -1,4 +1,7 @@
-"""The autoencoder: loading, encoding images to moments, decoding latents to images; TF32 settings and weight hashes."""
+"""The autoencoder: loading, encoding images to moments, decoding latents to images; TF32 settings and weight hashes.
+
+B batch, C latent channels, H W latent size, f pixels per latent pixel along a side (8 in Stable Diffusion's VAE).
+"""
 
 import hashlib
 import json
@@ -107,7 +110,7 @@ def to_uint8_images(images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (B, 8H, 8W, 3) on the VAE's device -> moments float32 (B, 2C, H, W): mean, standard deviation.
+    """Images uint8 (B, fH, fW, 3) on the VAE's device -> moments float32 (B, 2C, H, W): mean, standard deviation.
 
     The deviation of an AutoencoderTiny, which has no posterior, and of a PixelAutoencoder is 0.
     """
@@ -120,21 +123,21 @@ def encode_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3)."""
+    """Normalised latents (B, C, H, W) -> images uint8 (B, fH, fW, 3)."""
     raw = LatentNormalization.from_vae_config(vae.config).denormalize(latents.float())
     return to_uint8_images(vae.decode(raw.to(vae.dtype)).sample)
 
 
 @torch.no_grad()
 def reconstruct(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
-    """Encodes and decodes images uint8 (B, 8H, 8W, 3) at the posterior's mean: an upper bound on a generator's quality."""
+    """Encodes and decodes images uint8 (B, fH, fW, 3) at the posterior's mean: an upper bound on a generator's quality."""
     mean, _ = encode_moments(vae, images).chunk(2, dim=1)
     return decode_latents(vae, LatentNormalization.from_vae_config(vae.config).normalize(mean))
 
 
 @torch.no_grad()
 def decode_preview(tiny: AutoencoderTiny, vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3), with a small, fast, approximate decoder.
+    """Normalised latents (B, C, H, W) -> images uint8 (B, fH, fW, 3), with a small, fast, approximate decoder.
 
     vae: the autoencoder of the latents. The small decoder expects latents with this VAE's shift_factor and
     scaling_factor applied, even if the generator normalises each channel separately.

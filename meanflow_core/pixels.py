@@ -16,7 +16,8 @@ from torch import nn
 class PixelAutoencoder(ModelMixin, ConfigMixin):
     """Space-to-depth: pixel blocks of factor x factor become channels. The inverse is exact.
 
-    Grey images have one image channel. They come and go as RGB images with three equal channels, as from every autoencoder.
+    Grey images have one image channel in the latents. `encode` takes and `decode` returns them as RGB with three equal
+    channels, as every autoencoder does.
 
     Args:
         latent_channels: factor^2 for grey images, 3 factor^2 for RGB images.
@@ -47,7 +48,7 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
         self.encoder = nn.PixelUnshuffle(factor)
         self.decoder = nn.PixelShuffle(factor)
         # diffusers cannot save a model without tensors, nor find its device.
-        self.register_buffer("no_weights", torch.zeros(1))
+        self.register_buffer("device_marker", torch.zeros(1))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +61,11 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
         return bool(self.config.latent_channels == self.config.factor**2)
 
     def encode(self, images: torch.Tensor) -> AutoencoderKLOutput:
-        """Float images (B, 3, H, W) in [-1, 1] -> a distribution without spread, mean (B, C, H / factor, W / factor)."""
+        """Float images (B, 3, H, W) in [-1, 1] -> a distribution without spread, mean (B, C, H / factor, W / factor).
+
+        A grey autoencoder takes the first channel and ignores the others. Raises RuntimeError if factor does not divide H
+        and W.
+        """
         latents = self.encoder(images[:, :1] if self.is_grey else images)
         distribution = DiagonalGaussianDistribution(torch.cat([latents, torch.zeros_like(latents)], 1), True)
         return AutoencoderKLOutput(latent_dist=distribution)

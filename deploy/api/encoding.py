@@ -37,14 +37,14 @@ def encode_image(
 
 
 def encode_grid(images: np.ndarray, mode: ImageMode) -> bytes:
-    """Encodes uint8 (N, H, W, 3) images as one PNG. Several images are arranged in a grid, as square as possible."""
+    """Encodes uint8 (N, H, W, 3) images as one PNG of this mode. Several images form a grid, as square as possible."""
     if len(images) == 1:
         return encode_image(images[0], mode=mode)
     return encode_image(image_grid(images, num_columns=math.ceil(math.sqrt(len(images)))), mode=mode)
 
 
 def encode_zip(images: np.ndarray, names: Sequence[str], mode: ImageMode) -> bytes:
-    """Encodes uint8 (N, H, W, 3) images as a ZIP of PNGs with the given file names."""
+    """Encodes uint8 (N, H, W, 3) images as a ZIP of PNGs of this mode, with the given file names."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNGs are already compressed
         for image, name in zip(images, names, strict=True):

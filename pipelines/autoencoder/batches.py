@@ -12,16 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-from pyarrow import fs
 
 from pipelines.errors import InputError
 from pipelines.images.decoding import SLICE_SIZE, decode_images
-from pipelines.images.index import ImageIndex, Listing
+from pipelines.images.index import ImageSource
 from pipelines.images.sources import ImageSlice
 
 logger = logging.getLogger(__name__)
 
-ImageSource = tuple[fs.FileSystem, Listing, ImageIndex]
 
 CACHE_BYTES = 1 << 30  # of uint8 pixels per worker: 87,000 images at 64x64, 5,400 at 256x256
 MIN_SLICES = 8  # per worker, so that small sets are shared evenly
@@ -34,7 +32,7 @@ def worker_slices(num_images: int, rank: int, world_size: int) -> list[np.ndarra
 
 
 class ImageStream:
-    """Endless random order of a worker's images. Every image appears once per epoch."""
+    """Endless random order of a worker's images. Each appears once per epoch, about once if they are mixed in a buffer."""
 
     def __init__(
         self,

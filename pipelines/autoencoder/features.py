@@ -1,11 +1,9 @@
 """Feature maps of EfficientNet-Lite0, for the perceptual loss."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
-from pipelines.judge.efficientnet import DEVIATION, MEAN, load_efficientnet
+from pipelines.efficientnet import DEVIATION, MEAN, load_efficientnet
 
 # The last block before each halving of the size: feature maps of 1/2, 1/4, 1/8 and 1/16 of the image's.
 BLOCKS = (0, 2, 4, 10)
@@ -22,7 +20,7 @@ class EfficientNetFeatures(nn.Module):
         self._blocks = network._blocks[: BLOCKS[-1] + 1]
         self.eval().requires_grad_(False)
 
-    def forward(self, images: torch.Tensor) -> Sequence[torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images float32 (B, 3, H, W), nominally in [-1, 1] -> four maps (B, C, H / 2^k, W / 2^k)."""
         levels = images * 127.5 + 127.5
         x = torch.nn.functional.relu6(self._normalization(self._stem((levels - MEAN) / DEVIATION)))

@@ -92,6 +92,8 @@ class AutoencoderJob:
                 raise ValueError(f"{name} must be above 0, but got {getattr(self, name)}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), but got {self.ema_decay}")
+        if self.attention and self.kind == "tiny":
+            raise ValueError("attention requires kind kl, but got tiny")
         if self.width < 8 or self.width % 8:
             raise ValueError(f"width must be a multiple of 8, but got {self.width}")
         if self.image_size % self.factor:

@@ -40,7 +40,7 @@ def perceptual_distance(features: Sequence[torch.Tensor], targets: Sequence[torc
 
 def _unit_vectors(feature_map: torch.Tensor) -> torch.Tensor:
     """Divides the vector of every position by its length; (B, C, H, W)."""
-    # The root of a sum of squares has no gradient at 0, where ReLU features often are.
+    # EPSILON, because the root of a sum of squares has no gradient at 0.
     return feature_map * (feature_map.square().sum(dim=1, keepdim=True) + EPSILON).rsqrt()
 
 

@@ -72,13 +72,16 @@ class HeldOut:
 def latent_statistics(vae: Autoencoder, pixels: torch.Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of posterior samples per channel, over images uint8 (N, S, S, 3).
 
-    Var z = Var m + E s^2 for z ~ N(m, s^2) needs no samples.
+    E z^2 = E m^2 + E s^2 for z ~ N(m, s^2) needs no samples.
     """
-    parts = pixels.split(forward_size(pixels.shape[1]))
-    moments = torch.cat([encode_moments(vae, part.to(vae.device)).cpu() for part in parts])
-    mean, std = moments.double().chunk(2, dim=1)  # (N, C, H, W) each
-    variance = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
-    return mean.mean((0, 2, 3)).tolist(), variance.sqrt().tolist()
+    count, total, squares = 0, torch.zeros(1), torch.zeros(1)
+    for part in pixels.split(forward_size(pixels.shape[1])):
+        mean, std = encode_moments(vae, part.to(vae.device)).double().chunk(2, dim=1)  # (B, C, H, W) each
+        count += mean[:, 0].numel()
+        total = total + mean.sum((0, 2, 3)).cpu()
+        squares = squares + (mean.square() + std.square()).sum((0, 2, 3)).cpu()
+    average = total / count
+    return average.tolist(), (squares / count - average.square()).sqrt().tolist()
 
 
 def set_normalization(vae: Autoencoder, mean: list[float], std: list[float]) -> None:

@@ -23,7 +23,7 @@ RESUMABLE_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a finished training reached."""
+    """Measurements of a finished autoencoder."""
 
     psnr: float
     """Of held-out images as uint8, in dB."""

@@ -13,11 +13,10 @@ from pipelines.autoencoder.batches import ImageSource, worker_slices
 from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.autoencoder.record import Record, Result, configuration, read_record, write_record
 from pipelines.autoencoder.worker import WorkerTask, train_worker
-from pipelines.cluster import choose_gpus, num_gpus, start_ray
+from pipelines.cluster import choose_gpus, first_cause, num_gpus, start_ray
+from pipelines.efficientnet import load_efficientnet
 from pipelines.errors import InputError, RunError
 from pipelines.images.sources import find_images
-from pipelines.judge.efficientnet import load_efficientnet
-from pipelines.private_interfaces import original_error
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
@@ -138,12 +137,10 @@ def _run_workers(job: AutoencoderJob, images: ImageSource, held_out: ImageSource
 
 def _as_command_error(error: TrainingFailedError) -> InputError | RunError:
     """Converts a training failure into an error for the command line."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
-    causes = [original_error(failure) for failure in failures]
-    for cause in causes:
-        if isinstance(cause, (InputError, RunError)):
-            return type(cause)(str(cause))
-    first_line = (str(causes[0]).strip().splitlines() or [""])[0]
+    cause = first_cause(error).error
+    if isinstance(cause, (InputError, RunError)):
+        return type(cause)(str(cause))
+    first_line = (str(cause).strip().splitlines() or [""])[0]
     return RunError(
-        f"training failed: {type(causes[0]).__name__}: {first_line}; the same command resumes from the last checkpoint"
+        f"training failed: {type(cause).__name__}: {first_line}; the same command resumes from the last checkpoint"
     )

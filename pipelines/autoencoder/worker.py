@@ -97,6 +97,8 @@ class AutoencoderTrainer:
         self.network = Reconstruction(vae)
         self.average = copy.deepcopy(vae).eval().requires_grad_(False)
         self.step = 0  # completed steps
+        self.sum_of_norms = torch.zeros((), device=device)
+        """Sum of the gradient norms of all steps: nonfinite from the first nonfinite gradient on."""
         self._optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=job.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
         )
@@ -118,8 +120,8 @@ class AutoencoderTrainer:
         losses = self._loss(images, *(output.float() for output in outputs))
         self._optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        # A nonfinite norm would make all weights nonfinite; the next logging of the loss ends the training then.
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._job.max_gradient_norm)
+        # A nonfinite norm makes all weights nonfinite. The next logging ends the training then, before a checkpoint.
+        self.sum_of_norms += torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._job.max_gradient_norm)
         self._optimizer.step()
         self.step += 1
         update_average(self.average, self.network.vae, self._job.ema_decay, self.step)
@@ -165,12 +167,12 @@ def _train(
         # Also before every checkpoint, so that none has nonfinite weights.
         if is_checkpoint_step or trainer.step % job.log_interval_steps == 0:
             metrics = interval.read()
-            if not math.isfinite(metrics["loss"]):
+            if not math.isfinite(metrics["loss"] + float(trainer.sum_of_norms)):
                 raise RunError(
-                    f"the loss is not finite before step {trainer.step}; start again in another --output with a smaller "
-                    f"--learning-rate"
+                    f"the loss or its gradient is not finite before step {trainer.step}; start again in another --output "
+                    f"with a smaller --learning-rate"
                 )
-            note = f"loss {metrics['loss']:.4f}, {metrics['batch_psnr']:.2f} dB with noise"
+            note = f"loss {metrics['loss']:.4f}, PSNR {metrics['batch_psnr']:.2f} dB with posterior noise"
             if run is not None:
                 run.log_metrics({f"autoencoder/{name}": value for name, value in metrics.items()}, trainer.step)
         if rank == 0:

@@ -6,7 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from meanflow_core.autoencoder import Autoencoder, load_autoencoder
+from meanflow_core.autoencoder import Autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.interop.conversion import convert_checkpoint, find_source, published_training
@@ -17,6 +17,7 @@ from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
 from pipelines.convert.job import ConvertJob
 from pipelines.errors import InputError
+from pipelines.latents.autoencoder import absolute_autoencoder, load_named_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,9 @@ def convert(job: ConvertJob) -> tuple[Path, int]:
     """
     output = _new_folder(job.output)
     checkpoint = job.checkpoint.expanduser()
-    vae_location = storage.absolute(job.vae) if Path(job.vae).expanduser().exists() else job.vae
     try:
         source = find_source(job.source)
-        vae = load_autoencoder(vae_location)
+        vae = load_named_autoencoder(absolute_autoencoder(job.vae))
         state = read_checkpoint(checkpoint, use_ema=job.use_ema)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -64,17 +64,17 @@ class Plan:
 def make_recipe(job: EncodeJob, listing: Listing, vae: Autoencoder) -> EncodingRecipe:
     """The recipe of a job. Raises InputError if the autoencoder does not support the image size."""
     factor = downsampling_factor(vae)
-    if job.image_size % factor:
-        raise InputError(f"--image-size must be a multiple of {factor} for this autoencoder, but got {job.image_size}")
-    side = job.image_size // factor
+    if job.crop_size % factor:
+        raise InputError(f"--image-size must be a multiple of {factor} for this autoencoder, but got {job.crop_size}")
+    side = job.crop_size // factor
     return EncodingRecipe(
-        vae_id=job.vae,
+        vae_id=storage.redact(job.vae),
         vae_sha256=weight_hash(vae),
         moments_shape=(2 * vae.config.latent_channels, side, side),
-        image_size=job.image_size,
+        image_size=job.crop_size,
         crop=CROP,
         source_sha256=listing.sha256,
-        images_per_shard=min(job.images_per_shard, max(1, MAX_SHARD_PIXEL_BYTES // (3 * job.image_size**2))),
+        images_per_shard=min(job.images_per_shard, max(1, MAX_SHARD_PIXEL_BYTES // (3 * job.crop_size**2))),
         mirrored=job.mirror,
         precision=job.precision,
         limit=job.limit,

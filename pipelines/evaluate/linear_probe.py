@@ -55,7 +55,7 @@ def fit_probe(features: torch.Tensor, labels: torch.Tensor, num_classes: int, l2
     weight = torch.zeros(num_classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=MAX_ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=MAX_ITERATIONS, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
 
     def loss() -> torch.Tensor:

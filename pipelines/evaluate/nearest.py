@@ -60,8 +60,8 @@ def _read_rows(job: EvaluateJob, inputs: Inputs, rows: np.ndarray) -> np.ndarray
     return np.stack([image for image in decoded if not isinstance(image, Exception)])[positions]
 
 
-def plot_nearest(rows: list[NearestRow], path: Path) -> None:
-    """Plots two lines of images per class: samples, and below each its nearest training image."""
+def plot_nearest(rows: list[NearestRow], title: str, path: Path) -> None:
+    """Plots two lines of images per class: samples, and below each its nearest training image. title: of the setting."""
     num_columns = max(len(row.samples) for row in rows)
     size = (INCHES_PER_IMAGE * num_columns + 1.4, (2 * INCHES_PER_IMAGE + 0.15) * len(rows) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
@@ -72,5 +72,5 @@ def plot_nearest(rows: list[NearestRow], path: Path) -> None:
         axis.set_xticks([])
         axis.tick_params(length=0)
         axis.set_frame_on(False)
-    figure.suptitle("samples, and their nearest training images in feature space", fontsize="small")
+    figure.suptitle(f"samples ({title}), each above its nearest training image in feature space", fontsize="small")
     figure.savefig(path, dpi=DPI, bbox_inches="tight")  # else long class names are cut

@@ -27,6 +27,7 @@ from pipelines.evaluate.sources import UINT8_RULE
 from pipelines.evaluate.sums import NUM_GROUPS, NUM_SPLITS, SetSums
 from pipelines.tracking.provenance import code_identity
 
+MAX_PROBE_CLASSES = 100
 NUM_NEIGHBOURS = 3  # for precision and recall, as in ADM's evaluation
 
 
@@ -43,7 +44,7 @@ def build_report(
     """
     manifold = manifold_of(reference, job.num_precision_recall)
     reported = [HELD_OUT_IMAGES, RECONSTRUCTIONS, *(samples_set(number) for number in range(len(job.settings)))]
-    probe = probe_of(inputs, reference)
+    probe = probe_of(job, inputs, reference)
     metrics = {name: compute_metrics(sets[name], reference, manifold, probe) for name in reported if name in sets}
     if train_pixels is not None:
         _add_pixel_distances(metrics, sets, train_pixels)
@@ -57,6 +58,8 @@ def build_report(
         )
         + probe_warnings(inputs, reference),
     }
+    if probe is not None:
+        report["protocol"]["linear_probe"] = PROBE_PROTOCOL
     for name, key in ((HELD_OUT_IMAGES, "held_out"), (RECONSTRUCTIONS, "reconstruction")):
         if name in sets:
             report[key] = metrics[name]
@@ -111,8 +114,6 @@ def protocol(job: EvaluateJob, inputs: Inputs, reference: Reference) -> dict[str
         "jackknife_groups": NUM_GROUPS,
         "code": code_identity(),
     }
-    if inputs.extractor.class_names is None:
-        content["linear_probe"] = PROBE_PROTOCOL
     if generator is not None:
         content["generator"] = {
             "transformer_sha256": weight_hash(generator.pipeline.transformer),
@@ -149,14 +150,16 @@ def protocol_warnings(
     return warnings
 
 
-def probe_of(inputs: Inputs, reference: Reference) -> LinearProbe | None:
+def probe_of(job: EvaluateJob, inputs: Inputs, reference: Reference) -> LinearProbe | None:
     """Fits a linear probe to the reference's features.
 
-    None if the extractor knows the classes itself, if there is no generator, or if the reference has no labels of the
-    generator's classes.
+    None if the extractor knows the classes itself, if there is no generator, if the reference has no labels of the
+    generator's classes, or if there are more than MAX_PROBE_CLASSES: a reference then has too few features of each.
     """
     generator = inputs.generator
-    if inputs.extractor.class_names is not None or generator is None:
+    if inputs.extractor.class_names is not None or generator is None or not job.num_precision_recall:
+        return None
+    if generator.num_classes > MAX_PROBE_CLASSES:
         return None
     if reference.features is None or reference.feature_labels is None:
         return None
@@ -166,9 +169,14 @@ def probe_of(inputs: Inputs, reference: Reference) -> LinearProbe | None:
 
 
 def probe_warnings(inputs: Inputs, reference: Reference) -> list[str]:
-    """The reason why a reference with labels gives no probe accuracy, if that is its classes."""
-    if inputs.generator is None or inputs.extractor.class_names is not None or reference.class_names is None:
+    """The reason why a reference of pipelines.reference gives no probe accuracy, if it is in the reference."""
+    if inputs.generator is None or inputs.extractor.class_names is not None or reference.protocol is None:
         return []
+    if reference.class_names is None:
+        return [
+            f"probe accuracy is missing, because {reference.location} has no labels; make it again with python -m "
+            f"pipelines.reference --images"
+        ]
     if reference.class_names == tuple(inputs.generator.class_names):
         return []
     return [f"probe accuracy is missing, because {reference.location} has other classes than the generator"]

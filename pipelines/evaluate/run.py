@@ -218,7 +218,7 @@ def _write_report(job: EvaluateJob, inputs: Inputs, report: dict[str, Any], sets
     Image.fromarray(image_grid(images, num_columns)).save(files[0])
     if has_neighbours(job, inputs):
         files.append(job.output / "nearest.png")
-        plot_nearest(nearest_training_images(job, inputs, sets), files[-1])
+        plot_nearest(nearest_training_images(job, inputs, sets), job.settings[0].title, files[-1])
     if inputs.generator is not None:
         files.append(job.output / "quality_against_steps.png")
         plot_quality(report, files[-1])

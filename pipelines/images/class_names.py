@@ -29,11 +29,20 @@ def read_class_names(filesystem: fs.FileSystem, root: str) -> dict[str, str]:
 
 
 def read_names_by_id(filesystem: fs.FileSystem, root: str) -> list[str] | None:
-    """Reads the names in NAMES_BY_ID_FILE in the folder of the images, in the order of the ids. None without the file."""
+    """Reads the names in NAMES_BY_ID_FILE in the folder of the images, in the order of the ids. None without the file.
+
+    Raises InputError for empty lines, equal names, and text that is not UTF-8.
+    """
     path = f"{root}/{NAMES_BY_ID_FILE}"
     if filesystem.get_file_info(path).type != fs.FileType.File:
         return None
-    return [line.strip() for line in storage.read_bytes(filesystem, path).decode().splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in storage.read_bytes(filesystem, path).decode().rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be UTF-8 text: {error}") from error
+    if "" in names or len(set(names)) < len(names):
+        raise InputError(f"{path} must have a different name on each line, line i for class i, but has {names}")
+    return names
 
 
 def name_classes(

@@ -1,6 +1,11 @@
-"""IDX files of MNIST, Fashion-MNIST and EMNIST: train-images-idx3-ubyte with train-labels-idx1-ubyte, or both with .gz."""
+"""IDX files of MNIST, Fashion-MNIST and EMNIST: train-images-idx3-ubyte with train-labels-idx1-ubyte, or both with .gz.
 
+EMNIST's images are stored transposed, and are read as they are stored.
+"""
+
+import functools
 import gzip
+import io
 import re
 import struct
 import zlib
@@ -18,6 +23,7 @@ from pipelines.images.packed_files import FileIndex, index_packed, read_packed
 EXTENSIONS = ("idx3-ubyte", "idx3-ubyte.gz", "idx1-ubyte", "idx1-ubyte.gz")
 # The header: two zero bytes, 8 for uint8 values, the number of dimensions, then each dimension. All are big-endian.
 IMAGES_MAGIC, IMAGES_HEADER = 0x00000803, struct.Struct(">IIII")  # magic, images, rows, columns
+GZIP_MAGIC = b"\x1f\x8b"
 LABELS_MAGIC, LABELS_HEADER = 0x00000801, struct.Struct(">II")  # magic, labels
 
 
@@ -31,6 +37,8 @@ def check_files(location: str, files: list[str], folders: list[str]) -> None:
         raise InputError(f"{location} contains {without_labels[0]}, but not its labels {_other(without_labels[0])}")
     if without_images:
         raise InputError(f"{location} contains {without_images[0]}, but not its images {_other(without_images[0])}")
+    if len(images) > len({path.removesuffix(".gz") for path in images}):
+        raise InputError(f"{location} contains {images[0]} both packed and unpacked; delete one of the two pairs")
     if len(images) > 1:
         folder = location.rpartition("/")[0] if "*" in location else location
         prefix = images[0].rpartition("images")[0]
@@ -127,10 +135,14 @@ def _check_length(path: str, actual: int, expected: int) -> None:
 def _read_file(stream: pa.NativeFile, entries: pa.Table) -> Iterator[bytes | Exception]:
     first = stream.read(2)
     stream.seek(0)
-    # Gzip files can only be read from the beginning; the images between the wanted ones are decompressed and dropped.
-    with gzip.GzipFile(fileobj=stream) if first == b"\x1f\x8b" else stream as pixels:
-        _, _, height, width = IMAGES_HEADER.unpack(pixels.read(IMAGES_HEADER.size))
-        header = b"P5 %d %d 255\n" % (width, height)
-        for position in entries["position"].to_pylist():
-            pixels.seek(IMAGES_HEADER.size + position * height * width)
-            yield header + pixels.read(height * width)
+    pixels = io.BytesIO(_decompressed_once(stream.readall())) if first == GZIP_MAGIC else stream
+    _, _, height, width = IMAGES_HEADER.unpack(pixels.read(IMAGES_HEADER.size))
+    header = b"P5 %d %d 255\n" % (width, height)
+    for position in entries["position"].to_pylist():
+        pixels.seek(IMAGES_HEADER.size + position * height * width)
+        yield header + pixels.read(height * width)
+
+
+@functools.lru_cache(maxsize=1)  # slices of one file follow each other, and gzip can only be read from the beginning
+def _decompressed_once(content: bytes) -> bytes:
+    return gzip.decompress(content)

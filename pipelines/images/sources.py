@@ -53,6 +53,8 @@ def list_images(location: str, image_format: Format | None = None) -> tuple[fs.F
     Raises InputError for no files of the format, several formats or splits, and classes without images.
     """
     folder, pattern = _split(location)
+    if location.lower().endswith(("-ubyte", "-ubyte.gz")) and "*" not in location:
+        raise InputError(f"{location} is half of a pair; name images and labels by a pattern such as .../train-*")
     filesystem, root = storage.require_folder(folder, "image folder")
     infos = storage.list_folder(filesystem, root)
     paths = {info.path[len(root) :].lstrip("/"): info for info in infos}

@@ -48,7 +48,7 @@ class JudgeJob(JudgeFit):
     num_images: int | None = None
     """Training images to read, spread evenly over the source. Default: all."""
     max_image_bytes: int = 4_000_000_000
-    """Refuse images that take more memory than this. An image takes 3 * image_size^2 bytes."""
+    """Refuse more pixels than this. An image has 3 * image_size^2 bytes; reading them takes twice the memory."""
     max_shift: int = 2
     """Shift each image by up to this many pixels in both directions, and repeat the pixels at its edges."""
 

@@ -5,12 +5,11 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from pyarrow import fs
 
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.images.decoding import read_pixels
-from pipelines.images.index import ImageIndex, Listing
+from pipelines.images.index import ImageIndex
 from pipelines.images.sources import find_images
 from pipelines.judge.job import JudgeFit, JudgeJob
 from pipelines.judge.network import Judge
@@ -18,8 +17,6 @@ from pipelines.judge.training import fit_judge, held_out_accuracy
 from pipelines.progress import format_seconds
 
 logger = logging.getLogger(__name__)
-
-ImageSource = tuple[fs.FileSystem, Listing, ImageIndex]
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,8 @@ def train_judge(job: JudgeJob) -> Trained:
     Raises InputError for images of fewer than two classes, for held-out images of other classes, and for images that take
     more memory than the job allows.
     """
+    if "://" in str(job.output):
+        raise InputError(f"--output must be a folder on a disk, but got {job.output}")
     output = storage.output_location(str(job.output), "--output")
     images, held_out = find_images(job.images), find_images(job.held_out_images)
     class_names = _common_classes(job, images[2], held_out[2])
@@ -93,8 +92,8 @@ def model_card(job: JudgeJob, trained: Trained) -> str:
     """The README.md stored with the weights."""
     error = (trained.held_out_accuracy * (1 - trained.held_out_accuracy) / trained.num_held_out) ** 0.5
     num_parameters = sum(parameter.numel() for parameter in trained.judge.parameters())
-    changed = {name: value for name, value in asdict(job).items() if name in asdict(JudgeFit())}
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
+    fit = {name: value for name, value in asdict(job).items() if name in asdict(JudgeFit())}
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fit.items())
     return f"""# A judge of {len(trained.judge.config.class_names)} classes
 
 A small classifier of {job.image_size}x{job.image_size} images; {num_parameters:,} parameters. Its 64 features give a
@@ -104,10 +103,10 @@ Use it as `python -m pipelines.evaluate --extractor FOLDER`.
 | | |
 |---|---|
 | classes | {", ".join(trained.judge.config.class_names)} |
-| trained on | {trained.num_images:,} images of `{job.images}` |
+| trained on | {trained.num_images:,} images of `{storage.redact(job.images)}` |
 | settings | {settings} |
 | time | {format_seconds(trained.seconds)} with {torch.get_num_threads()} threads |
 | held-out accuracy | {trained.held_out_accuracy:.4f} ± {error:.4f} over {trained.num_held_out:,} images |
-| held-out images | `{job.held_out_images}` |
+| held-out images | `{storage.redact(job.held_out_images)}` |
 | licence | that of the images, if it extends to weights; the code is Apache-2.0 |
 """

@@ -57,8 +57,8 @@ def webdataset_members(images: list[tuple[str, int, bytes]]) -> list[tuple[str, 
     return members
 
 
-IDX_PIXELS = np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8)
-IDX_LABELS = np.array([3, 0, 1, 1, 2, 3, 0], np.uint8)
+IDX_PIXELS = np.random.default_rng(0).integers(0, 256, (8, 20, 28), dtype=np.uint8)
+IDX_LABELS = np.array([3, 0, 1, 1, 2, 3, 0, 2], np.uint8)
 
 
 def write_idx(folder: Path, split: str = "train", *, compressed: bool = False) -> None:

@@ -101,7 +101,12 @@ def test_images_are_grey_if_the_generator_is_or_if_asked(stub, generator_mode, a
     stub.generator.image_mode = generator_mode
     openai = files_of(stub.client.post(OPENAI, json={"prompt": "star", "seed": 7, "image_mode": asked}))[0]
     grid = stub.client.post("/generate", json={"class": 8, "num_images": 3, "image_mode": asked}).content
-    assert [Image.open(io.BytesIO(file)).mode for file in (openai, grid)] == [file_mode, file_mode]
+    body = {"class": 8, "num_images": 2, "image_mode": asked, "response_format": "zip"}
+    with zipfile.ZipFile(io.BytesIO(stub.client.post("/generate", json=body).content)) as archive:
+        zipped = archive.read(archive.namelist()[0])
+    body = {"prompt": "star", "image_mode": asked, "output_format": "jpeg"}
+    jpeg = files_of(stub.client.post(OPENAI, json=body))[0]
+    assert {Image.open(io.BytesIO(file)).mode for file in (openai, grid, zipped, jpeg)} == {file_mode}
 
 
 def test_images_between_two_seeds_report_their_weight(stub):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from pipelines.autoencoder.features import EfficientNetFeatures
+from pipelines.autoencoder.features import BLOCKS, EfficientNetFeatures
 from pipelines.autoencoder.losses import AutoencoderLoss, kl_divergence, perceptual_distance
 from pipelines.autoencoder.network import learning_rate_factor, update_average
+from pipelines.efficientnet import load_efficientnet
 
 
 def random(*shape, seed=0):
@@ -96,5 +97,11 @@ def test_efficientnet_features_have_four_sizes_and_a_gradient():
     images = random(1, 3, 64, 64).requires_grad_()
     maps = network(images)
     assert [feature_map.shape[-1] for feature_map in maps] == [32, 16, 8, 4]
+    whole, expected = load_efficientnet(), []
+    for number in BLOCKS:
+        whole._blocks[number].register_forward_hook(lambda module, inputs, output: expected.append(output))
+    whole.extract_features((images.detach() * 127.5 + 127.5 - 127.0) / 128.0)
+    for found, wanted in zip(maps, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
     perceptual_distance(maps, network(torch.zeros(1, 3, 64, 64))).backward()
     assert images.grad.abs().sum() > 0

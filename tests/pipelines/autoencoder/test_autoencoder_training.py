@@ -1,12 +1,13 @@
 """Training an autoencoder: one real run, the published folder, invalid input."""
 
 import copy
-import json
 import os
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -20,7 +21,7 @@ from pipelines.autoencoder import run
 from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.autoencoder.network import build_autoencoder
 from pipelines.autoencoder.publishing import HeldOut, latent_statistics, set_normalization
-from pipelines.autoencoder.record import RECORD, Record, configuration, write_record
+from pipelines.autoencoder.record import RECORD, Record, configuration, read_record, write_record
 from pipelines.autoencoder.run import train_autoencoder
 from pipelines.autoencoder.worker import AutoencoderTrainer
 from pipelines.errors import InputError
@@ -28,6 +29,7 @@ from pipelines.images.decoding import read_pixels
 from pipelines.images.sources import find_images
 from pipelines.latents.cache import open_latents
 from tests.support.latents import encode_job, encode_without_ray
+from tests.support.waiting import wait_until
 
 NUM_STEPS = 120
 
@@ -49,13 +51,27 @@ def autoencoder_job(image_root, output, **options) -> AutoencoderJob:
 
 @pytest.fixture(scope="module")
 def trained(image_root, tmp_path_factory):
-    """The job and the record of a finished training."""
+    """The job and the record of a finished training of two workers, one of which was killed after the first checkpoint."""
     output = tmp_path_factory.mktemp("autoencoder") / "vae"
-    job = autoencoder_job(image_root, output)
+    job = autoencoder_job(image_root, output, num_workers=2, max_failures=1)
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        wait_until(lambda: list(output.glob("checkpoints/checkpoint_*/state.pt")), seconds=200)
+        worker = next(
+            process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in process.name()
+        )
+        worker.kill()
+        killed.append(worker.pid)
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
     try:
         record = train_autoencoder(job)
     finally:
         ray.shutdown()
+    killer.join()
+    assert killed
     return job, record
 
 
@@ -64,6 +80,7 @@ def held_out(image_root) -> torch.Tensor:
     return torch.from_numpy(read_pixels(*find_images(str(image_root / "val")), 32)[0])
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_reconstructions_are_better_than_the_mean_image(trained, held_out):
     job, record = trained
@@ -75,6 +92,7 @@ def test_reconstructions_are_better_than_the_mean_image(trained, held_out):
     assert record.result.num_held_out == 40
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_output_holds_a_card_and_a_grid_and_no_checkpoints(trained):
     job, record = trained
@@ -89,6 +107,7 @@ def test_output_holds_a_card_and_a_grid_and_no_checkpoints(trained):
         assert image.size == (8 * 34 - 2, 20 * 34 - 2)
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_encode_accepts_the_output_and_its_latents_have_unit_variance(trained, image_root, tmp_path):
     job, _ = trained
@@ -103,6 +122,7 @@ def test_encode_accepts_the_output_and_its_latents_have_unit_variance(trained, i
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=0.1, rtol=0)
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_mlflow_has_the_losses_and_the_psnr(trained):
     _, record = trained
@@ -113,12 +133,13 @@ def test_mlflow_has_the_losses_and_the_psnr(trained):
     assert mlflow_run.data.metrics["autoencoder/psnr"] == pytest.approx(record.result.psnr)
     assert mlflow_run.data.metrics["autoencoder/images_per_second"] > 0
     losses = client.get_metric_history(record.mlflow_run_id, "autoencoder/loss")
-    assert [metric.step for metric in losses] == list(range(20, NUM_STEPS + 1, 20))
+    assert sorted({metric.step for metric in losses}) == list(range(20, NUM_STEPS + 1, 20))
     assert losses[-1].value < losses[0].value
     steps = [metric.step for metric in client.get_metric_history(record.mlflow_run_id, "autoencoder/psnr")]
-    assert steps == [60, 120]
+    assert sorted(set(steps)) == [60, 120]
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_repeated_command_does_not_train_again(trained, monkeypatch):
     job, record = trained
@@ -126,6 +147,7 @@ def test_repeated_command_does_not_train_again(trained, monkeypatch):
     assert train_autoencoder(job) == record
 
 
+@pytest.mark.soak
 @pytest.mark.cluster
 def test_another_configuration_is_refused(trained):
     job, _ = trained
@@ -259,7 +281,8 @@ def test_perceptual_loss_names_the_missing_packages(image_root, tmp_path, monkey
 
 def test_number_of_workers_may_change_on_resume(image_root, tmp_path):
     job = autoencoder_job(image_root, tmp_path / "vae")
-    write_record(job, Record(config=configuration(job), tracking_uri="", mlflow_run_id="", code={}))
-    assert json.loads((tmp_path / "vae" / RECORD).read_text())["result"] is None
-    assert configuration(replace(job, num_workers=2)) == configuration(job)
-    assert configuration(replace(job, num_steps=7)) != configuration(job)
+    record = Record(config=configuration(job), tracking_uri="", mlflow_run_id="", code={})
+    write_record(job, record)
+    assert read_record(replace(job, num_workers=2)) == record
+    with pytest.raises(InputError, match="num_steps"):
+        read_record(replace(job, num_steps=7))

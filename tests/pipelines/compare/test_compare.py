@@ -20,7 +20,7 @@ from pipelines.sweep.parent_run import FILE
 from tests.support.latents import encode_demo_images
 
 SIZES = {"sample_size": 8, "in_channels": 4, "num_classes": 10}
-ON_FASHION = "meanflow_core.presets.photographs:on_fashion"
+ON_FASHION = "meanflow_core.presets.real_images:on_fashion"
 FLOPS = {"demo_improved_meanflow": 40.0, "demo_meanflow": 12.0, "demo_ddpm": 10.02, "demo_consistency": 20.0}
 
 

@@ -284,19 +284,28 @@ def test_command_reports_invalid_input_in_one_line(tmp_path, monkeypatch, capsys
 def test_pixels_of_idx_files_are_stored_exactly_and_normalized_by_the_images(tmp_path):
     write_idx(tmp_path / "fashion", compressed=True)
     job = EncodeJob(
-        images=str(tmp_path / "fashion"), output=str(tmp_path / "latents"), vae="pixels", image_size=28, mirror=False
+        images=str(tmp_path / "fashion"), output=str(tmp_path / "latents"), vae="pixels", image_size=20, mirror=False
     )
     manifest = encode_without_ray(job)
-    assert (manifest.latent_shape, manifest.num_samples) == ((1, 28, 28), len(IDX_LABELS))
+    assert (manifest.latent_shape, manifest.num_samples) == ((1, 20, 20), len(IDX_LABELS))
     [shard] = read_shards(job.output)
     assert shard.labels.tolist() == IDX_LABELS.tolist()
     vae = open_autoencoder(job.output)
-    levels = IDX_PIXELS.astype(np.float64) / 127.5 - 1.0
+    cropped = IDX_PIXELS[:, :, 4:-4]
+    levels = cropped.astype(np.float64) / 127.5 - 1.0
     assert vae.config.latents_mean == [pytest.approx(levels.mean())]
     assert vae.config.latents_std == [pytest.approx(levels.std())]
     mean = torch.from_numpy(shard.moments[:, :1].astype(np.float32))
     images = decode_latents(vae, LatentNormalization.from_vae_config(vae.config).normalize(mean))
-    np.testing.assert_array_equal(images.numpy(), np.repeat(IDX_PIXELS[..., None], 3, axis=3))
+    np.testing.assert_array_equal(images.numpy(), np.repeat(cropped[..., None], 3, axis=3))
+    # Other images with the autoencoder of the first dataset keep its normalization.
+    (tmp_path / "grey/a").mkdir(parents=True)
+    Image.new("L", (28, 28), 90).save(tmp_path / "grey/a/b.png")
+    images_dataset = EncodeJob(
+        images=str(tmp_path / "grey"), output=str(tmp_path / "more"), vae=f"{job.output}/vae", image_size=20
+    )
+    encode_without_ray(images_dataset)
+    assert open_autoencoder(images_dataset.output).config.latents_std == vae.config.latents_std
 
 
 def test_image_with_colours_is_rejected_from_a_grey_dataset(tmp_path):
@@ -317,6 +326,8 @@ def test_image_with_colours_is_rejected_from_a_grey_dataset(tmp_path):
 def test_invalid_options_of_pixels_are_refused(tmp_path, image_root):
     with pytest.raises(ValueError, match="pixel_factor and grey need --vae pixels, but the autoencoder is "):
         encode_job(image_root / "val", tmp_path / "latents", pixel_factor=2)
+    with pytest.raises(ValueError, match="--vae pixels requires --image-size, such as 28 for MNIST"):
+        encode_job(image_root / "val", tmp_path / "latents", vae="pixels", image_size=None)
     with pytest.raises(InputError, match="--image-size must be a multiple of 3 for this autoencoder, but got 64"):
         encode_without_ray(encode_job(image_root / "val", tmp_path / "latents", vae="pixels", pixel_factor=3))
     (tmp_path / "white/a").mkdir(parents=True)

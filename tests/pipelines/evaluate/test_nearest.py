@@ -177,5 +177,5 @@ def test_sums_without_labels_make_a_reference_without_labels(tmp_path):
 
 def test_rows_of_different_lengths_are_plotted(tmp_path):
     row = np.zeros((3, 8, 8, 3), np.uint8)
-    plot_nearest([NearestRow("a", row, row), NearestRow("b", row[:1], row[:1])], tmp_path / "x.png")
+    plot_nearest([NearestRow("a", row, row), NearestRow("b", row[:1], row[:1])], "1 step", tmp_path / "x.png")
     assert Image.open(tmp_path / "x.png").size[0] > 300

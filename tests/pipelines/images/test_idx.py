@@ -26,8 +26,8 @@ def test_images_and_labels_are_read_exactly_and_in_order(tmp_path: Path, compres
         with Image.open(io.BytesIO(content)) as image:
             assert image.mode == "L"
             np.testing.assert_array_equal(np.array(image), IDX_PIXELS[row])
-    for decoded, row in zip(decode_images(ImageSlice.of(filesystem, listing, index, rows), 28), rows, strict=True):
-        np.testing.assert_array_equal(decoded, np.repeat(IDX_PIXELS[row][..., None], 3, axis=2))
+    for decoded, row in zip(decode_images(ImageSlice.of(filesystem, listing, index, rows), 20), rows, strict=True):
+        np.testing.assert_array_equal(decoded, np.repeat(IDX_PIXELS[row][:, 4:-4, None], 3, axis=2))
 
 
 def test_classes_are_named_by_a_file_or_by_their_ids(tmp_path: Path) -> None:
@@ -48,14 +48,31 @@ def test_a_split_is_selected_by_a_pattern(tmp_path: Path) -> None:
     assert len(find_images(f"{tmp_path}/train-*")[2]) == len(IDX_LABELS)
 
 
+def test_ambiguous_files_are_refused(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    with pytest.raises(InputError, match="is half of a pair; name images and labels by a pattern"):
+        find_images(f"{tmp_path}/train-images-idx3-ubyte")
+    write_idx(tmp_path, compressed=True)
+    with pytest.raises(InputError, match="contains train-images-idx3-ubyte both packed and unpacked"):
+        find_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("names", ["a\n\nb\nc\n", "a\nb\na\nc\n"])
+def test_class_names_must_be_different_and_on_consecutive_lines(tmp_path: Path, names: str) -> None:
+    write_idx(tmp_path)
+    (tmp_path / "class_names.txt").write_text(names)
+    with pytest.raises(InputError, match="must have a different name on each line"):
+        find_images(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("train-images-idx3-ubyte", lambda content: content[:-1], "its header announces 5504 bytes, but it has 5503"),
+        ("train-images-idx3-ubyte", lambda content: content[:-1], "its header announces 4496 bytes, but it has 4495"),
         ("train-images-idx3-ubyte", lambda content: content[:9], "less than the header"),
-        ("train-labels-idx1-ubyte", lambda content: content[:-1], "its header announces 15 bytes, but it has 14"),
+        ("train-labels-idx1-ubyte", lambda content: content[:-1], "its header announces 16 bytes, but it has 15"),
         ("train-images-idx3-ubyte", lambda content: b"\0\0\x0d\3" + content[4:], "must begin with 0x00000803"),
-        ("train-labels-idx1-ubyte", lambda _: struct.pack(">II", 0x801, 2) + b"\0\1", "7 images, but .* has 2 labels"),
+        ("train-labels-idx1-ubyte", lambda _: struct.pack(">II", 0x801, 2) + b"\0\1", "8 images, but .* has 2 labels"),
         ("train-labels-idx1-ubyte", None, "not its labels train-labels-idx1-ubyte"),
         ("train-images-idx3-ubyte", None, "not its images train-images-idx3-ubyte"),
     ],

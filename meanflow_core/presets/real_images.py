@@ -1,4 +1,4 @@
-"""Photographs that two CPU cores can learn: Fashion-MNIST in pixels, and a small set of clothes in latents."""
+"""Real images, at sizes that two CPU cores can train: Fashion-MNIST in pixels, clothes in latents."""
 
 from dataclasses import replace
 
@@ -23,8 +23,12 @@ def fashion() -> TrainingConfig:
 
 
 def on_fashion(config: TrainingConfig) -> TrainingConfig:
-    """Adapts a method of the comparison to Fashion-MNIST's 28x28 pixels: patches of 4x4, no mirror images."""
-    assert isinstance(config.network, TransformerConfig), "the comparison's networks are transformers"
+    """Adapts a method of the comparison to Fashion-MNIST's 28x28 pixels: patches of 4x4, no mirror images.
+
+    Raises ValueError for a network that is not a transformer.
+    """
+    if not isinstance(config.network, TransformerConfig):
+        raise ValueError(f"on_fashion requires a transformer, but got {type(config.network).__name__}")
     return replace(config, network=replace(config.network, patch_size=4), mirror=False)
 
 

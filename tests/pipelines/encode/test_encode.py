@@ -161,7 +161,7 @@ def test_too_many_unreadable_images_fail_and_repeating_with_a_larger_fraction_co
     unreadable[1].write_bytes(b"")
     unreadable[2].write_text("this is text")
     message = (
-        r"3 of 40 images \(7\.50%\) cannot be read, more than --max-rejected-fraction 0\.001 .*UnidentifiedImageError"
+        r"3 of 40 images \(7\.50%\) cannot be used, more than --max-rejected-fraction 0\.001 .*UnidentifiedImageError"
     )
     with pytest.raises(InputError, match=message):
         encode_without_ray(encode_job(images, output, images_per_shard=3))

@@ -89,7 +89,13 @@ def test_draws_are_a_function_of_seed_and_step():
     assert not torch.equal(draw(1, 2).noise, draw(1, 2).posterior_noise)
     assert not torch.equal(draw(1, 2).noise, draw(2, 1).noise)
     # The identity of every run: another value, for example of a newer NumPy, would change what a resumed run trains on.
-    assert draw(1, 2).noise[0, 0, 0, :2].tolist() == pytest.approx([0.0196245, -0.6034775])
+    drawn = draw(1, 2)
+    assert drawn.noise[0, 0, 0, :2].tolist() == pytest.approx([0.0196245, -0.6034775])
+    assert drawn.noise[7, 3, 7, 6:].tolist() == pytest.approx([-0.3993497, 0.0508170])
+    assert drawn.posterior_noise[7, 3, 7, 6:].tolist() == pytest.approx([-0.4135489, -0.6062246])
+    assert drawn.t[:2].tolist() == pytest.approx([0.1739077, 0.4857677])
+    assert drawn.omega[:2].tolist() == pytest.approx([4.1246300, 1.9764085])
+    assert drawn.mirrored.tolist() == [False, False, True, False, False, False, True, False]
 
 
 def test_half_of_the_rows_are_mirrored_and_posterior_noise_is_standard_normal():

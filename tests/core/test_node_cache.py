@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import threading
 import time
@@ -37,13 +38,32 @@ def test_processes_that_need_a_folder_at_once_fetch_it_once():
     assert cached_folder("b", fetch_text("other")) != found[0]
 
 
-def test_an_incomplete_copy_is_never_used():
+def test_other_processes_wait_while_one_fetches(tmp_path):
+    def fetch(folder):
+        (tmp_path / f"fetched by {os.getpid()}").touch()
+        time.sleep(0.3)
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=cached_folder, args=("a", fetch)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len(list(tmp_path.glob("fetched by *"))) == 1
+
+
+def test_an_incomplete_copy_is_never_used(monkeypatch):
     def fail(folder):
         (folder / "text").write_text("half")
         raise OSError("the network is gone")
 
     with pytest.raises(OSError, match="the network is gone"):
         cached_folder("a", fail)
+    with monkeypatch.context() as killed:
+        killed.setattr(node_cache.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process deletes nothing
+        with pytest.raises(OSError, match="the network is gone"):
+            cached_folder("a", fail)
     assert (cached_folder("a", fetch_text("whole")) / "text").read_text() == "whole"
 
 

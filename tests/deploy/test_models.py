@@ -1,6 +1,7 @@
 import datetime
 import json
 import shutil
+import time
 
 import mlflow
 import pytest
@@ -103,6 +104,10 @@ def test_a_generator_in_an_object_store_is_fetched_again_only_when_it_changes(ge
             file.write(b'{"run_id": "abc"}')
         changed, source = fetch_generator(uri, None)
         assert (changed != folder, source.run_id) == (True, "abc")
+        time.sleep(1.1)  # an object store's times are in seconds
+        with filesystem.open_output_stream(f"{path}/provenance.json") as file:
+            file.write(b'{"run_id": "xyz"}')  # the same size
+        assert fetch_generator(uri, None)[1].run_id == "xyz"
 
 
 def read_files(folder):

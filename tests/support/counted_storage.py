@@ -11,11 +11,11 @@ from pipelines import storage
 
 
 class CountedStorage(fs.FSSpecHandler):
-    """A file system handler that counts bytes and listings."""
+    """A file system handler that counts bytes, reads and listings."""
 
     def __init__(self) -> None:
         super().__init__(fsspec.filesystem("file"))
-        self.num_bytes = 0
+        self.num_bytes = self.num_reads = 0
         self.listed: list[str] = []
 
     def get_file_info_selector(self, selector):
@@ -36,6 +36,7 @@ class _CountedFile(io.FileIO):
     def read(self, size=-1):
         content = super().read(size)
         self._storage.num_bytes += len(content)
+        self._storage.num_reads += 1
         return content
 
 

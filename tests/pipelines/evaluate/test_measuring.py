@@ -130,10 +130,21 @@ def test_workers_compute_in_float32_without_tf32():
 def assert_equal_bits(ours, theirs):
     assert torch.equal(torch.cat(ours.images), torch.cat(theirs.images))
     assert torch.equal(torch.cat(ours.features), torch.cat(theirs.features))
+    assert torch.equal(torch.cat(ours.labels), torch.cat(theirs.labels))
     assert ours.num_correct == theirs.num_correct
-    for our_group, their_group in zip(ours.groups.values(), theirs.groups.values(), strict=True):
-        assert torch.equal(our_group.outer, their_group.outer)
-        assert torch.equal(our_group.total, their_group.total)
+    assert (ours.groups.keys(), ours.scores.keys()) == (theirs.groups.keys(), theirs.scores.keys())
+    assert (ours.spatial is None) == (theirs.spatial is None)
+    spatial = [] if ours.spatial is None else [(ours.spatial, theirs.spatial)]
+    for our_part, their_part in [*((ours.groups[group], theirs.groups[group]) for group in ours.groups), *spatial]:
+        assert our_part.count == their_part.count
+        assert torch.equal(our_part.outer, their_part.outer)
+        assert torch.equal(our_part.total, their_part.total)
+    for group, score in ours.scores.items():
+        assert torch.equal(score.total, theirs.scores[group].total)
+        assert (score.count, score.negative_entropy) == (
+            theirs.scores[group].count,
+            theirs.scores[group].negative_entropy,
+        )
 
 
 def test_sums_are_added_in_a_tree_whose_shape_depends_on_their_number_alone():
@@ -152,6 +163,8 @@ def test_sums_are_added_in_a_tree_whose_shape_depends_on_their_number_alone():
 def test_a_part_of_a_set_keeps_its_images_apart_from_the_sums_of_its_features(config):
     [chunk, *_] = generated_chunks("samples", Setting(num_steps=1), RULE, 60, Kept(60, 60))
     whole = Measurer(config, "cpu").measure(chunk)
+    assert whole.scores
+    whole.spatial = FeatureStatistics.of(torch.rand(12, 7))  # the demo's judge has no spatial features
     kept, sums = whole.split()
     assert (kept.groups, kept.scores, kept.spatial) == ({}, {}, None)
     assert (kept.num_images, len(torch.cat(kept.images)), sums.num_images, sums.images) == (3, 3, 0, [])

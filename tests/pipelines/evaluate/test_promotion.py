@@ -97,6 +97,16 @@ def test_only_a_better_candidate_takes_the_champions_alias(register, tracking_ur
     assert open_candidate(tmp_path, tracking_uri) is None  # it is the champion already
 
 
+def test_promote_below_promotes_a_version_that_is_no_better_than_the_champion(register, tracking_uri, tmp_path):
+    register(report(5.0))
+    promote_if_better(open_candidate(tmp_path, tracking_uri), report(5.0))
+    register(report(6.0))
+    model = f"models:/{tmp_path.name}@candidate"
+    job = EvaluateJob(output=tmp_path, model=model, reference="real.npz", promote=True, promote_below=7.0)
+    promote_if_better(open_promotion(job, tracking_uri), report(6.0))
+    assert champion_number(tmp_path, tracking_uri) == 2
+
+
 def test_two_evaluations_at_once_do_not_both_replace_the_champion(register, tracking_uri, tmp_path):
     register(report(9.0))
     promote_if_better(open_candidate(tmp_path, tracking_uri), report(9.0))

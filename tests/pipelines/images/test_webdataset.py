@@ -71,10 +71,11 @@ def test_sparse_images_of_a_tar_are_read_without_what_lies_between(tmp_path, mon
     write_tar(tmp_path / "t.tar", members)
     counted = count_storage(monkeypatch)
     filesystem, listing, index = find_images(str(tmp_path))
-    counted.num_bytes = 0
+    counted.num_bytes = counted.num_reads = 0
     rows = np.array([0, 1, 2, 9, 23])
     assert list(ImageSlice.of(filesystem, listing, index, rows).read()) == [images[row] for row in rows]
     assert 5 * 300_000 <= counted.num_bytes < 5 * 300_000 + 4096  # all, with the labels of neighbours
+    assert counted.num_reads == 3  # neighbours in one request
 
 
 def test_images_are_read_in_the_order_of_the_samples_not_of_the_tar(tmp_path):

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from pipelines.cluster import Cause, first_cause
 from pipelines.errors import InputError, RunError
@@ -16,6 +17,8 @@ BROKEN_CONNECTION = RuntimeError("Connection closed by peer [10.0.0.1]")
 def test_cause_is_the_original_error_and_not_a_resulting_connection_error():
     disk_full, died = OSError(28, "No space left on device"), RayActorError()
     assert first_cause(WorkerGroupError("", {0: BROKEN_CONNECTION, 3: disk_full})) == Cause(disk_full, 3)
+    wrapped = UserExceptionWithTraceback(disk_full, "traceback")
+    assert first_cause(WorkerGroupError("", {0: wrapped})) == Cause(disk_full, 0)
     assert first_cause(WorkerGroupError("", {0: BROKEN_CONNECTION})) == Cause(BROKEN_CONNECTION, 0)
     assert first_cause(WorkerGroupError("", {0: BROKEN_CONNECTION, 1: died})) == Cause(died, 1)
     assert first_cause(ControllerError(disk_full)) == Cause(disk_full, None)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,16 @@ def test_training_uses_all_gpus_by_default(job, monkeypatch, num_gpus, options, 
     monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: device != "cpu" and num_gpus > 0)
     found = train_run.with_workers(replace(job, **{"num_workers": None, **options}), None)
     assert (found.device, found.num_workers) == (device, num_workers)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "requested", "device"), [("cpu", "auto", "cpu"), ("cpu", "gpu", "gpu"), ("gpu", "auto", "gpu")]
+)
+def test_a_resumed_run_keeps_its_device(job, monkeypatch, recorded, requested, device):
+    monkeypatch.setattr(train_run, "num_gpus", lambda: 8)
+    monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: device != "cpu")
+    record = SimpleNamespace(device=recorded)
+    assert train_run.with_workers(replace(job, num_workers=None, device=requested), record).device == device
 
 
 def test_more_workers_than_samples_in_a_batch_are_refused(job, monkeypatch):

@@ -199,7 +199,7 @@ def test_closed_monitor_no_longer_polls(monkeypatch):
 
 
 @pytest.mark.usefixtures("_group", "preemption")
-def test_signals_are_broadcast_once_a_second_however_short_the_steps(monkeypatch):
+def test_signals_are_broadcast_at_intervals_of_time_however_short_the_steps(monkeypatch):
     clock, broadcasts = [100.0], []
     monkeypatch.setattr(stopping, "BROADCAST_SECONDS", 1.0)
     monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
@@ -218,9 +218,23 @@ def test_signals_are_broadcast_once_a_second_however_short_the_steps(monkeypatch
 
     assert steps_until_stop(0.1, 300) is None
     assert 30 <= len(broadcasts) <= 33  # in 30 s
-    assert steps_until_stop(4.0, 20) is None  # the last interval of 10 steps, then a broadcast per step
+    assert steps_until_stop(0.001, 100) is None
+    num_broadcasts = len(broadcasts)
+    assert steps_until_stop(0.001, 100) is None
+    assert len(broadcasts) == num_broadcasts + 5  # one per 20 steps: the next steps may be slow
+    assert steps_until_stop(4.0, 60) is None  # the last intervals of 20 steps, then a broadcast per step
     monitor._stop_requested.set()
     assert steps_until_stop(4.0, 3) == 1
+    monitor.close()
+
+
+@pytest.mark.usefixtures("_group", "preemption")
+def test_stop_request_from_before_the_workers_started_is_found_at_once(monkeypatch):
+    monkeypatch.setattr(stopping, "STOP_POLL_SECONDS", 3600.0)
+    actor = LocalActor()
+    actor.state.request()
+    monitor = SignalMonitor(actor, 0)
+    wait_until(monitor._stop_requested.is_set)
     monitor.close()
 
 

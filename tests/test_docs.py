@@ -159,7 +159,10 @@ def test_files_that_pages_name_exist():
         text = text_of(page)
         named |= set(re.findall(r"`?((?:meanflow_core|pipelines|deploy|tests|docs)/[\w./-]+\.\w+)", text))
         if page not in (KUBERNETES, "README.md"):  # these two name files without their folders
-            named |= set(re.findall(r"`([A-Z]\w+\.md|[\w-]+\.(?:txt|yaml|toml))`", text)) - {"table.md", "class_names.txt"}
+            named |= set(re.findall(r"`([A-Z]\w+\.md|[\w-]+\.(?:txt|yaml|toml))`", text)) - {
+                "table.md",
+                "class_names.txt",
+            }
     assert len(named) >= 40
     assert {name for name in named if not (REPOSITORY / name).exists()} == {"deploy/mlflow/.env"}
 

@@ -1,5 +1,6 @@
 """Runs the tutorial on own images with sixty photographs of clothes, and the README's commands on pixels."""
 
+import contextlib
 import io
 import json
 import logging
@@ -39,23 +40,33 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Iterator[Path]:
-    """The folder in which the stages of the tutorial, and of the README on pixels, have run on one Ray cluster."""
+    """The folder in which the stages of the tutorial have run."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "photos").symlink_to(REPOSITORY / "tests/data/clothing")
-    for split in ("train", "t10k"):
-        write_idx(folder / "fashion-mnist", split, compressed=True)
+    with in_folder(folder) as patch:
+        run_stages(commands("own-images-run", PAGE), patch)
+        yield folder
+
+
+@contextlib.contextmanager
+def in_folder(folder: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Works in a folder, and logs as a command does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(logging.getLogger(), "level", logging.INFO)
-        start_ray(needed_cpus=3)
-        try:
-            for line in (*commands("own-images-run", PAGE), *commands("pixels")):
-                program, *words = shlex.split(line)
-                if program == "python":
-                    run_module(words[1:], patch)
-        finally:
-            ray.shutdown()
-        yield folder
+        yield patch
+
+
+def run_stages(lines: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Runs the commands of the stages in this process and on one Ray cluster, which saves several starts."""
+    start_ray(needed_cpus=3)
+    try:
+        for line in lines:
+            program, *words = shlex.split(line)
+            if program == "python":
+                run_module(words[1:], patch)
+    finally:
+        ray.shutdown()
 
 
 def run_module(words: list[str], patch: pytest.MonkeyPatch) -> None:
@@ -111,7 +122,13 @@ def test_endpoint_serves_a_dress(finished):
     assert np.abs(pixels(response.content) - expected).max() <= 1
 
 
-def test_pixels_go_through_every_stage_and_stay_grey(finished):
+@pytest.mark.soak
+def test_pixels_go_through_every_stage_and_stay_grey(tmp_path):
+    finished = tmp_path
+    for split in ("train", "t10k"):
+        write_idx(finished / "fashion-mnist", split, compressed=True)
+    with in_folder(finished) as patch:
+        run_stages(commands("pixels"), patch)
     report = json.loads((finished / "fashion-report/report.json").read_text())
     assert report["protocol"]["distance"] == "Fréchet distance (judge)"
     assert 0.0 <= report["samples"][0]["accuracy"] <= 1.0

@@ -82,9 +82,11 @@ def _index_file(filesystem: fs.FileSystem, root: str, path: str) -> FileIndex:
 
 
 def _entries(path: str, labels: np.ndarray, num_bytes: int) -> pa.Table:
+    """One row per image. Ids are such as train:7, from train-images-idx3-ubyte.gz."""
+    split = path.rpartition("images")[0].rstrip("-._") or "images"
     return pa.table(
         {
-            "sample_id": pa.array([f"{path}:{row}" for row in range(len(labels))], pa.string()),
+            "sample_id": pa.array([f"{split}:{row}" for row in range(len(labels))], pa.string()),
             "label": labels.astype(np.int32),
             "position": np.arange(len(labels)),
             "size": np.full(len(labels), num_bytes, np.int64),

@@ -19,6 +19,7 @@ def test_images_and_labels_are_read_exactly_and_in_order(tmp_path: Path, compres
     write_idx(tmp_path, compressed=compressed)
     filesystem, listing, index = find_images(str(tmp_path))
     assert index.entries["label"].to_pylist() == IDX_LABELS.tolist()
+    assert index.entries["sample_id"].to_pylist()[:2] == ["train:0", "train:1"]
     rows = np.array([1, 2, 5])  # not the first, and with a gap
     contents = list(ImageSlice.of(filesystem, listing, index, rows).read())
     for content, row in zip(contents, rows, strict=True):

@@ -13,7 +13,7 @@ COMPARISON := build/compare
 FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \
     MALLOC_ARENA_MAX=1
 
-.PHONY: demo compare test env lint soak soak-deps bench lock clean
+.PHONY: demo compare test env lint soak soak-deps gpu bench lock clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -55,6 +55,10 @@ soak: $(STAMP)
 soak-deps: $(STAMP)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev,browser,server]"
 	apt-get update && apt-get install --yes --no-install-recommends chromium postgresql
+
+# On a machine with a GPU. --toy tries the script on a CPU.
+gpu: $(STAMP)
+	$(BIN)/python tests/benchmarks/gpu --json build/gpu.json --markdown build/gpu.md
 
 bench: $(STAMP)
 	@mkdir -p build/bench

@@ -15,10 +15,10 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve import Application
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deploy import private_interfaces
 from deploy.api.routes import build_http_app
 from deploy.api.service import ApiService
 from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, Refusal
@@ -113,8 +113,7 @@ class Api:
 
     def __init__(self, generator: DeploymentHandle, arguments: Arguments) -> None:
         log_to_serve("deploy", "meanflow.access")
-        client = _get_global_client()  # Serve has no public API for its HTTP host
-        http_host = "unknown" if client is None else client.http_config.host
+        http_host = private_interfaces.http_host() or "unknown"
         self._service = ApiService(RemoteGenerator(generator), arguments, RayRecorder(), http_host)
 
     def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:

@@ -1,4 +1,4 @@
-"""Resolves and fetches generators from folders or MLflow. The only module of deploy that imports MLflow.
+"""Resolves and fetches generators from folders, object stores or MLflow. The only module of deploy that imports MLflow.
 
     python -m deploy.models models:/meanflow-xl2@champion      # prints the version of the alias: models:/meanflow-xl2/3
 
@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from deploy.messages import ModelSource
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from pyarrow import fs
 
 MLFLOW_SCHEMES = ("models:/", "runs:/")
 
@@ -28,6 +28,11 @@ MLFLOW_SCHEMES = ("models:/", "runs:/")
 def is_in_mlflow(model: str) -> bool:
     """Whether `model` is a models:/ or runs:/ URI."""
     return model.startswith(MLFLOW_SCHEMES)
+
+
+def is_in_object_store(model: str) -> bool:
+    """Whether `model` is a folder in an object store."""
+    return "://" in model
 
 
 def is_alias(model: str) -> bool:
@@ -57,17 +62,21 @@ def _as_value_error(failure: str) -> Iterator[None]:
 
 
 def resolve_model(model: str, tracking_uri: str | None) -> str:
-    """Resolves "models:/name@alias" and "models:/name/latest" to "models:/name/3". Makes folder paths absolute.
+    """Resolves "models:/name@alias" and "models:/name/latest" to "models:/name/3". Makes folder paths absolute, keeps URIs.
 
     Raises ValueError if the model does not exist.
     """
     if not is_in_mlflow(model):
         from meanflow_core.generator import find_generator
 
+        if is_in_object_store(model):
+            _open_folder(model)
+            return model
         folder = Path(model).expanduser().absolute()
         if not folder.is_dir():
             raise ValueError(
-                f"model {model} is not a folder; expected a generator folder, models:/name@alias or runs:/id/name"
+                f"model {model} is not a folder; expected a generator folder, a URI such as s3://bucket/runs/a/generator, "
+                f"models:/name@alias or runs:/id/name"
             )
         find_generator(folder)
         return str(folder)
@@ -84,15 +93,12 @@ def resolve_model(model: str, tracking_uri: str | None) -> str:
 
 
 def find_source(model: str, tracking_uri: str | None) -> ModelSource:
-    """Name, version and training run of a resolved model. Raises MlflowException if the lookup fails."""
-    if not is_in_mlflow(model):
-        from meanflow_core.generator import find_generator, read_provenance
+    """Name, version and training run of a resolved model. Fetches a generator from an object store, to read its run.
 
-        folder = Path(model)
-        # Every run calls its generator folder "generator", so the name of the run's folder is more informative.
-        name = folder.parent.name if folder.name == "generator" else folder.name
-        run_id = read_provenance(find_generator(folder)).get("run_id")
-        return ModelSource(model=model, name=name, run_id=run_id)
+    Raises MlflowException if the lookup in MLflow fails, and ValueError for a folder that is no generator.
+    """
+    if not is_in_mlflow(model):
+        return fetch_generator(model, None)[1]
     registered = re.fullmatch(r"models:/([^/@]+)/(\d+)", model)
     if registered:
         name, version = registered.groups()
@@ -101,6 +107,16 @@ def find_source(model: str, tracking_uri: str | None) -> ModelSource:
     run = re.match(r"runs:/([^/]+)/(.+)", model)
     run_id = run[1] if run else None
     return ModelSource(model=model, name=model.rpartition("/")[2], run_id=run_id, tracking_uri=tracking_uri)
+
+
+def _source_of_folder(model: str, folder: Path) -> ModelSource:
+    from meanflow_core.generator import read_provenance
+
+    # Every run calls its generator folder "generator", so the name of the run's folder is more informative.
+    *_, parent, own = ["", *model.rstrip("/").split("/")]
+    return ModelSource(
+        model=model, name=parent if own == "generator" else own, run_id=read_provenance(folder).get("run_id")
+    )
 
 
 def tag_as_serving(source: ModelSource, served_name: str) -> None:
@@ -116,29 +132,53 @@ def tag_as_serving(source: ModelSource, served_name: str) -> None:
     client.set_model_version_tag(source.name, source.version, f"endpoint.{name}", now)
 
 
-@contextlib.contextmanager
-def fetched_generator(model: str, tracking_uri: str | None) -> Iterator[tuple[Path, ModelSource]]:
-    """Context manager that yields a generator's local folder and its source. Deletes a downloaded folder on exit.
+def fetch_generator(model: str, tracking_uri: str | None) -> tuple[Path, ModelSource]:
+    """A generator's local folder and its source. Each node fetches a generator once.
 
-    model: a folder, "models:/name/3" or "runs:/id/name". Resolve aliases with `resolve_model` first.
+    model: a folder, a URI, "models:/name/3" or "runs:/id/name". Resolve aliases with `resolve_model` first.
     Raises ValueError if the generator does not exist or cannot be fetched.
     """
     from meanflow_core.generator import find_generator
+    from meanflow_core.node_cache import cached_folder
 
     if not is_in_mlflow(model):
-        generator = find_generator(Path(model).expanduser())
-        yield generator, find_source(str(generator), None)
-        return
+        folder = find_generator(_from_object_store(model) if is_in_object_store(model) else Path(model).expanduser())
+        return folder, _source_of_folder(model if is_in_object_store(model) else str(folder), folder)
     if is_alias(model):
         raise ValueError(f"{model} may refer to a different version on each replica; pass a version")
     import mlflow
 
     _client(model, tracking_uri)  # sets the tracking URI for the download
-    with tempfile.TemporaryDirectory(prefix="generator-") as download:
-        with _as_value_error(f"cannot fetch {model} from {tracking_uri}"):
-            source = find_source(model, tracking_uri)
-            generator = find_generator(Path(mlflow.artifacts.download_artifacts(model, dst_path=download)))
-        yield generator, source
+    with _as_value_error(f"cannot fetch {model} from {tracking_uri}"):
+        source = find_source(model, tracking_uri)
+        copy = cached_folder(
+            # As in pipelines/tracking/registry.py, so that all stages share the copy.
+            f"{tracking_uri} {model} {source.run_id if source.version else None}",
+            lambda folder: mlflow.artifacts.download_artifacts(model, dst_path=str(folder)),
+        )
+    return find_generator(copy), source
+
+
+def _open_folder(uri: str) -> tuple["fs.FileSystem", str]:
+    """The file system of a URI, and the path in it. Raises ValueError if it is not an existing folder."""
+    from pyarrow import fs
+
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        is_folder = filesystem.get_file_info(path).type == fs.FileType.Directory
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot find model {uri}: {error}") from error
+    if not is_folder:
+        raise ValueError(f"cannot find model {uri}: there is no such folder")
+    return filesystem, path
+
+
+def _from_object_store(uri: str) -> Path:
+    from meanflow_core.node_cache import cached_copy
+
+    filesystem, path = _open_folder(uri)
+    with _as_value_error(f"cannot fetch {uri}"):
+        return cached_copy(uri, filesystem, path)
 
 
 def describe_model(model: str, tracking_uri: str | None) -> str:
@@ -155,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="folder, models:/name@alias, models:/name/version or runs:/id/name")
+    parser.add_argument("model", help="folder, URI, models:/name@alias, models:/name/version or runs:/id/name")
     parser.add_argument("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"))
     parser.add_argument("--json", action="store_true", help="print source, training run and registry tags as JSON")
     arguments = parser.parse_args()

@@ -14,6 +14,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+from deploy.private_interfaces import gcs_client, preemption_reason
+
 logger = logging.getLogger(__name__)
 
 METADATA = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
@@ -64,10 +66,7 @@ def drain(address: str, node_ip: str, seconds: int) -> None:
     Raises:
         RuntimeError: The cluster has no such node, or refuses to drain it.
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled module
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-    client = GcsClient(address=address)
+    client = gcs_client(address)
     nodes = [
         node.hex()
         for node, info in client.get_all_node_info().items()
@@ -78,7 +77,7 @@ def drain(address: str, node_ip: str, seconds: int) -> None:
     deadline_ms = int((time.time() + seconds) * 1000)
     for node in nodes:
         is_accepted, reason = client.drain_node(
-            node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "the cloud is preempting the machine", deadline_ms
+            node, preemption_reason(), "the cloud is preempting the machine", deadline_ms
         )
         if not is_accepted:
             raise RuntimeError(f"Ray refused to drain node {node}: {reason}")

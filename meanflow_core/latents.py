@@ -11,6 +11,7 @@ Training and sampling must use the same normalisation, so both read it from the 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class LatentNormalization:
     def _per_channel(self, values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
         if like.shape[1] != len(values):
             raise ValueError(f"latents must have {len(values)} channels, but got shape {tuple(like.shape)}")
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+        return _on_device(values, like.dtype, like.device).view(1, -1, 1, 1)
 
     def normalize(self, raw: torch.Tensor) -> torch.Tensor:
         """Raw VAE latents (B, C, H, W) -> latents of about unit variance, in the same shape and dtype."""
@@ -81,6 +82,12 @@ class LatentNormalization:
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         """The inverse of `normalize`: the input of the VAE's decoder."""
         return latents * self._per_channel(self.std, latents) + self._per_channel(self.mean, latents)
+
+
+@lru_cache(maxsize=64)  # copying from host to device waits for the device, which is too slow for every training pass
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def sample_latents(

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -14,7 +15,7 @@ from meanflow_core.config import OptimizerConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.networks.building import build_network, require_same_architecture
 from meanflow_core.networks.interface import Network, NetworkModel
-from meanflow_core.objectives.interface import Record, build_objective
+from meanflow_core.objectives.interface import Loss, Objective, Record, build_objective
 from meanflow_core.objectives.row_plan import VELOCITY_BATCH_PARTS
 from meanflow_core.optimizers import build_optimizers
 
@@ -223,17 +224,32 @@ def warm_up_ddp_buckets(state: TrainState, training_network: Network, batch: Bat
     DDP rearranges its buckets after its first backward, and a sum over more than two workers depends on the position
     in a bucket. Without this, the first step after a resume would round differently than in an uninterrupted run.
     """
-    build_objective(config.loss_at(state.step)).loss(
-        training_network,
-        state.network,
-        torch.zeros_like(batch.record.posterior_noise),
-        batch.labels,
-        batch.record,
-        null_label=state.network.config.num_classes,
-        global_num_rows=config.global_batch_size,
-        separate_derivative=True,
-    ).loss.backward()
+    latents = torch.zeros_like(batch.record.posterior_noise)
+    objective = build_objective(config.loss_at(state.step))
+    _loss(objective, state, training_network, latents, batch, config).loss.backward()
     state.network.zero_grad(set_to_none=True)
+
+
+def _loss(
+    objective: Objective[Any, Any, Any],
+    state: TrainState,
+    training_network: Network,
+    latents: torch.Tensor,
+    batch: Batch,
+    config: TrainingConfig,
+) -> Loss:
+    """The objective of these rows, at the configured precision."""
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        return objective.loss(
+            training_network,
+            state.network,
+            latents,
+            batch.labels,
+            batch.record,
+            null_label=state.network.config.num_classes,
+            global_num_rows=config.global_batch_size,
+            separate_derivative=config.separate_derivative,
+        )
 
 
 def _forward_and_backward(
@@ -247,17 +263,7 @@ def _forward_and_backward(
     """Adds the gradient of these rows to the parameters' and returns their `StepMetrics.sums`."""
     latents = sample_latents(batch.moments, batch.record.posterior_noise, normalization)
     objective = build_objective(config.loss_at(state.step))
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        output = objective.loss(
-            training_network,
-            state.network,
-            latents,
-            batch.labels,
-            batch.record,
-            null_label=state.network.config.num_classes,
-            global_num_rows=config.global_batch_size,
-            separate_derivative=config.separate_derivative,
-        )
+    output = _loss(objective, state, training_network, latents, batch, config)
     (output.loss * gradient_scale).backward()
     loss = output.loss.detach()
     # new_full fills on the device; copying a number to it would wait for the device.

@@ -2,9 +2,12 @@
 
 import logging
 import os
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 from pipelines.errors import InputError
+from pipelines.private_interfaces import CLEANER_LOGGER
 
 Device = Literal["auto", "gpu", "cpu"]
 # By default, glibc returns the memory of large temporary tensors to the system. The page faults of allocating it again at
@@ -38,7 +41,21 @@ def start_ray(needed_cpus: int) -> None:
 
 def _silence_cleaner() -> None:
     # Without a dashboard, Ray Train's placement group cleaner warns every second that it cannot query its controller.
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    logging.getLogger(CLEANER_LOGGER).setLevel(logging.ERROR)
+
+
+def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Like the builtin `map`, with one task per item on the cluster. Raises the exception of a failed task."""
+    import ray
+
+    # Half a CPU, since tasks that read images wait for storage half of the time.
+    task = ray.remote(num_cpus=0.5)(lambda item: function(item))
+    references = deque([task.remote(item) for item in items])
+    while references:
+        try:
+            yield ray.get(references.popleft())  # not kept: its result is deleted
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
 
 
 def choose_gpus(device: Device, num_processes: int = 1) -> bool:

@@ -1,10 +1,8 @@
 """Command lines: parsing with tyro, logging, and errors as one line instead of a traceback."""
 
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -12,6 +10,7 @@ import tyro
 from meanflow_core.config import TrainingConfig
 from meanflow_core.presets import PRESETS, preset_config
 from pipelines.errors import InputError, RunError
+from pipelines.private_interfaces import ray_train_context_logger
 
 T = TypeVar("T")
 
@@ -19,12 +18,8 @@ T = TypeVar("T")
 def set_up_logging() -> None:
     """Logs to stderr with timestamps. Libraries log only warnings and errors."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    # This module of Ray Train names its logger by its file path and logs 800 characters per checkpoint.
-    ray = importlib.util.find_spec("ray")  # not imported: --help must be quick
-    assert ray is not None
-    assert ray.origin is not None
-    ray_train_context = str(Path(ray.origin).parent / "train/v2/_internal/execution/context.py")
-    for name in ("httpx", "alembic", "mlflow", "ray.data", "ray.train", ray_train_context):
+    # The last one logs 800 characters per checkpoint.
+    for name in ("httpx", "alembic", "mlflow", "ray.data", "ray.train", ray_train_context_logger()):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -7,15 +7,17 @@ are renamed into place, and object stores publish an object at the end of its up
 
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 from pyarrow import fs
 
 from pipelines.errors import InputError
+from pipelines.private_interfaces import SUBMITTED_JOB
 
 PYARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs")
-SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
+NUM_LISTING_THREADS = 32
 
 
 def absolute(location: str) -> str:
@@ -83,6 +85,20 @@ def require_folder(location: str, description: str) -> tuple[fs.FileSystem, str]
     if kind != fs.FileType.Directory:
         raise InputError(f"{description} {location} is a file, but must be a folder")
     return filesystem, path
+
+
+def list_folder(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
+    """All files and folders below a folder. In an object store, lists its sub-folders side by side.
+
+    An object store lists a thousand objects per request, and a recursive listing sends one request after the other.
+    """
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+    top = filesystem.get_file_info(fs.FileSelector(folder))
+    folders = [info.path for info in top if info.type == fs.FileType.Directory]
+    with ThreadPoolExecutor(NUM_LISTING_THREADS) as threads:
+        below = threads.map(lambda path: filesystem.get_file_info(fs.FileSelector(path, recursive=True)), folders)
+        return top + [info for infos in below for info in infos]
 
 
 def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:

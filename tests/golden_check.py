@@ -36,6 +36,7 @@ from meanflow_core.objectives.interface import build_objective
 GOLDEN_FOLDER = Path(__file__).parent / "data" / "golden"
 BOUND = 1e-4
 FLOOR = 1e-6
+CPU = torch.device("cpu")
 # {name of a draw in the files: name in StepDraws}
 DRAWS = {name: name for name in ("t", "r", "noise", "label_dropped", "omega")} | {
     "t_min": "guidance_interval_start",
@@ -51,7 +52,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 def difference(ours: torch.Tensor, theirs: np.ndarray | torch.Tensor) -> float:
     """Relative error by norm. If the reference's norm is below FLOOR, an absolute error of FLOOR counts as BOUND."""
-    ours, theirs = ours.detach().double(), torch.as_tensor(theirs).double()
+    ours, theirs = ours.detach().double().cpu(), torch.as_tensor(theirs).double().cpu()
     if ours.shape != theirs.shape:
         raise ValueError(f"the shape must be {tuple(theirs.shape)}, but is {tuple(ours.shape)}")
     error, norm = float((ours - theirs).norm()), float(theirs.norm())
@@ -96,17 +97,22 @@ def parameters(golden: Mapping[str, np.ndarray], prefix: str) -> dict[str, torch
     return from_official({key[len(prefix) :]: golden[key] for key in golden if key.startswith(prefix)})
 
 
-def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False) -> dict[str, float]:
+def check(
+    golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False, device: torch.device = CPU
+) -> dict[str, float]:
     """{quantity: relative error} of every output, gradient and sample in a file."""
     network_config, shape, loss_config = read_settings(golden)
     network = build_network(network_config, **shape)
     network.load_state_dict(parameters(golden, "param:"))
+    network.to(device)
 
     draws = {ours: torch.from_numpy(np.asarray(golden[theirs])) for theirs, ours in DRAWS.items() if theirs in golden}
-    latents, labels = torch.from_numpy(golden["latents"]), torch.from_numpy(golden["labels"]).long()
+    latents = torch.from_numpy(golden["latents"]).to(device)
+    labels = torch.from_numpy(golden["labels"]).long().to(device)
     unused = {"posterior_noise": torch.zeros_like(draws["noise"]), "mirrored": torch.zeros_like(draws["label_dropped"])}
     objective = build_objective(loss_config)
-    record = objective.record(StepDraws(**draws, **unused), 0, len(labels))
+    record = objective.record(StepDraws(**draws, **unused), 0, len(labels)).to(device)
+    draws = {name: values.to(device) for name, values in draws.items()}
     null_label = shape["num_classes"]
     output: LossOutput = objective.loss(
         network, network, latents, labels, record,
@@ -121,20 +127,20 @@ def check(golden: Mapping[str, np.ndarray], *, separate_derivative: bool = False
     conditioning = Conditioning(
         t=draws["t"], r=draws["r"], labels=torch.where(draws["label_dropped"], null_label, labels), **guidance
     )
-    tangent = torch.from_numpy(golden["jvp_tangent" if "jvp_tangent" in golden else "v_guided"])
+    tangent = torch.from_numpy(golden["jvp_tangent" if "jvp_tangent" in golden else "v_guided"]).to(device)
     dudt = network(z, conditioning, tangent).dudt
 
     errors = {
         "u": difference(output.u, golden["u"]),
         "du/dt": difference(dudt, golden["dudt"]),
-        "du/dt in the loss": difference(output.dudt[record.plan.below], golden["dudt"][record.plan.below]),
+        "du/dt in the loss": difference(output.dudt[record.plan.below], golden["dudt"][record.plan.below.cpu()]),
         "v_guided": difference(output.v_guided, golden["v_guided"]),
         "loss": difference(output.loss, golden["loss"]),
     }
     if "v" in golden:
         errors["v"] = difference(output.v, golden["v"])
     if "jvp_tangent" in golden:
-        errors["tangent"] = difference(output.tangent, golden["jvp_tangent"][record.plan.below])
+        errors["tangent"] = difference(output.tangent, golden["jvp_tangent"][record.plan.below.cpu()])
     for name, theirs in parameters(golden, "grad:").items():
         ours = dict(network.named_parameters())[name].grad
         errors[f"gradient of {name}"] = difference(torch.zeros_like(theirs) if ours is None else ours, theirs)

@@ -74,7 +74,7 @@ class User:
             "pipelines.train xl2": "pipelines.train debug",
             "--run-name xl2": "--run-name first",
             "--num-workers 32": "--num-workers 2",
-            "models:/meanflow-xl2@champion": "models:/meanflow-debug@champion",
+            "models:/meanflow-xl2@candidate": "models:/meanflow-debug@candidate",
             "--reference s3://BUCKET/imagenet256.npz": f"--train-images {image_folder / 'train'}",
             "--extractor inception": f"--extractor {SHIPPED_JUDGE}",
             "--output /tmp/report": f"--output {shared / 'report'}",
@@ -144,7 +144,7 @@ def test_readme_commands_lead_from_images_to_an_endpoint(mlflow_server, image_fo
         encoded = succeeded(user.submit("pipelines.encode", "--images-per-shard", "64"))
         assert "600 samples of 10 classes, 0 rejected" in encoded
         trained = succeeded(user.submit("pipelines.train"))
-        assert "model: models:/meanflow-debug@champion" in trained
+        assert "model: models:/meanflow-debug@candidate" in trained
         evaluated = succeeded(user.submit("pipelines.evaluate", "--num-samples", "40", "--steps", "1"))
         assert "| samples, 1 step | 1 |" in evaluated
         client = MlflowClient(mlflow_server.uri)
@@ -163,7 +163,7 @@ def test_readme_commands_lead_from_images_to_an_endpoint(mlflow_server, image_fo
         wait_until(lambda: "endpoint.meanflow-debug" in client.get_model_version(*name_and_version).tags, 60)
         # A user_config with a newer version puts it live.
         succeeded(user.submit("pipelines.train", "--num-steps", "35"))
-        newer = client.get_model_version_by_alias("meanflow-debug", "champion").version
+        newer = client.get_model_version_by_alias("meanflow-debug", "candidate").version
         assert int(newer) > int(version.version)
         config = serve_config(user, "models:/meanflow-debug@champion", port)
         config["applications"][0]["deployments"][0]["user_config"]["model"] = f"models:/meanflow-debug/{newer}"

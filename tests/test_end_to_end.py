@@ -158,7 +158,7 @@ def test_check_finds_no_problem_and_draws_samples(trained, workspace):
 def test_train_publishes_a_generator_an_mlflow_run_and_a_registered_model(trained):
     build = trained.build
     assert f"generator: {build}/runs/first/generator" in trained.stdout["pipelines.train"]
-    assert "model: models:/meanflow-debug@champion" in trained.stdout["pipelines.train"]
+    assert "model: models:/meanflow-debug@candidate" in trained.stdout["pipelines.train"]
     assert "15 of 15 steps" in trained.log
     pipeline = load_pipeline(build / "runs/first/generator")
     assert pipeline.class_names[8] == "star"
@@ -187,7 +187,7 @@ def test_train_publishes_a_generator_an_mlflow_run_and_a_registered_model(traine
     assert manifest.content_sha256.startswith(used.dataset.digest)
     assert json.loads(used.dataset.source) == {"uri": str(build / "latents")}
     assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
-    version = client.get_model_version_by_alias("meanflow-debug", "champion")
+    version = client.get_model_version_by_alias("meanflow-debug", "candidate")
     assert version.run_id == run_id
     assert version.tags["data.sha256"] == run.data.params["data.sha256"] == manifest.content_sha256
     assert version.tags["transformer_sha256"] == weight_hash(pipeline.transformer)
@@ -233,7 +233,7 @@ def test_evaluate_writes_table_samples_plot_and_report(trained):
         "evaluate/report.json",
         "evaluate/samples.png",
     }
-    tags = client.get_model_version_by_alias("meanflow-debug", "champion").tags
+    tags = client.get_model_version_by_alias("meanflow-debug", "candidate").tags
     assert tags["evaluate.report"] == f"runs:/{run_id}/evaluate/report.json"
     assert tags["evaluate.reference_sha256"] == report["protocol"]["reference"]["sha256"]
     assert tags["evaluate.frechet.2-steps"].startswith(f"{report['samples'][1]['frechet']:.4g} +- ")
@@ -250,7 +250,7 @@ def test_same_run_name_resumes_and_another_experiment_is_refused(trained, worksp
     run_id = json.loads((build / "runs/first/training.json").read_text())["mlflow_run_id"]
     steps = [metric.step for metric in client.get_metric_history(run_id, "loss")]
     assert steps == [5, 10, 15, 20]
-    assert client.get_model_version_by_alias("meanflow-debug", "champion").version == 2
+    assert client.get_model_version_by_alias("meanflow-debug", "candidate").version == 2
 
     other = workspace.run([*train, "--optimizer.learning-rate", "0.5"], expected_code=2)
     assert any(line.startswith("error: run first in") for line in other.stderr.splitlines())

@@ -252,43 +252,43 @@ def test_training_logs_metrics_and_registers_a_model_that_loads_through_the_serv
     deployment, start, as_user, bucket, monkeypatch, tmp_path, caplog
 ):
     training = start("first", deployment.environment("meanflow"), "--num-steps", "40")
-    assert "model: models:/first@champion" in training.finish()
+    assert "model: models:/first@candidate" in training.finish()
     client = as_user("meanflow")
     run = client.get_run(training.run_id())
     assert run.info.status == "FINISHED"
     assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == list(range(5, 41, 5))
     assert (run.data.params["preset"], run.data.params["num_steps"]) == ("debug", "40")
-    version = client.get_model_version_by_alias("first", "champion")
+    version = client.get_model_version_by_alias("first", "candidate")
     assert (version.version, version.run_id, version.status) == ("1", run.info.run_id, "READY")
     stored = boto3.client("s3").list_objects_v2(Bucket=bucket.removeprefix("s3://"), Prefix="mlflow/")["Contents"]
     assert [entry["Key"] for entry in stored if entry["Key"].endswith("model_index.json")]
 
     for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)  # from here on, the store is accessible only through the server
-    command = [sys.executable, "-m", "deploy.models", "models:/first@champion"]
+    command = [sys.executable, "-m", "deploy.models", "models:/first@candidate"]
     resolved = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert resolved.stdout.strip() == "models:/first/1", resolved.stderr
     for through_server in (False, True):
         if through_server:
             monkeypatch.setenv("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
         caplog.clear()
-        with deploy.models.fetched_generator("models:/first/1", deployment.server.uri) as (folder, source):
-            assert (folder / "model_index.json").is_file()
+        folder, source = deploy.models.fetch_generator("models:/first/1", deployment.server.uri)
+        assert (folder / "model_index.json").is_file()
         assert source.run_id == run.info.run_id
         signed = [message for message in caplog.messages if "GET /bucket/" in message and "X-Amz-Signature=" in message]
         # By default, MLflow downloads from the store with URLs that the server signs.
         assert bool(signed) != through_server
     monkeypatch.chdir(tmp_path)
-    rows = mlflow.pyfunc.load_model("models:/first@champion").predict(pd.DataFrame({"class_label": [3], "seed": [7]}))
+    rows = mlflow.pyfunc.load_model("models:/first@candidate").predict(pd.DataFrame({"class_label": [3], "seed": [7]}))
     assert rows["image_png"][0].startswith(b"\x89PNG")
 
     reader = as_user("reader")
     assert reader.get_run(run.info.run_id).info.status == "FINISHED"
-    assert deploy.models.resolve_model("models:/first@champion", deployment.server.uri) == "models:/first/1"
+    assert deploy.models.resolve_model("models:/first@candidate", deployment.server.uri) == "models:/first/1"
     for change in (
         lambda: reader.log_metric(run.info.run_id, "loss", 0.0, step=99),
-        lambda: reader.set_registered_model_alias("first", "champion", "1"),
+        lambda: reader.set_registered_model_alias("first", "candidate", "1"),
         lambda: reader.log_text(run.info.run_id, "mine", "note.txt"),
     ):
         with pytest.raises((MlflowException, requests.HTTPError), match=r"(?i)permission denied|403"):
@@ -296,7 +296,7 @@ def test_training_logs_metrics_and_registers_a_model_that_loads_through_the_serv
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
-    assert "error: cannot find models:/first@champion" in refused.stderr
+    assert "error: cannot find models:/first@candidate" in refused.stderr
     assert "401" in refused.stderr
 
 
@@ -343,6 +343,6 @@ def test_outages_of_database_and_server_lose_no_metrics(deployment, start, as_us
     for name in ("loss", "gradient_norm"):
         steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert steps == list(range(5, num_steps + 1, 5)), name
-    assert deploy.models.resolve_model("models:/outages@champion", server.uri) == "models:/outages/1"
-    with deploy.models.fetched_generator("models:/outages/1", server.uri) as (folder, _):
-        assert (folder / "model_index.json").is_file()
+    assert deploy.models.resolve_model("models:/outages@candidate", server.uri) == "models:/outages/1"
+    folder, _ = deploy.models.fetch_generator("models:/outages/1", server.uri)
+    assert (folder / "model_index.json").is_file()

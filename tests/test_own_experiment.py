@@ -166,7 +166,7 @@ def test_dry_run_shows_the_settings_and_costs_of_the_experiment(finished):
 def test_training_validates_publishes_and_registers_the_experiment(finished):
     folder = finished.folder
     assert f"generator: {folder}/runs/mine/generator" in finished.printed["train"]
-    assert "model: models:/meanflow-cosine@champion" in finished.printed["train"]
+    assert "model: models:/meanflow-cosine@candidate" in finished.printed["train"]
     record = json.loads((folder / "runs/mine/training.json").read_text())
     assert record["preset"] == "my_experiment:cosine"
     assert record["identity"]["config"]["loss"]["class"] == "my_experiment:CosineMeanFlow"

@@ -21,7 +21,8 @@ def section(start: str, end: str) -> str:
 
 def test_cluster_commands_name_gpus_and_workers():
     encode, (preset, train), evaluate = (parse_command(line) for line in commands("cluster") if "job submit" in line)
-    assert (evaluate.model, evaluate.num_workers) == (f"models:/meanflow-{preset}@champion", 8)
+    assert (evaluate.model, evaluate.num_workers) == (f"models:/meanflow-{preset}@candidate", 8)
+    assert evaluate.promote
     assert (encode.image_size, encode.num_workers) == (256, 8)
     assert (preset, train.num_workers) == ("xl2", 32)
     assert train.data == encode.output

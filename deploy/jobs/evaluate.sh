@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate the champion model: submits a Ray job and follows its log. Ctrl-C only stops following; the job continues.
+# Evaluate the trained model, and promote it to champion if it is better: submits a Ray job and follows its log. Ctrl-C only stops following; the job continues.
 # The report is written to /mnt/shared and to the MLflow run that trained the model.
 #
 #   export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 STORAGE=s3://BUCKET/imagenet
@@ -19,6 +19,6 @@ exec ray job submit \
     --entrypoint-num-cpus 4 --entrypoint-memory 17179869184 \
     --entrypoint-label-selector '{"meanflow/pool": "cpu"}' \
     -- python -m pipelines.evaluate \
-    --model models:/meanflow-xl2@champion --reference "$STORAGE/imagenet256.npz" \
+    --model models:/meanflow-xl2@candidate --promote --reference "$STORAGE/imagenet256.npz" \
     --extractor inception --steps 1 2 --labels random --device gpu --num-workers 8 \
     --output /mnt/shared/reports/xl2 "$@"

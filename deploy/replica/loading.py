@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from deploy.messages import ModelHashes, ModelInfo
-from deploy.models import fetched_generator
+from deploy.models import fetch_generator
 from deploy.replica.class_index import ClassIndex, class_entries
 from deploy.replica.engine import Engine
 from deploy.settings import Arguments
@@ -27,9 +27,9 @@ class LoadedModel:
 def load_model(model: str, arguments: Arguments) -> LoadedModel:
     """Loads a model and runs each batch size once. Raises ValueError or an error of torch if that fails."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with fetched_generator(model, arguments.tracking_uri) as (folder, source):
-        pipeline = load_pipeline(folder, device)
-        hashes = ModelHashes(transformer=weight_hash(pipeline.transformer), vae=weight_hash(pipeline.vae))
+    folder, source = fetch_generator(model, arguments.tracking_uri)
+    pipeline = load_pipeline(folder, device)
+    hashes = ModelHashes(transformer=weight_hash(pipeline.transformer), vae=weight_hash(pipeline.vae))
     preview_decoder = None if arguments.preview_vae is None else load_preview_decoder(arguments.preview_vae)
     engine = Engine(
         pipeline,

@@ -89,8 +89,9 @@ class TrainingConfig:
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """tf32: matrix products with 10-bit mantissas, also in du/dt, on GPUs with tensor cores. bfloat16: autocast.
     Parameters, averages and optimiser stay in float32."""
-    float32_derivative: bool = True
-    """With bfloat16, compute du/dt in a separate float32 forward instead of the training forward."""
+    derivative_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"
+    """Precision of du/dt if precision is bfloat16. bfloat16: in the training forward; float32, tf32: in a separate
+    forward."""
     activation_checkpointing: bool = False
     """Store block inputs only and recompute activations in backward (one extra forward)."""
     compile: bool = False
@@ -99,6 +100,9 @@ class TrainingConfig:
     """Samples per optimiser step over all workers."""
     num_steps: int = 1_200_960
     """Number of optimiser steps; an epoch of ImageNet at batch 256 is 5,004 steps."""
+    mirror: bool = False
+    """Mirror each image with probability 1/2; the papers' code does not. A node's copy of the latents then has mirror
+    images, too."""
     seed: int = 0
     """Seed of the initial parameters, the data order and every random draw."""
     log_interval_steps: int = 100
@@ -115,7 +119,12 @@ class TrainingConfig:
             f"ema_decays must be one or more numbers in [0, 1), but got {self.ema_decays}",
         )
         require(len(set(self.ema_decays)) == len(self.ema_decays), f"ema_decays must differ, but got {self.ema_decays}")
-        check(self, "", one_of("float32", "tf32", "bfloat16"), "precision")
+        check(self, "", one_of("float32", "tf32", "bfloat16"), "precision", "derivative_precision")
+        require(
+            not (self.activation_checkpointing and self.precision == self.derivative_precision == "bfloat16"),
+            "derivative_precision must be float32 or tf32 with activation_checkpointing, which computes du/dt in a separate "
+            "forward, but got bfloat16",
+        )
         check(self, "", POSITIVE_INTEGER, "global_batch_size", "num_steps", "log_interval_steps")
         check(self, "", POSITIVE_INTEGER, "checkpoint_interval_steps", "sample_interval_steps")
         if self.guidance_after_steps is not None:
@@ -154,9 +163,15 @@ class TrainingConfig:
 
     @property
     def separate_derivative(self) -> bool:
-        """Whether du/dt is computed in a separate forward: in float32 under bfloat16, and with activation checkpointing,
-        which would otherwise recompute it with the activations."""
-        return (self.precision == "bfloat16" and self.float32_derivative) or self.activation_checkpointing
+        """Whether du/dt is computed in a separate forward: under bfloat16 if it is more precise, and with activation
+        checkpointing, which would otherwise recompute it with the activations."""
+        is_more_precise = self.precision == "bfloat16" and self.derivative_precision != "bfloat16"
+        return is_more_precise or self.activation_checkpointing
+
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether float32 matrix products and convolutions run in TF32. Under bfloat16, those of du/dt are the only ones."""
+        return (self.derivative_precision if self.precision == "bfloat16" else self.precision) == "tf32"
 
     def loss_at(self, step: int) -> LossConfig:
         """The objective at step `step` (from 0), without guidance before `guidance_after_steps`."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from meanflow_core.networks.dual import Dual, Linear, attention, lift, lift_linear
+from meanflow_core.networks.dual import Dual, Linear, add_constant, attention, lift, lift_linear
 from meanflow_core.networks.interface import (
     Conditioning,
     NetworkModel,
@@ -241,9 +241,8 @@ class MeanFlowDiT(NetworkModel):
         time = self.t_embedder(Dual(conditioning.t, ones))
         step_size = self.h_embedder(Dual(conditioning.t - conditioning.r, ones))
         condition = lift(torch.add, time, step_size)  # (B, D)
-        condition = Dual(condition.value + self.y_embedder(conditioning.labels), condition.tangent)
-        x = self.x_embedder(Dual(z, tangent))
-        x = Dual(x.value + self.pos_embed, x.tangent)  # (B, N, D)
+        condition = add_constant(condition, self.y_embedder(conditioning.labels))
+        x = add_constant(self.x_embedder(Dual(z, tangent)), self.pos_embed)  # (B, N, D)
         x = run_blocks(self.blocks, x, condition, checkpointing=self.gradient_checkpointing)
         u = lift_linear(lambda y: unpatchify(y, self.patch_size), self.final_layer(x, condition))
         return NetworkOutput(u=u.value, dudt=u.tangent)

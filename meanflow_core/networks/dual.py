@@ -61,6 +61,16 @@ def lift_linear(function: Callable[[torch.Tensor], torch.Tensor], argument: Dual
     return Dual(function(argument.value), tangent)
 
 
+def add_constant(argument: Dual, constant: torch.Tensor) -> Dual:
+    """argument + constant. The tangent gets the sum's dtype.
+
+    Under autocast, a float32 constant makes a bfloat16 value float32. The tangent must follow, because a network adds all
+    its residuals to the two, and bfloat16 would round each time.
+    """
+    value = argument.value + constant
+    return Dual(value, None if argument.tangent is None else argument.tangent.to(value.dtype))
+
+
 class Linear(nn.Linear):
     """nn.Linear for duals: the tangent is multiplied by the weight, without the bias."""
 

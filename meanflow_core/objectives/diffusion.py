@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 
 from meanflow_core.networks.interface import Network
 from meanflow_core.objectives import guidance
-from meanflow_core.objectives.draws import StepDraws, draw_step
+from meanflow_core.objectives.draws import DrawnStep, draw_step
 from meanflow_core.objectives.flow import PlannedObjective
 from meanflow_core.objectives.guidance import per_sample
 from meanflow_core.objectives.interface import Loss, Mean
@@ -55,7 +55,7 @@ class Diffusion(PlannedObjective[DiffusionConfig]):
             timestep_spacing="trailing",
         )
 
-    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> StepDraws:
+    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> DrawnStep:
         """Draws noise levels, noise and dropped labels."""
 
         def draw_times(num_rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,8 @@
 """The random draws of a training step: times, noise, dropped labels and guidance.
 
+Times, labels and guidance are few numbers, so every worker draws those of the global batch. Noise is drawn by row, so
+each worker draws only its own rows.
+
 # B batch, C channels, H W latent size
 """
 
@@ -50,6 +53,34 @@ class StepDraws(TensorFields):
         guidance = {name: getattr(self, name) for name in GUIDANCE_INPUTS}
         classes = torch.where(self.label_dropped, null_label, labels)
         return Conditioning(t=self.t, r=self.r, labels=classes, **guidance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnStep:
+    """The draws of a step's global batch, as `rows` gives them."""
+
+    vectors: dict[str, torch.Tensor]
+    """The fields of StepDraws without noise, each (B,)."""
+    seed: int
+    step: int
+    latent_shape: tuple[int, int, int]
+    """(C, H, W)."""
+
+    def rows(self, start: int, stop: int) -> StepDraws:
+        """The draws of samples start to stop - 1, for one worker or one micro-batch."""
+        return StepDraws(
+            **{name: values[start:stop] for name, values in self.vectors.items()},
+            noise=self._noise(0, start, stop),
+            posterior_noise=self._noise(1, start, stop),
+        )
+
+    def _noise(self, purpose: int, start: int, stop: int) -> torch.Tensor:
+        noise = np.empty((stop - start, *self.latent_shape), np.float32)
+        for row, values in enumerate(noise, start=start):
+            # A counter-based generator: every row of every step has 2^64 blocks of numbers of its own.
+            bits = np.random.Philox(key=[self.seed, purpose], counter=[0, row, self.step, 0])
+            np.random.Generator(bits).standard_normal(dtype=np.float32, out=values)
+        return torch.from_numpy(noise)
 
 
 def check_draws(draws: StepDraws) -> None:
@@ -140,7 +171,7 @@ def draw_step(
     step: int,
     num_rows: int,
     latent_shape: tuple[int, int, int],
-) -> StepDraws:
+) -> DrawnStep:
     """Draws the *global* batch of B = num_rows samples, on the CPU, as a pure function of (seed, step).
 
     draw_times: maps (B, generator) to t and r, each float32 (B,), with r < t in the rows of `r_below_t_mask`.
@@ -161,19 +192,10 @@ def draw_step(
     else:
         label_dropped = uniform < probability
     mirrored = torch.rand(num_rows, generator=generator) < 0.5
-    noise = torch.randn(num_rows, *latent_shape, generator=generator)
-    posterior_noise = torch.randn(num_rows, *latent_shape, generator=generator)
     guidance: dict[str, torch.Tensor] = {}
     if isinstance(config, ImprovedMeanFlowConfig):
         omega = draw_omega(num_rows, config.guidance_sampling, generator)
         interval = draw_guidance_interval(below, config.guidance_sampling, generator)
         guidance = dict(zip(GUIDANCE_INPUTS, (omega, *interval), strict=True))
-    return StepDraws(
-        t=t,
-        r=r,
-        noise=noise,
-        posterior_noise=posterior_noise,
-        label_dropped=label_dropped,
-        mirrored=mirrored,
-        **guidance,
-    )
+    vectors = {"t": t, "r": r, "label_dropped": label_dropped, "mirrored": mirrored, **guidance}
+    return DrawnStep(vectors=vectors, seed=seed, step=step, latent_shape=latent_shape)

@@ -11,7 +11,7 @@ import torch
 from meanflow_core.config import FlowLossConfig, GuardConfig, LossConfig
 from meanflow_core.networks.interface import Conditioning, Network, NetworkOutput, without_autocast
 from meanflow_core.objectives import guidance
-from meanflow_core.objectives.draws import StepDraws, draw_step, draw_two_times
+from meanflow_core.objectives.draws import DrawnStep, StepDraws, draw_step, draw_two_times
 from meanflow_core.objectives.interface import Loss, Mean, Objective
 from meanflow_core.objectives.row_plan import StepRecord, plan_rows
 
@@ -100,7 +100,7 @@ Config = TypeVar("Config", bound=LossConfig)
 FlowConfig = TypeVar("FlowConfig", bound=FlowLossConfig)
 
 
-class PlannedObjective(Objective[Config, StepDraws, StepRecord]):
+class PlannedObjective(Objective[Config, DrawnStep | StepDraws, StepRecord]):
     """Base of objectives whose records have a `RowPlan`."""
 
     uses_own_velocity: bool = False
@@ -108,7 +108,7 @@ class PlannedObjective(Objective[Config, StepDraws, StepRecord]):
     has_r_below_t: bool = False
     """Whether any sample of any step has r < t."""
 
-    def record(self, draws: StepDraws, start: int, stop: int) -> StepRecord:
+    def record(self, draws: DrawnStep | StepDraws, start: int, stop: int) -> StepRecord:
         """The draws of these samples with their guidance weights and row plan. Raises ValueError for invalid draws."""
         return plan_rows(
             draws.rows(start, stop),
@@ -150,7 +150,7 @@ class FlowObjective(PlannedObjective[FlowConfig]):
         """Draws t and r of the global batch, each float32 (B,)."""
         return draw_two_times(num_rows, self.config.times, generator)
 
-    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> StepDraws:
+    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> DrawnStep:
         """Draws times, noise, dropped labels and guidance; see `draws`."""
         return draw_step(
             self.config,

@@ -19,14 +19,6 @@ from meanflow_core.networks.interface import Network
 from meanflow_core.references import resolve
 
 
-class Draws(Protocol):
-    """The random draws of some samples of a step."""
-
-    def rows(self, start: int, stop: int) -> Self:
-        """The draws of samples start to stop - 1."""
-        ...
-
-
 class Record(Protocol):
     """The random draws of the samples of one pass, and whatever the objective computes from them on the CPU.
 
@@ -53,7 +45,7 @@ class Record(Protocol):
         ...
 
 
-D = TypeVar("D", bound=Draws)
+D = TypeVar("D")
 R = TypeVar("R", bound=Record)
 C = TypeVar("C", bound=LossConfig)
 
@@ -89,8 +81,9 @@ class Objective(ABC, Generic[C, D, R]):
 
     @abstractmethod
     def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> D:
-        """Draws a step's *global* batch of num_rows samples on the CPU, a pure function of (seed, step).
+        """The draws of a step's *global* batch of num_rows samples on the CPU, a pure function of (seed, step).
 
+        Every worker calls this. Leave what is large, such as noise, to `record`, which knows the worker's samples.
         latent_shape: (C, H, W).
         """
 

@@ -26,6 +26,7 @@ def demo() -> TrainingConfig:
         optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=100, cooldown_steps=300),
         ema_decays=(0.99,),
         global_batch_size=128,
+        mirror=True,
         num_steps=1500,
         log_interval_steps=25,
         checkpoint_interval_steps=500,

@@ -47,6 +47,7 @@ def _improved(size: str, sampling: SamplingConfig) -> TrainingConfig:
         sampling=sampling,
         global_batch_size=_BATCH_SIZE,
         num_steps=640 * _STEPS_PER_LARGE_EPOCH,
+        precision="bfloat16",
     )
 
 

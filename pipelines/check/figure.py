@@ -12,12 +12,9 @@ from diffusers import AutoencoderKL
 from meanflow_core.autoencoder import decode_latents
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.metrics import peak_signal_to_noise
-from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.images.decoding import decode_images
-from pipelines.images.index import ImageIndex
-from pipelines.images.sources import ImageSlice, list_images
-from pipelines.latents.manifest import INDEX
+from pipelines.images.sources import ImageSlice, open_encoded_images
 
 
 @dataclass(frozen=True)
@@ -31,20 +28,20 @@ class Sample:
     """Moments of the mirror image, if it was encoded."""
 
 
-def read_images(data: str, images: str, image_size: int, samples: Sequence[Sample]) -> list[np.ndarray | None]:
-    """Reads the images of a dataset's samples, uint8 (size, size, 3); None for an unreadable one.
+def read_images(data: str, images: str, image_size: int, samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Reads the images of a dataset's samples, uint8 (size, size, 3), without listing the others.
 
-    Raises InputError if `images` is not the source of the dataset.
+    images: where they are now. Raises InputError if they are not those that were encoded.
     """
-    filesystem, root = storage.open_storage(data)
-    source, listing = list_images(images)
-    index = ImageIndex.from_bytes(storage.read_bytes(filesystem, f"{root}/{INDEX}"), listing.sha256)
-    if index is None:
-        raise InputError(f"the images in {images} are not those that were encoded")
+    filesystem, listing, index = open_encoded_images(data, images)
     row_of = {sample_id: row for row, sample_id in enumerate(index.entries["sample_id"].to_pylist())}
     rows = np.array([row_of[sample.sample_id] for sample in samples])  # ascending, since shards follow the index
-    decoded = decode_images(ImageSlice.of(source, listing, index, rows), image_size)
-    return [None if isinstance(image, Exception) else image for image in decoded]
+    decoded = []
+    for image in decode_images(ImageSlice.of(filesystem, listing, index, rows), image_size):
+        if isinstance(image, Exception):
+            raise InputError(f"the images in {images} are not those that were encoded: {image}")
+        decoded.append(image)
+    return decoded
 
 
 def decode_means(vae: AutoencoderKL, moments: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -11,7 +11,8 @@ class CheckJob:
     data: str
     """Latent dataset: a path or URI."""
     images: str | None = None
-    """Location of the images. Default: the location from which they were encoded."""
+    """Location of the images, if they have moved. Default: the location from which they were encoded. The dataset knows its
+    images, so they are not listed again."""
     figure: Path = Path("build/check.png")
     """PNG to write: images, decoded latents, and decoded latents of the mirror images."""
     num_samples: int = 8

@@ -1,6 +1,7 @@
 """Reads all of a latent dataset and reports its problems."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,7 +64,7 @@ def check(job: CheckJob) -> CheckReport:
     if num_empty:
         report.notes.append(f"{num_empty} of {len(report.class_counts)} classes have no samples")
     if not report.problems:
-        images: list[np.ndarray | None] = [None] * len(samples)
+        images: Sequence[np.ndarray | None] = [None] * len(samples)
         try:
             images = read_images(job.data, job.images or manifest.source, manifest.recipe.image_size, samples)
         except (InputError, OSError) as error:

@@ -55,7 +55,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
     num_workers = demo.num_workers or torch.cuda.device_count() or 2
     results: list[StageResult] = []
     tracking_uri = f"sqlite:///{work}/runs/mlflow.db"
-    model = f"models:/meanflow-{demo.preset}@champion"
+    candidate, model = (f"models:/meanflow-{demo.preset}@{alias}" for alias in ("candidate", "champion"))
 
     def stage(name: str, run: Callable[[], object], result: Callable[[], str], location: Path) -> None:
         logger.info("--- %s", name)
@@ -85,12 +85,12 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
         "train",
         command("pipelines.train", demo.preset, "--data", str(latents), "--storage", str(work / "runs"),
                 "--run-name", "demo", "--num-workers", str(num_workers), "--cache-dir", str(work / "cache")),
-        lambda: f"a generator, registered as {model}",
+        lambda: f"a generator, registered as {candidate}",
         work / "runs" / "demo" / "generator",
     )  # fmt: skip
     stage(
         "evaluate",
-        command("pipelines.evaluate", "--model", model, "--tracking-uri", tracking_uri,
+        command("pipelines.evaluate", "--model", candidate, "--promote", "--tracking-uri", tracking_uri,
                 "--extractor", str(SHIPPED_JUDGE),
                 "--train-images", str(images / "train"), "--held-out-images", str(images / "val"),
                 "--output", str(report_folder), "--num-samples", str(demo.num_samples),

@@ -43,7 +43,9 @@ class EncodeJob:
     max_rejected_fraction: float = 0.001
     """Fail if a larger fraction of the images is unreadable. The encoded shards are kept."""
     limit: int | None = None
-    """Encode only this many images, evenly spaced over the source; default: all."""
+    """Encode only this many images; default: all. Folders and tars: evenly spaced over the source. Parquet: equally many of
+    each class, from few row groups. Only these images, parts of tars or row groups are read, but a tar in an object store is
+    streamed once to find its images."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "images_per_shard", "num_workers", "encoders_per_gpu", "limit"):

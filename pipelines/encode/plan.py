@@ -15,8 +15,9 @@ from pipelines.errors import InputError
 from pipelines.images.center_crop import CROP
 from pipelines.images.index import ImageIndex, Listing
 from pipelines.images.sources import ImageSlice
+from pipelines.images.stored import INDEX, index_bytes, read_index_bytes
 from pipelines.latents.autoencoder import write_autoencoder
-from pipelines.latents.manifest import INDEX, RECIPE, EncodingRecipe, shard_name
+from pipelines.latents.manifest import RECIPE, EncodingRecipe, shard_name
 
 MAX_SHARD_PIXEL_BYTES = 96 * 2**20  # below Ray Data's block size of 128 MiB
 
@@ -30,14 +31,14 @@ class Plan:
     listing: Listing
     """Their files."""
     index: ImageIndex
-    """Their positions in the files."""
+    """The images to encode, and their positions in the files."""
     recipe: EncodingRecipe
     """Encoding settings."""
 
     @property
     def num_images(self) -> int:
         """Number of images to encode."""
-        return min(self.recipe.limit or len(self.index), len(self.index))
+        return len(self.index)
 
     @property
     def num_shards(self) -> int:
@@ -47,8 +48,7 @@ class Plan:
     def rows(self, shard: int) -> np.ndarray:
         """Rows of the index with a shard's images, int64 in ascending order."""
         first = shard * self.recipe.images_per_shard
-        positions = np.arange(first, min(first + self.recipe.images_per_shard, self.num_images))
-        return positions * len(self.index) // self.num_images  # evenly spaced if the recipe has a limit
+        return np.arange(first, min(first + self.recipe.images_per_shard, self.num_images))
 
     def images(self, shard: int) -> ImageSlice:
         """Images of a shard."""
@@ -97,11 +97,12 @@ def has_same_recipe(output: str, recipe: EncodingRecipe) -> bool:
     return True
 
 
-def read_index(output: str, source_sha256: str) -> ImageIndex | None:
-    """The index stored in the output, or None if there is none for this source."""
+def read_index(output: str, listing: Listing) -> ImageIndex | None:
+    """The images stored in the output, or None if there are none of these files."""
     filesystem, root = storage.open_storage(output)
-    with contextlib.suppress(FileNotFoundError):
-        return ImageIndex.from_bytes(storage.read_bytes(filesystem, f"{root}/{INDEX}"), source_sha256)
+    with contextlib.suppress(FileNotFoundError, InputError):
+        stored, index = read_index_bytes(storage.read_bytes(filesystem, f"{root}/{INDEX}"), INDEX)
+        return index if stored.sha256 == listing.sha256 else None
     return None
 
 
@@ -109,5 +110,5 @@ def write_plan(output: str, plan: Plan, vae: AutoencoderKL) -> None:
     """Writes the autoencoder and the index, then the recipe, which marks both as complete."""
     filesystem, root = storage.open_storage(output)
     write_autoencoder(output, vae)
-    storage.write_bytes(filesystem, f"{root}/{INDEX}", plan.index.to_bytes(plan.recipe.source_sha256))
+    storage.write_bytes(filesystem, f"{root}/{INDEX}", index_bytes(plan.listing, plan.index))
     storage.write_bytes(filesystem, f"{root}/{RECIPE}", (json.dumps(asdict(plan.recipe), indent=2) + "\n").encode())

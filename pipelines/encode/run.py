@@ -6,24 +6,26 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from pyarrow import fs
 
 from meanflow_core.autoencoder import load_autoencoder
 from pipelines import storage
-from pipelines.cluster import choose_gpus, num_gpus, start_ray
+from pipelines.cluster import choose_gpus, map_on_cluster, num_gpus, start_ray
 from pipelines.encode.job import EncodeJob
 from pipelines.encode.plan import Plan, has_same_recipe, make_recipe, read_index, write_plan
 from pipelines.encode.stages import EncodeShard, decode_shard, write_shard
 from pipelines.errors import InputError
+from pipelines.images.index import ImageIndex, Listing
+from pipelines.images.sampling import sample_images
 from pipelines.images.sources import index_images, list_images
 from pipelines.latents.manifest import REJECTED, Manifest, is_complete, read_manifest, shard_name, write_manifest
 from pipelines.latents.shards import ShardSummary, read_summary
@@ -51,20 +53,14 @@ def encode(job: EncodeJob) -> Manifest:
         manifest = read_manifest(job.output)
         logger.info("%s is complete: %d samples", job.output, manifest.num_samples)
         return manifest
-    index = read_index(job.output, listing.sha256)
-    if index is None:
-        if listing.format == "folders":  # their index needs the paths only
-            index = index_images(filesystem, listing)
-        else:
-            _start_ray(job)
-            index = index_images(filesystem, listing, _map_on_cluster)
-    plan = Plan(filesystem, listing, index, recipe)
-    if not is_started:
+    stored = read_index(job.output, listing) if is_started else None
+    plan = Plan(filesystem, listing, stored or _choose_images(job, filesystem, listing), recipe)
+    if stored is None:
         write_plan(job.output, plan, vae)
     missing = plan.missing_shards(job.output)
     logger.info(
         "%d images of %d classes (%s), %d of %d shards to encode",
-        plan.num_images, len(index.class_names), listing.format, len(missing), plan.num_shards,
+        plan.num_images, len(plan.index.class_names), listing.format, len(missing), plan.num_shards,
     )  # fmt: skip
     start_seconds = time.monotonic()
     if missing:
@@ -76,20 +72,18 @@ def encode(job: EncodeJob) -> Manifest:
     return manifest
 
 
+def _choose_images(job: EncodeJob, filesystem: fs.FileSystem, listing: Listing) -> ImageIndex:
+    """Indexes the images, and chooses those to encode."""
+    if listing.format == "folders":  # their index needs the paths only
+        index = index_images(filesystem, listing)
+    else:
+        _start_ray(job)
+        index = index_images(filesystem, listing, map_on_cluster)
+    return sample_images(index, job.limit)
+
+
 def _start_ray(job: EncodeJob) -> None:
     start_ray(needed_cpus=(job.num_workers or os.cpu_count() or 1) + 1)  # one CPU per encoder, one to decode and write
-
-
-def _map_on_cluster(function: Callable[[Any], Any], items: list) -> Iterable:
-    """`map` with one Ray task per item; logs progress."""
-    task = ray.remote(num_cpus=0.5)(lambda item: function(item))
-    progress = Progress(logger, "indexed", "files", len(items))
-    for done, reference in enumerate([task.remote(item) for item in items], start=1):
-        try:
-            yield ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        progress.update(done)
 
 
 def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:

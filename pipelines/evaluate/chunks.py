@@ -19,7 +19,7 @@ from pipelines.evaluate.sums import NUM_GROUPS
 from pipelines.images.sources import ImageSlice
 from pipelines.latents.manifest import Manifest, shard_name
 
-CHUNK_SIZE = 500  # images per chunk: 34 MB of sums in Inception's features
+CHUNK_SIZE = 500  # images per chunk: 67 MB of sums in Inception's features, half of them spatial
 
 
 class Kept(NamedTuple):

@@ -48,10 +48,11 @@ class EvaluateJob(MeasuringOptions):
     """Statistics of real images (.npz) from pipelines.reference, ADM or MeanFlow's authors. Default: compute them from
     --train-images and write them next to the report."""
     train_images: str | None = None
-    """Real images that the generator was trained on, in any format that pipelines.encode reads."""
+    """Real images that the generator was trained on, in any format that pipelines.encode reads. Or a latent dataset: the
+    images from which it was encoded, found without listing them again."""
     held_out_images: str | None = None
-    """Real images that the generator was not trained on. Their distance is the lowest that samples can be expected to
-    reach. They are also the baseline for diversity."""
+    """Real images that the generator was not trained on, or a latent dataset, as for --train-images. Their distance is the
+    lowest that samples can be expected to reach. They are also the baseline for diversity."""
     tracking_uri: str | None = None
     """MLflow address. Default: MLFLOW_TRACKING_URI. Without either, nothing is logged to MLflow."""
     steps: tuple[int, ...] = (1, 2, 4)
@@ -73,9 +74,16 @@ class EvaluateJob(MeasuringOptions):
     """Number of samples and reference images for precision and recall, at quadratic cost. 0 skips both."""
     save_samples: Path | None = None
     """Folder for the samples of every setting as .npz (arr_0, uint8 NHWC), for other evaluation suites."""
+    promote: bool = False
+    """Make the evaluated version (models:/name@candidate) the champion if there is none, or if its distance at the first
+    setting is better by more than two standard errors."""
+    promote_below: float | None = None
+    """With --promote: also make it the champion if its distance is below this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.promote_below is not None and not self.promote:
+            raise ValueError("promote_below needs --promote")
         if (self.model is None) == (self.samples is None):
             raise ValueError("give either --model or --samples")
         if self.reference is None and self.train_images is None:
@@ -123,7 +131,8 @@ class ReferenceJob(MeasuringOptions):
     output: str
     """File to write (.npz): a path or a URI."""
     images: str | None = None
-    """Images, in any format that pipelines.encode reads."""
+    """Images, in any format that pipelines.encode reads. Or a latent dataset: the images from which it was encoded, found
+    without listing them again."""
     data: str | None = None
     """Latent dataset to decode, instead of --images. Decoded images have the best quality that their autoencoder allows."""
     image_size: int = 256

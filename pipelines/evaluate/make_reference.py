@@ -9,9 +9,10 @@ from pipelines.errors import InputError
 from pipelines.evaluate.chunks import Chunk, Kept, decoded_chunks, image_file_chunks
 from pipelines.evaluate.extractors import absolute_extractor, open_extractor
 from pipelines.evaluate.job import ReferenceJob
-from pipelines.evaluate.measuring import WorkerConfig, measure_sets, start_cluster
+from pipelines.evaluate.measuring import WorkerConfig
 from pipelines.evaluate.reference import reference_bytes, reference_protocol
 from pipelines.evaluate.sources import UINT8_RULE
+from pipelines.evaluate.workers import measure_sets, start_cluster
 from pipelines.images.sources import find_images
 from pipelines.latents.manifest import read_manifest
 

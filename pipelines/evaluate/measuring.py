@@ -1,35 +1,24 @@
-"""Measures sets of images with a pool of Ray actors, one per device.
+"""Measures chunks of images on one device.
 
 Images stay on the worker that generated or read them. A worker returns sums of features, and as many features and images
 as `Chunk.kept` specifies.
 """
 
-import logging
-import os
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import pyarrow as pa
-import ray
 import torch
 
 from meanflow_core.autoencoder import forbid_tf32
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import FeatureStatistics, ScoreSums
-from pipelines.cluster import choose_gpus, num_gpus, start_ray
-from pipelines.errors import InputError
 from pipelines.evaluate.chunks import Chunk
 from pipelines.evaluate.extractors import Extractor, Features, open_extractor
 from pipelines.evaluate.job import MeasuringOptions
 from pipelines.evaluate.sources import Models
 from pipelines.evaluate.sums import SetSums
 from pipelines.latents.autoencoder import open_autoencoder
-from pipelines.progress import Progress
 from pipelines.tracking.registry import fetch_generator
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +43,6 @@ class Measurer:
         self._batch_size = options.batch_size  # affects rounding, so reports record it
         self.extractor: Extractor = open_extractor(options.extractor, options.extractor_weights, device)
         self._models = _load_models(config, torch.device(device))
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """{"chunk": [a pickled Chunk]} -> {"sums": [pickled SetSums]}."""
-        chunk: Chunk = pickle.loads(batch["chunk"][0])  # trusted: from this job's driver
-        return {"sums": np.array([pickle.dumps(self.measure(chunk))], dtype=object)}
 
     def measure(self, chunk: Chunk) -> SetSums:
         """Computes the sums of a chunk."""
@@ -116,75 +100,3 @@ def _statistics(features: torch.Tensor) -> FeatureStatistics:
 def _copy_to_cpu(values: torch.Tensor) -> torch.Tensor:
     # A copy, because pickling a view pickles its whole storage.
     return values.to("cpu", copy=True)
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Number and device of the workers."""
-
-    num_workers: int
-    use_gpu: bool
-
-
-def start_cluster(options: MeasuringOptions) -> Workers:
-    """Starts or joins a Ray cluster, and chooses the number and device of the workers.
-
-    Raises InputError if this machine has fewer GPUs than requested.
-    """
-    start_ray(needed_cpus=(options.num_workers or os.cpu_count() or 1) + 1)
-    default = (num_gpus() if options.device != "cpu" else 0) or os.cpu_count() or 1
-    num_workers = options.num_workers or default
-    return Workers(num_workers, choose_gpus(options.device, num_workers))
-
-
-def measure_sets(
-    chunks: Sequence[Chunk],
-    config: WorkerConfig,
-    workers: Workers,
-    on_chunk: Callable[[SetSums], None] = lambda sums: None,
-) -> dict[str, SetSums]:
-    """Measures all chunks on the cluster. Returns the sums of each set, added in the order of its chunks.
-
-    on_chunk: called with the sums of every chunk in order; it may remove their images. Raises a worker's InputError, for
-    example if the worker cannot load the extractor.
-    """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = None  # keep one chunk per block
-    rows = [pa.table({"chunk": pa.array([pickle.dumps(chunk)], pa.large_binary())}) for chunk in chunks]
-    results = ray.data.from_arrow(rows).map_batches(
-        Measurer,
-        batch_size=None,
-        fn_constructor_args=(config, "cuda" if workers.use_gpu else "cpu"),
-        compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(chunks))),
-        num_gpus=1 if workers.use_gpu else 0,
-        num_cpus=0 if workers.use_gpu else 1,
-    )
-    num_images = sum(chunk.num_images for chunk in chunks)
-    progress, num_done = Progress(logger, "measured", "images", num_images), 0
-    sets: dict[str, SetSums] = {}
-    try:
-        for row in results.iter_rows():
-            sums: SetSums = pickle.loads(row["sums"])  # trusted: from this job's workers
-            on_chunk(sums)
-            num_done += sums.num_images + sums.num_unreadable
-            sets.setdefault(sums.set_name, SetSums(sums.set_name)).add(sums)
-            progress.update(num_done, f"last chunk: {sums.set_name}")
-    except ray.exceptions.RayError as error:
-        input_error = _input_error(error)
-        if input_error is None:
-            raise
-        raise input_error from error
-    assert num_done == num_images
-    return sets
-
-
-def _input_error(error: BaseException) -> InputError | None:
-    """Finds a worker's InputError in an exception's chain of causes. None if there is none."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return None

@@ -8,7 +8,7 @@ from pyarrow import fs
 
 from pipelines.errors import InputError
 from pipelines.images.decoding import read_pixels
-from pipelines.images.index import ImageIndex, Listing
+from pipelines.images.index import ImageIndex, Listing, Map
 from pipelines.images.sources import find_images
 
 ImageSource = tuple[fs.FileSystem, Listing, ImageIndex]
@@ -35,7 +35,12 @@ def find_real_images(location: str, class_names: Sequence[str] | None) -> ImageS
     return source
 
 
-def read_evenly(images: ImageSource, size: int, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads at most `num_images` readable images spread evenly over a source: uint8 (N, size, size, 3), labels (N,)."""
-    pixels, labels = read_pixels(*images, size, num_images)
+def read_evenly(
+    images: ImageSource, size: int, num_images: int, map_slices: Map = map
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads at most `num_images` readable images spread evenly over a source: uint8 (N, size, size, 3), labels (N,).
+
+    map_slices: like the builtin `map`; may read in parallel.
+    """
+    pixels, labels = read_pixels(*images, size, num_images, map_slices)
     return torch.from_numpy(pixels), torch.from_numpy(labels)

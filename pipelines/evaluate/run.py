@@ -16,12 +16,13 @@ from PIL import Image
 
 from meanflow_core.grids import image_grid
 from pipelines import storage
+from pipelines.cluster import map_on_cluster
 from pipelines.errors import InputError
 from pipelines.evaluate.chunks import num_kept_between
 from pipelines.evaluate.extractors import absolute_extractor
 from pipelines.evaluate.inputs import Inputs, open_inputs
 from pipelines.evaluate.job import EvaluateJob
-from pipelines.evaluate.measuring import WorkerConfig, Workers, measure_sets, start_cluster
+from pipelines.evaluate.measuring import WorkerConfig
 from pipelines.evaluate.mlflow_log import log_report
 from pipelines.evaluate.plan import (
     GRID,
@@ -33,12 +34,14 @@ from pipelines.evaluate.plan import (
     samples_set,
 )
 from pipelines.evaluate.plots import plot_guidance, plot_quality
+from pipelines.evaluate.promotion import open_promotion, promote_if_better
 from pipelines.evaluate.real_images import read_evenly
 from pipelines.evaluate.reference import Reference, read_reference, reference_bytes, reference_protocol
 from pipelines.evaluate.report import build_report
 from pipelines.evaluate.sample_files import SampleFileWriter
 from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.table import report_table
+from pipelines.evaluate.workers import Workers, measure_sets, start_cluster
 from pipelines.progress import format_seconds
 from pipelines.tracking.registry import REGISTRY_SCHEMES
 
@@ -53,6 +56,11 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     Raises InputError for invalid input.
     """
     job = with_absolute_locations(job)
+    promotion = None
+    if job.promote:
+        promotion = open_promotion(job, job.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        if promotion is not None:
+            job = replace(job, model=promotion.version.uri)  # the alias may move during the evaluation
     inputs = open_inputs(job)
     measured = _measure(job, inputs)
     job.output.mkdir(parents=True, exist_ok=True)
@@ -62,6 +70,8 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
         logger.warning("skipped %d unreadable %s", count, name)
     files = _write_report(job, inputs, report, measured.sets)
     log_report(job, inputs.generator, report, files)
+    if promotion is not None:
+        promote_if_better(promotion, report)
     return report
 
 
@@ -185,10 +195,13 @@ def _complete_reference(job: EvaluateJob, inputs: Inputs, sets: Mapping[str, Set
 
 
 def _train_pixels(inputs: Inputs) -> torch.Tensor | None:
-    """Training images for the pixel distances. None without training images, held-out images or a generator."""
+    """Reads training images for the pixel distances on the cluster.
+
+    Returns None without training images, held-out images or a generator.
+    """
     if inputs.train is None or inputs.held_out is None or inputs.generator is None:
         return None
-    return read_evenly(inputs.train, inputs.image_size, NUM_PIXEL_TRAIN)[0]
+    return read_evenly(inputs.train, inputs.image_size, NUM_PIXEL_TRAIN, map_on_cluster)[0]
 
 
 def _write_report(job: EvaluateJob, inputs: Inputs, report: dict[str, Any], sets: Mapping[str, SetSums]) -> list[Path]:

@@ -4,6 +4,7 @@ B images of a batch, H W image size.
 """
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.images.decoding import decode_images
 from pipelines.images.sources import ImageSlice
 from pipelines.latents.shards import read_shard
+
+logger = logging.getLogger(__name__)
 
 UINT8_RULE = "clamp(127.5 x + 128, 0, 255), truncated"  # how decoded images become uint8; recorded in reports
 
@@ -102,13 +105,16 @@ class ImageFiles:
         decoded = zip(decode_images(self.images, self.size), labels, strict=True)
         while batch := list(itertools.islice(decoded, batch_size)):
             readable = [(image, label) for image, label in batch if not isinstance(image, Exception)]
+            problems = [image for image, _ in batch if isinstance(image, Exception)]
+            if problems:
+                logger.warning("skipped %d unreadable images: %s", len(problems), problems[0])
             array = np.array([image for image, _ in readable], dtype=np.uint8).reshape(-1, self.size, self.size, 3)
             pixels = torch.from_numpy(array)
             if self.reconstruct and readable:
                 assert models.autoencoder is not None
                 pixels = reconstruct(models.autoencoder, pixels.to(models.device))
             batch_labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
-            yield ImageBatch(pixels, batch_labels, num_unreadable=len(batch) - len(readable))
+            yield ImageBatch(pixels, batch_labels, num_unreadable=len(problems))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Sums of features over images. The sums of all chunks add up to the sums of the whole set."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -54,6 +54,11 @@ class SetSums:
         self.num_images += chunk.num_images
         self.num_unreadable += chunk.num_unreadable
 
+    def split(self) -> tuple["SetSums", "SetSums"]:
+        """The counts with the kept features and images, and the sums of the features."""
+        sums = SetSums(self.set_name, groups=self.groups, scores=self.scores, spatial=self.spatial)
+        return replace(self, groups={}, scores={}, spatial=None), sums
+
     @property
     def statistics(self) -> FeatureStatistics:
         """Feature statistics of the whole set."""
@@ -70,3 +75,11 @@ class SetSums:
 
 def _add_to(sums: dict[int, Sums], key: int, part: Sums) -> None:
     sums[key] = sums[key] + part if key in sums else part
+
+
+def add_sums(*parts: SetSums) -> SetSums:
+    """The sums of consecutive parts of a set."""
+    total = SetSums(parts[0].set_name)
+    for part in parts:
+        total.add(part)
+    return total

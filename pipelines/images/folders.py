@@ -10,7 +10,7 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.images.class_names import read_class_names
-from pipelines.images.index import ENTRY_SCHEMA, ImageIndex, Listing, MapFiles
+from pipelines.images.index import ENTRY_SCHEMA, ImageFile, ImageIndex, Listing, Map
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 NUM_THREADS = 8  # files read at once; small files are bound by latency, especially in object stores
@@ -33,7 +33,7 @@ def check_files(location: str, files: list[str], folders: list[str]) -> None:
         )
 
 
-def index(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles) -> ImageIndex:
+def index(filesystem: fs.FileSystem, listing: Listing, map_files: Map) -> ImageIndex:
     """Builds the index from the paths alone. Class ids number the sorted folder names."""
     names = read_class_names(filesystem, listing.root)
     folder_of_file = [path.split("/", 1)[0] for path in listing.files]
@@ -45,18 +45,25 @@ def index(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles) -> I
         "file": np.arange(len(folder_of_file)),
         "position": np.zeros(len(folder_of_file), np.int64),
         "size": listing.sizes,
+        "row_group": pa.nulls(len(folder_of_file)),
     }
     return ImageIndex(pa.table(columns).cast(ENTRY_SCHEMA), [names.get(wnid, wnid) for wnid in wnids], wnids)
 
 
-def read(filesystem: fs.FileSystem, root: str, files: dict[int, str], entries: pa.Table) -> Iterator[bytes | Exception]:
-    """Yields the content of each image file, or the error if the file is missing or not readable."""
+def read(
+    filesystem: fs.FileSystem, root: str, files: dict[int, ImageFile], entries: pa.Table
+) -> Iterator[bytes | Exception]:
+    """Yields the content of each image file, or the error if the file is gone, has changed or is not readable."""
 
     def read_file(number: int) -> bytes | Exception:
+        file = files[number]
         try:
-            return storage.read_bytes(filesystem, f"{root}/{files[number]}")
-        except (FileNotFoundError, PermissionError) as error:
+            content = storage.read_bytes(filesystem, f"{root}/{file.path}")
+        except FileNotFoundError:
+            return FileNotFoundError(file.gone())
+        except PermissionError as error:
             return error
+        return content if len(content) == file.size else ValueError(file.changed(len(content)))
 
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         yield from threads.map(read_file, entries["file"].to_pylist())

@@ -1,14 +1,11 @@
 """The files of an image source (`Listing`), and its images, one entry each (`ImageIndex`)."""
 
 import hashlib
-import io
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.images.formats import Format
 
@@ -19,11 +16,29 @@ ENTRY_SCHEMA = pa.schema(
         ("file", pa.int32()),  # position of the file in `Listing.files`
         ("position", pa.int64()),  # row in a Parquet file, byte offset in a tar
         ("size", pa.int64()),  # in bytes; 0 for Parquet, whose metadata has no image sizes
+        ("row_group", pa.int32()),  # of a Parquet file; null elsewhere
     ]
 )
 
-MapFiles = Callable[[Callable[[Any], Any], list], Iterable]
+Map = Callable[[Callable[[Any], Any], list], Iterable]
 """Applies a function to each item and yields the results in order, as the builtin `map` does."""
+
+
+class ImageFile(NamedTuple):
+    """A file of a source."""
+
+    path: str
+    """Relative to the root."""
+    size: int
+    """In bytes, when it was listed."""
+
+    def gone(self) -> str:
+        """Message for a file that no longer exists."""
+        return f"{self.path} is gone since the images were listed"
+
+    def changed(self, size: int) -> str:
+        """Message for a file that has another size now."""
+        return f"{self.path} has changed since the images were listed: it has {size} bytes instead of {self.size}"
 
 
 @dataclass(frozen=True)
@@ -61,22 +76,3 @@ class ImageIndex:
 
     def __len__(self) -> int:
         return self.entries.num_rows
-
-    def to_bytes(self, source_sha256: str) -> bytes:
-        """Serializes the index as Parquet, together with the hash of its listing."""
-        metadata = {"class_names": self.class_names, "wnids": self.wnids, "source_sha256": source_sha256}
-        buffer = io.BytesIO()
-        pq.write_table(self.entries.replace_schema_metadata({b"meanflow.index": json.dumps(metadata).encode()}), buffer)
-        return buffer.getvalue()
-
-    @classmethod
-    def from_bytes(cls, content: bytes, source_sha256: str) -> "ImageIndex | None":
-        """Reads the result of `to_bytes`. Returns None for a damaged index or one of another listing."""
-        try:
-            table = pq.read_table(io.BytesIO(content))
-            metadata = json.loads(table.schema.metadata[b"meanflow.index"])
-        except (pa.ArrowInvalid, KeyError, TypeError):
-            return None
-        if metadata["source_sha256"] != source_sha256:
-            return None
-        return cls(table.replace_schema_metadata(None).cast(ENTRY_SCHEMA), metadata["class_names"], metadata["wnids"])

@@ -1,12 +1,13 @@
 """A source of images in any supported format: list its files, index its images, read some of them.
 
-Listing reads file names and sizes only. Indexing also reads tar headers or two Parquet columns. The result depends on the
-files alone, so every process that slices the index gets the same images.
+Listing reads file names and sizes only. Indexing also reads two Parquet columns or tar headers; tars in an object store are
+streamed as a whole. The result depends on the files alone, so every process that slices the index gets the same images.
+Reading takes only the images of a slice: image files, parts of tars, and the image column of Parquet row groups.
 """
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Protocol, cast, get_args
 
@@ -18,7 +19,8 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.images.formats import Format
-from pipelines.images.index import ImageIndex, Listing, MapFiles
+from pipelines.images.index import ImageFile, ImageIndex, Listing, Map
+from pipelines.images.stored import INDEX, read_index_bytes
 
 
 class FormatReader(Protocol):
@@ -30,11 +32,11 @@ class FormatReader(Protocol):
     def check_files(self, location: str, files: list[str], folders: list[str]) -> None:
         """Raises InputError for a set of files that is ambiguous or incomplete."""
 
-    def index(self, filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles) -> ImageIndex:
+    def index(self, filesystem: fs.FileSystem, listing: Listing, map_files: Map) -> ImageIndex:
         """Builds the index. Raises InputError for images without a label and labels without an image."""
 
     def read(
-        self, filesystem: fs.FileSystem, root: str, files: dict[int, str], entries: pa.Table
+        self, filesystem: fs.FileSystem, root: str, files: dict[int, ImageFile], entries: pa.Table
     ) -> Iterator[bytes | Exception]:
         """Yields the bytes of each entry's image in order, or the reason why there are none."""
 
@@ -50,12 +52,9 @@ def list_images(location: str, image_format: Format | None = None) -> tuple[fs.F
     image_format: default: detected from the file names.
     Raises InputError for no files of the format, several formats or splits, and classes without images.
     """
-    folder, pattern = location, "*"
-    parent, _, name = location.rpartition("/")
-    if "*" in name or _is_file(location):
-        folder, pattern = parent or ".", name
+    folder, pattern = _split(location)
     filesystem, root = storage.require_folder(folder, "image folder")
-    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    infos = storage.list_folder(filesystem, root)
     paths = {info.path[len(root) :].lstrip("/"): info for info in infos}
     sizes = {
         path: info.size
@@ -84,6 +83,12 @@ def list_images(location: str, image_format: Format | None = None) -> tuple[fs.F
     return filesystem, Listing(location, root, chosen, files[chosen], [sizes[path] for path in files[chosen]])
 
 
+def _split(location: str) -> tuple[str, str]:
+    """The folder of a location, and the pattern of its file names."""
+    parent, _, name = location.rpartition("/")
+    return (parent or ".", name) if "*" in name or _is_file(location) else (location, "*")
+
+
 def _is_file(location: str) -> bool:
     if not location.lower().endswith((".parquet", ".tar")):
         return False
@@ -91,7 +96,7 @@ def _is_file(location: str) -> bool:
     return filesystem.get_file_info(path).type == fs.FileType.File
 
 
-def index_images(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles = map) -> ImageIndex:
+def index_images(filesystem: fs.FileSystem, listing: Listing, map_files: Map = map) -> ImageIndex:
     """Builds the index of a listing.
 
     map_files: like the builtin `map`; may index the files of packed formats in parallel, for example on a cluster.
@@ -110,9 +115,29 @@ def index_images(filesystem: fs.FileSystem, listing: Listing, map_files: MapFile
 
 
 def find_images(location: str, image_format: Format | None = None) -> tuple[fs.FileSystem, Listing, ImageIndex]:
-    """Lists and indexes a source. Raises InputError as `list_images` and `index_images` do."""
+    """Lists and indexes a source. For a latent dataset, opens the images from which it was encoded, without listing them.
+
+    Raises InputError as `list_images`, `index_images` and `open_encoded_images` do.
+    """
+    filesystem, root = storage.open_storage(location)
+    if filesystem.get_file_info(f"{root}/{INDEX}").type == fs.FileType.File:
+        return open_encoded_images(location)
     filesystem, listing = list_images(location, image_format)
     return filesystem, listing, index_images(filesystem, listing)
+
+
+def open_encoded_images(dataset: str, location: str | None = None) -> tuple[fs.FileSystem, Listing, ImageIndex]:
+    """Opens the images from which a latent dataset was encoded, by the index that it contains. Lists nothing.
+
+    location: where the images are now. Default: where they were when they were encoded.
+    Raises InputError if their folder does not exist. A file that is gone or has changed is an error when it is read.
+    """
+    filesystem, root = storage.open_storage(dataset)
+    content = storage.read_bytes(filesystem, f"{root}/{INDEX}")
+    listing, index = read_index_bytes(content, f"{dataset}/{INDEX}")
+    location = location or listing.location
+    filesystem, root = storage.require_folder(_split(location)[0], "image folder")
+    return filesystem, replace(listing, location=location, root=root), index
 
 
 @dataclass(frozen=True)
@@ -122,8 +147,8 @@ class ImageSlice:
     filesystem: fs.FileSystem
     root: str
     format: Format
-    files: dict[int, str]
-    """Paths of the files that the entries refer to, by their position in the listing."""
+    files: dict[int, ImageFile]
+    """The files that the entries refer to, by their position in the listing."""
     entries: pa.Table
     """One row per image, with ENTRY_SCHEMA."""
 
@@ -134,7 +159,8 @@ class ImageSlice:
         """Selects rows (int64, ascending) of the index. Default: all."""
         # `take` copies. A slice of the table would be pickled together with the whole table.
         entries = index.entries if rows is None else index.entries.take(pa.array(rows))
-        files = {number: listing.files[number] for number in pc.unique(entries["file"]).to_pylist()}
+        numbers = pc.unique(entries["file"]).to_pylist()
+        files = {number: ImageFile(listing.files[number], listing.sizes[number]) for number in numbers}
         return cls(filesystem, listing.root, listing.format, files, entries.combine_chunks())
 
     def read(self) -> Iterator[bytes | Exception]:

@@ -5,25 +5,29 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from pipelines.images.index import ENTRY_SCHEMA, ImageIndex, Listing, MapFiles
+from pipelines.images.index import ENTRY_SCHEMA, ImageFile, ImageIndex, Listing, Map
 from pipelines.images.packed_files import FileIndex, check_one_split, index_packed, read_packed
 
 EXTENSIONS = (".tar",)
 check_files = check_one_split
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 STREAM_BUFFER_BYTES = 2**23
+MAX_GAP_BYTES = 2**20  # an object store transfers about 1 MiB in the time that another request takes
 
 
-def index(filesystem: fs.FileSystem, listing: Listing, map_files: MapFiles) -> ImageIndex:
+def index(filesystem: fs.FileSystem, listing: Listing, map_files: Map) -> ImageIndex:
     """Builds the index from the tar headers and labels."""
     return index_packed(filesystem, listing, map_files, _index_file)
 
 
-def read(filesystem: fs.FileSystem, root: str, files: dict[int, str], entries: pa.Table) -> Iterator[bytes | Exception]:
-    """Yields the bytes of each image, with one request per tar."""
+def read(
+    filesystem: fs.FileSystem, root: str, files: dict[int, ImageFile], entries: pa.Table
+) -> Iterator[bytes | Exception]:
+    """Yields the bytes of each image. Reads images with small gaps between them in one request, and skips large gaps."""
     return read_packed(filesystem, root, files, entries, _read_file)
 
 
@@ -93,8 +97,11 @@ def _label(sample: dict[str, Any]) -> int:
 
 
 def _read_file(stream: pa.NativeFile, entries: pa.Table) -> Iterator[bytes | Exception]:
-    positions, sizes = entries["position"].to_numpy(), entries["size"].to_numpy()
-    first = int(positions.min())
-    content = memoryview(stream.read_at(int((positions + sizes).max()) - first, first))
-    for position, size in zip(positions - first, sizes, strict=True):
-        yield bytes(content[position : position + size])
+    starts = entries["position"].to_numpy()
+    stops = starts + entries["size"].to_numpy()
+    gaps = np.flatnonzero(abs(starts[1:] - stops[:-1]) > MAX_GAP_BYTES) + 1
+    for rows in np.split(np.arange(len(starts)), gaps):
+        first = starts[rows].min()  # samples are in the order of their first files, which need not be the images
+        content = memoryview(stream.read_at(int(stops[rows].max() - first), int(first)))
+        for row in rows:
+            yield bytes(content[starts[row] - first : stops[row] - first])

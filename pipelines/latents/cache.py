@@ -118,7 +118,7 @@ def _require_disk_space(location: str, manifest: Manifest, folder: Path, num_mis
     if needed + RESERVED_BYTES > free:
         raise InputError(
             f"this node's copy of {location} needs {needed / 1e9:.1f} GB more, but {folder.parent} has {free / 1e9:.1f} GB "
-            f"free; choose another --cache-dir, train with --no-mirror, delete old copies (python -m "
+            f"free; choose another --cache-dir,{' train with --no-mirror,' if mirrored else ''} delete old copies (python -m "
             f"pipelines.latent_cache), or map shared storage with --cache-dir none"
         )
 

@@ -2,7 +2,7 @@
 
 latents/
     manifest.json               written last: a folder without it is not a dataset
-    recipe.json, index.parquet  images and settings of the encoding, written first
+    recipe.json, index.parquet  settings and images of the encoding (`pipelines.images.stored`), written first
     vae/                        the autoencoder, so that the dataset can be decoded anywhere
     shards/shard-00000.arrow ...
     rejected.parquet            sample_id and reason of each image that could not be encoded
@@ -23,7 +23,6 @@ from pipelines.errors import InputError
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
-INDEX = "index.parquet"
 REJECTED = "rejected.parquet"
 
 
@@ -50,7 +49,7 @@ class EncodingRecipe:
     precision: str = "float32"
     """Precision of the autoencoder."""
     limit: int | None = None
-    """Number of images, evenly spaced over the index; None for all."""
+    """Number of images, chosen by `pipelines.images.sampling`; None for all."""
     moments_kind: str = MOMENTS_KIND
     """Meaning of the first C and the last C channels of the moments."""
     dtype: str = "float16"

@@ -75,8 +75,8 @@ class ExecutedFlops:
 
     in_precision: float
     """FLOPs at the configured precision."""
-    in_float32: float
-    """FLOPs of the separate float32 pass that computes du/dt under bfloat16; else 0."""
+    of_derivative: float
+    """FLOPs of the separate pass that computes du/dt under bfloat16, at config.derivative_precision; else 0."""
 
 
 def num_parameters(config: NetworkConfig, *, sample_size: int, in_channels: int, num_classes: int) -> int:
@@ -162,15 +162,15 @@ def executed_flops(config: TrainingConfig, *, sample_size: int, in_channels: int
     """
     sizes = {"sample_size": sample_size, "in_channels": in_channels, "num_classes": num_classes}
     if not config.separate_derivative:  # nothing is recomputed
-        return ExecutedFlops(in_precision=step_flops(config, **sizes), in_float32=0.0)
-    total, in_float32 = _flops(config, sizes, NUM_DRAWN_SAMPLES, with_recomputation=True)
-    return ExecutedFlops(in_precision=float(total - in_float32), in_float32=float(in_float32))
+        return ExecutedFlops(in_precision=step_flops(config, **sizes), of_derivative=0.0)
+    total, of_derivative = _flops(config, sizes, NUM_DRAWN_SAMPLES, with_recomputation=True)
+    return ExecutedFlops(in_precision=float(total - of_derivative), of_derivative=float(of_derivative))
 
 
 def _flops(
     config: TrainingConfig, sizes: Mapping[str, int], num_drawn_samples: int, *, with_recomputation: bool
 ) -> np.ndarray:
-    """(2,): FLOPs of a step, averaged over the phases, and with recomputation under bfloat16 those in float32."""
+    """(2,): FLOPs of a step, averaged over the phases, and with recomputation under bfloat16 those of float32 operands."""
     is_bfloat16 = with_recomputation and config.precision == "bfloat16"
 
     def of_phase(loss: LossConfig) -> np.ndarray:

@@ -75,7 +75,10 @@ def compute_seconds(workload: Workload, cluster: Cluster, num_gpus: int) -> floa
     executed = executed_flops(config, **workload.sizes)
     return sum(
         seconds_of_flops(flops, batch, num_gpus, cluster.sustained_teraflops(precision))
-        for flops, precision in ((executed.in_precision, config.precision), (executed.in_float32, "float32"))
+        for flops, precision in (
+            (executed.in_precision, config.precision),
+            (executed.of_derivative, config.derivative_precision),
+        )
     )
 
 

@@ -33,8 +33,6 @@ class Workload:
     """Channels, height and width of a latent."""
     classes: int = 1000
     """Number of classes."""
-    mirror: bool = True
-    """Whether nodes also store the latents of mirrored images."""
 
     def __post_init__(self) -> None:
         _, height, width = self.latent_shape
@@ -60,7 +58,7 @@ class Workload:
     @property
     def latent_bytes(self) -> int:
         """Bytes of all moments. Labels, ids and Arrow's framing add about 0.3 % for ImageNet."""
-        return self.images * self.image_bytes * (1 + self.mirror)
+        return self.images * self.image_bytes * (1 + self.config.mirror)
 
     def num_shards(self, num_gpus: int) -> int:
         """Devices over which FSDP2 shards parameters, gradients, optimiser state and averages; 1 under DDP."""

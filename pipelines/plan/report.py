@@ -199,11 +199,14 @@ def _flops(workload: Workload) -> Lines:
 def _executed(workload: Workload) -> Lines:
     """The FLOPs that a step executes, if it recomputes some."""
     executed = executed_flops(workload.config, **workload.sizes)
-    total = executed.in_precision + executed.in_float32
+    total = executed.in_precision + executed.of_derivative
     if total < 1.001 * step_flops(workload.config, **workload.sizes):
         return []
-    in_float32 = f", {with_prefix(executed.in_float32, 'FLOP')} of it in float32" if executed.in_float32 else ""
-    return [("a step, as executed", f"{with_prefix(total, 'FLOP')}{in_float32}")]
+    precision = workload.config.derivative_precision
+    of_derivative = (
+        f", {with_prefix(executed.of_derivative, 'FLOP')} of it in {precision}" if executed.of_derivative else ""
+    )
+    return [("a step, as executed", f"{with_prefix(total, 'FLOP')}{of_derivative}")]
 
 
 def _memory(workload: Workload, rows: int, num_devices: int) -> Lines:
@@ -245,7 +248,7 @@ def _step(workload: Workload, found: Estimate) -> Lines:
 
 def _data(workload: Workload, cluster: Cluster, found: Estimate) -> Lines:
     pace = workload.config.global_batch_size / found.step_seconds[0] / found.num_nodes
-    size = f"{with_prefix(workload.latent_bytes, 'B')} {'with' if workload.mirror else 'without'} mirror images"
+    size = f"{with_prefix(workload.latent_bytes, 'B')} {'with' if workload.config.mirror else 'without'} mirror images"
     return [
         ("latents", f"{size}, {workload.image_bytes:,} B per image"),
         ("copied in", f"{format_duration(workload.latent_bytes / (cluster.storage_gbyte * 1e9))}, once"),
@@ -314,7 +317,8 @@ def _assumptions(workload: Workload, cluster: Cluster) -> Lines:
     if cluster.teraflops is not None:
         rates = [("sustained per GPU", f"{cluster.teraflops:g} TFLOP/s of model FLOPs: --teraflops")]
     else:
-        in_float32 = ["float32"] if executed_flops(workload.config, **workload.sizes).in_float32 else []
+        has_derivative = executed_flops(workload.config, **workload.sizes).of_derivative > 0.0
+        precisions = [precision, *([workload.config.derivative_precision] if has_derivative else [])]
         source = (
             f"matrix products at {PEAK_FRACTION:g} of the {gpu.name}'s dense peak (a guess), the rest at "
             f"{gpu.memory_tbyte:g} TB/s, calibrated on a published DiT-XL/2 (Open-Sora, 8 H800); not measured here"
@@ -324,7 +328,7 @@ def _assumptions(workload: Workload, cluster: Cluster) -> Lines:
                 f"sustained in {name}",
                 f"{cluster.sustained_teraflops(name):.1f} of {gpu.peak_teraflops[name]:g} TFLOP/s: {source}",
             )
-            for name in [precision, *in_float32]
+            for name in precisions
         ]
     link = (
         "--link-gbyte" if cluster.link_gbyte else f"{LINK_FRACTION:g} (a guess) of the data sheet's {gpu.link_gbyte:g}"

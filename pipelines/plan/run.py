@@ -18,7 +18,7 @@ def resolve_workload(job: PlanJob) -> Workload:
             images=manifest.num_samples,
             latent_shape=manifest.latent_shape,
             classes=len(manifest.class_names),
-            mirror=workload.mirror and manifest.recipe.mirrored,
+            config=replace(workload.config, mirror=workload.config.mirror and manifest.recipe.mirrored),
         )
     if job.epochs is None:
         return workload

@@ -74,9 +74,10 @@ def train_experiments(
     theirs. max_concurrent: trainings at a time. Default: as many as the cluster has CPUs or GPUs for.
     Raises InputError for invalid input, and SystemExit after SIGTERM, when the running ones have saved a checkpoint.
     """
-    common = replace(with_absolute_locations(common), parent_run_id=parent.run_id)
-    start_ray(needed_cpus=common.num_workers)
-    use_gpu = choose_gpus(common.device, common.min_workers or common.num_workers)
+    num_workers = common.num_workers or common.min_workers or 1  # not all GPUs: several experiments train at a time
+    common = replace(with_absolute_locations(common), parent_run_id=parent.run_id, num_workers=num_workers)
+    start_ray(needed_cpus=num_workers)
+    use_gpu = choose_gpus(common.device, common.min_workers or num_workers)
     common = replace(common, device="gpu" if use_gpu else "cpu")
     trainings = _Trainings(experiments, common, parent.tracking_uri, max_concurrent)
     with _stop_requested() as stop:
@@ -164,7 +165,7 @@ class _Trainings:
         job = self._jobs[experiment.name]
         available = ray.cluster_resources().get("GPU" if job.device == "gpu" else "CPU", 0)
         validates = job.validation_data is not None  # in a task of its own
-        return self._max_concurrent or max(1, int(available) // (job.num_workers + validates))
+        return self._max_concurrent or max(1, int(available) // (job.workers + validates))
 
     def _start(self, experiment: Experiment) -> ray.ObjectRef:
         logger.info("training %s", experiment.name)

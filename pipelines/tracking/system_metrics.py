@@ -14,11 +14,14 @@ class SystemMetrics(SystemMetricsMonitor):
     """MLflow's monitor of a machine, writing through a run's outbox as "system/NODE/...".
 
     MLflow's own writer stops for good at the first failed request. A sample is taken every 10 s
-    (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL).
+    (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL), and the mean of 6 samples is logged
+    (MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING): about 70,000 values a day from a node with 8 GPUs.
     """
 
     def __init__(self, outbox: Outbox, run_id: str, tracking_uri: str, node_id: str) -> None:
-        super().__init__(run_id, sampling_interval=10, node_id=node_id, tracking_uri=tracking_uri)
+        super().__init__(
+            run_id, sampling_interval=10, samples_before_logging=6, node_id=node_id, tracking_uri=tracking_uri
+        )
         self._outbox = outbox
 
     def __enter__(self) -> "SystemMetrics":
@@ -29,12 +32,15 @@ class SystemMetrics(SystemMetricsMonitor):
         self.finish()
 
     def monitor(self) -> None:
-        """Takes samples until `finish`."""
-        has_warned = False
-        while not self._shutdown_event.wait(self.sampling_interval):
+        """Takes samples until `finish`. The last mean may be of fewer samples."""
+        has_warned, num_samples, is_finished = False, 0, False
+        while not is_finished:
+            is_finished = self._shutdown_event.wait(self.sampling_interval)
             try:
                 self.collect_metrics()
-                self.publish_metrics(self.aggregate_metrics())
+                num_samples += 1
+                if is_finished or num_samples % self.samples_before_logging == 0:
+                    self.publish_metrics(self.aggregate_metrics())
             except Exception as error:  # a driver that does not answer must not end the monitor
                 if not has_warned:
                     logger.warning("cannot read system metrics of %s: %s", self.node_id, one_line(error))

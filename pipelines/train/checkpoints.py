@@ -7,7 +7,6 @@ before the commit leaves an orphan folder, which the next start deletes.
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -31,11 +30,10 @@ from meanflow_core.config import TrainingConfig
 from meanflow_core.training import TrainState
 from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.private_interfaces import CHECKPOINT_NAME, CHECKPOINT_RECORD, checkpoint_record
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"checkpoint_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+")  # Ray's name for a checkpoint folder
-RECORD = "checkpoint_manager_snapshot.json"  # Ray's record of the committed checkpoints
 LOCAL_PREFIX = "meanflow-ray-checkpoint-"
 
 
@@ -123,12 +121,12 @@ class Committed:
 
 def committed(filesystem: fs.FileSystem, run_path: str) -> Committed | None:
     """Reads Ray's record of a run; None if no checkpoint is committed yet. Raises InputError for an unreadable record."""
-    if filesystem.get_file_info(f"{run_path}/{RECORD}").type != fs.FileType.File:
+    if filesystem.get_file_info(f"{run_path}/{CHECKPOINT_RECORD}").type != fs.FileType.File:
         return None
     try:
         result = Result.from_path(run_path, storage_filesystem=filesystem)
     except Exception as error:  # Ray's private error types, for example for a record of another Ray version
-        raise InputError(f"Ray cannot read {run_path}/{RECORD}: {error}") from error
+        raise InputError(f"Ray cannot read {run_path}/{CHECKPOINT_RECORD}: {error}") from error
     if result.checkpoint is None:
         return None
     kept = [result.checkpoint, *(checkpoint for checkpoint, _ in result.best_checkpoints or [])]
@@ -146,8 +144,8 @@ def repair_record(filesystem: fs.FileSystem, run_path: str) -> None:
     to start in either case. Only call this while no job trains the run. Raises InputError if no checkpoint is complete, or
     if a checkpoint has another format version.
     """
-    has_record = filesystem.get_file_info(f"{run_path}/{RECORD}").type == fs.FileType.File
-    recorded = _recorded_names(filesystem, f"{run_path}/{RECORD}") if has_record else None
+    has_record = filesystem.get_file_info(f"{run_path}/{CHECKPOINT_RECORD}").type == fs.FileType.File
+    recorded = _recorded_names(filesystem, f"{run_path}/{CHECKPOINT_RECORD}") if has_record else None
     steps, damage = {}, {}  # by folder name
     for name in _checkpoint_folders(filesystem, run_path) | (recorded or set()):
         step_or_damage = _step_or_damage(filesystem, f"{run_path}/{name}")
@@ -161,29 +159,15 @@ def repair_record(filesystem: fs.FileSystem, run_path: str) -> None:
         if not has_record:
             return  # no checkpoint was ever committed
         raise InputError(
-            f"{run_path} has a record of checkpoints ({RECORD}), but no complete checkpoint; delete this file to train from "
-            f"the beginning, or choose another --run-name"
+            f"{run_path} has a record of checkpoints ({CHECKPOINT_RECORD}), but no complete checkpoint; delete this file to "
+            f"train from the beginning, or choose another --run-name"
         )
     logger.warning("rebuilt Ray's record of checkpoints from the %d complete checkpoints", len(steps))
     for name in sorted(damage):
         logger.warning("ignored the damaged checkpoint %s: %s", name, damage[name])
-    results = [
-        {"checkpoint_dir_name": name, "metrics": {"step": steps[name]}}
-        for name in sorted(steps, key=lambda name: (steps[name], name))
-    ]
-    record = {
-        "ray_version": ray.__version__,
-        "checkpoint_results": results,
-        "checkpoint_report_indices": list(range(len(results))),
-        "latest_checkpoint_result": results[-1],
-        "current_report_index": len(results),
-        "pending_training_results": [],
-        "pending_validation_specs": [],
-        "validated_checkpoint_dir_names": [],
-        "timed_out_validation_checkpoint_dir_names": [],
-        "failed_validation_checkpoint_dir_names": [],
-    }
-    storage.write_bytes(filesystem, f"{run_path}/{RECORD}", json.dumps(record).encode())
+    in_order = {name: steps[name] for name in sorted(steps, key=lambda name: (steps[name], name))}
+    record = checkpoint_record(ray.__version__, in_order)
+    storage.write_bytes(filesystem, f"{run_path}/{CHECKPOINT_RECORD}", json.dumps(record).encode())
 
 
 def delete_orphans(filesystem: fs.FileSystem, run_path: str) -> list[str]:
@@ -207,7 +191,7 @@ def _checkpoint_folders(filesystem: fs.FileSystem, run_path: str) -> set[str]:
     return {
         info.base_name
         for info in listing
-        if info.type == fs.FileType.Directory and NAME.fullmatch(info.base_name) is not None
+        if info.type == fs.FileType.Directory and CHECKPOINT_NAME.fullmatch(info.base_name) is not None
     }
 
 

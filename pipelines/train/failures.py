@@ -7,6 +7,7 @@ from ray.train import TrainingFailedError
 
 from pipelines import storage
 from pipelines.errors import InputError, RunError
+from pipelines.private_interfaces import original_error
 from pipelines.train import checkpoints
 from pipelines.train.job import TrainJob
 
@@ -26,7 +27,7 @@ def first_cause(error: TrainingFailedError) -> Cause:
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return Cause(getattr(error, "controller_failure", error), None)
-    causes = [Cause(getattr(failure, "_base_exc", failure), rank) for rank, failure in failures.items()]
+    causes = [Cause(original_error(failure), rank) for rank, failure in failures.items()]
     consequences = ("connection", "nccl", "gloo", "timed out")
     original = [
         cause

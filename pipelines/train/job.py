@@ -31,8 +31,9 @@ class TrainJob:
     """Folder of all runs, shared by all nodes: a path or URI."""
     run_name: str
     """Name of the run. An existing run is resumed."""
-    num_workers: int = 1
-    """Training processes: one per GPU, or any number on CPUs."""
+    num_workers: int | None = None
+    """Training processes: one per GPU, or any number on CPUs. Default: one for each GPU that the cluster has now; one if it
+    has none."""
     min_workers: int | None = None
     """Minimum number of workers: training continues with at least this many when nodes are lost. It restarts from the last
     checkpoint whenever workers leave or join. Default: num_workers."""
@@ -68,8 +69,6 @@ class TrainJob:
     """Device to train on. auto: GPUs if the cluster has any; a resumed run keeps its device."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
     """Folder on each node's local disk for a memory-mapped copy of the latents. "none": memory-map --data directly."""
-    mirror: bool = True
-    """Mirror each training image with probability 1/2. Without mirroring, the cached copy is half as large."""
     experiment: str = "meanflow-ray"
     """MLflow experiment."""
     parent_run_id: str | None = None
@@ -89,12 +88,18 @@ class TrainJob:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, but got {value}")
-        if self.min_workers is not None and self.min_workers > self.num_workers:
+        if self.min_workers is not None and self.num_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers must be at most num_workers {self.num_workers}, but got {self.min_workers}")
         if self.resize_interval_seconds <= 0:
             raise ValueError(f"resize_interval_seconds must be above 0, but got {self.resize_interval_seconds}")
         if self.init_source is not None and self.init_from is None:
             raise ValueError("init_source requires init_from, the location of the checkpoint file")
+
+    @property
+    def workers(self) -> int:
+        """`num_workers`, once the driver has replaced its default."""
+        assert self.num_workers is not None, "the driver sets it when it knows the cluster"
+        return self.num_workers
 
     @property
     def run_location(self) -> str:

@@ -112,10 +112,6 @@ def _require_compatible_data(job: TrainJob, manifest: Manifest) -> None:
         try_step(job.config, **manifest.network_sizes)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if job.config.global_batch_size < job.num_workers:
-        raise InputError(
-            f"global_batch_size {job.config.global_batch_size} must be at least num_workers {job.num_workers}"
-        )
 
 
 def _require_autoencoder(vae: str, data: str, manifest: Manifest) -> None:

@@ -77,7 +77,6 @@ def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
         "config": config,
         "data_sha256": manifest.content_sha256,
         "vae_sha256": manifest.recipe.vae_sha256,
-        "mirror": job.mirror,
         "init_from": job.init_from,
     }
     return dict(json.loads(json.dumps(content)))
@@ -150,10 +149,9 @@ def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str)
         "data": storage.redact(job.data),
         "data.num_samples": manifest.num_samples,
         "data.sha256": manifest.content_sha256,
-        "data.mirror": job.mirror,
         "data.vae": manifest.recipe.vae_id,
         "data.vae_sha256": manifest.recipe.vae_sha256,
-        "num_workers": job.num_workers,
+        "num_workers": job.workers,
         "parallelism": job.parallelism,
         "samples_per_pass": job.samples_per_pass,
         "init_from": job.init_from and storage.redact(job.init_from),

@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 
 import ray
+import torch
 from ray.actor import ActorHandle
 from ray.train import (
     CheckpointConfig,
@@ -20,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.config import TrainingConfig
 from pipelines import storage
-from pipelines.cluster import choose_gpus, start_ray
+from pipelines.cluster import choose_gpus, num_gpus, start_ray
 from pipelines.errors import InputError
 from pipelines.latents.manifest import Manifest
 from pipelines.plan.cost import step_flops
@@ -47,8 +48,8 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
     """
     ready = prepare(job)
     job, manifest, record, initial = ready.job, ready.manifest, ready.record, ready.initial
-    start_ray(needed_cpus=job.num_workers)
-    job = _with_device(job, record)
+    start_ray(needed_cpus=job.num_workers or 1)
+    job = with_workers(job, record)
     tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
     stop_request = stopping.claim_run(job.run_location)
     filesystem, run_path = storage.open_storage(job.run_location)
@@ -85,21 +86,30 @@ def dry_run(preset: str, job: TrainJob) -> str:
         images=manifest.num_samples,
         latent_shape=manifest.latent_shape,
         classes=len(manifest.class_names),
-        mirror=job.mirror,
         parallelism=job.parallelism,
         samples_per_pass=job.samples_per_pass,
     )
     try:
-        return describe(preset, workload, job.num_workers, job.min_workers)
+        return describe(preset, workload, job.num_workers or torch.cuda.device_count() or 1, job.min_workers)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def _with_device(job: TrainJob, record: TrainingRecord | None) -> TrainJob:
-    """Replaces device "auto": a resumed run keeps its device; a new run uses GPUs if the cluster has any."""
+def with_workers(job: TrainJob, record: TrainingRecord | None) -> TrainJob:
+    """Replaces the defaults of device and number of workers by what the cluster has.
+
+    A resumed run keeps its device; a new run uses GPUs if there are any. Raises InputError for more workers than samples
+    in a batch.
+    """
     device = record.device if record is not None and job.device == "auto" else job.device
-    use_gpu = choose_gpus(device, job.min_workers or job.num_workers)
-    return replace(job, device="gpu" if use_gpu else "cpu")
+    use_gpu = choose_gpus(device, job.min_workers or job.num_workers or 1)
+    num_workers = job.num_workers or max(1, job.min_workers or 0, num_gpus() if use_gpu else 0)
+    if job.config.global_batch_size < num_workers:
+        raise InputError(
+            f"global_batch_size {job.config.global_batch_size} must be at least the number of workers, but there are "
+            f"{num_workers}; choose a smaller --num-workers"
+        )
+    return replace(job, device="gpu" if use_gpu else "cpu", num_workers=num_workers)
 
 
 def _run_workers(
@@ -126,7 +136,7 @@ def _run_workers(
         train_worker,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
-            num_workers=job.num_workers if job.min_workers is None else (job.min_workers, job.num_workers),
+            num_workers=job.workers if job.min_workers is None else (job.min_workers, job.workers),
             use_gpu=job.device == "gpu",
             elastic_resize_monitor_interval_s=job.resize_interval_seconds,
         ),

@@ -2,8 +2,8 @@
 
 SIGTERM (`ray job stop`) reaches the driver, which forwards it to an actor; rank 0 polls that actor once a second.
 Preemption notices come from Ray through a collective call. All workers must react after the same step, or they deadlock.
-Therefore each step starts an asynchronous all-reduce of two flags, and the next step reads the result. This overlaps
-the communication with computation.
+Therefore rank 0 broadcasts the signals about five times a second. The broadcast is asynchronous: it starts after one step
+and is read after a later one, the same on every worker, so that it overlaps with computation.
 """
 
 import contextlib
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "meanflow-ray"  # Ray namespace of the actors
 STOP_POLL_SECONDS = 1.0
+BROADCAST_SECONDS = 0.2  # approximate time between two broadcasts of the signals
+MAX_STEPS_PER_BROADCAST = 20  # bounds the delay when steps become slower
 PREEMPTION_POLL_SECONDS = 5.0  # Ray's own interval
 ACKNOWLEDGE_SECONDS = 10.0  # if no worker acknowledges a request within this time, none is running
 ACTOR_EXIT_SECONDS = 30.0  # time within which Ray ends the actor of a killed driver
@@ -151,8 +153,11 @@ class SignalMonitor:
     def __init__(self, stop_request: ActorHandle, rank: int) -> None:
         _choose_gloo_interface()
         self._group = distributed.new_group(backend="gloo")
-        self._flags = torch.zeros(2, dtype=torch.int32)  # [stop requested, query Ray for preemptions]
-        self._reduction: distributed.Work | None = None
+        # [stop requested, query Ray for preemptions, number of steps between the next two broadcasts]
+        self._message = torch.zeros(3, dtype=torch.int32)
+        self._broadcast: distributed.Work | None = None
+        self._num_steps = self._num_steps_left = 1  # from the last broadcast to the next; how many of them are left
+        self._last_broadcast = time.monotonic()
         self._known_preemption: object = None
         self._stop_requested = threading.Event()
         self._closed = threading.Event()
@@ -162,34 +167,48 @@ class SignalMonitor:
             threading.Thread(target=self._poll_stop_request, args=(stop_request,), daemon=True).start()
 
     def poll(self) -> Signals:
-        """Returns the signals up to the previous step, which are the same on every worker."""
-        stop_requested = polls_preemption = False
-        if self._reduction is not None:
-            self._reduction.wait()
-            stop_requested, polls_preemption = bool(self._flags[0]), bool(self._flags[1])
-        self._flags.zero_()
+        """Returns new signals, after the same step on every worker."""
+        self._num_steps_left -= 1
+        if self._num_steps_left > 0:
+            return Signals()
+        stop_requested, polls_preemption, num_steps = False, False, 1
+        if self._broadcast is not None:
+            self._broadcast.wait()
+            stop_requested, polls_preemption, num_steps = (
+                bool(self._message[0]),
+                bool(self._message[1]),
+                int(self._message[2]),
+            )
         if self._is_rank_0:
-            self._flags[0] = int(self._stop_requested.is_set())
-            if time.monotonic() >= self._next_preemption_poll:
-                self._flags[1] = 1
-                self._next_preemption_poll = time.monotonic() + PREEMPTION_POLL_SECONDS
-        self._reduction = distributed.all_reduce(
-            self._flags, op=distributed.ReduceOp.MAX, group=self._group, async_op=True
-        )
+            self._write_message()
+        self._num_steps = self._num_steps_left = num_steps
+        self._broadcast = distributed.broadcast(self._message, src=0, group=self._group, async_op=True)
         return Signals(stop_requested, polls_preemption and self._has_new_preemption())
 
+    def _write_message(self) -> None:
+        now = time.monotonic()
+        step_seconds = max(now - self._last_broadcast, 1e-3) / self._num_steps
+        self._last_broadcast = now
+        polls_preemption = now >= self._next_preemption_poll
+        if polls_preemption:
+            self._next_preemption_poll = now + PREEMPTION_POLL_SECONDS
+        num_steps = min(max(1, int(BROADCAST_SECONDS / step_seconds)), MAX_STEPS_PER_BROADCAST)
+        self._message.copy_(torch.tensor([self._stop_requested.is_set(), polls_preemption, num_steps]))
+
     def close(self) -> None:
-        """Waits for the last all-reduce; every worker must call it."""
+        """Waits for the last broadcast; every worker must call it."""
         self._closed.set()
-        if self._reduction is not None:
-            self._reduction.wait()
+        if self._broadcast is not None:
+            self._broadcast.wait()
 
     def _poll_stop_request(self, stop_request: ActorHandle) -> None:
-        while not self._closed.wait(STOP_POLL_SECONDS):
+        while True:  # first at once: the request may have come while the workers started
             with contextlib.suppress(RayError):  # a failed call is retried
                 if ray.get(stop_request.poll.remote()):
                     self._stop_requested.set()
                     return
+            if self._closed.wait(STOP_POLL_SECONDS):
+                return
 
     def _has_new_preemption(self) -> bool:
         preemption = ray.train.get_preemption_info()  # collective

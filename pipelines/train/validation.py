@@ -57,7 +57,7 @@ def has_spare_resources(job: TrainJob) -> bool:
     """Whether training leaves a CPU free (and a GPU, if it trains on GPUs)."""
     resources = ray.cluster_resources()
     kind = "GPU" if job.device == "gpu" else "CPU"
-    return min(resources.get("CPU", 0), resources.get(kind, 0)) >= job.num_workers + 1
+    return min(resources.get("CPU", 0), resources.get(kind, 0)) >= job.workers + 1
 
 
 def ray_config(job: TrainJob, tracking_uri: str, run_id: str) -> ValidationConfig:

@@ -10,13 +10,14 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed
 from ray.actor import ActorHandle
 from torch.nn.parallel import DistributedDataParallel
 
-from meanflow_core.autoencoder import allow_tf32
+from meanflow_core.autoencoder import allow_tf32, forbid_tf32
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.networks.interface import Network
 from meanflow_core.objectives.interface import build_objective
@@ -86,7 +87,9 @@ class TrainingWorker:
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
         self._device = _set_up_device(self._job)
         checkpoints.delete_local_leftovers()
-        dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._job.mirror)
+        dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._config.mirror)
+        # Nodes copy at different speeds. Unlike this barrier, the process group's collectives time out after 30 minutes.
+        ray.train.collective.barrier()
         self._manifest = dataset.manifest
         self._vae = open_autoencoder(self._job.data)
         self._normalization = LatentNormalization.from_vae_config(self._vae.config)
@@ -218,8 +221,7 @@ def _set_up_device(job: TrainJob) -> torch.device:
     elif job.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if job.config.precision == "tf32":
-        allow_tf32()
+    (allow_tf32 if job.config.uses_tf32 else forbid_tf32)()
     return device
 
 

@@ -85,11 +85,11 @@ def posterior_means(batch: Batch) -> torch.Tensor:
     return batch.moments[:, :CHANNELS]
 
 
-def run_loss(network, batch: Batch, loss: LossConfig) -> LossOutput:
-    """The loss of a batch in float32, with the derivative in the training forward."""
+def run_loss(network, batch: Batch, loss: LossConfig, *, separate: bool = False) -> LossOutput:
+    """The loss of a batch. separate: du/dt in a forward of its own."""
     return build_objective(loss).loss(
         network, network, posterior_means(batch), batch.labels, batch.record,
-        null_label=CLASSES, global_num_rows=len(batch.labels),
+        null_label=CLASSES, global_num_rows=len(batch.labels), separate_derivative=separate,
     )  # fmt: skip
 
 

@@ -201,3 +201,15 @@ def test_variants_differ_from_their_bases_as_named():
     assert {name for name, preset in PRESETS.items() if preset().activation_checkpointing} == {"xl2_512"}
     heads = {name: PRESETS[name]().network.num_heads for name in ("s4", "b4", "m2", "l2", "xl2")}
     assert (heads["s4"], heads["b4"], heads["m2"], heads["l2"], heads["xl2"]) == (6, 12, 16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("precision", "derivative_precision", "expected"),
+    [
+        ("float32", "tf32", False), ("tf32", "float32", True), ("bfloat16", "tf32", True),
+        ("bfloat16", "float32", False), ("bfloat16", "bfloat16", False),
+    ],
+)  # fmt: skip
+def test_tf32_is_the_trainings_or_under_bfloat16_the_derivatives(precision, derivative_precision, expected):
+    config = dataclasses.replace(PRESETS["debug"](), precision=precision, derivative_precision=derivative_precision)
+    assert config.uses_tf32 == expected

@@ -11,7 +11,8 @@ from meanflow_core.objectives.draws import (
     draw_two_times,
     r_below_t_mask,
 )
-from tests.support.objectives import GUIDED, HALF, IMPROVED, draw_record, make_record, rows_of
+from meanflow_core.objectives.interface import build_objective
+from tests.support.objectives import GUIDED, HALF, IMPROVED, draw_record, make_record
 
 DRAWS = {
     "t": torch.tensor([0.7, 0.5]),
@@ -87,6 +88,14 @@ def test_draws_are_a_function_of_seed_and_step():
     assert not torch.equal(draw(1, 2).t, draw(2, 2).t)
     assert not torch.equal(draw(1, 2).noise, draw(1, 2).posterior_noise)
     assert not torch.equal(draw(1, 2).noise, draw(2, 1).noise)
+    # The identity of every run: another value, for example of a newer NumPy, would change what a resumed run trains on.
+    drawn = draw(1, 2)
+    assert drawn.noise[0, 0, 0, :2].tolist() == pytest.approx([0.0196245, -0.6034775])
+    assert drawn.noise[7, 3, 7, 6:].tolist() == pytest.approx([-0.3993497, 0.0508170])
+    assert drawn.posterior_noise[7, 3, 7, 6:].tolist() == pytest.approx([-0.4135489, -0.6062246])
+    assert drawn.t[:2].tolist() == pytest.approx([0.1739077, 0.4857677])
+    assert drawn.omega[:2].tolist() == pytest.approx([4.1246300, 1.9764085])
+    assert drawn.mirrored.tolist() == [False, False, True, False, False, False, True, False]
 
 
 def test_half_of_the_rows_are_mirrored_and_posterior_noise_is_standard_normal():
@@ -137,9 +146,10 @@ def test_rows_at_the_bounds_of_the_interval_are_guided_and_omega_may_be_one():
     assert record.weights.conditional.tolist() == [0.0, 0.5, 0.5, 0.0]
 
 
-def test_share_of_a_record_has_every_draw_of_its_rows():
-    whole = draw_record(IMPROVED, seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
-    share = rows_of(whole, 3, 9, IMPROVED)
+def test_a_worker_draws_its_rows_as_one_process_would():
+    objective = build_objective(IMPROVED)
+    drawn = objective.draw(seed=1, step=2, num_rows=16, latent_shape=(4, 2, 2))
+    whole, share = objective.record(drawn, 0, 16), objective.record(drawn, 3, 9)
     for name in ("t", "r", "noise", "posterior_noise", "label_dropped", "mirrored", *GUIDANCE_INPUTS):
         assert torch.equal(getattr(share.draws, name), getattr(whole.draws, name)[3:9]), name
 

@@ -18,6 +18,7 @@ from meanflow_core.presets import PRESETS
 from meanflow_core.presets.improved_meanflow import imf_network
 from meanflow_core.presets.meanflow import b2, dit_network, l2, m2, xl2
 from tests.conftest import perturbed
+from tests.support.objectives import relative
 
 
 def on_meta(config, **shape):
@@ -305,3 +306,23 @@ def test_new_dit_has_the_papers_variances_and_zero_gates():
     zeros = [parameter for name, parameter in network.named_parameters() if name.endswith("bias")]
     zeros += [network.blocks[0].adaLN_modulation[1].weight, network.final_layer.adaLN_modulation[1].weight]
     assert not any(parameter.any() for parameter in zeros)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DiTConfig(hidden_size=128, depth=28, num_heads=4),
+        ImprovedDiTConfig(hidden_size=128, depth=28, num_heads=4, aux_head_depth=8),
+    ],
+    ids=["DiT", "improved"],
+)
+def test_dudt_under_bfloat16_is_about_as_accurate_as_u_at_full_depth(config):
+    network = perturbed(build_network(config, sample_size=8, in_channels=4, num_classes=10))
+    z, tangent = torch.randn(2, 8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = network(z, conditioning(8), tangent)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = network(z, conditioning(8), tangent)
+    error_u, error_dudt = relative(found.u, exact.u), relative(found.dudt, exact.dudt)
+    assert 1e-3 < error_u < 0.01
+    assert error_dudt < 2 * error_u

@@ -37,6 +37,7 @@ from tests.support.objectives import (
     NULL,
     OTHER_OBJECTIVES,
     draw_batch,
+    draw_record,
     gradients,
     make_record,
     relative,
@@ -463,22 +464,18 @@ def test_ects_previous_time_is_the_papers():
 
 
 def test_ect_draws_the_papers_noise_levels():
-    draws = build_objective(DiscreteConsistencyConfig()).draw(seed=0, step=0, num_rows=20_000, latent_shape=(1, 1, 1))
+    draws = draw_record(DiscreteConsistencyConfig(), seed=0, step=0, num_rows=20_000, latent_shape=(1, 1, 1)).draws
     log_sigma = torch.logit(draws.t.double())
     assert log_sigma.mean().item() == pytest.approx(-1.1, abs=0.05)
     assert log_sigma.std().item() == pytest.approx(2.0, abs=0.05)
     assert torch.equal(draws.r, torch.zeros(20_000))
-    half = build_objective(DiscreteConsistencyConfig(times=HALF)).draw(
-        seed=0, step=0, num_rows=10, latent_shape=(1, 1, 1)
-    )
+    half = draw_record(DiscreteConsistencyConfig(times=HALF), seed=0, step=0, num_rows=10, latent_shape=(1, 1, 1)).draws
     assert (half.r == half.t).tolist() == [True, False] * 5
     assert (half.r == 0.0).tolist() == [False, True] * 5
 
 
 def test_ddpm_draws_every_level():
-    draws = build_objective(DiffusionConfig(num_timesteps=4)).draw(
-        seed=0, step=0, num_rows=4000, latent_shape=(1, 1, 1)
-    )
+    draws = draw_record(DiffusionConfig(num_timesteps=4), seed=0, step=0, num_rows=4000, latent_shape=(1, 1, 1)).draws
     counts = Counter(draws.t.tolist())
     assert sorted(counts) == [0.25, 0.5, 0.75, 1.0]
     assert min(counts.values()) > 900

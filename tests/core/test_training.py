@@ -194,7 +194,8 @@ def test_network_learns_to_map_noise_to_a_single_point():
     [
         ({}, False, True),
         ({"precision": "bfloat16"}, True, False),
-        ({"precision": "bfloat16", "float32_derivative": False}, True, True),
+        ({"precision": "bfloat16", "derivative_precision": "float32"}, True, False),
+        ({"precision": "bfloat16", "derivative_precision": "bfloat16"}, True, True),
         ({"activation_checkpointing": True}, False, False),
     ],
 )

@@ -26,7 +26,8 @@ def test_commands_parse_and_each_stage_reads_the_output_of_the_previous_one():
     assert preset == "xl2"
     assert train.data == encode.output
     assert train.vae == encode.vae
-    assert evaluate.model == f"models:/meanflow-{preset}@champion"
+    assert evaluate.model == f"models:/meanflow-{preset}@candidate"
+    assert evaluate.promote
     # A cluster that scales from zero has no GPUs when the driver starts, so `--device auto` would choose CPUs.
     assert {encode.device, train.device, evaluate.device} == {"gpu"}
     assert encode.num_workers

@@ -248,7 +248,9 @@ def test_entrypoints_parse_and_agree_with_each_other(overlay):
     assert train.data == encode.output
     assert evaluate.train_images == encode.images
     config, _ = validated(named(overlay, "RayService", "endpoint")["spec"]["serveConfigV2"])
-    assert evaluate.model == config["applications"][0]["args"]["model"] == f"models:/meanflow-{preset}@champion"
+    assert evaluate.model == f"models:/meanflow-{preset}@candidate"
+    assert evaluate.promote
+    assert config["applications"][0]["args"]["model"] == f"models:/meanflow-{preset}@champion"
     for place in (encode.images, encode.output, train.storage, str(evaluate.output)):
         assert place.startswith("/storage/")  # outlives the pods
     group = gpu_group(clusters(overlay)["train"])

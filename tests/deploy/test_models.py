@@ -1,13 +1,16 @@
 import datetime
 import json
 import shutil
+import time
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from pyarrow import fs
 
 from deploy import models
-from deploy.models import fetched_generator, is_alias, resolve_model, tag_as_serving
+from deploy.models import fetch_generator, is_alias, resolve_model, tag_as_serving
+from tests.support.object_store import s3_bucket
 
 ALIAS = "champion"
 
@@ -63,37 +66,60 @@ def test_a_registered_model_requires_a_tracking_uri():
         resolve_model("models:/stars/1", None)
 
 
-def test_a_downloaded_model_names_its_source_and_is_deleted_afterwards(registry, other_folder):
+def test_a_node_downloads_a_registered_model_once_and_names_its_source(registry, other_folder, monkeypatch):
     uri, runs = registry
-    with fetched_generator("models:/stars/2", uri) as (folder, source):
-        weights = (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    folder, source = fetch_generator("models:/stars/2", uri)
+    weights = (folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert weights == (other_folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert not folder.exists()
     assert (source.name, source.version, source.run_id, source.tracking_uri) == ("stars", "2", runs[1], uri)
-    with fetched_generator(f"runs:/{runs[0]}/generator", uri) as (_, source):
-        assert (source.name, source.version, source.run_id) == ("generator", None, runs[0])
+    _, source = fetch_generator(f"runs:/{runs[0]}/generator", uri)
+    assert (source.name, source.version, source.run_id) == ("generator", None, runs[0])
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", None)
+    assert fetch_generator("models:/stars/2", uri)[0] == folder
 
 
 def test_a_folder_is_used_in_place_and_names_its_training_run(generator_folder, tmp_path):
-    with fetched_generator(str(generator_folder), None) as (folder, source):
-        assert folder == generator_folder
-    assert folder.exists()
+    folder, source = fetch_generator(str(generator_folder), None)
+    assert folder == generator_folder
     assert (source.name, source.run_id) == ("first", None)
     trained = shutil.copytree(generator_folder, tmp_path / "stars" / "generator")
     (trained / "provenance.json").write_text(json.dumps({"run_id": "abc"}))
-    with fetched_generator(str(trained), None) as (_, source):
-        assert (source.name, source.run_id) == ("stars", "abc")
+    _, source = fetch_generator(str(trained), None)
+    assert (source.name, source.run_id) == ("stars", "abc")
+
+
+def test_a_generator_in_an_object_store_is_fetched_again_only_when_it_changes(generator_folder):
+    with s3_bucket() as bucket:
+        uri = f"{bucket}/runs/stars/generator"
+        with pytest.raises(ValueError, match=f"cannot find model {uri}"):
+            resolve_model(uri, None)
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        fs.copy_files(str(generator_folder), path, destination_filesystem=filesystem)
+        assert resolve_model(uri, None) == uri
+        folder, source = fetch_generator(uri, None)
+        assert (source.model, source.name) == (uri, "stars")
+        assert read_files(folder) == read_files(generator_folder)
+        assert fetch_generator(uri, None)[0] == folder
+        with filesystem.open_output_stream(f"{path}/provenance.json") as file:
+            file.write(b'{"run_id": "abc"}')
+        changed, source = fetch_generator(uri, None)
+        assert (changed != folder, source.run_id) == (True, "abc")
+        time.sleep(1.1)  # an object store's times are in seconds
+        with filesystem.open_output_stream(f"{path}/provenance.json") as file:
+            file.write(b'{"run_id": "xyz"}')  # the same size
+        assert fetch_generator(uri, None)[1].run_id == "xyz"
+
+
+def read_files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_replicas_refuse_an_alias(registry):
     assert is_alias("models:/stars@champion")
     assert is_alias("models:/stars/latest")
     assert not is_alias("models:/stars/3")
-    with (
-        pytest.raises(ValueError, match="may refer to a different version on each replica"),
-        fetched_generator("models:/stars@champion", registry[0]),
-    ):
-        pass
+    with pytest.raises(ValueError, match="may refer to a different version on each replica"):
+        fetch_generator("models:/stars@champion", registry[0])
 
 
 def test_the_command_prints_the_version_behind_an_alias(registry, monkeypatch, capsys):
@@ -112,14 +138,14 @@ def test_the_command_prints_the_version_behind_an_alias(registry, monkeypatch, c
 
 def test_a_serving_version_is_tagged_in_mlflow(registry, generator_folder):
     uri, _ = registry
-    with fetched_generator("models:/stars/1", uri) as (_, source):
-        tag_as_serving(source, "the-stars")
-        tag_as_serving(source, "sana's (best)")
+    _, source = fetch_generator("models:/stars/1", uri)
+    tag_as_serving(source, "the-stars")
+    tag_as_serving(source, "sana's (best)")
     client = MlflowClient(uri)
     tags = client.get_model_version("stars", "1").tags
     tagged = datetime.datetime.fromisoformat(tags["endpoint.the-stars"])
     assert datetime.timedelta(0) <= datetime.datetime.now(datetime.UTC) - tagged < datetime.timedelta(minutes=1)
     assert "endpoint.sana-s -best-" in tags
     assert "endpoint.the-stars" not in client.get_model_version("stars", "2").tags
-    with fetched_generator(str(generator_folder), None) as (_, source):
-        tag_as_serving(source, "the-stars")  # a folder has no version to tag
+    _, source = fetch_generator(str(generator_folder), None)
+    tag_as_serving(source, "the-stars")  # a folder has no version to tag

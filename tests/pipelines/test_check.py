@@ -16,6 +16,7 @@ from pipelines.check.statistics import ChannelStatistics
 from pipelines.command_line import run_command
 from pipelines.latents.manifest import MANIFEST, shard_name
 from pipelines.latents.shards import read_shard, shard_bytes
+from tests.support.counted_storage import count_storage
 from tests.support.latents import encode_job, encode_without_ray
 
 
@@ -121,6 +122,23 @@ def test_moved_images_are_found_with_an_option_and_other_images_are_refused(data
     assert "give their location with --images" in report.notes[0]
     assert run(dataset, images=str(image_root / "train")).psnr > 30
     assert "are not those that were encoded" in run(dataset, images=str(image_root / "val")).notes[0]
+
+
+def test_images_are_compared_without_listing_them(encoded, image_root, tmp_path, monkeypatch):
+    counted = count_storage(monkeypatch)
+    for images in (None, str(image_root / "train")):
+        assert run(encoded, images=images, figure=tmp_path / "check.png").psnr > 30
+    assert not [folder for folder in counted.listed if folder.startswith(str(image_root))]
+
+
+def test_images_that_are_gone_or_have_changed_are_noted(image_root, tmp_path):
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    encode_without_ray(encode_job(tmp_path / "val", tmp_path / "latents"))
+    path = sorted((tmp_path / "val").rglob("*.JPEG"))[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert re.search("are not those .* has changed since the images were listed", run(tmp_path / "latents").notes[0])
+    path.unlink()
+    assert re.search("are not those .* is gone since the images were listed", run(tmp_path / "latents").notes[0])
 
 
 def test_normalization_that_does_not_fit_the_latents_is_noted(dataset):

@@ -2,6 +2,7 @@
 
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from pipelines import storage
 from pipelines.check.job import CheckJob
@@ -61,6 +62,21 @@ def test_object_store_is_read_and_written_like_a_folder(bucket, image_root, tmp_
     before = filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime
     assert encode_without_ray(encode_job(f"{bucket}/{form}/images", output, images_per_shard=4, limit=10)) == manifest
     assert filesystem.get_file_info(f"{root}/{shard_name(0)}").mtime == before
+
+
+def test_object_store_is_listed_as_by_one_recursive_listing(bucket, tmp_path):
+    for name in ("a/1", "a/b/2", "c/d/3", "4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    upload(tmp_path, f"{bucket}/listed")
+    filesystem, root = storage.open_storage(f"{bucket}/listed")
+
+    def described(infos):
+        return sorted((info.path, info.type, info.size) for info in infos)
+
+    expected = described(filesystem.get_file_info(fs.FileSelector(root, recursive=True)))
+    assert described(storage.list_folder(filesystem, root)) == expected
+    assert len(expected) == 4 + 4
 
 
 def test_a_missing_bucket_is_an_input_error(bucket, tmp_path):

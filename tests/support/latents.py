@@ -40,7 +40,7 @@ def encode_without_ray(job: EncodeJob, encode_shards: Callable | None = encode_s
     """Runs a job in this process, without Ray."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode_run, "_encode_shards", encode_shards)
-        patch.setattr(encode_run, "_map_on_cluster", map)
+        patch.setattr(encode_run, "map_on_cluster", map)
         patch.setattr(encode_run, "start_ray", lambda needed_cpus: None)
         return encode_run.encode(job)
 

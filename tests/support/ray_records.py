@@ -43,4 +43,4 @@ def write_checkpoints(run: Path, steps: list[int]) -> None:
         "timed_out_validation_checkpoint_dir_names": [],
         "failed_validation_checkpoint_dir_names": [],
     }
-    (run / checkpoints.RECORD).write_text(json.dumps(record))
+    (run / checkpoints.CHECKPOINT_RECORD).write_text(json.dumps(record))

@@ -60,7 +60,7 @@ def train_in_this_process(latents: Path, config: TrainingConfig, num_threads: in
     """Runs all training steps of `config` on a dataset of 10 classes."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads or threads_before)
-    dataset = open_latents(str(latents), "none")
+    dataset = open_latents(str(latents), "none", mirrored=config.mirror)
     state = build_train_state(config, sample_size=8, in_channels=4, num_classes=10, device=CPU)
     source = BatchSource(dataset, config, rank=0, world_size=1, device=CPU)
     normalization = LatentNormalization.from_vae_config(open_autoencoder(str(latents)).config)

@@ -20,7 +20,13 @@ def small_manifest(num_samples: int = 400) -> Manifest:
 
 def training_job(folder: Path, **changes: Any) -> TrainJob:
     """A job that trains the debug preset on FOLDER/latents as run "r" in FOLDER/runs."""
-    options = {"data": str(folder / "latents"), "storage": str(folder / "runs"), "run_name": "r", "config": debug()}
+    options = {
+        "data": str(folder / "latents"),
+        "storage": str(folder / "runs"),
+        "run_name": "r",
+        "num_workers": 1,
+        "config": debug(),
+    }
     return TrainJob(**{**options, **changes})
 
 

@@ -14,7 +14,7 @@ import torch
 
 from meanflow_core.config import LossConfig, NetworkConfig, OptimizerConfig, TimeSamplingConfig, TrainingConfig
 from meanflow_core.networks.interface import Network
-from meanflow_core.objectives.draws import StepDraws, draw_step, draw_two_times
+from meanflow_core.objectives.draws import DrawnStep, StepDraws, draw_step, draw_two_times
 from meanflow_core.objectives.flow import total_derivative
 from meanflow_core.objectives.interface import Loss, Mean, Objective
 
@@ -40,12 +40,12 @@ class CosineMeanFlowConfig(LossConfig):
     label_drop_probability: float = 0.0
 
 
-class CosineMeanFlow(Objective[CosineMeanFlowConfig, StepDraws, StepDraws]):
+class CosineMeanFlow(Objective[CosineMeanFlowConfig, DrawnStep, StepDraws]):
     """The objective."""
 
     metric_names = ("squared_error",)
 
-    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> StepDraws:
+    def draw(self, *, seed: int, step: int, num_rows: int, latent_shape: tuple[int, int, int]) -> DrawnStep:
         """All random numbers of a step, for the batch of all workers: a function of (seed, step), so resume is exact."""
         times = self.config.times
         return draw_step(
@@ -53,8 +53,8 @@ class CosineMeanFlow(Objective[CosineMeanFlowConfig, StepDraws, StepDraws]):
             fraction_r_below_t=times.fraction_r_below_t, num_rows=num_rows, latent_shape=latent_shape,
         )  # fmt: skip
 
-    def record(self, draws: StepDraws, start: int, stop: int) -> StepDraws:
-        """One worker's part of them, still on the CPU."""
+    def record(self, draws: DrawnStep, start: int, stop: int) -> StepDraws:
+        """One worker's part of them, with its noise, still on the CPU."""
         return draws.rows(start, stop)
 
     def loss(

@@ -65,11 +65,12 @@ def ray_processes():
     "signal_number",
     [
         signal.SIGINT,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.soak),
-        pytest.param(signal.SIGHUP, marks=pytest.mark.soak),
+        signal.SIGTERM,
+        signal.SIGHUP,
     ],
     ids=["interrupt", "terminate", "hang up"],
 )
+@pytest.mark.soak
 def test_interrupted_demo_leaves_no_process(tmp_path, start_demo, signal_number):
     demo = start_demo("--work", str(tmp_path / "demo"), "--preset", "debug", "--num-train", "60", "--num-val", "20")
     deadline = time.monotonic() + 120

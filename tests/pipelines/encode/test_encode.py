@@ -1,3 +1,4 @@
+import random
 import shutil
 import sys
 from dataclasses import replace
@@ -10,13 +11,13 @@ import torch
 from meanflow_core.autoencoder import encode_moments, load_autoencoder
 from pipelines.command_line import run_command
 from pipelines.encode.__main__ import main
-from pipelines.encode.plan import Plan
 from pipelines.encode.run import encode
 from pipelines.errors import InputError
 from pipelines.images.decoding import decode_image
 from pipelines.images.sources import find_images
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import MANIFEST, read_manifest, shard_name
+from tests.support.counted_storage import count_storage
 from tests.support.image_formats import images_of, webdataset_members, write_parquet, write_tar
 from tests.support.latents import (
     assert_same,
@@ -86,10 +87,30 @@ def test_limit_selects_images_of_all_classes_and_mirror_images_are_optional(imag
     np.testing.assert_array_equal(moments, np.concatenate(latents.moments))
 
 
-def test_limit_above_the_number_of_images_is_ignored(image_root, encoded):
-    recipe = replace(read_manifest(str(encoded)).recipe, limit=1000)
-    plan = Plan(*find_images(str(image_root / "val")), recipe)
-    assert (plan.num_images, plan.num_shards) == (40, 3)
+@pytest.mark.parametrize(("name", "max_read"), [("parquet", 6 * 7), ("tars", 10)])
+def test_limited_job_reads_few_images_besides_its_own(tmp_path, monkeypatch, name, max_read):
+    # 5 classes of 12 incompressible images of 250 kB, sorted by class, in 9 row groups
+    images = [(str(row), row // 12, random.Random(row).randbytes(250_000)) for row in range(60)]
+    write_parquet(tmp_path / "parquet/train-0.parquet", images)
+    write_tar(tmp_path / "tars/train-0.tar", webdataset_members(images))
+    counted = count_storage(monkeypatch)
+
+    def read(job, plan, shards):
+        slices = [plan.images(shard) for shard in shards]
+        counted.num_bytes = 0
+        assert sum(isinstance(content, bytes) for images in slices for content in images.read()) == 10
+        assert counted.num_bytes < max_read * 251_000
+        labels = [label for images in slices for label in images.entries["label"].to_pylist()]
+        assert labels == [label for label in range(5) for _ in range(2)]
+        encode_shards_without_ray(job, plan, shards)
+
+    with pytest.raises(InputError, match="none of the 10 images"):  # they are not real ones
+        encode_without_ray(encode_job(tmp_path / name, tmp_path / "latents", limit=10, images_per_shard=4), read)
+
+
+def test_limit_above_the_number_of_images_is_ignored(image_root, tmp_path):
+    job = encode_job(image_root / "val", tmp_path / "latents", limit=1000, images_per_shard=16)
+    assert encode_without_ray(job).shard_num_samples == [16, 16, 8]
 
 
 def test_interrupted_job_encodes_the_missing_shards_only(copied, tmp_path):
@@ -109,6 +130,15 @@ def test_interrupted_job_encodes_the_missing_shards_only(copied, tmp_path):
     assert [path.read_bytes() for path in sorted(output.glob("shards/*"))] == before
     assert encode_without_ray(copied, record) == complete  # nothing is missing
     assert encoded_shards == [[1]]
+
+
+def test_damaged_index_is_written_again(copied, tmp_path):
+    complete, index = read_manifest(copied.output), tmp_path / "latents/index.parquet"
+    content = index.read_bytes()
+    index.write_bytes(content[:-9])
+    (tmp_path / "latents" / MANIFEST).unlink()
+    assert encode_without_ray(copied, encode_shards=None) == complete
+    assert index.read_bytes() == content
 
 
 def test_too_many_unreadable_images_fail_and_repeating_with_a_larger_fraction_completes(image_root, tmp_path):

@@ -4,12 +4,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from meanflow_core.generator import build_pipeline, write_provenance
+from pipelines.cluster import start_ray
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
@@ -18,11 +21,14 @@ from pipelines.evaluate.inputs import open_inputs
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.plan import REFERENCE_IMAGES, plan_chunks, samples_set
 from pipelines.evaluate.real_images import find_real_images, read_evenly
-from pipelines.evaluate.run import SampleSaver, evaluate
+from pipelines.evaluate.run import SampleSaver, _train_pixels, evaluate
 from pipelines.evaluate.sample_files import open_sample_file
 from pipelines.evaluate.samples import Setting
 from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.table import report_table
+from pipelines.images import decoding
+from tests.support.counted_storage import count_storage
+from tests.support.latents import encode_job, encode_without_ray
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,41 @@ def test_real_images_of_other_or_too_few_classes_are_refused(image_root, tmp_pat
     assert len(find_real_images(str(tmp_path / "val"), None)[1].files) == 36
     with pytest.raises(InputError, match="must have images of exactly the generator's classes"):
         find_real_images(str(tmp_path / "val"), names)
+
+
+@pytest.mark.parametrize("limit", [None, 20])
+def test_images_of_a_latent_dataset_are_found_without_listing_them(image_root, tmp_path, monkeypatch, limit):
+    latents = str(tmp_path / "latents")
+    encode_without_ray(encode_job(image_root / "val", latents, limit=limit))
+    expected = read_evenly(find_real_images(str(image_root / "val"), None), 64, limit or 1000)
+    counted = count_storage(monkeypatch)
+    source = find_real_images(latents, images.CLASS_NAMES)
+    assert counted.listed == []
+    assert source[1].location == str(image_root / "val")
+    assert len(source[2]) == (limit or 40)
+    for ours, theirs in zip(read_evenly(source, 64, 1000), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_latent_dataset_whose_images_have_moved_is_refused(image_root, tmp_path):
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    encode_without_ray(encode_job(tmp_path / "val", tmp_path / "latents"))
+    (tmp_path / "val").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="image folder .*/val does not exist"):
+        find_real_images(str(tmp_path / "latents"), None)
+
+
+@pytest.mark.cluster
+def test_training_images_for_pixel_distances_are_decoded_by_tasks_of_the_cluster(image_root, monkeypatch):
+    train = find_real_images(str(image_root / "train"), None)
+    expected, _ = read_evenly(train, 64, 60)
+    inputs = SimpleNamespace(train=train, held_out=train, generator=object(), image_size=64)
+    monkeypatch.setattr(decoding, "decode_image", None)  # in this process
+    start_ray(needed_cpus=2)
+    try:
+        assert torch.equal(_train_pixels(inputs), expected)
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ from pipelines.evaluate.chunks import Kept, generated_chunks, image_file_chunks,
 from pipelines.evaluate.extractors import Features
 from pipelines.evaluate.job import MeasuringOptions
 from pipelines.evaluate.judge import load_judge
-from pipelines.evaluate.measuring import Measurer, WorkerConfig, Workers, measure_sets
+from pipelines.evaluate.measuring import Measurer, WorkerConfig
 from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.evaluate.sources import ImageBatch
 from pipelines.evaluate.sums import SetSums
+from pipelines.evaluate.workers import SumTree, Workers, measure_sets
 from pipelines.images.sources import find_images
 
 RULE = SampleRule(base_seed=3, labels="balanced")
@@ -101,7 +102,7 @@ def test_every_image_of_a_sample_file_is_measured_once(tmp_path):
     np.testing.assert_array_equal(torch.cat(sums.images), pixels)
 
 
-def test_unreadable_images_are_skipped_and_counted(image_root, tmp_path):
+def test_unreadable_images_are_skipped_and_counted(image_root, caplog):
     images = find_images(str(image_root / "val"))
     worker = Measurer(CONFIG, "cpu")
     whole = measure(worker, image_file_chunks("samples", images, 64))
@@ -113,6 +114,8 @@ def test_unreadable_images_are_skipped_and_counted(image_root, tmp_path):
     finally:
         path.write_bytes(content)
     assert (whole.num_images, whole.num_unreadable, part.num_images, part.num_unreadable) == (40, 0, 39, 1)
+    assert "skipped 1 unreadable images: d0000004/" in caplog.text
+    assert "has changed since the images were listed" in caplog.text
     assert whole.num_correct == 40
     assert (whole.statistics - part.statistics).count == 1
 
@@ -127,10 +130,46 @@ def test_workers_compute_in_float32_without_tf32():
 def assert_equal_bits(ours, theirs):
     assert torch.equal(torch.cat(ours.images), torch.cat(theirs.images))
     assert torch.equal(torch.cat(ours.features), torch.cat(theirs.features))
+    assert torch.equal(torch.cat(ours.labels), torch.cat(theirs.labels))
     assert ours.num_correct == theirs.num_correct
-    for our_group, their_group in zip(ours.groups.values(), theirs.groups.values(), strict=True):
-        assert torch.equal(our_group.outer, their_group.outer)
-        assert torch.equal(our_group.total, their_group.total)
+    assert (ours.groups.keys(), ours.scores.keys()) == (theirs.groups.keys(), theirs.scores.keys())
+    assert (ours.spatial is None) == (theirs.spatial is None)
+    spatial = [] if ours.spatial is None else [(ours.spatial, theirs.spatial)]
+    for our_part, their_part in [*((ours.groups[group], theirs.groups[group]) for group in ours.groups), *spatial]:
+        assert our_part.count == their_part.count
+        assert torch.equal(our_part.outer, their_part.outer)
+        assert torch.equal(our_part.total, their_part.total)
+    for group, score in ours.scores.items():
+        assert torch.equal(score.total, theirs.scores[group].total)
+        assert (score.count, score.negative_entropy) == (
+            theirs.scores[group].count,
+            theirs.scores[group].negative_entropy,
+        )
+
+
+def test_sums_are_added_in_a_tree_whose_shape_depends_on_their_number_alone():
+    def total(num_chunks):
+        tree = SumTree(tuple)  # shows what is added together
+        for number in range(num_chunks):
+            tree.add(number)
+        return tree.total()
+
+    assert total(1) == (0,)
+    assert total(9) == (tuple(range(8)), 8)
+    assert total(19) == (tuple(range(8)), tuple(range(8, 16)), 16, 17, 18)
+    assert total(64) == (tuple(tuple(range(first, first + 8)) for first in range(0, 64, 8)),)
+
+
+def test_a_part_of_a_set_keeps_its_images_apart_from_the_sums_of_its_features(config):
+    [chunk, *_] = generated_chunks("samples", Setting(num_steps=1), RULE, 60, Kept(60, 60))
+    whole = Measurer(config, "cpu").measure(chunk)
+    assert whole.scores
+    whole.spatial = FeatureStatistics.of(torch.rand(12, 7))  # the demo's judge has no spatial features
+    kept, sums = whole.split()
+    assert (kept.groups, kept.scores, kept.spatial) == ({}, {}, None)
+    assert (kept.num_images, len(torch.cat(kept.images)), sums.num_images, sums.images) == (3, 3, 0, [])
+    kept.add(sums)
+    assert_equal_bits(kept, whole)
 
 
 @pytest.mark.soak
@@ -142,12 +181,12 @@ def test_results_match_bit_for_bit_with_one_two_or_four_workers_even_if_one_is_k
     def kill_one(sums):
         if killed:
             return
-        workers = [
+        processes = [
             process
             for process in psutil.Process().children(recursive=True)
-            if process.name().startswith("ray::") and "MapWorker" in " ".join([process.name(), *process.cmdline()])
+            if process.name().startswith("ray::") and "ChunkWorker" in " ".join([process.name(), *process.cmdline()])
         ]
-        killed.append(random.choice(workers))
+        killed.append(random.choice(processes))
         killed[0].kill()
 
     start_ray(needed_cpus=6)

@@ -1,4 +1,5 @@
 import io
+import pickle
 import re
 import shutil
 import warnings
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import InputError
+from pipelines.images import decoding
 from pipelines.images.decoding import decode_image, decode_images, read_pixels
 from pipelines.images.sources import ImageSlice, find_images
 
@@ -118,6 +120,22 @@ def test_unreadable_images_of_a_slice_are_yielded_as_errors(photograph, tmp_path
     first, second, third = decode_images(ImageSlice.of(*find_images(str(tmp_path))), 64)
     assert first.shape == third.shape == (64, 64, 3)
     assert re.search("cannot identify", str(second))
+
+
+def test_slices_read_in_other_processes_give_the_same_pixels(image_root, monkeypatch):
+    monkeypatch.setattr(decoding, "SLICE_SIZE", 7)
+    source = find_images(str(image_root / "val"))
+    num_read = []
+
+    def elsewhere(function, slices):
+        num_read.extend(len(images.entries) for images in slices)
+        return [pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(images))) for images in slices]
+
+    pixels, labels = read_pixels(*source, 64, 20, elsewhere)
+    assert num_read == [7, 7, 6]
+    whole, all_labels = read_pixels(*source, 64)
+    np.testing.assert_array_equal(pixels, whole[::2])
+    np.testing.assert_array_equal(labels, all_labels[::2])
 
 
 def test_read_pixels_leaves_out_unreadable_images_and_requires_one(image_root, tmp_path, caplog):

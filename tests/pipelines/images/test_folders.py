@@ -37,10 +37,13 @@ def test_image_outside_a_class_folder_is_refused(tmp_path):
         find_images(str(tmp_path))
 
 
-def test_missing_file_affects_only_its_own_image(image_root, tmp_path):
+def test_missing_or_changed_file_affects_only_its_own_image(image_root, tmp_path):
     shutil.copytree(image_root / "val", tmp_path / "val")
     filesystem, listing, index = find_images(str(tmp_path / "val"))
     (tmp_path / "val" / listing.files[3]).unlink()
+    changed = tmp_path / "val" / listing.files[5]
+    changed.write_bytes(changed.read_bytes() + b"1")
     contents = list(ImageSlice.of(filesystem, listing, index).read())
-    assert isinstance(contents[3], FileNotFoundError)
-    assert [isinstance(content, bytes) for content in contents].count(True) == 39
+    assert str(contents[3]) == f"{listing.files[3]} is gone since the images were listed"
+    assert f"{listing.files[5]} has changed since the images were listed: it has " in str(contents[5])
+    assert [isinstance(content, bytes) for content in contents].count(True) == 38

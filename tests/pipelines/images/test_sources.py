@@ -1,16 +1,22 @@
 import pickle
 import shutil
+import threading
 from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from pyarrow import fs
 
+from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.images.formats import Format
 from pipelines.images.index import ENTRY_SCHEMA, ImageIndex
+from pipelines.images.sampling import sample_images
 from pipelines.images.sources import ImageSlice, find_images, index_images, list_images
+from pipelines.images.stored import index_bytes, read_index_bytes
+from tests.support.counted_storage import count_storage
 from tests.support.image_formats import images_of, webdataset_members, write_parquet, write_tar
 
 
@@ -85,13 +91,63 @@ def test_invalid_location_is_refused(tmp_path, make, message):
         find_images(str(path))
 
 
-def test_stored_index_is_used_only_for_the_same_files(sources):
-    (_, listing, index), (_, other, _) = find_images(str(sources / "parquet")), find_images(str(sources / "webdataset"))
-    assert listing.sha256 != other.sha256
-    content = index.to_bytes(listing.sha256)
-    assert ImageIndex.from_bytes(content, listing.sha256) == index
-    assert ImageIndex.from_bytes(content, other.sha256) is None
-    assert ImageIndex.from_bytes(content[:-9], listing.sha256) is None
+@pytest.mark.parametrize("name", get_args(Format))
+def test_stored_images_are_the_listing_and_the_chosen_images(sources, name):
+    _, listing, index = find_images(str(sources / name))
+    for images in (index, sample_images(index, 3)):
+        assert read_index_bytes(index_bytes(listing, images), "here") == (listing, images)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b""], ids=["truncated", "empty"])
+def test_damaged_stored_index_is_refused(sources, damage):
+    _, listing, index = find_images(str(sources / "folders"))
+    with pytest.raises(InputError, match="latents/index.parquet is damaged or of another version"):
+        read_index_bytes(damage(index_bytes(listing, index)), "latents/index.parquet")
+
+
+def test_other_parquet_file_is_not_a_stored_index(sources):
+    content = (sources / "parquet/train-00000-of-00003.parquet").read_bytes()
+    with pytest.raises(InputError, match="damaged or of another version"):
+        read_index_bytes(content, "index.parquet")
+
+
+def test_object_store_is_listed_side_by_side_with_the_same_result(sources, monkeypatch):
+    expected = list_images(str(sources / "folders"))[1]
+    counted = count_storage(monkeypatch)
+    root = str(sources / "folders")
+    barrier, one_listing = threading.Barrier(10, timeout=10), counted.get_file_info_selector
+
+    def listing_of_one_folder(selector):
+        if selector.base_dir != root:
+            barrier.wait()  # raises unless the ten class folders are listed at once
+        return one_listing(selector)
+
+    monkeypatch.setattr(counted, "get_file_info_selector", listing_of_one_folder)
+    listing = list_images(root)[1]
+    monkeypatch.setattr(counted, "get_file_info_selector", one_listing)
+    assert listing == expected
+    assert sorted(counted.listed) == [root, *(f"{root}/d{label:07d}" for label in range(10))]
+    filesystem, _ = storage.open_storage(root)
+    recursive = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    found = {info.path: (info.type, info.size) for info in storage.list_folder(filesystem, root)}
+    assert found == {info.path: (info.type, info.size) for info in recursive}
+
+
+@pytest.mark.parametrize("name", ["parquet", "webdataset"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "is gone since the images were listed"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"1"), "has changed since the images were listed"),
+    ],
+    ids=["gone", "changed"],
+)
+def test_packed_file_that_is_gone_or_has_changed_is_refused(sources, tmp_path, name, change, message):
+    shutil.copytree(sources / name, tmp_path / name)
+    filesystem, listing, index = find_images(str(tmp_path / name))
+    change(tmp_path / name / listing.files[1])
+    with pytest.raises(InputError, match=f"{listing.files[1]} {message}"):
+        list(ImageSlice.of(filesystem, listing, index).read())
 
 
 def test_hash_of_a_listing_changes_with_a_file_size(sources, tmp_path):

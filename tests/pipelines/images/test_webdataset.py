@@ -2,10 +2,12 @@ import io
 import tarfile
 
 import fsspec
+import numpy as np
 import pytest
 
 from pipelines.errors import InputError
 from pipelines.images.sources import ImageSlice, find_images
+from tests.support.counted_storage import count_storage
 from tests.support.image_formats import write_tar
 
 
@@ -59,11 +61,41 @@ def test_truncated_or_damaged_tar_is_refused(tmp_path, damage, scheme):
         find_images(location)
 
 
+def test_sparse_images_of_a_tar_are_read_without_what_lies_between(tmp_path, monkeypatch):
+    images = [bytes([row]) * 300_000 for row in range(24)]
+    members = [
+        (f"{row}.{end}", content)
+        for row, image in enumerate(images)
+        for end, content in (("jpg", image), ("cls", b"0"))
+    ]
+    write_tar(tmp_path / "t.tar", members)
+    counted = count_storage(monkeypatch)
+    filesystem, listing, index = find_images(str(tmp_path))
+    counted.num_bytes = counted.num_reads = 0
+    rows = np.array([0, 1, 2, 9, 23])
+    assert list(ImageSlice.of(filesystem, listing, index, rows).read()) == [images[row] for row in rows]
+    assert 5 * 300_000 <= counted.num_bytes < 5 * 300_000 + 4096  # all, with the labels of neighbours
+    assert counted.num_reads == 3  # neighbours in one request
+
+
+def test_images_are_read_in_the_order_of_the_samples_not_of_the_tar(tmp_path):
+    write_tar(tmp_path / "t.tar", [("a.cls", b"1"), ("b.jpg", b"second"), ("b.cls", b"1"), ("a.jpg", b"first")])
+    assert list(ImageSlice.of(*find_images(str(tmp_path))).read()) == [b"first", b"second"]
+
+
 def test_same_key_in_two_tars_is_refused(tmp_path):
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", [("k.jpg", b"1"), ("k.cls", b"1")])
     with pytest.raises(InputError, match="1 ids in .* belong to several images, such as k;"):
         find_images(str(tmp_path))
+
+
+def test_index_of_many_tars_has_one_chunk_per_column(tmp_path):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", [(f"{number}.jpg", b"1"), (f"{number}.cls", b"0")])
+    _, _, index = find_images(str(tmp_path))
+    # Slicing a table costs as much as it has chunks, and every shard slices the index.
+    assert [column.num_chunks for column in index.entries.columns] == [1] * index.entries.num_columns
 
 
 def test_object_store_gives_the_same_index_as_a_local_disk(tmp_path):

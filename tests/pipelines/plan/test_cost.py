@@ -103,23 +103,23 @@ def test_model_flops_do_not_depend_on_precision_checkpointing_and_compile():
 
 
 @pytest.mark.parametrize(
-    ("changes", "more", "in_float32"),
+    ("changes", "more", "of_derivative"),
     [
         ({}, 0.0, 0.0),
-        ({"precision": "bfloat16", "float32_derivative": False}, 0.0, 0.0),
+        ({"precision": "bfloat16", "derivative_precision": "bfloat16"}, 0.0, 0.0),
         # The separate du/dt pass also recomputes u of a quarter of the samples.
         ({"precision": "bfloat16"}, 0.25, 0.5),
         ({"activation_checkpointing": True}, 1.25, 0.0),  # plus a recomputed forward
         ({"precision": "bfloat16", "activation_checkpointing": True}, 1.25, 0.5),
     ],
 )
-def test_executed_flops_include_recomputation(changes, more, in_float32):
-    config = replace(b4(), **changes)
+def test_executed_flops_include_recomputation(changes, more, of_derivative):
+    config = replace(b4(), **{"precision": "float32", **changes})
     forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
     found = executed_flops(config, **IMAGENET)
-    whole = found.in_precision + found.in_float32
+    whole = found.in_precision + found.of_derivative
     assert (whole - step_flops(config, **IMAGENET)) / forward == pytest.approx(more, abs=0.03)
-    assert found.in_float32 / forward == pytest.approx(in_float32, abs=0.03)
+    assert found.of_derivative / forward == pytest.approx(of_derivative, abs=0.03)
 
 
 def test_checkpointed_flow_matching_recomputes_one_forward_and_no_derivative():
@@ -127,7 +127,7 @@ def test_checkpointed_flow_matching_recomputes_one_forward_and_no_derivative():
     forward = forward_flops(config.network, **IMAGENET) * config.global_batch_size
     found = executed_flops(config, **IMAGENET)
     assert found.in_precision / forward == pytest.approx(4.0, rel=0.005)
-    assert found.in_float32 == 0.0
+    assert found.of_derivative == 0.0
 
 
 def test_few_samples_estimate_the_flops_within_a_few_percent():

@@ -228,12 +228,12 @@ def test_registration_waits_for_the_server_and_does_not_change_a_finished_run(
     pipeline.save_pretrained(tmp_path / "generator")
     proxy.cut()
     threading.Timer(0.5, proxy.restore).start()
-    assert register_generator(run, tmp_path / "generator", "small") == "models:/small@champion"
-    assert register_generator(run, tmp_path / "generator", "small") == "models:/small@champion"
+    assert register_generator(run, tmp_path / "generator", "small") == "models:/small@candidate"
+    assert register_generator(run, tmp_path / "generator", "small") == "models:/small@candidate"
     after = run.client.get_run(run.run_id).info
     assert (after.status, after.end_time) == ("FINISHED", before.end_time)
     assert steps_of(run) == [0, 1]
-    version = run.client.get_model_version_by_alias("small", "champion")
+    version = run.client.get_model_version_by_alias("small", "candidate")
     assert (version.version, version.run_id, version.status) == ("2", run.run_id, "READY")
     assert (fetch_generator(f"runs:/{run.run_id}/small", proxy.uri) / "model_index.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator"]
@@ -256,6 +256,7 @@ def test_new_run_requires_a_reachable_server(proxy):
 def test_system_metrics_continue_after_an_outage_and_after_a_restart(proxy, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
     key = "system/node-1/cpu_utilization_percentage"
     with run.system_metrics("node-1"):
         time.sleep(0.3)

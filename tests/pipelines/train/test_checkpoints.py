@@ -55,7 +55,7 @@ def test_orphans_are_deleted_and_other_folders_kept(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     assert checkpoints.delete_orphans(LOCAL, str(tmp_path)) == [checkpoint_name(30)]
-    kept = {checkpoint_name(10), checkpoint_name(20), checkpoints.RECORD, *others}
+    kept = {checkpoint_name(10), checkpoint_name(20), checkpoints.CHECKPOINT_RECORD, *others}
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
@@ -63,16 +63,16 @@ def test_intact_record_is_not_rewritten(tmp_path, caplog):
     checkpoints.repair_record(LOCAL, str(tmp_path / "run"))  # the folder does not exist yet
     write_checkpoints(tmp_path, [10, 20])
     write_checkpoint(tmp_path, 30)  # complete, but not committed
-    before = (tmp_path / checkpoints.RECORD).read_bytes()
+    before = (tmp_path / checkpoints.CHECKPOINT_RECORD).read_bytes()
     checkpoints.repair_record(LOCAL, str(tmp_path))
-    assert (tmp_path / checkpoints.RECORD).read_bytes() == before
+    assert (tmp_path / checkpoints.CHECKPOINT_RECORD).read_bytes() == before
     assert caplog.text == ""
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "missing", "another kind"])
 def test_damaged_record_is_rebuilt_from_complete_checkpoints(tmp_path, caplog, damage):
     write_checkpoints(tmp_path, [10, 20])
-    record = tmp_path / checkpoints.RECORD
+    record = tmp_path / checkpoints.CHECKPOINT_RECORD
     if damage == "missing":
         record.unlink()
     else:
@@ -113,19 +113,19 @@ def test_run_without_a_complete_checkpoint_is_refused(tmp_path):
     shutil.rmtree(tmp_path / checkpoint_name(10))
     with pytest.raises(InputError, match="but no complete checkpoint"):
         checkpoints.repair_record(LOCAL, str(tmp_path))
-    (tmp_path / checkpoints.RECORD).write_text("")
+    (tmp_path / checkpoints.CHECKPOINT_RECORD).write_text("")
     with pytest.raises(InputError, match="but no complete checkpoint"):
         checkpoints.repair_record(LOCAL, str(tmp_path))
 
 
 def test_checkpoint_of_another_format_version_is_refused_and_kept(tmp_path):
     write_checkpoints(tmp_path, [10, 20])
-    record = (tmp_path / checkpoints.RECORD).read_text()
+    record = (tmp_path / checkpoints.CHECKPOINT_RECORD).read_text()
     (tmp_path / checkpoint_name(20) / "state.json").write_text(json.dumps({"format_version": 1}))
     with pytest.raises(InputError, match="has format version 1, but this release reads version"):
         checkpoints.repair_record(LOCAL, str(tmp_path))
-    assert (tmp_path / checkpoints.RECORD).read_text() == record
-    (tmp_path / checkpoints.RECORD).unlink()
+    assert (tmp_path / checkpoints.CHECKPOINT_RECORD).read_text() == record
+    (tmp_path / checkpoints.CHECKPOINT_RECORD).unlink()
     with pytest.raises(InputError, match="has format version 1"):
         checkpoints.delete_orphans(LOCAL, str(tmp_path))
     assert (tmp_path / checkpoint_name(20)).is_dir()
@@ -133,9 +133,9 @@ def test_checkpoint_of_another_format_version_is_refused_and_kept(tmp_path):
 
 def test_record_of_another_ray_version_is_refused(tmp_path):
     write_checkpoints(tmp_path, [10])
-    content = json.loads((tmp_path / checkpoints.RECORD).read_text())
+    content = json.loads((tmp_path / checkpoints.CHECKPOINT_RECORD).read_text())
     content.pop("pending_training_results")
-    (tmp_path / checkpoints.RECORD).write_text(json.dumps(content | {"ray_version": "1.0"}))
+    (tmp_path / checkpoints.CHECKPOINT_RECORD).write_text(json.dumps(content | {"ray_version": "1.0"}))
     with pytest.raises(InputError, match=r"Ray cannot read .*1\.0"):
         checkpoints.committed(LOCAL, str(tmp_path))
 

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from pipelines.errors import InputError, RunError
 from pipelines.train import checkpoints
@@ -15,6 +16,8 @@ BROKEN_CONNECTION = RuntimeError("Connection closed by peer [10.0.0.1]")
 def test_cause_is_the_original_error_and_not_a_resulting_connection_error():
     disk_full, died = OSError(28, "No space left on device"), RayActorError()
     assert first_cause(WorkerGroupError("", {0: BROKEN_CONNECTION, 3: disk_full})) == Cause(disk_full, 3)
+    wrapped = UserExceptionWithTraceback(disk_full, "traceback")
+    assert first_cause(WorkerGroupError("", {0: wrapped})) == Cause(disk_full, 0)
     assert first_cause(WorkerGroupError("", {0: BROKEN_CONNECTION})) == Cause(BROKEN_CONNECTION, 0)
     assert first_cause(WorkerGroupError("", {0: BROKEN_CONNECTION, 1: died})) == Cause(died, 1)
     assert first_cause(ControllerError(disk_full)) == Cause(disk_full, None)
@@ -33,5 +36,5 @@ def test_message_names_the_cause_and_where_to_resume(tmp_path):
     nonfinite = str(nonfinite_error(job, 21))
     assert nonfinite.startswith(f"the gradient of step 21 is not finite; {hint}")
     assert "--skip-nonfinite 4" in nonfinite
-    (tmp_path / "runs/r" / checkpoints.RECORD).write_text("{")
+    (tmp_path / "runs/r" / checkpoints.CHECKPOINT_RECORD).write_text("{")
     assert "the run's checkpoints cannot be read now" in resume_hint(job)

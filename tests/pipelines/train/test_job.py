@@ -44,7 +44,7 @@ def test_help_lists_the_presets(capsys):
     [
         ("--num-steps", "0", "num_steps must be a whole number above 0"),
         ("--samples-per-pass", "0", "samples_per_pass must be at least 1, but got 0"),
-        ("--min-workers", "2", "min_workers must be at most num_workers 1, but got 2"),
+        ("--num-workers=1 --min-workers", "2", "min_workers must be at most num_workers 1, but got 2"),
         ("--resize-interval-seconds", "0", "resize_interval_seconds must be above 0, but got 0"),
         ("--skip-nonfinite", "-1", "skip_nonfinite must be at least 0, but got -1"),
         ("--max-failures", "-2", "max_failures must be at least -1, but got -2"),
@@ -52,7 +52,7 @@ def test_help_lists_the_presets(capsys):
     ],
 )
 def test_invalid_options_are_refused(option, value, words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train", "debug", *REQUIRED, option, value])
+    monkeypatch.setattr(sys, "argv", ["train", "debug", *REQUIRED, *option.split(), value])
     with pytest.raises(SystemExit) as stop:
         run_command(main)
     assert stop.value.code == 2

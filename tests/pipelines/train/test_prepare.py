@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,10 +55,43 @@ def test_invalid_data_is_refused(job, tmp_path):
         prepare(replace(job, validation_data=str(tmp_path / "held-out")))
     with pytest.raises(InputError, match="the latent size must be a multiple of the patch size, but got 8 and 3"):
         prepare(with_config(job, network=replace(job.config.network, patch_size=3)))
-    with pytest.raises(InputError, match="global_batch_size 16 must be at least num_workers 17"):
-        prepare(replace(job, num_workers=17))
     with pytest.raises(InputError, match="latent dataset .* does not exist"):
         prepare(replace(job, data=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "options", "device", "num_workers"),
+    [
+        (0, {}, "cpu", 1),
+        (8, {}, "gpu", 8),
+        (8, {"num_workers": 2}, "gpu", 2),
+        (8, {"device": "cpu"}, "cpu", 1),
+        (0, {"min_workers": 4}, "cpu", 4),
+    ],
+)
+def test_training_uses_all_gpus_by_default(job, monkeypatch, num_gpus, options, device, num_workers):
+    monkeypatch.setattr(train_run, "num_gpus", lambda: num_gpus)
+    monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: device != "cpu" and num_gpus > 0)
+    found = train_run.with_workers(replace(job, **{"num_workers": None, **options}), None)
+    assert (found.device, found.num_workers) == (device, num_workers)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "requested", "device"), [("cpu", "auto", "cpu"), ("cpu", "gpu", "gpu"), ("gpu", "auto", "gpu")]
+)
+def test_a_resumed_run_keeps_its_device(job, monkeypatch, recorded, requested, device):
+    monkeypatch.setattr(train_run, "num_gpus", lambda: 8)
+    monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: device != "cpu")
+    record = SimpleNamespace(device=recorded)
+    assert train_run.with_workers(replace(job, num_workers=None, device=requested), record).device == device
+
+
+def test_more_workers_than_samples_in_a_batch_are_refused(job, monkeypatch):
+    monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: False)
+    with pytest.raises(
+        InputError, match="global_batch_size 16 must be at least the number of workers, but there are 17"
+    ):
+        train_run.with_workers(replace(job, num_workers=17, device="cpu"), None)
 
 
 def test_latents_of_another_autoencoder_are_refused(tmp_path, vae):

@@ -48,7 +48,7 @@ def test_every_average_is_published_and_the_first_is_registered_once(training, r
     after = train_run._publish(finished, run, record, is_validated=True)
     published = after.published
     assert (published.step, published.generator) == (20, f"{tmp_path}/runs/r/generator")
-    assert published.model == f"models:/{tmp_path.name}@champion"
+    assert published.model == f"models:/{tmp_path.name}@candidate"
     for decay, name in ((0.9, "generator"), (0.5, "generator-ema-0.5")):
         folder = tmp_path / "runs/r" / name
         weights = load_network(folder).state_dict()

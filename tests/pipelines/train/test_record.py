@@ -79,7 +79,7 @@ def test_run_resumes_if_only_resumable_settings_have_changed(started):
     [
         ({}, {"global_batch_size": 32}, "config.global_batch_size was 16, is now 32"),
         ({}, {"seed": 5, "ema_decays": (0.5,)}, r"config.ema_decays was .*, is now .*; config.seed was 0, is now 5"),
-        ({"mirror": False}, {}, "mirror was True, is now False"),
+        ({}, {"mirror": False}, "config.mirror was True, is now False"),
         ({"init_from": "g"}, {}, "init_from was None, is now g"),
     ],
 )

@@ -94,7 +94,7 @@ def test_run_with_a_killed_worker_matches_an_uninterrupted_loop_bit_for_bit(
     expected = train_in_this_process(latents, CONFIG, num_threads=1)
     assert step == CONFIG.num_steps
     assert differing(tensors, tensors_of(expected.state)) == []
-    assert {checkpoints.RECORD, TRAINING_RECORD, "generator"} < names
+    assert {checkpoints.CHECKPOINT_RECORD, TRAINING_RECORD, "generator"} < names
     assert len([name for name in names if name.startswith("checkpoint_2")]) == 2
     assert ORPHAN not in names
     assert record == returned

@@ -167,6 +167,7 @@ def preemption(monkeypatch):
         reported["num_calls"] += 1
         return reported["info"]
 
+    monkeypatch.setattr(stopping, "BROADCAST_SECONDS", 0.0)  # broadcast after every step
     monkeypatch.setattr(stopping.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setattr(stopping.ray.train, "get_preemption_info", info)
     return reported
@@ -195,6 +196,46 @@ def test_closed_monitor_no_longer_polls(monkeypatch):
     monitor.poll()
     monitor.close()
     wait_until(lambda: num_threads("_poll_stop_request") == 0)
+
+
+@pytest.mark.usefixtures("_group", "preemption")
+def test_signals_are_broadcast_at_intervals_of_time_however_short_the_steps(monkeypatch):
+    clock, broadcasts = [100.0], []
+    monkeypatch.setattr(stopping, "BROADCAST_SECONDS", 1.0)
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    broadcast = distributed.broadcast
+    monkeypatch.setattr(
+        distributed, "broadcast", lambda *args, **kwargs: broadcasts.append(clock[0]) or broadcast(*args, **kwargs)
+    )
+    monitor = SignalMonitor(LocalActor(), 0)
+
+    def steps_until_stop(step_seconds, max_steps):
+        for step in range(max_steps):
+            clock[0] += step_seconds
+            if monitor.poll().stop_requested:
+                return step
+        return None
+
+    assert steps_until_stop(0.1, 300) is None
+    assert 30 <= len(broadcasts) <= 33  # in 30 s
+    assert steps_until_stop(0.001, 100) is None
+    num_broadcasts = len(broadcasts)
+    assert steps_until_stop(0.001, 100) is None
+    assert len(broadcasts) == num_broadcasts + 5  # one per 20 steps: the next steps may be slow
+    assert steps_until_stop(4.0, 60) is None  # the last intervals of 20 steps, then a broadcast per step
+    monitor._stop_requested.set()
+    assert steps_until_stop(4.0, 3) == 1
+    monitor.close()
+
+
+@pytest.mark.usefixtures("_group", "preemption")
+def test_stop_request_from_before_the_workers_started_is_found_at_once(monkeypatch):
+    monkeypatch.setattr(stopping, "STOP_POLL_SECONDS", 3600.0)
+    actor = LocalActor()
+    actor.state.request()
+    monitor = SignalMonitor(actor, 0)
+    wait_until(monitor._stop_requested.is_set)
+    monitor.close()
 
 
 @pytest.mark.usefixtures("_group")

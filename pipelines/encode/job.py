@@ -5,7 +5,7 @@ from typing import Literal
 
 from pipelines.cluster import Device
 from pipelines.images.formats import Format
-from pipelines.latents.manifest import PIXELS
+from pipelines.latents.pixels import PIXELS
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 

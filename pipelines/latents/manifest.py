@@ -21,7 +21,6 @@ from pipelines import storage
 from pipelines.errors import InputError
 
 SCHEMA_VERSION = 3
-PIXELS = "pixels"  # the `vae_id` of a dataset without an autoencoder
 MANIFEST = "manifest.json"
 RECIPE = "recipe.json"
 REJECTED = "rejected.parquet"

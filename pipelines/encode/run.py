@@ -29,7 +29,6 @@ from pipelines.images.sampling import sample_images
 from pipelines.images.sources import index_images, list_images
 from pipelines.latents.autoencoder import absolute_autoencoder, load_named_autoencoder
 from pipelines.latents.manifest import (
-    PIXELS,
     REJECTED,
     Manifest,
     is_complete,
@@ -37,6 +36,7 @@ from pipelines.latents.manifest import (
     shard_name,
     write_manifest,
 )
+from pipelines.latents.pixels import PIXELS
 from pipelines.latents.shards import ShardSummary, read_summary
 from pipelines.progress import Progress, format_seconds
 

@@ -11,7 +11,8 @@ from typing import Any
 from meanflow_core.config import TrainingConfig
 from meanflow_core.predictions import needs_many_steps
 from pipelines import storage
-from pipelines.latents.manifest import PIXELS, Manifest
+from pipelines.latents.manifest import Manifest
+from pipelines.latents.pixels import PIXELS
 from pipelines.tracking.provenance import code_identity
 
 IMAGENET_NUM_CLASSES = 1000

@@ -182,7 +182,9 @@ def test_a_judge_gives_features_and_logits_of_its_classes():
 
 
 def test_an_unknown_extractor_lists_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match="unknown extractor 'clip'; known: inception, dinov2-vit-s-14, .* a judge"):
+    with pytest.raises(
+        InputError, match="unknown extractor 'clip'; known: inception, efficientnet-lite0, dinov2-vit-s-14, .* a judge"
+    ):
         open_extractor("clip", None, "cpu")
     with pytest.raises(InputError, match="no judge in"):
         open_extractor(str(tmp_path), None, "cpu")

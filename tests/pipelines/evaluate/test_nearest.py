@@ -141,7 +141,7 @@ def test_the_nearest_image_of_a_training_image_is_itself(job, image_root):
     assert sum(chunk.num_images for chunk in chunks if chunk.set_name == TRAINING_IMAGES) == 20
 
 
-def test_references_of_other_classes_give_a_warning_in_place_of_a_probe(job, tmp_path):
+def test_references_of_other_classes_or_without_labels_give_a_warning_in_place_of_a_probe(job, tmp_path):
     run.evaluate(job)
     with np.load(job.output / "reference.npz") as file:
         arrays = dict(file)
@@ -158,7 +158,7 @@ def test_references_of_other_classes_give_a_warning_in_place_of_a_probe(job, tmp
     for report in reports.values():
         assert "probe_accuracy" not in report["samples"][0]
     assert any("other classes than the generator" in warning for warning in reports["other"]["warnings"])
-    assert not any("probe" in warning for warning in reports["unlabelled"]["warnings"])
+    assert any("has no labels; make it again" in warning for warning in reports["unlabelled"]["warnings"])
     json.dumps(reports)
     np.savez(tmp_path / "short.npz", allow_pickle=False, **{**arrays, "feature_labels": np.arange(3)})
     with pytest.raises(

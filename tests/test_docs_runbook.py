@@ -180,7 +180,8 @@ def test_endpoint_serves_the_evaluated_model_through_the_tunnel(lines):
     model = config["applications"][0]["args"]["model"]
     evaluated = option(submission("evaluate").arguments, "--model")
     assert model == shlex.split(line_with(lines, "deploy.models")[-1])[-1]
-    assert model == evaluated.replace("@candidate", "@champion")
+    assert model.endswith("@champion")
+    assert evaluated == model.replace("@champion", "@candidate")
     port = str(config["http_options"]["port"])
     tunnel = line_with(lines, "--remote-port")
     assert option(tunnel, "--remote-port") == option(tunnel, "--port") == port

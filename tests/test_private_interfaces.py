@@ -138,22 +138,24 @@ def test_private_interface_is_unchanged(check):
     assert check(), f"this version of Ray or MLflow has changed {check.__name__}; mend private_interfaces.py"
 
 
-def private_imports(path):
-    imported = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
-    for node in imported:
-        module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-        for name in (f"{module}{alias.name}" for alias in node.names):
-            if name.split(".")[0] in ("ray", "mlflow") and "._" in name:
-                yield f"import of {name}"
+def private_uses(path):
+    """Lines that name a private interface, and imports of one that may span several lines."""
+    text = path.read_text()
+    yield from (line.strip() for line in text.splitlines() if PRIVATE.search(line))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for name in (f"{module}{alias.name}" for alias in node.names):
+                if name.split(".")[0] in ("ray", "mlflow") and "._" in name:
+                    yield f"import of {name}"
 
 
 def test_no_other_module_uses_a_private_interface():
     uses = [
-        f"{path.relative_to(ROOT)}: {line.strip()}"
+        f"{path.relative_to(ROOT)}: {use}"
         for package in ("meanflow_core", "pipelines", "deploy")
         for path in Path(ROOT / package).rglob("*.py")
         if str(path.relative_to(ROOT)) not in MODULES
-        for line in [*path.read_text().splitlines(), *private_imports(path)]
-        if PRIVATE.search(line) or line.startswith("import of ")
+        for use in private_uses(path)
     ]
     assert uses == []

@@ -62,13 +62,7 @@ def ray_processes():
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    "signal_number",
-    [
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ],
-    ids=["interrupt", "terminate", "hang up"],
+    "signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["interrupt", "terminate", "hang up"]
 )
 @pytest.mark.soak
 def test_interrupted_demo_leaves_no_process(tmp_path, start_demo, signal_number):

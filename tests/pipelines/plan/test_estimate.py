@@ -148,15 +148,15 @@ def test_assumed_rates_match_published_ones():
         assert all(rate < gpu.peak_teraflops[name] for rate, name in zip(rates, precisions, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["tf32", "float32"])
-def test_derivative_under_bfloat16_runs_at_its_own_rate(precision):
+@pytest.mark.parametrize(("precision", "at_most"), [("tf32", 0.8), ("float32", 0.6)])
+def test_derivative_under_bfloat16_runs_at_its_own_rate(precision, at_most):
     load = Workload(config=replace(xl2(), precision="bfloat16", derivative_precision=precision))
     executed = executed_flops(load.config, **load.sizes)
     assert executed.of_derivative > 0
     machines = cluster(teraflops=None)
     fast, slow = (1e12 * machines.sustained_teraflops(name) for name in ("bfloat16", precision))
     seconds = executed.in_precision / fast + executed.of_derivative / slow
-    assert slow < 0.8 * fast
+    assert slow < at_most * fast
     assert compute_seconds(load, machines, 1) == pytest.approx(seconds)
     # A measured rate is in model FLOPs; everything else that runs is included in it.
     assert compute_seconds(load, cluster(teraflops=40.0), 1) == pytest.approx(step_flops(xl2(), **load.sizes) / 40e12)

@@ -102,6 +102,7 @@ def test_check_draws_latents_of_the_photographs(finished):
 def test_report_has_distance_probe_and_neighbours(finished):
     report = json.loads((finished / "photos-report/report.json").read_text())
     assert report["protocol"]["distance"] == "FD-EfficientNet-Lite0"
+    assert report["protocol"]["class_counts"] == [4] * 10
     [samples] = report["samples"]
     for metrics in (samples, report["held_out"]):
         assert metrics["frechet"] > 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.cluster import Device
-from pipelines.evaluate.samples import Labels, SampleRule, Setting
+from pipelines.evaluate.samples import Labels, Setting
 
 STANDARD_NUM_SAMPLES = 50_000  # published FIDs use this number
 
@@ -68,7 +68,8 @@ class EvaluateJob(MeasuringOptions):
     """Samples per setting."""
     labels: Labels = "balanced"
     """Class labels. balanced: sample i has class i mod num_classes. random: uniformly random, as in the published FIDs of
-    MeanFlow and DiT; FID is then about 0.1 higher."""
+    MeanFlow and DiT; FID is then about 0.1 higher. training: random, each class as often as among --train-images; for data
+    whose classes differ in size."""
     seed: int = 0
     """Base seed. Sample i uses seed * 2^32 + i, independently of the number of devices."""
     num_precision_recall: int = 10_000
@@ -90,6 +91,8 @@ class EvaluateJob(MeasuringOptions):
             raise ValueError("give either --model or --samples")
         if self.reference is None and self.train_images is None:
             raise ValueError("give --reference, or --train-images to compute a reference from")
+        if self.labels == "training" and self.train_images is None:
+            raise ValueError("labels training requires --train-images, whose classes are counted")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps must be one or more numbers of at least 1, but got {self.steps}")
         if self.num_samples < 3:
@@ -109,11 +112,6 @@ class EvaluateJob(MeasuringOptions):
         slugs = [setting.slug for setting in self.settings]  # used in names of files and metrics
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"settings must differ, but steps, guidance and solvers give {', '.join(slugs)}")
-
-    @property
-    def rule(self) -> SampleRule:
-        """Labels and seeds of the samples."""
-        return SampleRule(self.seed, self.labels)
 
     @property
     def settings(self) -> list[Setting]:

@@ -11,6 +11,7 @@ from pipelines.evaluate.inputs import Inputs
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.real_images import ImageSource
 from pipelines.evaluate.sample_files import open_sample_file
+from pipelines.evaluate.samples import SampleRule
 from pipelines.evaluate.sources import GeneratedSamples, ImageFiles
 from pipelines.images.sampling import sample_images
 
@@ -89,26 +90,36 @@ def _held_out_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     ]
 
 
+def sample_rule(job: EvaluateJob, inputs: Inputs) -> SampleRule:
+    """Labels and seeds of the samples."""
+    if job.labels != "training":
+        return SampleRule(job.seed, job.labels)
+    assert inputs.train is not None
+    assert inputs.generator is not None
+    labels = inputs.train[2].entries["label"].to_numpy()
+    return SampleRule(job.seed, job.labels, tuple(np.bincount(labels, minlength=inputs.generator.num_classes).tolist()))
+
+
 def _generated_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     """Samples of every setting, and the image grid."""
     assert inputs.generator is not None
     has_pixel_distances = inputs.held_out is not None and inputs.train is not None
     num_images = NUM_PIXEL_SAMPLES if has_pixel_distances else 0
     kept = Kept(job.num_precision_recall, num_images if job.save_samples is None else job.num_samples)
+    rule = sample_rule(job, inputs)
     chunks: list[Chunk] = []
     for number, setting in enumerate(job.settings):
-        chunks += generated_chunks(samples_set(number), setting, job.rule, job.num_samples, kept)
-    indices = grid_indices(job, inputs.generator.num_classes)
-    grid = GeneratedSamples(job.settings[0], job.rule, indices)
+        chunks += generated_chunks(samples_set(number), setting, rule, job.num_samples, kept)
+    indices = grid_indices(rule.labels_of(np.arange(job.num_samples), inputs.generator.num_classes))
+    grid = GeneratedSamples(job.settings[0], rule, indices)
     return [*chunks, Chunk(GRID, 0, len(indices), grid, Kept(len(indices), len(indices)))]
 
 
-def grid_indices(job: EvaluateJob, num_classes: int) -> np.ndarray:
+def grid_indices(labels: np.ndarray) -> np.ndarray:
     """Sample indices of the image grid: rows of equal length, one for each of up to GRID_CLASSES evenly spread classes.
 
-    With random labels, some classes may have no samples. The grid omits them.
+    labels: int64 (N,), of all samples. Classes without samples are omitted.
     """
-    labels = job.rule.labels_of(np.arange(job.num_samples), num_classes)
     classes, counts = np.unique(labels, return_counts=True)
     num_rows = min(len(classes), GRID_CLASSES)
     shown = np.arange(num_rows) * len(classes) // num_rows

@@ -8,14 +8,14 @@ from meanflow_core.presets.demo import demo
 
 
 def fashion() -> TrainingConfig:
-    """MeanFlow on Fashion-MNIST, 1x28x28 pixels: 2.6 M parameters; no published FID."""
+    """MeanFlow on Fashion-MNIST, 1x28x28 pixels: 2.6 M parameters, 80 minutes on 2 CPU cores; no published FID."""
     return replace(
         demo(),
         network=DiTConfig(patch_size=4, hidden_size=160, depth=5, num_heads=5),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=200, cooldown_steps=2000),
         ema_decays=(0.99, 0.999),
         mirror=False,  # nearly all shoes point to the left
-        num_steps=10_000,
+        num_steps=4000,
         log_interval_steps=50,
         checkpoint_interval_steps=500,
         sample_interval_steps=1000,

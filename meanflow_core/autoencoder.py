@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
 
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.pixels import PixelAutoencoder
 
-Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | PixelAutoencoder
-AUTOENCODERS: tuple[type[ModelMixin], ...] = (AutoencoderKL, AutoencoderTiny, PixelAutoencoder)
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderTiny | PixelAutoencoder
+AUTOENCODERS: tuple[type[ModelMixin], ...] = (AutoencoderKL, AutoencoderDC, AutoencoderTiny, PixelAutoencoder)
 
 
 def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> Autoencoder:
     """Loads an autoencoder for inference, from a folder or by the hub id of an AutoencoderKL ("stabilityai/sd-vae-ft-mse").
 
-    A folder may contain an AutoencoderKL, an AutoencoderTiny or a PixelAutoencoder. Raises ValueError if it cannot be loaded.
+    A folder may contain any of AUTOENCODERS. Raises ValueError if it cannot be loaded.
     """
     folder, model_class = Path(id_or_folder), AUTOENCODERS[0]
     if folder.exists():
@@ -68,7 +68,9 @@ def downsampling_factor(vae: Autoencoder) -> int:
     # Not by isinstance: a portable generator has a PixelAutoencoder class of its own.
     if "factor" in vae.config:
         return int(vae.config.factor)
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    # AutoencoderDC has no block_out_channels.
+    channels = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
+    return int(2 ** (len(channels) - 1))
 
 
 def forbid_tf32() -> None:
@@ -112,13 +114,20 @@ def to_uint8_images(images: torch.Tensor) -> torch.Tensor:
 def encode_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """Images uint8 (B, fH, fW, 3) on the VAE's device -> moments float32 (B, 2C, H, W): mean, standard deviation.
 
-    The deviation of an AutoencoderTiny, which has no posterior, and of a PixelAutoencoder is 0.
+    The deviation of an autoencoder without a posterior, and of a PixelAutoencoder, is 0.
     """
-    encoded = vae.encode(to_float_images(images).to(vae.dtype))
-    if isinstance(vae, AutoencoderTiny):
-        return torch.cat([encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)], dim=1)
-    posterior = encoded.latent_dist
+    x = to_float_images(images).to(vae.dtype)
+    if isinstance(vae, AutoencoderDC | AutoencoderTiny):
+        latents = encode_points(vae, x).float()
+        return torch.cat([latents, torch.zeros_like(latents)], dim=1)
+    posterior = vae.encode(x).latent_dist
     return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
+
+
+def encode_points(vae: AutoencoderDC | AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, fH, fW) in [-1, 1] -> raw latents (B, C, H, W) of an autoencoder without a posterior."""
+    encoded = vae.encode(images)
+    return encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latents
 
 
 @torch.no_grad()

@@ -3,10 +3,10 @@
 import math
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import nn
 
-from meanflow_core.autoencoder import Autoencoder
+from meanflow_core.autoencoder import Autoencoder, encode_points
 from pipelines.autoencoder.job import AutoencoderJob
 
 MAX_GROUPS = 32  # of group normalisation, as in Stable Diffusion's autoencoder
@@ -25,8 +25,20 @@ def build_autoencoder(job: AutoencoderJob) -> Autoencoder:
             num_encoder_blocks=(1, *blocks),
             num_decoder_blocks=(*blocks, 1),
         )
+    widths = tuple(job.width * multiplier for multiplier in WIDTH_MULTIPLIERS[:levels])
+    if job.kind == "dc":
+        blocks = (job.layers_per_block,) * levels
+        return AutoencoderDC(
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_layers_per_block=blocks,
+            decoder_layers_per_block=blocks,
+            encoder_qkv_multiscales=((),) * levels,  # no attention
+            decoder_qkv_multiscales=((),) * levels,
+            latent_channels=job.channels,
+        )
     return AutoencoderKL(
-        block_out_channels=tuple(job.width * multiplier for multiplier in WIDTH_MULTIPLIERS[:levels]),
+        block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=job.channels,
@@ -47,11 +59,11 @@ class Reconstruction(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images float (B, 3, S, S) in [-1, 1] -> reconstructions (B, 3, S, S), and the posterior's mean and log variance.
 
-        Mean and log variance: (B, C, S / factor, S / factor). The latents of an AutoencoderTiny are their own mean, and
-        their log variance is given as 0.
+        Mean and log variance: (B, C, S / factor, S / factor). Latents without a posterior are their own mean, and their log
+        variance is given as 0.
         """
-        if isinstance(self.vae, AutoencoderTiny):
-            latents = self.vae.encode(images).latents
+        if isinstance(self.vae, AutoencoderDC | AutoencoderTiny):
+            latents = encode_points(self.vae, images)
             return self.vae.decode(latents).sample, latents, torch.zeros_like(latents)
         posterior = self.vae.encode(images).latent_dist
         return self.vae.decode(posterior.sample()).sample, posterior.mean, posterior.logvar

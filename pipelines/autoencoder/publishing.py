@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderTiny
 from PIL import Image
 
 from meanflow_core.autoencoder import Autoencoder, encode_moments, reconstruct
@@ -16,7 +16,7 @@ from meanflow_core.grids import image_grid
 from meanflow_core.metrics import peak_signal_to_noise
 from pipelines import storage
 from pipelines.autoencoder.batches import ImageSource
-from pipelines.autoencoder.job import AutoencoderJob
+from pipelines.autoencoder.job import AutoencoderJob, Kind
 from pipelines.autoencoder.record import Result
 from pipelines.images.decoding import read_pixels
 from pipelines.tracking.run import Run
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 NUM_STATISTICS_IMAGES = 4_000  # at 8x8 latents: 256,000 values per channel
 GRID_CLASSES, GRID_COLUMNS = 10, 8
 GRID_FILE = "reconstructions.png"
+CLASS_NAMES: dict[Kind, str] = {"kl": "AutoencoderKL", "dc": "AutoencoderDC", "tiny": "AutoencoderTiny"}
 
 
 def forward_size(image_size: int) -> int:
@@ -85,11 +86,13 @@ def latent_statistics(vae: Autoencoder, pixels: torch.Tensor) -> tuple[list[floa
 
 
 def set_normalization(vae: Autoencoder, mean: list[float], std: list[float]) -> None:
-    """Writes the statistics of each channel into the config; those of all channels together for an AutoencoderTiny.
+    """Writes the statistics of each channel into the config, or what the autoencoder's class has for all channels together.
 
-    AutoencoderTiny has no `latents_mean` and `latents_std`, but a shift and a scaling factor.
+    AutoencoderTiny has a shift and a scaling factor, AutoencoderDC a scaling factor alone.
     """
-    if isinstance(vae, AutoencoderTiny):
+    if isinstance(vae, AutoencoderDC):
+        vae.register_to_config(scaling_factor=float(np.mean(np.square(std) + np.square(mean)) ** -0.5))
+    elif isinstance(vae, AutoencoderTiny):
         shift = float(np.mean(mean))
         variance = np.mean(np.square(std) + np.square(np.subtract(mean, shift)))
         vae.register_to_config(shift_factor=shift, scaling_factor=float(variance**-0.5))
@@ -127,7 +130,7 @@ def publish(vae: Autoencoder, images: ImageSource, held_out: HeldOut, job: Autoe
 
 def model_card(job: AutoencoderJob, num_images: int, num_statistics: int, result: Result) -> str:
     """The README.md stored with the weights."""
-    size, class_name = job.image_size // job.factor, "AutoencoderTiny" if job.kind == "tiny" else "AutoencoderKL"
+    size, class_name = job.image_size // job.factor, CLASS_NAMES[job.kind]
     perceptual = f" + {job.perceptual_weight:g} perceptual" if job.perceptual_weight else ""
     return f"""# Autoencoder
 

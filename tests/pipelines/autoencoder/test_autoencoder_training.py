@@ -14,14 +14,20 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from meanflow_core.autoencoder import encode_moments, load_autoencoder, reconstruct, to_float_images
+from meanflow_core.autoencoder import (
+    downsampling_factor,
+    encode_moments,
+    load_autoencoder,
+    reconstruct,
+    to_float_images,
+)
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.metrics import peak_signal_to_noise
 from pipelines.autoencoder import run
 from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.autoencoder.network import build_autoencoder
-from pipelines.autoencoder.publishing import HeldOut, latent_statistics, set_normalization
-from pipelines.autoencoder.record import RECORD, Record, configuration, read_record, write_record
+from pipelines.autoencoder.publishing import HeldOut, latent_statistics, model_card, set_normalization
+from pipelines.autoencoder.record import RECORD, Record, Result, configuration, read_record, write_record
 from pipelines.autoencoder.run import train_autoencoder
 from pipelines.autoencoder.worker import AutoencoderTrainer
 from pipelines.errors import InputError
@@ -203,8 +209,11 @@ def test_latent_statistics_are_those_of_posterior_samples(image_root, held_out):
     torch.testing.assert_close(normalised.std((0, 2, 3)), torch.ones(4), atol=0.01, rtol=0)
 
 
-def test_latents_of_a_tiny_autoencoder_are_normalized_together_and_survive_saving(image_root, held_out, tmp_path):
-    job = autoencoder_job(image_root, "unused", kind="tiny", kl_weight=1e-3)
+@pytest.mark.parametrize(("kind", "class_name"), [("tiny", "AutoencoderTiny"), ("dc", "AutoencoderDC")])
+def test_latents_without_a_posterior_are_normalized_together_and_survive_saving(
+    image_root, held_out, tmp_path, kind, class_name
+):
+    job = autoencoder_job(image_root, "unused", kind=kind, kl_weight=1e-3)
     trainer = AutoencoderTrainer(job, torch.device("cpu"))
     images = to_float_images(held_out)
     losses = [float(trainer.train_step(images, trainer.network).total) for _ in range(15)]
@@ -212,11 +221,18 @@ def test_latents_of_a_tiny_autoencoder_are_normalized_together_and_survive_savin
     set_normalization(trainer.average, *latent_statistics(trainer.average, held_out))
     trainer.average.save_pretrained(tmp_path)
     vae = load_autoencoder(str(tmp_path))
+    assert type(vae).__name__ == class_name
+    assert f"`{class_name}.from_pretrained(FOLDER)`" in model_card(
+        job, 1, 1, Result(psnr=20.0, num_held_out=1, num_parameters=1)
+    )
     mean, std = encode_moments(vae, held_out).chunk(2, dim=1)
+    assert downsampling_factor(vae) == 4
     assert mean.shape == (len(held_out), 4, 8, 8)
     assert not std.any()
     latents = LatentNormalization.from_vae_config(vae.config).normalize(mean)
-    assert (float(latents.mean()), float(latents.std())) == (pytest.approx(0.0, abs=1e-3), pytest.approx(1.0, abs=1e-3))
+    assert float(latents.square().mean()) == pytest.approx(1.0, abs=1e-3)
+    if kind == "tiny":  # AutoencoderDC has no shift
+        assert float(latents.mean()) == pytest.approx(0.0, abs=1e-3)
     torch.testing.assert_close(reconstruct(vae, held_out), reconstruct(trainer.average, held_out))
 
 

@@ -222,9 +222,8 @@ def test_latents_without_a_posterior_are_normalized_together_and_survive_saving(
     trainer.average.save_pretrained(tmp_path)
     vae = load_autoencoder(str(tmp_path))
     assert type(vae).__name__ == class_name
-    assert f"`{class_name}.from_pretrained(FOLDER)`" in model_card(
-        job, 1, 1, Result(psnr=20.0, num_held_out=1, num_parameters=1)
-    )
+    result = Result(psnr=20.0, num_held_out=1, num_parameters=1)
+    assert f"`{class_name}.from_pretrained(FOLDER)`" in model_card(job, 1, 1, result)
     mean, std = encode_moments(vae, held_out).chunk(2, dim=1)
     assert downsampling_factor(vae) == 4
     assert mean.shape == (len(held_out), 4, 8, 8)

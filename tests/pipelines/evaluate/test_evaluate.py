@@ -153,11 +153,11 @@ def test_features_for_precision_and_recall_are_computed_from_the_images_of_a_ref
 
 
 def test_classes_of_samples_are_counted_in_the_training_images(job, image_root, tmp_path):
-    shutil.copytree(image_root / "val", tmp_path / "val")
-    third_class = sorted((tmp_path / "val").iterdir())[2]
+    shutil.copytree(image_root, tmp_path / "images")
+    third_class = sorted((tmp_path / "images/val").iterdir())[2]
     for path in sorted(third_class.iterdir())[:2]:
         path.unlink()
-    job = replace(job, train_images=str(tmp_path / "val"), labels="training")
+    job = replace(job, train_images=str(tmp_path / "images/val"), labels="training")
     chunks = plan_chunks(job, open_inputs(job))
     [rule] = {chunk.source.rule for chunk in chunks if chunk.set_name == samples_set(0)}
     assert rule.class_counts == (4, 4, 2, 4, 4, 4, 4, 4, 4, 4)

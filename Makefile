@@ -8,19 +8,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 COMPARISON := build/compare
+DATA ?= shapes
+FASHION := build/fashion
+FASHION_FILES ?= /usr/share/datasets/fashion-mnist
+FASHION_CLASSES := T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag 'Ankle boot'
 # Keeps glibc from returning large temporaries to the system at every step: 3 to 10 times faster on CPUs. One arena, because
 # the thresholds only apply to the first, and Ray calls its workers' code from other threads.
 FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \
     MALLOC_ARENA_MAX=1
 
-.PHONY: demo compare test env lint soak soak-deps gpu bench lock clean
+.PHONY: demo compare compare-shapes compare-fashion test env lint soak soak-deps gpu bench lock clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	@$(FAST_MALLOC) $(BIN)/python -m pipelines.demo
 
+# Compares methods on drawn shapes, or with DATA=fashion on Fashion-MNIST (apt-get install dataset-fashion-mnist).
 # Resumes an interrupted comparison: images, latents, trainings and evaluations of earlier calls are kept.
-compare: $(STAMP)
+compare: compare-$(DATA)
+
+compare-shapes: $(STAMP)
 	@test -f $(COMPARISON)/images/drawn || { \
 	    $(BIN)/python -m pipelines.demo.images --output $(COMPARISON)/images && touch $(COMPARISON)/images/drawn; }
 	@test -f $(COMPARISON)/latents/manifest.json || \
@@ -29,6 +36,23 @@ compare: $(STAMP)
 	@$(FAST_MALLOC) $(BIN)/python -m pipelines.compare --data $(COMPARISON)/latents \
 	    --train-images $(COMPARISON)/images/train --held-out-images $(COMPARISON)/images/val \
 	    --judge pipelines/demo/judge_weights --output $(COMPARISON)/comparison
+
+compare-fashion: $(STAMP)
+	@test -d $(FASHION_FILES) || \
+	    { echo "error: no $(FASHION_FILES); apt-get install dataset-fashion-mnist, or set FASHION_FILES" >&2; exit 2; }
+	@test -f $(FASHION)/images/class_names.txt || { mkdir -p $(FASHION)/images && cp $(FASHION_FILES)/*-ubyte.gz $(FASHION)/images && \
+	    printf '%s\n' $(FASHION_CLASSES) > $(FASHION)/images/class_names.txt; }
+	@test -f $(FASHION)/latents/manifest.json || \
+	    $(BIN)/python -m pipelines.encode --images '$(FASHION)/images/train-*' --output $(FASHION)/latents \
+	        --vae pixels --image-size 28 --no-mirror --images-per-shard 5000
+	@test -f $(FASHION)/judge/README.md || \
+	    $(FAST_MALLOC) $(BIN)/python -m pipelines.judge --images '$(FASHION)/images/train-*' \
+	        --held-out-images '$(FASHION)/images/t10k-*' --output $(FASHION)/judge --image-size 28 \
+	        --batch-size 128 --num-steps 5000
+	@$(FAST_MALLOC) $(BIN)/python -m pipelines.compare --data $(FASHION)/latents \
+	    --train-images '$(FASHION)/images/train-*' --held-out-images '$(FASHION)/images/t10k-*' \
+	    --judge $(FASHION)/judge --output $(FASHION)/comparison \
+	    --adapt meanflow_core.presets.real_images:on_fashion --num-steps 3000
 
 env: $(STAMP)
 

@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
+ImageMode = Literal["L", "RGB"]  # Pillow's modes: grey, colour
+
 
 class ModelSource(BaseModel):
     """Where a model came from."""
@@ -37,6 +39,7 @@ class ModelInfo(BaseModel):
     """Unix time of loading."""
     owned_by: str = "meanflow-ray"
     image_size: int
+    image_mode: ImageMode
     num_classes: int
     supports_guidance: bool
     guidance_scale: float
@@ -97,6 +100,8 @@ class GenerationResult:
 
     images: np.ndarray
     """uint8 (N, H, W, 3)."""
+    image_mode: ImageMode
+    """L if the generator is grey."""
     class_id: int
     class_name: str
     wnid: str | None

@@ -1,25 +1,48 @@
-"""The VAE: loading, encoding images to moments, decoding latents to images; TF32 settings and weight hashes."""
+"""The autoencoder: loading, encoding images to moments, decoding latents to images; TF32 settings and weight hashes.
+
+B batch, C latent channels, H W latent size, f pixels per latent pixel along a side (8 in Stable Diffusion's VAE).
+"""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
 
 from meanflow_core.latents import LatentNormalization
+from meanflow_core.pixels import PixelAutoencoder
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderTiny | PixelAutoencoder
+AUTOENCODERS: tuple[type[ModelMixin], ...] = (AutoencoderKL, AutoencoderDC, AutoencoderTiny, PixelAutoencoder)
 
 
-def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Loads an AutoencoderKL from a local folder or by its hub id ("stabilityai/sd-vae-ft-mse"), for inference.
+def load_autoencoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """Loads an autoencoder for inference, from a folder or by the hub id of an AutoencoderKL ("stabilityai/sd-vae-ft-mse").
 
-    Raises ValueError if it cannot be loaded.
+    A folder may contain any of AUTOENCODERS. Raises ValueError if it cannot be loaded.
     """
-    folder = Path(id_or_folder)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"no config.json in {folder}; an autoencoder is a folder written by AutoencoderKL.save_pretrained"
-        )
-    return _load(AutoencoderKL, id_or_folder, dtype, "an autoencoder")
+    folder, model_class = Path(id_or_folder), AUTOENCODERS[0]
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"no config.json in {folder}; an autoencoder is a folder written by save_pretrained")
+        model_class = _class_in(folder)
+    return _load(model_class, id_or_folder, dtype, "an autoencoder")
+
+
+def _class_in(folder: Path) -> type[ModelMixin]:
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("_class_name", AutoencoderKL.__name__)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+    # In a portable generator the name is [file, class].
+    name = name[-1] if isinstance(name, list) else name
+    for model_class in AUTOENCODERS:
+        if model_class.__name__ == name:
+            return model_class
+    known = ", ".join(model_class.__name__ for model_class in AUTOENCODERS)
+    raise ValueError(f"the autoencoder in {folder} must be one of {known}, but is {name}")
 
 
 def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
@@ -40,9 +63,14 @@ def _load(model_class: type[ModelMixin], id_or_folder: str, dtype: torch.dtype, 
     return model.eval().requires_grad_(False)
 
 
-def downsampling_factor(vae: AutoencoderKL) -> int:
+def downsampling_factor(vae: Autoencoder) -> int:
     """Pixels per latent pixel along a side: 8 for Stable Diffusion's VAE."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    # Not by isinstance: a portable generator has a PixelAutoencoder class of its own.
+    if "factor" in vae.config:
+        return int(vae.config.factor)
+    # AutoencoderDC has no block_out_channels.
+    channels = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
+    return int(2 ** (len(channels) - 1))
 
 
 def forbid_tf32() -> None:
@@ -83,29 +111,42 @@ def to_uint8_images(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (B, 8H, 8W, 3) on the VAE's device -> moments float32 (B, 2C, H, W): mean, standard deviation."""
-    posterior = vae.encode(to_float_images(images).to(vae.dtype)).latent_dist
+def encode_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+    """Images uint8 (B, fH, fW, 3) on the VAE's device -> moments float32 (B, 2C, H, W): mean, standard deviation.
+
+    The deviation of an autoencoder without a posterior, and of a PixelAutoencoder, is 0.
+    """
+    x = to_float_images(images).to(vae.dtype)
+    if isinstance(vae, AutoencoderDC | AutoencoderTiny):
+        latents = encode_points(vae, x).float()
+        return torch.cat([latents, torch.zeros_like(latents)], dim=1)
+    posterior = vae.encode(x).latent_dist
     return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
 
+def encode_points(vae: AutoencoderDC | AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, fH, fW) in [-1, 1] -> raw latents (B, C, H, W) of an autoencoder without a posterior."""
+    encoded = vae.encode(images)
+    return encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latents
+
+
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3)."""
+def decode_latents(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, C, H, W) -> images uint8 (B, fH, fW, 3)."""
     raw = LatentNormalization.from_vae_config(vae.config).denormalize(latents.float())
     return to_uint8_images(vae.decode(raw.to(vae.dtype)).sample)
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Encodes and decodes images uint8 (B, 8H, 8W, 3) at the posterior's mean: an upper bound on a generator's quality."""
+def reconstruct(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+    """Encodes and decodes images uint8 (B, fH, fW, 3) at the posterior's mean: an upper bound on a generator's quality."""
     mean, _ = encode_moments(vae, images).chunk(2, dim=1)
     return decode_latents(vae, LatentNormalization.from_vae_config(vae.config).normalize(mean))
 
 
 @torch.no_grad()
-def decode_preview(tiny: AutoencoderTiny, vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Normalised latents (B, C, H, W) -> images uint8 (B, 8H, 8W, 3), with a small, fast, approximate decoder.
+def decode_preview(tiny: AutoencoderTiny, vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, C, H, W) -> images uint8 (B, fH, fW, 3), with a small, fast, approximate decoder.
 
     vae: the autoencoder of the latents. The small decoder expects latents with this VAE's shift_factor and
     scaling_factor applied, even if the generator normalises each channel separately.

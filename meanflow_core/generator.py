@@ -11,10 +11,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, SchedulerMixin
+from diffusers import FlowMapEulerDiscreteScheduler, SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 
-from meanflow_core.autoencoder import load_autoencoder
+from meanflow_core.autoencoder import Autoencoder, load_autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.formats import require_format_version
 from meanflow_core.networks.forward_mode import find_network_class
@@ -39,7 +39,7 @@ _SETTINGS = (
 
 def build_pipeline(
     network: NetworkModel,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     class_names: Sequence[str],
     *,
     wnids: Sequence[str] = (),

@@ -46,7 +46,7 @@ class LatentNormalization:
 
     @classmethod
     def from_vae_config(cls, config: Mapping[str, Any]) -> "LatentNormalization":
-        """Reads an AutoencoderKL's config: `latents_mean` and `latents_std` if present, else shift and scale.
+        """Reads an autoencoder's config: `latents_mean` and `latents_std` if present, else shift and scale.
 
         Raises ValueError if the config has neither the two lists nor a scale, or only one of the lists.
         """

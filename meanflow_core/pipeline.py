@@ -7,9 +7,10 @@ weights in safetensors. The latent normalisation is part of vae/config.json.
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -18,7 +19,7 @@ from PIL import Image
 import meanflow_core.networks.dit
 import meanflow_core.networks.forward_mode
 import meanflow_core.networks.improved_dit  # noqa: F401
-from meanflow_core.autoencoder import decode_latents, downsampling_factor
+from meanflow_core.autoencoder import Autoencoder, decode_latents, downsampling_factor
 from meanflow_core.formats import require_format_version
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.predictions import PREDICTIONS, needs_many_steps
@@ -35,11 +36,13 @@ Scales = float | Sequence[float]
 Intervals = tuple[float, float] | Sequence[tuple[float, float]]
 
 
-def _to_output(pixels: torch.Tensor, output_type: str) -> object:
+def _to_output(pixels: torch.Tensor, output_type: str, image_mode: str) -> object:
     if output_type == "pt":
         return pixels.permute(0, 3, 1, 2).float() / 255.0
     if output_type == "np":
         return pixels.cpu().numpy().astype("float32") / 255.0
+    if image_mode == "L":
+        return [Image.fromarray(image) for image in pixels[..., 0].cpu().numpy()]
     return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
 
@@ -69,7 +72,7 @@ class MeanFlowPipeline(DiffusionPipeline):
     def __init__(
         self,
         transformer: ModelMixin,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
         wnids: dict[str, str] | None = None,
@@ -147,6 +150,11 @@ class MeanFlowPipeline(DiffusionPipeline):
     def image_size(self) -> int:
         """Side of an image in pixels."""
         return self.latent_shape[1] * downsampling_factor(self.vae)
+
+    @property
+    def image_mode(self) -> Literal["L", "RGB"]:
+        """Pillow's mode of the images: "L" if the generator is grey."""
+        return "L" if getattr(self.vae, "is_grey", False) else "RGB"
 
     @property
     def supports_guidance(self) -> bool:
@@ -360,8 +368,8 @@ class MeanFlowPipeline(DiffusionPipeline):
                 MeanFlow, flow matching and diffusion (the latter two take two network evaluations per guided step).
                 Default: the generator's.
             solver: "euler", or "heun" for flow matching (two network evaluations per step).
-            output_type: "pil"; "np", float (B, H, W, 3) in [0, 1]; "pt", float (B, 3, H, W) in [0, 1]; or "latent",
-                normalised latents (B, C, H, W).
+            output_type: "pil", in `image_mode`; "np", float (B, H, W, 3) in [0, 1]; "pt", float (B, 3, H, W) in [0, 1]; or
+                "latent", normalised latents (B, C, H, W).
             return_dict: return an ImagePipelineOutput instead of a tuple.
 
         Raises ValueError for invalid arguments.
@@ -379,6 +387,6 @@ class MeanFlowPipeline(DiffusionPipeline):
         z = self.sample_latents(
             class_labels, latents, num_inference_steps, timesteps, guidance_scale, guidance_interval, solver
         )
-        images = z if output_type == "latent" else _to_output(decode_latents(self.vae, z), output_type)
+        images = z if output_type == "latent" else _to_output(decode_latents(self.vae, z), output_type, self.image_mode)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

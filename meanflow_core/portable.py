@@ -24,10 +24,14 @@ PIPELINE_MODULES = (
     f"{__package__}.sampling",
     f"{__package__}.latents",
     *NETWORK_MODULES,
+    f"{__package__}.pixels",
     f"{__package__}.autoencoder",
     f"{__package__}.pipeline",
 )
+AUTOENCODER_MODULES = (f"{__package__}.pixels",)
 NETWORK_FILE = "meanflow_network"
+AUTOENCODER_FILE = "pixel_autoencoder"
+PIXEL_AUTOENCODER = "PixelAutoencoder"  # the only autoencoder that is not a class of diffusers
 REMEDY = (
     "define the network in one module, which imports installed libraries, and from this package only names, by "
     "from meanflow_core.networks.MODULE import NAME"
@@ -137,6 +141,9 @@ def add_code(folder: Path) -> None:
     source = network_source(settings["network_class"], plain_module)
     (folder / "pipeline.py").write_text(merged_source(PIPELINE_MODULES))
     (folder / "transformer" / f"{NETWORK_FILE}.py").write_text(source)
+    if settings["vae"][1] == PIXEL_AUTOENCODER:
+        (folder / "vae" / f"{AUTOENCODER_FILE}.py").write_text(merged_source(AUTOENCODER_MODULES))
+        settings["vae"] = [AUTOENCODER_FILE, PIXEL_AUTOENCODER]
     settings["_class_name"] = ["pipeline", settings["_class_name"]]
     settings["transformer"] = [NETWORK_FILE, network_class]
     index.write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,13 +1,17 @@
-"""Connects to a Ray cluster or starts one, and chooses the device."""
+"""Connects to a Ray cluster or starts one, chooses the device, and finds why a training failed."""
 
 import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.errors import InputError
-from pipelines.private_interfaces import CLEANER_LOGGER
+from pipelines.private_interfaces import CLEANER_LOGGER, original_error
+
+if TYPE_CHECKING:
+    from ray.train import TrainingFailedError
 
 Device = Literal["auto", "gpu", "cpu"]
 # By default, glibc returns the memory of large temporary tensors to the system. The page faults of allocating it again at
@@ -81,3 +85,30 @@ def num_gpus() -> int:
 
     available = int(ray.cluster_resources().get("GPU", 0))
     return available if "RAY_ADDRESS" in os.environ else min(available, torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why training failed."""
+
+    error: BaseException
+    """The original error."""
+    rank: int | None
+    """The worker that raised it; None for Ray's controller."""
+
+
+def first_cause(error: "TrainingFailedError") -> Cause:
+    """Finds the error that made training fail, ignoring the connection errors that it caused on other workers."""
+    from ray.exceptions import RayError  # imported here to keep --help fast
+
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return Cause(getattr(error, "controller_failure", error), None)
+    causes = [Cause(original_error(failure), rank) for rank, failure in failures.items()]
+    consequences = ("connection", "nccl", "gloo", "timed out")
+    original = [
+        cause
+        for cause in causes
+        if isinstance(cause.error, RayError) or not any(word in str(cause.error).lower() for word in consequences)
+    ]
+    return (original or causes)[0]

@@ -102,8 +102,8 @@ def list_folder(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
 
 
 def read_bytes(filesystem: fs.FileSystem, path: str) -> bytes:
-    """The whole content of a file."""
-    with filesystem.open_input_stream(path) as stream:
+    """The whole content of a file, as it is stored."""
+    with filesystem.open_input_stream(path, compression=None) as stream:  # by default, .gz files are decompressed
         return stream.read()
 
 
@@ -111,7 +111,7 @@ def write_bytes(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
     """Writes a file completely or not at all. Creates its folder and replaces an existing file."""
     filesystem.create_dir(os.path.dirname(path), recursive=True)
     if not isinstance(filesystem, fs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as stream:
+        with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(content)
         return
     partial = f"{path}.{uuid.uuid4().hex}.partial"

@@ -20,6 +20,7 @@ from meanflow_core.generator import build_pipeline
 from meanflow_core.networks.dit import MeanFlowDiT
 from meanflow_core.networks.improved_dit import ImprovedMeanFlowDiT
 from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.pixels import PixelAutoencoder
 from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 
@@ -97,6 +98,12 @@ def imf_pipeline(imf_network, vae) -> MeanFlowPipeline:
     """An improved MeanFlow pipeline, with guidance by default."""
     sampling = SamplingConfig(guidance_scale=4.0, guidance_interval_start=0.2, guidance_interval_end=0.7)
     return build_pipeline(imf_network.eval().for_sampling(), vae, images.CLASS_NAMES, sampling=sampling)
+
+
+@pytest.fixture
+def grey_pipeline(imf_network) -> MeanFlowPipeline:
+    """A generator of grey images, 16x16, in pixels."""
+    return build_pipeline(imf_network.eval().for_sampling(), PixelAutoencoder(4, 2), images.CLASS_NAMES)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Recomputes the runbook's figures, and checks that its steps and docs/own-images.md's read what earlier steps wrote."""
+"""Recomputes the runbook's figures, and checks that its steps read what earlier steps wrote."""
 
 import math
 import re
@@ -200,21 +200,3 @@ def test_addresses_are_those_of_the_cluster(lines):
     assert f"export AWS_DEFAULT_REGION={region}" in lines
     # AWS's codes for P machines: on demand, and spot.
     assert {code for line in lines for code in re.findall(r"--quota-code (\S+)", line)} == {"L-417A185B", "L-7212CCBC"}
-
-
-def test_steps_for_own_images_read_what_the_steps_before_wrote():
-    lines = [shlex.split(line) for line in commands("own-images", "docs/own-images.md")]
-    datasets = {option(words, "--output") for words in lines if "pipelines.encode" in words}
-    trained = [words for words in lines if "pipelines.train" in words]
-    for words in trained:
-        if not option(words, "--data").startswith("more-"):  # a later dataset, encoded by the same command
-            assert option(words, "--data") in datasets
-        if "--validation-data" in words:
-            assert option(words, "--validation-data") in datasets
-    generators = {f"{option(words, '--storage')}/{option(words, '--run-name')}/generator" for words in trained}
-    models = [option(words, name) for words in lines for name in ("--model", "--init-from") if name in words]
-    models += [word.removeprefix("model=") for words in lines for word in words if word.startswith("model=")]
-    assert len(models) == 3
-    assert set(models) <= generators
-    [uri] = [option(words, "--backend-store-uri") for words in lines if words[0] == "mlflow"]
-    assert uri == f"sqlite:///{option(trained[0], '--storage')}/mlflow.db"

@@ -48,6 +48,8 @@ SMALLER = {
 STAGES = ("pipelines.demo.images", "pipelines.encode", "pipelines.check", "pipelines.train", "pipelines.evaluate")
 DAMAGED = "d0000004/d0000004_24"  # truncated before encoding
 
+pytestmark = pytest.mark.soak  # tests/test_own_images.py runs the same stages in `make test`
+
 
 @dataclass(frozen=True)
 class Workspace:

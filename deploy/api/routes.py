@@ -25,11 +25,12 @@ from deploy.api.schema import (
     ImagesResponse,
     ModelList,
     Readiness,
+    Sampling,
     Timing,
     Version,
 )
 from deploy.api.service import ApiService
-from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, ModelInfo
+from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, ImageMode, ModelInfo
 
 WEB = Path(__file__).parents[1] / "web"
 
@@ -79,9 +80,10 @@ async def images_generations(body: ImagesRequest, request: Request, service: Ser
     service.admit(caller, generation.num_images)
     result = await service.generate(generation, request.state.log, "prompt")
     output_format = body.output_format or "png"
+    mode = file_mode(body, result)
     encoded = await service.encode(
         lambda: [
-            base64.b64encode(encode_image(image, output_format, body.output_compression)).decode()
+            base64.b64encode(encode_image(image, output_format, body.output_compression, mode=mode)).decode()
             for image in result.images
         ]
     )
@@ -142,12 +144,13 @@ async def generate(body: GenerateRequest, request: Request, service: Service, ca
     )
     service.admit(caller, generation.num_images)
     result = await service.generate(generation, request.state.log, "class")
+    mode = file_mode(body, result)
     if body.response_format == "zip":
         media_type = "application/zip"
-        encoded = await service.encode(lambda: encode_zip(result.images, file_names(generation, result)))
+        encoded = await service.encode(lambda: encode_zip(result.images, file_names(generation, result), mode))
     else:
         media_type = MEDIA_TYPES["png"]
-        encoded = await service.encode(lambda: encode_grid(result.images))
+        encoded = await service.encode(lambda: encode_grid(result.images, mode))
     headers = {
         "X-Class-Id": str(result.class_id),
         "X-Seed": str(generation.seed),
@@ -156,6 +159,11 @@ async def generate(body: GenerateRequest, request: Request, service: Service, ca
         "X-Milliseconds": f"{1000.0 * (time.perf_counter() - started):.1f}",
     }
     return Response(encoded.content, media_type=media_type, headers=headers)
+
+
+def file_mode(body: Sampling, result: GenerationResult) -> ImageMode:
+    """Pillow's mode of the image files of a response."""
+    return result.image_mode if body.image_mode == "auto" else body.image_mode
 
 
 def file_names(generation: GenerationRequest, result: GenerationResult) -> list[str]:

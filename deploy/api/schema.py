@@ -51,6 +51,9 @@ class Sampling(Strict):
     preview: bool = Field(
         default=False, description="Decode with the small preview decoder: faster and slightly less accurate."
     )
+    image_mode: Literal["auto", "L", "RGB"] = Field(
+        default="auto", description="Mode of the image files: L is grey. auto: L if the model is grey, otherwise RGB."
+    )
 
 
 class GenerateRequest(Sampling):

@@ -31,6 +31,10 @@ def load_model(model: str, arguments: Arguments) -> LoadedModel:
     pipeline = load_pipeline(folder, device)
     hashes = ModelHashes(transformer=weight_hash(pipeline.transformer), vae=weight_hash(pipeline.vae))
     preview_decoder = None if arguments.preview_vae is None else load_preview_decoder(arguments.preview_vae)
+    if preview_decoder is not None and "scaling_factor" not in pipeline.vae.config:
+        raise ValueError(
+            "preview_vae requires a generator in an autoencoder's latents, but this one works on pixels; remove preview_vae"
+        )
     engine = Engine(
         pipeline,
         precision=arguments.precision,
@@ -46,6 +50,7 @@ def load_model(model: str, arguments: Arguments) -> LoadedModel:
         id=arguments.served_name or source.name,
         created=int(time.time()),
         image_size=pipeline.image_size,
+        image_mode=pipeline.image_mode,
         num_classes=len(entries),
         supports_guidance=pipeline.supports_guidance,
         guidance_scale=config.guidance_scale,

@@ -202,6 +202,7 @@ def build_result(
     entry = loaded.classes.entries[label]
     return GenerationResult(
         images=np.stack(batched.results),
+        image_mode=loaded.info.image_mode,
         class_id=label,
         class_name=entry.name,
         wnid=entry.wnid,

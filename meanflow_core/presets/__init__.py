@@ -4,7 +4,7 @@ Unless stated otherwise, FID is the paper's value for 50,000 samples on ImageNet
 (1 NFE). No published preset has been trained with this code yet. GFLOPs are for one forward of one image, counting a
 multiply-add as one operation.
 
-Every public function in a module of this package that returns a TrainingConfig is a preset. The modules of new objectives
+Every public function without arguments that returns a TrainingConfig is a preset. The modules of new objectives
 also hold the objective's configuration. They import the standard library only, so that --help is quick.
 """
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
-from meanflow_core.autoencoder import decode_latents
+from meanflow_core.autoencoder import Autoencoder, decode_latents
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.metrics import peak_signal_to_noise
 from pipelines.errors import InputError
@@ -44,7 +43,7 @@ def read_images(data: str, images: str, image_size: int, samples: Sequence[Sampl
     return decoded
 
 
-def decode_means(vae: AutoencoderKL, moments: Sequence[np.ndarray]) -> list[np.ndarray]:
+def decode_means(vae: Autoencoder, moments: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Decodes the mean of each sample's moments to uint8 (H, W, 3)."""
     normalization = LatentNormalization.from_vae_config(vae.config)
     stored = torch.from_numpy(np.stack(moments).astype(np.float32))
@@ -54,7 +53,7 @@ def decode_means(vae: AutoencoderKL, moments: Sequence[np.ndarray]) -> list[np.n
 
 
 def draw_samples(
-    samples: Sequence[Sample], images: Sequence[np.ndarray | None], vae: AutoencoderKL, path: Path
+    samples: Sequence[Sample], images: Sequence[np.ndarray | None], vae: Autoencoder, path: Path
 ) -> float | None:
     """Draws samples to a PNG file. Returns the mean PSNR of the decoded latents in dB; None without images."""
     decoded = decode_means(vae, [sample.moments for sample in samples])

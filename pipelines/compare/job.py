@@ -40,6 +40,9 @@ class CompareJob:
     """Folder for all results. On a cluster, use storage that all machines share."""
     methods: tuple[str, ...] = tuple(TITLES)
     """Presets to compare; module:function names one of your own."""
+    adapt: str | None = None
+    """module:function that adapts the methods' configurations to other data: it takes a TrainingConfig and returns one, for
+    example meanflow_core.presets.real_images:on_fashion."""
     baseline: str = "demo_flow_matching"
     """Preset of flow matching. Its steps set the FLOPs budget, and the report compares with it."""
     from_baseline: tuple[str, ...] = ("demo_consistency", "demo_ect")

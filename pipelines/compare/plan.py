@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from meanflow_core.config import TrainingConfig
 from meanflow_core.presets import preset_config
+from meanflow_core.references import resolve
 from pipelines.compare.job import Budget, CompareJob
 from pipelines.errors import InputError
 from pipelines.sweep.experiments import Experiment
@@ -40,9 +41,9 @@ class Entrant:
 
 
 def plan_entrants(job: CompareJob, flops_of: FlopsOf) -> list[Entrant]:
-    """All methods with each budget and seed. Raises InputError for an unknown preset."""
+    """All methods with each budget and seed. Raises InputError for an unknown preset or function."""
     try:
-        configs = {name: preset_config(name) for name in (*job.methods, job.baseline)}
+        configs = {name: _adapted(preset_config(name), job.adapt) for name in (*job.methods, job.baseline)}
     except ValueError as error:
         raise InputError(str(error)) from error
     total_flops = job.num_steps * flops_of(configs[job.baseline])
@@ -66,6 +67,19 @@ def plan_entrants(job: CompareJob, flops_of: FlopsOf) -> list[Entrant]:
         for method in job.methods
         for seed in job.seeds
     ]
+
+
+def _adapted(config: TrainingConfig, reference: str | None) -> TrainingConfig:
+    """The configuration after `CompareJob.adapt`. Raises ValueError unless that maps configurations to configurations."""
+    if reference is None:
+        return config
+    function = resolve(reference)
+    adapted = function(config) if callable(function) else function
+    if not isinstance(adapted, TrainingConfig):
+        raise ValueError(
+            f"adapt must be a function that takes and returns a TrainingConfig, but {reference} gives {adapted!r}"
+        )
+    return adapted
 
 
 def distinct_experiments(entrants: list[Entrant]) -> list[Experiment]:

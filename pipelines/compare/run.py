@@ -21,11 +21,11 @@ from pipelines.compare.report import Reports, collect_results, table, title_of
 from pipelines.compare.velocity_figure import draw_velocities
 from pipelines.errors import InputError
 from pipelines.evaluate.job import EvaluateJob, ReferenceJob
-from pipelines.evaluate.judge import load_judge
 from pipelines.evaluate.make_reference import make_reference
 from pipelines.evaluate.real_images import find_real_images
 from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.evaluate.sources import GeneratedSamples, Models
+from pipelines.judge.network import load_judge
 from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.plan.cost import num_parameters, num_sampling_parameters
 from pipelines.progress import Progress
@@ -39,7 +39,7 @@ from pipelines.train.record import TrainingRecord
 logger = logging.getLogger(__name__)
 
 REPORT_FILES = ("report.json", "table.md", "comparison.png", "samples.png", "paths.png")
-RECORDED_OPTIONS = ("methods", "baseline", "from_baseline", "seeds", "num_steps", "budgets", "num_samples")
+RECORDED_OPTIONS = ("methods", "adapt", "baseline", "from_baseline", "seeds", "num_steps", "budgets", "num_samples")
 NUM_GRID_IMAGES, NUM_GRID_COLUMNS = 8, 4
 
 

@@ -6,9 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from diffusers import AutoencoderKL
-
-from meanflow_core.autoencoder import load_autoencoder
+from meanflow_core.autoencoder import Autoencoder
 from meanflow_core.config import SamplingConfig
 from meanflow_core.generator import build_pipeline, save_generator
 from meanflow_core.interop.conversion import convert_checkpoint, find_source, published_training
@@ -19,6 +17,7 @@ from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
 from pipelines.convert.job import ConvertJob
 from pipelines.errors import InputError
+from pipelines.latents.autoencoder import absolute_autoencoder, load_named_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +29,9 @@ def convert(job: ConvertJob) -> tuple[Path, int]:
     """
     output = _new_folder(job.output)
     checkpoint = job.checkpoint.expanduser()
-    vae_location = storage.absolute(job.vae) if Path(job.vae).expanduser().exists() else job.vae
     try:
         source = find_source(job.source)
-        vae = load_autoencoder(vae_location)
+        vae = load_named_autoencoder(absolute_autoencoder(job.vae))
         state = read_checkpoint(checkpoint, use_ema=job.use_ema)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -96,15 +94,15 @@ def published_sampling(network: NetworkModel, *, is_improved: bool) -> SamplingC
     return SamplingConfig() if published is None else published.sampling
 
 
-def set_normalization(vae: AutoencoderKL, *, is_improved: bool) -> LatentNormalization:
+def set_normalization(vae: Autoencoder, *, is_improved: bool) -> LatentNormalization:
     """Sets and returns the latent normalization in the VAE's config.
 
     Improved MeanFlow normalizes Stable Diffusion's latents per channel, but that VAE's config has a single scale.
     Raises InputError if the config has no normalization.
     """
     config = vae.config
-    is_stable_diffusion = config.latent_channels == 4 and config.scaling_factor == SD_SCALING_FACTOR
-    is_per_channel = config.latents_mean is not None or config.latents_std is not None
+    is_stable_diffusion = config.latent_channels == 4 and config.get("scaling_factor") == SD_SCALING_FACTOR
+    is_per_channel = config.get("latents_mean") is not None or config.get("latents_std") is not None
     if is_improved and not is_per_channel:
         if is_stable_diffusion:
             vae.register_to_config(latents_mean=list(SD_VAE_FT_MSE_MEAN), latents_std=list(SD_VAE_FT_MSE_STD))

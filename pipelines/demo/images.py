@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 IMAGE_SIZE = 64
 # By label. The encode stage numbers the sorted folder names (see `wnid`), which gives the same labels.
 CLASS_NAMES = ("arrow", "circle", "crescent", "cross", "flower", "heart", "ring", "square", "star", "triangle")
-# Each consumer has its own split; splits share no image.
+# Each consumer has its own split; splits share no image. The shipped autoencoder was trained on "autoencoder".
 SPLITS = ("train", "val", "autoencoder", "judge")
 # Range of a shape's size, given as the radius of a disc of equal area. 1 is half the image width.
 RADIUS = (0.42, 0.52)

@@ -1,4 +1,4 @@
-"""Options of the demo, and of the trainings of its autoencoder and its judge."""
+"""Options of the demo, and of the training of its judge."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,30 +28,6 @@ class Demo:
     def __post_init__(self) -> None:
         if 1 not in self.steps:
             raise ValueError(f"steps must include 1, because the report is about one step, but got {self.steps}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderTraining:
-    """Train the demo's autoencoder."""
-
-    output: Path
-    """Folder to write: config.json, diffusion_pytorch_model.safetensors, README.md (the model card)."""
-    num_images: int = 30_000
-    """Drawn training images."""
-    num_steps: int = 5_000
-    """Optimiser steps."""
-    batch_size: int = 24
-    """Images per step."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW, with 100 warm-up steps and cosine decay to zero."""
-    l1_weight: float = 0.1
-    """Weight of the absolute error, relative to the squared one."""
-    kl_weight: float = 1e-6
-    """Weight of the KL divergence of the posterior from a standard normal, per latent value."""
-    num_held_out: int = 1_000
-    """Held-out images for the PSNR."""
-    seed: int = 0
-    """Seed of the initialisation, the order and the posterior noise."""
 
 
 @dataclass(frozen=True, kw_only=True)

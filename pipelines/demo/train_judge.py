@@ -1,20 +1,17 @@
 """Trains the demo's judge."""
 
-import logging
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from meanflow_core.autoencoder import to_float_images
 from pipelines.demo import images
 from pipelines.demo.job import JudgeTraining
-from pipelines.evaluate.judge import Judge
-from pipelines.progress import Progress, format_seconds
-
-logger = logging.getLogger(__name__)
+from pipelines.judge.job import JudgeFit
+from pipelines.judge.network import Judge
+from pipelines.judge.training import fit_judge
+from pipelines.progress import format_seconds
 
 
 def _factors(split: str, count: int) -> torch.Tensor:
@@ -37,24 +34,8 @@ def train(config: JudgeTraining) -> tuple[Judge, HeldOut]:
     pixels, labels = (torch.from_numpy(array) for array in images.draw_many("judge", 0, config.num_images))
     factors = _factors("judge", config.num_images)
     judge = Judge(class_names=images.CLASS_NAMES, image_size=images.IMAGE_SIZE, num_factors=factors.shape[1])
-    judge = judge.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
-    )
-    progress = Progress(logger, "judge:", "steps", config.num_steps, interval_seconds=10.0)
-    for step in range(config.num_steps):
-        indices = torch.randint(len(pixels), (config.batch_size,))
-        x = to_float_images(pixels[indices]).to(memory_format=torch.channels_last)
-        # A little noise makes the judge insensitive to the artefacts of JPEG and of the decoder, which these images lack.
-        _, logits, guesses = judge(x + 0.03 * torch.randn_like(x))
-        loss = F.cross_entropy(logits, labels[indices], label_smoothing=0.05) + F.mse_loss(guesses, factors[indices])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.update(step + 1, f"loss {loss.item():.3f}")
-    judge = judge.to(memory_format=torch.contiguous_format).eval()
+    fit = JudgeFit(num_steps=config.num_steps, batch_size=config.batch_size, learning_rate=config.learning_rate)
+    judge = fit_judge(judge, pixels, labels, fit, factors)
     val_pixels, val_labels = (torch.from_numpy(array) for array in images.draw_many("val", 0, config.num_held_out))
     val_factors = _factors("val", config.num_held_out)
     with torch.no_grad():

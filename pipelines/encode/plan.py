@@ -5,10 +5,9 @@ import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from diffusers import AutoencoderKL
 from pyarrow import fs
 
-from meanflow_core.autoencoder import downsampling_factor, weight_hash
+from meanflow_core.autoencoder import Autoencoder, downsampling_factor, weight_hash
 from pipelines import storage
 from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError
@@ -62,20 +61,20 @@ class Plan:
         return [shard for shard in range(self.num_shards) if shard_name(shard) not in present]
 
 
-def make_recipe(job: EncodeJob, listing: Listing, vae: AutoencoderKL) -> EncodingRecipe:
+def make_recipe(job: EncodeJob, listing: Listing, vae: Autoencoder) -> EncodingRecipe:
     """The recipe of a job. Raises InputError if the autoencoder does not support the image size."""
     factor = downsampling_factor(vae)
-    if job.image_size % factor:
-        raise InputError(f"--image-size must be a multiple of {factor} for this autoencoder, but got {job.image_size}")
-    side = job.image_size // factor
+    if job.crop_size % factor:
+        raise InputError(f"--image-size must be a multiple of {factor} for this autoencoder, but got {job.crop_size}")
+    side = job.crop_size // factor
     return EncodingRecipe(
-        vae_id=job.vae,
+        vae_id=storage.redact(job.vae),
         vae_sha256=weight_hash(vae),
         moments_shape=(2 * vae.config.latent_channels, side, side),
-        image_size=job.image_size,
+        image_size=job.crop_size,
         crop=CROP,
         source_sha256=listing.sha256,
-        images_per_shard=min(job.images_per_shard, max(1, MAX_SHARD_PIXEL_BYTES // (3 * job.image_size**2))),
+        images_per_shard=min(job.images_per_shard, max(1, MAX_SHARD_PIXEL_BYTES // (3 * job.crop_size**2))),
         mirrored=job.mirror,
         precision=job.precision,
         limit=job.limit,
@@ -106,7 +105,7 @@ def read_index(output: str, listing: Listing) -> ImageIndex | None:
     return None
 
 
-def write_plan(output: str, plan: Plan, vae: AutoencoderKL) -> None:
+def write_plan(output: str, plan: Plan, vae: Autoencoder) -> None:
     """Writes the autoencoder and the index, then the recipe, which marks both as complete."""
     filesystem, root = storage.open_storage(output)
     write_autoencoder(output, vae)

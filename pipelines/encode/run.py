@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +16,27 @@ import pyarrow.parquet as pq
 import ray
 from pyarrow import fs
 
-from meanflow_core.autoencoder import load_autoencoder
+from meanflow_core.pixels import PixelAutoencoder
 from pipelines import storage
 from pipelines.cluster import choose_gpus, map_on_cluster, num_gpus, start_ray
 from pipelines.encode.job import EncodeJob
+from pipelines.encode.pixels import build_pixel_autoencoder, normalize_by_images
 from pipelines.encode.plan import Plan, has_same_recipe, make_recipe, read_index, write_plan
 from pipelines.encode.stages import EncodeShard, decode_shard, write_shard
 from pipelines.errors import InputError
 from pipelines.images.index import ImageIndex, Listing
 from pipelines.images.sampling import sample_images
 from pipelines.images.sources import index_images, list_images
-from pipelines.latents.manifest import REJECTED, Manifest, is_complete, read_manifest, shard_name, write_manifest
+from pipelines.latents.autoencoder import absolute_autoencoder, load_named_autoencoder
+from pipelines.latents.manifest import (
+    REJECTED,
+    Manifest,
+    is_complete,
+    read_manifest,
+    shard_name,
+    write_manifest,
+)
+from pipelines.latents.pixels import PIXELS
 from pipelines.latents.shards import ShardSummary, read_summary
 from pipelines.progress import Progress, format_seconds
 
@@ -39,14 +48,11 @@ MAX_LOGGED_REJECTIONS = 20
 
 def encode(job: EncodeJob) -> Manifest:
     """Encodes the missing shards of a job and returns the manifest. Raises InputError for invalid input."""
-    vae_location = storage.absolute(job.vae) if Path(job.vae).expanduser().exists() else job.vae
+    vae_location = PIXELS if job.vae == PIXELS else absolute_autoencoder(job.vae)
     output = storage.output_location(job.output, "--output")
     job = replace(job, images=storage.absolute(job.images), output=output, vae=vae_location)
     filesystem, listing = list_images(job.images, job.format)
-    try:
-        vae = load_autoencoder(job.vae)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    vae = build_pixel_autoencoder(job, listing) if job.vae == PIXELS else load_named_autoencoder(job.vae)
     recipe = make_recipe(job, listing, vae)
     is_started = has_same_recipe(job.output, recipe)
     if is_started and is_complete(job.output):
@@ -56,6 +62,8 @@ def encode(job: EncodeJob) -> Manifest:
     stored = read_index(job.output, listing) if is_started else None
     plan = Plan(filesystem, listing, stored or _choose_images(job, filesystem, listing), recipe)
     if stored is None:
+        if job.vae == PIXELS:
+            normalize_by_images(vae, plan, map_on_cluster if ray.is_initialized() else map)
         write_plan(job.output, plan, vae)
     missing = plan.missing_shards(job.output)
     logger.info(
@@ -65,7 +73,7 @@ def encode(job: EncodeJob) -> Manifest:
     start_seconds = time.monotonic()
     if missing:
         _start_ray(job)
-        _encode_shards(job, plan, missing)
+        _encode_shards(job, plan, missing, grey=isinstance(vae, PixelAutoencoder) and vae.is_grey)
     manifest = _complete(job, plan)
     num_encoded = sum(len(plan.rows(shard)) for shard in missing)
     _log_summary(manifest, num_encoded, time.monotonic() - start_seconds)
@@ -86,7 +94,7 @@ def _start_ray(job: EncodeJob) -> None:
     start_ray(needed_cpus=(job.num_workers or os.cpu_count() or 1) + 1)  # one CPU per encoder, one to decode and write
 
 
-def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
+def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool) -> None:
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     num_encoders = job.num_workers
     if num_encoders is None and job.device != "cpu" and num_gpus() > 0:
@@ -101,7 +109,7 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
             "grows: add nodes, or restart the job with a smaller --num-workers",
             num_encoders, num_encoders + 1, num_cpus,
         )  # fmt: skip
-    results = _encoding_dataset(job, plan, shards, num_encoders, use_gpu=use_gpu)
+    results = _encoding_dataset(job, plan, shards, num_encoders, use_gpu=use_gpu, grey=grey)
     done = plan.num_images - sum(len(plan.rows(shard)) for shard in shards)
     progress = Progress(logger, "encoded", "images", plan.num_images, start=done)
     num_rejected = 0
@@ -112,7 +120,7 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int]) -> None:
 
 
 def _encoding_dataset(
-    job: EncodeJob, plan: Plan, shards: list[int], num_encoders: int, *, use_gpu: bool
+    job: EncodeJob, plan: Plan, shards: list[int], num_encoders: int, *, use_gpu: bool, grey: bool
 ) -> ray.data.Dataset:
     """The lazy Ray dataset that encodes shards; one block per shard, one row of counts per written shard."""
     context = ray.data.DataContext.get_current()
@@ -130,7 +138,7 @@ def _encoding_dataset(
             # Half a CPU, since decoding waits for storage half of the time. If it equalled the encoder's num_cpus, Ray Data
             # would fuse decoding into the encoding actors, where it cannot scale independently.
             num_cpus=0.5,
-            fn_kwargs={"image_size": job.image_size},
+            fn_kwargs={"image_size": job.crop_size, "grey": grey},
         )
         .map_batches(
             EncodeShard,
@@ -162,13 +170,13 @@ def _complete(job: EncodeJob, plan: Plan) -> Manifest:
         logger.warning("rejected %s: %s", image["sample_id"], image["reason"])
     if len(rejected) == plan.num_images:
         filesystem.delete_dir(f"{root}/shards")  # so that repeating the command reads the images again
-        raise InputError(f"none of the {len(rejected)} images in {job.images} can be read: {rejected[0]['reason']}")
+        raise InputError(f"none of the {len(rejected)} images in {job.images} can be used: {rejected[0]['reason']}")
     _write_rejected(job.output, rejected)
     fraction = len(rejected) / plan.num_images
     if fraction > job.max_rejected_fraction:
         reasons = collections.Counter(image["reason"].split(":")[0] for image in rejected).most_common(3)
         raise InputError(
-            f"{len(rejected)} of {plan.num_images} images ({fraction:.2%}) cannot be read, more than "
+            f"{len(rejected)} of {plan.num_images} images ({fraction:.2%}) cannot be used, more than "
             f"--max-rejected-fraction {job.max_rejected_fraction:g} "
             f"({', '.join(f'{count} {reason}' for reason, count in reasons)}); see {job.output}/{REJECTED}. All shards are "
             f"written: repeat the command with a larger fraction to complete the dataset"

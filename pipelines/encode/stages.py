@@ -5,10 +5,9 @@ import pickle
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from pyarrow import fs
 
-from meanflow_core.autoencoder import allow_tf32, encode_moments
+from meanflow_core.autoencoder import Autoencoder, allow_tf32, encode_moments
 from pipelines import storage
 from pipelines.images.decoding import decode_images
 from pipelines.images.sources import ImageSlice
@@ -21,8 +20,10 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def decode_shard(batch: dict[str, np.ndarray], *, image_size: int) -> dict[str, np.ndarray]:
+def decode_shard(batch: dict[str, np.ndarray], *, image_size: int, grey: bool = False) -> dict[str, np.ndarray]:
     """Reads and decodes the images of one shard. An unreadable image becomes black, with the reason in `error`.
+
+    grey: also reject images with colours.
 
     batch: {"shard": [number], "images": [pickled ImageSlice]}. Storage errors are raised.
     """
@@ -33,6 +34,8 @@ def decode_shard(batch: dict[str, np.ndarray], *, image_size: int) -> dict[str, 
     for row, image in enumerate(decode_images(images, image_size)):
         if isinstance(image, Exception):
             errors[row] = f"{type(image).__name__}: {image}"
+        elif grey and (image != image[..., :1]).any():
+            errors[row] = "the image has colours, but the dataset is grey; encode without --grey"
         else:
             pixels[row] = image
     return {
@@ -99,7 +102,7 @@ class EncodeShard:
         return [torch.cat(parts).cpu().numpy() for parts in moments]
 
 
-def choose_batch_size(vae: AutoencoderKL, image: torch.Tensor) -> int:
+def choose_batch_size(vae: Autoencoder, image: torch.Tensor) -> int:
     """Chooses the number of images per forward on the device of `image`, uint8 (1, H, W, 3).
 
     On a GPU: the largest power of two whose images fit into half of the free memory, judged by the measured memory of one

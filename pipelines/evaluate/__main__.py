@@ -8,8 +8,9 @@
 
 Computes the Frechet distance with its standard error (FID if the extractor is inception), Inception Score, precision,
 recall and sFID. Given held-out images, also scores them for comparison. Given training images as well, computes the
-diversity of the samples and their distance to the nearest training images. Writes report.json, table.md and plots, and
-logs them to the MLflow run that trained the model.
+diversity of the samples and their distance to the nearest training images, in pixels and in features; nearest.png shows
+these. An extractor that does not know the classes gives the accuracy of a linear probe. Writes report.json, table.md and
+plots, and logs them to the MLflow run that trained the model.
 """
 
 from pipelines.command_line import parse_command_line, run_command

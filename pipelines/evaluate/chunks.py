@@ -104,9 +104,10 @@ def image_file_chunks(
     order = np.arange(len(index))
     if shuffle and listing.format == "folders":
         order = np.random.default_rng(0).permutation(order)
-    parts = [
-        (span, ImageFiles(ImageSlice.of(*images, order[span.start : span.stop]), size)) for span in spans(len(index))
-    ]
+    parts: list[tuple[Span, Source]] = []
+    for span in spans(len(index)):
+        rows = order[span.start : span.stop]
+        parts.append((span, ImageFiles(ImageSlice.of(*images, rows), size, rows)))
     return make_chunks(set_name, parts, kept)
 
 

@@ -1,29 +1,30 @@
-"""Feature extractors: Inception, DINOv2, a TorchScript file, or a judge.
+"""Feature extractors: Inception, DINOv2, EfficientNet-Lite0, a TorchScript file, or a judge.
 
-B images of a batch, H W image size, D pooled features, K classes, S spatial features.
+B images of a batch, H W image size, D pooled features.
 
 A distance depends on the extractor's weights, resize and input range. These form the extractor's identity, and only
 statistics with equal identities can be compared.
 """
 
-import hashlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from meanflow_core.autoencoder import weight_hash
 from pipelines.errors import InputError
-from pipelines.evaluate.judge import load_judge
+from pipelines.evaluate.efficientnet import DISTANCE_EFFICIENTNET, EFFICIENTNET, EfficientNetLite0
+from pipelines.evaluate.features import Extractor, Features, channels_first, file_hash
+from pipelines.judge.network import load_judge
 
 INCEPTION = "inception"
 # Inception with unpublished weights: its distance must not be called FID.
 INCEPTION_OTHER_WEIGHTS = "inception-other-weights"
 DINOV2 = ("dinov2-vit-s-14", "dinov2-vit-b-14", "dinov2-vit-l-14", "dinov2-vit-g-14")
+KNOWN = (INCEPTION, EFFICIENTNET, *DINOV2)
 SCRIPT_SUFFIXES = (".pt", ".ts")
 
 # SHA-256 of weights-inception-2015-12-05-6726825d.pth, torch-fidelity's conversion of TensorFlow's graph of 2015-12-05.
@@ -34,35 +35,8 @@ PUBLISHED_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1be
 SPATIAL_CHANNELS = 7
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features of B images, on the extractor's device."""
-
-    pooled: torch.Tensor
-    """(B, D) float32, for the Frechet distance, precision and recall."""
-    logits: torch.Tensor | None
-    """(B, K) float32, for the Inception Score. None if the extractor does not classify."""
-    spatial: torch.Tensor | None
-    """(B, S) float32, flattened height x width x channel, for sFID. None if the extractor has none."""
-
-
-class Extractor(Protocol):
-    """Maps images to features, without gradients."""
-
-    identity: dict[str, str]
-    """Name, weights and preprocessing. Only statistics with equal identities can be compared."""
-    class_names: tuple[str, ...] | None = None
-    """Class names of the logits if these are the data set's own classes, else None."""
-
-    def __call__(self, images: torch.Tensor) -> Features:
-        """Computes the features of images, uint8 (B, H, W, 3) on any device.
-
-        Raises ValueError for any other shape or dtype, and InputError for images that the network does not accept.
-        """
-
-
 def open_extractor(name: str, weights: Path | None, device: str | torch.device) -> Extractor:
-    """Opens an extractor: "inception", the name of a DINOv2 model, a TorchScript file, or the folder of a judge.
+    """Opens an extractor: "inception", "efficientnet-lite0", a DINOv2 model, a TorchScript file, or the folder of a judge.
 
     weights: file of Inception's weights, weights-inception-2015-12-05-6726825d.pth; None downloads it. DINOv2 is
     loaded through torch.hub, which runs the code of facebookresearch/dinov2. Raises InputError for an unknown name, unused
@@ -77,6 +51,8 @@ def open_extractor(name: str, weights: Path | None, device: str | torch.device) 
             f"--extractor-weights is only for inception, but the extractor is {name}; to use other weights from disk, "
             f"save the network as TorchScript and give that file (*{SCRIPT_SUFFIXES[0]}) as --extractor"
         )
+    if name == EFFICIENTNET:
+        return EfficientNetLite0(device)
     if name in DINOV2:
         return _DinoV2(name, device)
     if path.is_dir():
@@ -84,20 +60,21 @@ def open_extractor(name: str, weights: Path | None, device: str | torch.device) 
     if path.suffix in SCRIPT_SUFFIXES:
         return _Script(path, device)
     raise InputError(
-        f"unknown extractor {name!r}; known: {', '.join((INCEPTION, *DINOV2))}, a TorchScript file "
+        f"unknown extractor {name!r}; known: {', '.join(KNOWN)}, a TorchScript file "
         f"(*{', *'.join(SCRIPT_SUFFIXES)}) and the folder of a judge"
     )
 
 
 def absolute_extractor(name: str) -> str:
     """Makes the path of an extractor's file or folder absolute for other processes. Other names stay as they are."""
-    is_known = name in (INCEPTION, *DINOV2)  # even if a folder of that name exists here
+    is_known = name in KNOWN  # even if a folder of that name exists here
     return str(Path(name).absolute()) if not is_known and Path(name).exists() else name
 
 
 def distance_name(identity: Mapping[str, str]) -> str:
     """Title of the distance in an extractor's features: "FID" only for Inception with the published weights."""
-    return "FID" if identity["name"] == INCEPTION else f"Fréchet distance ({identity['name']})"
+    published = {INCEPTION: "FID", EFFICIENTNET: DISTANCE_EFFICIENTNET}
+    return published.get(identity["name"], f"Fréchet distance ({identity['name']})")
 
 
 class _Inception(Extractor):
@@ -121,7 +98,7 @@ class _Inception(Extractor):
                 "weights-inception-2015-12-05-6726825d.pth"
             ) from error
         self._device = device
-        is_published = _file_hash(path) == PUBLISHED_WEIGHTS_SHA256
+        is_published = file_hash(path) == PUBLISHED_WEIGHTS_SHA256
         self.identity = {
             "name": INCEPTION if is_published else INCEPTION_OTHER_WEIGHTS,
             "weights_sha256": weight_hash(self._network),
@@ -135,7 +112,7 @@ class _Inception(Extractor):
         outputs: list[torch.Tensor] = []
         branch = self._network.Mixed_6d.branch1x1
         with branch.register_forward_hook(lambda module, inputs, output: outputs.append(output[:, :SPATIAL_CHANNELS])):
-            pooled, logits = self._network(_channels_first(images, self._device))
+            pooled, logits = self._network(channels_first(images, self._device))
         spatial = outputs[0].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 17, 17) -> (B, 2023)
         return Features(pooled.float(), logits.float(), spatial.float())
 
@@ -163,7 +140,7 @@ class _DinoV2(Extractor):
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
-        (pooled,) = self._network(_channels_first(images, self._device))
+        (pooled,) = self._network(channels_first(images, self._device))
         return Features(pooled.float(), None, None)
 
 
@@ -184,7 +161,7 @@ class _Script(Extractor):
         self._device = device
         self.identity = {
             "name": path.name,
-            "weights_sha256": _file_hash(path),
+            "weights_sha256": file_hash(path),
             "resize": "by the script",
             "input": "uint8 RGB, scaled by the script",
             "library": "TorchScript",
@@ -192,7 +169,7 @@ class _Script(Extractor):
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
-        pixels = _channels_first(images, self._device)
+        pixels = channels_first(images, self._device)
         try:
             output = self._network(pixels, **self._arguments)
         except RuntimeError as error:  # includes torch.jit.Error
@@ -217,19 +194,12 @@ class _JudgeFeatures(Extractor):
             "weights_sha256": weight_hash(self._judge),
             "resize": f"none: images must be {size}x{size}",
             "input": "uint8 RGB, x / 127.5 - 1",
-            "library": "pipelines.evaluate.judge",
+            "library": "pipelines.judge",
         }
 
     def __call__(self, images: torch.Tensor) -> Features:
         prediction = self._judge.predict(images.to(self._device), batch_size=len(images))
         return Features(prediction.features, prediction.logits, None)
-
-
-def _channels_first(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 (B, H, W, 3) -> uint8 (B, 3, H, W) on the device."""
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images must be uint8 of shape (B, H, W, 3), but got {images.dtype} {tuple(images.shape)}")
-    return images.to(device).permute(0, 3, 1, 2).contiguous()
 
 
 def _torch_fidelity() -> ModuleType:
@@ -273,8 +243,3 @@ def _load_tensors(path: Path) -> Any:
             f"{path} must contain only tensors, because other pickled objects can run code, but it contains others or is "
             "damaged; give weights-inception-2015-12-05-6726825d.pth"
         ) from error
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.cluster import Device
-from pipelines.evaluate.samples import Labels, SampleRule, Setting
+from pipelines.evaluate.samples import Labels, Setting
 
 STANDARD_NUM_SAMPLES = 50_000  # published FIDs use this number
 
@@ -16,8 +16,9 @@ class MeasuringOptions:
     """Options for computing features of images."""
 
     extractor: str = "inception"
-    """Feature extractor: inception or dinov2-vit-{s,b,l,g}-14 (which need the extra `fid`), a TorchScript file, or the
-    folder of a judge: a small classifier such as the demo's, pipelines/demo/judge_weights."""
+    """Feature extractor: inception or dinov2-vit-{s,b,l,g}-14 (which need the extra `fid`), efficientnet-lite0 (which needs
+    the extra `efficientnet` and no torchvision), a TorchScript file, or the folder of a judge: a small classifier that
+    pipelines.judge trained, or the demo's, pipelines/demo/judge_weights."""
     extractor_weights: Path | None = None
     """File with the weights of inception. Default: download them."""
     batch_size: int = 50
@@ -67,11 +68,13 @@ class EvaluateJob(MeasuringOptions):
     """Samples per setting."""
     labels: Labels = "balanced"
     """Class labels. balanced: sample i has class i mod num_classes. random: uniformly random, as in the published FIDs of
-    MeanFlow and DiT; FID is then about 0.1 higher."""
+    MeanFlow and DiT; FID is then about 0.1 higher. training: random, each class as often as among --train-images; for data
+    whose classes differ in size."""
     seed: int = 0
     """Base seed. Sample i uses seed * 2^32 + i, independently of the number of devices."""
     num_precision_recall: int = 10_000
-    """Number of samples and reference images for precision and recall, at quadratic cost. 0 skips both."""
+    """Number of samples and reference images for precision and recall, at quadratic cost; and for the linear probe and the
+    nearest training images in feature space. 0 skips all of them."""
     save_samples: Path | None = None
     """Folder for the samples of every setting as .npz (arr_0, uint8 NHWC), for other evaluation suites."""
     promote: bool = False
@@ -88,6 +91,8 @@ class EvaluateJob(MeasuringOptions):
             raise ValueError("give either --model or --samples")
         if self.reference is None and self.train_images is None:
             raise ValueError("give --reference, or --train-images to compute a reference from")
+        if self.labels == "training" and self.train_images is None:
+            raise ValueError("labels training requires --train-images, whose classes are counted")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps must be one or more numbers of at least 1, but got {self.steps}")
         if self.num_samples < 3:
@@ -107,11 +112,6 @@ class EvaluateJob(MeasuringOptions):
         slugs = [setting.slug for setting in self.settings]  # used in names of files and metrics
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"settings must differ, but steps, guidance and solvers give {', '.join(slugs)}")
-
-    @property
-    def rule(self) -> SampleRule:
-        """Labels and seeds of the samples."""
-        return SampleRule(self.seed, self.labels)
 
     @property
     def settings(self) -> list[Setting]:
@@ -138,7 +138,8 @@ class ReferenceJob(MeasuringOptions):
     image_size: int = 256
     """Size of the crops of --images in pixels. Ignored for --data, because a latent dataset defines its own size."""
     num_features: int = 10_000
-    """Feature vectors to keep for precision and recall, spread evenly over the images. 0 keeps none."""
+    """Feature vectors to keep with their labels, spread evenly over the images, for precision, recall and the linear probe.
+    0 keeps none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,7 @@
 """Computes a reference file from images, or from the decoded images of a latent dataset."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
         extractor_weights=None if job.extractor_weights is None else job.extractor_weights.absolute(),
     )
     identity = open_extractor(job.extractor, job.extractor_weights, "cpu").identity
-    chunks, source, image_size = _plan(job)
+    chunks, source, image_size, class_names = _plan(job)
     num_images = sum(chunk.num_images for chunk in chunks)
     logger.info("computing %s features of %d images (%d pixels)", identity["name"], num_images, image_size)
     workers = start_cluster(job)
@@ -44,16 +45,16 @@ def make_reference(job: ReferenceJob) -> dict[str, Any]:
         )
     protocol = reference_protocol(identity, source, image_size, sums.num_images)
     filesystem, path = storage.open_storage(job.output)
-    storage.write_bytes(filesystem, path, reference_bytes(sums, protocol))
+    storage.write_bytes(filesystem, path, reference_bytes(sums, protocol, class_names))
     return protocol
 
 
-def _plan(job: ReferenceJob) -> tuple[list[Chunk], dict[str, str], int]:
-    """Returns the chunks to measure, the identity of their source, and the image size in pixels."""
+def _plan(job: ReferenceJob) -> tuple[list[Chunk], dict[str, str], int, Sequence[str]]:
+    """Returns the chunks to measure, the identity of their source, the image size in pixels, and the class names."""
     if job.images is not None:
         images = find_images(job.images)
         chunks = image_file_chunks("reference", images, job.image_size, Kept(features=job.num_features))
-        return chunks, {"images": job.images, "sha256": images[1].sha256}, job.image_size
+        return chunks, {"images": job.images, "sha256": images[1].sha256}, job.image_size, images[2].class_names
     assert job.data is not None
     manifest = read_manifest(job.data)
     chunks = decoded_chunks("reference", job.data, manifest, Kept(features=job.num_features))
@@ -63,4 +64,4 @@ def _plan(job: ReferenceJob) -> tuple[list[Chunk], dict[str, str], int]:
         "autoencoder_sha256": manifest.recipe.vae_sha256,
         "uint8": UINT8_RULE,
     }
-    return chunks, source, manifest.recipe.image_size
+    return chunks, source, manifest.recipe.image_size, manifest.class_names

@@ -48,6 +48,8 @@ class Measurer:
         """Computes the sums of a chunk."""
         sums = SetSums(chunk.set_name)
         features: list[Features] = []
+        labels: list[torch.Tensor] = []
+        rows: list[torch.Tensor] = []
         for batch in chunk.source.batches(self._models, self._batch_size):
             sums.num_unreadable += batch.num_unreadable
             if len(batch.pixels) == 0:
@@ -55,6 +57,8 @@ class Measurer:
             sums.seconds += batch.seconds
             sums.num_images += len(batch.pixels)
             features.append(self.extractor(batch.pixels))
+            labels += [] if batch.labels is None else [batch.labels]
+            rows += [] if batch.rows is None else [batch.rows]
             logits = features[-1].logits
             if self.extractor.class_names is not None and logits is not None and batch.labels is not None:
                 num_correct = int((logits.argmax(dim=1).cpu() == batch.labels).sum())
@@ -66,6 +70,9 @@ class Measurer:
                     sums.labels.append(batch.labels[:num_missing])
         if features:
             _add_features(sums, chunk, features)
+            if chunk.kept.features:
+                sums.feature_labels = [torch.cat(labels)[: chunk.kept.features].clone()] if labels else []
+                sums.feature_rows = [torch.cat(rows)[: chunk.kept.features].clone()] if rows else []
         return sums
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 LOGGED_METRICS = (
     "frechet", "frechet_standard_error", "inception_score", "precision", "recall", "spatial_frechet", "accuracy",
-    "diversity", "nearest_train_ratio",
+    "probe_accuracy", "diversity", "nearest_train_ratio", "nearest_train_feature_ratio",
 )  # fmt: skip
 
 

@@ -9,8 +9,11 @@ from pipelines import storage
 from pipelines.evaluate.chunks import Chunk, Kept, generated_chunks, image_file_chunks, sample_file_chunks
 from pipelines.evaluate.inputs import Inputs
 from pipelines.evaluate.job import EvaluateJob
+from pipelines.evaluate.real_images import ImageSource
 from pipelines.evaluate.sample_files import open_sample_file
+from pipelines.evaluate.samples import SampleRule
 from pipelines.evaluate.sources import GeneratedSamples, ImageFiles
+from pipelines.images.sampling import sample_images
 
 GRID_CLASSES = 10
 GRID_COLUMNS = 8  # images per class
@@ -31,7 +34,7 @@ def samples_set(number: int) -> str:
 
 def plan_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     """Returns the chunks of all sets."""
-    chunks = _reference_chunks(job, inputs) + _held_out_chunks(job, inputs)
+    chunks = _reference_chunks(job, inputs) + _neighbour_chunks(job, inputs) + _held_out_chunks(job, inputs)
     if inputs.samples is None:
         return chunks + _generated_chunks(job, inputs)
     assert job.samples is not None
@@ -52,6 +55,28 @@ def _reference_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     return []
 
 
+def has_neighbours(job: EvaluateJob, inputs: Inputs) -> bool:
+    """Whether the nearest training images of the samples are searched in feature space."""
+    return inputs.generator is not None and inputs.train is not None and job.num_precision_recall > 0
+
+
+def neighbour_source(job: EvaluateJob, inputs: Inputs) -> ImageSource:
+    """The training images whose features are measured: all for a new reference, else those to search for neighbours."""
+    assert inputs.train is not None
+    if inputs.reference is None:
+        return inputs.train
+    filesystem, listing, index = inputs.train
+    return filesystem, listing, sample_images(index, job.num_precision_recall)
+
+
+def _neighbour_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
+    """The training images to search for neighbours, unless they are measured for the reference anyway."""
+    if inputs.reference is None or not has_neighbours(job, inputs):
+        return []
+    kept = Kept(features=job.num_precision_recall)
+    return image_file_chunks(TRAINING_IMAGES, neighbour_source(job, inputs), inputs.image_size, kept)
+
+
 def _held_out_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     """Held-out images, and their reconstructions by the generator's autoencoder."""
     if inputs.held_out is None:
@@ -65,26 +90,36 @@ def _held_out_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     ]
 
 
+def sample_rule(job: EvaluateJob, inputs: Inputs) -> SampleRule:
+    """Labels and seeds of the samples."""
+    if job.labels != "training":
+        return SampleRule(job.seed, job.labels)
+    assert inputs.train is not None
+    assert inputs.generator is not None
+    labels = inputs.train[2].entries["label"].to_numpy()
+    return SampleRule(job.seed, job.labels, tuple(np.bincount(labels, minlength=inputs.generator.num_classes).tolist()))
+
+
 def _generated_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     """Samples of every setting, and the image grid."""
     assert inputs.generator is not None
     has_pixel_distances = inputs.held_out is not None and inputs.train is not None
     num_images = NUM_PIXEL_SAMPLES if has_pixel_distances else 0
     kept = Kept(job.num_precision_recall, num_images if job.save_samples is None else job.num_samples)
+    rule = sample_rule(job, inputs)
     chunks: list[Chunk] = []
     for number, setting in enumerate(job.settings):
-        chunks += generated_chunks(samples_set(number), setting, job.rule, job.num_samples, kept)
-    indices = grid_indices(job, inputs.generator.num_classes)
-    grid = GeneratedSamples(job.settings[0], job.rule, indices)
-    return [*chunks, Chunk(GRID, 0, len(indices), grid, Kept(images=len(indices)))]
+        chunks += generated_chunks(samples_set(number), setting, rule, job.num_samples, kept)
+    indices = grid_indices(rule.labels_of(np.arange(job.num_samples), inputs.generator.num_classes))
+    grid = GeneratedSamples(job.settings[0], rule, indices)
+    return [*chunks, Chunk(GRID, 0, len(indices), grid, Kept(len(indices), len(indices)))]
 
 
-def grid_indices(job: EvaluateJob, num_classes: int) -> np.ndarray:
+def grid_indices(labels: np.ndarray) -> np.ndarray:
     """Sample indices of the image grid: rows of equal length, one for each of up to GRID_CLASSES evenly spread classes.
 
-    With random labels, some classes may have no samples. The grid omits them.
+    labels: int64 (N,), of all samples. Classes without samples are omitted.
     """
-    labels = job.rule.labels_of(np.arange(job.num_samples), num_classes)
     classes, counts = np.unique(labels, return_counts=True)
     num_rows = min(len(classes), GRID_CLASSES)
     shown = np.arange(num_rows) * len(classes) // num_rows

@@ -15,7 +15,7 @@ from pipelines.evaluate.table import COLUMNS
 def plot_quality(report: Mapping[str, Any], path: Path) -> None:
     """Plots the distance and one more metric against NFE. Lines mark held-out images and reconstructions."""
     entries = report["samples"]
-    others = ("accuracy", "inception_score", "recall")
+    others = ("accuracy", "probe_accuracy", "inception_score", "recall")
     second = next((key for key in others if all(key in entry for entry in entries)), None)
     keys = ["frechet"] + ([second] if second else [])
     figure = Figure(figsize=(4.5 * len(keys), 3.6), layout="constrained")
@@ -32,7 +32,7 @@ def plot_quality(report: Mapping[str, Any], path: Path) -> None:
                 axis.axhline(report[name][key], ls=style, color=colour, label=label)
         axis.set_title(COLUMNS[key][0] or report["protocol"]["distance"])
         scale_axes(axis, {entry["num_function_evaluations"] for entry in entries}, is_distance=key == "frechet")
-    if second == "accuracy":
+    if second in ("accuracy", "probe_accuracy"):
         axes[0][1].set_ylim(0.0, 1.03)
     axes[0][-1].legend(loc="best", fontsize="small")
     figure.savefig(path, dpi=130)

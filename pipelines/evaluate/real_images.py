@@ -4,14 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from pyarrow import fs
 
 from pipelines.errors import InputError
 from pipelines.images.decoding import read_pixels
-from pipelines.images.index import ImageIndex, Listing, Map
+from pipelines.images.index import ImageSource, Map
 from pipelines.images.sources import find_images
-
-ImageSource = tuple[fs.FileSystem, Listing, ImageIndex]
 
 
 def find_real_images(location: str, class_names: Sequence[str] | None) -> ImageSource:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class Reference:
     """Hash of the file."""
     has_images: bool = False
     """Whether the file has images (arr_0) for precision and recall, like ADM's."""
+    feature_labels: torch.Tensor | None = None
+    """(M,) int64: classes of the features, for a linear probe. None if the file has none."""
+    class_names: tuple[str, ...] | None = None
+    """Name per class label. None if the file has none."""
 
 
 def read_reference(location: str) -> Reference:
@@ -66,6 +70,8 @@ def read_reference(location: str) -> Reference:
         moments=moments[0],
         spatial=_gaussian(arrays, "mu_s", "sigma_s", location),
         features=torch.from_numpy(arrays["features"]) if "features" in arrays else None,
+        feature_labels=_feature_labels(arrays, location),
+        class_names=tuple(arrays["class_names"].tolist()) if "class_names" in arrays else None,
         protocol=json.loads(str(arrays["protocol"])) if "protocol" in arrays else None,
         location=location,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -85,8 +91,20 @@ def _gaussian(arrays: Mapping[str, np.ndarray], mean: str, covariance: str, loca
     return Gaussian(mu, sigma)
 
 
-def reference_bytes(sums: SetSums, protocol: Mapping[str, Any]) -> bytes:
-    """Serializes sums and protocol as the content of a reference file."""
+def _feature_labels(arrays: Mapping[str, np.ndarray], location: str) -> torch.Tensor | None:
+    if "features" not in arrays or "feature_labels" not in arrays:
+        return None
+    labels = arrays["feature_labels"]
+    if labels.shape != (len(arrays["features"]),) or labels.dtype != np.int64:
+        raise InputError(
+            f"{location}: feature_labels must be int64 ({len(arrays['features'])},), one per feature, but are {labels.dtype} "
+            f"{labels.shape}; make the file again with python -m pipelines.reference"
+        )
+    return torch.from_numpy(labels)
+
+
+def reference_bytes(sums: SetSums, protocol: Mapping[str, Any], class_names: Sequence[str] | None = None) -> bytes:
+    """Serializes sums, protocol and the names of the labels as the content of a reference file."""
     mean, covariance = MOMENT_NAMES[0]
     statistics = sums.statistics
     arrays = {
@@ -98,6 +116,10 @@ def reference_bytes(sums: SetSums, protocol: Mapping[str, Any]) -> bytes:
         arrays |= {"mu_s": sums.spatial.mean.numpy(), "sigma_s": sums.spatial.covariance.numpy()}
     if sums.features:
         arrays["features"] = torch.cat(sums.features).numpy()
+    if sums.feature_labels:
+        arrays["feature_labels"] = torch.cat(sums.feature_labels).numpy()
+    if class_names is not None:
+        arrays["class_names"] = np.array(class_names, dtype=np.str_)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()

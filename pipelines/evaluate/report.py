@@ -16,15 +16,25 @@ from meanflow_core.metrics import (
     precision_and_recall,
 )
 from pipelines.evaluate.extractors import INCEPTION, distance_name
+from pipelines.evaluate.feature_distances import FeatureDistances
 from pipelines.evaluate.inputs import Inputs
 from pipelines.evaluate.job import STANDARD_NUM_SAMPLES, EvaluateJob
+from pipelines.evaluate.linear_probe import PROBE_PROTOCOL, LinearProbe, fit_probe
 from pipelines.evaluate.pixel_distances import PixelDistances
-from pipelines.evaluate.plan import HELD_OUT_IMAGES, RECONSTRUCTIONS, samples_set
+from pipelines.evaluate.plan import (
+    HELD_OUT_IMAGES,
+    RECONSTRUCTIONS,
+    TRAINING_IMAGES,
+    has_neighbours,
+    sample_rule,
+    samples_set,
+)
 from pipelines.evaluate.reference import Reference
 from pipelines.evaluate.sources import UINT8_RULE
 from pipelines.evaluate.sums import NUM_GROUPS, NUM_SPLITS, SetSums
 from pipelines.tracking.provenance import code_identity
 
+MAX_PROBE_CLASSES = 100
 NUM_NEIGHBOURS = 3  # for precision and recall, as in ADM's evaluation
 
 
@@ -41,16 +51,22 @@ def build_report(
     """
     manifold = manifold_of(reference, job.num_precision_recall)
     reported = [HELD_OUT_IMAGES, RECONSTRUCTIONS, *(samples_set(number) for number in range(len(job.settings)))]
-    metrics = {name: compute_metrics(sets[name], reference, manifold) for name in reported if name in sets}
+    probe = probe_of(job, inputs, reference)
+    metrics = {name: compute_metrics(sets[name], reference, manifold, probe) for name in reported if name in sets}
     if train_pixels is not None:
         _add_pixel_distances(metrics, sets, train_pixels)
+    if has_neighbours(job, inputs) and HELD_OUT_IMAGES in sets:
+        _add_feature_distances(metrics, sets)
     report: dict[str, Any] = {
         "model": job.model or str(job.samples),
         "protocol": protocol(job, inputs, reference),
         "warnings": protocol_warnings(
             job, reference, inputs.extractor.identity, inputs.num_features, num_samples(job, inputs)
-        ),
+        )
+        + probe_warnings(inputs, reference),
     }
+    if probe is not None:
+        report["protocol"]["linear_probe"] = PROBE_PROTOCOL
     for name, key in ((HELD_OUT_IMAGES, "held_out"), (RECONSTRUCTIONS, "reconstruction")):
         if name in sets:
             report[key] = metrics[name]
@@ -105,6 +121,8 @@ def protocol(job: EvaluateJob, inputs: Inputs, reference: Reference) -> dict[str
         "jackknife_groups": NUM_GROUPS,
         "code": code_identity(),
     }
+    if job.labels == "training":
+        content["class_counts"] = list(sample_rule(job, inputs).class_counts)
     if generator is not None:
         content["generator"] = {
             "transformer_sha256": weight_hash(generator.pipeline.transformer),
@@ -141,8 +159,45 @@ def protocol_warnings(
     return warnings
 
 
-def compute_metrics(sums: SetSums, reference: Reference, manifold: Manifold | None) -> dict[str, float]:
-    """Computes all metrics that the extractor and the reference support. manifold: the reference's, from `manifold_of`."""
+def probe_of(job: EvaluateJob, inputs: Inputs, reference: Reference) -> LinearProbe | None:
+    """Fits a linear probe to the reference's features.
+
+    None if the extractor knows the classes itself, if there is no generator, if the reference has no labels of the
+    generator's classes, or if there are more than MAX_PROBE_CLASSES: a reference then has too few features of each.
+    """
+    generator = inputs.generator
+    if inputs.extractor.class_names is not None or generator is None or not job.num_precision_recall:
+        return None
+    if generator.num_classes > MAX_PROBE_CLASSES:
+        return None
+    if reference.features is None or reference.feature_labels is None:
+        return None
+    if reference.class_names != tuple(generator.class_names) or len(reference.feature_labels.unique()) < 2:
+        return None
+    return fit_probe(reference.features, reference.feature_labels, generator.num_classes)
+
+
+def probe_warnings(inputs: Inputs, reference: Reference) -> list[str]:
+    """The reason why a reference of pipelines.reference gives no probe accuracy, if it is in the reference."""
+    if inputs.generator is None or inputs.extractor.class_names is not None or reference.protocol is None:
+        return []
+    if reference.class_names is None:
+        return [
+            f"probe accuracy is missing, because {reference.location} has no labels; make it again with python -m "
+            f"pipelines.reference --images"
+        ]
+    if reference.class_names == tuple(inputs.generator.class_names):
+        return []
+    return [f"probe accuracy is missing, because {reference.location} has other classes than the generator"]
+
+
+def compute_metrics(
+    sums: SetSums, reference: Reference, manifold: Manifold | None, probe: LinearProbe | None = None
+) -> dict[str, float]:
+    """Computes all metrics that the extractor and the reference support.
+
+    manifold: the reference's, from `manifold_of`. probe: fitted to the reference, from `probe_of`.
+    """
     estimate = frechet_estimate([sums.groups[group] for group in sorted(sums.groups)], reference.moments)
     metrics = {"frechet": estimate.value, "frechet_standard_error": estimate.standard_error}
     if sums.scores:
@@ -156,6 +211,8 @@ def compute_metrics(sums: SetSums, reference: Reference, manifold: Manifold | No
             metrics["precision"], metrics["recall"] = precision_and_recall(own_manifold, manifold)
     if sums.num_correct is not None:
         metrics["accuracy"] = sums.num_correct / sums.num_images
+    if probe is not None and sums.features and sums.feature_labels:
+        metrics["probe_accuracy"] = probe.accuracy(torch.cat(sums.features), torch.cat(sums.feature_labels))
     return metrics
 
 
@@ -178,3 +235,10 @@ def _add_pixel_distances(
     distances = PixelDistances(train_pixels, torch.cat(held_out.images), torch.cat(held_out.labels))
     for name, values in metrics.items():
         values.update(distances.measure(torch.cat(sets[name].images), torch.cat(sets[name].labels)))
+
+
+def _add_feature_distances(metrics: Mapping[str, dict[str, float]], sets: Mapping[str, SetSums]) -> None:
+    held_out = torch.cat(sets[HELD_OUT_IMAGES].features)
+    distances = FeatureDistances(torch.cat(sets[TRAINING_IMAGES].features), held_out)
+    for name, values in metrics.items():
+        values.update(distances.measure(torch.cat(sets[name].features)))

@@ -24,12 +24,14 @@ from pipelines.evaluate.inputs import Inputs, open_inputs
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.measuring import WorkerConfig
 from pipelines.evaluate.mlflow_log import log_report
+from pipelines.evaluate.nearest import nearest_training_images, plot_nearest
 from pipelines.evaluate.plan import (
     GRID,
     GRID_COLUMNS,
     NUM_PIXEL_SAMPLES,
     REFERENCE_IMAGES,
     TRAINING_IMAGES,
+    has_neighbours,
     plan_chunks,
     samples_set,
 )
@@ -190,7 +192,8 @@ def _complete_reference(job: EvaluateJob, inputs: Inputs, sets: Mapping[str, Set
     source = {"images": str(job.train_images), "sha256": inputs.train[1].sha256}
     protocol = reference_protocol(inputs.extractor.identity, source, inputs.image_size, sums.num_images)
     location = str(job.output / "reference.npz")
-    storage.write_bytes(*storage.open_storage(location), reference_bytes(sums, protocol))
+    content = reference_bytes(sums, protocol, inputs.train[2].class_names)
+    storage.write_bytes(*storage.open_storage(location), content)
     return read_reference(location)
 
 
@@ -213,6 +216,9 @@ def _write_report(job: EvaluateJob, inputs: Inputs, report: dict[str, Any], sets
         images = torch.cat(sets[GRID].images).numpy()
         num_columns = len(images) // len(torch.cat(sets[GRID].labels).unique())
     Image.fromarray(image_grid(images, num_columns)).save(files[0])
+    if has_neighbours(job, inputs):
+        files.append(job.output / "nearest.png")
+        plot_nearest(nearest_training_images(job, inputs, sets), job.settings[0].title, files[-1])
     if inputs.generator is not None:
         files.append(job.output / "quality_against_steps.png")
         plot_quality(report, files[-1])

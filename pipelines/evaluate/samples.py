@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from meanflow_core.pipeline import MeanFlowPipeline
 
 SEEDS_PER_BASE = 2**32
-Labels = Literal["balanced", "random"]
+Labels = Literal["balanced", "random", "training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +82,18 @@ class SampleRule:
     base_seed: int
     """Sample i uses seed base_seed * 2^32 + i."""
     labels: Labels
-    """balanced: class i mod num_classes. random: uniform, a function of (base_seed, i)."""
+    """balanced: class i mod num_classes. Else a function of (base_seed, i): random draws uniformly, training in proportion
+    to class_counts."""
+    class_counts: tuple[int, ...] = ()
+    """Number of training images of each class, for `training`."""
 
     def labels_of(self, indices: np.ndarray, num_classes: int) -> np.ndarray:
         """Class labels of sample indices: int64 (B,)."""
         if self.labels == "balanced":
             return indices % num_classes
-        draws = [np.random.default_rng((self.base_seed, int(index))).integers(num_classes) for index in indices]
-        return np.array(draws, dtype=np.int64)
+        ends = np.cumsum(self.class_counts if self.labels == "training" else np.ones(num_classes, np.int64))
+        draws = [np.random.default_rng((self.base_seed, int(index))).integers(ends[-1]) for index in indices]
+        return np.searchsorted(ends, draws, side="right")
 
     def seeds_of(self, indices: np.ndarray) -> list[int]:
         """Seeds of sample indices."""

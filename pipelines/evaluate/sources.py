@@ -13,9 +13,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
-from meanflow_core.autoencoder import decode_latents, reconstruct
+from meanflow_core.autoencoder import Autoencoder, decode_latents, reconstruct
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
@@ -38,6 +37,8 @@ class ImageBatch:
     """uint8 (B, H, W, 3)."""
     labels: torch.Tensor | None = None
     """int64 (B,). None if there are no classes."""
+    rows: torch.Tensor | None = None
+    """int64 (B,): rows of the images in their source's index. None if the images are not files."""
     seconds: float = 0.0
     """Time spent in the network and the decoder."""
     num_unreadable: int = 0
@@ -50,7 +51,7 @@ class Models:
 
     device: torch.device
     pipeline: MeanFlowPipeline | None = None
-    autoencoder: AutoencoderKL | None = None
+    autoencoder: Autoencoder | None = None
 
 
 class Source(Protocol):
@@ -86,7 +87,8 @@ class GeneratedSamples:
             )
             if pixels.is_cuda:
                 torch.cuda.synchronize()
-            yield ImageBatch(pixels, torch.from_numpy(labels), time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            yield ImageBatch(pixels, torch.from_numpy(labels), seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -96,25 +98,28 @@ class ImageFiles:
     images: ImageSlice
     size: int
     """Side of the square in pixels."""
+    rows: np.ndarray
+    """Rows of the images in their source's index: int64, one per image."""
     reconstruct: bool = False
     """Encode and decode the images with the worker's autoencoder, at the posterior mean."""
 
     def batches(self, models: Models, batch_size: int) -> Iterator[ImageBatch]:
         """See Source. Skips and counts unreadable images."""
         labels = self.images.entries["label"].to_pylist()
-        decoded = zip(decode_images(self.images, self.size), labels, strict=True)
+        decoded = zip(decode_images(self.images, self.size), labels, self.rows.tolist(), strict=True)
         while batch := list(itertools.islice(decoded, batch_size)):
-            readable = [(image, label) for image, label in batch if not isinstance(image, Exception)]
-            problems = [image for image, _ in batch if isinstance(image, Exception)]
+            readable = [entry for entry in batch if not isinstance(entry[0], Exception)]
+            problems = [image for image, _, _ in batch if isinstance(image, Exception)]
             if problems:
                 logger.warning("skipped %d unreadable images: %s", len(problems), problems[0])
-            array = np.array([image for image, _ in readable], dtype=np.uint8).reshape(-1, self.size, self.size, 3)
+            array = np.array([image for image, _, _ in readable], dtype=np.uint8).reshape(-1, self.size, self.size, 3)
             pixels = torch.from_numpy(array)
             if self.reconstruct and readable:
                 assert models.autoencoder is not None
                 pixels = reconstruct(models.autoencoder, pixels.to(models.device))
-            batch_labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
-            yield ImageBatch(pixels, batch_labels, num_unreadable=len(problems))
+            batch_labels = torch.tensor([label for _, label, _ in readable], dtype=torch.int64)
+            rows = torch.tensor([row for _, _, row in readable], dtype=torch.int64)
+            yield ImageBatch(pixels, batch_labels, rows, num_unreadable=len(problems))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ class SetSums:
     """Images that the extractor classified correctly. None if its logits are not for the data set's classes."""
     features: list[torch.Tensor] = field(default_factory=list)
     """Kept features, (n, D) each."""
+    feature_labels: list[torch.Tensor] = field(default_factory=list)
+    """Labels of the kept features, int64 (n,) each. Empty if the images have none."""
+    feature_rows: list[torch.Tensor] = field(default_factory=list)
+    """Rows of the kept features' images in their source's index, int64 (n,) each. Empty if the images are not files."""
     images: list[torch.Tensor] = field(default_factory=list)
     """Kept images, uint8 (n, H, W, 3) each."""
     labels: list[torch.Tensor] = field(default_factory=list)
@@ -48,6 +52,8 @@ class SetSums:
         if chunk.num_correct is not None:
             self.num_correct = chunk.num_correct + (self.num_correct or 0)
         self.features += chunk.features
+        self.feature_labels += chunk.feature_labels
+        self.feature_rows += chunk.feature_rows
         self.images += chunk.images
         self.labels += chunk.labels
         self.seconds += chunk.seconds

@@ -11,8 +11,10 @@ COLUMNS = {
     "precision": ("precision", "{:.3f}"),
     "recall": ("recall", "{:.3f}"),
     "accuracy": ("accuracy", "{:.3f}"),
+    "probe_accuracy": ("probe accuracy", "{:.3f}"),
     "diversity": ("diversity", "{:.3f}"),
     "nearest_train_ratio": ("nearest-train ratio", "{:.3f}"),
+    "nearest_train_feature_ratio": ("nearest-train ratio in features", "{:.3f}"),
 }
 
 

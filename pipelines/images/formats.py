@@ -3,4 +3,4 @@
 from typing import Literal
 
 # Each name is a file of this folder with the same three functions (see `sources.FormatReader`).
-Format = Literal["folders", "parquet", "webdataset"]
+Format = Literal["folders", "parquet", "webdataset", "idx"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+from pyarrow import fs
 
 from pipelines.images.formats import Format
 
@@ -76,3 +77,7 @@ class ImageIndex:
 
     def __len__(self) -> int:
         return self.entries.num_rows
+
+
+ImageSource = tuple[fs.FileSystem, Listing, ImageIndex]
+"""A source that was found: what `sources.find_images` returns."""

@@ -1,4 +1,4 @@
-"""Code shared by the packed formats, Parquet and WebDataset: each file contains many images, and labels are class ids."""
+"""Code shared by the packed formats, Parquet, WebDataset and IDX. Each file contains many images; labels are class ids."""
 
 import functools
 import logging
@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipelines.errors import InputError
-from pipelines.images.class_names import name_classes, read_class_names
+from pipelines.images.class_names import name_classes, read_class_names, read_names_by_id
 from pipelines.images.index import ENTRY_SCHEMA, ImageFile, ImageIndex, Listing, Map
 from pipelines.progress import Progress
 
@@ -68,6 +68,7 @@ def index_packed(
     if len(entries) == 0:
         raise InputError(f"no images in {listing.location}: its {len(listing.files)} files are empty")
     stored_names = next((file_index.class_names for file_index in indexes if file_index.class_names), None)
+    stored_names = stored_names or read_names_by_id(filesystem, listing.root)
     mapping = read_class_names(filesystem, listing.root)
     return ImageIndex(entries, *name_classes(listing.location, entries, stored_names, mapping))
 

@@ -53,6 +53,8 @@ def list_images(location: str, image_format: Format | None = None) -> tuple[fs.F
     Raises InputError for no files of the format, several formats or splits, and classes without images.
     """
     folder, pattern = _split(location)
+    if location.lower().endswith(("-ubyte", "-ubyte.gz")) and "*" not in location:
+        raise InputError(f"{location} is half of a pair; name images and labels by a pattern such as .../train-*")
     filesystem, root = storage.require_folder(folder, "image folder")
     infos = storage.list_folder(filesystem, root)
     paths = {info.path[len(root) :].lstrip("/"): info for info in infos}
@@ -69,7 +71,8 @@ def list_images(location: str, image_format: Format | None = None) -> tuple[fs.F
     if not present:
         raise InputError(
             f"no images in {location}; expected class folders of .jpeg, .jpg, .png, .webp or .bmp files such as "
-            f"{folder}/n01440764/n01440764_18.JPEG, or .parquet files, or .tar files of a WebDataset"
+            f"{folder}/n01440764/n01440764_18.JPEG, or .parquet files, or .tar files of a WebDataset, or IDX files such as "
+            f"train-images-idx3-ubyte.gz"
         )
     if image_format is None and len(present) > 1:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The autoencoder that a latent dataset carries in its vae/ folder."""
+"""Autoencoders: the one that a latent dataset carries in its vae/ folder, and those that users name."""
 
 import tempfile
 from pathlib import Path
@@ -8,22 +8,45 @@ import torch
 from pyarrow import fs
 
 from pipelines import storage
+from pipelines.errors import InputError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from meanflow_core.autoencoder import Autoencoder
 
 
-def open_autoencoder(location: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
-    """Loads a dataset's autoencoder on the CPU."""
+def open_autoencoder(dataset: str, dtype: torch.dtype = torch.float32) -> "Autoencoder":
+    """Loads a dataset's autoencoder on the CPU. dataset: its path or URI."""
+    return _load(f"{dataset.rstrip('/')}/vae", dtype)
+
+
+def load_named_autoencoder(name: str) -> "Autoencoder":
+    """Loads the autoencoder that a user named by --vae: a folder's path or URI, or a hub id. On the CPU, in float32.
+
+    Raises InputError if it cannot be loaded.
+    """
     from meanflow_core.autoencoder import load_autoencoder  # slow: it imports diffusers
 
-    filesystem, root = storage.open_storage(location)
+    try:
+        return _load(name) if "://" in name else load_autoencoder(name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def absolute_autoencoder(name: str) -> str:
+    """Makes the path of an autoencoder's folder absolute. URIs, hub ids and other names stay as they are."""
+    return storage.absolute(name) if Path(name).expanduser().exists() else name
+
+
+def _load(location: str, dtype: torch.dtype = torch.float32) -> "Autoencoder":
+    from meanflow_core.autoencoder import load_autoencoder  # slow: it imports diffusers
+
+    filesystem, root = storage.require_folder(location, "autoencoder")
     with tempfile.TemporaryDirectory() as folder:
-        fs.copy_files(f"{root}/vae", folder, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+        fs.copy_files(root, folder, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
         return load_autoencoder(folder, dtype)
 
 
-def write_autoencoder(location: str, vae: "AutoencoderKL") -> None:
+def write_autoencoder(location: str, vae: "Autoencoder") -> None:
     """Writes a dataset's autoencoder."""
     filesystem, root = storage.open_storage(location)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,40 +1,12 @@
 """Error messages for failed runs: the cause, and the checkpoint from which the same command resumes."""
 
-from dataclasses import dataclass
-
-from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from pipelines import storage
+from pipelines.cluster import first_cause
 from pipelines.errors import InputError, RunError
-from pipelines.private_interfaces import original_error
 from pipelines.train import checkpoints
 from pipelines.train.job import TrainJob
-
-
-@dataclass(frozen=True)
-class Cause:
-    """Why training failed."""
-
-    error: BaseException
-    """The original error."""
-    rank: int | None
-    """The worker that raised it; None for Ray's controller."""
-
-
-def first_cause(error: TrainingFailedError) -> Cause:
-    """Finds the error that made training fail, ignoring the connection errors that it caused on other workers."""
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return Cause(getattr(error, "controller_failure", error), None)
-    causes = [Cause(original_error(failure), rank) for rank, failure in failures.items()]
-    consequences = ("connection", "nccl", "gloo", "timed out")
-    original = [
-        cause
-        for cause in causes
-        if isinstance(cause.error, RayError) or not any(word in str(cause.error).lower() for word in consequences)
-    ]
-    return (original or causes)[0]
 
 
 def as_command_error(error: TrainingFailedError, job: TrainJob) -> InputError | RunError:

@@ -12,6 +12,7 @@ from meanflow_core.config import TrainingConfig
 from meanflow_core.predictions import needs_many_steps
 from pipelines import storage
 from pipelines.latents.manifest import Manifest
+from pipelines.latents.pixels import PIXELS
 from pipelines.tracking.provenance import code_identity
 
 IMAGENET_NUM_CLASSES = 1000
@@ -41,6 +42,12 @@ def write_card(
     """Writes README.md into a generator's folder. provenance: the content of its provenance.json."""
     code = code_identity()
     classes = ", ".join(manifest.class_names[:5]) + (", ..." if len(manifest.class_names) > 5 else "")
+    licences = ["The initial network keeps its publisher's licence."] if init_from is not None else []
+    if manifest.recipe.vae_id == PIXELS:
+        autoencoder = "none: the generator works on pixels"
+    else:
+        autoencoder = f"{manifest.recipe.vae_id}, included in this folder; weights {manifest.recipe.vae_sha256}"
+        licences.insert(0, "The autoencoder keeps its publisher's licence.")
     num_steps, steps = (50, "many steps") if needs_many_steps(config.loss.prediction) else (1, "one or a few steps")
     (folder / "README.md").write_text(f"""---
 library_name: diffusers
@@ -66,7 +73,7 @@ images = pipeline.images_from_seeds([0], [7], {num_steps})
         provenance["ema_decay"]:g}
 - **Training data** {manifest.num_samples:,} images from {storage.redact(manifest.source)}; latent dataset
   {provenance["data"]}, content {provenance["data_sha256"]}
-- **Autoencoder** {manifest.recipe.vae_id}, included in this folder; weights {manifest.recipe.vae_sha256}
+- **Autoencoder** {autoencoder}
 - **Initial network** {storage.redact(init_from) if init_from else "random"}
 - **Evaluation** by `python -m pipelines.evaluate`: see MLflow run {
         provenance["run_id"]
@@ -74,9 +81,7 @@ images = pipeline.images_from_seeds([0], [7], {num_steps})
 
 ## Terms
 
-{IMAGENET_TERMS if is_imagenet(manifest) else OTHER_TERMS} The autoencoder keeps its publisher's licence{
-        "" if init_from is None else ", and so does the initial network"
-    }.
+{IMAGENET_TERMS if is_imagenet(manifest) else OTHER_TERMS} {" ".join(licences)}
 
 ## Limitations
 

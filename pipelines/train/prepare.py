@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from meanflow_core.autoencoder import load_autoencoder, weight_hash
+from meanflow_core.autoencoder import weight_hash
 from meanflow_core.networks.building import build_network
 from meanflow_core.optimizers import build_optimizers
 from meanflow_core.portable import network_source
 from meanflow_core.references import reference_of
 from pipelines import storage
 from pipelines.errors import InputError
+from pipelines.latents.autoencoder import load_named_autoencoder
 from pipelines.latents.cache import NO_CACHE
 from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.plan.cost import try_step
@@ -115,10 +116,7 @@ def _require_compatible_data(job: TrainJob, manifest: Manifest) -> None:
 
 
 def _require_autoencoder(vae: str, data: str, manifest: Manifest) -> None:
-    try:
-        sha256 = weight_hash(load_autoencoder(vae))
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    sha256 = weight_hash(load_named_autoencoder(vae))
     if sha256 != manifest.recipe.vae_sha256:
         raise InputError(
             f"the latents in {data} were encoded with autoencoder {manifest.recipe.vae_id} (sha256 "

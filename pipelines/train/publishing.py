@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from pyarrow import fs
 from ray.train import Checkpoint
 
-from meanflow_core.autoencoder import weight_hash
+from meanflow_core.autoencoder import Autoencoder, weight_hash
 from meanflow_core.checkpoint import load_average
 from meanflow_core.config import TrainingConfig
 from meanflow_core.generator import build_pipeline, save_generator, write_provenance
@@ -51,7 +50,7 @@ class FinishedTraining:
 
 
 def training_pipeline(
-    network: NetworkModel, vae: AutoencoderKL, manifest: Manifest, config: TrainingConfig
+    network: NetworkModel, vae: Autoencoder, manifest: Manifest, config: TrainingConfig
 ) -> MeanFlowPipeline:
     """Builds a diffusers pipeline from a network, with the run's class names and sampling settings."""
     return build_pipeline(

@@ -78,7 +78,8 @@ def validate(checkpoint: Checkpoint, job: TrainJob, tracking_uri: str, run_id: s
     with checkpoint.as_directory() as folder:
         step = int(read_state_file(Path(folder))["step"])
         load_average(network, job.config.ema_decays[0], Path(folder))
-    normalization = LatentNormalization.from_vae_config(open_autoencoder(job.validation_data).config)
+    # The training's, even if the held-out images were encoded with another one.
+    normalization = LatentNormalization.from_vae_config(open_autoencoder(job.data).config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     errors = held_out_errors(network.eval().to(device), dataset, normalization, job.config, step)
     run = Run(tracking_uri, run_id)

@@ -31,7 +31,7 @@ def run_in_new_process(script, **environment):
     return result.stdout.splitlines()[-1].split()
 
 
-@pytest.mark.parametrize("kind", ["imf_pipeline", pytest.param("pipeline", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["grey_pipeline", pytest.param("pipeline", marks=pytest.mark.soak)])
 def test_diffusers_opens_a_saved_generator_in_a_new_process_with_the_same_images(request, kind, tmp_path):
     pipeline = request.getfixturevalue(kind)
     save_generator(pipeline, tmp_path)
@@ -45,7 +45,7 @@ def test_diffusers_opens_a_saved_generator_in_a_new_process_with_the_same_images
     assert int(total) == pytest.approx(int(pipeline.images_from_seeds([3], [7]).sum()), abs=MAX_SUM_DIFFERENCE)
 
 
-@pytest.mark.parametrize("kind", ["imf_pipeline", pytest.param("pipeline", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["grey_pipeline", pytest.param("pipeline", marks=pytest.mark.soak)])
 def test_portable_generator_opens_without_this_package(request, kind, tmp_path):
     pipeline = request.getfixturevalue(kind)
     folder = tmp_path / "generator"
@@ -63,7 +63,7 @@ def test_portable_generator_opens_without_this_package(request, kind, tmp_path):
     assert int(total) == pytest.approx(int(expected.sum()), abs=MAX_SUM_DIFFERENCE)
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "imf_pipeline", "flow_pipeline"])
+@pytest.mark.parametrize("kind", ["pipeline", "imf_pipeline", "flow_pipeline", "grey_pipeline"])
 def test_loaded_generator_makes_the_same_images_and_is_frozen(request, kind, tmp_path):
     saved = request.getfixturevalue(kind)
     save_generator(saved, tmp_path / "generator")

@@ -18,6 +18,7 @@ from deploy.messages import (
     GenerationRequest,
     GenerationResult,
     GeneratorStatus,
+    ImageMode,
     ModelHashes,
     ModelInfo,
     ModelSource,
@@ -56,10 +57,12 @@ class StubGenerator:
         self.requests: list[GenerationRequest] = []
         self.refusal: Refusal | None = None
         """If set, refuses every request."""
+        self.image_mode: ImageMode = "RGB"
         self.classes = [ClassEntry(id=id, name=f"class {id}", wnid=f"n{id}") for id in range(10)]
         self.status = GeneratorStatus(
             model=ModelInfo(
-                id="stub", created=0, image_size=64, num_classes=10, supports_guidance=True, guidance_scale=1.0,
+                id="stub", created=0, image_size=64, image_mode="RGB", num_classes=10, supports_guidance=True,
+                guidance_scale=1.0,
                 guidance_interval=[0.0, 1.0], has_previews=True, precision="float32", prediction="u",
                 source=ModelSource(model="stub", name="stub"), hashes=ModelHashes(transformer="0", vae="0"),
             ),
@@ -81,7 +84,7 @@ class StubGenerator:
             weights = [index / (request.num_images - 1) for index in range(request.num_images)]
         return GenerationResult(
             images=np.stack([self.image(request.seed + index) for index in range(request.num_images)]),
-            class_id=8, class_name="star", wnid="d0000008", model="stub", weights=weights,
+            image_mode=self.image_mode, class_id=8, class_name="star", wnid="d0000008", model="stub", weights=weights,
             queue_seconds=0.001, model_seconds=0.002, decode_seconds=0.003,
         )  # fmt: skip
 

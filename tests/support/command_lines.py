@@ -16,11 +16,13 @@ from ray.serve.scripts import cli as serve_command_line
 
 from deploy.api.schema import GenerateRequest, ImagesRequest
 from deploy.settings import Arguments
+from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.check.job import CheckJob
 from pipelines.convert.job import ConvertJob
 from pipelines.demo.images import DrawImages
 from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob, ReferenceJob, SideBySideJob
+from pipelines.judge.job import JudgeJob
 from pipelines.latents.cache_command import CacheJob
 from pipelines.plan.__main__ import parse_arguments as parse_plan
 from pipelines.train.job import parse_arguments as parse_training
@@ -40,9 +42,11 @@ def _one_argument(words: list[str]) -> object:
 
 
 MODULES: dict[str, Callable[[list[str]], object]] = {
+    "pipelines.autoencoder": _of_class(AutoencoderJob),
     "pipelines.check": _of_class(CheckJob),
     "pipelines.encode": _of_class(EncodeJob),
     "pipelines.evaluate": _of_class(EvaluateJob),
+    "pipelines.judge": _of_class(JudgeJob),
     "pipelines.convert": _of_class(ConvertJob),
     "pipelines.demo.images": _of_class(DrawImages),
     "pipelines.latent_cache": _of_class(CacheJob),

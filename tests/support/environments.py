@@ -23,7 +23,7 @@ from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.portable import NETWORK_MODULES, merged_source
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate.judge import load_judge
+from pipelines.judge.network import load_judge
 load_autoencoder(str(SHIPPED_AUTOENCODER))
 load_judge(SHIPPED_JUDGE)
 compile(merged_source(NETWORK_MODULES), "merged", "exec")

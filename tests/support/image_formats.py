@@ -1,10 +1,13 @@
 """Copies images from class folders to the encode stage's other input formats, Parquet and WebDataset."""
 
+import gzip
 import io
 import json
+import struct
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -52,3 +55,20 @@ def webdataset_members(images: list[tuple[str, int, bytes]]) -> list[tuple[str, 
         label_file = (f"{key}.cls", str(label)) if row % 3 else (f"{key}.json", json.dumps({"label": label}))
         members += [(f"{key}.jpg", content), (label_file[0], label_file[1].encode())]
     return members
+
+
+IDX_PIXELS = np.random.default_rng(0).integers(0, 256, (8, 20, 28), dtype=np.uint8)
+IDX_LABELS = np.array([3, 0, 1, 1, 2, 3, 0, 2], np.uint8)
+
+
+def write_idx(folder: Path, split: str = "train", *, compressed: bool = False) -> None:
+    """Writes IDX_PIXELS and IDX_LABELS as a pair of IDX files."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, content in (
+        ("images-idx3-ubyte", struct.pack(">IIII", 0x803, *IDX_PIXELS.shape) + IDX_PIXELS.tobytes()),
+        ("labels-idx1-ubyte", struct.pack(">II", 0x801, len(IDX_LABELS)) + IDX_LABELS.tobytes()),
+    ):
+        if compressed:
+            (folder / f"{split}-{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / f"{split}-{name}").write_bytes(content)

@@ -25,14 +25,14 @@ def encode_job(images: str | Path, output: str | Path, **options) -> EncodeJob:
     return EncodeJob(images=str(images), output=str(output), **settings)
 
 
-def encode_shards_without_ray(job: EncodeJob, plan: Plan, shards: list[int]):
+def encode_shards_without_ray(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool):
     """Replaces `encode.run._encode_shards`: runs the same stages in sequence, without a cluster."""
     encoder = EncodeShard(job.output, "cpu", precision=job.precision, mirror=job.mirror, batch_size=job.batch_size)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in an actor
     for shard in shards:
         batch = {"shard": np.array([shard]), "images": [pickle.dumps(plan.images(shard))]}
-        write_shard(encoder(decode_shard(batch, image_size=job.image_size)), output=job.output)
+        write_shard(encoder(decode_shard(batch, image_size=job.image_size, grey=grey)), output=job.output)
     torch.set_num_threads(num_threads)
 
 

@@ -93,6 +93,22 @@ def test_images_have_the_requested_format_and_quality(stub, image_format):
         assert len(bad) < len(good)
 
 
+@pytest.mark.parametrize(
+    ("generator_mode", "asked", "file_mode"),
+    [("L", "auto", "L"), ("L", "RGB", "RGB"), ("RGB", "auto", "RGB"), ("RGB", "L", "L")],
+)
+def test_images_are_grey_if_the_generator_is_or_if_asked(stub, generator_mode, asked, file_mode):
+    stub.generator.image_mode = generator_mode
+    openai = files_of(stub.client.post(OPENAI, json={"prompt": "star", "seed": 7, "image_mode": asked}))[0]
+    grid = stub.client.post("/generate", json={"class": 8, "num_images": 3, "image_mode": asked}).content
+    body = {"class": 8, "num_images": 2, "image_mode": asked, "response_format": "zip"}
+    with zipfile.ZipFile(io.BytesIO(stub.client.post("/generate", json=body).content)) as archive:
+        zipped = archive.read(archive.namelist()[0])
+    body = {"prompt": "star", "image_mode": asked, "output_format": "jpeg"}
+    jpeg = files_of(stub.client.post(OPENAI, json=body))[0]
+    assert {Image.open(io.BytesIO(file)).mode for file in (openai, grid, zipped, jpeg)} == {file_mode}
+
+
 def test_images_between_two_seeds_report_their_weight(stub):
     body = {"prompt": "star", "n": 3, "seed": 1, "seed_end": 4, "preview": True}
     content = stub.client.post(OPENAI, json=body).json()

@@ -4,7 +4,9 @@ import torch
 from diffusers import AutoencoderTiny
 
 from deploy.replica.engine import BatchOptions, Engine, ImageSpec
-from meanflow_core.generator import load_pipeline
+from deploy.replica.loading import load_model
+from deploy.settings import Arguments
+from meanflow_core.generator import load_pipeline, save_generator
 from meanflow_core.sampling import noise_between, noise_from_seeds
 
 ONE_STEP = BatchOptions((1.0, 0.0))
@@ -139,6 +141,14 @@ def test_a_single_image_that_does_not_fit_is_an_error(engine, monkeypatch):
     limit_memory(engine, monkeypatch, max_images=0)
     with pytest.raises(torch.OutOfMemoryError):
         engine.run(ONE_STEP, [ImageSpec(0, 0), ImageSpec(1, 1)])
+
+
+def test_previews_of_a_generator_in_pixels_are_refused(grey_pipeline, tmp_path):
+    save_generator(grey_pipeline, tmp_path / "generator")
+    AutoencoderTiny().save_pretrained(tmp_path / "tiny")
+    arguments = Arguments(model=str(tmp_path / "generator"), preview_vae=str(tmp_path / "tiny"))
+    with pytest.raises(ValueError, match="this one works on pixels; remove preview_vae"):
+        load_model(arguments.model, arguments)
 
 
 def test_previews_use_the_preview_decoder(generator_folder):

@@ -20,6 +20,7 @@ from pipelines.sweep.parent_run import FILE
 from tests.support.latents import encode_demo_images
 
 SIZES = {"sample_size": 8, "in_channels": 4, "num_classes": 10}
+ON_FASHION = "meanflow_core.presets.real_images:on_fashion"
 FLOPS = {"demo_improved_meanflow": 40.0, "demo_meanflow": 12.0, "demo_ddpm": 10.02, "demo_consistency": 20.0}
 
 
@@ -134,6 +135,18 @@ def test_consistency_spends_half_of_its_budget_on_the_flow_matching_that_it_star
 def test_cooldown_keeps_its_fraction_of_the_run():
     config = with_num_steps(preset_config("demo_meanflow"), 400)
     assert (config.num_steps, config.optimizer.cooldown_steps, config.optimizer.warmup_steps) == (400, 120, 100)
+
+
+def test_all_methods_are_adapted_to_other_data(job):
+    before, after = (
+        plan_entrants(replace(job, budgets=("steps",), adapt=adapt), flops_of) for adapt in (None, ON_FASHION)
+    )
+    for old_entrant, new_entrant in zip(before, after, strict=True):
+        for old, new in zip(old_entrant.stages, new_entrant.stages, strict=True):
+            network = replace(old.config.network, patch_size=4)
+            assert new.config == replace(old.config, network=network, mirror=False)
+    with pytest.raises(InputError, match="cannot find 'photographs:on_fashion'"):
+        plan_entrants(replace(job, adapt="photographs:on_fashion"), flops_of)
 
 
 def test_unknown_method_is_refused_with_the_known_ones(job):

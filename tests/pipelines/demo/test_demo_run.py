@@ -18,7 +18,7 @@ from meanflow_core.presets import PRESETS
 from meanflow_core.training import build_train_state, train_step
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate.judge import load_judge
+from pipelines.judge.network import load_judge
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
 from pipelines.train.batches import BatchSource

@@ -7,18 +7,30 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from meanflow_core.autoencoder import encode_moments, load_autoencoder
+from meanflow_core.autoencoder import decode_latents, encode_moments, load_autoencoder
+from meanflow_core.latents import LatentNormalization
 from pipelines.command_line import run_command
 from pipelines.encode.__main__ import main
+from pipelines.encode.job import EncodeJob
 from pipelines.encode.run import encode
 from pipelines.errors import InputError
 from pipelines.images.decoding import decode_image
 from pipelines.images.sources import find_images
+from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
 from pipelines.latents.manifest import MANIFEST, read_manifest, shard_name
 from tests.support.counted_storage import count_storage
-from tests.support.image_formats import images_of, webdataset_members, write_parquet, write_tar
+from tests.support.image_formats import (
+    IDX_LABELS,
+    IDX_PIXELS,
+    images_of,
+    webdataset_members,
+    write_idx,
+    write_parquet,
+    write_tar,
+)
 from tests.support.latents import (
     assert_same,
     by_stem,
@@ -95,14 +107,14 @@ def test_limited_job_reads_few_images_besides_its_own(tmp_path, monkeypatch, nam
     write_tar(tmp_path / "tars/train-0.tar", webdataset_members(images))
     counted = count_storage(monkeypatch)
 
-    def read(job, plan, shards):
+    def read(job, plan, shards, **options):
         slices = [plan.images(shard) for shard in shards]
         counted.num_bytes = 0
         assert sum(isinstance(content, bytes) for images in slices for content in images.read()) == 10
         assert counted.num_bytes < max_read * 251_000
         labels = [label for images in slices for label in images.entries["label"].to_pylist()]
         assert labels == [label for label in range(5) for _ in range(2)]
-        encode_shards_without_ray(job, plan, shards)
+        encode_shards_without_ray(job, plan, shards, **options)
 
     with pytest.raises(InputError, match="none of the 10 images"):  # they are not real ones
         encode_without_ray(encode_job(tmp_path / name, tmp_path / "latents", limit=10, images_per_shard=4), read)
@@ -121,9 +133,9 @@ def test_interrupted_job_encodes_the_missing_shards_only(copied, tmp_path):
     (output / "shards/shard-00001.arrow.0123.partial").write_bytes(b"half")
     encoded_shards = []
 
-    def record(job, plan, shards):
+    def record(job, plan, shards, **options):
         encoded_shards.append(shards)
-        encode_shards_without_ray(job, plan, shards)
+        encode_shards_without_ray(job, plan, shards, **options)
 
     assert encode_without_ray(copied, record) == complete
     assert encoded_shards == [[1]]
@@ -149,7 +161,7 @@ def test_too_many_unreadable_images_fail_and_repeating_with_a_larger_fraction_co
     unreadable[1].write_bytes(b"")
     unreadable[2].write_text("this is text")
     message = (
-        r"3 of 40 images \(7\.50%\) cannot be read, more than --max-rejected-fraction 0\.001 .*UnidentifiedImageError"
+        r"3 of 40 images \(7\.50%\) cannot be used, more than --max-rejected-fraction 0\.001 .*UnidentifiedImageError"
     )
     with pytest.raises(InputError, match=message):
         encode_without_ray(encode_job(images, output, images_per_shard=3))
@@ -267,3 +279,59 @@ def test_command_reports_invalid_input_in_one_line(tmp_path, monkeypatch, capsys
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert str(tmp_path / "missing") in error
+
+
+def test_pixels_of_idx_files_are_stored_exactly_and_normalized_by_the_images(tmp_path):
+    write_idx(tmp_path / "fashion", compressed=True)
+    job = EncodeJob(
+        images=str(tmp_path / "fashion"), output=str(tmp_path / "latents"), vae="pixels", image_size=20, mirror=False
+    )
+    manifest = encode_without_ray(job)
+    assert (manifest.latent_shape, manifest.num_samples) == ((1, 20, 20), len(IDX_LABELS))
+    [shard] = read_shards(job.output)
+    assert shard.labels.tolist() == IDX_LABELS.tolist()
+    vae = open_autoencoder(job.output)
+    cropped = IDX_PIXELS[:, :, 4:-4]
+    levels = cropped.astype(np.float64) / 127.5 - 1.0
+    assert vae.config.latents_mean == [pytest.approx(levels.mean())]
+    assert vae.config.latents_std == [pytest.approx(levels.std())]
+    mean = torch.from_numpy(shard.moments[:, :1].astype(np.float32))
+    images = decode_latents(vae, LatentNormalization.from_vae_config(vae.config).normalize(mean))
+    np.testing.assert_array_equal(images.numpy(), np.repeat(cropped[..., None], 3, axis=3))
+    # Other images with the autoencoder of the first dataset keep its normalization.
+    (tmp_path / "grey/a").mkdir(parents=True)
+    Image.new("L", (28, 28), 90).save(tmp_path / "grey/a/b.png")
+    images_dataset = EncodeJob(
+        images=str(tmp_path / "grey"), output=str(tmp_path / "more"), vae=f"{job.output}/vae", image_size=20
+    )
+    encode_without_ray(images_dataset)
+    assert open_autoencoder(images_dataset.output).config.latents_std == vae.config.latents_std
+
+
+def test_image_with_colours_is_rejected_from_a_grey_dataset(tmp_path):
+    for name, colour in (("grey", (90, 90, 90)), ("light", (200, 200, 200)), ("red", (200, 90, 90))):
+        (tmp_path / "images/a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"images/a/{name}.png")
+    options = {"vae": "pixels", "grey": True, "pixel_factor": 2, "image_size": 8, "max_rejected_fraction": 0.5}
+    job = encode_job(tmp_path / "images", tmp_path / "latents", **options)
+    manifest = encode_without_ray(job)
+    assert (manifest.latent_shape, manifest.num_samples, manifest.num_rejected) == ((4, 4, 4), 2, 1)
+    [rejected] = pq.read_table(tmp_path / "latents/rejected.parquet").to_pylist()
+    assert rejected == {
+        "sample_id": "a/red",
+        "reason": "the image has colours, but the dataset is grey; encode without --grey",
+    }
+
+
+def test_invalid_options_of_pixels_are_refused(tmp_path, image_root):
+    with pytest.raises(ValueError, match="pixel_factor and grey need --vae pixels, but the autoencoder is "):
+        encode_job(image_root / "val", tmp_path / "latents", pixel_factor=2)
+    with pytest.raises(ValueError, match="--vae pixels requires --image-size, such as 28 for MNIST"):
+        encode_job(image_root / "val", tmp_path / "latents", vae="pixels", image_size=None)
+    with pytest.raises(InputError, match="--image-size must be a multiple of 3 for this autoencoder, but got 64"):
+        encode_without_ray(encode_job(image_root / "val", tmp_path / "latents", vae="pixels", pixel_factor=3))
+    (tmp_path / "white/a").mkdir(parents=True)
+    for name in "bc":
+        Image.new("L", (8, 8), 255).save(tmp_path / f"white/a/{name}.png")
+    with pytest.raises(InputError, match="all pixels in .*white are equal"):
+        encode_without_ray(encode_job(tmp_path / "white", tmp_path / "white-latents", vae="pixels", image_size=8))

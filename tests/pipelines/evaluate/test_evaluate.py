@@ -23,7 +23,7 @@ from pipelines.evaluate.plan import REFERENCE_IMAGES, plan_chunks, samples_set
 from pipelines.evaluate.real_images import find_real_images, read_evenly
 from pipelines.evaluate.run import SampleSaver, _train_pixels, evaluate
 from pipelines.evaluate.sample_files import open_sample_file
-from pipelines.evaluate.samples import Setting
+from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.table import report_table
 from pipelines.images import decoding
@@ -44,6 +44,7 @@ from tests.support.latents import encode_job, encode_without_ray
         ({"seed": 2**31}, "seed must be"),
         ({"samples": Path("x.npz")}, "either --model or --samples"),
         ({"train_images": None}, "give --reference, or --train-images"),
+        ({"train_images": None, "reference": "r.npz", "labels": "training"}, "labels training requires --train-images"),
     ],
 )
 def test_invalid_options_are_refused(options, message, tmp_path):
@@ -151,12 +152,23 @@ def test_features_for_precision_and_recall_are_computed_from_the_images_of_a_ref
     assert sum(chunk.kept.features for chunk in chunks if chunk.set_name == REFERENCE_IMAGES) == 30
 
 
+def test_classes_of_samples_are_counted_in_the_training_images(job, image_root, tmp_path):
+    shutil.copytree(image_root, tmp_path / "images")
+    third_class = sorted((tmp_path / "images/val").iterdir())[2]
+    for path in sorted(third_class.iterdir())[:2]:
+        path.unlink()
+    job = replace(job, train_images=str(tmp_path / "images/val"), labels="training")
+    chunks = plan_chunks(job, open_inputs(job))
+    [rule] = {chunk.source.rule for chunk in chunks if chunk.set_name == samples_set(0)}
+    assert rule.class_counts == (4, 4, 2, 4, 4, 4, 4, 4, 4, 4)
+
+
 def test_saving_samples_keeps_only_the_images_for_pixel_distances_in_memory(job, tmp_path):
     job = replace(job, steps=(1, 2), num_samples=2000, save_samples=tmp_path / "saved")
-    saver = SampleSaver(job, 1)
+    saver, rule = SampleSaver(job, 1), SampleRule(job.seed, job.labels)
     for number, setting in enumerate(job.settings):
         kept = []
-        for chunk in generated_chunks(samples_set(number), setting, job.rule, 2000, Kept(images=1000)):
+        for chunk in generated_chunks(samples_set(number), setting, rule, 2000, Kept(images=1000)):
             indices = torch.from_numpy(chunk.source.indices)
             pixels = (indices % 256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, 3)
             sums = SetSums(chunk.set_name, images=[pixels], labels=[indices])
@@ -188,7 +200,7 @@ def test_guided_samples_are_saved_and_their_file_gives_the_same_metrics(job, net
     for setting in guided.settings:
         saved = open_sample_file(tmp_path / "saved" / f"samples-{setting.slug}.npz")
         assert saved.shape == (40, 64, 64, 3)
-    labels = guided.rule.labels_of(np.arange(40), 10)
+    labels = SampleRule(guided.seed, guided.labels).labels_of(np.arange(40), 10)
     expected = velocity.images_from_seeds(
         labels.tolist(), list(range(40)), 2, guidance_scale=3.0, guidance_interval=(0.2, 0.9), solver="heun"
     )

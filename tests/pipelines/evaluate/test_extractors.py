@@ -13,7 +13,7 @@ from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
 from pipelines.evaluate.extractors import absolute_extractor, distance_name, open_extractor
-from pipelines.evaluate.judge import load_judge
+from pipelines.judge.network import load_judge
 from tests.support.readme import REPOSITORY
 
 # The parts of torchvision that torch-fidelity uses. The published wheel cannot be imported with a CPU build of torch.
@@ -182,7 +182,9 @@ def test_a_judge_gives_features_and_logits_of_its_classes():
 
 
 def test_an_unknown_extractor_lists_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match="unknown extractor 'clip'; known: inception, dinov2-vit-s-14, .* a judge"):
+    with pytest.raises(
+        InputError, match="unknown extractor 'clip'; known: inception, efficientnet-lite0, dinov2-vit-s-14, .* a judge"
+    ):
         open_extractor("clip", None, "cpu")
     with pytest.raises(InputError, match="no judge in"):
         open_extractor(str(tmp_path), None, "cpu")

@@ -6,8 +6,8 @@ import torch
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
-from pipelines.evaluate.judge import load_judge
 from pipelines.evaluate.pixel_distances import PixelDistances, downsample
+from pipelines.judge.network import load_judge
 
 
 def draw(split, count):

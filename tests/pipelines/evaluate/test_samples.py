@@ -9,7 +9,6 @@ import torch
 from meanflow_core.generator import build_pipeline
 from pipelines.demo import images
 from pipelines.evaluate.chunks import CHUNK_SIZE, Kept, image_file_chunks, make_chunks, spans
-from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.plan import grid_indices
 from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.images.sources import find_images
@@ -21,6 +20,13 @@ def test_random_labels_are_a_function_of_seed_and_index():
     np.testing.assert_array_equal(rule.labels_of(np.array([1999, 17]), 10), labels[[1999, 17]])
     assert np.bincount(labels, minlength=10) == pytest.approx(200, rel=0.25)
     assert (SampleRule(base_seed=6, labels="random").labels_of(np.arange(2000), 10) != labels).mean() > 0.8
+
+
+def test_labels_as_in_training_follow_its_class_counts():
+    rule = SampleRule(base_seed=5, labels="training", class_counts=(100, 0, 300))
+    labels = rule.labels_of(np.arange(2000), 3)
+    np.testing.assert_array_equal(rule.labels_of(np.array([1999, 17]), 3), labels[[1999, 17]])
+    assert np.bincount(labels, minlength=3) == pytest.approx([500, 0, 1500], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +73,8 @@ def test_shuffled_image_files_mix_the_classes_in_every_group(image_root):
 
 @pytest.mark.parametrize("num_classes", [3, 10, 1000])
 def test_grid_rows_have_equal_length_with_random_labels(num_classes):
-    job = EvaluateJob(model="m", train_images="t", output="o", labels="random", num_samples=1000)
-    indices = grid_indices(job, num_classes)
-    labels = job.rule.labels_of(indices, num_classes)
+    labels = SampleRule(base_seed=0, labels="random").labels_of(np.arange(1000), num_classes)
+    labels = labels[grid_indices(labels)]
     _, counts = np.unique(labels, return_counts=True)
     assert len(counts) == min(num_classes, 10)
     assert len(set(counts)) == 1

@@ -4,9 +4,10 @@ from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
+from pipelines.cluster import Cause, first_cause
 from pipelines.errors import InputError, RunError
 from pipelines.train import checkpoints
-from pipelines.train.failures import Cause, as_command_error, first_cause, nonfinite_error, resume_hint
+from pipelines.train.failures import as_command_error, nonfinite_error, resume_hint
 from tests.support.ray_records import checkpoint_name, write_checkpoints
 from tests.support.training_jobs import training_job
 

@@ -44,7 +44,7 @@ def test_card_of_flow_matching_says_many_steps_and_keeps_the_initial_networks_li
     assert "in many steps" in card
     assert "images_from_seeds([0], [7], 50)" in card
     assert "**Initial network** models:/sit/1" in card
-    assert "publisher's licence, and so does the initial network." in card
+    assert "publisher's licence. The initial network keeps its publisher's licence." in card
 
 
 def test_card_hides_credentials_of_locations(tmp_path):

@@ -1,10 +1,11 @@
-"""A small classifier for one data set, the demo's substitute for Inception.
+"""A small classifier for one data set, a substitute for Inception.
 
 Its features give a Frechet distance and its logits a class accuracy. The distance is not FID. A classifier that is trained
 on classes alone discards the variation within a class, so a judge also regresses the factors of variation, if known.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class Prediction:
 class Judge(ModelMixin, ConfigMixin):
     """Four strided convolutions and a linear layer give 64 features, which predict the class and the factors.
 
-    image_size: a multiple of 16. num_factors: regression targets of an image, such as position and size.
+    image_size: side of the images in pixels; the convolutions divide it by 16, rounded up. num_factors: regression targets
+    of an image, such as position and size.
     """
 
     @register_to_config
@@ -47,15 +49,16 @@ class Judge(ModelMixin, ConfigMixin):
             layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
             layers += [nn.Conv2d(wide, wide, 3, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)
-        self.neck = nn.Linear(widths[-1] * (image_size // 16) ** 2, 64)
+        self.neck = nn.Linear(widths[-1] * math.ceil(image_size / 16) ** 2, 64)
         self.head = nn.Linear(64, len(class_names))
-        self.factor_head = nn.Linear(64, num_factors)
+        self.factor_head = nn.Linear(64, num_factors) if num_factors else None
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """float (B, 3, H, W) in [-1, 1] -> features (B, 64), logits (B, num_classes), factors (B, num_factors)."""
         features = self.neck(self.trunk(images).flatten(1))
         activations = nn.functional.silu(features)
-        return features, self.head(activations), self.factor_head(activations)
+        factors = activations[:, :0] if self.factor_head is None else self.factor_head(activations)
+        return features, self.head(activations), factors
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor, batch_size: int = 250) -> Prediction:
@@ -73,5 +76,5 @@ class Judge(ModelMixin, ConfigMixin):
 def load_judge(folder: Path) -> Judge:
     """Loads a judge from its folder. Raises InputError for a folder without one."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"no judge in {folder}; train one with python -m pipelines.demo.judge")
+        raise InputError(f"no judge in {folder}; train one with python -m pipelines.judge")
     return Judge.from_pretrained(folder, low_cpu_mem_usage=False).eval()

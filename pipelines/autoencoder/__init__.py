@@ -1,0 +1,1 @@
+"""Trains an autoencoder on any images: pixels -> latents -> pixels."""

@@ -1,0 +1,1 @@
+"""A small classifier of one data set, which judges generated images."""

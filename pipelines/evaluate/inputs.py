@@ -62,6 +62,14 @@ class Inputs:
         return self.samples.shape[1]
 
     @cached_property
+    def class_counts(self) -> tuple[int, ...]:
+        """Number of training images of each class of the generator."""
+        assert self.train is not None
+        assert self.generator is not None
+        labels = self.train[2].entries["label"].to_numpy()
+        return tuple(np.bincount(labels, minlength=self.generator.num_classes).tolist())
+
+    @cached_property
     def num_features(self) -> int:
         """Number of pooled features of the extractor."""
         size = self.image_size

@@ -90,23 +90,13 @@ def _held_out_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     ]
 
 
-def sample_rule(job: EvaluateJob, inputs: Inputs) -> SampleRule:
-    """Labels and seeds of the samples."""
-    if job.labels != "training":
-        return SampleRule(job.seed, job.labels)
-    assert inputs.train is not None
-    assert inputs.generator is not None
-    labels = inputs.train[2].entries["label"].to_numpy()
-    return SampleRule(job.seed, job.labels, tuple(np.bincount(labels, minlength=inputs.generator.num_classes).tolist()))
-
-
 def _generated_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:
     """Samples of every setting, and the image grid."""
     assert inputs.generator is not None
     has_pixel_distances = inputs.held_out is not None and inputs.train is not None
     num_images = NUM_PIXEL_SAMPLES if has_pixel_distances else 0
     kept = Kept(job.num_precision_recall, num_images if job.save_samples is None else job.num_samples)
-    rule = sample_rule(job, inputs)
+    rule = SampleRule(job.seed, job.labels, inputs.class_counts if job.labels == "training" else ())
     chunks: list[Chunk] = []
     for number, setting in enumerate(job.settings):
         chunks += generated_chunks(samples_set(number), setting, rule, job.num_samples, kept)

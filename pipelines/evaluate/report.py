@@ -21,14 +21,7 @@ from pipelines.evaluate.inputs import Inputs
 from pipelines.evaluate.job import STANDARD_NUM_SAMPLES, EvaluateJob
 from pipelines.evaluate.linear_probe import PROBE_PROTOCOL, LinearProbe, fit_probe
 from pipelines.evaluate.pixel_distances import PixelDistances
-from pipelines.evaluate.plan import (
-    HELD_OUT_IMAGES,
-    RECONSTRUCTIONS,
-    TRAINING_IMAGES,
-    has_neighbours,
-    sample_rule,
-    samples_set,
-)
+from pipelines.evaluate.plan import HELD_OUT_IMAGES, RECONSTRUCTIONS, TRAINING_IMAGES, has_neighbours, samples_set
 from pipelines.evaluate.reference import Reference
 from pipelines.evaluate.sources import UINT8_RULE
 from pipelines.evaluate.sums import NUM_GROUPS, NUM_SPLITS, SetSums
@@ -121,9 +114,9 @@ def protocol(job: EvaluateJob, inputs: Inputs, reference: Reference) -> dict[str
         "jackknife_groups": NUM_GROUPS,
         "code": code_identity(),
     }
-    if job.labels == "training":
-        content["class_counts"] = list(sample_rule(job, inputs).class_counts)
     if generator is not None:
+        if job.labels == "training":
+            content["class_counts"] = list(inputs.class_counts)
         content["generator"] = {
             "transformer_sha256": weight_hash(generator.pipeline.transformer),
             "vae_sha256": weight_hash(generator.pipeline.vae),

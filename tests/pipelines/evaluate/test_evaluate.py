@@ -21,6 +21,8 @@ from pipelines.evaluate.inputs import open_inputs
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.plan import REFERENCE_IMAGES, plan_chunks, samples_set
 from pipelines.evaluate.real_images import find_real_images, read_evenly
+from pipelines.evaluate.reference import read_reference
+from pipelines.evaluate.report import protocol
 from pipelines.evaluate.run import SampleSaver, _train_pixels, evaluate
 from pipelines.evaluate.sample_files import open_sample_file
 from pipelines.evaluate.samples import SampleRule, Setting
@@ -161,6 +163,16 @@ def test_classes_of_samples_are_counted_in_the_training_images(job, image_root, 
     chunks = plan_chunks(job, open_inputs(job))
     [rule] = {chunk.source.rule for chunk in chunks if chunk.set_name == samples_set(0)}
     assert rule.class_counts == (4, 4, 2, 4, 4, 4, 4, 4, 4, 4)
+
+
+def test_labels_of_a_sample_file_need_no_class_counts(job, tmp_path):
+    adm, samples = tmp_path / "adm.npz", tmp_path / "samples.npz"
+    np.savez(adm, mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(samples, arr_0=np.zeros((3, 64, 64, 3), np.uint8))
+    job = replace(job, model=None, samples=samples, held_out_images=None, reference=str(adm), labels="training")
+    content = protocol(job, open_inputs(job), read_reference(str(adm)))
+    assert content["labels"] == "those of the file"
+    assert "class_counts" not in content
 
 
 def test_saving_samples_keeps_only_the_images_for_pixel_distances_in_memory(job, tmp_path):

@@ -14,7 +14,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin
 from meanflow_core.latents import LatentNormalization
 from meanflow_core.pixels import PixelAutoencoder
 
-Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderTiny | PixelAutoencoder
+PointAutoencoder: TypeAlias = AutoencoderDC | AutoencoderTiny  # without a posterior: an image has one latent
+Autoencoder: TypeAlias = AutoencoderKL | PointAutoencoder | PixelAutoencoder
 AUTOENCODERS: tuple[type[ModelMixin], ...] = (AutoencoderKL, AutoencoderDC, AutoencoderTiny, PixelAutoencoder)
 
 
@@ -117,14 +118,14 @@ def encode_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     The deviation of an autoencoder without a posterior, and of a PixelAutoencoder, is 0.
     """
     x = to_float_images(images).to(vae.dtype)
-    if isinstance(vae, AutoencoderDC | AutoencoderTiny):
+    if isinstance(vae, PointAutoencoder):
         latents = encode_points(vae, x).float()
         return torch.cat([latents, torch.zeros_like(latents)], dim=1)
     posterior = vae.encode(x).latent_dist
     return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
 
-def encode_points(vae: AutoencoderDC | AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
+def encode_points(vae: PointAutoencoder, images: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, fH, fW) in [-1, 1] -> raw latents (B, C, H, W) of an autoencoder without a posterior."""
     encoded = vae.encode(images)
     return encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latents
@@ -152,5 +153,5 @@ def decode_preview(tiny: AutoencoderTiny, vae: Autoencoder, latents: torch.Tenso
     scaling_factor applied, even if the generator normalises each channel separately.
     """
     raw = LatentNormalization.from_vae_config(vae.config).denormalize(latents.float())
-    scaled = (raw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    scaled = (raw - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
     return to_uint8_images(tiny.decode(scaled.to(tiny.dtype)).sample)

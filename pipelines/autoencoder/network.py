@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import nn
 
-from meanflow_core.autoencoder import Autoencoder, encode_points
+from meanflow_core.autoencoder import Autoencoder, PointAutoencoder, encode_points
 from pipelines.autoencoder.job import AutoencoderJob
 
 MAX_GROUPS = 32  # of group normalisation, as in Stable Diffusion's autoencoder
@@ -62,7 +62,7 @@ class Reconstruction(nn.Module):
         Mean and log variance: (B, C, S / factor, S / factor). Latents without a posterior are their own mean, and their log
         variance is given as 0.
         """
-        if isinstance(self.vae, AutoencoderDC | AutoencoderTiny):
+        if isinstance(self.vae, PointAutoencoder):
             latents = encode_points(self.vae, images)
             return self.vae.decode(latents).sample, latents, torch.zeros_like(latents)
         posterior = self.vae.encode(images).latent_dist

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from meanflow_core.autoencoder import (
     decode_latents,
@@ -127,5 +127,12 @@ def test_preview_decoder_gets_the_vaes_shift_and_scale_for_any_normalisation(tmp
         images = decode_preview(opened, vae, latents)
         assert images.shape == (2, 16, 16, 3)
         assert (images.int() - expected.int()).abs().max() <= 1
+    dc = AutoencoderDC(  # has no shift_factor
+        latent_channels=4, scaling_factor=0.2,
+        encoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
+        decoder_block_out_channels=(8, 8), decoder_layers_per_block=(1, 1), decoder_qkv_multiscales=((), ()),
+    )  # fmt: skip
+    images = decode_preview(opened, dc, raw * 0.2)
+    assert (images.int() - to_uint8_images(tiny.decode(raw * 0.2).sample).int()).abs().max() <= 1
     with pytest.raises(ValueError, match="cannot load an AutoencoderTiny from"):
         load_preview_decoder(str(tmp_path / "none"))

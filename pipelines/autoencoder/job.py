@@ -6,7 +6,6 @@ from typing import Literal
 from pipelines.cluster import Device
 from pipelines.images.formats import Format
 
-Kind = Literal["kl", "dc", "tiny"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
@@ -20,7 +19,7 @@ class AutoencoderJob:
     """Path or URI of images that are not trained on. PSNR and the reconstructions are of these."""
     output: str
     """Folder to write, shared by all nodes: a path or URI."""
-    kind: Kind = "kl"
+    kind: Literal["kl", "dc", "tiny"] = "kl"
     """kl: AutoencoderKL. dc: AutoencoderDC, whose shortcuts past every change of resolution let it learn in a fraction of the
     time. tiny: AutoencoderTiny. The latents of the last two are points: they have no posterior."""
     format: Format | None = None

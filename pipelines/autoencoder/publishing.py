@@ -16,7 +16,7 @@ from meanflow_core.grids import image_grid
 from meanflow_core.metrics import peak_signal_to_noise
 from pipelines import storage
 from pipelines.autoencoder.batches import ImageSource
-from pipelines.autoencoder.job import AutoencoderJob, Kind
+from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.autoencoder.record import Result
 from pipelines.images.decoding import read_pixels
 from pipelines.tracking.run import Run
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 NUM_STATISTICS_IMAGES = 4_000  # at 8x8 latents: 256,000 values per channel
 GRID_CLASSES, GRID_COLUMNS = 10, 8
 GRID_FILE = "reconstructions.png"
-CLASS_NAMES: dict[Kind, str] = {"kl": "AutoencoderKL", "dc": "AutoencoderDC", "tiny": "AutoencoderTiny"}
 
 
 def forward_size(image_size: int) -> int:
@@ -121,16 +120,15 @@ def publish(vae: Autoencoder, images: ImageSource, held_out: HeldOut, job: Autoe
         for path in Path(folder).iterdir():
             storage.write_bytes(filesystem, f"{output}/{path.name}", path.read_bytes())
     storage.write_bytes(filesystem, f"{output}/{GRID_FILE}", buffer.getvalue())
-    storage.write_bytes(
-        filesystem, f"{output}/README.md", model_card(job, len(images[2]), len(pixels), result).encode()
-    )
+    card = model_card(job, type(vae).__name__, len(images[2]), len(pixels), result)
+    storage.write_bytes(filesystem, f"{output}/README.md", card.encode())
     logger.info("held-out PSNR %.2f dB over %d images; wrote %s", result.psnr, result.num_held_out, job.output)
     return result
 
 
-def model_card(job: AutoencoderJob, num_images: int, num_statistics: int, result: Result) -> str:
-    """The README.md stored with the weights."""
-    size, class_name = job.image_size // job.factor, CLASS_NAMES[job.kind]
+def model_card(job: AutoencoderJob, class_name: str, num_images: int, num_statistics: int, result: Result) -> str:
+    """The README.md stored with the weights. class_name: the autoencoder's class in diffusers."""
+    size = job.image_size // job.factor
     perceptual = f" + {job.perceptual_weight:g} perceptual" if job.perceptual_weight else ""
     return f"""# Autoencoder
 

@@ -223,7 +223,7 @@ def test_latents_without_a_posterior_are_normalized_together_and_survive_saving(
     vae = load_autoencoder(str(tmp_path))
     assert type(vae).__name__ == class_name
     result = Result(psnr=20.0, num_held_out=1, num_parameters=1)
-    assert f"`{class_name}.from_pretrained(FOLDER)`" in model_card(job, 1, 1, result)
+    assert f"`{class_name}.from_pretrained(FOLDER)`" in model_card(job, class_name, 1, 1, result)
     mean, std = encode_moments(vae, held_out).chunk(2, dim=1)
     assert downsampling_factor(vae) == 4
     assert mean.shape == (len(held_out), 4, 8, 8)
@@ -232,7 +232,8 @@ def test_latents_without_a_posterior_are_normalized_together_and_survive_saving(
     assert float(latents.square().mean()) == pytest.approx(1.0, abs=1e-3)
     assert "latents_mean" not in vae.config  # neither class knows it
     if kind == "tiny":  # AutoencoderDC has no shift
-        assert float(latents.mean()) == pytest.approx(0.0, abs=1e-3)
+        mean_and_std = float(latents.mean()), float(latents.std())
+        assert mean_and_std == (pytest.approx(0.0, abs=1e-3), pytest.approx(1.0, abs=1e-3))
     torch.testing.assert_close(reconstruct(vae, held_out), reconstruct(trainer.average, held_out))
 
 

@@ -1,0 +1,1 @@
+"""What training runs on Ray Train share: the loop, checkpoints, stop requests, metrics and publishing."""

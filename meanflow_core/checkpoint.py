@@ -22,21 +22,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from meanflow_core.config import TrainingConfig
+from meanflow_core.config import RunConfig
 from meanflow_core.formats import require_format_version
 from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.training import TrainState
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 STATE_FILE = "state.json"
 # A file is assembled in memory before it is written, so its size bounds the additional memory.
 BYTES_PER_FILE = 2**30
+_COUNTS = ("step", "num_updates", "num_skipped")
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def save_train_state(
-    state: TrainState, config: TrainingConfig, folder: Path, extra: dict[str, Any] | None = None
-) -> None:
+def save_train_state(state: TrainState, config: RunConfig, folder: Path, extra: dict[str, Any] | None = None) -> None:
     """Writes a training state, its configuration and `extra` (JSON) into an existing folder.
 
     Collective if there is a process group: every process must call it, with the same folder or its own. The files
@@ -44,7 +43,7 @@ def save_train_state(
     written, for example because the disk is full.
     """
     rank = distributed.get_rank() if distributed.is_initialized() else 0
-    tensors = _tensors(state, with_optimizers=_num_updates(state) > 0)
+    tensors = _tensors(state, with_optimizers=state.num_updates > 0)
     with _plain_errors():
         writer = HuggingFaceStorageWriter(str(folder), _file_numbers(tensors), save_distributed=True)
         dcp.save(tensors, storage_writer=writer)
@@ -56,8 +55,7 @@ def save_train_state(
     if rank == 0:
         content = {
             "format_version": FORMAT_VERSION,
-            "step": state.step,
-            "num_skipped": state.num_skipped,
+            **{name: getattr(state, name) for name in _COUNTS},
             "config": config.as_dict(),
             "files": files,
             "extra": extra or {},
@@ -71,8 +69,8 @@ def load_train_state(state: TrainState, folder: Path) -> dict[str, Any]:
     Collective if there is a process group, which may have any size. Raises ValueError if a file is missing or truncated.
     """
     content = read_state_file(folder)
-    state.step, state.num_skipped = content["step"], content["num_skipped"]
-    with_optimizers = _num_updates(state) > 0
+    state.step, state.num_updates, state.num_skipped = (content[name] for name in _COUNTS)
+    with_optimizers = state.num_updates > 0
     optimizer_state = _optimizer_state(state) if with_optimizers else {}
     _load(_tensors(state, with_optimizers=False) | _only_tensors(optimizer_state), folder)
     if with_optimizers:
@@ -87,7 +85,7 @@ def load_average(network: NetworkModel, decay: float, folder: Path) -> None:
 
 
 def read_state_file(folder: Path) -> dict[str, Any]:
-    """Reads and checks state.json: step, num_skipped, config, files, extra.
+    """Reads and checks state.json: step, num_updates, num_skipped, config, files, extra.
 
     Raises ValueError if it has another format version, or if a file of the checkpoint is missing or truncated.
     """
@@ -127,10 +125,6 @@ def describe_damage(expected: Mapping[str, int], found: Mapping[str, int]) -> st
     return None
 
 
-def _num_updates(state: TrainState) -> int:
-    return state.step - state.num_skipped
-
-
 def _named(prefix: str, network: NetworkModel) -> dict[str, torch.Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in network.state_dict().items()}
 
@@ -139,6 +133,7 @@ def _tensors(state: TrainState, *, with_optimizers: bool) -> dict[str, torch.Ten
     tensors = _named("network", state.network)
     for decay, ema_network in state.ema_networks.items():
         tensors |= _named(f"ema_{decay}", ema_network)
+    tensors |= {f"buffer/{name}": tensor for name, tensor in state.buffers.items()}
     return tensors | (_only_tensors(_optimizer_state(state)) if with_optimizers else {})
 
 

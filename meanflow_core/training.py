@@ -5,13 +5,13 @@ import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from meanflow_core.config import OptimizerConfig, TrainingConfig
+from meanflow_core.config import OptimizerConfig, RunConfig, TrainingConfig
 from meanflow_core.latents import LatentNormalization, sample_latents
 from meanflow_core.networks.building import build_network, require_same_architecture
 from meanflow_core.networks.interface import Network, NetworkModel
@@ -31,9 +31,13 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     """The optimisers with their states."""
     step: int
-    """Number of steps taken, including skipped ones."""
+    """Number of steps taken, including those without an update."""
+    num_updates: int = 0
+    """Number of these steps that updated the parameters."""
     num_skipped: int = 0
-    """Number of steps that were skipped because their gradient was not finite."""
+    """Number of these steps that were skipped because their gradient was not finite."""
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    """{name: tensor}: what a training changes besides the networks, the same on every worker."""
 
     @property
     def ema_network(self) -> NetworkModel:
@@ -116,6 +120,20 @@ def build_train_state(
     if initial is not None:
         require_same_architecture(initial, network)
         network.load_state_dict(initial.state_dict())
+    return new_train_state(network, config, device=device, shard=shard)
+
+
+def new_train_state(
+    network: NetworkModel,
+    config: RunConfig,
+    *,
+    device: torch.device,
+    shard: Callable[[NetworkModel], None] | None = None,
+) -> TrainState:
+    """Builds a state before its first step that trains `network`. shard: as in `build_train_state`.
+
+    Raises ValueError for an invalid optimiser.
+    """
     network = network.to(device).train()
     ema_networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.ema_decays}
     if config.activation_checkpointing:
@@ -200,6 +218,15 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         with accumulating() if number < len(batches) else nullcontext():
             sums.append(_forward_and_backward(state, training_network, batch, normalization, config, gradient_scale))
+    gradient_norm, skipped = apply_gradients(state, config, may_skip=may_skip)
+    return StepMetrics(sums=torch.stack(sums).sum(dim=0), gradient_norm=gradient_norm, skipped=skipped)
+
+
+def apply_gradients(state: TrainState, config: RunConfig, *, may_skip: bool = False) -> tuple[torch.Tensor, bool]:
+    """Updates parameters and averages by the parameters' gradients, and counts the step.
+
+    may_skip: as in `train_step`. Returns the norm of the gradient before clipping, and whether the update was skipped.
+    """
     gradient_norm = _full(
         torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.optimizer.max_gradient_norm or float("inf"))
     )
@@ -214,8 +241,9 @@ def train_step(
         for optimizer in state.optimizers:
             optimizer.step()
         update_emas(state)
+        state.num_updates += 1
     state.step += 1
-    return StepMetrics(sums=torch.stack(sums).sum(dim=0), gradient_norm=gradient_norm, skipped=skipped)
+    return gradient_norm, skipped
 
 
 def warm_up_ddp_buckets(state: TrainState, training_network: Network, batch: Batch, config: TrainingConfig) -> None:

@@ -15,8 +15,8 @@ from pipelines.evaluate.job import ReferenceJob
 def main() -> None:
     """Computes and writes the reference file."""
     job = parse_command_line(ReferenceJob, __doc__)
-    from pipelines.evaluate.extractors import distance_name  # after parsing, to keep --help fast
     from pipelines.evaluate.make_reference import make_reference
+    from pipelines.extractors.opening import distance_name  # after parsing, to keep --help fast
 
     protocol = make_reference(job)
     print(f"reference: {job.output}, {protocol['num_images']} images, {distance_name(protocol['extractor'])}")

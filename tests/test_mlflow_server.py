@@ -29,7 +29,7 @@ from pipelines import storage
 from pipelines.demo import images
 from pipelines.errors import InputError
 from pipelines.tracking.run import Run
-from pipelines.train import checkpoints
+from pipelines.training import checkpoints
 from tests.support.clusters import processes_of
 from tests.support.compose import MLFLOW, compose_file, filled_in
 from tests.support.latents import encode_demo_images

@@ -35,9 +35,9 @@ from pipelines.cluster import start_ray
 from pipelines.demo.serving import fetch, free_port, wait_until_ready
 from pipelines.errors import InputError
 from pipelines.plan.report import CHANGED
-from pipelines.train import checkpoints, stopping
 from pipelines.train.job import parse_arguments
 from pipelines.train.prepare import prepare
+from pipelines.training import checkpoints, stopping
 from tests.support.api import pixels
 from tests.support.endpoint import in_process
 from tests.support.latents import encode_demo_images

@@ -19,8 +19,10 @@ from meanflow_core.config.network import (
     ImprovedDiTConfig,
     NetworkConfig,
 )
+from meanflow_core.config.refine import RefineConfig
 from meanflow_core.config.training import (
     OptimizerConfig,
+    RunConfig,
     SamplingConfig,
     TrainingConfig,
     flatten,
@@ -39,6 +41,8 @@ __all__ = [
     "MeanFlowConfig",
     "NetworkConfig",
     "OptimizerConfig",
+    "RefineConfig",
+    "RunConfig",
     "SamplingConfig",
     "TimeSamplingConfig",
     "TrainingConfig",

@@ -11,6 +11,7 @@ AT_LEAST_1: Rule = ("be at least 1", lambda value: 1 <= value < math.inf)
 IN_0_TO_1: Rule = ("lie in [0, 1]", lambda value: 0 <= value <= 1)
 IN_ABOVE_0_TO_1: Rule = ("be above 0 and at most 1", lambda value: 0 < value <= 1)
 IN_0_TO_BELOW_1: Rule = ("lie in [0, 1)", lambda value: 0 <= value < 1)
+NOT_NEGATIVE_INTEGER: Rule = ("be a whole number of at least 0", lambda value: isinstance(value, int) and value >= 0)
 POSITIVE_INTEGER: Rule = ("be a whole number above 0", lambda value: isinstance(value, int) and value >= 1)
 
 

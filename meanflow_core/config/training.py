@@ -70,28 +70,16 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The full configuration of an experiment: returned by presets, logged, and saved in every checkpoint."""
+class RunConfig:
+    """What the configurations of all training runs have in common."""
 
-    network: NetworkConfig = field(default_factory=DiTConfig)
-    """Architecture and size of the network."""
-    loss: LossConfig = field(default_factory=MeanFlowConfig)
-    """Training objective."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimiser."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Default sampling of the generator."""
-    guidance_after_steps: int | None = None
-    """Number of initial steps in which MeanFlow's target has no guidance. Default: 0. For a warm start from flow matching,
-    which early guidance makes unstable, the default is 20 epochs, but at most half the run."""
     ema_decays: tuple[float, ...] = (0.9999,)
     """Decays of the moving averages of the parameters, per step. The first average is used for sampling."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """tf32: matrix products with 10-bit mantissas, also in du/dt, on GPUs with tensor cores. bfloat16: autocast.
     Parameters, averages and optimiser stay in float32."""
-    derivative_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"
-    """Precision of du/dt if precision is bfloat16. bfloat16: in the training forward; float32, tf32: in a separate
-    forward."""
     activation_checkpointing: bool = False
     """Store block inputs only and recompute activations in backward (one extra forward)."""
     compile: bool = False
@@ -100,9 +88,6 @@ class TrainingConfig:
     """Samples per optimiser step over all workers."""
     num_steps: int = 1_200_960
     """Number of optimiser steps; an epoch of ImageNet at batch 256 is 5,004 steps."""
-    mirror: bool = False
-    """Mirror each image with probability 1/2; the papers' code does not. A node's copy of the latents then has mirror
-    images, too."""
     seed: int = 0
     """Seed of the initial parameters, the data order and every random draw."""
     log_interval_steps: int = 100
@@ -119,14 +104,52 @@ class TrainingConfig:
             f"ema_decays must be one or more numbers in [0, 1), but got {self.ema_decays}",
         )
         require(len(set(self.ema_decays)) == len(self.ema_decays), f"ema_decays must differ, but got {self.ema_decays}")
-        check(self, "", one_of("float32", "tf32", "bfloat16"), "precision", "derivative_precision")
+        check(self, "", one_of("float32", "tf32", "bfloat16"), "precision")
+        check(self, "", POSITIVE_INTEGER, "global_batch_size", "num_steps", "log_interval_steps")
+        check(self, "", POSITIVE_INTEGER, "checkpoint_interval_steps", "sample_interval_steps")
+
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether float32 matrix products and convolutions run in TF32."""
+        return self.precision == "tf32"
+
+    def flat(self) -> dict[str, Any]:
+        """All fields as one dictionary: {"network.patch_size": 2, "loss.times.logit_mean": -0.4, ...}."""
+        return flatten(self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as nested dictionaries."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """The full configuration of an experiment: returned by presets, logged, and saved in every checkpoint."""
+
+    network: NetworkConfig = field(default_factory=DiTConfig)
+    """Architecture and size of the network."""
+    loss: LossConfig = field(default_factory=MeanFlowConfig)
+    """Training objective."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Default sampling of the generator."""
+    guidance_after_steps: int | None = None
+    """Number of initial steps in which MeanFlow's target has no guidance. Default: 0. For a warm start from flow matching,
+    which early guidance makes unstable, the default is 20 epochs, but at most half the run."""
+    derivative_precision: Literal["float32", "tf32", "bfloat16"] = "tf32"
+    """Precision of du/dt if precision is bfloat16. bfloat16: in the training forward; float32, tf32: in a separate
+    forward."""
+    mirror: bool = False
+    """Mirror each image with probability 1/2; the papers' code does not. A node's copy of the latents then has mirror
+    images, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "", one_of("float32", "tf32", "bfloat16"), "derivative_precision")
         require(
             not (self.activation_checkpointing and self.precision == self.derivative_precision == "bfloat16"),
             "derivative_precision must be float32 or tf32 with activation_checkpointing, which computes du/dt in a separate "
             "forward, but got bfloat16",
         )
-        check(self, "", POSITIVE_INTEGER, "global_batch_size", "num_steps", "log_interval_steps")
-        check(self, "", POSITIVE_INTEGER, "checkpoint_interval_steps", "sample_interval_steps")
         if self.guidance_after_steps is not None:
             check(self, "", NOT_NEGATIVE, "guidance_after_steps")
         require(
@@ -180,13 +203,9 @@ class TrainingConfig:
             return replace(loss, guidance=GuidanceConfig())
         return loss
 
-    def flat(self) -> dict[str, Any]:
-        """All fields as one dictionary: {"network.patch_size": 2, "loss.times.logit_mean": -0.4, ...}."""
-        return flatten(self.as_dict())
-
     def as_dict(self) -> dict[str, Any]:
         """All fields as nested dictionaries, with the classes of network and objective."""
-        fields = asdict(self)
+        fields = super().as_dict()
         fields["network"] = {"class": self.network.network, **fields["network"]}
         fields["loss"] = {"class": self.loss.objective, **fields["loss"]}
         return fields

@@ -75,12 +75,22 @@ class DrawnStep:
         )
 
     def _noise(self, purpose: int, start: int, stop: int) -> torch.Tensor:
-        noise = np.empty((stop - start, *self.latent_shape), np.float32)
-        for row, values in enumerate(noise, start=start):
-            # A counter-based generator: every row of every step has 2^64 blocks of numbers of its own.
-            bits = np.random.Philox(key=[self.seed, purpose], counter=[0, row, self.step, 0])
-            np.random.Generator(bits).standard_normal(dtype=np.float32, out=values)
-        return torch.from_numpy(noise)
+        return row_noise(self.seed, purpose, self.step, start, stop, self.latent_shape)
+
+
+def row_noise(
+    seed: int, purpose: int, step: int, start: int, stop: int, latent_shape: tuple[int, int, int]
+) -> torch.Tensor:
+    """Standard normal noise of rows start to stop - 1, float32 (b, C, H, W): row i is a function of (seed, step, i).
+
+    purpose: separates draws of the same step.
+    """
+    noise = np.empty((stop - start, *latent_shape), np.float32)
+    for row, values in enumerate(noise, start=start):
+        # A counter-based generator: every row of every step has 2^64 blocks of numbers of its own.
+        bits = np.random.Philox(key=[seed, purpose], counter=[0, row, step, 0])
+        np.random.Generator(bits).standard_normal(dtype=np.float32, out=values)
+    return torch.from_numpy(noise)
 
 
 def check_draws(draws: StepDraws) -> None:

@@ -10,11 +10,11 @@ import torch
 from meanflow_core.generator import load_pipeline, read_provenance
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines.errors import InputError
-from pipelines.evaluate.extractors import Extractor, open_extractor
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.real_images import ImageSource, find_real_images
-from pipelines.evaluate.reference import Reference, read_reference, require_same_protocol
 from pipelines.evaluate.sample_files import open_sample_file
+from pipelines.extractors.opening import Extractor, open_extractor
+from pipelines.extractors.reference import Reference, read_reference, require_same_protocol
 from pipelines.tracking.registry import fetch_generator
 
 

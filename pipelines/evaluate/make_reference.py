@@ -1,19 +1,25 @@
 """Computes a reference file from images, or from the decoded images of a latent dataset."""
 
+import io
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
+import torch
 
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.evaluate.chunks import Chunk, Kept, decoded_chunks, image_file_chunks
-from pipelines.evaluate.extractors import absolute_extractor, open_extractor
 from pipelines.evaluate.job import ReferenceJob
 from pipelines.evaluate.measuring import WorkerConfig
-from pipelines.evaluate.reference import reference_bytes, reference_protocol
 from pipelines.evaluate.sources import UINT8_RULE
+from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.workers import measure_sets, start_cluster
+from pipelines.extractors.opening import absolute_extractor, open_extractor
+from pipelines.extractors.reference import MOMENT_NAMES, reference_protocol
 from pipelines.images.sources import find_images
 from pipelines.latents.manifest import read_manifest
 
@@ -65,3 +71,25 @@ def _plan(job: ReferenceJob) -> tuple[list[Chunk], dict[str, str], int, Sequence
         "uint8": UINT8_RULE,
     }
     return chunks, source, manifest.recipe.image_size, manifest.class_names
+
+
+def reference_bytes(sums: SetSums, protocol: Mapping[str, Any], class_names: Sequence[str] | None = None) -> bytes:
+    """Serializes sums, protocol and the names of the labels as the content of a reference file."""
+    mean, covariance = MOMENT_NAMES[0]
+    statistics = sums.statistics
+    arrays = {
+        mean: statistics.mean.numpy(),
+        covariance: statistics.covariance.numpy(),
+        "protocol": np.array(json.dumps(protocol)),
+    }
+    if sums.spatial is not None:
+        arrays |= {"mu_s": sums.spatial.mean.numpy(), "sigma_s": sums.spatial.covariance.numpy()}
+    if sums.features:
+        arrays["features"] = torch.cat(sums.features).numpy()
+    if sums.feature_labels:
+        arrays["feature_labels"] = torch.cat(sums.feature_labels).numpy()
+    if class_names is not None:
+        arrays["class_names"] = np.array(class_names, dtype=np.str_)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()

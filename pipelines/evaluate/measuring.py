@@ -13,10 +13,10 @@ from meanflow_core.autoencoder import forbid_tf32
 from meanflow_core.generator import load_pipeline
 from meanflow_core.metrics import FeatureStatistics, ScoreSums
 from pipelines.evaluate.chunks import Chunk
-from pipelines.evaluate.extractors import Extractor, Features, open_extractor
 from pipelines.evaluate.job import MeasuringOptions
 from pipelines.evaluate.sources import Models
 from pipelines.evaluate.sums import SetSums
+from pipelines.extractors.opening import Extractor, Features, open_extractor
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.tracking.registry import fetch_generator
 

@@ -15,16 +15,16 @@ from meanflow_core.metrics import (
     peak_signal_to_noise,
     precision_and_recall,
 )
-from pipelines.evaluate.extractors import INCEPTION, distance_name
 from pipelines.evaluate.feature_distances import FeatureDistances
 from pipelines.evaluate.inputs import Inputs
 from pipelines.evaluate.job import STANDARD_NUM_SAMPLES, EvaluateJob
 from pipelines.evaluate.linear_probe import PROBE_PROTOCOL, LinearProbe, fit_probe
 from pipelines.evaluate.pixel_distances import PixelDistances
 from pipelines.evaluate.plan import HELD_OUT_IMAGES, RECONSTRUCTIONS, TRAINING_IMAGES, has_neighbours, samples_set
-from pipelines.evaluate.reference import Reference
 from pipelines.evaluate.sources import UINT8_RULE
 from pipelines.evaluate.sums import NUM_GROUPS, NUM_SPLITS, SetSums
+from pipelines.extractors.opening import INCEPTION, distance_name
+from pipelines.extractors.reference import Reference
 from pipelines.tracking.provenance import code_identity
 
 MAX_PROBE_CLASSES = 100

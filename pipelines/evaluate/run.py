@@ -19,9 +19,9 @@ from pipelines import storage
 from pipelines.cluster import map_on_cluster
 from pipelines.errors import InputError
 from pipelines.evaluate.chunks import num_kept_between
-from pipelines.evaluate.extractors import absolute_extractor
 from pipelines.evaluate.inputs import Inputs, open_inputs
 from pipelines.evaluate.job import EvaluateJob
+from pipelines.evaluate.make_reference import reference_bytes
 from pipelines.evaluate.measuring import WorkerConfig
 from pipelines.evaluate.mlflow_log import log_report
 from pipelines.evaluate.nearest import nearest_training_images, plot_nearest
@@ -38,12 +38,13 @@ from pipelines.evaluate.plan import (
 from pipelines.evaluate.plots import plot_guidance, plot_quality
 from pipelines.evaluate.promotion import open_promotion, promote_if_better
 from pipelines.evaluate.real_images import read_evenly
-from pipelines.evaluate.reference import Reference, read_reference, reference_bytes, reference_protocol
 from pipelines.evaluate.report import build_report
 from pipelines.evaluate.sample_files import SampleFileWriter
 from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.table import report_table
 from pipelines.evaluate.workers import Workers, measure_sets, start_cluster
+from pipelines.extractors.opening import absolute_extractor
+from pipelines.extractors.reference import Reference, read_reference, reference_protocol
 from pipelines.progress import format_seconds
 from pipelines.tracking.registry import REGISTRY_SCHEMES
 

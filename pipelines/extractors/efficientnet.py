@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from meanflow_core.autoencoder import weight_hash
 from pipelines.efficientnet import DEVIATION, EFFICIENTNET, MEAN, load_efficientnet
-from pipelines.evaluate.features import Extractor, Features, channels_first
+from pipelines.extractors.interface import Extractor, Features, channels_first
 
 DISTANCE_EFFICIENTNET = "FD-EfficientNet-Lite0"
 SIZE = 224  # input of Lite0: efficientnet_lite_params in TensorFlow's efficientnet_lite_builder.py

@@ -16,8 +16,8 @@ import torch
 
 from meanflow_core.autoencoder import weight_hash
 from pipelines.errors import InputError
-from pipelines.evaluate.efficientnet import DISTANCE_EFFICIENTNET, EFFICIENTNET, EfficientNetLite0
-from pipelines.evaluate.features import Extractor, Features, channels_first, file_hash
+from pipelines.extractors.efficientnet import DISTANCE_EFFICIENTNET, EFFICIENTNET, EfficientNetLite0
+from pipelines.extractors.interface import Extractor, Features, channels_first, file_hash
 from pipelines.judge.network import load_judge
 
 INCEPTION = "inception"

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from meanflow_core.metrics import FeatureStatistics, Gaussian
 from pipelines import storage
 from pipelines.errors import InputError
-from pipelines.evaluate.sums import SetSums
 from pipelines.images.center_crop import CROP
 
 # Names of mean and covariance: in files of ADM and pipelines.reference, and in files of MeanFlow's authors.
@@ -101,28 +100,6 @@ def _feature_labels(arrays: Mapping[str, np.ndarray], location: str) -> torch.Te
             f"{labels.shape}; make the file again with python -m pipelines.reference"
         )
     return torch.from_numpy(labels)
-
-
-def reference_bytes(sums: SetSums, protocol: Mapping[str, Any], class_names: Sequence[str] | None = None) -> bytes:
-    """Serializes sums, protocol and the names of the labels as the content of a reference file."""
-    mean, covariance = MOMENT_NAMES[0]
-    statistics = sums.statistics
-    arrays = {
-        mean: statistics.mean.numpy(),
-        covariance: statistics.covariance.numpy(),
-        "protocol": np.array(json.dumps(protocol)),
-    }
-    if sums.spatial is not None:
-        arrays |= {"mu_s": sums.spatial.mean.numpy(), "sigma_s": sums.spatial.covariance.numpy()}
-    if sums.features:
-        arrays["features"] = torch.cat(sums.features).numpy()
-    if sums.feature_labels:
-        arrays["feature_labels"] = torch.cat(sums.feature_labels).numpy()
-    if class_names is not None:
-        arrays["class_names"] = np.array(class_names, dtype=np.str_)
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
 
 
 def reference_protocol(

@@ -21,10 +21,11 @@ from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.plan.cost import step_flops
 from pipelines.progress import Progress
 from pipelines.tracking.run import Run
-from pipelines.train import run, stopping
+from pipelines.train import run
 from pipelines.train.job import TrainJob
 from pipelines.train.prepare import prepare, with_absolute_locations
 from pipelines.train.record import TrainingRecord, read_record
+from pipelines.training import stopping
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from pipelines.latents.cache import NO_CACHE
 from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.plan.cost import try_step
 from pipelines.tracking.registry import REGISTRY_SCHEMES
-from pipelines.train import checkpoints, validation
+from pipelines.train import validation
 from pipelines.train.job import TrainJob
 from pipelines.train.record import TrainingRecord, read_record, require_same_experiment
 from pipelines.train.warm_start import InitialNetwork, delay_guidance, load_initial_network
+from pipelines.training import checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)

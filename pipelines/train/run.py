@@ -30,13 +30,15 @@ from pipelines.plan.report import describe
 from pipelines.plan.tracing import DataDependentError
 from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
-from pipelines.train import checkpoints, failures, stopping, validation
+from pipelines.train import validation
 from pipelines.train.job import TrainJob
 from pipelines.train.prepare import prepare, reload_initial_network
 from pipelines.train.publishing import FinishedTraining, publish_generators
 from pipelines.train.record import TrainingRecord, begin_run, new_record, resume_run, write_record
 from pipelines.train.warm_start import InitialNetwork
-from pipelines.train.worker import Outcome, WorkerTask, train_worker
+from pipelines.train.worker import WorkerTask, train_worker
+from pipelines.training import checkpoints, failures, stopping
+from pipelines.training.loop import Outcome, RunTask
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +127,16 @@ def _run_workers(
     filesystem, root = storage.open_storage(job.storage)
     task = WorkerTask(
         job=job,
-        tracking_uri=run.tracking_uri,
-        run_id=run.run_id,
-        stop_request=stop_request,
+        run=RunTask(
+            job=job,
+            config=job.config,
+            tracking_uri=run.tracking_uri,
+            run_id=run.run_id,
+            stop_request=stop_request,
+            step_flops=_step_flops(job.config, manifest),
+            validates=validates,
+        ),
         initial_network=None if initial is None else ray.put(initial.network),
-        step_flops=_step_flops(job.config, manifest),
-        validates=validates,
     )
     trainer = TorchTrainer(
         train_worker,

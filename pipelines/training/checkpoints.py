@@ -26,7 +26,7 @@ from meanflow_core.checkpoint import (
     require_known_format,
     save_train_state,
 )
-from meanflow_core.config import TrainingConfig
+from meanflow_core.config import RunConfig
 from meanflow_core.training import TrainState
 from pipelines import storage
 from pipelines.errors import InputError
@@ -63,7 +63,7 @@ def checkpoint_due(
 
 def save(
     state: TrainState,
-    config: TrainingConfig,
+    config: RunConfig,
     metrics: dict[str, float],
     extra: dict[str, Any],
     *,

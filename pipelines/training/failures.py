@@ -5,11 +5,11 @@ from ray.train import TrainingFailedError
 from pipelines import storage
 from pipelines.cluster import first_cause
 from pipelines.errors import InputError, RunError
-from pipelines.train import checkpoints
-from pipelines.train.job import TrainJob
+from pipelines.training import checkpoints
+from pipelines.training.job import RunJob
 
 
-def as_command_error(error: TrainingFailedError, job: TrainJob) -> InputError | RunError:
+def as_command_error(error: TrainingFailedError, job: RunJob) -> InputError | RunError:
     """Converts a training failure into an error for the command line."""
     cause = first_cause(error)
     if isinstance(cause.error, InputError):
@@ -19,7 +19,7 @@ def as_command_error(error: TrainingFailedError, job: TrainJob) -> InputError | 
     return RunError(f"training failed: {worker}{type(cause.error).__name__}: {first_line}; {resume_hint(job)}")
 
 
-def nonfinite_error(job: TrainJob, step: int) -> RunError:
+def nonfinite_error(job: RunJob, step: int) -> RunError:
     """Returns the error that reports a nonfinite gradient."""
     return RunError(
         f"the gradient of step {step} is not finite; {resume_hint(job)}. Add --skip-nonfinite {job.skip_nonfinite + 1} to "
@@ -27,7 +27,7 @@ def nonfinite_error(job: TrainJob, step: int) -> RunError:
     )
 
 
-def resume_hint(job: TrainJob) -> str:
+def resume_hint(job: RunJob) -> str:
     """Says at which checkpoint the same command resumes. Never raises."""
     try:
         last = checkpoints.committed(*storage.open_storage(job.run_location))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from meanflow_core.config import TrainingConfig
+from meanflow_core.config import RunConfig
 from meanflow_core.training import StepMetrics, TrainState, learning_rate, read_means, relative_ema_distance
 
 
@@ -64,7 +64,7 @@ class IntervalMetrics:
             self._sums = sums.sum(dim=0)
             self._sums[-1] = sums[0, -1]  # every rank holds the global gradient norm
 
-    def read(self, config: TrainingConfig, state: TrainState, step_flops: float | None) -> dict[str, float]:
+    def read(self, config: RunConfig, state: TrainState, step_flops: float | None) -> dict[str, float]:
         """Returns the interval's metrics, which are the same on every worker. Collective."""
         seconds = time.monotonic() - self._start_time
         sums, gradient_norm = self._sums[:-1].clone(), self._sums[-1].item()

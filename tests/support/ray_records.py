@@ -6,7 +6,7 @@ from pathlib import Path
 import ray
 
 from meanflow_core.checkpoint import FORMAT_VERSION
-from pipelines.train import checkpoints
+from pipelines.training import checkpoints
 
 
 def checkpoint_name(step: int) -> str:

@@ -13,8 +13,8 @@ from meanflow_core.training import TrainState, build_train_state, train_step
 from pipelines import storage
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.cache import open_latents
-from pipelines.train import checkpoints
 from pipelines.train.batches import BatchSource
+from pipelines.training import checkpoints
 
 CPU = torch.device("cpu")
 

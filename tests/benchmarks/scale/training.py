@@ -22,8 +22,8 @@ from meanflow_core.presets.meanflow import xl2
 from meanflow_core.training import StepMetrics, build_train_state, contiguous_share
 from pipelines.latents.sample_order import samples_of_step
 from pipelines.tracking.run import Run
-from pipelines.train import stopping
-from pipelines.train.metrics import IntervalMetrics, NonfiniteDetector
+from pipelines.training import stopping
+from pipelines.training.metrics import IntervalMetrics, NonfiniteDetector
 
 BATCH_SIZE = 1024
 LATENT_SHAPE = (4, 32, 32)

@@ -21,13 +21,13 @@ from pipelines.evaluate.inputs import open_inputs
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.plan import REFERENCE_IMAGES, plan_chunks, samples_set
 from pipelines.evaluate.real_images import find_real_images, read_evenly
-from pipelines.evaluate.reference import read_reference
 from pipelines.evaluate.report import protocol
 from pipelines.evaluate.run import SampleSaver, _train_pixels, evaluate
 from pipelines.evaluate.sample_files import open_sample_file
 from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.table import report_table
+from pipelines.extractors.reference import read_reference
 from pipelines.images import decoding
 from tests.support.counted_storage import count_storage
 from tests.support.latents import encode_job, encode_without_ray

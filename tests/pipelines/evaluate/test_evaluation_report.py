@@ -8,9 +8,9 @@ import torch
 from meanflow_core.metrics import FeatureStatistics
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.mlflow_log import metric_family
-from pipelines.evaluate.reference import Reference
 from pipelines.evaluate.report import compute_metrics, manifold_of, protocol_warnings
 from pipelines.evaluate.sums import SetSums
+from pipelines.extractors.reference import Reference
 
 JUDGE = {"name": "judge", "weights_sha256": "abc"}
 FEATURES = torch.randn(400, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -14,13 +14,13 @@ from meanflow_core.metrics import FeatureStatistics
 from pipelines.cluster import start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.evaluate.chunks import Kept, generated_chunks, image_file_chunks, make_chunks, sample_file_chunks, spans
-from pipelines.evaluate.extractors import Features
 from pipelines.evaluate.job import MeasuringOptions
 from pipelines.evaluate.measuring import Measurer, WorkerConfig
 from pipelines.evaluate.samples import SampleRule, Setting
 from pipelines.evaluate.sources import ImageBatch
 from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.workers import SumTree, Workers, measure_sets
+from pipelines.extractors.opening import Features
 from pipelines.images.sources import find_images
 from pipelines.judge.network import load_judge
 

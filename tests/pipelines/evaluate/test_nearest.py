@@ -17,13 +17,14 @@ from pipelines.evaluate.chunks import Kept, image_file_chunks
 from pipelines.evaluate.feature_distances import NUM_QUERIES, FeatureDistances, nearest_indices
 from pipelines.evaluate.inputs import open_inputs
 from pipelines.evaluate.job import EvaluateJob, MeasuringOptions
+from pipelines.evaluate.make_reference import reference_bytes
 from pipelines.evaluate.measuring import Measurer, WorkerConfig
 from pipelines.evaluate.nearest import NearestRow, nearest_training_images, plot_nearest
 from pipelines.evaluate.plan import GRID, TRAINING_IMAGES, plan_chunks
 from pipelines.evaluate.real_images import read_evenly
-from pipelines.evaluate.reference import read_reference, reference_bytes
 from pipelines.evaluate.sums import SetSums
 from pipelines.evaluate.table import report_table
+from pipelines.extractors.reference import read_reference
 from pipelines.images.sources import find_images
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.demo import images
 from pipelines.errors import InputError
-from pipelines.evaluate.extractors import absolute_extractor, distance_name, open_extractor
+from pipelines.extractors.opening import absolute_extractor, distance_name, open_extractor
 
 
 @pytest.fixture(scope="module")

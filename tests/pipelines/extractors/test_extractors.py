@@ -12,7 +12,7 @@ import torch
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE
 from pipelines.errors import InputError
-from pipelines.evaluate.extractors import absolute_extractor, distance_name, open_extractor
+from pipelines.extractors.opening import absolute_extractor, distance_name, open_extractor
 from pipelines.judge.network import load_judge
 from tests.support.readme import REPOSITORY
 

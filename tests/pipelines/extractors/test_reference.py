@@ -13,10 +13,11 @@ from pipelines.encode.job import EncodeJob
 from pipelines.errors import InputError
 from pipelines.evaluate import make_reference
 from pipelines.evaluate.job import ReferenceJob
+from pipelines.evaluate.make_reference import reference_bytes
 from pipelines.evaluate.measuring import Measurer
 from pipelines.evaluate.real_images import read_evenly
-from pipelines.evaluate.reference import read_reference, reference_bytes, reference_protocol, require_same_protocol
 from pipelines.evaluate.sums import SetSums
+from pipelines.extractors.reference import read_reference, reference_protocol, require_same_protocol
 from pipelines.images.sources import find_images
 from pipelines.judge.network import load_judge
 from tests.support.latents import encode_without_ray

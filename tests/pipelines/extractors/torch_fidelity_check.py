@@ -16,7 +16,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from pipelines.errors import InputError
 from pipelines.evaluate import extractors
-from pipelines.evaluate.extractors import SPATIAL_CHANNELS, distance_name, open_extractor
+from pipelines.extractors.opening import SPATIAL_CHANNELS, distance_name, open_extractor
 
 HUBCONF = """
 import torch

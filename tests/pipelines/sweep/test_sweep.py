@@ -14,7 +14,7 @@ from pipelines.sweep import __main__ as command
 from pipelines.sweep.grid import expand
 from pipelines.sweep.parent_run import FILE
 from pipelines.sweep.run import table
-from pipelines.train.checkpoints import committed
+from pipelines.training.checkpoints import committed
 from tests.support.latents import encode_demo_images
 from tests.support.readme import REPOSITORY
 

@@ -11,8 +11,8 @@ from pyarrow import fs
 from meanflow_core.presets.demo import debug
 from meanflow_core.training import build_train_state
 from pipelines.errors import InputError
-from pipelines.train import checkpoints
-from pipelines.train.checkpoints import CheckpointDue, checkpoint_due
+from pipelines.training import checkpoints
+from pipelines.training.checkpoints import CheckpointDue, checkpoint_due
 from tests.support.ray_records import checkpoint_name, write_checkpoint, write_checkpoints
 
 LOCAL = fs.LocalFileSystem()

@@ -6,8 +6,8 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from pipelines.cluster import Cause, first_cause
 from pipelines.errors import InputError, RunError
-from pipelines.train import checkpoints
-from pipelines.train.failures import as_command_error, nonfinite_error, resume_hint
+from pipelines.training import checkpoints
+from pipelines.training.failures import as_command_error, nonfinite_error, resume_hint
 from tests.support.ray_records import checkpoint_name, write_checkpoints
 from tests.support.training_jobs import training_job
 

@@ -11,8 +11,8 @@ from meanflow_core.objectives.interface import build_objective
 from meanflow_core.presets.demo import debug, debug_imf
 from meanflow_core.training import StepMetrics, build_train_state
 from pipelines.tracking.run import Run
-from pipelines.train.metrics import IntervalMetrics, NonfiniteDetector
-from pipelines.train.reporting import Reporter
+from pipelines.training.metrics import IntervalMetrics, NonfiniteDetector
+from pipelines.training.reporting import Reporter
 from tests.support.training_steps import fresh_state, take_steps
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def _group(tmp_path_factory):
 def now(monkeypatch):
     """A fake clock: a list that holds the current time in seconds."""
     seconds = [100.0]
-    monkeypatch.setattr("pipelines.train.metrics.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("pipelines.training.metrics.time.monotonic", lambda: seconds[0])
     return seconds
 
 

@@ -7,8 +7,8 @@ from contextlib import suppress
 import pytest
 from torch import distributed
 
-from pipelines.train import stopping
-from pipelines.train.stopping import SignalMonitor, Signals, StopRequest, stop_on_sigterm
+from pipelines.training import stopping
+from pipelines.training.stopping import SignalMonitor, Signals, StopRequest, stop_on_sigterm
 
 
 class Method:

@@ -34,7 +34,7 @@ from pipelines.sweep.experiments import flops_of_step, train_experiments
 from pipelines.sweep.parent_run import begin_or_resume
 from pipelines.tracking.run import Run
 from pipelines.train.job import TrainJob
-from pipelines.train.record import TrainingRecord
+from pipelines.training.record import TrainingRecord
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.run import evaluate
-from pipelines.train.record import TrainingRecord
+from pipelines.training.record import TrainingRecord
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from pipelines.tracking.run import Run
 from pipelines.train import run
 from pipelines.train.job import TrainJob
 from pipelines.train.prepare import prepare, with_absolute_locations
-from pipelines.train.record import TrainingRecord, read_record
 from pipelines.training import stopping
+from pipelines.training.record import TrainingRecord, read_record
 
 logger = logging.getLogger(__name__)
 

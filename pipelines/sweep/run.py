@@ -15,7 +15,7 @@ from pipelines.sweep.grid import Variant
 from pipelines.sweep.job import SweepJob
 from pipelines.sweep.parent_run import begin_or_resume
 from pipelines.tracking.registry import make_champion
-from pipelines.train.record import TrainingRecord
+from pipelines.training.record import TrainingRecord
 
 Scores = dict[tuple[str, int], float]  # {(metric, number of sampling steps or 0): value}; the first one ranks
 

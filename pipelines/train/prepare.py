@@ -18,9 +18,10 @@ from pipelines.plan.cost import try_step
 from pipelines.tracking.registry import REGISTRY_SCHEMES
 from pipelines.train import validation
 from pipelines.train.job import TrainJob
-from pipelines.train.record import TrainingRecord, read_record, require_same_experiment
+from pipelines.train.record import identity
 from pipelines.train.warm_start import InitialNetwork, delay_guidance, load_initial_network
 from pipelines.training import checkpoints
+from pipelines.training.record import TrainingRecord, read_record, require_same_experiment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def prepare(job: TrainJob) -> Preparation:
     if job.config.guidance_after_steps is None:  # the warm start may have set it
         recorded = record.identity["config"].get("guidance_after_steps")
         job = replace(job, config=replace(job.config, guidance_after_steps=recorded))
-    require_same_experiment(job, manifest, record)
+    require_same_experiment(job, job.config, identity(job, manifest), record)
     return Preparation(job=job, manifest=manifest, record=record, initial=None)
 
 

@@ -1,13 +1,11 @@
-"""Publishes a finished run: saves a generator for every moving average and registers the first in MLflow."""
+"""The generators of a finished training."""
 
 import logging
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow import fs
 from ray.train import Checkpoint
 
 from meanflow_core.autoencoder import Autoencoder, weight_hash
@@ -19,18 +17,16 @@ from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.objectives.interface import build_objective
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines import storage
-from pipelines.errors import RunError
 from pipelines.latents.autoencoder import open_autoencoder
 from pipelines.latents.manifest import Manifest
-from pipelines.tracking.registry import WEIGHTS_TAG, register_generator
+from pipelines.tracking.registry import WEIGHTS_TAG
 from pipelines.tracking.run import Run
 from pipelines.train.job import TrainJob
 from pipelines.train.model_card import write_card
-from pipelines.train.record import Published
+from pipelines.training.publishing import publish_averages
+from pipelines.training.record import Published
 
 logger = logging.getLogger(__name__)
-
-INDEX_FILE = "model_index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,32 +65,22 @@ def publish_generators(training: FinishedTraining, run: Run) -> Published:
 
     The first is `generator/`, the others are `generator-ema-DECAY/`. Raises RunError if MLflow cannot register it.
     """
-    first, *others = training.job.config.ema_decays
-    for decay in others:
-        with tempfile.TemporaryDirectory() as scratch:
-            write_generator(training, decay, run, Path(scratch))
-            location = upload(training, decay, Path(scratch))
-            logger.info("generator of the moving average with decay %g: %s", decay, location)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        hashes = write_generator(training, first, run, folder)
-        location = upload(training, first, folder)
-        tags = {
-            **hashes,
-            "data": storage.redact(training.job.data),
-            "data.sha256": training.manifest.content_sha256,
-            "preset": training.preset,
-            "step": str(training.step),
-            "generator": storage.redact(location),
-        }
-        try:
-            model = register_generator(run, folder, training.job.registered_name(training.preset), tags)
-        except Exception as error:
-            raise RunError(
-                f"training has finished and the generator is in {location}, but MLflow did not register it: {error}; run "
-                f"the same command again to register it"
-            ) from error
-    return Published(step=training.step, generator=location, model=model)
+    job = training.job
+    tags = {
+        "data": storage.redact(job.data),
+        "data.sha256": training.manifest.content_sha256,
+        "preset": training.preset,
+        "step": str(training.step),
+    }
+    return publish_averages(
+        job,
+        job.config.ema_decays,
+        lambda decay, folder: write_generator(training, decay, run, folder),
+        run,
+        name=job.registered_name(training.preset),
+        step=training.step,
+        tags=tags,
+    )
 
 
 def write_generator(training: FinishedTraining, decay: float, run: Run, folder: Path) -> dict[str, str]:
@@ -128,19 +114,3 @@ def write_generator(training: FinishedTraining, decay: float, run: Run, folder: 
         provenance=provenance,
     )
     return {WEIGHTS_TAG: weight_hash(pipeline.transformer), "vae_sha256": weight_hash(pipeline.vae)}
-
-
-def upload(training: FinishedTraining, decay: float, folder: Path) -> str:
-    """Uploads a generator's files into the run's folder, and returns its location.
-
-    model_index.json is deleted first and uploaded last, so that a mixture of two generators cannot be opened.
-    """
-    name = "generator" if decay == training.job.config.ema_decays[0] else f"generator-ema-{decay:g}"
-    location = f"{training.job.run_location}/{name}"
-    filesystem, target = storage.open_storage(location)
-    if filesystem.get_file_info(f"{target}/{INDEX_FILE}").type == fs.FileType.File:
-        filesystem.delete_file(f"{target}/{INDEX_FILE}")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path.name == INDEX_FILE):
-        storage.write_bytes(filesystem, f"{target}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    return location

@@ -8,17 +8,15 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlflow.entities import DatasetInput
 from pyarrow import fs
 
-from meanflow_core.config import flatten
+from meanflow_core.config import RunConfig, flatten
 from pipelines import storage
 from pipelines.cluster import Device
 from pipelines.errors import InputError
-from pipelines.latents.manifest import Manifest, read_manifest
-from pipelines.tracking.provenance import code_identity, latents_dataset
+from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.run import Run
-from pipelines.train.job import TrainJob
+from pipelines.training.job import RunJob
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ class TrainingRecord:
     """The content of training.json."""
 
     identity: dict[str, Any]
-    """Settings and hashes that must not change on resume; see the function `identity`."""
+    """Settings and hashes that must not change on resume, as nested JSON values."""
     preset: str
     """Name of the preset."""
     num_steps: int
@@ -70,19 +68,7 @@ class TrainingRecord:
     """The published generator; None while training has not finished."""
 
 
-def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
-    """Returns the settings and hashes that must not change on resume, as nested JSON values."""
-    config = {name: value for name, value in job.config.as_dict().items() if name not in RESUMABLE_SETTINGS}
-    content = {
-        "config": config,
-        "data_sha256": manifest.content_sha256,
-        "vae_sha256": manifest.recipe.vae_sha256,
-        "init_from": job.init_from,
-    }
-    return dict(json.loads(json.dumps(content)))
-
-
-def read_record(job: TrainJob) -> TrainingRecord | None:
+def read_record(job: RunJob) -> TrainingRecord | None:
     """Reads a run's training.json; None for a new run. Raises InputError for a damaged file, or a folder without one."""
     filesystem, folder = storage.open_storage(job.run_location)
     path = f"{folder}/{TRAINING_RECORD}"
@@ -98,25 +84,30 @@ def read_record(job: TrainJob) -> TrainingRecord | None:
             ) from error
     if filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
         raise InputError(
-            f"{job.run_location} is not a run of pipelines.train (it has no {TRAINING_RECORD}); choose another --run-name "
+            f"{job.run_location} is not a training run (it has no {TRAINING_RECORD}); choose another --run-name "
             f"or --storage"
         )
     return None
 
 
-def write_record(job: TrainJob, record: TrainingRecord) -> None:
+def write_record(job: RunJob, record: TrainingRecord) -> None:
     """Writes a run's training.json, atomically."""
     filesystem, folder = storage.open_storage(job.run_location)
     content = json.dumps(asdict(record), indent=2) + "\n"
     storage.write_bytes(filesystem, f"{folder}/{TRAINING_RECORD}", content.encode())
 
 
-def require_same_experiment(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> None:
-    """Raises InputError if the job is a different experiment from the recorded one.
+def config_identity(config: RunConfig) -> dict[str, Any]:
+    """The settings of a configuration that must not change on resume."""
+    return {name: value for name, value in config.as_dict().items() if name not in RESUMABLE_SETTINGS}
+
+
+def require_same_experiment(job: RunJob, config: RunConfig, identity: dict[str, Any], record: TrainingRecord) -> None:
+    """Raises InputError if `identity` is not the recorded one.
 
     Logs a warning if the code has changed, or if a new num_steps moves the learning rate's cool-down.
     """
-    before, now = flatten(record.identity), flatten(identity(job, manifest))
+    before, now = flatten(record.identity), flatten(identity)
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         changes = "; ".join(f"{key} was {before.get(key)}, is now {now.get(key)}" for key in changed)
@@ -133,69 +124,16 @@ def require_same_experiment(job: TrainJob, manifest: Manifest, record: TrainingR
         logger.warning(
             "the code has changed since the run was started, so results may differ: %s", "; ".join(changed_code)
         )
-    if job.config.optimizer.cooldown_steps and record.num_steps != job.config.num_steps:
+    if config.optimizer.cooldown_steps and record.num_steps != config.num_steps:
         logger.warning(
             "num_steps was %d, is now %d: the learning rate's cool-down moves to the new end of the run",
             record.num_steps,
-            job.config.num_steps,
+            config.num_steps,
         )
 
 
-def begin_run(job: TrainJob, preset: str, manifest: Manifest, tracking_uri: str) -> Run:
-    """Creates the training's MLflow run with its parameters and datasets."""
-    parameters = {
-        "preset": preset,
-        **job.config.flat(),
-        "data": storage.redact(job.data),
-        "data.num_samples": manifest.num_samples,
-        "data.sha256": manifest.content_sha256,
-        "data.vae": manifest.recipe.vae_id,
-        "data.vae_sha256": manifest.recipe.vae_sha256,
-        "num_workers": job.workers,
-        "parallelism": job.parallelism,
-        "samples_per_pass": job.samples_per_pass,
-        "init_from": job.init_from and storage.redact(job.init_from),
-    }
-    datasets = [_dataset(job.data, manifest, "training")]
-    if job.validation_data is not None:
-        datasets.append(_dataset(job.validation_data, read_manifest(job.validation_data), "validation"))
-    run = Run.begin(
-        tracking_uri, job.experiment, job.run_name, parameters, code_identity(), datasets, job.parent_run_id
-    )
-    run.log_dict(job.config.flat(), "configuration.json")
-    run.log_dict(json.loads(manifest.to_json()), "data_manifest.json")
-    return run
-
-
-def _dataset(location: str, manifest: Manifest, context: str) -> DatasetInput:
-    return latents_dataset(
-        location,
-        manifest.content_sha256,
-        num_samples=manifest.num_samples,
-        num_classes=len(manifest.class_names),
-        source=manifest.source,
-        context=context,
-    )
-
-
 def resume_run(record: TrainingRecord) -> Run:
-    """Marks the training's MLflow run as running again. Raises InputError if MLflow has no such run."""
+    """Marks a record's MLflow run as running again. Raises InputError if MLflow has no such run."""
     run = Run(record.tracking_uri, record.mlflow_run_id)
     run.resume()
     return run
-
-
-def new_record(
-    job: TrainJob, preset: str, manifest: Manifest, run: Run, init_sha256: str | None = None
-) -> TrainingRecord:
-    """Creates the record of a new run."""
-    return TrainingRecord(
-        identity=identity(job, manifest),
-        preset=preset,
-        num_steps=job.config.num_steps,
-        init_sha256=init_sha256,
-        device=job.device,
-        mlflow_run_id=run.run_id,
-        tracking_uri=run.tracking_uri,
-        code=code_identity(),
-    )

@@ -33,7 +33,7 @@ from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.latents.cache import open_latents
 from pipelines.tracking.run import Run
 from pipelines.train.batches import BatchSource
-from pipelines.train.record import TRAINING_RECORD
+from pipelines.training.record import TRAINING_RECORD
 
 INTERVAL, CHECKPOINT_INTERVAL = 25, 200
 

@@ -104,13 +104,13 @@ def test_incomplete_checkpoint_is_refused_with_the_file(tmp_path):
         load_train_state(state, tmp_path)
 
 
-@pytest.mark.parametrize("version", [2, 4, None])
+@pytest.mark.parametrize("version", [3, 5, None])
 def test_checkpoint_of_another_format_version_is_refused(tmp_path, version):
     save_train_state(fresh_state(), debug(), tmp_path)
     content = json.loads((tmp_path / "state.json").read_text())
     # Another version may list its files differently; the message must not call that damage.
     (tmp_path / "state.json").write_text(json.dumps({"format_version": version, "pieces": content["files"]}))
-    with pytest.raises(ValueError, match=f"has format version {version}, but this release reads version 3 only"):
+    with pytest.raises(ValueError, match=f"has format version {version}, but this release reads version 4 only"):
         load_train_state(fresh_state(), tmp_path)
 
 

@@ -12,7 +12,10 @@ from pipelines.errors import InputError
 from pipelines.tracking.run import Run
 from pipelines.train import run as train_run
 from pipelines.train.prepare import prepare, reload_initial_network
-from pipelines.train.record import new_record, write_record
+from pipelines.train.record import new_record
+from pipelines.training import driver
+from pipelines.training.driver import with_workers
+from pipelines.training.record import write_record
 from tests.support.ray_records import write_checkpoints
 from tests.support.training_jobs import job_with_data, small_manifest, training_job, with_config
 
@@ -70,9 +73,9 @@ def test_invalid_data_is_refused(job, tmp_path):
     ],
 )
 def test_training_uses_all_gpus_by_default(job, monkeypatch, num_gpus, options, device, num_workers):
-    monkeypatch.setattr(train_run, "num_gpus", lambda: num_gpus)
-    monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: device != "cpu" and num_gpus > 0)
-    found = train_run.with_workers(replace(job, **{"num_workers": None, **options}), None)
+    monkeypatch.setattr(driver, "num_gpus", lambda: num_gpus)
+    monkeypatch.setattr(driver, "choose_gpus", lambda device, num_processes: device != "cpu" and num_gpus > 0)
+    found = with_workers(replace(job, **{"num_workers": None, **options}), 16, None)
     assert (found.device, found.num_workers) == (device, num_workers)
 
 
@@ -80,18 +83,18 @@ def test_training_uses_all_gpus_by_default(job, monkeypatch, num_gpus, options, 
     ("recorded", "requested", "device"), [("cpu", "auto", "cpu"), ("cpu", "gpu", "gpu"), ("gpu", "auto", "gpu")]
 )
 def test_a_resumed_run_keeps_its_device(job, monkeypatch, recorded, requested, device):
-    monkeypatch.setattr(train_run, "num_gpus", lambda: 8)
-    monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: device != "cpu")
+    monkeypatch.setattr(driver, "num_gpus", lambda: 8)
+    monkeypatch.setattr(driver, "choose_gpus", lambda device, num_processes: device != "cpu")
     record = SimpleNamespace(device=recorded)
-    assert train_run.with_workers(replace(job, num_workers=None, device=requested), record).device == device
+    assert with_workers(replace(job, num_workers=None, device=requested), 16, record).device == device
 
 
 def test_more_workers_than_samples_in_a_batch_are_refused(job, monkeypatch):
-    monkeypatch.setattr(train_run, "choose_gpus", lambda device, num_processes: False)
+    monkeypatch.setattr(driver, "choose_gpus", lambda device, num_processes: False)
     with pytest.raises(
         InputError, match="global_batch_size 16 must be at least the number of workers, but there are 17"
     ):
-        train_run.with_workers(replace(job, num_workers=17, device="cpu"), None)
+        with_workers(replace(job, num_workers=17, device="cpu"), 16, None)
 
 
 def test_latents_of_another_autoencoder_are_refused(tmp_path, vae):

@@ -11,10 +11,12 @@ from meanflow_core.generator import load_network, load_pipeline, read_provenance
 from meanflow_core.training import build_train_state
 from pipelines.errors import RunError
 from pipelines.tracking.run import MlflowClient, Run
-from pipelines.train import publishing
 from pipelines.train import run as train_run
-from pipelines.train.publishing import FinishedTraining, publish_generators, upload, write_generator
-from pipelines.train.record import new_record, read_record
+from pipelines.train.publishing import FinishedTraining, publish_generators, write_generator
+from pipelines.train.record import new_record
+from pipelines.training import publishing
+from pipelines.training.publishing import upload
+from pipelines.training.record import read_record
 from tests.conftest import perturbed
 from tests.support.training_jobs import job_with_data, small_manifest, with_config
 
@@ -88,8 +90,8 @@ def test_provenance_and_card_hide_credentials(training, run, tmp_path):
     assert "SECRET" not in text
 
 
-def test_half_uploaded_generator_cannot_be_opened(training, tmp_path):
-    finished, target = training[0], tmp_path / "runs/r/generator"
+def test_half_uploaded_generator_cannot_be_opened(tmp_path):
+    target = tmp_path / "runs/r/generator"
     target.mkdir(parents=True)
     (target / "model_index.json").write_text("old")
     (target / "vae").write_text("blocks the folder")
@@ -97,8 +99,8 @@ def test_half_uploaded_generator_cannot_be_opened(training, tmp_path):
     for name in ("model_index.json", "vae/config.json"):
         (tmp_path / "new" / name).write_text(json.dumps("new"))
     with pytest.raises(OSError, match="vae"):
-        upload(finished, 0.9, tmp_path / "new")
+        upload(tmp_path / "new", str(target))
     assert not (target / "model_index.json").exists()
     (target / "vae").unlink()
-    assert upload(finished, 0.9, tmp_path / "new") == str(target)
+    assert upload(tmp_path / "new", str(target)) == str(target)
     assert json.loads((target / "model_index.json").read_text()) == "new"

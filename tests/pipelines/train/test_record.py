@@ -4,11 +4,10 @@ import pytest
 
 from pipelines.errors import InputError
 from pipelines.tracking.run import MlflowClient
-from pipelines.train.record import (
+from pipelines.train.record import begin_run, new_record
+from pipelines.training.record import (
     TRAINING_RECORD,
     Published,
-    begin_run,
-    new_record,
     read_record,
     require_same_experiment,
     resume_run,
@@ -60,7 +59,7 @@ def test_damaged_or_foreign_record_is_refused(tmp_path, content):
 
 def test_folder_that_is_not_a_run_is_refused_and_kept(tmp_path):
     (tmp_path / "runs/r/checkpoint_1000").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"r is not a run of pipelines.train \(it has no training.json\)"):
+    with pytest.raises(InputError, match=r"r is not a training run \(it has no training.json\)"):
         read_record(training_job(tmp_path))
     assert (tmp_path / "runs/r/checkpoint_1000").is_dir()
 

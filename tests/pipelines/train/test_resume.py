@@ -16,8 +16,8 @@ from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.train import run as train_run
 from pipelines.train.job import TrainJob
-from pipelines.train.record import TRAINING_RECORD, read_record
 from pipelines.training import checkpoints
+from pipelines.training.record import TRAINING_RECORD, read_record
 from tests.support.latents import encode_demo_images
 from tests.support.object_store import s3_bucket
 from tests.support.training_checkpoints import differing, last_checkpoint, tensors_of, train_in_this_process

@@ -23,8 +23,8 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from meanflow_core.presets.demo import debug
 from pipelines import storage
 from pipelines.demo import images
-from pipelines.train.record import TRAINING_RECORD
 from pipelines.training import checkpoints
+from pipelines.training.record import TRAINING_RECORD
 from tests.core.test_world_sizes import without_key_bias
 from tests.support.clusters import cluster_of_two, processes_of
 from tests.support.latents import encode_demo_images

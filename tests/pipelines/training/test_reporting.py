@@ -7,7 +7,7 @@ from PIL import Image
 from meanflow_core.generator import build_pipeline
 from meanflow_core.networks.dit import MeanFlowDiT
 from pipelines.tracking.run import MlflowClient, Run
-from pipelines.train import reporting
+from pipelines.training import reporting
 from pipelines.training.reporting import Reporter, sample_grid
 
 METRICS = {"loss": 1.0, "images_per_second": 5.0, "squared_error_r_equals_t": 2.0, "squared_error_r_below_t": 3.0}

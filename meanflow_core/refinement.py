@@ -84,13 +84,12 @@ class Renderer:
         return z
 
     def pixels(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents to pixels, float32 (b, 3, S, S): whole numbers in [0, 255].
+        """Decodes latents to pixels, float32 (b, 3, S, S) in [0, 255], within half a level of `decode_latents`.
 
-        The values are those of `decode_latents`. The gradient ignores the rounding, and is 0 where a value is clamped.
+        Not rounded: a rounding error of the network must not become a level of a pixel.
         """
         raw = LatentNormalization.from_vae_config(self.vae.config).denormalize(latents)
-        scaled = (self.vae.decode(raw.to(self.vae.dtype)).sample.float() * 127.5 + 128.0).clamp(0, 255)
-        return scaled + (scaled.floor() - scaled).detach()
+        return (self.vae.decode(raw.to(self.vae.dtype)).sample.float() * 127.5 + 127.5).clamp(0, 255)
 
 
 def draw_batch(
@@ -175,14 +174,21 @@ def refine_step(
 
 
 def _features(
-    network: Network, render: Renderer, extractors: Sequence[Extract], batch: RefineBatch, config: RefineConfig
+    network: Network,
+    render: Renderer,
+    extractors: Sequence[Extract],
+    batch: RefineBatch,
+    config: RefineConfig,
+    *,
+    as_levels: bool = False,
 ) -> list[torch.Tensor]:
-    """Features (b, D) of every extractor, float32."""
+    """Features (b, D) of every extractor, float32. as_levels: of the pixels rounded as `decode_latents` does."""
     device = batch.noise.device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
         latents = render.latents(network, batch)
     with torch.autocast(device, torch.bfloat16, enabled=config.frozen_precision == "bfloat16"):
         pixels = render.pixels(latents)
+        pixels = (pixels + 0.5).floor().clamp(max=255.0) if as_levels else pixels
         return [extract(pixels).float() for extract in extractors]
 
 
@@ -229,6 +235,7 @@ def measure(
     """Sums of every extractor's features over all batches of all workers. Collective."""
     sums: list[FeatureStatistics] = []
     for batch in batches:
-        of_batch = [FeatureStatistics.of(f) for f in _features(network, render, extractors, batch, config)]
+        features = _features(network, render, extractors, batch, config, as_levels=True)
+        of_batch = [FeatureStatistics.of(of_extractor) for of_extractor in features]
         sums = [total + part for total, part in zip(sums, of_batch, strict=True)] if sums else of_batch
     return [all_reduced(total) for total in sums]

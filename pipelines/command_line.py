@@ -2,13 +2,13 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import tyro
 
-from meanflow_core.config import TrainingConfig
-from meanflow_core.presets import PRESETS, preset_config
+from meanflow_core.config import RunConfig, TrainingConfig
+from meanflow_core.presets import preset_config, presets_of
 from pipelines.errors import InputError, RunError
 from pipelines.private_interfaces import ray_train_context_logger
 
@@ -46,10 +46,10 @@ def parse_command_line(job_type: type[T], description: str | None, **options: An
         raise InputError(str(error)) from error
 
 
-def _list_presets() -> str:
+def _list_presets(presets: Mapping[str, Callable[[], Any]]) -> str:
     """The presets with the first lines of their docstrings, under the first lines of their modules'."""
     lines, module = [], None
-    for name, preset in PRESETS.items():
+    for name, preset in presets.items():
         if preset.__module__ != module:
             module = preset.__module__
             lines.append("\n  " + (sys.modules[module].__doc__ or "").splitlines()[0])
@@ -62,22 +62,24 @@ def parse_preset_command_line(
     arguments: list[str],
     module: str,
     description: str,
-    default_job: Callable[[TrainingConfig], T],
+    default_job: Callable[[Any], T],
+    kind: type[RunConfig] = TrainingConfig,
 ) -> tuple[str, T]:
     """Parses "PRESET [OPTIONS]" and returns the preset's name and the dataclass.
 
-    default_job: builds the default options from the preset's configuration.
+    default_job: builds the default options from the preset's configuration, which is of class `kind`.
     Raises InputError for an unknown preset and for values that the dataclass rejects.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
+        listed = _list_presets(presets_of(kind))
         print(
             f"usage: python -m {module} PRESET [OPTIONS]\n\n{description}\n"
-            f"Presets (PRESET --help lists the options; module:function names one of your own):\n{_list_presets()}"
+            f"Presets (PRESET --help lists the options; module:function names one of your own):\n{listed}"
         )
         raise SystemExit(0 if arguments else 2)
     preset = arguments[0]
     try:
-        config = preset_config(preset)
+        config = preset_config(preset, kind)
     except ValueError as error:
         raise InputError(str(error)) from error
     return preset, parse_command_line(

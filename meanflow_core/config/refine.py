@@ -24,7 +24,7 @@ class RefineConfig(RunConfig):
     """Decay b of the moving moments, per step. The current batch has the share 1 - b in the moments of the loss."""
     fill_steps: int = 50
     """Number of first steps that only measure: the moving moments start as the mean over their images."""
-    frozen_precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    frozen_precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the decoder and of the extractors. bfloat16: autocast. Moments are always float64."""
     decoder_checkpointing: bool = False
     """Recompute the decoder's activations in backward, which saves most of a step's memory."""
@@ -39,7 +39,7 @@ class RefineConfig(RunConfig):
         check(self, "", POSITIVE_INTEGER, "num_inference_steps", "measure_interval_steps", "measure_samples")
         check(self, "", IN_0_TO_BELOW_1, "moments_decay")
         check(self, "", NOT_NEGATIVE_INTEGER, "fill_steps")
-        check(self, "", one_of("float32", "tf32", "bfloat16"), "frozen_precision")
+        check(self, "", one_of("float32", "bfloat16"), "frozen_precision")
         require(
             self.fill_steps < self.num_steps,
             f"fill_steps must be below num_steps {self.num_steps}, which includes them, but got {self.fill_steps}",

@@ -4,23 +4,25 @@ Unless stated otherwise, FID is the paper's value for 50,000 samples on ImageNet
 (1 NFE). No published preset has been trained with this code yet. GFLOPs are for one forward of one image, counting a
 multiply-add as one operation.
 
-Every public function without arguments that returns a TrainingConfig is a preset. The modules of new objectives
-also hold the objective's configuration. They import the standard library only, so that --help is quick.
+Every public function without arguments that returns a TrainingConfig is a preset of pipelines.train; one that returns a
+RefineConfig is a preset of pipelines.refine. The modules of new objectives also hold the objective's configuration. They
+import the standard library only, so that --help is quick.
 """
 
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from meanflow_core.config import TrainingConfig
+from meanflow_core.config import RefineConfig, RunConfig, TrainingConfig
 from meanflow_core.references import resolve
 
-Preset = Callable[[], TrainingConfig]
+Config = TypeVar("Config", bound=RunConfig)
 
 
-def _collect() -> dict[str, Preset]:
-    found: dict[str, Preset] = {}
+def _collect(kind: type[Config]) -> dict[str, Callable[[], Config]]:
+    found: dict[str, Callable[[], Config]] = {}
     for module_info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{module_info.name}")
         for name, function in vars(module).items():
@@ -28,33 +30,43 @@ def _collect() -> dict[str, Preset]:
                 inspect.isfunction(function)
                 and not name.startswith("_")
                 and function.__module__ == module.__name__
-                and inspect.get_annotations(function) == {"return": TrainingConfig}
+                and inspect.get_annotations(function) == {"return": kind}
             ):
                 found[name] = function
     return found
 
 
-PRESETS = _collect()
+PRESETS = _collect(TrainingConfig)
+_PRESETS: dict[type[RunConfig], dict[str, Callable[[], Any]]] = {
+    TrainingConfig: PRESETS,
+    RefineConfig: _collect(RefineConfig),
+}
 
 
-def preset_config(name: str) -> TrainingConfig:
+def presets_of(kind: type[RunConfig]) -> Mapping[str, Callable[[], Any]]:
+    """{name: preset} of the presets that return this class."""
+    return _PRESETS[kind]
+
+
+def preset_config(name: str, kind: type[Any] = TrainingConfig) -> Any:
     """The configuration of the preset with this name, or of the function that "module:function" refers to.
 
-    Raises ValueError, with the known names, for an unknown name; if a module or function cannot be imported; or if it does
-    not return a TrainingConfig.
+    kind: the configuration's class, TrainingConfig or RefineConfig. Raises ValueError, with the known names, for an unknown
+    name; if a module or function cannot be imported; or if it does not return that class.
     """
-    if ":" not in name and name not in PRESETS:
+    presets = presets_of(kind)
+    if ":" not in name and name not in presets:
         raise ValueError(
-            f"unknown preset {name!r}; known: {', '.join(PRESETS)}, or module:function for one of your own"
+            f"unknown preset {name!r}; known: {', '.join(presets)}, or module:function for one of your own"
         )
-    function = PRESETS[name] if name in PRESETS else resolve(name)
-    rule = "a preset must be a function without arguments that returns a TrainingConfig"
+    function = presets[name] if name in presets else resolve(name)
+    rule = f"a preset must be a function without arguments that returns a {kind.__name__}"
     if not callable(function):
         raise ValueError(f"{rule}, but {name} is {function!r}")
     try:
         config = function()
     except TypeError as error:
         raise ValueError(f"{rule}, but {name} fails: {error}") from error
-    if not isinstance(config, TrainingConfig):
+    if not isinstance(config, kind):
         raise ValueError(f"{rule}, but {name} returns {config!r}")
     return config

@@ -45,11 +45,14 @@ class EfficientNetLite0(Extractor):
             "library": f"efficientnet-lite-pytorch {version('efficientnet-lite-pytorch')}",
         }
 
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> Features:
+    def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         """See Extractor."""
-        pixels = channels_first(images, self._device).float()
         # Bicubic interpolation overshoots at edges. Pixels outside [0, 255] do not occur in images.
         resized = F.interpolate(pixels, size=(SIZE, SIZE), mode="bicubic", antialias=True).clamp(0.0, 255.0)
         maps = self._network.extract_features((resized - MEAN) / DEVIATION)  # (B, 1280, 7, 7)
-        return Features(maps.mean((2, 3)), None, None)
+        return maps.mean((2, 3))
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> Features:
+        """See Extractor."""
+        return Features(self.pooled(channels_first(images, self._device).float()), None, None)

@@ -24,15 +24,21 @@ class Features:
 
 
 class Extractor(Protocol):
-    """Maps images to features, without gradients."""
+    """Maps images to features."""
 
     identity: dict[str, str]
     """Name, weights and preprocessing. Only statistics with equal identities can be compared."""
     class_names: tuple[str, ...] | None = None
     """Class names of the logits if these are the data set's own classes, else None."""
 
+    def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pooled features (B, D) of float pixels (B, 3, H, W) in [0, 255] on the extractor's device, with a gradient.
+
+        Whole numbers have the same features as uint8 images. Raises InputError for images that the network does not accept.
+        """
+
     def __call__(self, images: torch.Tensor) -> Features:
-        """Computes the features of images, uint8 (B, H, W, 3) on any device.
+        """Computes the features of images, uint8 (B, H, W, 3) on any device, without a gradient.
 
         Raises ValueError for any other shape or dtype, and InputError for images that the network does not accept.
         """

@@ -33,6 +33,8 @@ PUBLISHED_WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1be
 # sFID uses the first 7 channels, height x width x channel: 17 * 17 * 7 = 2023 values. Source: guided-diffusion's
 # evaluator, mixed_6/conv:0 and [..., :7]; that node is Mixed_6d.branch1x1 in torch-fidelity's conversion.
 SPATIAL_CHANNELS = 7
+INCEPTION_SIZE, DINOV2_SIZE = 299, 224
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def open_extractor(name: str, weights: Path | None, device: str | torch.device) -> Extractor:
@@ -92,12 +94,13 @@ class _Inception(Extractor):
             self._network = library.FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=tensors_only
             ).to(device)
+            self._network.requires_grad_(False)
         except (RuntimeError, TypeError) as error:
             raise InputError(
                 f"the tensors in {path} do not fit torch-fidelity's Inception-2015; give "
                 "weights-inception-2015-12-05-6726825d.pth"
             ) from error
-        self._device = device
+        self._library, self._device = library, device
         is_published = file_hash(path) == PUBLISHED_WEIGHTS_SHA256
         self.identity = {
             "name": INCEPTION if is_published else INCEPTION_OTHER_WEIGHTS,
@@ -106,6 +109,14 @@ class _Inception(Extractor):
             "input": "uint8 RGB, (x - 128) / 128",
             "library": f"torch-fidelity {library.__version__}",
         }
+
+    def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
+        # The network takes uint8 images only, so its first layer gets the resized float pixels in their place.
+        resize = self._library.feature_extractor_inceptionv3.interpolate_bilinear_2d_like_tensorflow1x
+        prepared = (resize(pixels, size=(INCEPTION_SIZE, INCEPTION_SIZE), align_corners=False) - 128) / 128
+        with self._network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: (prepared,)):
+            pooled, _ = self._network(pixels.detach().to(torch.uint8))
+        return pooled
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
@@ -123,13 +134,13 @@ class _DinoV2(Extractor):
     def __init__(self, name: str, device: torch.device) -> None:
         library = _torch_fidelity()
         try:
-            self._network = library.FeatureExtractorDinoV2(name, ["dinov2"]).to(device)
+            self._network = library.FeatureExtractorDinoV2(name, ["dinov2"]).to(device).requires_grad_(False)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"torch.hub could not load {name} from github.com/facebookresearch/dinov2: {error}; without internet access, "
                 f"save it as TorchScript on another machine and give that file (*{SCRIPT_SUFFIXES[0]}) as --extractor"
             ) from error
-        self._device = device
+        self._library, self._device = library, device
         self.identity = {
             "name": name,
             "weights_sha256": weight_hash(self._network),
@@ -138,6 +149,14 @@ class _DinoV2(Extractor):
             "library": f"torch-fidelity {library.__version__}",
         }
 
+    def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
+        # The library's own forward takes uint8 images only.
+        resize = self._library.feature_extractor_dinov2.interpolate_bilinear_2d_like_tensorflow1x
+        resized = resize(pixels, size=(DINOV2_SIZE, DINOV2_SIZE), align_corners=False)
+        mean, deviation = (pixels.new_tensor(values).view(3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+        features: torch.Tensor = self._network.model((resized - mean) / deviation)
+        return features.float()
+
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
         (pooled,) = self._network(channels_first(images, self._device))
@@ -145,7 +164,10 @@ class _DinoV2(Extractor):
 
 
 class _Script(Extractor):
-    """A TorchScript file that maps uint8 (B, 3, H, W) to features (B, D). It gives no logits."""
+    """A TorchScript file that maps uint8 (B, 3, H, W) to features (B, D). It gives no logits.
+
+    A refinement gives it float pixels of the same values.
+    """
 
     def __init__(self, path: Path, device: torch.device) -> None:
         if not path.is_file():
@@ -154,6 +176,8 @@ class _Script(Extractor):
             self._network = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:
             raise InputError(f"cannot load {path} as TorchScript; give a file written by torch.jit.save") from error
+        for parameter in self._network.parameters():
+            parameter.requires_grad_(False)
         # NVIDIA's Inception returns class probabilities by default.
         names = {argument.name for argument in self._network.forward.schema.arguments}
         self._arguments = {"return_features": True} if "return_features" in names else {}
@@ -167,25 +191,27 @@ class _Script(Extractor):
             "library": "TorchScript",
         }
 
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> Features:
-        pixels = channels_first(images, self._device)
+    def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         try:
             output = self._network(pixels, **self._arguments)
         except RuntimeError as error:  # includes torch.jit.Error
             last = str(error).strip().splitlines()[-1]
-            raise InputError(f"{self._path} failed on uint8 images {tuple(pixels.shape)}: {last}") from error
+            raise InputError(f"{self._path} failed on {pixels.dtype} images {tuple(pixels.shape)}: {last}") from error
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(pixels):
             raise InputError(f"{self._path} must return a tensor ({len(pixels)}, D) of features, but returned {shape}")
-        return Features(output.float(), None, None)
+        return output.float()
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> Features:
+        return Features(self.pooled(channels_first(images, self._device)), None, None)
 
 
 class _JudgeFeatures(Extractor):
     """A judge: features, and logits of the data set's own classes."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self._judge = load_judge(folder).to(device)
+        self._judge = load_judge(folder).to(device).requires_grad_(False)
         self._device = device
         self.class_names = tuple(self._judge.config.class_names)
         size = self._judge.config.image_size
@@ -196,6 +222,11 @@ class _JudgeFeatures(Extractor):
             "input": "uint8 RGB, x / 127.5 - 1",
             "library": "pipelines.judge",
         }
+
+    def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
+        self._judge.require_size(*pixels.shape[2:])
+        features, _, _ = self._judge(pixels / 127.5 - 1.0)
+        return features
 
     def __call__(self, images: torch.Tensor) -> Features:
         prediction = self._judge.predict(images.to(self._device), batch_size=len(images))

@@ -60,15 +60,19 @@ class Judge(ModelMixin, ConfigMixin):
         factors = activations[:, :0] if self.factor_head is None else self.factor_head(activations)
         return features, self.head(activations), factors
 
+    def require_size(self, height: int, width: int) -> None:
+        """Raises InputError if images of this size are not those that the judge was trained on."""
+        size = self.config.image_size
+        if (height, width) != (size, size):
+            raise InputError(
+                f"the judge was trained on images of {size}x{size} pixels, but got {height}x{width}; give a judge that was "
+                f"trained on that size"
+            )
+
     @torch.no_grad()
     def predict(self, images: torch.Tensor, batch_size: int = 250) -> Prediction:
         """Features and logits of images uint8 (N, H, W, 3). Raises InputError for any other image size."""
-        size = self.config.image_size
-        if images.shape[1:3] != (size, size):
-            raise InputError(
-                f"the judge was trained on images of {size}x{size} pixels, but got {images.shape[1]}x{images.shape[2]}; "
-                f"give a judge that was trained on that size"
-            )
+        self.require_size(*images.shape[1:3])
         features, logits, _ = zip(*(self(to_float_images(batch)) for batch in images.split(batch_size)), strict=True)
         return Prediction(torch.cat(features), torch.cat(logits))
 

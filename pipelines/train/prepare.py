@@ -21,7 +21,7 @@ from pipelines.train.job import TrainJob
 from pipelines.train.record import identity
 from pipelines.train.warm_start import InitialNetwork, delay_guidance, load_initial_network
 from pipelines.training import checkpoints
-from pipelines.training.record import TrainingRecord, read_record, require_same_experiment
+from pipelines.training.record import TrainingRecord, read_record, require_run_name, require_same_experiment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,7 @@ def prepare(job: TrainJob) -> Preparation:
 
     Raises InputError for invalid input.
     """
-    if not job.run_name.strip() or "/" in job.run_name or job.run_name.startswith("."):
-        raise InputError(f"--run-name must not be empty, contain a slash or start with a dot, but got {job.run_name!r}")
+    require_run_name(job.run_name)
     job = with_absolute_locations(job)
     manifest = read_manifest(job.data)
     _require_compatible_data(job, manifest)

@@ -97,6 +97,12 @@ def write_record(job: RunJob, record: TrainingRecord) -> None:
     storage.write_bytes(filesystem, f"{folder}/{TRAINING_RECORD}", content.encode())
 
 
+def require_run_name(name: str) -> None:
+    """Raises InputError for a name that cannot be that of a folder."""
+    if not name.strip() or "/" in name or name.startswith("."):
+        raise InputError(f"--run-name must not be empty, contain a slash or start with a dot, but got {name!r}")
+
+
 def config_identity(config: RunConfig) -> dict[str, Any]:
     """The settings of a configuration that must not change on resume."""
     return {name: value for name, value in config.as_dict().items() if name not in RESUMABLE_SETTINGS}

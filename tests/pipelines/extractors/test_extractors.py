@@ -181,6 +181,21 @@ def test_a_judge_gives_features_and_logits_of_its_classes():
         extractor(drawn[:, ::2, ::2])
 
 
+def test_float_pixels_have_the_features_of_uint8_images_and_a_gradient(tmp_path, pixels):
+    drawn = torch.from_numpy(images.draw_many("val", 0, 4)[0])
+    for name, of_images in (
+        (str(SHIPPED_JUDGE), drawn),
+        ("efficientnet-lite0", drawn),
+        (str(scripted(Means(), tmp_path / "means.pt")), pixels),
+    ):
+        extractor = open_extractor(name, None, "cpu")
+        of_floats = of_images.permute(0, 3, 1, 2).float().requires_grad_()
+        pooled = extractor.pooled(of_floats)
+        torch.testing.assert_close(pooled.detach(), extractor(of_images).pooled, rtol=1e-5, atol=1e-5)
+        pooled.square().sum().backward()
+        assert float(of_floats.grad.abs().sum()) > 0.0
+
+
 def test_an_unknown_extractor_lists_the_known_ones(tmp_path):
     with pytest.raises(
         InputError, match="unknown extractor 'clip'; known: inception, efficientnet-lite0, dinov2-vit-s-14, .* a judge"

@@ -15,7 +15,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 
 from meanflow_core.metrics import FeatureStatistics, frechet_distance
 from pipelines.errors import InputError
-from pipelines.evaluate import extractors
+from pipelines.extractors import opening as extractors
 from pipelines.extractors.opening import SPATIAL_CHANNELS, distance_name, open_extractor
 
 HUBCONF = """
@@ -53,6 +53,14 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def inception(weights):
     return open_extractor("inception", weights, "cpu")
+
+
+@pytest.fixture
+def dinov2(tmp_path):
+    torch.hub.set_dir(tmp_path)
+    (tmp_path / "facebookresearch_dinov2_main").mkdir()
+    (tmp_path / "facebookresearch_dinov2_main" / "hubconf.py").write_text(HUBCONF)
+    return open_extractor("dinov2-vit-s-14", None, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +128,16 @@ def test_inception_matches_the_librarys_features_and_tensorflows_resize(inceptio
     assert np.abs(half_pixel - expected).max() > 0.1  # these images distinguish the two rules
 
 
+def test_float_pixels_have_the_features_of_uint8_images_and_a_gradient(inception, dinov2):
+    images = random_images(48, 48)
+    for extractor in (inception, dinov2):
+        pixels = images.permute(0, 3, 1, 2).float().requires_grad_()
+        pooled = extractor.pooled(pixels)
+        assert relative(pooled, extractor(images).pooled) <= 1e-6
+        pooled.square().sum().backward()
+        assert float(pixels.grad.abs().sum()) > 0.0
+
+
 def test_spatial_features_are_flattened_height_by_width_by_channel(inception, library):
     images = random_images(64, 64)
     outputs = []
@@ -147,19 +165,15 @@ def test_only_the_published_weights_give_a_distance_called_fid(inception, weight
         open_extractor("inception", tmp_path / "other.pth", "cpu")
 
 
-def test_dinov2_matches_the_librarys_features_and_has_no_logits(tmp_path):
-    torch.hub.set_dir(tmp_path)
-    (tmp_path / "facebookresearch_dinov2_main").mkdir()
-    (tmp_path / "facebookresearch_dinov2_main" / "hubconf.py").write_text(HUBCONF)
-    extractor = open_extractor("dinov2-vit-s-14", None, "cpu")
+def test_dinov2_matches_the_librarys_features_and_has_no_logits(dinov2):
     library = torch_fidelity.FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
     images = random_images(48, 80)
-    ours = extractor(images)
+    ours = dinov2(images)
     (theirs,) = library(images.permute(0, 3, 1, 2))
     assert ours.pooled.shape == (2, 384)
     assert relative(ours.pooled, theirs) <= 1e-6
     assert (ours.logits, ours.spatial) == (None, None)
-    assert distance_name(extractor.identity) == "Fréchet distance (dinov2-vit-s-14)"
+    assert distance_name(dinov2.identity) == "Fréchet distance (dinov2-vit-s-14)"
 
 
 def test_failed_downloads_name_a_remedy(tmp_path):

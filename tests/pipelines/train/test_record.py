@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.errors import InputError
 from pipelines.tracking.run import MlflowClient
-from pipelines.train.record import begin_run, new_record
+from pipelines.train.record import begin_run, identity, new_record
 from pipelines.training.record import (
     TRAINING_RECORD,
     Published,
@@ -14,6 +14,10 @@ from pipelines.training.record import (
     write_record,
 )
 from tests.support.training_jobs import small_manifest, training_job, with_config
+
+
+def require_same(job, manifest, record):
+    require_same_experiment(job, job.config, identity(job, manifest), record)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def test_run_resumes_if_only_resumable_settings_have_changed(started):
         num_steps=99, log_interval_steps=1, checkpoint_interval_steps=3, sample_interval_steps=3, compile=True,
         activation_checkpointing=True,
     )  # fmt: skip
-    require_same_experiment(changed, small_manifest(5), read_record(started))
+    require_same(changed, small_manifest(5), read_record(started))
 
 
 @pytest.mark.parametrize(
@@ -87,17 +91,15 @@ def test_other_settings_are_refused_with_the_differences(started, options, confi
     with pytest.raises(
         InputError, match=f"run r .* other settings or data \\({words}\\); .* choose another --run-name"
     ):
-        require_same_experiment(changed, small_manifest(5), read_record(started))
+        require_same(changed, small_manifest(5), read_record(started))
 
 
 def test_other_data_is_refused(started):
     record, manifest = read_record(started), small_manifest(5)
     with pytest.raises(InputError, match="data_sha256 was .*, is now .*"):
-        require_same_experiment(started, replace(manifest, shard_sha256=["2" * 64]), record)
+        require_same(started, replace(manifest, shard_sha256=["2" * 64]), record)
     with pytest.raises(InputError, match="vae_sha256 was 0+, is now 3+"):
-        require_same_experiment(
-            started, replace(manifest, recipe=replace(manifest.recipe, vae_sha256="3" * 64)), record
-        )
+        require_same(started, replace(manifest, recipe=replace(manifest.recipe, vae_sha256="3" * 64)), record)
 
 
 @pytest.mark.parametrize("cooldown_steps", [0, 5])
@@ -105,10 +107,10 @@ def test_changed_code_and_a_moved_cooldown_log_warnings(started, caplog, cooldow
     job = with_config(started, optimizer=replace(started.config.optimizer, cooldown_steps=cooldown_steps))
     record = read_record(started)
     record.identity["config"]["optimizer"]["cooldown_steps"] = cooldown_steps
-    require_same_experiment(job, small_manifest(5), record)
+    require_same(job, small_manifest(5), record)
     assert caplog.text == ""
-    require_same_experiment(with_config(job, num_steps=99), small_manifest(5), record)
+    require_same(with_config(job, num_steps=99), small_manifest(5), record)
     assert ("num_steps was 30, is now 99: the learning rate's cool-down moves" in caplog.text) == (cooldown_steps > 0)
     assert "the code has changed" not in caplog.text
-    require_same_experiment(job, small_manifest(5), replace(record, code=record.code | {"torch": "1.0"}))
+    require_same(job, small_manifest(5), replace(record, code=record.code | {"torch": "1.0"}))
     assert "so results may differ: torch was 1.0, is now" in caplog.text

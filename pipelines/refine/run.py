@@ -1,0 +1,211 @@
+"""The driver: prepares a refinement, runs it on Ray Train workers, and publishes the generators."""
+
+import json
+import logging
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipelines import storage
+from pipelines.cluster import start_ray
+from pipelines.errors import InputError
+from pipelines.extractors.opening import absolute_extractor
+from pipelines.refine.costs import describe
+from pipelines.refine.inputs import Generator, Metric, class_counts, open_generator, open_metrics
+from pipelines.refine.job import RefineJob
+from pipelines.refine.plots import plot_distances
+from pipelines.refine.publishing import FinishedRefinement, publish_generators
+from pipelines.refine.worker import WorkerTask, refine_worker
+from pipelines.tracking.provenance import code_identity
+from pipelines.tracking.registry import REGISTRY_SCHEMES
+from pipelines.tracking.run import Run
+from pipelines.tracking.server import resolve_tracking_uri
+from pipelines.training import checkpoints, stopping
+from pipelines.training.driver import run_workers, with_workers
+from pipelines.training.loop import RunTask
+from pipelines.training.record import (
+    TrainingRecord,
+    config_identity,
+    read_record,
+    require_run_name,
+    require_same_experiment,
+    resume_run,
+    write_record,
+)
+
+logger = logging.getLogger(__name__)
+
+DISTANCES_FILE = "distances.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Validated inputs of a refinement."""
+
+    job: RefineJob
+    """The job with absolute locations."""
+    generator: Generator
+    metrics: list[Metric]
+    class_counts: list[int]
+    record: TrainingRecord | None
+    """Record of the run to resume; None for a new run."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings and hashes that must not change on resume."""
+        content = {
+            "command": "pipelines.refine",
+            "config": config_identity(self.job.config),
+            "generator_sha256": self.generator.weights_sha256,
+            "class_counts": self.class_counts,
+            "metrics": {
+                metric.key: {
+                    "weight": metric.weight,
+                    "extractor": metric.extractor.identity,
+                    "reference_sha256": metric.reference.sha256,
+                }
+                for metric in self.metrics
+            },
+        }
+        return dict(json.loads(json.dumps(content)))
+
+
+def refine(preset: str, job: RefineJob) -> TrainingRecord:
+    """Starts or resumes a refinement, runs it to its end, publishes its generators, and returns its record.
+
+    Raises InputError for invalid input, RunError if it fails, and SystemExit if it is stopped.
+    """
+    ready = prepare(job)
+    job, record = ready.job, ready.record
+    start_ray(needed_cpus=job.num_workers or 1)
+    job = with_workers(job, min(job.config.global_batch_size, job.config.measure_samples), record)
+    tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
+    stop_request = stopping.claim_run(job.run_location)
+    filesystem, run_path = storage.open_storage(job.run_location)
+    if record is None:
+        run = _begin_run(job, preset, ready, tracking_uri)
+        record = TrainingRecord(
+            identity=ready.identity,
+            preset=preset,
+            num_steps=job.config.num_steps,
+            init_sha256=ready.generator.weights_sha256,
+            device=job.device,
+            mlflow_run_id=run.run_id,
+            tracking_uri=tracking_uri,
+            code=code_identity(),
+        )
+        write_record(job, record)
+    else:
+        checkpoints.repair_record(filesystem, run_path)
+        checkpoints.delete_orphans(filesystem, run_path)
+        record = replace(record, tracking_uri=tracking_uri)
+        run = resume_run(record)
+    with run.ends():
+        logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
+        task = WorkerTask(
+            job=job,
+            run=RunTask(
+                job=job,
+                config=job.config,
+                tracking_uri=tracking_uri,
+                run_id=run.run_id,
+                stop_request=stop_request,
+            ),
+            class_counts=ready.class_counts,
+        )
+        checkpoint, step = run_workers(refine_worker, task, job, stop_request)
+        checkpoints.delete_orphans(filesystem, run_path)
+        if record.published is not None and record.published.step == step:
+            logger.info("the generators of step %d are already published", step)
+            return record
+        _plot(job, ready.metrics, run)
+        finished = FinishedRefinement(
+            job=job, preset=preset, generator=ready.generator, metrics=ready.metrics, checkpoint=checkpoint, step=step
+        )
+        record = replace(record, published=publish_generators(finished, run))
+        write_record(job, record)
+        return record
+
+
+def dry_run(preset: str, job: RefineJob) -> str:
+    """Describes the refinement and its costs. Raises InputError for invalid input."""
+    ready = prepare(job)
+    return describe(preset, ready.job, ready.generator, ready.metrics)
+
+
+def prepare(job: RefineJob) -> Preparation:
+    """Resolves locations and opens all inputs. Writes nothing. Raises InputError for invalid input."""
+    require_run_name(job.run_name)
+    job = _with_absolute_locations(job)
+    generator = open_generator(job)
+    metrics = open_metrics(job, generator.pipeline.image_size)
+    if generator.was_multi_step:
+        logger.warning(
+            "%s was trained for sampling in many steps: its one-step images are blurred averages. The refinement turns it "
+            "into a one-step generator, which no longer samples in many steps",
+            job.model,
+        )
+    counts = class_counts(job, generator)
+    record = read_record(job)
+    ready = Preparation(job=job, generator=generator, metrics=metrics, class_counts=counts, record=record)
+    if record is not None:
+        require_same_experiment(job, job.config, ready.identity, record)
+        latest = checkpoints.committed(*storage.open_storage(job.run_location))
+        if latest is not None and latest.step > job.config.num_steps:
+            raise InputError(
+                f"run {job.run_name} already has {latest.step} steps, but num_steps is {job.config.num_steps}; increase "
+                f"--num-steps, or choose another --run-name"
+            )
+    return ready
+
+
+def _with_absolute_locations(job: RefineJob) -> RefineJob:
+    """Returns the job with absolute locations, because Ray's processes run in other working directories."""
+    return replace(
+        job,
+        model=job.model if job.model.startswith(REGISTRY_SCHEMES) else storage.absolute(job.model),
+        storage=storage.output_location(job.storage, "--storage").rstrip("/"),
+        extractors=tuple(absolute_extractor(name) for name in job.extractors),
+        held_out_extractors=tuple(absolute_extractor(name) for name in job.held_out_extractors),
+        references=tuple(storage.absolute(location) for location in job.references),
+        held_out_references=tuple(storage.absolute(location) for location in job.held_out_references),
+        extractor_weights=job.extractor_weights and job.extractor_weights.absolute(),
+        data=job.data and storage.absolute(job.data),
+    )
+
+
+def _begin_run(job: RefineJob, preset: str, ready: Preparation, tracking_uri: str) -> Run:
+    """Creates the refinement's MLflow run."""
+    parameters = {
+        "preset": preset,
+        **job.config.flat(),
+        "model": storage.redact(job.model),
+        "model.transformer_sha256": ready.generator.weights_sha256,
+        "trained_on": ", ".join(metric.label for metric in ready.metrics if metric.weight is not None),
+        "held_out": ", ".join(metric.label for metric in ready.metrics if metric.weight is None),
+        "num_workers": job.workers,
+        "samples_per_pass": job.samples_per_pass,
+    }
+    run = Run.begin(tracking_uri, job.experiment, job.run_name, parameters, code_identity())
+    run.log_dict(ready.identity, "configuration.json")
+    return run
+
+
+def _plot(job: RefineJob, metrics: list[Metric], run: Run) -> None:
+    """Plots all measured distances against the step, in the run's folder and in MLflow."""
+    run.flush()
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / DISTANCES_FILE
+        histories = {metric.key: run.client.get_metric_history(run.run_id, metric.key) for metric in metrics}
+        points = {
+            key: {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
+            for key, history in histories.items()
+        }
+        plot_distances(points, file)
+        run.log_file(file, "refinement")
+        filesystem, folder = storage.open_storage(job.run_location)
+        storage.write_bytes(filesystem, f"{folder}/{DISTANCES_FILE}", file.read_bytes())
+        run.flush()

@@ -28,6 +28,9 @@ class Generator:
     ema_decay: float | None
     """EMA decay of its weights. None if the folder does not record it."""
 
+    refined_on: tuple[dict[str, str], ...] = ()
+    """Identities of the extractors whose distances it was trained to lower, by pipelines.refine."""
+
     @property
     def class_names(self) -> list[str]:
         """Name per class label."""
@@ -52,6 +55,13 @@ class Inputs:
     """None: compute it from the training images."""
     train: ImageSource | None
     held_out: ImageSource | None
+
+    @property
+    def is_trained_on(self) -> bool:
+        """Whether the generator was trained to lower this extractor's distance."""
+        weights = self.extractor.identity["weights_sha256"]
+        refined_on = () if self.generator is None else self.generator.refined_on
+        return any(identity["weights_sha256"] == weights for identity in refined_on)
 
     @property
     def image_size(self) -> int:
@@ -86,7 +96,10 @@ def open_inputs(job: EvaluateJob) -> Inputs:
     else:
         assert job.model is not None
         folder = fetch_generator(job.model, job.tracking_uri)
-        generator = Generator(folder, load_pipeline(folder), read_provenance(folder).get("ema_decay"))
+        provenance = read_provenance(folder)
+        generator = Generator(
+            folder, load_pipeline(folder), provenance.get("ema_decay"), tuple(provenance.get("refined_on", ()))
+        )
         _check_generator(job, generator, extractor)
     class_names = None if generator is None else generator.class_names
     inputs = Inputs(

@@ -31,6 +31,11 @@ def decide(report: Mapping[str, Any], champion: Mapping[str, Any] | None, *, bel
     champion: the champion's report, or None if there is no champion. below: a distance that is always good enough.
     """
     entry = report["samples"][0]
+    if report["protocol"].get("generator", {}).get("is_trained_on_extractor", False):
+        return Decision(
+            promote=False,
+            reason="it was trained on this extractor's distance (pipelines.refine); evaluate it with a held-out extractor",
+        )
     found = f"{entry['frechet']:.4g} ± {entry['frechet_standard_error']:.2g} ({entry['title']})"
     if below is not None and entry["frechet"] < below:
         return Decision(promote=True, reason=f"its distance {found} is below {below:g}")

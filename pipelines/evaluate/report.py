@@ -28,6 +28,10 @@ from pipelines.extractors.reference import Reference
 from pipelines.tracking.provenance import code_identity
 
 MAX_PROBE_CLASSES = 100
+TRAINED_ON_WARNING = (
+    "the generator was trained on this extractor by pipelines.refine, so the distance measures the training and not the "
+    "images; state it only beside distances in held-out extractors (python -m pipelines.before_after)"
+)
 NUM_NEIGHBOURS = 3  # for precision and recall, as in ADM's evaluation
 
 
@@ -56,7 +60,8 @@ def build_report(
         "warnings": protocol_warnings(
             job, reference, inputs.extractor.identity, inputs.num_features, num_samples(job, inputs)
         )
-        + probe_warnings(inputs, reference),
+        + probe_warnings(inputs, reference)
+        + ([TRAINED_ON_WARNING] if inputs.is_trained_on else []),
     }
     if probe is not None:
         report["protocol"]["linear_probe"] = PROBE_PROTOCOL
@@ -122,6 +127,7 @@ def protocol(job: EvaluateJob, inputs: Inputs, reference: Reference) -> dict[str
             "vae_sha256": weight_hash(generator.pipeline.vae),
             "prediction": generator.pipeline.config.prediction,
             "ema_decay": generator.ema_decay,
+            "is_trained_on_extractor": inputs.is_trained_on,
         }
     return content
 

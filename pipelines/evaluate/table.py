@@ -34,9 +34,15 @@ def report_table(report: Mapping[str, Any]) -> str:
         lines.append("The distance is not FID, because its features are not those of the published Inception.")
     lines += [f"Warning: {warning}." for warning in report["warnings"]]
     shown = columns_of(entry for _, entry in rows)
-    lines += ["", *header(["images", "NFE"], shown, protocol["distance"])]
+    lines += ["", *header(["images", "NFE"], shown, marked_distance(report))]
     lines += [row([title, nfe_of(entry)], entry, shown) for title, entry in rows]
     return "\n".join(lines) + "\n"
+
+
+def marked_distance(report: Mapping[str, Any]) -> str:
+    """Title of a report's distance, marked if the generator was trained on it."""
+    is_trained_on = report["protocol"].get("generator", {}).get("is_trained_on_extractor", False)
+    return f"{report['protocol']['distance']}, trained on" if is_trained_on else str(report["protocol"]["distance"])
 
 
 def columns_of(entries: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,52 @@
+"""Options of the command pipelines.before_after."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.cluster import Device
+from pipelines.evaluate.samples import Labels
+
+DESCRIPTION = """Measure a refined generator beside the one that it was refined from.
+
+    python -m pipelines.before_after --model runs/demo-refined/generator --extractors judge efficientnet-lite0 \\
+        --train-images images/train --held-out-images images/val --num-samples 2000 --output before-after
+
+Distances in extractors that the refinement was trained on are marked. At least one extractor must be held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeforeAfterJob:
+    """Two generators, several extractors, one table."""
+
+    model: str
+    """The refined generator: a folder or URI, models:/name@alias, or runs:/id/name."""
+    before: str | None = None
+    """The generator before the refinement. Default: the location that pipelines.refine recorded."""
+    extractors: tuple[str, ...]
+    """Extractors, as in pipelines.evaluate."""
+    extractor_weights: Path | None = None
+    """File of Inception's weights, as in pipelines.evaluate."""
+    train_images: str
+    """Real images that the generator was trained on, as in pipelines.evaluate."""
+    held_out_images: str
+    """Real images that it was not trained on, as in pipelines.evaluate."""
+    output: Path
+    """Folder for the table, the picture, and the report of each evaluation."""
+    num_samples: int = 10_000
+    """Samples of each generator."""
+    steps: tuple[int, ...] = (1,)
+    """Numbers of sampling steps."""
+    labels: Labels = "balanced"
+    """Class labels, as in pipelines.evaluate."""
+    batch_size: int = 50
+    """Images per forward."""
+    num_workers: int | None = None
+    """Worker processes. Default: one per GPU, or one per CPU on a machine without GPUs."""
+    device: Device = "auto"
+    """auto uses GPUs if the cluster has any."""
+    tracking_uri: str | None = None
+    """MLflow address, for models:/ and runs:/ and to log the evaluations."""
+
+    def __post_init__(self) -> None:
+        if not self.extractors:
+            raise ValueError("extractors must be one or more, but got none")

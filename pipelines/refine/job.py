@@ -53,6 +53,8 @@ class RefineJob(RunJob):
             ("held_out_extractors", "held_out_references"),
         ):
             names, files = getattr(self, extractors), getattr(self, references)
+            if not isinstance(names, tuple):  # tyro's placeholder for what the command line must give
+                continue
             if not names or len(names) != len(files):
                 raise ValueError(
                     f"{extractors} and {references} need one or more extractors and a reference for each, but got "

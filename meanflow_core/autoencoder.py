@@ -5,6 +5,7 @@ B batch, C latent channels, H W latent size, f pixels per latent pixel along a s
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import TypeAlias
 
@@ -55,13 +56,22 @@ def load_preview_decoder(id_or_folder: str, dtype: torch.dtype = torch.float32) 
 
 
 def _load(model_class: type[ModelMixin], id_or_folder: str, dtype: torch.dtype, name: str) -> ModelMixin:
+    # AutoencoderDC has no arguments for the statistics of each channel: diffusers warns of these entries, but keeps them.
+    logger = logging.getLogger("diffusers.configuration_utils")
+    logger.addFilter(_is_of_use)
     try:
         # low_cpu_mem_usage=True logs a warning if `accelerate` is not installed.
         model = model_class.from_pretrained(id_or_folder, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"cannot load {name} from {id_or_folder!r}, as a folder or a hub id: {reason}") from error
+    finally:
+        logger.removeFilter(_is_of_use)
     return model.eval().requires_grad_(False)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "latents_mean" not in record.getMessage()
 
 
 def downsampling_factor(vae: Autoencoder) -> int:

@@ -85,18 +85,19 @@ def latent_statistics(vae: Autoencoder, pixels: torch.Tensor) -> tuple[list[floa
 
 
 def set_normalization(vae: Autoencoder, mean: list[float], std: list[float]) -> None:
-    """Writes the statistics of each channel into the config, or what the autoencoder's class has for all channels together.
+    """Writes the statistics of each channel into the config; for AutoencoderTiny, those of all channels together.
 
-    AutoencoderTiny has a shift and a scaling factor, AutoencoderDC a scaling factor alone.
+    AutoencoderTiny has a shift and a scaling factor. AutoencoderDC has a scaling factor alone, so the two lists are additional
+    entries. Its channels differ: on photographs, their deviations by a factor of five.
     """
-    if isinstance(vae, AutoencoderDC):
-        vae.register_to_config(scaling_factor=float(np.mean(np.square(std) + np.square(mean)) ** -0.5))
-    elif isinstance(vae, AutoencoderTiny):
+    if isinstance(vae, AutoencoderTiny):
         shift = float(np.mean(mean))
         variance = np.mean(np.square(std) + np.square(np.subtract(mean, shift)))
         vae.register_to_config(shift_factor=shift, scaling_factor=float(variance**-0.5))
     else:
         vae.register_to_config(latents_mean=mean, latents_std=std)
+        if isinstance(vae, AutoencoderDC):  # for programs that know nothing of the lists
+            vae.register_to_config(scaling_factor=float(np.mean(np.square(std) + np.square(mean)) ** -0.5))
 
 
 def publish(vae: Autoencoder, images: ImageSource, held_out: HeldOut, job: AutoencoderJob, run: Run) -> Result:

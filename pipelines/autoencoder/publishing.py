@@ -87,7 +87,7 @@ def latent_statistics(vae: Autoencoder, pixels: torch.Tensor) -> tuple[list[floa
 def set_normalization(vae: Autoencoder, mean: list[float], std: list[float]) -> None:
     """Writes the statistics of each channel into the config; for AutoencoderTiny, those of all channels together.
 
-    AutoencoderTiny has a shift and a scaling factor. AutoencoderDC has a scaling factor alone, so the two lists are additional
+    AutoencoderTiny has a shift and a scaling factor. AutoencoderDC has a scaling factor alone, so these lists are additional
     entries. Its channels differ: on photographs, their deviations by a factor of five.
     """
     if isinstance(vae, AutoencoderTiny):

@@ -17,6 +17,7 @@ from ray.serve.scripts import cli as serve_command_line
 from deploy.api.schema import GenerateRequest, ImagesRequest
 from deploy.settings import Arguments
 from pipelines.autoencoder.job import AutoencoderJob
+from pipelines.before_after.job import BeforeAfterJob
 from pipelines.check.job import CheckJob
 from pipelines.convert.job import ConvertJob
 from pipelines.demo.images import DrawImages
@@ -25,6 +26,7 @@ from pipelines.evaluate.job import EvaluateJob, ReferenceJob, SideBySideJob
 from pipelines.judge.job import JudgeJob
 from pipelines.latents.cache_command import CacheJob
 from pipelines.plan.__main__ import parse_arguments as parse_plan
+from pipelines.refine.job import parse_arguments as parse_refinement
 from pipelines.train.job import parse_arguments as parse_training
 from tests.support.aws import parse_aws
 from tests.support.job_scripts import STAGES, parse_with_click, submission
@@ -53,6 +55,8 @@ MODULES: dict[str, Callable[[list[str]], object]] = {
     "pipelines.side_by_side": _of_class(SideBySideJob),
     "pipelines.reference": _of_class(ReferenceJob),
     "pipelines.train": parse_training,
+    "pipelines.refine": parse_refinement,
+    "pipelines.before_after": _of_class(BeforeAfterJob),
     "pipelines.plan": parse_plan,
     "deploy.models": _one_argument,
     "deploy.keys": _one_argument,

@@ -1,15 +1,18 @@
 """Metrics, warnings and MLflow names of a report."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from meanflow_core.metrics import FeatureStatistics
+from pipelines.evaluate.inputs import Generator, Inputs
 from pipelines.evaluate.job import EvaluateJob
 from pipelines.evaluate.mlflow_log import metric_family
 from pipelines.evaluate.report import compute_metrics, manifold_of, protocol_warnings
 from pipelines.evaluate.sums import SetSums
+from pipelines.evaluate.table import marked_distance
 from pipelines.extractors.reference import Reference
 
 JUDGE = {"name": "judge", "weights_sha256": "abc"}
@@ -71,6 +74,15 @@ def test_reports_warn_about_metrics_that_are_not_comparable(tmp_path):
     remote = replace(own, features=None, has_images=True, location="s3://bucket/adm.npz")
     assert "only be read from a local disk" in protocol_warnings(job, remote, JUDGE, 64, 1000)[0]
     assert protocol_warnings(replace(job, num_precision_recall=0), remote, JUDGE, 64, 1000) == []
+
+
+@pytest.mark.parametrize(("trained_on", "title"), [("abc", "distance, trained on"), ("other", "distance")])
+def test_a_distance_that_the_generator_was_trained_on_is_marked(trained_on, title):
+    generator = Generator(None, None, None, ({"name": "judge", "weights_sha256": trained_on},))
+    inputs = Inputs(SimpleNamespace(identity=JUDGE), generator, None, None, None, None)
+    assert inputs.is_trained_on == (trained_on == "abc")
+    report = {"protocol": {"distance": "distance", "generator": {"is_trained_on_extractor": inputs.is_trained_on}}}
+    assert marked_distance(report) == title
 
 
 def test_metrics_of_other_ema_decays_have_their_own_prefix():

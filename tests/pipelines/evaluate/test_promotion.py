@@ -42,6 +42,14 @@ def test_a_version_must_beat_the_champion_by_two_standard_errors(ours, champion,
     assert re.search(reason, decision.reason), decision.reason
 
 
+def test_a_distance_that_was_trained_on_promotes_nothing():
+    ours = report(1.0, generator={"is_trained_on_extractor": True})
+    for champion in (None, report(9.0)):
+        decision = decide(ours, champion, below=2.0)
+        assert not decision.promote
+        assert "evaluate it with a held-out extractor" in decision.reason
+
+
 def test_a_champion_that_was_not_measured_at_the_first_setting_stays():
     other = copy.deepcopy(report(20.0))
     other["samples"][0]["title"] = "2 steps"

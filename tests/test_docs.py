@@ -181,7 +181,8 @@ def test_training_options_that_the_runbook_names_exist():
         text_of("docs/runbook.md"),
     )
     assert len(options) >= 5
-    source = text_of("pipelines/train/job.py") + text_of("meanflow_core/config/training.py")
+    files = ("pipelines/train/job.py", "pipelines/training/job.py", "meanflow_core/config/training.py")
+    source = "".join(text_of(file) for file in files)
     for option in options:
         words = option.split()
         if len(words) > 1 or option == "--activation-checkpointing":

@@ -41,6 +41,23 @@ class FrechetReference:
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         return cls(moments.mean.to(device), root, covariance.trace())
 
+    def distance(self, moments: Moments) -> float:
+        """The Frechet distance of moments, on the reference's device, to the reference."""
+        return float(self._distance_and_spectrum(moments)[0])
+
+    def _distance_and_spectrum(self, moments: Moments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The distance, and the eigenvalues (D,) and eigenvectors (D, D) of root covariance root."""
+        if moments.mean.shape != self.mean.shape:
+            raise ValueError(
+                f"samples must have {len(self.mean)} features like the reference, but have {len(moments.mean)}"
+            )
+        product = self.root @ moments.covariance @ self.root
+        values, vectors = torch.linalg.eigh((product + product.T) / 2)
+        difference = moments.mean - self.mean
+        traces = moments.covariance.trace() + self.trace
+        distance = difference @ difference + traces - 2.0 * values.clamp(min=0).sqrt().sum()
+        return distance, values, vectors
+
 
 @dataclass(frozen=True)
 class RawMoments:
@@ -103,21 +120,14 @@ def loss_gradient(
     moments: blended, with the current batch. batch_share: the batch's share 1 - b in them. batch_size: images in the global
     batch. Raises ValueError if the numbers of features differ.
     """
-    if moments.mean.shape != reference.mean.shape:
-        raise ValueError(
-            f"samples must have {len(reference.mean)} features like the reference, but have {len(moments.mean)}"
-        )
-    covariance = moments.covariance
-    product = reference.root @ covariance @ reference.root
-    values, vectors = torch.linalg.eigh((product + product.T) / 2)
-    difference = moments.mean - reference.mean
+    distance, values, vectors = reference._distance_and_spectrum(moments)
     roots = values.clamp(min=0).sqrt()
-    distance = difference @ difference + covariance.trace() + reference.trace - 2.0 * roots.sum()
-    # d tr(P^(1/2)) = tr(P^(-1/2) dP) / 2. Directions without variance in either set are left as they are.
+    # d tr(P^(1/2)) = tr(P^(-1/2) dP) / 2. Directions without variance have no such term: the loss then shrinks what the
+    # reference does not have, and cannot grow what the samples do not have.
     is_positive = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
     inverse_roots = torch.where(is_positive, 1.0 / torch.where(is_positive, roots, 1.0), 0.0)
     half = reference.root @ vectors
     by_covariance = torch.eye(len(values), dtype=torch.float64, device=values.device) - half * inverse_roots @ half.T
-    by_mean = 2.0 * difference - 2.0 * by_covariance @ moments.mean  # the covariance is M - m m^T
+    by_mean = 2.0 * (moments.mean - reference.mean) - 2.0 * by_covariance @ moments.mean  # the covariance is M - m m^T
     scale = batch_share / batch_size / (distance.clamp(min=0.0) + DISTANCE_FLOOR)
     return LossGradient(float(distance), scale * by_mean, 2.0 * scale * by_covariance)

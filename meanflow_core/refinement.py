@@ -9,6 +9,7 @@ the global batch does not depend on the memory.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -139,13 +140,20 @@ def refine_step(
     with torch.set_grad_enabled(has_graph):
         features = [_features(state.network, render, extractors, batch, config) for batch in batches]
     sums = [
-        all_reduced(merged([FeatureStatistics.of(of_pass[number].detach()) for of_pass in features]))
-        for number in range(len(terms))
+        all_reduced(merged([_sums(of_pass[number].detach()) for of_pass in features])) for number in range(len(terms))
     ]
     share = 1.0 / (state.step + 1) if is_filling else 1.0 - config.moments_decay
     blended = [
         term.moments.blended(RawMoments.of(term_sums), share) for term, term_sums in zip(terms, sums, strict=True)
     ]
+    if not all(bool(torch.isfinite(moments.second).all()) for moments in blended):
+        # Generated images were nonfinite: the same on all workers, after the reduction.
+        state.step += 1
+        state.num_skipped += may_skip
+        nonfinite = torch.full((), math.nan, device=batches[0].noise.device)
+        return StepMetrics(
+            sums=_metric_sums(terms, [math.nan] * len(terms), nonfinite), gradient_norm=nonfinite, skipped=may_skip
+        )
     gradients = [
         loss_gradient(moments, term.reference, share, config.global_batch_size)
         for term, moments in zip(terms, blended, strict=True)
@@ -192,6 +200,12 @@ def _features(
         return [extract(pixels).float() for extract in extractors]
 
 
+def _sums(features: torch.Tensor) -> FeatureStatistics:
+    """Like `FeatureStatistics.of`, but nonfinite features pass: they must reach all workers, which then act alike."""
+    values = features.double()
+    return FeatureStatistics(len(values), values.sum(dim=0), values.T @ values)
+
+
 def all_reduced(statistics: FeatureStatistics) -> FeatureStatistics:
     """The sum over all workers, in one reduction. Collective."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
@@ -236,6 +250,6 @@ def measure(
     sums: list[FeatureStatistics] = []
     for batch in batches:
         features = _features(network, render, extractors, batch, config, as_levels=True)
-        of_batch = [FeatureStatistics.of(of_extractor) for of_extractor in features]
+        of_batch = [_sums(of_extractor) for of_extractor in features]
         sums = [total + part for total, part in zip(sums, of_batch, strict=True)] if sums else of_batch
     return [all_reduced(total) for total in sums]

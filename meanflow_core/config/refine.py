@@ -23,7 +23,8 @@ class RefineConfig(RunConfig):
     moments_decay: float = 0.999
     """Decay b of the moving moments, per step. The current batch has the share 1 - b in the moments of the loss."""
     fill_steps: int = 50
-    """Number of first steps that only measure: the moving moments start as the mean over their images."""
+    """Number of first steps that only measure: the moving moments start as the mean over their images. The learning rate's
+    warm-up counts them, too."""
     frozen_precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the decoder and of the extractors. bfloat16: autocast. Moments are always float64."""
     decoder_checkpointing: bool = False

@@ -4,8 +4,6 @@ The paper's schedule for iMF: batch 1,024; 125,000 steps; rate 1e-6 with a warm-
 with decay 0.999 that start from 50,000 samples. Here the rate falls linearly.
 """
 
-from dataclasses import replace
-
 from meanflow_core.config import OptimizerConfig, RefineConfig
 
 _STEPS, _WARMUP = 125_000, 6_250
@@ -35,7 +33,7 @@ def imf_xl2() -> RefineConfig:
 def demo() -> RefineConfig:
     """Refines the demo's generator of drawn shapes: minutes on 2 CPU cores."""
     return RefineConfig(
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=20, cooldown_steps=100),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=40, cooldown_steps=100),
         ema_decays=(0.99,),
         global_batch_size=256,
         moments_decay=0.9,
@@ -56,4 +54,4 @@ def fashion() -> RefineConfig:
 
 def clothing() -> RefineConfig:
     """Refines the preset clothing's generator of photographs: an hour on 2 CPU cores."""
-    return replace(demo(), measure_samples=1000)
+    return demo()

@@ -45,7 +45,7 @@ class BeforeAfterJob:
     device: Device = "auto"
     """auto uses GPUs if the cluster has any."""
     tracking_uri: str | None = None
-    """MLflow address, for models:/ and runs:/ and to log the evaluations."""
+    """MLflow address, for models:/ and runs:/. Default: MLFLOW_TRACKING_URI. Nothing is logged there."""
 
     def __post_init__(self) -> None:
         if not self.extractors:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from meanflow_core.generator import read_provenance
+from meanflow_core.autoencoder import weight_hash
+from meanflow_core.generator import load_network, read_provenance
 from pipelines.before_after.job import BeforeAfterJob
 from pipelines.errors import InputError
 from pipelines.evaluate.job import EvaluateJob
@@ -28,6 +29,7 @@ def before_after(job: BeforeAfterJob) -> str:
     before = job.before or provenance.get("refined_from")
     if not trained_on or before is None:
         raise InputError(f"--model {job.model} must be a generator of pipelines.refine, but it was not refined")
+    _require_same_weights(job, before, provenance.get("refined_from_sha256"))
     names = [absolute_extractor(name) for name in job.extractors]
     identities = [open_extractor(name, _weights(job, name), "cpu").identity for name in names]
     if all(identity["weights_sha256"] in trained_on for identity in identities):
@@ -58,7 +60,8 @@ def before_after(job: BeforeAfterJob) -> str:
                     num_workers=job.num_workers,
                     device=job.device,
                     tracking_uri=job.tracking_uri,
-                )
+                ),
+                logs_to_mlflow=False,  # a run has one evaluation, but here are several
             )
         lines += ["", *_table(reports)]
         if number == 0:
@@ -66,6 +69,18 @@ def before_after(job: BeforeAfterJob) -> str:
     text = "\n".join([f"{job.num_samples} samples of each generator, {job.labels} labels.", *lines]) + "\n"
     (job.output / "table.md").write_text(text)
     return text
+
+
+def _require_same_weights(job: BeforeAfterJob, before: str, expected: str | None) -> None:
+    """Raises InputError if the weights before the refinement are not those that it started from."""
+    try:
+        found = weight_hash(load_network(fetch_generator(before, job.tracking_uri)))
+    except ValueError as error:
+        raise InputError(f"{before}: {error}; give --before, the generator before the refinement") from error
+    if expected is not None and found != expected:
+        raise InputError(
+            f"{before} has other weights than when it was refined; give --before, the generator of that time"
+        )
 
 
 def _weights(job: BeforeAfterJob, name: str) -> Path | None:
@@ -77,8 +92,8 @@ def _table(reports: dict[str, dict[str, Any]]) -> list[str]:
     entries = [("held-out images", "", reports["before"]["held_out"])]
     entries += [(title, entry["title"], entry) for title, report in reports.items() for entry in report["samples"]]
     shown = columns_of(entry for _, _, entry in entries)
-    distance = marked_distance(reports["after"])
-    distance += "" if distance.endswith("trained on") else ", held out"
+    is_trained_on = reports["after"]["protocol"]["generator"]["is_trained_on_extractor"]
+    distance = marked_distance(reports["after"]) + ("" if is_trained_on else ", held out")
     return [
         *header(["images", "samples"], shown, distance),
         *(row([*names], entry, shown) for *names, entry in entries),

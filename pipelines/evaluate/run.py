@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 NUM_PIXEL_TRAIN = 10_000  # training images to search for nearest neighbours
 
 
-def evaluate(job: EvaluateJob) -> dict[str, Any]:
+def evaluate(job: EvaluateJob, *, logs_to_mlflow: bool = True) -> dict[str, Any]:
     """Measures, writes the report's files, logs them to MLflow, and returns the report.
 
     Raises InputError for invalid input.
@@ -72,7 +72,8 @@ def evaluate(job: EvaluateJob) -> dict[str, Any]:
     for name, count in report["num_unreadable"].items():
         logger.warning("skipped %d unreadable %s", count, name)
     files = _write_report(job, inputs, report, measured.sets)
-    log_report(job, inputs.generator, report, files)
+    if logs_to_mlflow:
+        log_report(job, inputs.generator, report, files)
     if promotion is not None:
         promote_if_better(promotion, report)
     return report

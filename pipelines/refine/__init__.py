@@ -1,1 +1,1 @@
-"""Stage 4: trains a generator on by the Frechet loss of its images."""
+"""Post-trains a generator with the Frechet loss of its images."""

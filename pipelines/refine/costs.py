@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow_core.refinement import draw_batch
 from meanflow_core.training import num_passes
+from pipelines.errors import InputError
 from pipelines.plan.hardware import Cluster
 from pipelines.refine.inputs import Generator, Metric
 from pipelines.refine.job import RefineJob
@@ -34,7 +35,7 @@ def image_cost(job: RefineJob, generator: Generator, metrics: list[Metric]) -> S
     network = generator.network.requires_grad_(True)
     if job.config.activation_checkpointing:
         network.enable_gradient_checkpointing()
-    if job.config.decoder_checkpointing and generator.pipeline.vae._supports_gradient_checkpointing:
+    if job.config.decoder_checkpointing:
         generator.pipeline.vae.enable_gradient_checkpointing()
     batch = draw_batch(job.config, [1], 0, 0, 1, generator.pipeline.latent_shape)
     saved: dict[int, int] = {}
@@ -58,7 +59,10 @@ def image_cost(job: RefineJob, generator: Generator, metrics: list[Metric]) -> S
 
 
 def _frozen(generator: Generator, metrics: list[Metric]) -> list[torch.Tensor]:
-    modules = [generator.network, generator.pipeline.vae]
+    """All weights, which are not counted as activations."""
+    extractors = [value for metric in metrics for value in vars(metric.extractor).values()]
+    modules = [generator.network, generator.pipeline.vae, *extractors]
+    modules = [module for module in modules if isinstance(module, torch.nn.Module)]
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
@@ -66,13 +70,17 @@ def describe(preset: str, job: RefineJob, generator: Generator, metrics: list[Me
     """The configuration and its costs, as text."""
     config, cost = job.config, image_cost(job, generator, metrics)
     num_workers = job.num_workers or torch.cuda.device_count() or 1
+    if config.global_batch_size < num_workers:
+        raise InputError(
+            f"global_batch_size {config.global_batch_size} must be at least the number of workers, {num_workers}"
+        )
     passes = num_passes(config.global_batch_size, num_workers, job.samples_per_pass)
     share = -(-config.global_batch_size // num_workers)
     rows = -(-share // passes)
     # With several passes, every image is generated twice.
     flops = cost.forward_flops * (2 if passes > 1 else 1) + cost.backward_flops
     parameters = sum(value.numel() for value in generator.network.parameters())
-    copies = 4 + len(config.ema_decays)  # with gradient and Adam's two moments
+    copies = 5 + len(config.ema_decays)  # with the gradient, its copy for the all-reduce, and Adam's two moments
     matrices = sum(
         MATRICES_PER_METRIC * FLOAT64_BYTES * len(metric.reference.moments.mean) ** 2
         for metric in metrics

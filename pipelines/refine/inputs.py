@@ -1,5 +1,7 @@
 """What a refinement reads: the generator, and extractors with their references. Opened by the driver and by every worker."""
 
+import functools
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.refinement import Renderer
 from pipelines.errors import InputError
 from pipelines.extractors.interface import Extractor
-from pipelines.extractors.opening import open_extractor
+from pipelines.extractors.opening import INCEPTION, open_extractor
 from pipelines.extractors.reference import Reference, read_reference, require_same_protocol
 from pipelines.images.sources import find_images
 from pipelines.refine.job import RefineJob
@@ -41,7 +43,7 @@ class Generator:
         network: NetworkModel = self.pipeline.transformer
         return network
 
-    @property
+    @functools.cached_property
     def weights_sha256(self) -> str:
         """Hash of the network's weights."""
         return weight_hash(self.network)
@@ -58,14 +60,17 @@ class Generator:
         )
 
 
-def open_generator(job: RefineJob, device: torch.device | str = "cpu") -> Generator:
-    """Opens the generator of --model, frozen.
+def open_generator(job: RefineJob, device: torch.device | str = "cpu", tracking_uri: str | None = None) -> Generator:
+    """Opens the generator of --model, frozen. tracking_uri: MLflow address; default: MLFLOW_TRACKING_URI.
 
     A flow matching generator becomes one that predicts the same velocity for a step of any length: the refinement then turns
     it into a one-step generator. Raises InputError for a generator that cannot be refined.
     """
-    folder = fetch_generator(job.model, None)
-    pipeline = load_pipeline(folder, device)
+    folder = fetch_generator(job.model, tracking_uri)
+    try:
+        pipeline, provenance = load_pipeline(folder, device), read_provenance(folder)
+    except ValueError as error:
+        raise InputError(f"--model {job.model}: {error}") from error
     prediction, network = pipeline.config.prediction, pipeline.transformer
     if prediction == "epsilon" or (prediction == "velocity" and not isinstance(network, MeanFlowDiT)):
         raise InputError(
@@ -80,7 +85,7 @@ def open_generator(job: RefineJob, device: torch.device | str = "cpu") -> Genera
     if prediction == "velocity":
         ignore_step_size(network)
         pipeline.register_to_config(prediction="average_velocity", guidance_scale=1.0)
-    return Generator(folder, pipeline, read_provenance(folder), was_multi_step=prediction == "velocity")
+    return Generator(folder, pipeline, provenance, was_multi_step=prediction == "velocity")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Metric:
     """An extractor with the reference that distances in its features are measured to."""
 
     label: str
-    """A name for logs: the extractor's, numbered if several have the same."""
+    """A name for logs: the extractor's, or that of a judge's folder; numbered if several have the same."""
     extractor: Extractor
     reference: Reference
     weight: float | None
@@ -107,24 +112,26 @@ class Metric:
 def open_metrics(job: RefineJob, image_size: int, device: torch.device | str = "cpu") -> list[Metric]:
     """Opens all extractors and references: first those to train on.
 
-    Raises InputError for a reference of another extractor or image size, for one of fewer images than features, and for an
-    extractor that is both trained on and held out.
+    Raises InputError for a reference of another extractor or image size, for one of fewer images than features, for an
+    extractor that is both trained on and held out, and for one without a gradient that is to be trained on.
     """
-    weights = [*(job.weights or [1.0] * len(job.extractors)), *[None] * len(job.held_out_extractors)]
+    weights = [*(job.loss_weights or [1.0] * len(job.extractors)), *[None] * len(job.held_out_extractors)]
     names = [*job.extractors, *job.held_out_extractors]
     locations = [*job.references, *job.held_out_references]
-    extractors = [
-        open_extractor(name, job.extractor_weights if name == "inception" else None, device) for name in names
-    ]
+    if job.extractor_weights is not None and INCEPTION not in names:
+        raise InputError(f"--extractor-weights is only for inception, but the extractors are {', '.join(names)}")
+    extractors = [open_extractor(name, job.extractor_weights if name == INCEPTION else None, device) for name in names]
     _require_different(extractors, names)
-    counts = Counter(extractor.identity["name"] for extractor in extractors)
+    labels = [_label(extractor, name) for extractor, name in zip(extractors, names, strict=True)]
+    counts = Counter(labels)
     metrics: list[Metric] = []
     for number, (extractor, location, weight) in enumerate(zip(extractors, locations, weights, strict=True)):
-        name = extractor.identity["name"]
+        label = labels[number] if counts[labels[number]] == 1 else f"{labels[number]}_{number + 1}"
         reference = read_reference(location)
-        with torch.no_grad():
-            probe = torch.zeros(1, 3, image_size, image_size, device=device)
-            num_features = extractor.pooled(probe).shape[1]
+        probe = extractor.pooled(torch.zeros(1, 3, image_size, image_size, device=device, requires_grad=True))
+        if weight is not None and not probe.requires_grad:
+            raise InputError(f"{names[number]} gives features without a gradient, so it can only be held out")
+        num_features = probe.shape[1]
         require_same_protocol(reference, extractor.identity, image_size, num_features)
         num_images = None if reference.protocol is None else reference.protocol["num_images"]
         if num_images is not None and num_images <= num_features:
@@ -133,9 +140,13 @@ def open_metrics(job: RefineJob, image_size: int, device: torch.device | str = "
                 f"covariance is singular, but is of {num_images}; make it of more images, or choose an extractor with fewer "
                 f"features"
             )
-        label = name if counts[name] == 1 else f"{name}_{number + 1}"
         metrics.append(Metric(label, extractor, reference, weight))
     return metrics
+
+
+def _label(extractor: Extractor, name: str) -> str:
+    found = Path(name).name if extractor.identity["name"] == "judge" else extractor.identity["name"]
+    return re.sub(r"[^\w.-]", "_", found)  # MLflow's rules
 
 
 def _require_different(extractors: list[Extractor], names: list[str]) -> None:
@@ -144,7 +155,8 @@ def _require_different(extractors: list[Extractor], names: list[str]) -> None:
         identity = tuple(sorted(extractor.identity.items()))
         if identity in seen:
             raise InputError(
-                f"extractors must differ, but {name} is {seen[identity]}; an extractor that is trained on cannot be held out"
+                f"extractors must differ, but {name} and {seen[identity]} are the same; one that is trained on cannot be "
+                f"held out"
             )
         seen[identity] = name
 
@@ -164,4 +176,7 @@ def class_counts(job: RefineJob, generator: Generator) -> list[int]:
             f"--data {job.data} has the classes {', '.join(index.class_names[:5])}, ..., but the generator "
             f"{', '.join(names[:5])}, ...; give the data that it was trained on"
         )
-    return np.bincount(index.entries["label"].to_numpy(), minlength=num_classes).tolist()
+    counts: list[int] = np.bincount(index.entries["label"].to_numpy(), minlength=num_classes).tolist()
+    if len(counts) != num_classes:
+        raise InputError(f"--data {job.data} has {len(counts)} classes, but the generator {num_classes}")
+    return counts

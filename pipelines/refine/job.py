@@ -10,13 +10,13 @@ from meanflow_core.config import RefineConfig
 from pipelines.command_line import parse_preset_command_line
 from pipelines.training.job import RunJob
 
-DESCRIPTION = """Train a generator on by the Frechet loss: its images' features get the moments of real images' features.
+DESCRIPTION = """Refine a one-step generator with the Frechet loss: match its images' features to those of real images.
 
     python -m pipelines.refine demo --model runs/demo/generator --extractors judge --references judge.npz \\
         --held-out-extractors efficientnet-lite0 --held-out-references lite0.npz --storage runs --run-name demo-refined
 
-A refined generator is measured by the metric that it was trained on. Its figures count only beside those of extractors that
-it was not trained on, so name at least one of them. python -m pipelines.reference makes the references.
+A refined generator has low distances in the extractors that it was trained on. Only held-out extractors show whether its
+images became better, so at least one is required. python -m pipelines.reference makes the references.
 The same command resumes the run from its last checkpoint."""
 
 
@@ -30,7 +30,7 @@ class RefineJob(RunJob):
     """Extractors to train on, as in pipelines.evaluate: inception, efficientnet-lite0, the folder of a judge, ..."""
     references: tuple[str, ...]
     """A reference of pipelines.reference for each of the extractors."""
-    weights: tuple[float, ...] = ()
+    loss_weights: tuple[float, ...] = ()
     """Weight of each extractor in the loss. Default: 1 for all."""
     held_out_extractors: tuple[str, ...]
     """Extractors to measure along the way and never to train on."""
@@ -60,10 +60,12 @@ class RefineJob(RunJob):
                     f"{extractors} and {references} need one or more extractors and a reference for each, but got "
                     f"{len(names)} and {len(files)}"
                 )
-        if self.weights and len(self.weights) != len(self.extractors):
-            raise ValueError(f"weights must be one per extractor, {len(self.extractors)}, but got {len(self.weights)}")
-        if any(weight <= 0 for weight in self.weights):
-            raise ValueError(f"weights must be above 0, but got {self.weights}")
+        if self.loss_weights and len(self.loss_weights) != len(self.extractors):
+            raise ValueError(
+                f"loss_weights must be one per extractor, {len(self.extractors)}, but got {len(self.loss_weights)}"
+            )
+        if not all(0.0 < weight < float("inf") for weight in self.loss_weights):
+            raise ValueError(f"loss_weights must be above 0 and finite, but got {self.loss_weights}")
 
     @property
     def registered_name(self) -> str:

@@ -88,7 +88,7 @@ def _card(finished: FinishedRefinement, original: Path, decay: float) -> str:
 
 ## Refined
 
-This generator was trained on by the Frechet loss (arXiv 2604.28190) from {storage.redact(finished.job.model)}, for
+This generator was refined with the Frechet loss (arXiv 2604.28190) from {storage.redact(finished.job.model)}, for
 {finished.step:,} steps of {finished.job.config.global_batch_size:,} images; moving average with decay {decay:g}.
 
 - **Trained on** the features of {trained}. Distances in these features measure the training, not the images: state them only

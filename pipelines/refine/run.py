@@ -2,12 +2,14 @@
 
 import json
 import logging
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from mlflow.exceptions import MlflowException
 
 from pipelines import storage
 from pipelines.cluster import start_ray
@@ -20,7 +22,7 @@ from pipelines.refine.plots import plot_distances
 from pipelines.refine.publishing import FinishedRefinement, publish_generators
 from pipelines.refine.worker import WorkerTask, refine_worker
 from pipelines.tracking.provenance import code_identity
-from pipelines.tracking.registry import REGISTRY_SCHEMES
+from pipelines.tracking.registry import REGISTRY_SCHEMES, find_version
 from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
 from pipelines.training import checkpoints, stopping
@@ -81,7 +83,11 @@ def refine(preset: str, job: RefineJob) -> TrainingRecord:
     ready = prepare(job)
     job, record = ready.job, ready.record
     start_ray(needed_cpus=job.num_workers or 1)
-    job = with_workers(job, min(job.config.global_batch_size, job.config.measure_samples), record)
+    job = with_workers(job, job.config.global_batch_size, record)
+    if job.config.measure_samples < job.workers:
+        raise InputError(
+            f"measure_samples must be at least the {job.workers} workers, but got {job.config.measure_samples}"
+        )
     tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
     stop_request = stopping.claim_run(job.run_location)
     filesystem, run_path = storage.open_storage(job.run_location)
@@ -121,12 +127,15 @@ def refine(preset: str, job: RefineJob) -> TrainingRecord:
         if record.published is not None and record.published.step == step:
             logger.info("the generators of step %d are already published", step)
             return record
-        _plot(job, ready.metrics, run)
         finished = FinishedRefinement(
             job=job, preset=preset, generator=ready.generator, metrics=ready.metrics, checkpoint=checkpoint, step=step
         )
         record = replace(record, published=publish_generators(finished, run))
         write_record(job, record)
+        try:
+            _plot(job, ready.metrics, run)
+        except MlflowException as error:
+            logger.warning("%s is missing, because MLflow does not answer: %s", DISTANCES_FILE, error)
         return record
 
 
@@ -140,7 +149,13 @@ def prepare(job: RefineJob) -> Preparation:
     """Resolves locations and opens all inputs. Writes nothing. Raises InputError for invalid input."""
     require_run_name(job.run_name)
     job = _with_absolute_locations(job)
+    job = _with_fixed_version(job)
     generator = open_generator(job)
+    if job.config.decoder_checkpointing and not generator.pipeline.vae._supports_gradient_checkpointing:
+        raise InputError(
+            f"--decoder-checkpointing is not possible with {type(generator.pipeline.vae).__name__}; to save memory, use "
+            f"--samples-per-pass"
+        )
     metrics = open_metrics(job, generator.pipeline.image_size)
     if generator.was_multi_step:
         logger.warning(
@@ -160,6 +175,16 @@ def prepare(job: RefineJob) -> Preparation:
                 f"--num-steps, or choose another --run-name"
             )
     return ready
+
+
+def _with_fixed_version(job: RefineJob) -> RefineJob:
+    """Replaces an alias by the version that it now has, because it may move while the workers start."""
+    if not (job.model.startswith("models:/") and "@" in job.model):
+        return job
+    version = find_version(job.model, os.environ.get("MLFLOW_TRACKING_URI"))
+    if version is None:
+        raise InputError(f"--model {job.model} is not registered; check its name and MLFLOW_TRACKING_URI")
+    return replace(job, model=version.uri)
 
 
 def _with_absolute_locations(job: RefineJob) -> RefineJob:

@@ -8,7 +8,6 @@ from typing import Any
 import ray.train
 
 from meanflow_core.frechet import RawMoments
-from meanflow_core.metrics import frechet_distance
 from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.refinement import FrechetTerm, RefineBatch, draw_batch, draw_measurement, measure, refine_step
 from meanflow_core.training import StepMetrics, TrainState, contiguous_share, new_train_state, num_passes
@@ -55,23 +54,24 @@ class RefineTrainer(Trainer):
             uses_tf32=self._config.uses_tf32,
         )
         checkpoints.delete_local_leftovers()
-        generator = open_generator(self._job, self.device)
+        generator = open_generator(self._job, self.device, task.run.tracking_uri)
         self._pipeline, self._render = generator.pipeline, generator.renderer(self._config.num_inference_steps)
-        if self._config.decoder_checkpointing and generator.pipeline.vae._supports_gradient_checkpointing:
+        if self._config.decoder_checkpointing:
             generator.pipeline.vae.enable_gradient_checkpointing()
         self._metrics = open_metrics(self._job, self._pipeline.image_size, self.device)
+        self._references = [metric.frechet_reference(self.device) for metric in self._metrics]
         self.state = self._build_state()
         self._terms = [
             FrechetTerm(
                 name=metric.label,
                 features=metric.extractor.pooled,
-                reference=metric.frechet_reference(self.device),
+                reference=reference,
                 moments=RawMoments(
                     self.state.buffers[f"{metric.label}.mean"], self.state.buffers[f"{metric.label}.second"]
                 ),
                 weight=metric.weight,
             )
-            for metric in self._metrics
+            for metric, reference in zip(self._metrics, self._references, strict=True)
             if metric.weight is not None
         ]
         self.metric_names = tuple(f"moving_moments/{term.name}" for term in self._terms)
@@ -89,7 +89,7 @@ class RefineTrainer(Trainer):
         """See Trainer."""
 
     def step(self, *, may_skip: bool) -> tuple[StepMetrics, float]:
-        """See Trainer. Noise and labels are drawn at once, so it never waits for data."""
+        """See Trainer. Noise and labels are drawn here, so it never waits for data."""
         size = self._config.global_batch_size
         batches = [
             draw_batch(self._config, self._class_counts, self.state.step, start, stop, self._pipeline.latent_shape)
@@ -101,7 +101,7 @@ class RefineTrainer(Trainer):
         return metrics, 0.0
 
     def measure(self, step: int) -> dict[str, float]:
-        """See Trainer: distances of all extractors, before the first update and at intervals."""
+        """See Trainer: distances of all extractors, after the first step and at intervals."""
         is_due = step == 1 or step % self._config.measure_interval_steps == 0 or step == self._config.num_steps
         if not is_due:
             return {}
@@ -114,8 +114,8 @@ class RefineTrainer(Trainer):
         extractors = [metric.extractor.pooled for metric in self._metrics]
         sums = measure(self.state.ema_network, self._render, extractors, on_device, self._config)
         found = {
-            metric.key: frechet_distance(statistics, metric.reference.moments)
-            for metric, statistics in zip(self._metrics, sums, strict=True)
+            metric.key: reference.distance(statistics)
+            for metric, reference, statistics in zip(self._metrics, self._references, sums, strict=True)
         }
         if self._rank == 0:
             logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))

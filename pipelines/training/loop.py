@@ -139,7 +139,8 @@ class TrainingLoop:
             if is_log_step:
                 self._log_metrics()
             with self._metrics.paused():
-                measured = self._trainer.measure(step)
+                is_urgent = signals.stop_requested or signals.preemption_announced
+                measured = {} if is_urgent else self._trainer.measure(step)
                 if measured and self._run is not None:
                     self._run.log_metrics(measured, step)
                 if self._reporter is not None and (is_last or step % config.sample_interval_steps == 0):

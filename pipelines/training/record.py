@@ -27,7 +27,9 @@ RESUMABLE_SETTINGS = (
     "log_interval_steps",
     "checkpoint_interval_steps",
     "sample_interval_steps",
+    "measure_interval_steps",
     "activation_checkpointing",
+    "decoder_checkpointing",
     "compile",
 )
 

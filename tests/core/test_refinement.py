@@ -216,12 +216,15 @@ def test_a_step_with_a_nonfinite_gradient_is_skipped():
     state, _ = refined(state, num_steps=6)
     before, moments = parameters(state.network), state.buffers["1.mean"].clone()
     terms = terms_of(state)
-    broken = [replace(terms[0], weight=float("inf")), terms[1]]
-    metrics = refine_step(state, RENDER, broken, batches(6), CONFIG, may_skip=True)
-    assert metrics.skipped
-    assert torch.equal(parameters(state.network), before)
-    assert torch.equal(state.buffers["1.mean"], moments)
-    assert (state.step, state.num_skipped) == (7, 1)
+    weightless = [replace(terms[0], weight=float("inf")), terms[1]]
+    of_nan = [replace(terms[0], features=lambda pixels: terms[0].features(pixels) * float("nan")), terms[1]]
+    for number, broken in enumerate((weightless, of_nan), start=1):
+        metrics = refine_step(state, RENDER, broken, batches(6), CONFIG, may_skip=True)
+        assert metrics.skipped
+        assert not bool(torch.isfinite(metrics.gradient_norm))
+        assert torch.equal(parameters(state.network), before)
+        assert torch.equal(state.buffers["1.mean"], moments)
+        assert (state.step, state.num_skipped) == (6 + number, number)
 
 
 @pytest.mark.parametrize(

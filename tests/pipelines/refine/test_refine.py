@@ -96,15 +96,15 @@ def test_a_refinement_resumes_to_the_same_bits_and_marks_its_generator(job, trac
     assert [identity["name"] for identity in provenance["refined_on"]] == ["judge"]
     assert (provenance["refined_from"], provenance["data"], provenance["step"]) == (job.model, "latents", NUM_STEPS)
     card = (generator / "README.md").read_text()
-    assert "**Trained on** the features of judge_1" in card
-    assert "**Held out**: judge_2" in card
+    assert "**Trained on** the features of judge_weights" in card
+    assert "**Held out**: other" in card
     assert (generator.parent / "distances.png").stat().st_size > 5000
     client = MlflowClient(tracking_uri)
-    for key in ("trained_on/judge_1", "held_out/judge_2"):
+    for key in ("trained_on/judge_weights", "held_out/other"):
         steps = [point.step for point in client.get_metric_history(record.mlflow_run_id, key)]
         assert sorted(steps) == [1, 3, 5]
     [version] = client.search_model_versions("name='refined'")
-    assert version.tags["refined_on"] == "judge_1"
+    assert version.tags["refined_on"] == "judge_weights"
 
     # The same in two parts.
     parts = replace(job, run_name="parts")
@@ -153,8 +153,8 @@ def test_generators_of_many_steps_are_turned_or_refused(job, flow_pipeline, capl
     [
         ({"references": ()}, "extractors and references need .* but got 1 and 0"),
         ({"held_out_extractors": (), "held_out_references": ()}, "held_out_extractors and held_out_references need"),
-        ({"weights": (1.0, 2.0)}, "weights must be one per extractor, 1, but got 2"),
-        ({"weights": (0.0,)}, "weights must be above 0"),
+        ({"loss_weights": (1.0, 2.0)}, "loss_weights must be one per extractor, 1, but got 2"),
+        ({"loss_weights": (float("nan"),)}, "loss_weights must be above 0"),
     ],
 )
 def test_invalid_options_are_refused(job, options, message):
@@ -164,8 +164,8 @@ def test_invalid_options_are_refused(job, options, message):
 
 def test_a_dry_run_counts_one_image(job):
     text = refine_run.dry_run("demo", replace(job, num_workers=2, samples_per_pass=2))
-    assert "trained on    judge_1, 64 features" in text
-    assert "held out      judge_2, 64 features" in text
+    assert "trained on    judge_weights, 64 features" in text
+    assert "held out      other, 64 features" in text
     assert "6 images on 2 workers, 2 passes of 2" in text
     assert "fill the moments (12 images)" in text
     assert not Path(job.storage).exists()

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from meanflow_core.generator import build_pipeline, find_generator, load_pipeline, save_generator
 from meanflow_core.pipeline import MeanFlowPipeline
+from tests.support.readme import REPOSITORY
 
 # Allowed difference between the pixel sums of two images: another process may round a few pixels differently.
 MAX_SUM_DIFFERENCE = 20
@@ -167,3 +169,14 @@ def test_generator_is_found_in_the_folder_or_as_the_only_one_below_it(tmp_path):
     assert find_generator(tmp_path / "first" / "inner") == tmp_path / "first" / "inner"
     with pytest.raises(ValueError, match="but found first, first/inner, second;"):
         find_generator(tmp_path)
+
+
+def test_the_gallerys_generator_opens_and_draws():
+    pipeline = load_pipeline(REPOSITORY / "docs/gallery/clothes")
+    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.float32}  # stored in float16
+    [pants] = pipeline.get_label_ids("pants")
+    images = pipeline.images_from_seeds([pants] * 20, range(20))
+    assert images.shape == (20, 64, 64, 3)
+    # Trousers stand in the middle, so its column differs from the background at the left edge.
+    middle, edge = images[:, 16:48, 24:40].float(), images[:, 16:48, :4].float()
+    assert float((middle.mean(dim=(1, 2)) - edge.mean(dim=(1, 2))).abs().mean()) > 20.0

@@ -195,8 +195,8 @@ class _Script(Extractor):
         try:
             output = self._network(pixels, **self._arguments)
         except RuntimeError as error:  # includes torch.jit.Error
-            last = str(error).strip().splitlines()[-1]
-            raise InputError(f"{self._path} failed on {pixels.dtype} images {tuple(pixels.shape)}: {last}") from error
+            last, kind = str(error).strip().splitlines()[-1], str(pixels.dtype).removeprefix("torch.")
+            raise InputError(f"{self._path} failed on {kind} images {tuple(pixels.shape)}: {last}") from error
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != len(pixels):
             raise InputError(f"{self._path} must return a tensor ({len(pixels)}, D) of features, but returned {shape}")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -51,7 +52,10 @@ def test_a_trained_on_distance_is_not_printed_alone(job, tmp_path):
 @pytest.mark.cluster
 @pytest.mark.soak
 def test_both_generators_are_measured_in_every_extractor(job):
-    text = before_after(job)
+    try:
+        text = before_after(job)
+    finally:
+        ray.shutdown()
     assert text.count("Fréchet distance (judge), trained on") == 1
     assert text.count("Fréchet distance (judge), held out") == 1
     assert text.count("| before | 1 step |") == text.count("| after | 1 step |") == 2

@@ -20,7 +20,7 @@ import torch
 from ray.train import Checkpoint
 from torch.nn.parallel import DistributedDataParallel
 
-from meanflow_core.autoencoder import allow_tf32, forbid_tf32, to_float_images
+from meanflow_core.autoencoder import to_float_images
 from pipelines.autoencoder.batches import ImageSource, ImageStream
 from pipelines.autoencoder.features import EfficientNetFeatures
 from pipelines.autoencoder.job import AutoencoderJob
@@ -37,6 +37,7 @@ from pipelines.command_line import set_up_logging
 from pipelines.errors import RunError
 from pipelines.progress import Progress
 from pipelines.tracking.run import Run
+from pipelines.training.loop import set_up_device
 
 logger = logging.getLogger(__name__)
 
@@ -279,11 +280,8 @@ def _save(trainer: AutoencoderTrainer) -> None:
 
 def _set_up_device(job: AutoencoderJob) -> torch.device:
     """The worker's device, with threads and TF32 set."""
-    device = ray.train.torch.get_device()
+    device = set_up_device(cpu_threads=job.cpu_threads, uses_tf32=job.precision != "float32")
     if device.type == "cpu":
         # Denormal numbers appear in a trained network's backward, and take CPUs several times as long.
         torch.set_flush_denormal(True)
-        default = max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
-        torch.set_num_threads(job.cpu_threads or default)
-    (forbid_tf32 if job.precision == "float32" else allow_tf32)()
     return device

@@ -76,8 +76,7 @@ class Inputs:
         """Number of training images of each class of the generator."""
         assert self.train is not None
         assert self.generator is not None
-        labels = self.train[2].entries["label"].to_numpy()
-        return tuple(np.bincount(labels, minlength=self.generator.num_classes).tolist())
+        return tuple(self.train[2].class_counts(self.generator.num_classes))
 
     @cached_property
     def num_features(self) -> int:

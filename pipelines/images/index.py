@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
@@ -74,6 +75,11 @@ class ImageIndex:
     """Name of each class id."""
     wnids: list[str]
     """WordNet id or folder name of each class id; empty strings if the source has none."""
+
+    def class_counts(self, num_classes: int) -> list[int]:
+        """Number of images of each class, at least `num_classes` numbers."""
+        counts: list[int] = np.bincount(self.entries["label"].to_numpy(), minlength=num_classes).tolist()
+        return counts
 
     def __len__(self) -> int:
         return self.entries.num_rows

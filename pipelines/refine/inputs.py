@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from meanflow_core.autoencoder import weight_hash
@@ -64,7 +63,7 @@ def open_generator(job: RefineJob, device: torch.device | str = "cpu", tracking_
     """Opens the generator of --model, frozen. tracking_uri: MLflow address; default: MLFLOW_TRACKING_URI.
 
     A flow matching generator becomes one that predicts the same velocity for a step of any length: the refinement then turns
-    it into a one-step generator. Raises InputError for a generator that cannot be refined.
+    it into a one-step generator. Raises InputError if the generator cannot be refined.
     """
     folder = fetch_generator(job.model, tracking_uri)
     try:
@@ -176,7 +175,7 @@ def class_counts(job: RefineJob, generator: Generator) -> list[int]:
             f"--data {job.data} has the classes {', '.join(index.class_names[:5])}, ..., but the generator "
             f"{', '.join(names[:5])}, ...; give the data that it was trained on"
         )
-    counts: list[int] = np.bincount(index.entries["label"].to_numpy(), minlength=num_classes).tolist()
+    counts = index.class_counts(num_classes)
     if len(counts) != num_classes:
         raise InputError(f"--data {job.data} has {len(counts)} classes, but the generator {num_classes}")
     return counts

@@ -34,23 +34,23 @@ def publish_averages(
     The first is `generator/`, the others are `generator-ema-DECAY/`. write: writes the generator of a decay into a folder,
     and returns the hashes of its weights, as tags. Raises RunError if MLflow cannot register it.
     """
-    for number, decay in reversed(list(enumerate(decays))):
+    first, *others = decays
+    for decay in others:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            hashes = write(decay, folder)
-            suffix = f"-ema-{decay:g}" if number else ""
-            location = upload(folder, f"{job.run_location}/generator{suffix}")
+            write(decay, Path(scratch))
+            location = upload(Path(scratch), f"{job.run_location}/generator-ema-{decay:g}")
             logger.info("generator of the moving average with decay %g: %s", decay, location)
-            if number:
-                continue
-            try:
-                all_tags = {**hashes, **tags, "generator": storage.redact(location)}
-                model = register_generator(run, folder, name, all_tags)
-            except Exception as error:
-                raise RunError(
-                    f"training has finished and the generator is in {location}, but MLflow did not register it: {error}; "
-                    f"run the same command again to register it"
-                ) from error
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        hashes = write(first, folder)
+        location = upload(folder, f"{job.run_location}/generator")
+        try:
+            model = register_generator(run, folder, name, {**hashes, **tags, "generator": storage.redact(location)})
+        except Exception as error:
+            raise RunError(
+                f"training has finished and the generator is in {location}, but MLflow did not register it: {error}; run "
+                f"the same command again to register it"
+            ) from error
     return Published(step=step, generator=location, model=model)
 
 

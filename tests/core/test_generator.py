@@ -177,6 +177,6 @@ def test_the_gallerys_generator_opens_and_draws():
     [pants] = pipeline.get_label_ids("pants")
     images = pipeline.images_from_seeds([pants] * 20, range(20))
     assert images.shape == (20, 64, 64, 3)
-    # Trousers stand in the middle, so its column differs from the background at the left edge.
+    # Trousers are in the middle of the image, and the background is at its left edge.
     middle, edge = images[:, 16:48, 24:40].float(), images[:, 16:48, :4].float()
     assert float((middle.mean(dim=(1, 2)) - edge.mean(dim=(1, 2))).abs().mean()) > 20.0

@@ -87,6 +87,7 @@ def test_inputs_of_blocks_are_contiguous(setting):
     assert all(seen)
 
 
+@pytest.mark.soak
 @NO_COMPILER
 def test_inductor_computes_the_same_gradient_as_the_plain_network(network):
     config = FLOW_MATCHING

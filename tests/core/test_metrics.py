@@ -135,6 +135,7 @@ def test_distance_to_moments_equals_the_distance_to_statistics():
         frechet_distance(FeatureStatistics.of(normal(80, 7, size=4)), moments)
 
 
+@pytest.mark.soak
 def test_standard_error_covers_the_distances_of_other_samples():
     # A jackknife of 20 groups has 19 degrees of freedom, and 2.093 is the 97.5 % quantile of Student's t for them.
     size, num_samples, repeats = 8, 1000, 150

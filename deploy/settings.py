@@ -53,7 +53,7 @@ class Arguments(BaseModel):
     max_batch_size: int = Field(default=16, ge=1)
     """Maximum number of images per batch."""
     batch_wait_seconds: float = Field(default=0.005, ge=0.0, le=10.0)
-    """How long the first image of a batch waits for others."""
+    """How long the first image of a batch waits for others. A request that is alone does not wait."""
     max_queued_images: int = Field(default=256, ge=1)
     """Maximum number of images queued per replica; a request that exceeds it gets 429."""
 

@@ -2,6 +2,14 @@
 
 Unlike Ray Serve's `@serve.batch`, this batcher queues items by group (here: model, time grid and decoder), accepts
 several items per request, drops the items of cancelled requests, and limits the queue.
+
+When does a batch start? A request that is alone starts at once. With company, the oldest item waits up to
+`batch_wait_seconds` for others, unless the batch is full. Company means that two or more requests were unfinished at once in
+the last COMPANY_SECONDS. Examples, with a wait of 5 ms:
+
+- One user, who sends the next request after each answer: no request ever waits.
+- 16 such users: a batch of 16 ends, all 16 send the next request, and the first to come waits up to 5 ms for the others.
+- One of them goes on alone: the first 0.1 s of requests wait 5 ms each, then none.
 """
 
 import asyncio
@@ -12,6 +20,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+# Longer than callers take to receive an answer and to send their next request.
+COMPANY_SECONDS = 0.1
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -36,7 +47,7 @@ class BatchLimits:
     max_batch_size: int
     """Maximum number of items per batch."""
     batch_wait_seconds: float
-    """How long an idle batcher lets the oldest item wait for others."""
+    """How long the oldest item waits for others while requests have company."""
     max_queued_items: int
     """Maximum queue length. An empty queue accepts a request of any size."""
 
@@ -95,6 +106,8 @@ class Batcher(Generic[ItemT, ResultT]):
         self._arrival = asyncio.Event()
         self._loop_task: asyncio.Task | None = None
         self._seconds_per_cost: float | None = None
+        self._num_unfinished = 0  # requests
+        self._last_company = -math.inf  # time.monotonic() when two requests were last unfinished at once
 
     @property
     def num_queued(self) -> int:
@@ -121,6 +134,8 @@ class Batcher(Generic[ItemT, ResultT]):
         )
         self._queues.setdefault(group, deque()).extend((request, index) for index in range(len(items)))
         self._arrival.set()
+        self._num_unfinished += 1
+        self._note_company()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await request.done
@@ -131,12 +146,20 @@ class Batcher(Generic[ItemT, ResultT]):
             self._remove(request)
             del request  # as in `_run_batch`
             raise
+        finally:
+            self._note_company()
+            self._num_unfinished -= 1
         assert request.first_batch_start is not None
         return BatchedResults(
             results=[result for result in request.results if result is not None],
             batch_infos=request.batch_infos,
             queue_wait_seconds=request.first_batch_start - request.arrival,
         )
+
+    def _note_company(self) -> None:
+        """Remembers the time if two requests are unfinished now."""
+        if self._num_unfinished > 1:
+            self._last_company = time.monotonic()
 
     def _check_load(self, group: Hashable, num_items: int, timeout_seconds: float) -> None:
         """Raises OverloadedError if a request cannot be accepted now."""
@@ -176,8 +199,10 @@ class Batcher(Generic[ItemT, ResultT]):
         """Waits until a group has a full batch, or its oldest item has waited long enough. None if all queues empty."""
         while self._queues:
             pause = math.inf
+            now = time.monotonic()
+            wait = self.limits.batch_wait_seconds if now - self._last_company < COMPANY_SECONDS else 0.0
             for group, queue in self._queues.items():
-                remaining = queue[0][0].arrival + self.limits.batch_wait_seconds - time.monotonic()
+                remaining = queue[0][0].arrival + wait - now
                 if len(queue) >= self.limits.max_batch_size or remaining <= 0.0:
                     return group
                 pause = min(pause, remaining)

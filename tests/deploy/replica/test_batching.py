@@ -1,9 +1,10 @@
 import asyncio
+import statistics
 import time
 
 import pytest
 
-from deploy.replica.batching import Batcher, BatchLimits, DeadlineError, OverloadedError
+from deploy.replica.batching import COMPANY_SECONDS, Batcher, BatchLimits, DeadlineError, OverloadedError
 
 
 class Runner:
@@ -27,6 +28,11 @@ class Runner:
 
 def batcher_of(runner, size=4, wait=0.02, queued=100, **options):
     return Batcher(runner, BatchLimits(size, wait, queued), **options)
+
+
+async def have_company(batcher):
+    """Two requests at once, so that the next one waits for others."""
+    await asyncio.gather(*(batcher.submit("company", [0, 1], 5.0) for _ in range(2)))
 
 
 def test_items_of_one_group_share_batches_and_return_in_order():
@@ -53,17 +59,44 @@ def test_groups_have_batches_of_their_own_oldest_first():
     assert runner.batches == [("a", [0, 2]), ("b", [1, 3])]
 
 
-def test_a_lone_item_waits_for_others_and_a_full_batch_does_not():
-    runner = Runner()
+def test_a_lone_request_starts_at_once_and_with_company_waits_for_others():
+    async def run():
+        batcher = batcher_of(Runner(), wait=0.3)
 
-    async def seconds_of(items):
-        batcher = batcher_of(runner, wait=0.3)
-        start = time.monotonic()
-        await batcher.submit("g", items, 5.0)
-        return time.monotonic() - start
+        async def wait_of(items):
+            return (await batcher.submit("g", items, 5.0)).queue_wait_seconds
 
-    assert asyncio.run(seconds_of([1])) >= 0.3
-    assert asyncio.run(seconds_of([1, 2, 3, 4])) < 0.28
+        alone = await wait_of([1])
+        together = await asyncio.gather(wait_of([1]), wait_of([2]))
+        just_after = await wait_of([1])
+        full = await wait_of([1, 2, 3, 4])
+        await asyncio.sleep(COMPANY_SECONDS)
+        return alone, min(together), just_after, full, await wait_of([1])
+
+    alone, together, just_after, full, much_later = asyncio.run(run())
+    assert max(alone, full, much_later) < 0.1
+    assert min(together, just_after) >= 0.3
+
+
+@pytest.mark.parametrize(("num_users", "smallest_mean"), [(1, 1.0), (8, 7.0)])
+def test_users_who_return_after_each_answer_share_batches_and_one_user_never_waits(num_users, smallest_mean):
+    runner = Runner(seconds=0.03)
+
+    async def user(batcher):
+        waits = []
+        for _ in range(12):
+            waits.append((await batcher.submit("g", [0], 5.0)).queue_wait_seconds)
+            await asyncio.sleep(0.002)  # the way to the user and back
+        return waits
+
+    async def run():
+        batcher = batcher_of(runner, size=8, wait=0.02)
+        return [wait for waits in await asyncio.gather(*(user(batcher) for _ in range(num_users))) for wait in waits]
+
+    waits = asyncio.run(run())
+    sizes = [len(items) for _, items in runner.batches]
+    assert sum(sizes) / len(sizes) >= smallest_mean
+    assert statistics.median(waits) < (0.005 if num_users == 1 else 0.06)  # a wait, and a batch that already runs
 
 
 def test_a_full_batch_overtakes_an_older_item_that_still_waits():
@@ -71,6 +104,8 @@ def test_a_full_batch_overtakes_an_older_item_that_still_waits():
 
     async def run():
         batcher = batcher_of(runner, wait=0.1)
+        await have_company(batcher)
+        runner.batches.clear()
         first = asyncio.create_task(batcher.submit("a", [0], 5.0))
         await asyncio.sleep(0.01)
         await batcher.submit("b", [1, 2, 3, 4], 5.0)
@@ -86,6 +121,7 @@ def test_the_wait_of_the_oldest_group_is_not_extended_by_a_younger_one():
 
     async def run():
         batcher = batcher_of(runner, wait=0.5)
+        await have_company(batcher)
         start = time.monotonic()
         first = asyncio.create_task(batcher.submit("a", [0], 5.0))
         await asyncio.sleep(0.4)

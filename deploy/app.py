@@ -3,12 +3,16 @@
     serve run deploy.app:build_app model=runs/demo/generator        # http://127.0.0.1:8000, with a page to try it
     curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
 
-The application has two deployments. Api is the HTTP API, which also encodes images (`deploy.api`). ImageGenerator holds
-the model and batches the images of concurrent requests (`deploy.replica`).
+It consists of the HTTP API, which also encodes images (`deploy.api`), and of the generator, which holds the model and batches
+the images of concurrent requests (`deploy.replica`). The setting `topology` decides where they run:
+
+    one    Endpoint: both in each replica. A request crosses no second process.
+    two    Api -> ImageGenerator: two deployments, whose numbers of replicas are independent.
 """
 
 import logging
 import os
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,12 +25,19 @@ from ray.serve.handle import DeploymentHandle
 from deploy import private_interfaces
 from deploy.api.routes import build_http_app
 from deploy.api.service import ApiService
-from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, Refusal
+from deploy.messages import (
+    ClassEntry,
+    GenerationPart,
+    GenerationRequest,
+    GenerationResult,
+    GeneratorStatus,
+    Refusal,
+)
 from deploy.metrics import RayRecorder
 from deploy.models import resolve_model
 from deploy.replica.model_swap import ModelSwapper
 from deploy.replica.service import GeneratorService
-from deploy.settings import Arguments
+from deploy.settings import Arguments, split_user_config
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +70,11 @@ class ImageGenerator:
         """Generates the images of a request."""
         return await self._service.generate(request)
 
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart | Refusal]:
+        """Generates the images of a request, and yields them as soon as they are made."""
+        async for part in self._service.stream(request):
+            yield part
+
     async def describe(self) -> GeneratorStatus:
         """The serving model and any problem."""
         return await self._service.describe()
@@ -78,17 +94,16 @@ class RemoteGenerator:
         """Generates the images of a request."""
         try:
             return await self._handle.generate.remote(request)
-        except BackPressureError as error:
-            message = f"too many requests are queued: {error}"
-            return Refusal(status=429, code="overloaded", message=message, retry_after_seconds=1.0)
-        except DeploymentUnavailableError as error:
-            return Refusal(status=503, code="not_ready", message=str(error), retry_after_seconds=5.0)
-        except (RayTaskError, TaskCancelledError):  # a bug in deploy.replica, or a client that disconnected
-            raise
-        except RayError:
-            logger.exception("a generator replica died during a request, or its response was lost")
-            message = "the generator replica died while it processed the request; send the request again"
-            return Refusal(status=503, code="replica_died", message=message, retry_after_seconds=1.0)
+        except (RayError, RayServeException) as error:
+            return _refusal(error)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart | Refusal]:
+        """Generates the images of a request, and yields them as soon as they are made."""
+        try:
+            async for part in self._handle.options(stream=True).stream.remote(request):
+                yield part
+        except (RayError, RayServeException) as error:
+            yield _refusal(error)
 
     async def describe(self) -> GeneratorStatus:
         """The serving model and any problem."""
@@ -106,10 +121,52 @@ class RemoteGenerator:
             return []
 
 
+def _refusal(error: RayError | RayServeException) -> Refusal:
+    """The refusal for an error of Ray. Raises the error if it is a bug in deploy.replica, or if the client disconnected."""
+    if isinstance(error, BackPressureError):
+        message = f"too many requests are queued: {error}"
+        return Refusal(status=429, code="overloaded", message=message, retry_after_seconds=1.0)
+    if isinstance(error, DeploymentUnavailableError):
+        return Refusal(status=503, code="not_ready", message=str(error), retry_after_seconds=5.0)
+    if isinstance(error, RayTaskError | TaskCancelledError | RayServeException):
+        raise error
+    logger.error("a generator replica died during a request, or its response was lost", exc_info=error)
+    message = "the generator replica died while it processed the request; send the request again"
+    return Refusal(status=503, code="replica_died", message=message, retry_after_seconds=1.0)
+
+
+@serve.deployment
+@serve.ingress()
+class Endpoint:
+    """The HTTP API and the generator on one device, in one process."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        log_to_serve("deploy", "meanflow.access")
+        recorder = RayRecorder()
+        self._generator = GeneratorService(arguments, ModelSwapper(arguments.model, recorder), recorder)
+        self._service = ApiService(self._generator, arguments, recorder, private_interfaces.http_host() or "unknown")
+
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: object = None) -> None:
+        """Applies settings and swaps the model in place, as Api and ImageGenerator do.
+
+        rank: Unused, as in ImageGenerator.
+        """
+        of_generator, of_api = split_user_config(user_config)
+        self._service.reconfigure(of_api)
+        await self._generator.reconfigure(of_generator)
+
+    def check_health(self) -> None:
+        """Raises if Serve should replace this replica."""
+        self._generator.check_health()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # the name that Serve looks for
+        return build_http_app(self._service)
+
+
 @serve.deployment
 @serve.ingress()
 class Api:
-    """The HTTP API."""
+    """The HTTP API, which calls the deployment ImageGenerator."""
 
     def __init__(self, generator: DeploymentHandle, arguments: Arguments) -> None:
         log_to_serve("deploy", "meanflow.access")
@@ -151,18 +208,19 @@ def build_app(arguments: Arguments) -> Application:
         "max_queued_requests": UNLIMITED_REQUESTS,
         "graceful_shutdown_timeout_s": arguments.drain_seconds,
     }
-    generator = ImageGenerator.options(  # type: ignore[attr-defined]  # the decorator is untyped
-        **common,
-        num_replicas=arguments.num_replicas,
-        ray_actor_options={
+    on_device = {
+        "num_replicas": arguments.num_replicas,
+        "ray_actor_options": {
             "num_gpus": arguments.num_gpus,
             "num_cpus": 0 if arguments.num_gpus > 0 else arguments.cpu_threads,
         },
-    ).bind(arguments)
-    ingress = Api.options(  # type: ignore[attr-defined]
-        **common,
-        num_replicas=arguments.num_api_replicas,
-        backpressure_config={"status_code": 429, "retry_after_s": 1},
-        logging_config={"encoding": "JSON", "enable_access_log": False},  # `deploy.api` writes its own access log
-    )
-    return ingress.bind(generator, arguments)
+    }
+    over_http = {
+        "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+        "logging_config": {"encoding": "JSON", "enable_access_log": False},  # `deploy.api` writes its own access log
+    }
+    if arguments.topology == "one":
+        return Endpoint.options(**common, **on_device, **over_http).bind(arguments)  # type: ignore[attr-defined]
+    generator = ImageGenerator.options(**common, **on_device).bind(arguments)  # type: ignore[attr-defined]
+    api = Api.options(**common, **over_http, num_replicas=arguments.num_api_replicas)  # type: ignore[attr-defined]
+    return api.bind(generator, arguments)

@@ -92,6 +92,8 @@ class GenerationRequest:
     size: str
     """"64x64", or "auto"."""
     timeout_seconds: float
+    num_partial: int = 0
+    """For streams: partial images to decode on the way of a request with several steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,18 @@ class GenerationResult:
     queue_seconds: float
     model_seconds: float
     decode_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationPart:
+    """Some images of a streamed request, as soon as they are made."""
+
+    indices: list[int]
+    """Indices of the images in the request."""
+    partial_index: int | None
+    """0-based number of a partial image, of which better ones follow; None for finished images."""
+    result: GenerationResult
+    """These images. Its timings are those of the request so far."""
 
 
 @dataclass(frozen=True, kw_only=True)

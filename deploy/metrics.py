@@ -23,17 +23,17 @@ def _seconds(description: str, *tags: str) -> Metric:
 
 
 METRICS: dict[str, Metric] = {
-    # Recorded by the deployment Api.
+    # Recorded by the HTTP API.
     "meanflow_requests_total": Metric(
         "counter", "Responses by route, method and status.", ("route", "method", "status")
     ),
     "meanflow_request_seconds": _seconds("Time from a request's arrival to its response.", "route"),
     "meanflow_encode_seconds": _seconds("Encoding time of a request's images."),
-    # Recorded by both deployments.
+    # Recorded by both.
     "meanflow_settings_refused": Metric(
         "gauge", "1 while a user_config is refused and the previous settings remain in use."
     ),
-    # Recorded by the deployment ImageGenerator.
+    # Recorded by the generator.
     "meanflow_model_refused": Metric(
         "gauge", "1 while the requested model fails to load and another one is being served."
     ),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import limits
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+ORIGIN = re.compile(r"https?://[^/\s]+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Upper bound of `max_steps`, and thus of the steps of any request.
 MAX_STEPS = 1000
@@ -15,7 +16,7 @@ class Arguments(BaseModel):
     """Arguments of `deploy.app:build_app`, on the command line or under `args:` in a Serve config.
 
     The names in GENERATOR_SETTINGS and API_SETTINGS are also valid under `user_config:` of the deployments
-    ImageGenerator and Api. Changes there take effect without a restart.
+    ImageGenerator and Api, and all of them under that of Endpoint. Changes there take effect without a restart.
     """
 
     # Hides input, so that a plain-text key given in place of its hash never appears in an error.
@@ -28,10 +29,13 @@ class Arguments(BaseModel):
     served_name: str | None = Field(default=None, min_length=1, max_length=200)
     """Name under /v1/models. Default: the name of the registered model or of the folder."""
 
+    topology: Literal["one", "two"] = "one"
+    """one: the deployment Endpoint, which is HTTP API and generator in one process. two: the deployments Api and
+    ImageGenerator, which scale apart: for a GPU whose API needs more than one process."""
     num_replicas: int = Field(default=1, ge=1)
     """Replicas of the generator. An autoscaling_config under `deployments:` of a Serve config replaces this number."""
     num_api_replicas: int = Field(default=1, ge=1)
-    """Replicas of the HTTP API, which validates requests and encodes images."""
+    """Replicas of the HTTP API, which validates requests and encodes images. More than one requires topology two."""
     num_gpus: float = Field(default=0.0, ge=0.0)
     """GPUs per generator replica; a fraction lets several replicas share one GPU."""
     cpu_threads: int = Field(default=1, ge=1)
@@ -69,13 +73,25 @@ class Arguments(BaseModel):
     """{name: SHA-256 of the key}; `python -m deploy.keys NAME` creates both. If any key is set, requests require one."""
     rate_limit: str | None = None
     """Images per key (or per address, without keys) and API replica: "600/minute", "10/second;10000/day"."""
+    cors_origins: list[str] = Field(default_factory=list)
+    """Origins whose pages may call the API from a browser: "https://example.org,http://localhost:5173", or "*" for all."""
     log_prompts: bool = False
     """Include the requested class in the access log."""
 
-    @field_validator("batch_sizes", mode="before")
+    @field_validator("cors_origins")
     @classmethod
-    def _split_sizes(cls, value: Any) -> Any:
-        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+    def _check_origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f'expected an origin such as "https://example.org", without a path, but got {origin!r}'
+                )
+        return value
+
+    @field_validator("batch_sizes", "cors_origins", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @field_validator("api_keys")
     @classmethod
@@ -99,6 +115,15 @@ class Arguments(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _check_topology(self) -> "Arguments":
+        if self.topology == "one" and self.num_api_replicas > 1:
+            raise ValueError(
+                f"num_api_replicas {self.num_api_replicas} requires topology two; in topology one, every replica of "
+                f"num_replicas has an HTTP API"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_sizes(self) -> "Arguments":
         if self.compile and not self.batch_sizes:
             size = 1
@@ -116,6 +141,13 @@ class Arguments(BaseModel):
 
 GENERATOR_SETTINGS = frozenset({"model", "max_batch_size", "batch_wait_seconds", "max_queued_images"})
 API_SETTINGS = frozenset({"deadline_seconds", "max_images", "max_steps", "api_keys", "rate_limit", "log_prompts"})
+
+
+def split_user_config(user_config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the generator, and all others: those of the API and unknown ones, which it refuses."""
+    settings = user_config or {}
+    of_generator = {name: value for name, value in settings.items() if name in GENERATOR_SETTINGS}
+    return of_generator, {name: value for name, value in settings.items() if name not in GENERATOR_SETTINGS}
 
 
 def apply_user_config(arguments: Arguments, user_config: dict[str, Any] | None, allowed: frozenset[str]) -> Arguments:

@@ -29,6 +29,9 @@ FORMAT_VERSION = 3
 SOLVERS = ("euler", "heun")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+OnStep = Callable[[int, torch.Tensor], None]
+"""Called after each step but the last: 1-based number of the step, and the image that it predicts, as latents at t = 0."""
+
 _Predict = Callable[[torch.Tensor, float, float], torch.Tensor]  # (z, t, r) -> the network's prediction
 
 # Guidance: one value for all images, or one per image.
@@ -203,10 +206,12 @@ class MeanFlowPipeline(DiffusionPipeline):
         guidance_scale: Scales | None = None,
         guidance_interval: Intervals | None = None,
         solver: str = "euler",
+        on_step: OnStep | None = None,
     ) -> torch.Tensor:
         """Maps noise (B, C, H, W) at t = 1 to normalised latents, float32 (B, C, H, W), at t = 0.
 
-        See `__call__` for the arguments. Source: Geng et al. 2025, Eq. 12: z_r = z_t - (t - r) u(z_t, r, t).
+        on_step: see OnStep. For the other arguments, see `__call__`.
+        Source: Geng et al. 2025, Eq. 12: z_r = z_t - (t - r) u(z_t, r, t).
         """
         class_labels = self.check_labels(class_labels)
         times = time_grid(num_inference_steps, timesteps)
@@ -232,43 +237,55 @@ class MeanFlowPipeline(DiffusionPipeline):
             labels, *guidance
         )
         z = noise.to(device, torch.float32)
+        report = on_step or (lambda step, image: None)
         if prediction == "epsilon":
-            return self._denoise(predict, z, len(times) - 1)
+            return self._denoise(predict, z, len(times) - 1, report)
         if prediction == "consistency":
-            return self._sample_consistency(predict, z, times)
-        return self._follow_flow(predict, z, times, solver)
+            return self._sample_consistency(predict, z, times, report)
+        return self._follow_flow(predict, z, times, solver, report)
 
-    def _follow_flow(self, predict: _Predict, z: torch.Tensor, times: list[float], solver: str) -> torch.Tensor:
-        """Steps z_r = z_t - (t - r) u along the times."""
+    def _follow_flow(
+        self, predict: _Predict, z: torch.Tensor, times: list[float], solver: str, report: OnStep
+    ) -> torch.Tensor:
+        """Steps z_r = z_t - (t - r) u along the times. A step predicts the image at the end of its straight line."""
         self.scheduler.set_timesteps(sigmas=times[:-1])
         scale = self.scheduler.config.num_train_timesteps
-        for t, r in itertools.pairwise(times):
+        for step, (t, r) in enumerate(itertools.pairwise(times)):
             u = predict(z, t, r)
             if solver == "heun":
                 u = (u + predict(z - (t - r) * u, r, r)) / 2.0
+            if r > 0.0:
+                report(step + 1, z - t * u)
             z = self.scheduler.step(u, t * scale, z, r_timestep=r * scale).prev_sample
         return z
 
-    def _sample_consistency(self, predict: _Predict, z: torch.Tensor, times: list[float]) -> torch.Tensor:
+    def _sample_consistency(
+        self, predict: _Predict, z: torch.Tensor, times: list[float], report: OnStep
+    ) -> torch.Tensor:
         """Predicts the image from z_t, and adds fresh noise up to the next time (Song et al. 2023, Algorithm 1)."""
         self.scheduler.set_timesteps(sigmas=times[:-1])
         scale, noise = self.scheduler.config.num_train_timesteps, z
         for step, (t, s) in enumerate(itertools.pairwise(times)):
             image = self.scheduler.step(predict(z, t, 0.0), t * scale, z, r_timestep=0.0).prev_sample
-            z = image if s == 0.0 else (1.0 - s) * image + s * fresh_noise(noise, step).to(z.device)
+            if s == 0.0:
+                z = image
+            else:
+                report(step + 1, image)
+                z = (1.0 - s) * image + s * fresh_noise(noise, step).to(z.device)
         return z
 
-    def _denoise(self, predict: _Predict, z: torch.Tensor, num_steps: int) -> torch.Tensor:
+    def _denoise(self, predict: _Predict, z: torch.Tensor, num_steps: int, report: OnStep) -> torch.Tensor:
         """DDIM's steps with eta 0. Timestep k of K is t = (k + 1) / K for the network, as in training."""
         self.scheduler.set_timesteps(num_steps)
         num_timesteps = self.scheduler.config.num_train_timesteps
         timesteps = self.scheduler.timesteps.tolist()
-        for timestep, following in itertools.zip_longest(timesteps, timesteps[1:]):
+        for step, (timestep, following) in enumerate(itertools.zip_longest(timesteps, timesteps[1:])):
             t = (timestep + 1) / num_timesteps
             epsilon = predict(z, t, t)
             z = self.scheduler.step(epsilon, timestep, z).pred_original_sample
             # Not the step's prev_sample: its noise level is not that of the next timestep unless num_steps divides K.
             if following is not None:
+                report(step + 1, z)
                 z = self.scheduler.add_noise(z, epsilon, torch.tensor([following]))
         return z
 

@@ -26,6 +26,9 @@ DESCRIPTIONS = {
 }
 
 
+INTERNAL_ERROR = "internal server error; see the server's log"
+
+
 class ApiError(Exception):
     """An error that the caller receives in OpenAI's shape."""
 
@@ -50,10 +53,10 @@ def invalid_value(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", "invalid_value", param)
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """The response to an error. An infinite retry_after_seconds gives no Retry-After header."""
+def error_body(error: ApiError) -> ErrorResponse:
+    """The body of the response to an error."""
     default_type = "invalid_request_error" if error.status < 500 else "server_error"
-    body = ErrorResponse(
+    return ErrorResponse(
         error=ErrorBody(
             message=error.message,
             type=ERROR_TYPES.get(error.status, default_type),
@@ -61,12 +64,16 @@ def error_response(error: ApiError) -> JSONResponse:
             code=error.code,
         )
     )
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The response to an error. An infinite retry_after_seconds gives no Retry-After header."""
     headers = {}
     if error.retry_after_seconds is not None and math.isfinite(error.retry_after_seconds):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body.model_dump(), status_code=error.status, headers=headers)
+    return JSONResponse(error_body(error).model_dump(), status_code=error.status, headers=headers)
 
 
 def explain_validation_error(error: RequestValidationError) -> ApiError:

@@ -8,7 +8,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.api.errors import ApiError, error_response
+from deploy.api.errors import INTERNAL_ERROR, ApiError, error_response
 from deploy.metrics import Recorder
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class AccessLog:
                 raise
             # Starlette's own handler runs outside the middleware: its response would get no headers and no log line.
             logger.error("a request failed", exc_info=error)
-            response = error_response(ApiError(500, "internal server error; see the server's log"))
+            response = error_response(ApiError(500, INTERNAL_ERROR))
             await response(scope, receive, send_and_note_status)
         finally:
             self._record(scope, status or CLIENT_DISCONNECTED, time.perf_counter() - started, details)

@@ -1,6 +1,5 @@
 """The endpoint's routes and FastAPI application. Independent of Ray; `deploy.app` runs it on Ray Serve."""
 
-import base64
 import importlib.metadata
 import time
 from pathlib import Path
@@ -8,30 +7,50 @@ from typing import Annotated
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 
+from deploy.api.answers import (
+    encode_files,
+    file_mode,
+    file_names,
+    image_data,
+    server_timing,
+    size_of,
+    timing_of,
+)
 from deploy.api.auth import bearer, identify_caller
-from deploy.api.encoding import MEDIA_TYPES, encode_grid, encode_image, encode_zip
+from deploy.api.encoding import MEDIA_TYPES, encode_grid, encode_zip
 from deploy.api.errors import EXCEPTION_HANDLERS, ApiError, document_errors, invalid_value
 from deploy.api.middleware import AccessLog, BodyLimit, SecurityHeaders
 from deploy.api.schema import (
     GenerateRequest,
     Health,
-    ImageData,
+    ImageEvent,
     ImagesRequest,
     ImagesResponse,
     ModelList,
     Readiness,
-    Sampling,
-    Timing,
     Version,
 )
 from deploy.api.service import ApiService
-from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, ImageMode, ModelInfo
+from deploy.api.streaming import event_stream, image_events
+from deploy.messages import ClassEntry, ModelInfo
 
+# Headers of answers that pages of other origins may read, too.
+EXPOSED_HEADERS = (
+    "Retry-After",
+    "Server-Timing",
+    "X-Class-Id",
+    "X-Milliseconds",
+    "X-Model",
+    "X-Preview",
+    "X-Request-Id",
+    "X-Seed",
+)
 WEB = Path(__file__).parents[1] / "web"
 
 IMAGE_ERRORS = document_errors(400, 401, 404, 413, 422, 429, 500, 503, 504)
@@ -63,7 +82,16 @@ async def get_caller(
 Caller = Annotated[str, Depends(get_caller)]
 
 
-@images.post("/v1/images/generations", response_model=ImagesResponse)
+@images.post(
+    "/v1/images/generations",
+    response_model=ImagesResponse,
+    responses={
+        200: {
+            "description": "The images, or with `stream` an event for each of them.",
+            "content": {"text/event-stream": {"schema": ImageEvent.model_json_schema()}},
+        }
+    },
+)
 async def images_generations(body: ImagesRequest, request: Request, service: Service, caller: Caller) -> Response:
     """Generates images like OpenAI's Images API. To use the `openai` client, set its base URL to this server's /v1."""
     started = time.perf_counter()
@@ -76,51 +104,30 @@ async def images_generations(body: ImagesRequest, request: Request, service: Ser
         count_field="n",
         model=body.model,
         size=body.size or "auto",
+        num_partial=(body.partial_images or 0) if body.stream else 0,
     )
     service.admit(caller, generation.num_images)
+    if body.stream:
+        parts = service.stream(generation, request.state.log, "prompt")
+        return await event_stream(image_events(service, body, generation, parts, started))
     result = await service.generate(generation, request.state.log, "prompt")
-    output_format = body.output_format or "png"
-    mode = file_mode(body, result)
-    encoded = await service.encode(
-        lambda: [
-            base64.b64encode(encode_image(image, output_format, body.output_compression, mode=mode)).decode()
-            for image in result.images
-        ]
-    )
+    encoded = await encode_files(service, body, result)
     answer = ImagesResponse(
         created=int(time.time()),
-        data=image_data(generation, result, encoded.content),
+        data=image_data(generation, range(generation.num_images), result, encoded.content),
         model=result.model,
-        size=f"{result.images.shape[2]}x{result.images.shape[1]}",
-        output_format=output_format,
+        size=size_of(result),
+        output_format=body.output_format or "png",
         class_id=result.class_id,
         class_name=result.class_name,
         wnid=result.wnid,
         seed=generation.seed,
         num_inference_steps=len(generation.timesteps) - 1,
         preview=generation.is_preview,
-        timing=Timing(
-            queue_ms=1000.0 * result.queue_seconds,
-            model_ms=1000.0 * result.model_seconds,
-            decode_ms=1000.0 * result.decode_seconds,
-            encode_ms=1000.0 * encoded.seconds,
-            total_ms=1000.0 * (time.perf_counter() - started),
-        ),
+        timing=timing_of(result, encoded.seconds, started),
     )
-    return Response(answer.model_dump_json(), media_type="application/json")
-
-
-def image_data(generation: GenerationRequest, result: GenerationResult, files: list[str]) -> list[ImageData]:
-    """The images of a response, each with its seed or its interpolation weight between two seeds."""
-    return [
-        ImageData(
-            b64_json=file,
-            seed=generation.seed if result.weights else generation.seed + index,
-            seed_end=generation.seed_end,
-            weight=result.weights[index] if result.weights else None,
-        )
-        for index, file in enumerate(files)
-    ]
+    headers = {"Server-Timing": server_timing(answer.timing)}
+    return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
 
 @images.post(
@@ -157,20 +164,9 @@ async def generate(body: GenerateRequest, request: Request, service: Service, ca
         "X-Model": result.model.encode("ascii", "replace").decode(),
         "X-Preview": str(generation.is_preview).lower(),
         "X-Milliseconds": f"{1000.0 * (time.perf_counter() - started):.1f}",
+        "Server-Timing": server_timing(timing_of(result, encoded.seconds, started)),
     }
     return Response(encoded.content, media_type=media_type, headers=headers)
-
-
-def file_mode(body: Sampling, result: GenerationResult) -> ImageMode:
-    """Pillow's mode of the image files of a response."""
-    return result.image_mode if body.image_mode == "auto" else body.image_mode
-
-
-def file_names(generation: GenerationRequest, result: GenerationResult) -> list[str]:
-    """Names of the images in a ZIP: class and seed, or class and interpolation weight between two seeds."""
-    if result.weights:
-        return [f"class{result.class_id}-{weight:.3f}.png" for weight in result.weights]
-    return [f"class{result.class_id}-seed{generation.seed + index}.png" for index in range(generation.num_images)]
 
 
 @models.get("/v1/models", name="models")
@@ -267,4 +263,12 @@ def build_http_app(service: ApiService) -> FastAPI:
     api.add_middleware(BodyLimit, max_body_bytes=service.settings.max_body_bytes)
     api.add_middleware(AccessLog, recorder=service.recorder)
     api.add_middleware(SecurityHeaders)
+    if service.settings.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     return api

@@ -12,6 +12,9 @@ from deploy.settings import MAX_STEPS
 MAX_SEED = 2**62
 
 
+MAX_PARTIAL_IMAGES = 3  # as OpenAI's
+
+
 class Strict(BaseModel):
     """Base class: unknown fields and values of another type are errors."""
 
@@ -88,7 +91,15 @@ class ImagesRequest(Sampling):
     output_compression: int | None = Field(default=None, ge=0, le=100, description="Quality of JPEG and WebP.")
     quality: Literal["auto", "standard"] | None = Field(default="auto", description="Ignored: there is one quality.")
     background: Literal["auto", "opaque"] | None = Field(default="auto", description="Ignored: images are opaque.")
-    stream: Literal[False] | None = Field(default=False, description="Streaming is not supported.")
+    stream: bool | None = Field(
+        default=False, description="Send each image as a server-sent event as soon as it is made, like OpenAI."
+    )
+    partial_images: int | None = Field(
+        default=0,
+        ge=0,
+        le=MAX_PARTIAL_IMAGES,
+        description="With `stream` and several steps: unfinished images to send on the way.",
+    )
     user: str | None = Field(default=None, max_length=500, description="Ignored.")
 
 
@@ -134,6 +145,36 @@ class ImagesResponse(BaseModel):
     preview: bool
     """True if the preview decoder made the images."""
     timing: Timing
+
+
+class ImageEvent(BaseModel):
+    """An event of a stream: OpenAI's fields, and what `ImagesResponse` tells of an image."""
+
+    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    b64_json: str
+    """The image file in base64."""
+    index: int
+    """Which of the n images this is. They come in any order."""
+    partial_image_index: int | None = None
+    """Number of an unfinished image, from 0; absent for finished images."""
+    created_at: int
+    """Unix time of the event."""
+    background: Literal["opaque"] = "opaque"
+    quality: Literal["auto"] = "auto"
+    size: str
+    output_format: ImageFormat
+    model: str
+    class_id: int
+    class_name: str
+    wnid: str | None
+    seed: int
+    seed_end: int | None = None
+    weight: float | None = None
+    """Interpolation weight, from 0 (seed) to 1 (seed_end)."""
+    num_inference_steps: int
+    preview: bool
+    timing: Timing
+    """Of the request so far."""
 
 
 class ModelList(BaseModel):

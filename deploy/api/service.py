@@ -1,10 +1,11 @@
 """Handles requests for the routes: checks limits, calls the generator, encodes images. Independent of HTTP."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,7 +16,15 @@ from deploy.api.encoding import MEDIA_TYPES, encode_image
 from deploy.api.errors import ApiError, invalid_value
 from deploy.api.rate_limit import RateLimiter
 from deploy.api.schema import Readiness, Sampling
-from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, ModelInfo, Refusal
+from deploy.messages import (
+    ClassEntry,
+    GenerationPart,
+    GenerationRequest,
+    GenerationResult,
+    GeneratorStatus,
+    ModelInfo,
+    Refusal,
+)
 from deploy.metrics import Recorder
 from deploy.settings import API_SETTINGS, Arguments, apply_user_config
 from meanflow_core.sampling import time_grid
@@ -37,6 +46,9 @@ class GeneratorClient(Protocol):
 
     async def generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
         """Returns the images, or a refusal."""
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart | Refusal]:
+        """Yields the images as soon as they are made. A refusal ends the stream."""
 
     async def describe(self) -> GeneratorStatus:
         """The serving model and any problem."""
@@ -177,7 +189,15 @@ class ApiService:
         return classes
 
     def make_generation_request(
-        self, body: Sampling, *, class_: int | str, num_images: int, count_field: str, model: str | None, size: str
+        self,
+        body: Sampling,
+        *,
+        class_: int | str,
+        num_images: int,
+        count_field: str,
+        model: str | None,
+        size: str,
+        num_partial: int = 0,
     ) -> GenerationRequest:
         """Converts a request body into the generator's request. Raises ApiError 400 for invalid values and exceeded limits.
 
@@ -204,6 +224,7 @@ class ApiService:
             raise invalid_value("seed_end", message)
         return GenerationRequest(
             class_=class_,
+            num_partial=num_partial,
             num_images=num_images,
             seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
             seed_end=body.seed_end,
@@ -221,16 +242,42 @@ class ApiService:
 
         log: details for the access log. class_field: the body's field for the class, named in error messages.
         """
+        self._log_request(request, log)
+        answer = self._refusal_cache.find(request) or await self._call_generator(request)
+        if isinstance(answer, Refusal):
+            raise api_error(answer, class_field)
+        log["model"] = answer.model
+        return answer
+
+    async def stream(
+        self, request: GenerationRequest, log: dict[str, object], class_field: str
+    ) -> AsyncGenerator[GenerationPart]:
+        """Yields the generator's images as soon as they are made. Arguments and errors: as for `generate`."""
+        self._log_request(request, log)
+        refusal = self._refusal_cache.find(request)
+        if refusal is not None:
+            raise api_error(refusal, class_field)
+        deadline = asyncio.get_running_loop().time() + request.timeout_seconds + GRACE_SECONDS
+        async with contextlib.aclosing(self.generator.stream(request)) as parts:
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        part = await anext(parts, None)
+                except TimeoutError as error:
+                    raise deadline_exceeded(request) from error
+                if part is None:
+                    return
+                if isinstance(part, Refusal):
+                    if part.code == "overloaded":
+                        self._refusal_cache.store(request, part)
+                    raise api_error(part, class_field)
+                log["model"] = part.result.model
+                yield part
+
+    def _log_request(self, request: GenerationRequest, log: dict[str, object]) -> None:
         log["images"] = request.num_images
         if self.settings.log_prompts:
             log["class"] = request.class_
-        answer = self._refusal_cache.find(request) or await self._call_generator(request)
-        if isinstance(answer, Refusal):
-            param = class_field if answer.param == "class" else answer.param
-            message = answer.message if param is None else f"{param}: {answer.message}"
-            raise ApiError(answer.status, message, answer.code, param, answer.retry_after_seconds)
-        log["model"] = answer.model
-        return answer
 
     async def _call_generator(self, request: GenerationRequest) -> GenerationResult | Refusal:
         """The generator's answer. Raises ApiError 504 if it does not answer in time."""
@@ -238,7 +285,7 @@ class ApiService:
             async with asyncio.timeout(request.timeout_seconds + GRACE_SECONDS):
                 answer = await self.generator.generate(request)
         except TimeoutError as error:
-            raise ApiError(504, f"not done within {request.timeout_seconds:g} s", "deadline_exceeded") from error
+            raise deadline_exceeded(request) from error
         if isinstance(answer, Refusal) and answer.code == "overloaded":
             self._refusal_cache.store(request, answer)
         return answer
@@ -250,6 +297,18 @@ class ApiService:
         seconds = time.perf_counter() - started
         self.recorder.record("meanflow_encode_seconds", seconds)
         return Encoded(content, seconds)
+
+
+def api_error(refusal: Refusal, class_field: str) -> ApiError:
+    """The response to a refusal. class_field: the body's field for the class, named in error messages."""
+    param = class_field if refusal.param == "class" else refusal.param
+    message = refusal.message if param is None else f"{param}: {refusal.message}"
+    return ApiError(refusal.status, message, refusal.code, param, refusal.retry_after_seconds)
+
+
+def deadline_exceeded(request: GenerationRequest) -> ApiError:
+    """A 504 if the generator does not answer at all; usually it refuses the request earlier."""
+    return ApiError(504, f"not done within {request.timeout_seconds:g} s", "deadline_exceeded")
 
 
 def not_ready() -> ApiError:

@@ -52,6 +52,11 @@ class BatchLimits:
     """Maximum queue length. An empty queue accepts a request of any size."""
 
 
+OnResults = Callable[[list[int], list[Any], Any, float], None]
+"""Arguments: indices of a request's items that one batch has finished, their results, the batch's info, and the seconds that
+the request waited for its first batch."""
+
+
 @dataclass
 class PendingRequest(Generic[ItemT, ResultT]):
     """A request whose items are queued or running."""
@@ -63,6 +68,7 @@ class PendingRequest(Generic[ItemT, ResultT]):
     done: asyncio.Future
     results: list[ResultT | None]
     num_missing: int
+    on_results: OnResults | None = None
     first_batch_start: float | None = None
     batch_infos: list[Any] = field(default_factory=list)
 
@@ -114,8 +120,16 @@ class Batcher(Generic[ItemT, ResultT]):
         """Number of queued items."""
         return sum(len(queue) for queue in self._queues.values())
 
-    async def submit(self, group: Hashable, items: Sequence[ItemT], timeout_seconds: float) -> BatchedResults[ResultT]:
+    async def submit(
+        self,
+        group: Hashable,
+        items: Sequence[ItemT],
+        timeout_seconds: float,
+        on_results: OnResults | None = None,
+    ) -> BatchedResults[ResultT]:
         """Returns the results of a request's items. Cancelling the call removes its queued items.
+
+        on_results: called after each batch that held items of the request.
 
         Raises OverloadedError at once if the queue is full or too slow, DeadlineError at the timeout, and the error of
         any batch that held one of its items.
@@ -131,6 +145,7 @@ class Batcher(Generic[ItemT, ResultT]):
             done=loop.create_future(),
             results=[None] * len(items),
             num_missing=len(items),
+            on_results=on_results,
         )
         self._queues.setdefault(group, deque()).extend((request, index) for index in range(len(items)))
         self._arrival.set()
@@ -242,11 +257,18 @@ class Batcher(Generic[ItemT, ResultT]):
             return
         rate = (time.monotonic() - start) / (len(entries) * self._cost(group))
         self._seconds_per_cost = rate if self._seconds_per_cost is None else 0.8 * self._seconds_per_cost + 0.2 * rate
+        done: dict[int, list[int]] = {id(request): [] for request in requests}
         for (request, index), result in zip(entries, results, strict=True):
             request.results[index] = result
             request.num_missing -= 1
+            done[id(request)].append(index)
         for request in requests:
             request.batch_infos.append(info)
+            if request.on_results is not None and not request.done.done():
+                assert request.first_batch_start is not None
+                indices = done[id(request)]
+                results_of_request = [request.results[index] for index in indices]
+                request.on_results(indices, results_of_request, info, request.first_batch_start - request.arrival)
             if not request.num_missing and not request.done.done():
                 request.done.set_result(None)
         self._on_batch([start - request.arrival for request, _ in entries])

@@ -1,15 +1,15 @@
 """Runs a generator on one device. Pads batches to a few sizes, which are compiled and warmed up in advance."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
 from meanflow_core.autoencoder import allow_tf32, decode_latents, decode_preview, forbid_tf32
-from meanflow_core.pipeline import MeanFlowPipeline
+from meanflow_core.pipeline import MeanFlowPipeline, OnStep
 from meanflow_core.sampling import noise_between, noise_from_seeds
 
 PRECISIONS = {
@@ -32,6 +32,8 @@ class ImageSpec:
     """Interpolation weight of `seed_end`, in [0, 1]."""
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    on_partial: Callable[[int, np.ndarray], None] | None = field(default=None, compare=False)
+    """Called in the engine's thread with each partial image: its 0-based number, and uint8 (H, W, 3)."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,20 @@ class BatchOptions:
     """From 1.0 down to 0.0."""
     is_preview: bool = False
     """Decode with the preview decoder."""
+    num_partial: int = 0
+    """Partial images to decode on the way, evenly spread over the steps, and at most one for each but the last."""
+
+    @property
+    def partial_steps(self) -> list[int]:
+        """1-based numbers of the steps after which partial images are decoded."""
+        num_steps = len(self.timesteps) - 1
+        parts = min(self.num_partial, num_steps - 1) + 1
+        return [round(part * num_steps / parts) for part in range(1, parts)]
 
 
 @dataclass(frozen=True)
 class BatchTiming:
-    """Seconds that a batch spent in the network and in the decoder."""
+    """Seconds that a batch spent in the network and in the decoder. Decoding partial images counts as network time."""
 
     model_seconds: float
     decode_seconds: float
@@ -170,16 +181,33 @@ class Engine:
             timesteps=options.timesteps,
             guidance_scale=scales,
             guidance_interval=intervals,
+            on_step=self._partial_images(options, specs) if options.num_partial else None,
         )
         self._synchronize()
         sampled = time.perf_counter()
+        pixels = self._decode(options, z)[: len(specs)]
+        return Batch(pixels, BatchTiming(sampled - start, time.perf_counter() - sampled))
+
+    def _decode(self, options: BatchOptions, z: torch.Tensor) -> np.ndarray:
+        """Decodes latents (B, C, H, W) to uint8 (B, H, W, 3)."""
         if options.is_preview:
             assert self.preview_decoder is not None
-            images = decode_preview(self.preview_decoder, pipeline.vae, z)
+            images = decode_preview(self.preview_decoder, self.pipeline.vae, z)
         else:
-            images = decode_latents(pipeline.vae, z)
-        pixels = images[: len(specs)].cpu().numpy()
-        return Batch(pixels, BatchTiming(sampled - start, time.perf_counter() - sampled))
+            images = decode_latents(self.pipeline.vae, z)
+        return images.cpu().numpy()
+
+    def _partial_images(self, options: BatchOptions, specs: Sequence[ImageSpec]) -> OnStep:
+        """Decodes after some of the steps, and hands each image to its spec."""
+        steps = options.partial_steps
+
+        def on_step(step: int, z: torch.Tensor) -> None:
+            if step in steps:
+                for spec, image in zip(specs, self._decode(options, z), strict=False):  # the rest is padding
+                    if spec.on_partial is not None:
+                        spec.on_partial(steps.index(step), image)
+
+        return on_step
 
     def _noise(self, specs: Sequence[ImageSpec]) -> torch.Tensor:
         """Initial noise, float32 (B, C, H, W), interpolated between two seeds where a spec has both."""

@@ -5,15 +5,25 @@ Uses asyncio and threads; `deploy.app` wraps it in a Ray Serve deployment.
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from deploy.messages import ClassEntry, GenerationRequest, GenerationResult, GeneratorStatus, Refusal
+from deploy.messages import (
+    ClassEntry,
+    GenerationPart,
+    GenerationRequest,
+    GenerationResult,
+    GeneratorStatus,
+    Refusal,
+)
 from deploy.metrics import Recorder
-from deploy.replica.batching import BatchedResults, Batcher, BatchLimits, DeadlineError, OverloadedError
+from deploy.replica.batching import Batcher, BatchLimits, DeadlineError, OverloadedError
 from deploy.replica.engine import BatchOptions, BatchTiming, ImageSpec
 from deploy.replica.loading import LoadedModel
 from deploy.replica.model_swap import ModelSwapper
@@ -95,7 +105,25 @@ class GeneratorService:
             self._recorder.record("meanflow_refused_total", tags={"code": result.code or "none"})
         return result
 
-    async def _generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart | Refusal]:
+        """Generates the images of a request, and yields them as soon as they are made. A refusal ends the stream."""
+        loop = asyncio.get_running_loop()
+        parts: asyncio.Queue[GenerationPart | None] = asyncio.Queue()
+        task = loop.create_task(self._generate(request, parts.put_nowait))
+        task.add_done_callback(lambda _: parts.put_nowait(None))
+        try:
+            while (part := await parts.get()) is not None:
+                yield part
+            answer = await task
+            if isinstance(answer, Refusal):
+                self._recorder.record("meanflow_refused_total", tags={"code": answer.code or "none"})
+                yield answer
+        finally:
+            task.cancel()
+
+    async def _generate(
+        self, request: GenerationRequest, on_part: Callable[[GenerationPart], None] | None = None
+    ) -> GenerationResult | Refusal:
         loaded = self.models.current
         if loaded is None:
             return Refusal(status=503, code="not_ready", message="no model is loaded yet", retry_after_seconds=5.0)
@@ -106,9 +134,16 @@ class GeneratorService:
             label = loaded.classes.find(request.class_)
         except ValueError as error:
             return Refusal(status=400, code="unknown_class", param="class", message=str(error))
-        key = (loaded, BatchOptions(request.timesteps, request.is_preview))
+        key = (loaded, BatchOptions(request.timesteps, request.is_preview, request.num_partial))
+        specs = image_specs(request, label)
+        on_results = None
+        if on_part is not None:
+            stream = PartStream(request, label, loaded, on_part)
+            on_results = stream.add_finished
+            if request.num_partial:
+                specs = stream.with_partial_images(specs)
         try:
-            batched = await self._batcher.submit(key, image_specs(request, label), request.timeout_seconds)
+            batched = await self._batcher.submit(key, specs, request.timeout_seconds, on_results)
         except OverloadedError as error:
             retry_after = error.retry_after_seconds
             return Refusal(status=429, code="overloaded", message=str(error), retry_after_seconds=retry_after)
@@ -118,7 +153,15 @@ class GeneratorService:
             logger.exception("a single image did not fit into device memory")
             message = f"out of device memory: {error}"
             return Refusal(status=503, code="out_of_memory", message=message, retry_after_seconds=5.0)
-        return build_result(request, label, loaded, batched)
+        return build_result(
+            request,
+            label,
+            loaded,
+            range(request.num_images),
+            batched.results,
+            batched.batch_infos,
+            batched.queue_wait_seconds,
+        )
 
     async def _run_batch(
         self, key: tuple[LoadedModel, BatchOptions], specs: list[ImageSpec]
@@ -196,19 +239,60 @@ def image_specs(request: GenerationRequest, label: int) -> list[ImageSpec]:
 
 
 def build_result(
-    request: GenerationRequest, label: int, loaded: LoadedModel, batched: BatchedResults[np.ndarray]
+    request: GenerationRequest,
+    label: int,
+    loaded: LoadedModel,
+    indices: Sequence[int],
+    images: Sequence[np.ndarray],
+    timings: Sequence[BatchTiming],
+    queue_seconds: float,
 ) -> GenerationResult:
-    """The images of a request with their class, model and timings."""
+    """Images of a request, each uint8 (H, W, 3), with their class, model and timings. indices: theirs in the request."""
     entry = loaded.classes.entries[label]
+    weights = interpolation_weights(request)
     return GenerationResult(
-        images=np.stack(batched.results),
+        images=np.stack(list(images)),
         image_mode=loaded.info.image_mode,
         class_id=label,
         class_name=entry.name,
         wnid=entry.wnid,
         model=loaded.info.id,
-        weights=interpolation_weights(request),
-        queue_seconds=batched.queue_wait_seconds,
-        model_seconds=sum(timing.model_seconds for timing in batched.batch_infos),
-        decode_seconds=sum(timing.decode_seconds for timing in batched.batch_infos),
+        weights=None if weights is None else [weights[index] for index in indices],
+        queue_seconds=queue_seconds,
+        model_seconds=sum(timing.model_seconds for timing in timings),
+        decode_seconds=sum(timing.decode_seconds for timing in timings),
     )
+
+
+class PartStream:
+    """Hands out the images of a streamed request. Use it on the event loop."""
+
+    def __init__(
+        self, request: GenerationRequest, label: int, loaded: LoadedModel, on_part: Callable[[GenerationPart], None]
+    ) -> None:
+        self._request, self._label, self._loaded, self._on_part = request, label, loaded, on_part
+        self._loop = asyncio.get_running_loop()
+        self._queue_seconds = 0.0
+        self._timings: list[BatchTiming] = []
+
+    def add_finished(
+        self, indices: list[int], images: list[np.ndarray], timing: BatchTiming, queue_seconds: float
+    ) -> None:
+        """Hands out the finished images of a batch."""
+        self._queue_seconds = queue_seconds
+        self._timings.append(timing)
+        self._add(indices, images, None)
+
+    def with_partial_images(self, specs: list[ImageSpec]) -> list[ImageSpec]:
+        """The specs, which then hand out partial images, too."""
+
+        def on_partial(index: int, partial_index: int, image: np.ndarray) -> None:  # in the engine's thread
+            self._loop.call_soon_threadsafe(self._add, [index], [image], partial_index)
+
+        return [replace(spec, on_partial=partial(on_partial, index)) for index, spec in enumerate(specs)]
+
+    def _add(self, indices: list[int], images: list[np.ndarray], partial_index: int | None) -> None:
+        result = build_result(
+            self._request, self._label, self._loaded, indices, images, self._timings, self._queue_seconds
+        )
+        self._on_part(GenerationPart(indices=indices, partial_index=partial_index, result=result))

@@ -115,11 +115,12 @@ def serving(applications: list[dict]) -> Iterator[Server]:
 
 def endpoint(generator: Path, **arguments: object) -> dict:
     """The config of the endpoint's application for `serving`. `arguments` are those of deploy.app:build_app."""
+    # Otherwise Api would reserve a CPU, and on two cores a generator with two threads could not be scheduled.
+    api = [{"name": "Api", "ray_actor_options": {"num_cpus": 0}}] if arguments.get("topology") == "two" else []
     return {
         "name": "meanflow", "route_prefix": "/", "import_path": "deploy.app:build_app",
         "args": {"model": str(generator), **arguments},
-        # Otherwise Api would reserve a CPU, and on two cores a generator with two threads could not be scheduled.
-        "deployments": [{"name": "Api", "ray_actor_options": {"num_cpus": 0}}],
+        "deployments": api,
     }  # fmt: skip
 
 

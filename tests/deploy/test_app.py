@@ -42,13 +42,14 @@ def test_ray_errors_become_refusals(error, status, code):
     assert asyncio.run(generator.list_classes()) == []
 
 
-def test_the_application_resolves_the_model_once_and_sets_drain_times(generator_folder, monkeypatch):
+@pytest.mark.parametrize("topology", ["one", "two"])
+def test_the_application_resolves_the_model_once_and_sets_drain_times(generator_folder, monkeypatch, topology):
     monkeypatch.chdir(generator_folder.parent)
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         build_app(Arguments(model="nowhere"))
-    app = build_app(Arguments(model=generator_folder.name, num_replicas=3, drain_seconds=9.0))
+    app = build_app(Arguments(model=generator_folder.name, topology=topology, num_replicas=3, drain_seconds=9.0))
     ingress = app._bound_deployment
-    generator = ingress.init_args[0]._bound_deployment
+    generator = ingress.init_args[0]._bound_deployment if topology == "two" else ingress
     for deployment in (generator, ingress):
         arguments = deployment.init_args[-1]
         assert arguments.model == str(generator_folder)

@@ -24,7 +24,7 @@ def test_replicas_scale_with_load_without_losing_requests(tmp_path):
     shortened = {"max_replicas": 2, "target_ongoing_requests": 3, "upscale_delay_s": 1, "downscale_delay_s": 3}
     assert set(shortened) < set(generator["autoscaling_config"])
     generator["autoscaling_config"] |= shortened
-    arguments = {"model": str(model), "max_batch_size": 8, "batch_wait_seconds": 0.002}
+    arguments = {"model": str(model), "topology": "two", "max_batch_size": 8, "batch_wait_seconds": 0.002}
     with running_endpoint(arguments, [generator]) as endpoint:
         wait_for_replicas(endpoint, 1)
         with Load(endpoint.url, expected, num_clients=8) as heavy:

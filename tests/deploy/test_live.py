@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.support.api import pixels
-from tests.support.endpoint import fetch, running_endpoint, write_generator
+from tests.support.endpoint import DEPLOYMENTS, fetch, running_endpoint, write_generator
 from tests.support.endpoint_load import (
     CLASS,
     Load,
@@ -40,20 +40,23 @@ def expected(models):
     return {name: expected_images(models[name]) for name in ("first", "second")}
 
 
-@pytest.fixture(scope="module")
-def endpoint(models):
-    arguments = {"model": str(models["first"]), "num_replicas": 2, "max_batch_size": 8, "batch_wait_seconds": 0.002}
+@pytest.fixture(scope="module", params=["one", pytest.param("two", marks=pytest.mark.soak)])
+def endpoint(models, request):
+    arguments = {
+        "model": str(models["first"]), "topology": request.param, "num_replicas": 2, "max_batch_size": 8,
+        "batch_wait_seconds": 0.002,
+    }  # fmt: skip
     # An empty `user_config:`, as in a config file with every setting under it commented out.
-    deployments = [{"name": name, "user_config": None} for name in ("ImageGenerator", "Api")]
+    deployments = [{"name": name, "user_config": None} for name in DEPLOYMENTS[request.param]]
     with running_endpoint(arguments, deployments) as running:
         yield running
 
 
 def request_model(endpoint, folder, **settings):
-    """Requests another model in place, with the user_config of ImageGenerator."""
+    """Requests another model in place, with the user_config of the generator's deployment."""
     config = json.loads(json.dumps(endpoint.config))
     user_config = {"model": str(folder), **settings}
-    config["applications"][0]["deployments"] = [{"name": "ImageGenerator", "user_config": user_config}]
+    config["applications"][0]["deployments"] = [{"name": endpoint.generator, "user_config": user_config}]
     endpoint.deploy(config)
 
 
@@ -116,7 +119,7 @@ def test_a_killed_replica_loses_only_its_requests_and_its_successor_serves_the_d
     wait_for_problem(endpoint, "second instead")
     with Load(endpoint.url, expected, num_clients=6) as load:
         load.wait_for_answers(40)
-        replicas = endpoint.processes("ImageGenerator")
+        replicas = endpoint.processes(endpoint.generator)
         assert len(replicas) == 2
         replicas[0].kill()
         wait_for_models(endpoint, "first", "second")
@@ -154,7 +157,7 @@ def test_the_log_is_structured_and_names_the_http_host_but_no_class(endpoint):
     deadline = time.monotonic() + 20
     entries = []
     while not entries and time.monotonic() < deadline:
-        text = log_text(endpoint, "Api")
+        text = log_text(endpoint, endpoint.api)
         lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         entries = [line for line in lines if (line.get("message"), line.get("route")) == ("request", "/generate")]
         time.sleep(0.2)
@@ -163,7 +166,7 @@ def test_the_log_is_structured_and_names_the_http_host_but_no_class(endpoint):
     assert {"milliseconds", "client", "request_id", "replica"} <= set(entry)
     assert "class" not in entry
     assert "Serve's HTTP host is 127.0.0.1; API keys: none" in text
-    assert "serving" in log_text(endpoint, "ImageGenerator")
+    assert "serving" in log_text(endpoint, endpoint.generator)
 
 
 @pytest.mark.soak

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from deploy.settings import API_SETTINGS, Arguments, apply_user_config
+from deploy.settings import API_SETTINGS, Arguments, apply_user_config, split_user_config
 
 
 def test_user_config_may_change_only_settings_of_its_deployment():
@@ -20,3 +20,13 @@ def test_batch_sizes_are_parsed_from_the_command_line_and_cover_max_batch_size()
     assert Arguments(model="m").batch_sizes == []
     with pytest.raises(ValidationError, match=r"a size of at least max_batch_size = 16, but got \[1, 4\]"):
         Arguments(model="m", batch_sizes="1,4")
+
+
+def test_topology_one_refuses_a_number_of_api_replicas():
+    with pytest.raises(ValidationError, match="num_api_replicas 2 requires topology two"):
+        Arguments(model="m", num_api_replicas=2)
+    assert Arguments(model="m", topology="two", num_api_replicas=2).num_api_replicas == 2
+    assert split_user_config({"model": "m", "max_steps": 3, "unknown": 1}) == (
+        {"model": "m"},
+        {"max_steps": 3, "unknown": 1},
+    )

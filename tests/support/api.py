@@ -2,8 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from deploy.api.routes import build_http_app
 from deploy.api.service import ApiService
 from deploy.messages import (
     ClassEntry,
+    GenerationPart,
     GenerationRequest,
     GenerationResult,
     GeneratorStatus,
@@ -87,6 +88,24 @@ class StubGenerator:
             image_mode=self.image_mode, class_id=8, class_name="star", wnid="d0000008", model="stub", weights=weights,
             queue_seconds=0.001, model_seconds=0.002, decode_seconds=0.003,
         )  # fmt: skip
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart | Refusal]:
+        """Yields the images one by one. With a refusal, the first image and then the refusal."""
+        refusal, self.refusal = self.refusal, None
+        answer = await self.generate(request)
+        assert isinstance(answer, GenerationResult)
+        for index in range(request.num_images if refusal is None else 1):
+            yield GenerationPart(
+                indices=[index],
+                partial_index=None,
+                result=replace(
+                    answer,
+                    images=answer.images[index : index + 1],
+                    weights=answer.weights and answer.weights[index : index + 1],
+                ),
+            )
+        if refusal is not None:
+            yield refusal
 
     async def describe(self) -> GeneratorStatus:
         return self.status

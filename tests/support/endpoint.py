@@ -40,6 +40,8 @@ from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.serving import free_port
 
+# Deployments of each topology: the HTTP API, the generator.
+DEPLOYMENTS = {"one": ("Endpoint",), "two": ("Api", "ImageGenerator")}
 WNIDS = [images.wnid(label) for label in range(10)]
 
 
@@ -156,6 +158,20 @@ class RunningEndpoint:
     dashboard: str
     log: Path
     metrics_port: int
+
+    @property
+    def api(self) -> str:
+        """The deployment with the HTTP API."""
+        return DEPLOYMENTS[self._topology][0]
+
+    @property
+    def generator(self) -> str:
+        """The deployment with the model."""
+        return DEPLOYMENTS[self._topology][-1]
+
+    @property
+    def _topology(self) -> str:
+        return str(self.config["applications"][0]["args"].get("topology", "one"))
 
     def processes(self, word: str = "") -> list[psutil.Process]:
         """The descendants of `serve run` with a word in their command lines."""

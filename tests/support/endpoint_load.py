@@ -95,6 +95,6 @@ def wait_for_replicas(endpoint: RunningEndpoint, count: int, seconds: float = 18
     """Waits until `count` replicas of the generator are running."""
 
     def running() -> list[dict]:
-        return endpoint.running_replicas("ImageGenerator")
+        return endpoint.running_replicas(endpoint.generator)
 
     wait_until(lambda: len(running()) == count, seconds, running)

@@ -8,7 +8,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments, apply_user_config
 
-SETTINGS = {"ImageGenerator": GENERATOR_SETTINGS, "Api": API_SETTINGS}
+SETTINGS = {
+    "one": {"Endpoint": GENERATOR_SETTINGS | API_SETTINGS},
+    "two": {"ImageGenerator": GENERATOR_SETTINGS, "Api": API_SETTINGS},
+}
 
 
 def validated(text: str) -> tuple[dict[str, Any], dict[str, Arguments]]:
@@ -21,7 +24,7 @@ def validated(text: str) -> tuple[dict[str, Any], dict[str, Arguments]]:
     settings = {}
     for deployment in application["deployments"]:
         name = deployment["name"]
-        settings[name] = apply_user_config(arguments, deployment.get("user_config"), SETTINGS[name])
+        settings[name] = apply_user_config(arguments, deployment.get("user_config"), SETTINGS[arguments.topology][name])
         scaling = deployment.get("autoscaling_config", {})  # ServeDeploySchema does not validate it
         AutoscalingConfig.model_validate(scaling)
         assert set(scaling) <= set(AutoscalingConfig.model_fields), scaling

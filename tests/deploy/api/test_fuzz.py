@@ -10,7 +10,7 @@ import pytest
 
 from deploy.settings import Arguments
 from tests.support.api import ERROR_FIELDS, KEY_HASHES, KEYS
-from tests.support.endpoint import fetch, over_http, running_endpoint
+from tests.support.endpoint import DEPLOYMENTS, fetch, over_http, running_endpoint
 
 # Excludes positive_data_acceptance: the OpenAPI document allows any string as a class name.
 CHECKS = (
@@ -67,11 +67,13 @@ def random_body(draw):
 @pytest.mark.cluster
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_replicas_survive_ten_thousand_random_bodies(generator_folder, tmp_path):
-    arguments = {"model": str(generator_folder), "max_images": 4, "max_steps": 4, "api_keys": KEY_HASHES}
+@pytest.mark.parametrize("topology", DEPLOYMENTS)
+def test_replicas_survive_ten_thousand_random_bodies(generator_folder, tmp_path, topology):
+    arguments = {"model": str(generator_folder), "topology": topology, "max_images": 4, "max_steps": 4,
+                 "api_keys": KEY_HASHES}  # fmt: skip
     with running_endpoint(arguments) as endpoint:
         replicas = {process.pid for process in endpoint.processes("ServeReplica")}
-        assert len(replicas) == 2
+        assert len(replicas) == len(DEPLOYMENTS[topology])
         draw, counts = random.Random(0), collections.Counter()
         for number in range(10_000):
             path = draw.choice(["/generate", "/v1/images/generations"])

@@ -1,6 +1,11 @@
 """Security headers, access log and request metrics."""
 
-from tests.support.api import KEYS, bearer
+import pytest
+
+from deploy.settings import Arguments
+from tests.support.api import KEYS, bearer, stub_endpoint
+
+ALLOWED = "access-control-allow-origin"
 
 
 def test_every_response_has_security_headers(stub):
@@ -42,3 +47,31 @@ def test_requests_are_counted_by_route_method_and_status(stub):
     assert tags == [("/generate", "POST", "200"), ("/generate", "GET", "405"), ("other", "GET", "404")]
     assert len(stub.recorded.values("meanflow_request_seconds")) == 3
     assert stub.recorded.values("meanflow_encode_seconds")[0] > 0
+
+
+def test_images_state_their_times_where_browsers_show_them(stub):
+    for path, body in (("/generate", {"class": "star"}), ("/v1/images/generations", {"prompt": "star"})):
+        header = stub.client.post(path, json=body).headers["server-timing"]
+        times = dict(part.split(";dur=") for part in header.split(", "))
+        assert list(times) == ["queue", "model", "decode", "encode", "total"]
+        assert [float(times[part]) for part in ("queue", "model", "decode")] == [1.0, 2.0, 3.0]
+
+
+def test_only_listed_origins_may_call_from_a_browser():
+    with stub_endpoint(cors_origins="https://a.org, http://localhost:5173") as running:
+        for origin, allowed in (("https://a.org", "https://a.org"), ("https://b.org", None)):
+            headers = {"origin": origin, "access-control-request-method": "POST",
+                       "access-control-request-headers": "authorization,content-type"}  # fmt: skip
+            assert running.client.options("/generate", headers=headers).headers.get(ALLOWED) == allowed
+            for answer in (
+                running.client.post("/generate", json={"class": "star"}, headers={"origin": origin}),
+                running.client.post("/generate", json={}, headers={"origin": origin}),  # an error can be read, too
+            ):
+                assert answer.headers.get(ALLOWED) == allowed
+                assert "X-Seed" in answer.headers.get("access-control-expose-headers", "X-Seed")
+
+
+def test_by_default_no_other_origin_may_call(stub):
+    assert ALLOWED not in stub.client.get("/healthz", headers={"origin": "https://a.org"}).headers
+    with pytest.raises(ValueError, match="expected an origin such as"):
+        Arguments(model="m", cors_origins=["a.org/page"])

@@ -79,6 +79,28 @@ def test_concurrent_requests_share_a_batch_and_get_their_own_images(generator_fo
     assert min(one.queue_seconds, one.model_seconds, one.decode_seconds) > 0
 
 
+def test_a_stream_yields_each_batch_at_once_and_leaves_the_queue_when_it_is_closed(generator_folder):
+    service = service_of(generator_folder)
+
+    async def work():
+        whole = await service.generate(request(seed=7, num_images=10))
+        parts = [part async for part in service.stream(request(seed=7, num_images=10))]
+        closed = service.stream(request(seed=7, num_images=40))
+        await anext(closed)
+        num_waiting = service._batcher.num_queued
+        await closed.aclose()
+        await asyncio.sleep(0)
+        return whole, parts, num_waiting, service._batcher.num_queued
+
+    whole, parts, num_waiting, num_left = run(service, work)
+    assert [part.indices for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert np.array_equal(np.concatenate([part.result.images for part in parts]), whole.images)
+    seconds = [part.result.model_seconds for part in parts]
+    assert 0.0 < seconds[0] < seconds[1] < seconds[2]
+    assert num_waiting >= 32
+    assert num_left == 0
+
+
 def test_images_between_two_seeds_interpolate_their_noise(generator_folder):
     service = service_of(generator_folder)
     between = run(service, lambda: service.generate(request(seed=1, seed_end=2, num_images=3)))

@@ -1,0 +1,75 @@
+"""Streams a request's images as server-sent events, as OpenAI's Images API does."""
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from fastapi.responses import StreamingResponse
+
+from deploy.api.answers import encode_files, image_data, size_of, timing_of
+from deploy.api.errors import INTERNAL_ERROR, ApiError, error_body
+from deploy.api.schema import ImageEvent, ImagesRequest
+from deploy.api.service import ApiService
+from deploy.messages import GenerationPart, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+async def image_events(
+    service: ApiService,
+    body: ImagesRequest,
+    generation: GenerationRequest,
+    parts: AsyncGenerator[GenerationPart],
+    started: float,
+) -> AsyncGenerator[ImageEvent]:
+    """An event for each image of a stream."""
+    encode_seconds = 0.0
+    async with contextlib.aclosing(parts):
+        async for part in parts:
+            result = part.result
+            files = await encode_files(service, body, result)
+            encode_seconds += files.seconds
+            images = image_data(generation, part.indices, result, files.content)
+            for index, image in zip(part.indices, images, strict=True):
+                is_partial = part.partial_index is not None
+                yield ImageEvent(
+                    type="image_generation.partial_image" if is_partial else "image_generation.completed",
+                    index=index,
+                    partial_image_index=part.partial_index,
+                    created_at=int(time.time()),
+                    size=size_of(result),
+                    output_format=body.output_format or "png",
+                    model=result.model,
+                    class_id=result.class_id,
+                    class_name=result.class_name,
+                    wnid=result.wnid,
+                    num_inference_steps=len(generation.timesteps) - 1,
+                    preview=generation.is_preview,
+                    timing=timing_of(result, encode_seconds, started),
+                    **image.model_dump(),
+                )
+
+
+async def event_stream(events: AsyncGenerator[ImageEvent]) -> StreamingResponse:
+    """Server-sent events. An error before the first event is raised, and has its own status; a later one is an event."""
+    first = await anext(events)
+
+    async def lines() -> AsyncIterator[str]:
+        async with contextlib.aclosing(events):
+            try:
+                yield _event(first.type, first.model_dump_json(exclude_none=True))
+                async for event in events:
+                    yield _event(event.type, event.model_dump_json(exclude_none=True))
+            except ApiError as error:
+                yield _event("error", error_body(error).model_dump_json())
+            except Exception:
+                logger.exception("a stream failed")
+                yield _event("error", error_body(ApiError(500, INTERNAL_ERROR)).model_dump_json())
+
+    # nginx would collect the events otherwise.
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+
+def _event(name: str, data: str) -> str:
+    return f"event: {name}\ndata: {data}\n\n"

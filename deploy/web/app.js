@@ -1,7 +1,7 @@
 // The page: reads the form, asks the server, shows images with their times. No framework, nothing from elsewhere.
 
 import { ClassCombobox } from "./combobox.js";
-import { RequestError, call, toBodies, toNumber, toSnippet } from "./requests.js";
+import { RequestError, call, stream, toBodies, toNumber, toSnippet } from "./requests.js";
 
 const LARGEST_SEED = 2n ** 62n;
 const MOST_RESULTS = 20; // kept in memory
@@ -215,16 +215,51 @@ function toUrl(base64, format) {
   return URL.createObjectURL(new Blob([Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0))], { type: `image/${format}` }));
 }
 
-/** One answer as a group of images that came together, with its times. */
-function toGroup(answer, roundTrip, settings, body) {
+/** An image of an answer or of a stream. */
+function toImage(item, index, answer, settings, body) {
   const { num_inference_steps: steps, output_format: format, class_name: name } = answer;
-  const images = answer.data.map((item, index) => {
-    const seed = body.seed_end === undefined ? body.seed + BigInt(index) : body.seed;
-    const way = body.seed_end === undefined ? "" : `-to-${body.seed_end}-${index}`;
-    const file = `${settings.slug}-seed-${seed}${way}-steps-${steps}.${format}`;
-    return { url: toUrl(item.b64_json, format), steps, name, seed, seedEnd: body.seed_end, weight: item.weight, file };
-  });
-  return { steps, name, images, timing: answer.timing, roundTrip };
+  const seed = body.seed_end === undefined ? body.seed + BigInt(index) : body.seed;
+  const way = body.seed_end === undefined ? "" : `-to-${body.seed_end}-${index}`;
+  const file = `${settings.slug}-seed-${seed}${way}-steps-${steps}.${format}`;
+  // Unfinished images are soon replaced, perhaps before the browser has loaded them: nothing that must be released.
+  const url = item.partial_image_index === undefined ? toUrl(item.b64_json, format) : `data:image/${format};base64,${item.b64_json}`;
+  return { url, steps, name, seed, seedEnd: body.seed_end, weight: item.weight, file };
+}
+
+/** The server reads more spellings of a seed than the form does, such as 7.0. */
+function adoptSeed(settings, body, seed) {
+  if (typeof settings.seed !== "bigint") settings.seed = body.seed = BigInt(seed);
+}
+
+/** Asks for images that are shown together, and returns them with their times. */
+async function askForGroup(body, settings, signal) {
+  const [answer, roundTrip] = await call("v1/images/generations", { body, key: state.key, signal });
+  adoptSeed(settings, body, answer.seed);
+  const images = answer.data.map((item, index) => toImage(item, index, answer, settings, body));
+  return { steps: answer.num_inference_steps, name: answer.class_name, images, timing: answer.timing, roundTrip };
+}
+
+/** As askForGroup, but shows each image as soon as it comes, and after some of the steps. */
+async function streamGroup(body, settings, signal) {
+  const images = [];
+  let last, place;
+  const partial = Number(body.num_inference_steps) > 1 ? { partial_images: 3 } : {};
+  try {
+    const [, roundTrip] = await stream("v1/images/generations", { body: { ...body, ...partial }, key: state.key, signal }, (event) => {
+      adoptSeed(settings, body, event.seed - event.index);
+      place ??= showArriving(event.class_name, Number(body.n));
+      last = event;
+      const image = toImage(event, event.index, event, settings, body);
+      if (event.type.endsWith("completed")) images[event.index] = image;
+      place(event.index, image, Boolean(images[event.index]));
+    });
+    return { steps: last.num_inference_steps, name: last.class_name, images, timing: last.timing, roundTrip };
+  } catch (error) {
+    dispose({ groups: [{ images: images.filter(Boolean) }] });
+    if (place && state.current) show(state.current);
+    else if (place) $("result").replaceChildren();
+    throw error;
+  }
 }
 
 /** Makes what the form, or settings read from it before, asks for and shows it. */
@@ -245,9 +280,8 @@ async function generate(settings, isRetry = false) {
     }
     result.settings = settings;
     for (const body of toBodies(settings, state.model)) { // one after another, so that they do not share their times
-      const [answer, roundTrip] = await call("v1/images/generations", { body, key: state.key, signal: running.signal });
-      if (typeof settings.seed !== "bigint") settings.seed = body.seed = BigInt(answer.seed); // the server reads more than we do
-      result.groups.push(toGroup(answer, roundTrip, settings, body));
+      const isLong = settings.mode === "generate" && (Number(body.n) > 1 || Number(body.num_inference_steps) > 1);
+      result.groups.push(await (isLong ? streamGroup : askForGroup)(body, settings, running.signal));
     }
   } catch (error) {
     if (state.running === running && error.name === "AbortError") announce("Cancelled.");
@@ -392,6 +426,19 @@ function gridOf({ groups: [group] }) {
   const grid = make("div", { className: images.length === 1 ? "grid single" : "grid" },
     ...images.map((image) => tile(image, images, images.length > 1 ? String(image.seed) : "")));
   return make("div", {}, grid, times(group));
+}
+
+/** Shows empty places for images to come. Returns a function that puts an image into its place. */
+function showArriving(name, count) {
+  const grid = make("div", { className: count === 1 ? "grid single" : "grid" },
+    ...Array.from({ length: count }, () => make("figure", {}, make("div", { className: "tile arriving" }))));
+  $("result").replaceChildren(make("article", {},
+    make("header", { className: "result-head" }, make("h2", { textContent: name })), grid));
+  return (index, image, isFinished) => {
+    const figure = tile(image, [image], count > 1 ? String(image.seed) : "");
+    figure.classList.toggle("unfinished", !isFinished);
+    grid.replaceChild(figure, grid.children[index]);
+  };
 }
 
 /** Shows a result in the place of the present one. */

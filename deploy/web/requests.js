@@ -41,15 +41,35 @@ async function explain(response) {
 }
 
 /** GETs, or POSTs a body: [answer, round trip in milliseconds]. Throws RequestError, or AbortError. */
-export async function call(path, { body, key, signal } = {}) {
-  const headers = { accept: "application/json" };
+export const call = (path, options = {}) => request(path, options, (response) => response.json());
+
+/** POSTs a body with `stream`, and hands over each event's data: [nothing, round trip]. Throws like `call`. */
+export const stream = (path, { body, ...options }, onEvent) => request(
+  path, { body: { ...body, stream: true }, ...options }, (response) => readEvents(response, onEvent));
+
+/** Reads server-sent events, which an empty line separates. */
+async function readEvents(response, onEvent) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "", chunk; !(chunk = await reader.read()).done;) {
+    const blocks = (text + chunk.value).split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const data = JSON.parse(block.match(/^data: (.*)$/m)[1]);
+      if (data.error) throw new RequestError(data.error.message, { status: 500, ...data.error });
+      onEvent(data);
+    }
+  }
+}
+
+async function request(path, { body, key, signal }, read) {
+  const headers = {};
   if (key) headers.authorization = `Bearer ${key}`;
   if (body) headers["content-type"] = "application/json";
   const start = performance.now();
   try {
     const response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && toJson(body), signal });
     if (!response.ok) throw await explain(response);
-    return [await response.json(), performance.now() - start];
+    return [await read(response), performance.now() - start];
   } catch (error) {
     if (error instanceof RequestError || error.name === "AbortError") throw error;
     throw new RequestError(`No answer from ${location.host}: it cannot be reached, or the connection broke.`);

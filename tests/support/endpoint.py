@@ -225,10 +225,12 @@ def _stop(endpoint: RunningEndpoint) -> None:
 def running_endpoint(arguments: dict | None = None, deployments: list[dict] | None = None) -> Iterator[RunningEndpoint]:
     """Starts the endpoint as a user does, on its own Ray cluster, and stops every process on exit.
 
-    Without arguments, it serves a new generator with random weights.
+    Without a model, it serves a new generator with random weights.
     """
     folder = Path(tempfile.mkdtemp(prefix="mfe-", dir="/tmp"))  # Unix sockets require short paths
-    arguments = arguments or {"model": str(write_generator(folder / "generator"))}
+    arguments = arguments or {}
+    if "model" not in arguments:
+        arguments["model"] = str(write_generator(folder / "generator"))
     port, dashboard_port, metrics_port = free_port(0), free_port(0), free_port(0)
     application = {
         "name": "meanflow", "route_prefix": "/", "import_path": "deploy.app:build_app", "args": arguments,

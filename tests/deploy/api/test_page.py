@@ -36,7 +36,8 @@ PIXELS = """async (image) => {
 
 @pytest.fixture(scope="module")
 def page_url():
-    with running_endpoint() as endpoint:
+    # Small batches, so that many images come in several.
+    with running_endpoint({"max_batch_size": 4}) as endpoint:
         yield f"{endpoint.url.rstrip('/')}/"
 
 
@@ -119,6 +120,26 @@ def test_clicking_generate_shows_images_and_their_timing(page, tmp_path):
     expect(page.locator("#status")).to_have_text(re.compile(r"3 images of .+ in .+ milliseconds"))
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_the_first_of_many_images_is_shown_before_the_last_is_made(page):
+    page.fill("#num-images", "16")
+    page.fill("#steps", "64")
+    page.evaluate("""() => {
+      window.seen = [];
+      new MutationObserver(() => window.seen.push([
+        document.querySelectorAll("#result .tile img").length,
+        document.querySelectorAll("#result .unfinished").length,
+        document.querySelectorAll("#result .arriving").length,
+      ])).observe(document.querySelector("#result"), { childList: true, subtree: true });
+    }""")
+    page.click("#generate")
+    assert natural_sizes(generated(page)) == [[64, 64]] * 16
+    seen = page.evaluate("window.seen")
+    print("shown, unfinished, empty:", seen)
+    assert any(images < 16 and empty > 0 for images, _, empty in seen)  # some are shown, and others still to come
+    assert any(unfinished > 0 for _, unfinished, _ in seen)
+    expect(page.locator(".result-head")).to_contain_text("64 steps")
 
 
 def test_typing_part_of_a_class_name_and_enter_selects_the_class(page):

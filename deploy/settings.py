@@ -4,6 +4,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import limits
+import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ORIGIN = re.compile(r"https?://[^/\s]+")
@@ -22,7 +23,7 @@ class Arguments(BaseModel):
     # Hides input, so that a plain-text key given in place of its hash never appears in an error.
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    model: str
+    model: Annotated[str, tyro.conf.Positional]
     """A generator: folder, models:/name@alias or runs:/id/name. An alias is resolved once, when the app is built."""
     tracking_uri: str | None = None
     """MLflow address for models:/ and runs:/. Default: MLFLOW_TRACKING_URI."""

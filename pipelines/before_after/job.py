@@ -9,7 +9,8 @@ from pipelines.evaluate.samples import Labels
 DESCRIPTION = """Measure a refined generator beside the one that it was refined from.
 
     python -m pipelines.before_after --model runs/demo-refined/generator --extractors judge efficientnet-lite0 \\
-        --train-images images/train --held-out-images images/val --num-samples 2000 --output before-after
+        --references judge.npz lite0.npz --train-images images/train --held-out-images images/val --num-samples 2000 \\
+        --output before-after
 
 Distances in extractors that the refinement was trained on are marked. At least one extractor must be held out."""
 
@@ -24,6 +25,8 @@ class BeforeAfterJob:
     """The generator before the refinement. Default: the location that pipelines.refine recorded."""
     extractors: tuple[str, ...]
     """Extractors, as in pipelines.evaluate."""
+    references: tuple[str, ...] = ()
+    """Reference files of pipelines.reference, one for each extractor. Default: computed from the training images."""
     extractor_weights: Path | None = None
     """File of Inception's weights, as in pipelines.evaluate."""
     train_images: str
@@ -50,3 +53,7 @@ class BeforeAfterJob:
     def __post_init__(self) -> None:
         if not self.extractors:
             raise ValueError("extractors must be one or more, but got none")
+        if self.references and len(self.references) != len(self.extractors):
+            raise ValueError(
+                f"references must be as many as extractors, {len(self.extractors)}, but got {len(self.references)}"
+            )

@@ -42,15 +42,15 @@ def before_after(job: BeforeAfterJob) -> str:
     for number, (name, identity) in enumerate(zip(names, identities, strict=True)):
         folder = job.output / f"{number + 1}-{identity['name']}"
         reports = {}
+        reference = job.references[number] if job.references else None
         for title, model in (("before", before), ("after", job.model)):
-            reference = folder / "before" / "reference.npz"
             reports[title] = evaluate(
                 EvaluateJob(
                     model=model,
                     output=folder / title,
                     extractor=name,
                     extractor_weights=_weights(job, name),
-                    reference=str(reference) if title == "after" else None,
+                    reference=reference,
                     train_images=job.train_images,
                     held_out_images=job.held_out_images,
                     steps=job.steps,
@@ -63,6 +63,7 @@ def before_after(job: BeforeAfterJob) -> str:
                 ),
                 logs_to_mlflow=False,  # a run has one evaluation, but here are several
             )
+            reference = reference or str(folder / "before" / "reference.npz")
         lines += ["", *_table(reports)]
         if number == 0:
             _picture([folder / title / "samples.png" for title in reports], job.output / "before_after.png")

@@ -1,0 +1,93 @@
+"""Serve a one-step generator on this machine, with Ray Serve's fast path.
+
+    python -m deploy.serve runs/demo/generator                   # http://127.0.0.1:8000, with a page to try it
+    curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
+
+The fast path is a set of environment variables, which every process of Ray must have from its start:
+
+- HAProxy, a compiled proxy, passes requests straight to the replicas (Ray's default is a proxy in Python);
+- replicas run our code on the event loop that receives the requests, and write their logs in larger pieces.
+
+A cluster of several machines gets them from its image or its start command: see docs/how-to/serve.md.
+"""
+
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from deploy.settings import Arguments
+
+
+@dataclass(kw_only=True)
+class ServeJob:
+    """Serve a generator."""
+
+    arguments: Annotated[Arguments, tyro.conf.arg(name="")]
+    port: int = 8000
+    """HTTP port."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 lets other machines in, and requires api_keys or --auth none."""
+
+
+def fast_path(folder: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Environment variables of the fast path. Variables that `environment` sets keep their values.
+
+    folder: for the files of HAProxy, whose default is one folder for all clusters of a machine.
+    """
+    wanted = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+    }
+    return {**wanted, **{name: environment[name] for name in wanted if name in environment}}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve_config(job: ServeJob) -> dict[str, Any]:
+    """The config for `serve run`."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": job.host, "port": job.port, "keep_alive_timeout_s": 90},
+        "applications": [
+            {
+                "name": "meanflow",
+                "route_prefix": "/",
+                "import_path": "deploy.app:build_app",
+                "args": job.arguments.model_dump(exclude_defaults=True),
+            }
+        ],
+    }
+
+
+def main() -> None:
+    """Serves until interrupted."""
+    job = tyro.cli(ServeJob, description=__doc__, prog="python -m deploy.serve")
+    with tempfile.TemporaryDirectory(prefix="mfp-", dir="/tmp") as folder:  # paths of Unix sockets must be short
+        config_file = Path(folder, "serve.yaml")
+        config_file.write_text(yaml.safe_dump(serve_config(job)))
+        os.environ.update(fast_path(Path(folder), dict(os.environ)))
+        from ray.serve.scripts import cli  # after the variables are set, which Ray reads when it is imported
+
+        sys.exit(cli(["run", str(config_file)], prog_name="serve", standalone_mode=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,4 @@
-"""Stage 4: serves a one-step generator over HTTP with Ray Serve.
-
-    serve run deploy.app:build_app model=runs/demo/generator        # http://127.0.0.1:8000, with a page to try it
-    curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
+"""Stage 4: the application that serves a one-step generator over HTTP with Ray Serve. `deploy.serve` starts it.
 
 It consists of the HTTP API, which also encodes images (`deploy.api`), and of the generator, which holds the model and batches
 the images of concurrent requests (`deploy.replica`). The setting `topology` decides where they run:
@@ -194,7 +191,7 @@ def log_to_serve(*names: str) -> None:
 
 
 def build_app(arguments: Arguments) -> Application:
-    """The application, for `serve run deploy.app:build_app model=...` and for `import_path` in a Serve config.
+    """The application, for `import_path` in a Serve config and for `serve run deploy.app:build_app model=FOLDER`.
 
     Raises ValueError if the model does not exist.
     """

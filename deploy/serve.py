@@ -77,9 +77,14 @@ def serve_config(job: ServeJob) -> dict[str, Any]:
     }
 
 
+def parse_arguments(words: list[str]) -> ServeJob:
+    """The command line."""
+    return tyro.cli(ServeJob, args=words, description=__doc__, prog="python -m deploy.serve")
+
+
 def main() -> None:
     """Serves until interrupted."""
-    job = tyro.cli(ServeJob, description=__doc__, prog="python -m deploy.serve")
+    job = parse_arguments(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="mfp-", dir="/tmp") as folder:  # paths of Unix sockets must be short
         config_file = Path(folder, "serve.yaml")
         config_file.write_text(yaml.safe_dump(serve_config(job)))

@@ -64,6 +64,7 @@ def test_every_command_of_a_page_parses(page):
         "ray drain-node --node-id N --reason NONE --reason-message m",
         "serve deploy deploy/server.yaml",
         "serve run deploy.app:build_app modell=x",
+        "python -m deploy.serve x --prt 8000",
         "mlflow server --backend-uri x",
         "make everything",
         """curl x -d '{"klass": "a"}'""",

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -262,17 +261,10 @@ def test_same_run_name_resumes_and_another_experiment_is_refused(trained, worksp
 @pytest.mark.cluster
 def test_serve_returns_the_image_of_class_and_seed(trained, workspace, tmp_path):
     build = trained.build
-    words = workspace.documented("serve run")
-    # `serve run IMPORT` has no option for the port, so use a config with a free port.
     port = free_port(0)
-    config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
-    config["http_options"]["port"] = port
-    config["applications"][0]["import_path"] = words[2]
-    config["applications"][0]["args"] = dict(word.split("=", 1) for word in words[3:])
-    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen(
-            ["serve", "run", str(tmp_path / "serve.yaml")],
+            [*workspace.documented("python -m deploy.serve"), "--port", str(port)],
             cwd=workspace.folder, env=workspace.environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:

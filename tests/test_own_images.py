@@ -81,9 +81,9 @@ def run_module(words: list[str], patch: pytest.MonkeyPatch) -> None:
 
 
 def served_model(block: str, page: str) -> str:
-    """The model that a block's `serve run` serves."""
-    [model] = [word for line in commands(block, page) for word in line.split() if word.startswith("model=")]
-    return model.removeprefix("model=")
+    """The model that a block's `deploy.serve` serves."""
+    [words] = [line.split() for line in commands(block, page) if line.startswith("python -m deploy.serve")]
+    return words[3]
 
 
 def test_autoencoder_reconstructs_held_out_photographs(finished):

@@ -37,6 +37,8 @@ class BeforeAfterJob:
     """Folder for the table, the picture, and the report of each evaluation."""
     num_samples: int = 10_000
     """Samples of each generator."""
+    num_precision_recall: int = 10_000
+    """Images of each set for precision, recall and nearest images, as in pipelines.evaluate. Fewer save time."""
     steps: tuple[int, ...] = (1,)
     """Numbers of sampling steps."""
     labels: Labels = "balanced"

@@ -55,6 +55,7 @@ def before_after(job: BeforeAfterJob) -> str:
                     held_out_images=job.held_out_images,
                     steps=job.steps,
                     num_samples=job.num_samples,
+                    num_precision_recall=job.num_precision_recall,
                     labels=job.labels,
                     batch_size=job.batch_size,
                     num_workers=job.num_workers,

@@ -12,8 +12,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import yaml
-
 from pipelines.demo.processes import Processes
 from pipelines.errors import InputError
 
@@ -71,19 +69,11 @@ def wait_until_ready(url: str, server: subprocess.Popen, timeout_seconds: float 
 def serve_and_request(work: Path, port: int, processes: Processes, model: str, tracking_uri: str) -> str:
     """Serves the model, requests four images twice, writes the second response, and stops the server.
 
-    work: the demo's folder, for serve.yaml and served.png. Returns a summary. Raises InputError if anything fails.
+    work: the demo's folder, for served.png. Returns a summary. Raises InputError if anything fails.
     """
     port = free_port(port)
-    application = {
-        "name": "meanflow",
-        "route_prefix": "/",
-        "import_path": "deploy.app:build_app",
-        "args": {"model": model, "tracking_uri": tracking_uri},
-    }
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-    config_path = work / "serve.yaml"
-    config_path.write_text(yaml.safe_dump(config))
-    server = processes.start([str(Path(sys.executable).with_name("serve")), "run", str(config_path)])
+    options = ["--port", str(port), "--tracking-uri", tracking_uri]
+    server = processes.start([sys.executable, "-m", "deploy.serve", model, *options])
     url = f"http://127.0.0.1:{port}"
     wait_until_ready(url, server)
     body = {"class": "star", "seed": 7, "num_images": 4}

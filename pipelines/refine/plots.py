@@ -23,6 +23,8 @@ def plot_distances(points: Mapping[str, Mapping[int, float]], file: Path) -> Non
         )
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set(xlabel="step", ylabel="distance, relative to the start", yscale="log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter("{x:g}")
     axes.set_title("Only the held-out distances say whether the images became better", fontsize=10)
     axes.legend()
     figure.savefig(file, dpi=120)

@@ -15,6 +15,7 @@ from ray.scripts.scripts import cli as ray_command_line
 from ray.serve.scripts import cli as serve_command_line
 
 from deploy.api.schema import GenerateRequest, ImagesRequest
+from deploy.serve import parse_arguments as parse_serve
 from deploy.settings import Arguments
 from pipelines.autoencoder.job import AutoencoderJob
 from pipelines.before_after.job import BeforeAfterJob
@@ -59,6 +60,7 @@ MODULES: dict[str, Callable[[list[str]], object]] = {
     "pipelines.before_after": _of_class(BeforeAfterJob),
     "pipelines.plan": parse_plan,
     "deploy.models": _one_argument,
+    "deploy.serve": parse_serve,
     "deploy.keys": _one_argument,
 }
 

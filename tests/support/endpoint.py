@@ -29,6 +29,7 @@ from deploy.api.routes import build_http_app
 from deploy.api.service import ApiService
 from deploy.replica.model_swap import ModelSwapper
 from deploy.replica.service import GeneratorService
+from deploy.serve import fast_path
 from deploy.settings import Arguments
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, save_generator
@@ -248,6 +249,7 @@ def running_endpoint(arguments: dict | None = None, deployments: list[dict] | No
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
+    environment |= fast_path(folder, environment)
     # `ray.init` starts a head on the chosen ports; `serve run` joins it.
     program = (
         "import ray, sys; "

@@ -20,6 +20,7 @@ COMMAND_PAGES = (
     "README.md",
     "docs/gallery.md",
     "docs/how-to/refine.md",
+    "docs/how-to/serve.md",
     "docs/runbook.md",
     "docs/tutorials/own-images.md",
     "docs/upgrading.md",
@@ -36,7 +37,12 @@ def blocks(page: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("page", COMMAND_PAGES)
 def test_every_command_of_a_page_parses(page):
     lines = [line for kind, block in blocks(page) if kind == "bash" for line in block.splitlines() if line]
-    assert len(lines) >= {"README.md": 30, "docs/gallery.md": 4, "docs/how-to/refine.md": 4}.get(page, 9)
+    assert len(lines) >= {
+        "README.md": 30,
+        "docs/gallery.md": 4,
+        "docs/how-to/refine.md": 4,
+        "docs/how-to/serve.md": 5,
+    }.get(page, 9)
     for line in lines:
         if line.startswith("{"):  # a shell group of sed and grep: only its files are checked
             named = set(re.findall(r"(?<![/\w])constraints[\w-]*\.txt", line))
@@ -91,7 +97,7 @@ def test_misspelt_command_does_not_parse(line, capsys):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_bash_block_is_marked_with_the_test_that_reads_it(page):
     for kind, block in blocks(page):
-        assert kind in ("bash", "python", ""), (page, kind)
+        assert kind in ("bash", "python", "html", ""), (page, kind)  # tests/deploy/api/test_page.py runs the html
         if kind == "python":
             compile(block, page, "exec")
         # A block without a kind holds no commands.

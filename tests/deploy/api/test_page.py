@@ -1,14 +1,19 @@
 """Tests the endpoint's web page in a real browser, with a running endpoint."""
 
+import functools
 import re
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
 
 from deploy.settings import Arguments
+from pipelines.demo.serving import free_port
 from tests.support.api import KEY_HASHES, KEYS
 from tests.support.endpoint import over_http, running_endpoint
+from tests.support.readme import text_of
 
 REMEDY = "run make soak-deps"
 sync_api = pytest.importorskip("playwright.sync_api", reason=f"playwright is missing; {REMEDY}")
@@ -21,6 +26,14 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(CHROMIUM is None, reason=f"neither chromium nor chromium-browser is on PATH; {REMEDY}"),
 ]
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files without a log."""
+
+    def log_message(self, *_):
+        pass
+
 
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 740}
 # Chromium logs every failed request, including those that the page handles.
@@ -411,3 +424,24 @@ def test_guidance_works_on_an_endpoint_with_api_keys(open_page, guided_folder):
 def test_the_docs_page_loads_nothing_from_other_hosts(open_page):
     page = open_page("docs")
     expect(page.locator(".opblock-post").first).to_contain_text("/v1/images/generations")
+
+
+def test_the_documented_page_of_another_origin_shows_an_image(open_page, generator_folder, tmp_path):
+    [example] = re.findall(r"```html\n(.*?)```", text_of("docs/how-to/serve.md"), flags=re.DOTALL)
+    port = free_port(0)
+    other = f"http://127.0.0.1:{port}"  # really served: Chromium lets no page of the internet call this machine
+    arguments = Arguments(model=str(generator_folder), api_keys=KEY_HASHES, cors_origins=[other])
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with over_http(arguments) as address, ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page_text = example.replace("http://127.0.0.1:8000", address).replace("KEY", KEYS["alice"])
+        (tmp_path / "index.html").write_text(f'<link rel="icon" href="data:,">{page_text}')
+        lines = []
+        page = open_page(
+            address=f"{other}/", before=lambda page: page.on("console", lambda line: lines.append(line.text))
+        )
+        expect(page.locator("#picture")).to_have_attribute("src", re.compile("^blob:"))
+        assert natural_sizes(page.locator("#picture")) == [[64, 64]]
+        assert [line.split(";")[0] for line in lines] == ["queue"]
+        page.context.close()
+        server.shutdown()

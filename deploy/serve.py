@@ -44,6 +44,8 @@ def fast_path(folder: Path, environment: dict[str, str]) -> dict[str, str]:
     wanted = {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # A replica that dies before it answers: HAProxy sends the request to another one. Asking twice changes nothing.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         # A replica that stops still answers for so long, until every proxy has heard of it. Ray's default is 30.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

@@ -127,8 +127,9 @@ def test_a_killed_replica_loses_only_its_requests_and_its_successor_serves_the_d
         load.wait_for_answers(100)
     print("killed:", dict(load.outcomes), "on retry:", dict(load.retried))
     assert load.wrong_images == []
-    assert set(load.outcomes) <= {(200, "first"), (200, "second"), (503, None)}
-    assert load.outcomes[503, None] <= 6  # at most one per client
+    # What the replica held is sent to another one, or refused (topology two), or its connection breaks within the answer.
+    assert set(load.outcomes) <= {(200, "first"), (200, "second"), (503, None), "RemoteDisconnected"}
+    assert load.outcomes[503, None] + load.outcomes["RemoteDisconnected"] <= 6  # at most one per client
     assert set(load.retried) <= {200}
     request_model(endpoint, models["first"], max_batch_size=4)
     wait_for_models(endpoint, "first")

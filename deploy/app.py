@@ -7,6 +7,7 @@ the images of concurrent requests (`deploy.replica`). The setting `topology` dec
     two    Api -> ImageGenerator: two deployments, whose numbers of replicas are independent.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator
@@ -69,8 +70,9 @@ class ImageGenerator:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart | Refusal]:
         """Generates the images of a request, and yields them as soon as they are made."""
-        async for part in self._service.stream(request):
-            yield part
+        async with contextlib.aclosing(self._service.stream(request)) as parts:
+            async for part in parts:
+                yield part
 
     async def describe(self) -> GeneratorStatus:
         """The serving model and any problem."""
@@ -96,11 +98,14 @@ class RemoteGenerator:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart | Refusal]:
         """Generates the images of a request, and yields them as soon as they are made."""
+        response = self._handle.options(stream=True).stream.remote(request)
         try:
-            async for part in self._handle.options(stream=True).stream.remote(request):
+            async for part in response:
                 yield part
         except (RayError, RayServeException) as error:
             yield _refusal(error)
+        finally:
+            response.cancel()
 
     async def describe(self) -> GeneratorStatus:
         """The serving model and any problem."""

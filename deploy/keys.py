@@ -18,7 +18,9 @@ def main() -> None:
     name = parser.parse_args().name
     key = f"mf-{secrets.token_urlsafe(32)}"
     print(f"API key for {name} (shown only once): {key}")
-    print("add this to user_config of the deployment Endpoint (Api in topology two):")
+    print(
+        "start deploy.serve with --api-keys NAME HASH, or add this to user_config of Endpoint (of Api in topology two):"
+    )
     print(f'  api_keys: {{{name}: "{hash_key(key)}"}}')
 
 

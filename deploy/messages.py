@@ -124,7 +124,7 @@ class GenerationPart:
     partial_index: int | None
     """0-based number of a partial image, of which better ones follow; None for finished images."""
     result: GenerationResult
-    """These images. Its timings are those of the request so far."""
+    """These images. Its timings are those of the batches that have finished."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,11 @@ METRICS: dict[str, Metric] = {
     ),
     "meanflow_request_seconds": _seconds("Time from a request's arrival to its response.", "route"),
     "meanflow_encode_seconds": _seconds("Encoding time of a request's images."),
-    # Recorded by both.
+    # Recorded by the HTTP API and by the generator.
     "meanflow_settings_refused": Metric(
-        "gauge", "1 while a user_config is refused and the previous settings remain in use."
+        "gauge",
+        "1 while settings of a part (api, generator) are refused and the previous ones remain in use.",
+        ("part",),
     ),
     # Recorded by the generator.
     "meanflow_model_refused": Metric(

@@ -3,7 +3,7 @@
     python -m deploy.serve runs/demo/generator                   # http://127.0.0.1:8000, with a page to try it
     curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
 
-The fast path is a set of environment variables, which every process of Ray must have from its start:
+The fast path is a set of environment variables, which must be set before any process of Ray starts:
 
 - HAProxy, a compiled proxy, passes requests straight to the replicas (Ray's default is a proxy in Python);
 - replicas run our code on the event loop that receives the requests, and write their logs in larger pieces.
@@ -41,28 +41,33 @@ def fast_path(folder: Path, environment: dict[str, str]) -> dict[str, str]:
 
     folder: for the files of HAProxy, whose default is one folder for all clusters of a machine.
     """
+    stats_port, metrics_port = _free_ports()
     wanted = {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # A replica that dies before it answers: HAProxy sends the request to another one. Asking twice changes nothing.
+        # A replica that dies before it answers: HAProxy sends the request to another one, once.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        # A replica that stops still answers for so long, until every proxy has heard of it. Ray's default is 30.
+        "RAY_SERVE_HAPROXY_RETRIES": "1",
+        # HAProxy passes on the caller's own X-Forwarded-For, which uvicorn would believe.
+        "FORWARDED_ALLOW_IPS": "",
+        # A stopping replica keeps answering for this many seconds while proxies update their lists. Ray's default is 30.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
     }
     return {**wanted, **{name: environment[name] for name in wanted if name in environment}}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as first, socket.socket() as second:
+        for probe in (first, second):
+            probe.bind(("127.0.0.1", 0))
+        return int(first.getsockname()[1]), int(second.getsockname()[1])
 
 
 def serve_config(job: ServeJob) -> dict[str, Any]:
@@ -95,7 +100,8 @@ def main() -> None:
         os.environ.update(fast_path(Path(folder), dict(os.environ)))
         from ray.serve.scripts import cli  # after the variables are set, which Ray reads when it is imported
 
-        sys.exit(cli(["run", str(config_file)], prog_name="serve", standalone_mode=False))
+        # A cluster of its own: a running one lacks the variables.
+        sys.exit(cli(["run", "--address", "local", str(config_file)], prog_name="serve", standalone_mode=False))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Arguments(BaseModel):
     compile: bool = False
     """Compile with torch.compile for each size in batch_sizes (default: powers of two up to max_batch_size)."""
     batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list, max_length=16)
-    """Pad batches to the next of these sizes; "1,4,16" on the command line."""
+    """Pad batches to the next of these sizes."""
     preview_vae: str | None = None
     """Hub id or folder of an AutoencoderTiny, which decodes requests with `preview`."""
     drain_seconds: float = Field(default=70.0, ge=0.0)
@@ -73,7 +73,8 @@ class Arguments(BaseModel):
     api_keys: dict[str, str] = Field(default_factory=dict)
     """{name: SHA-256 of the key}; `python -m deploy.keys NAME` creates both. If any key is set, requests require one."""
     rate_limit: str | None = None
-    """Images per key (or per address, without keys) and API replica: "600/minute", "10/second;10000/day"."""
+    """Images per key and replica of Api or Endpoint: "600/minute", "10/second;10000/day". Without keys, per address; behind
+    HAProxy, all callers have the same one."""
     cors_origins: list[str] = Field(default_factory=list)
     """Origins whose pages may call the API from a browser: "https://example.org,http://localhost:5173", or "*" for all."""
     log_prompts: bool = False
@@ -92,7 +93,10 @@ class Arguments(BaseModel):
     @field_validator("batch_sizes", "cors_origins", mode="before")
     @classmethod
     def _split_at_commas(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+            return value
+        return [part.strip() for word in words for part in word.split(",") if part.strip()]
 
     @field_validator("api_keys")
     @classmethod
@@ -145,7 +149,10 @@ API_SETTINGS = frozenset({"deadline_seconds", "max_images", "max_steps", "api_ke
 
 
 def split_user_config(user_config: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the generator, and all others: those of the API and unknown ones, which it refuses."""
+    """The settings of the generator, and all others: those of the API and unknown ones, which it refuses.
+
+    The halves apply independently: if one has an invalid value, the other still takes effect.
+    """
     settings = user_config or {}
     of_generator = {name: value for name, value in settings.items() if name in GENERATOR_SETTINGS}
     return of_generator, {name: value for name, value in settings.items() if name not in GENERATOR_SETTINGS}

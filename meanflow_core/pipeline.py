@@ -237,15 +237,14 @@ class MeanFlowPipeline(DiffusionPipeline):
             labels, *guidance
         )
         z = noise.to(device, torch.float32)
-        report = on_step or (lambda step, image: None)
         if prediction == "epsilon":
-            return self._denoise(predict, z, len(times) - 1, report)
+            return self._denoise(predict, z, len(times) - 1, on_step)
         if prediction == "consistency":
-            return self._sample_consistency(predict, z, times, report)
-        return self._follow_flow(predict, z, times, solver, report)
+            return self._sample_consistency(predict, z, times, on_step)
+        return self._follow_flow(predict, z, times, solver, on_step)
 
     def _follow_flow(
-        self, predict: _Predict, z: torch.Tensor, times: list[float], solver: str, report: OnStep
+        self, predict: _Predict, z: torch.Tensor, times: list[float], solver: str, on_step: OnStep | None
     ) -> torch.Tensor:
         """Steps z_r = z_t - (t - r) u along the times. A step predicts the image at the end of its straight line."""
         self.scheduler.set_timesteps(sigmas=times[:-1])
@@ -254,13 +253,13 @@ class MeanFlowPipeline(DiffusionPipeline):
             u = predict(z, t, r)
             if solver == "heun":
                 u = (u + predict(z - (t - r) * u, r, r)) / 2.0
-            if r > 0.0:
-                report(step + 1, z - t * u)
+            if on_step is not None and r > 0.0:
+                on_step(step + 1, z - t * u)
             z = self.scheduler.step(u, t * scale, z, r_timestep=r * scale).prev_sample
         return z
 
     def _sample_consistency(
-        self, predict: _Predict, z: torch.Tensor, times: list[float], report: OnStep
+        self, predict: _Predict, z: torch.Tensor, times: list[float], on_step: OnStep | None
     ) -> torch.Tensor:
         """Predicts the image from z_t, and adds fresh noise up to the next time (Song et al. 2023, Algorithm 1)."""
         self.scheduler.set_timesteps(sigmas=times[:-1])
@@ -270,11 +269,12 @@ class MeanFlowPipeline(DiffusionPipeline):
             if s == 0.0:
                 z = image
             else:
-                report(step + 1, image)
+                if on_step is not None:
+                    on_step(step + 1, image)
                 z = (1.0 - s) * image + s * fresh_noise(noise, step).to(z.device)
         return z
 
-    def _denoise(self, predict: _Predict, z: torch.Tensor, num_steps: int, report: OnStep) -> torch.Tensor:
+    def _denoise(self, predict: _Predict, z: torch.Tensor, num_steps: int, on_step: OnStep | None) -> torch.Tensor:
         """DDIM's steps with eta 0. Timestep k of K is t = (k + 1) / K for the network, as in training."""
         self.scheduler.set_timesteps(num_steps)
         num_timesteps = self.scheduler.config.num_train_timesteps
@@ -285,7 +285,8 @@ class MeanFlowPipeline(DiffusionPipeline):
             z = self.scheduler.step(epsilon, timestep, z).pred_original_sample
             # Not the step's prev_sample: its noise level is not that of the next timestep unless num_steps divides K.
             if following is not None:
-                report(step + 1, z)
+                if on_step is not None:
+                    on_step(step + 1, z)
                 z = self.scheduler.add_noise(z, epsilon, torch.tensor([following]))
         return z
 

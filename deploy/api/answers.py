@@ -1,4 +1,4 @@
-"""What answers say of a request's images: files, names, seeds, sizes and times."""
+"""Builds the fields of responses with images: files, names, seeds, sizes and times."""
 
 import base64
 import time
@@ -26,7 +26,7 @@ def image_data(
 ) -> list[ImageData]:
     """Images of a response, each with its seed or its interpolation weight between two seeds.
 
-    indices: theirs in the request, one for each image of `result` and each of `files`.
+    indices: those of these images in the request, one for each image of `result` and each of `files`.
     """
     return [
         ImageData(

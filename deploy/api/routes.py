@@ -40,6 +40,12 @@ from deploy.api.service import ApiService
 from deploy.api.streaming import event_stream, image_events
 from deploy.messages import ClassEntry, ModelInfo
 
+# ImagesResponse adds Timing to the document's components.
+EVENT_SCHEMA = {
+    name: value
+    for name, value in ImageEvent.model_json_schema(ref_template="#/components/schemas/{model}").items()
+    if name != "$defs"
+}
 # Headers of answers that pages of other origins may read, too.
 EXPOSED_HEADERS = (
     "Retry-After",
@@ -88,7 +94,7 @@ Caller = Annotated[str, Depends(get_caller)]
     responses={
         200: {
             "description": "The images, or with `stream` an event for each of them.",
-            "content": {"text/event-stream": {"schema": ImageEvent.model_json_schema()}},
+            "content": {"text/event-stream": {"schema": EVENT_SCHEMA}},
         }
     },
 )
@@ -109,7 +115,7 @@ async def images_generations(body: ImagesRequest, request: Request, service: Ser
     service.admit(caller, generation.num_images)
     if body.stream:
         parts = service.stream(generation, request.state.log, "prompt")
-        return await event_stream(image_events(service, body, generation, parts, started))
+        return await event_stream(image_events(service, body, generation, parts, started), request.state.log)
     result = await service.generate(generation, request.state.log, "prompt")
     encoded = await encode_files(service, body, result)
     answer = ImagesResponse(
@@ -268,7 +274,7 @@ def build_http_app(service: ApiService) -> FastAPI:
             CORSMiddleware,
             allow_origins=service.settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's JavaScript client sends headers of its own
             expose_headers=EXPOSED_HEADERS,
         )
     return api

@@ -12,7 +12,7 @@ from deploy.settings import MAX_STEPS
 MAX_SEED = 2**62
 
 
-MAX_PARTIAL_IMAGES = 3  # as OpenAI's
+MAX_PARTIAL_IMAGES = 3  # as in OpenAI's API
 
 
 class Strict(BaseModel):
@@ -174,7 +174,7 @@ class ImageEvent(BaseModel):
     num_inference_steps: int
     preview: bool
     timing: Timing
-    """Of the request so far."""
+    """Of the request's finished batches, and `total_ms` since its arrival."""
 
 
 class ModelList(BaseModel):

@@ -68,8 +68,8 @@ class Encoded(Generic[T]):
 class RefusalCache:
     """Repeats the last "overloaded" refusal for REPEAT_REFUSAL_SECONDS, which saves calls to a busy generator.
 
-    The refusal applies to requests with the same timesteps and decoder and at least as many images. The generator may
-    accept others: it batches other timesteps separately, and fewer images may fit into the queue.
+    The refusal applies to requests with the same timesteps, decoder and number of partial images, and at least as many
+    images. The generator may accept others: it batches them separately, and fewer images may fit into the queue.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,8 @@ class RefusalCache:
         refused = self._refused_request
         if refused is None or time.monotonic() >= self._until:
             return None
-        is_same_group = (request.timesteps, request.is_preview) == (refused.timesteps, refused.is_preview)
+        groups = [(each.timesteps, each.is_preview, each.num_partial) for each in (request, refused)]
+        is_same_group = groups[0] == groups[1]
         return self._refusal if is_same_group and request.num_images >= refused.num_images else None
 
     def store(self, request: GenerationRequest, refusal: Refusal) -> None:
@@ -138,7 +139,7 @@ class ApiService:
                 # A new replica has no previous user_config to keep. Without its API keys it would be open to everybody.
                 only_keys = {name: value for name, value in (user_config or {}).items() if name == "api_keys"}
                 self.settings = apply_user_config(self._arguments, only_keys, API_SETTINGS)
-        self.recorder.record("meanflow_settings_refused", float(self.problem is not None))
+        self.recorder.record("meanflow_settings_refused", float(self.problem is not None), tags={"part": "api"})
         if not self.is_configured:
             require_safe_exposure(self.settings, self._http_host)
             key_names = ", ".join(self.settings.api_keys) or "none"

@@ -51,8 +51,11 @@ async def image_events(
                 )
 
 
-async def event_stream(events: AsyncGenerator[ImageEvent]) -> StreamingResponse:
-    """Server-sent events. An error before the first event is raised, and has its own status; a later one is an event."""
+async def event_stream(events: AsyncGenerator[ImageEvent], log: dict[str, object]) -> StreamingResponse:
+    """Server-sent events. An error before the first event is raised, and has its own status; a later one is an event.
+
+    log: details for the access log, whose status is then 200.
+    """
     first = await anext(events)
 
     async def lines() -> AsyncIterator[str]:
@@ -62,9 +65,11 @@ async def event_stream(events: AsyncGenerator[ImageEvent]) -> StreamingResponse:
                 async for event in events:
                     yield _event(event.type, event.model_dump_json(exclude_none=True))
             except ApiError as error:
+                log["stream_error"] = error.code
                 yield _event("error", error_body(error).model_dump_json())
             except Exception:
                 logger.exception("a stream failed")
+                log["stream_error"] = "internal"
                 yield _event("error", error_body(ApiError(500, INTERNAL_ERROR)).model_dump_json())
 
     # nginx would collect the events otherwise.

@@ -268,7 +268,11 @@ class Batcher(Generic[ItemT, ResultT]):
                 assert request.first_batch_start is not None
                 indices = done[id(request)]
                 results_of_request = [request.results[index] for index in indices]
-                request.on_results(indices, results_of_request, info, request.first_batch_start - request.arrival)
+                try:
+                    request.on_results(indices, results_of_request, info, request.first_batch_start - request.arrival)
+                except Exception as error:  # it concerns this request only
+                    request.done.set_exception(error)
+                    self._remove(request)
             if not request.num_missing and not request.done.done():
                 request.done.set_result(None)
         self._on_batch([start - request.arrival for request, _ in entries])

@@ -39,7 +39,8 @@ MAX_CONSECUTIVE_FAILURES = 3
 
 def image_cost(key: tuple[LoadedModel, BatchOptions]) -> float:
     """Cost of an image in network forwards, decoding included."""
-    return len(key[1].timesteps) - 1 + DECODER_COST
+    options = key[1]
+    return len(options.timesteps) - 1 + DECODER_COST * (1 + len(options.partial_steps))
 
 
 class GeneratorService:
@@ -74,7 +75,9 @@ class GeneratorService:
         except ValueError as error:
             self.settings_problem = f"settings of the generator refused; the previous ones remain in use: {error}"
             logger.error(self.settings_problem)
-        self._recorder.record("meanflow_settings_refused", float(self.settings_problem is not None))
+        self._recorder.record(
+            "meanflow_settings_refused", float(self.settings_problem is not None), tags={"part": "generator"}
+        )
         self._batcher.limits = self._limits()
         await self.models.request(self._settings)
 
@@ -134,13 +137,14 @@ class GeneratorService:
             label = loaded.classes.find(request.class_)
         except ValueError as error:
             return Refusal(status=400, code="unknown_class", param="class", message=str(error))
-        key = (loaded, BatchOptions(request.timesteps, request.is_preview, request.num_partial))
+        num_partial = min(request.num_partial, len(request.timesteps) - 2)  # none after the last step
+        key = (loaded, BatchOptions(request.timesteps, request.is_preview, num_partial))
         specs = image_specs(request, label)
         on_results = None
         if on_part is not None:
             stream = PartStream(request, label, loaded, on_part)
             on_results = stream.add_finished
-            if request.num_partial:
+            if num_partial:
                 specs = stream.with_partial_images(specs)
         try:
             batched = await self._batcher.submit(key, specs, request.timeout_seconds, on_results)
@@ -274,6 +278,7 @@ class PartStream:
         self._loop = asyncio.get_running_loop()
         self._queue_seconds = 0.0
         self._timings: list[BatchTiming] = []
+        self._sent: set[tuple[int, int]] = set()
 
     def add_finished(
         self, indices: list[int], images: list[np.ndarray], timing: BatchTiming, queue_seconds: float
@@ -284,12 +289,18 @@ class PartStream:
         self._add(indices, images, None)
 
     def with_partial_images(self, specs: list[ImageSpec]) -> list[ImageSpec]:
-        """The specs, which then hand out partial images, too."""
+        """Copies of the specs with a callback for partial images."""
 
         def on_partial(index: int, partial_index: int, image: np.ndarray) -> None:  # in the engine's thread
-            self._loop.call_soon_threadsafe(self._add, [index], [image], partial_index)
+            self._loop.call_soon_threadsafe(self._add_partial, index, partial_index, image)
 
         return [replace(spec, on_partial=partial(on_partial, index)) for index, spec in enumerate(specs)]
+
+    def _add_partial(self, index: int, partial_index: int, image: np.ndarray) -> None:
+        """Hands out a partial image, but not again when its batch is repeated in halves, after it ran out of memory."""
+        if (index, partial_index) not in self._sent:
+            self._sent.add((index, partial_index))
+            self._add([index], [image], partial_index)
 
     def _add(self, indices: list[int], images: list[np.ndarray], partial_index: int | None) -> None:
         result = build_result(

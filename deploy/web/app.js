@@ -253,11 +253,13 @@ async function streamGroup(body, settings, signal) {
       if (event.type.endsWith("completed")) images[event.index] = image;
       place(event.index, image, Boolean(images[event.index]));
     });
+    if (!last) throw new RequestError("The answer ended before the first image.");
     return { steps: last.num_inference_steps, name: last.class_name, images, timing: last.timing, roundTrip };
   } catch (error) {
     dispose({ groups: [{ images: images.filter(Boolean) }] });
-    if (place && state.current) show(state.current);
-    else if (place) $("result").replaceChildren();
+    const isLatest = !state.running || state.running.signal === signal; // else another request shows its images
+    if (place && isLatest && state.current) show(state.current);
+    else if (place && isLatest) $("result").replaceChildren();
     throw error;
   }
 }

@@ -50,14 +50,18 @@ export const stream = (path, { body, ...options }, onEvent) => request(
 /** Reads server-sent events, which an empty line separates. */
 async function readEvents(response, onEvent) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = "", chunk; !(chunk = await reader.read()).done;) {
-    const blocks = (text + chunk.value).split("\n\n");
-    text = blocks.pop();
-    for (const block of blocks) {
-      const data = JSON.parse(block.match(/^data: (.*)$/m)[1]);
-      if (data.error) throw new RequestError(data.error.message, { status: 500, ...data.error });
-      onEvent(data);
+  try {
+    for (let text = "", chunk; !(chunk = await reader.read()).done;) {
+      const blocks = (text + chunk.value).split("\n\n");
+      text = blocks.pop();
+      for (const block of blocks) {
+        const data = JSON.parse(block.match(/^data: (.*)$/m)[1]);
+        if (data.error) throw new RequestError(data.error.message, { status: 500, ...data.error });
+        onEvent(data);
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {}); // after an error the server need not go on
   }
 }
 

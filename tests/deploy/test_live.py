@@ -86,6 +86,17 @@ def test_the_openai_client_works(endpoint, expected):
         client.images.generate(prompt="star", model="dall-e-3")
 
 
+def test_a_stream_holds_the_same_images(endpoint, expected):
+    client = openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="any")
+    events = list(client.images.generate(prompt="star", n=10, stream=True, extra_body={"seed": 5}))
+    assert sorted(event.index for event in events) == list(range(10))
+    for event in events:
+        wanted = expected["first"][5 + event.index]
+        assert np.abs(pixels(base64.b64decode(event.b64_json)) - wanted).max() <= 1
+    with pytest.raises(openai.BadRequestError, match="unknown class 'unicorn'"):
+        client.images.generate(prompt="unicorn", stream=True)
+
+
 def test_requests_of_disconnected_clients_leave_the_queue(endpoint):
     body = json.dumps({"class": CLASS, "num_images": 64, "num_inference_steps": 128}).encode()
     for _ in range(3):  # together they would take minutes

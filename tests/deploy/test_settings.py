@@ -1,6 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
+from deploy.serve import fast_path, parse_arguments, serve_config
 from deploy.settings import API_SETTINGS, Arguments, apply_user_config, split_user_config
 
 
@@ -30,3 +31,35 @@ def test_topology_one_refuses_a_number_of_api_replicas():
         {"model": "m"},
         {"max_steps": 3, "unknown": 1},
     )
+
+
+def test_deploy_serve_passes_on_what_was_given():
+    words = [
+        "folder",
+        "--port",
+        "8080",
+        "--batch-sizes",
+        "1",
+        "4",
+        "16",
+        "--cors-origins",
+        "https://a.org,http://b.org",
+        "--api-keys",
+        "alice",
+    ]
+    job = parse_arguments([*words, "0" * 64])
+    config = serve_config(job)
+    assert config["http_options"] == {"host": "127.0.0.1", "port": 8080, "keep_alive_timeout_s": 90}
+    assert config["applications"][0]["args"] == {
+        "model": "folder", "batch_sizes": [1, 4, 16], "cors_origins": ["https://a.org", "http://b.org"],
+        "api_keys": {"alice": "0" * 64},
+    }  # fmt: skip
+
+
+def test_the_fast_path_keeps_variables_that_are_set(tmp_path):
+    variables = fast_path(tmp_path, {"RAY_SERVE_ENABLE_HA_PROXY": "0", "OTHER": "1"})
+    assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    assert "OTHER" not in variables
+    ports = {variables[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")}
+    assert len(ports) == 2
+    assert variables["RAY_SERVE_HAPROXY_SOCKET_PATH"].startswith(str(tmp_path))

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import numpy as np
 import openai
@@ -12,6 +13,7 @@ from meanflow_core.autoencoder import decode_latents
 from meanflow_core.generator import load_pipeline
 from meanflow_core.sampling import noise_from_seeds
 from tests.support.api import StubGenerator, error_of, pixels
+from tests.support.endpoint import write_generator
 
 OPENAI = "/v1/images/generations"
 
@@ -85,3 +87,21 @@ def test_an_error_after_the_first_image_is_an_event_that_the_openai_client_raise
     stub.generator.refusal = refusal
     with pytest.raises(openai.APIError, match="the replica died"):
         list(openai_client(stub).images.generate(prompt="star", n=3, stream=True))
+
+
+def test_every_reference_of_the_openapi_document_resolves(stub):
+    document = stub.client.get("/openapi.json").json()
+    names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert "Timing" in names
+    assert names <= set(document["components"]["schemas"])
+    assert '"#/$defs' not in json.dumps(document)
+
+
+@pytest.mark.parametrize("preset", ["demo_meanflow", "demo_flow_matching", "demo_consistency", "demo_ddpm"])
+def test_every_prediction_tells_the_image_that_a_step_predicts(tmp_path, preset):
+    pipeline = load_pipeline(write_generator(tmp_path / "generator", preset=preset))
+    noise, predicted = noise_from_seeds([5], pipeline.latent_shape), {}
+    final = pipeline.sample_latents([8], noise, 2, on_step=predicted.__setitem__)
+    assert set(predicted) == {1}
+    assert predicted[1].shape == final.shape
+    assert not np.allclose(predicted[1], noise)

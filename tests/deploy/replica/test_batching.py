@@ -69,6 +69,7 @@ def test_a_lone_request_starts_at_once_and_with_company_waits_for_others():
         alone = await wait_of([1])
         together = await asyncio.gather(wait_of([1]), wait_of([2]))
         just_after = await wait_of([1])
+        await have_company(batcher)
         full = await wait_of([1, 2, 3, 4])
         await asyncio.sleep(COMPANY_SECONDS)
         return alone, min(together), just_after, full, await wait_of([1])

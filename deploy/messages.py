@@ -93,7 +93,7 @@ class GenerationRequest:
     """"64x64", or "auto"."""
     timeout_seconds: float
     num_partial: int = 0
-    """For streams: partial images to decode on the way of a request with several steps."""
+    """For streams: partial images to decode on the way. Fewer than the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

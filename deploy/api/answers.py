@@ -3,6 +3,7 @@
 import base64
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from deploy.api.encoding import encode_image
 from deploy.api.schema import ImageData, ImagesRequest, Sampling, Timing
@@ -39,9 +40,18 @@ def image_data(
     ]
 
 
-def size_of(result: GenerationResult) -> str:
-    """Width and height of the images: "64x64"."""
-    return f"{result.images.shape[2]}x{result.images.shape[1]}"
+def common_fields(body: ImagesRequest, generation: GenerationRequest, result: GenerationResult) -> dict[str, Any]:
+    """The fields that `ImagesResponse` and `ImageEvent` share, except the timing."""
+    return {
+        "model": result.model,
+        "size": f"{result.images.shape[2]}x{result.images.shape[1]}",
+        "output_format": body.output_format or "png",
+        "class_id": result.class_id,
+        "class_name": result.class_name,
+        "wnid": result.wnid,
+        "num_inference_steps": len(generation.timesteps) - 1,
+        "preview": generation.is_preview,
+    }
 
 
 def timing_of(result: GenerationResult, encode_seconds: float, started: float) -> Timing:

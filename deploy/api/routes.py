@@ -14,12 +14,12 @@ from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 
 from deploy.api.answers import (
+    common_fields,
     encode_files,
     file_mode,
     file_names,
     image_data,
     server_timing,
-    size_of,
     timing_of,
 )
 from deploy.api.auth import bearer, identify_caller
@@ -121,15 +121,8 @@ async def images_generations(body: ImagesRequest, request: Request, service: Ser
     answer = ImagesResponse(
         created=int(time.time()),
         data=image_data(generation, range(generation.num_images), result, encoded.content),
-        model=result.model,
-        size=size_of(result),
-        output_format=body.output_format or "png",
-        class_id=result.class_id,
-        class_name=result.class_name,
-        wnid=result.wnid,
         seed=generation.seed,
-        num_inference_steps=len(generation.timesteps) - 1,
-        preview=generation.is_preview,
+        **common_fields(body, generation, result),
         timing=timing_of(result, encoded.seconds, started),
     )
     headers = {"Server-Timing": server_timing(answer.timing)}

@@ -82,14 +82,18 @@ class RefusalCache:
         refused = self._refused_request
         if refused is None or time.monotonic() >= self._until:
             return None
-        groups = [(each.timesteps, each.is_preview, each.num_partial) for each in (request, refused)]
-        is_same_group = groups[0] == groups[1]
+        is_same_group = _group_of(request) == _group_of(refused)
         return self._refusal if is_same_group and request.num_images >= refused.num_images else None
 
     def store(self, request: GenerationRequest, refusal: Refusal) -> None:
         """Stores the refusal of a request."""
         self._refused_request, self._refusal = request, refusal
         self._until = time.monotonic() + REPEAT_REFUSAL_SECONDS
+
+
+def _group_of(request: GenerationRequest) -> tuple[Any, ...]:
+    """What requests must share for the generator to batch them."""
+    return request.timesteps, request.is_preview, request.num_partial
 
 
 class ApiService:
@@ -225,7 +229,7 @@ class ApiService:
             raise invalid_value("seed_end", message)
         return GenerationRequest(
             class_=class_,
-            num_partial=num_partial,
+            num_partial=min(num_partial, num_steps - 1),  # none after the last step
             num_images=num_images,
             seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
             seed_end=body.seed_end,

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from fastapi.responses import StreamingResponse
 
-from deploy.api.answers import encode_files, image_data, size_of, timing_of
+from deploy.api.answers import common_fields, encode_files, image_data, timing_of
 from deploy.api.errors import INTERNAL_ERROR, ApiError, error_body
 from deploy.api.schema import ImageEvent, ImagesRequest
 from deploy.api.service import ApiService
@@ -38,16 +38,9 @@ async def image_events(
                     index=index,
                     partial_image_index=part.partial_index,
                     created_at=int(time.time()),
-                    size=size_of(result),
-                    output_format=body.output_format or "png",
-                    model=result.model,
-                    class_id=result.class_id,
-                    class_name=result.class_name,
-                    wnid=result.wnid,
-                    num_inference_steps=len(generation.timesteps) - 1,
-                    preview=generation.is_preview,
                     timing=timing_of(result, encode_seconds, started),
                     **image.model_dump(),
+                    **common_fields(body, generation, result),
                 )
 
 

@@ -3,13 +3,13 @@
 Unlike Ray Serve's `@serve.batch`, this batcher queues items by group (here: model, time grid and decoder), accepts
 several items per request, drops the items of cancelled requests, and limits the queue.
 
-When does a batch start? A request that is alone starts at once. With company, the oldest item waits up to
-`batch_wait_seconds` for others, unless the batch is full. Company means that two or more requests were unfinished at once in
-the last COMPANY_SECONDS. Examples, with a wait of 5 ms:
+When does a batch start? If only one request at a time was in progress during the last CONCURRENCY_MEMORY_SECONDS, at once.
+Otherwise the oldest item waits up to `batch_wait_seconds` for others, unless the batch is full. Requests of all groups count.
+Examples, with a wait of 5 ms:
 
-- One user, who sends the next request after each answer: no request ever waits.
-- 16 such users: a batch of 16 ends, all 16 send the next request, and the first to come waits up to 5 ms for the others.
-- One of them goes on alone: the first 0.1 s of requests wait 5 ms each, then none.
+- One user sends the next request after each answer: no request waits.
+- 16 users do so: a batch of 16 ends, all 16 send the next request, and the first one waits up to 5 ms for the others.
+- 15 of them stop: requests of the last one wait 5 ms each for 0.1 s, then no longer.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 # Longer than callers take to receive an answer and to send their next request.
-COMPANY_SECONDS = 0.1
+CONCURRENCY_MEMORY_SECONDS = 0.1
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -47,14 +47,25 @@ class BatchLimits:
     max_batch_size: int
     """Maximum number of items per batch."""
     batch_wait_seconds: float
-    """How long the oldest item waits for others while requests have company."""
+    """How long the oldest item waits for others while several requests are in progress."""
     max_queued_items: int
     """Maximum queue length. An empty queue accepts a request of any size."""
 
 
-OnResults = Callable[[list[int], list[Any], Any, float], None]
-"""Arguments: indices of a request's items that one batch has finished, their results, the batch's info, and the seconds that
-the request waited for its first batch."""
+@dataclass(frozen=True)
+class BatchedResults(Generic[ResultT]):
+    """Results of one request, or those of its items that one batch has finished."""
+
+    results: list[ResultT]
+    """In the order of the request's items."""
+    batch_infos: list[Any]
+    """The info of each batch so far that held an item of this request."""
+    queue_wait_seconds: float
+    """From submission to the start of its first batch."""
+
+
+OnResults = Callable[[list[int], BatchedResults], None]
+"""Arguments: indices of a request's items that one batch has finished, and their results."""
 
 
 @dataclass
@@ -72,17 +83,15 @@ class PendingRequest(Generic[ItemT, ResultT]):
     first_batch_start: float | None = None
     batch_infos: list[Any] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class BatchedResults(Generic[ResultT]):
-    """Results of one request."""
-
-    results: list[ResultT]
-    """One per item, in the request's order."""
-    batch_infos: list[Any]
-    """The info of each batch that held an item of this request."""
-    queue_wait_seconds: float
-    """From submission to the start of its first batch."""
+    def finished(self, indices: Sequence[int]) -> BatchedResults[ResultT]:
+        """The results of finished items."""
+        assert self.first_batch_start is not None
+        results = [self.results[index] for index in indices]
+        return BatchedResults(
+            results=[result for result in results if result is not None],
+            batch_infos=list(self.batch_infos),
+            queue_wait_seconds=self.first_batch_start - self.arrival,
+        )
 
 
 # run(group, items) -> (one result per item, info about the batch)
@@ -112,8 +121,8 @@ class Batcher(Generic[ItemT, ResultT]):
         self._arrival = asyncio.Event()
         self._loop_task: asyncio.Task | None = None
         self._seconds_per_cost: float | None = None
-        self._num_unfinished = 0  # requests
-        self._last_company = -math.inf  # time.monotonic() when two requests were last unfinished at once
+        self._num_in_progress = 0  # requests
+        self._last_concurrent_time = -math.inf  # time.monotonic() when two requests were last in progress at once
 
     @property
     def num_queued(self) -> int:
@@ -149,8 +158,8 @@ class Batcher(Generic[ItemT, ResultT]):
         )
         self._queues.setdefault(group, deque()).extend((request, index) for index in range(len(items)))
         self._arrival.set()
-        self._num_unfinished += 1
-        self._note_company()
+        self._num_in_progress += 1
+        self._note_concurrency()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await request.done
@@ -162,19 +171,14 @@ class Batcher(Generic[ItemT, ResultT]):
             del request  # as in `_run_batch`
             raise
         finally:
-            self._note_company()
-            self._num_unfinished -= 1
-        assert request.first_batch_start is not None
-        return BatchedResults(
-            results=[result for result in request.results if result is not None],
-            batch_infos=request.batch_infos,
-            queue_wait_seconds=request.first_batch_start - request.arrival,
-        )
+            self._note_concurrency()
+            self._num_in_progress -= 1
+        return request.finished(range(len(items)))
 
-    def _note_company(self) -> None:
-        """Remembers the time if two requests are unfinished now."""
-        if self._num_unfinished > 1:
-            self._last_company = time.monotonic()
+    def _note_concurrency(self) -> None:
+        """Remembers the time if two requests are in progress now."""
+        if self._num_in_progress > 1:
+            self._last_concurrent_time = time.monotonic()
 
     def _check_load(self, group: Hashable, num_items: int, timeout_seconds: float) -> None:
         """Raises OverloadedError if a request cannot be accepted now."""
@@ -215,7 +219,8 @@ class Batcher(Generic[ItemT, ResultT]):
         while self._queues:
             pause = math.inf
             now = time.monotonic()
-            wait = self.limits.batch_wait_seconds if now - self._last_company < COMPANY_SECONDS else 0.0
+            is_alone = now - self._last_concurrent_time >= CONCURRENCY_MEMORY_SECONDS
+            wait = 0.0 if is_alone else self.limits.batch_wait_seconds
             for group, queue in self._queues.items():
                 remaining = queue[0][0].arrival + wait - now
                 if len(queue) >= self.limits.max_batch_size or remaining <= 0.0:
@@ -265,11 +270,9 @@ class Batcher(Generic[ItemT, ResultT]):
         for request in requests:
             request.batch_infos.append(info)
             if request.on_results is not None and not request.done.done():
-                assert request.first_batch_start is not None
                 indices = done[id(request)]
-                results_of_request = [request.results[index] for index in indices]
                 try:
-                    request.on_results(indices, results_of_request, info, request.first_batch_start - request.arrival)
+                    request.on_results(indices, request.finished(indices))
                 except Exception as error:  # it concerns this request only
                     request.done.set_exception(error)
                     self._remove(request)

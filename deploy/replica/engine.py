@@ -45,13 +45,13 @@ class BatchOptions:
     is_preview: bool = False
     """Decode with the preview decoder."""
     num_partial: int = 0
-    """Partial images to decode on the way, evenly spread over the steps, and at most one for each but the last."""
+    """Partial images to decode on the way, evenly spread over the steps. Fewer than the steps."""
 
     @property
     def partial_steps(self) -> list[int]:
         """1-based numbers of the steps after which partial images are decoded."""
         num_steps = len(self.timesteps) - 1
-        parts = min(self.num_partial, num_steps - 1) + 1
+        parts = self.num_partial + 1
         return [round(part * num_steps / parts) for part in range(1, parts)]
 
 

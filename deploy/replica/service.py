@@ -23,7 +23,7 @@ from deploy.messages import (
     Refusal,
 )
 from deploy.metrics import Recorder
-from deploy.replica.batching import Batcher, BatchLimits, DeadlineError, OverloadedError
+from deploy.replica.batching import BatchedResults, Batcher, BatchLimits, DeadlineError, OverloadedError
 from deploy.replica.engine import BatchOptions, BatchTiming, ImageSpec
 from deploy.replica.loading import LoadedModel
 from deploy.replica.model_swap import ModelSwapper
@@ -101,9 +101,11 @@ class GeneratorService:
         """The classes, by id; empty before the first model is loaded."""
         return [] if self.models.current is None else self.models.current.classes.entries
 
-    async def generate(self, request: GenerationRequest) -> GenerationResult | Refusal:
-        """Generates the images of a request."""
-        result = await self._generate(request)
+    async def generate(
+        self, request: GenerationRequest, on_part: Callable[[GenerationPart], None] | None = None
+    ) -> GenerationResult | Refusal:
+        """Generates the images of a request. on_part: called with images as soon as they are made, as for `stream`."""
+        result = await self._generate(request, on_part)
         if isinstance(result, Refusal):
             self._recorder.record("meanflow_refused_total", tags={"code": result.code or "none"})
         return result
@@ -112,20 +114,19 @@ class GeneratorService:
         """Generates the images of a request, and yields them as soon as they are made. A refusal ends the stream."""
         loop = asyncio.get_running_loop()
         parts: asyncio.Queue[GenerationPart | None] = asyncio.Queue()
-        task = loop.create_task(self._generate(request, parts.put_nowait))
+        task = loop.create_task(self.generate(request, parts.put_nowait))
         task.add_done_callback(lambda _: parts.put_nowait(None))
         try:
             while (part := await parts.get()) is not None:
                 yield part
             answer = await task
             if isinstance(answer, Refusal):
-                self._recorder.record("meanflow_refused_total", tags={"code": answer.code or "none"})
                 yield answer
         finally:
             task.cancel()
 
     async def _generate(
-        self, request: GenerationRequest, on_part: Callable[[GenerationPart], None] | None = None
+        self, request: GenerationRequest, on_part: Callable[[GenerationPart], None] | None
     ) -> GenerationResult | Refusal:
         loaded = self.models.current
         if loaded is None:
@@ -137,14 +138,13 @@ class GeneratorService:
             label = loaded.classes.find(request.class_)
         except ValueError as error:
             return Refusal(status=400, code="unknown_class", param="class", message=str(error))
-        num_partial = min(request.num_partial, len(request.timesteps) - 2)  # none after the last step
-        key = (loaded, BatchOptions(request.timesteps, request.is_preview, num_partial))
+        key = (loaded, BatchOptions(request.timesteps, request.is_preview, request.num_partial))
         specs = image_specs(request, label)
         on_results = None
         if on_part is not None:
             stream = PartStream(request, label, loaded, on_part)
             on_results = stream.add_finished
-            if num_partial:
+            if request.num_partial:
                 specs = stream.with_partial_images(specs)
         try:
             batched = await self._batcher.submit(key, specs, request.timeout_seconds, on_results)
@@ -157,15 +157,7 @@ class GeneratorService:
             logger.exception("a single image did not fit into device memory")
             message = f"out of device memory: {error}"
             return Refusal(status=503, code="out_of_memory", message=message, retry_after_seconds=5.0)
-        return build_result(
-            request,
-            label,
-            loaded,
-            range(request.num_images),
-            batched.results,
-            batched.batch_infos,
-            batched.queue_wait_seconds,
-        )
+        return build_result(request, label, loaded, range(request.num_images), batched)
 
     async def _run_batch(
         self, key: tuple[LoadedModel, BatchOptions], specs: list[ImageSpec]
@@ -247,24 +239,22 @@ def build_result(
     label: int,
     loaded: LoadedModel,
     indices: Sequence[int],
-    images: Sequence[np.ndarray],
-    timings: Sequence[BatchTiming],
-    queue_seconds: float,
+    batched: BatchedResults[np.ndarray],
 ) -> GenerationResult:
-    """Images of a request, each uint8 (H, W, 3), with their class, model and timings. indices: theirs in the request."""
+    """Images of a request with their class, model and timings. indices: those of these images in the request."""
     entry = loaded.classes.entries[label]
     weights = interpolation_weights(request)
     return GenerationResult(
-        images=np.stack(list(images)),
+        images=np.stack(batched.results),
         image_mode=loaded.info.image_mode,
         class_id=label,
         class_name=entry.name,
         wnid=entry.wnid,
         model=loaded.info.id,
         weights=None if weights is None else [weights[index] for index in indices],
-        queue_seconds=queue_seconds,
-        model_seconds=sum(timing.model_seconds for timing in timings),
-        decode_seconds=sum(timing.decode_seconds for timing in timings),
+        queue_seconds=batched.queue_wait_seconds,
+        model_seconds=sum(timing.model_seconds for timing in batched.batch_infos),
+        decode_seconds=sum(timing.decode_seconds for timing in batched.batch_infos),
     )
 
 
@@ -276,17 +266,13 @@ class PartStream:
     ) -> None:
         self._request, self._label, self._loaded, self._on_part = request, label, loaded, on_part
         self._loop = asyncio.get_running_loop()
-        self._queue_seconds = 0.0
-        self._timings: list[BatchTiming] = []
+        self._latest: BatchedResults[np.ndarray] = BatchedResults([], [], 0.0)
         self._sent: set[tuple[int, int]] = set()
 
-    def add_finished(
-        self, indices: list[int], images: list[np.ndarray], timing: BatchTiming, queue_seconds: float
-    ) -> None:
+    def add_finished(self, indices: list[int], batched: BatchedResults[np.ndarray]) -> None:
         """Hands out the finished images of a batch."""
-        self._queue_seconds = queue_seconds
-        self._timings.append(timing)
-        self._add(indices, images, None)
+        self._latest = batched
+        self._add(indices, batched, None)
 
     def with_partial_images(self, specs: list[ImageSpec]) -> list[ImageSpec]:
         """Copies of the specs with a callback for partial images."""
@@ -300,10 +286,8 @@ class PartStream:
         """Hands out a partial image, but not again when its batch is repeated in halves, after it ran out of memory."""
         if (index, partial_index) not in self._sent:
             self._sent.add((index, partial_index))
-            self._add([index], [image], partial_index)
+            self._add([index], replace(self._latest, results=[image]), partial_index)
 
-    def _add(self, indices: list[int], images: list[np.ndarray], partial_index: int | None) -> None:
-        result = build_result(
-            self._request, self._label, self._loaded, indices, images, self._timings, self._queue_seconds
-        )
+    def _add(self, indices: list[int], batched: BatchedResults[np.ndarray], partial_index: int | None) -> None:
+        result = build_result(self._request, self._label, self._loaded, indices, batched)
         self._on_part(GenerationPart(indices=indices, partial_index=partial_index, result=result))

@@ -100,7 +100,7 @@ def write_record(job: RunJob, record: TrainingRecord) -> None:
 
 
 def require_run_name(name: str) -> None:
-    """Raises InputError for a name that cannot be a folder's."""
+    """Raises InputError for a name that cannot be the name of a folder."""
     if not name.strip() or "/" in name or name.startswith("."):
         raise InputError(f"--run-name must not be empty, contain a slash or start with a dot, but got {name!r}")
 

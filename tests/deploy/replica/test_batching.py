@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from deploy.replica.batching import COMPANY_SECONDS, Batcher, BatchLimits, DeadlineError, OverloadedError
+from deploy.replica.batching import CONCURRENCY_MEMORY_SECONDS, Batcher, BatchLimits, DeadlineError, OverloadedError
 
 
 class Runner:
@@ -30,9 +30,9 @@ def batcher_of(runner, size=4, wait=0.02, queued=100, **options):
     return Batcher(runner, BatchLimits(size, wait, queued), **options)
 
 
-async def have_company(batcher):
+async def have_concurrency(batcher):
     """Two requests at once, so that the next one waits for others."""
-    await asyncio.gather(*(batcher.submit("company", [0, 1], 5.0) for _ in range(2)))
+    await asyncio.gather(*(batcher.submit("other", [0, 1], 5.0) for _ in range(2)))
 
 
 def test_items_of_one_group_share_batches_and_return_in_order():
@@ -59,7 +59,7 @@ def test_groups_have_batches_of_their_own_oldest_first():
     assert runner.batches == [("a", [0, 2]), ("b", [1, 3])]
 
 
-def test_a_lone_request_starts_at_once_and_with_company_waits_for_others():
+def test_a_lone_request_starts_at_once_and_one_of_several_waits_for_others():
     async def run():
         batcher = batcher_of(Runner(), wait=0.3)
 
@@ -69,9 +69,9 @@ def test_a_lone_request_starts_at_once_and_with_company_waits_for_others():
         alone = await wait_of([1])
         together = await asyncio.gather(wait_of([1]), wait_of([2]))
         just_after = await wait_of([1])
-        await have_company(batcher)
+        await have_concurrency(batcher)
         full = await wait_of([1, 2, 3, 4])
-        await asyncio.sleep(COMPANY_SECONDS)
+        await asyncio.sleep(CONCURRENCY_MEMORY_SECONDS)
         return alone, min(together), just_after, full, await wait_of([1])
 
     alone, together, just_after, full, much_later = asyncio.run(run())
@@ -105,7 +105,7 @@ def test_a_full_batch_overtakes_an_older_item_that_still_waits():
 
     async def run():
         batcher = batcher_of(runner, wait=0.1)
-        await have_company(batcher)
+        await have_concurrency(batcher)
         runner.batches.clear()
         first = asyncio.create_task(batcher.submit("a", [0], 5.0))
         await asyncio.sleep(0.01)
@@ -122,7 +122,7 @@ def test_the_wait_of_the_oldest_group_is_not_extended_by_a_younger_one():
 
     async def run():
         batcher = batcher_of(runner, wait=0.5)
-        await have_company(batcher)
+        await have_concurrency(batcher)
         start = time.monotonic()
         first = asyncio.create_task(batcher.submit("a", [0], 5.0))
         await asyncio.sleep(0.4)

@@ -44,6 +44,8 @@ def test_rejected_settings_are_reported_until_they_are_valid_again():
     for rate in (None, "much", None):
         api.reconfigure({"rate_limit": rate})
     assert api.recorder.values("meanflow_settings_refused") == [0.0, 1.0, 0.0]
+    parts = [tags for name, _, tags in api.recorder.entries if name == "meanflow_settings_refused"]
+    assert parts == [{"part": "api"}] * len(parts)
     assert api.problem is None
 
 

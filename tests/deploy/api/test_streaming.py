@@ -7,10 +7,13 @@ import re
 import numpy as np
 import openai
 import pytest
+import torch
 
+from deploy.api import service
 from deploy.messages import Refusal
 from meanflow_core.autoencoder import decode_latents
 from meanflow_core.generator import load_pipeline
+from meanflow_core.networks.interface import Conditioning
 from meanflow_core.sampling import noise_from_seeds
 from tests.support.api import StubGenerator, error_of, pixels
 from tests.support.endpoint import write_generator
@@ -27,6 +30,15 @@ def events_of(response):
         name, data = block.split("\n")
         found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
     return found
+
+
+def refusing(refusal):
+    """A generator's `stream` that refuses every request."""
+
+    async def stream(request):
+        yield refusal
+
+    return stream
 
 
 def openai_client(stub):
@@ -58,9 +70,30 @@ def test_a_stream_holds_each_step_that_was_asked_for_and_then_the_same_images_as
     assert all(0 < timing[part] <= timing["total_ms"] for part in ("queue_ms", "model_ms", "decode_ms", "encode_ms"))
 
 
-def test_without_a_stream_no_partial_image_is_decoded(client):
-    body = {"prompt": "star", "seed": 5, "num_inference_steps": 4, "partial_images": 3}
-    assert len(client.post(OPENAI, json=body).json()["data"]) == 1
+@pytest.mark.parametrize(
+    ("steps", "stream", "expected"), [(4, False, 0), (1, True, 0), (2, True, 1), (4, True, 3), (64, True, 3)]
+)
+def test_partial_images_are_fewer_than_the_steps_and_belong_to_streams(stub, steps, stream, expected):
+    body = {"prompt": "star", "num_inference_steps": steps, "partial_images": 3, "stream": stream}
+    assert stub.client.post(OPENAI, json=body).status_code == 200
+    assert stub.generator.requests[-1].num_partial == expected
+
+
+def test_a_refused_stream_is_not_repeated_to_requests_that_are_batched_apart(stub, monkeypatch):
+    monkeypatch.setattr(service, "REPEAT_REFUSAL_SECONDS", 100.0)
+    body = {"prompt": "star", "num_inference_steps": 4, "stream": True}
+
+    def statuses(*all_partial):
+        return [
+            stub.client.post(OPENAI, json={**body, "partial_images": partial}).status_code for partial in all_partial
+        ]
+
+    refusal = Refusal(status=429, code="overloaded", message="full", retry_after_seconds=1.0)
+    monkeypatch.setattr(stub.generator, "stream", refusing(refusal))
+    assert statuses(2) == [429]
+    monkeypatch.undo()
+    monkeypatch.setattr(service, "REPEAT_REFUSAL_SECONDS", 100.0)
+    assert statuses(2, 0, 2) == [429, 200, 429]
 
 
 def test_the_openai_client_streams(stub):
@@ -103,5 +136,11 @@ def test_every_prediction_tells_the_image_that_a_step_predicts(tmp_path, preset)
     noise, predicted = noise_from_seeds([5], pipeline.latent_shape), {}
     final = pipeline.sample_latents([8], noise, 2, on_step=predicted.__setitem__)
     assert set(predicted) == {1}
-    assert predicted[1].shape == final.shape
-    assert not np.allclose(predicted[1], noise)
+    if preset == "demo_meanflow":
+        one, half = torch.ones(1), torch.full((1,), 0.5)
+        with torch.no_grad():
+            expected = noise - pipeline.transformer(noise, Conditioning(t=one, r=half, labels=torch.tensor([8]))).u
+    else:
+        expected = pipeline.sample_latents([8], noise, 1)  # such a step does not know where it ends
+    torch.testing.assert_close(predicted[1], expected)
+    assert not torch.allclose(predicted[1], final)

@@ -161,6 +161,8 @@ def test_settings_change_in_place_and_refused_ones_change_nothing(generator_fold
     assert status.model.id == "first"
     assert service.settings_problem is None
     assert service.recorded.values("meanflow_settings_refused") == [0.0, 0.0, 1.0, 0.0]
+    parts = [tags for name, _, tags in service.recorded.entries if name == "meanflow_settings_refused"]
+    assert parts == [{"part": "generator"}] * len(parts)
 
 
 def test_a_full_queue_and_a_missed_deadline_are_refused(generator_folder):

@@ -65,3 +65,8 @@ def test_both_generators_are_measured_in_every_extractor(job):
     halves = picture[14:, : width // 2 - 7], picture[14:, width // 2 + 7 :]
     assert halves[0].shape == halves[1].shape
     assert not np.array_equal(*halves)
+
+
+def test_references_must_be_as_many_as_extractors(job):
+    with pytest.raises(ValueError, match="references must be as many as extractors, 2, but got 1"):
+        BeforeAfterJob(**{**vars(job), "references": ("judge.npz",)})

@@ -62,7 +62,9 @@ def test_only_listed_origins_may_call_from_a_browser():
         for origin, allowed in (("https://a.org", "https://a.org"), ("https://b.org", None)):
             headers = {"origin": origin, "access-control-request-method": "POST",
                        "access-control-request-headers": "authorization,content-type,x-stainless-lang"}  # fmt: skip
-            assert running.client.options("/generate", headers=headers).headers.get(ALLOWED) == allowed
+            preflight = running.client.options("/generate", headers=headers)
+            assert preflight.headers.get(ALLOWED) == allowed
+            assert preflight.status_code == (200 if allowed else 400)
             for answer in (
                 running.client.post("/generate", json={"class": "star"}, headers={"origin": origin}),
                 running.client.post("/generate", json={}, headers={"origin": origin}),  # an error can be read, too

@@ -101,6 +101,22 @@ def test_a_stream_yields_each_batch_at_once_and_leaves_the_queue_when_it_is_clos
     assert num_left == 0
 
 
+def test_partial_images_tell_the_times_of_the_batches_before_them(generator_folder):
+    service = service_of(generator_folder)
+    asked = request(num_images=8, timesteps=(1.0, 0.5, 0.0), num_partial=1)
+
+    async def work():
+        return [part async for part in service.stream(asked)]
+
+    parts = run(service, work)
+    assert [part.indices for part in parts] == [[0], [1], [2], [3], [0, 1, 2, 3], [4], [5], [6], [7], [4, 5, 6, 7]]
+    assert [part.partial_index for part in parts] == [0, 0, 0, 0, None, 0, 0, 0, 0, None]
+    seconds = [part.result.model_seconds for part in parts]
+    assert seconds[:4] == [0.0] * 4
+    assert seconds[5:9] == [seconds[4]] * 4
+    assert 0.0 < seconds[4] < seconds[9]
+
+
 def test_images_between_two_seeds_interpolate_their_noise(generator_folder):
     service = service_of(generator_folder)
     between = run(service, lambda: service.generate(request(seed=1, seed_end=2, num_images=3)))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from mlflow.exceptions import MlflowException
 
 from pipelines import storage
@@ -24,17 +23,13 @@ from pipelines.refine.worker import WorkerTask, refine_worker
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.registry import REGISTRY_SCHEMES, find_version
 from pipelines.tracking.run import Run
-from pipelines.tracking.server import resolve_tracking_uri
-from pipelines.training import checkpoints, stopping
-from pipelines.training.driver import run_workers, with_workers
-from pipelines.training.loop import RunTask
+from pipelines.training.driver import open_run, run_workers, with_workers
 from pipelines.training.record import (
     TrainingRecord,
     config_identity,
     read_record,
     require_run_name,
     require_same_experiment,
-    resume_run,
     write_record,
 )
 
@@ -81,49 +76,25 @@ def refine(preset: str, job: RefineJob) -> TrainingRecord:
     Raises InputError for invalid input, RunError if it fails, and SystemExit if it is stopped.
     """
     ready = prepare(job)
-    job, record = ready.job, ready.record
-    start_ray(needed_cpus=job.num_workers or 1)
-    job = with_workers(job, job.config.global_batch_size, record)
+    start_ray(needed_cpus=ready.job.num_workers or 1)
+    job = with_workers(ready.job, ready.job.config.global_batch_size, ready.record)
     if job.config.measure_samples < job.workers:
         raise InputError(
             f"measure_samples must be at least the {job.workers} workers, but got {job.config.measure_samples}"
         )
-    tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
-    stop_request = stopping.claim_run(job.run_location)
-    filesystem, run_path = storage.open_storage(job.run_location)
-    if record is None:
-        run = _begin_run(job, preset, ready, tracking_uri)
-        record = TrainingRecord(
-            identity=ready.identity,
-            preset=preset,
-            num_steps=job.config.num_steps,
-            init_sha256=ready.generator.weights_sha256,
-            device=job.device,
-            mlflow_run_id=run.run_id,
-            tracking_uri=tracking_uri,
-            code=code_identity(),
-        )
-        write_record(job, record)
-    else:
-        checkpoints.repair_record(filesystem, run_path)
-        checkpoints.delete_orphans(filesystem, run_path)
-        record = replace(record, tracking_uri=tracking_uri)
-        run = resume_run(record)
+    opened = open_run(
+        job, job.config.num_steps, ready.record, lambda tracking_uri: _begin_run(job, preset, ready, tracking_uri)
+    )
+    run, record = opened.run, opened.record
     with run.ends():
-        logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
         task = WorkerTask(
             job=job,
-            run=RunTask(
-                job=job,
-                config=job.config,
-                tracking_uri=tracking_uri,
-                run_id=run.run_id,
-                stop_request=stop_request,
-            ),
+            tracking_uri=run.tracking_uri,
+            run_id=run.run_id,
+            stop_request=opened.stop_request,
             class_counts=ready.class_counts,
         )
-        checkpoint, step = run_workers(refine_worker, task, job, stop_request)
-        checkpoints.delete_orphans(filesystem, run_path)
+        checkpoint, step = run_workers(refine_worker, task)
         if record.published is not None and record.published.step == step:
             logger.info("the generators of step %d are already published", step)
             return record
@@ -168,12 +139,6 @@ def prepare(job: RefineJob) -> Preparation:
     ready = Preparation(job=job, generator=generator, metrics=metrics, class_counts=counts, record=record)
     if record is not None:
         require_same_experiment(job, job.config, ready.identity, record)
-        latest = checkpoints.committed(*storage.open_storage(job.run_location))
-        if latest is not None and latest.step > job.config.num_steps:
-            raise InputError(
-                f"run {job.run_name} already has {latest.step} steps, but num_steps is {job.config.num_steps}; increase "
-                f"--num-steps, or choose another --run-name"
-            )
     return ready
 
 
@@ -202,8 +167,8 @@ def _with_absolute_locations(job: RefineJob) -> RefineJob:
     )
 
 
-def _begin_run(job: RefineJob, preset: str, ready: Preparation, tracking_uri: str) -> Run:
-    """Creates the refinement's MLflow run."""
+def _begin_run(job: RefineJob, preset: str, ready: Preparation, tracking_uri: str) -> tuple[Run, TrainingRecord]:
+    """Creates a new refinement's MLflow run and record."""
     parameters = {
         "preset": preset,
         **job.config.flat(),
@@ -216,7 +181,17 @@ def _begin_run(job: RefineJob, preset: str, ready: Preparation, tracking_uri: st
     }
     run = Run.begin(tracking_uri, job.experiment, job.run_name, parameters, code_identity())
     run.log_dict(ready.identity, "configuration.json")
-    return run
+    record = TrainingRecord(
+        identity=ready.identity,
+        preset=preset,
+        num_steps=job.config.num_steps,
+        init_sha256=ready.generator.weights_sha256,
+        device=job.device,
+        mlflow_run_id=run.run_id,
+        tracking_uri=tracking_uri,
+        code=code_identity(),
+    )
+    return run, record
 
 
 def _plot(job: RefineJob, metrics: list[Metric], run: Run) -> None:

@@ -63,15 +63,9 @@ def prepare(job: TrainJob) -> Preparation:
 def reload_initial_network(job: TrainJob, manifest: Manifest, record: TrainingRecord) -> InitialNetwork | None:
     """Loads the initial network of a resumed run that has no checkpoint yet; None if it has one.
 
-    Raises InputError if the run already has more than num_steps steps, or if the initial network has changed.
+    Raises InputError if the initial network has changed.
     """
-    latest = checkpoints.committed(*storage.open_storage(job.run_location))
-    if latest is not None:
-        if latest.step > job.config.num_steps:
-            raise InputError(
-                f"run {job.run_name} already has {latest.step} steps, but num_steps is {job.config.num_steps}; increase "
-                f"--num-steps, or choose another --run-name"
-            )
+    if checkpoints.committed(*storage.open_storage(job.run_location)) is not None:
         return None
     initial = load_initial_network(job, manifest)
     if initial is not None and weight_hash(initial.network) != record.init_sha256:

@@ -8,7 +8,6 @@ import torch
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.config import TrainingConfig
-from pipelines import storage
 from pipelines.cluster import start_ray
 from pipelines.errors import InputError
 from pipelines.latents.manifest import Manifest
@@ -17,17 +16,14 @@ from pipelines.plan.job import Workload
 from pipelines.plan.report import describe
 from pipelines.plan.tracing import DataDependentError
 from pipelines.tracking.run import Run
-from pipelines.tracking.server import resolve_tracking_uri
 from pipelines.train import validation
 from pipelines.train.job import TrainJob
-from pipelines.train.prepare import prepare, reload_initial_network
+from pipelines.train.prepare import Preparation, prepare, reload_initial_network
 from pipelines.train.publishing import FinishedTraining, publish_generators
 from pipelines.train.record import begin_run, new_record
 from pipelines.train.worker import WorkerTask, train_worker
-from pipelines.training import checkpoints, stopping
-from pipelines.training.driver import run_workers, with_workers
-from pipelines.training.loop import RunTask
-from pipelines.training.record import TrainingRecord, resume_run, write_record
+from pipelines.training.driver import open_run, run_workers, with_workers
+from pipelines.training.record import TrainingRecord, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -38,45 +34,39 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
     Raises InputError for invalid input, RunError if training fails, and SystemExit if it is stopped.
     """
     ready = prepare(job)
-    job, manifest, record, initial = ready.job, ready.manifest, ready.record, ready.initial
-    start_ray(needed_cpus=job.num_workers or 1)
-    job = with_workers(job, job.config.global_batch_size, record)
-    tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
-    stop_request = stopping.claim_run(job.run_location)
-    filesystem, run_path = storage.open_storage(job.run_location)
-    if record is None:
-        run = begin_run(job, preset, manifest, tracking_uri)
-        record = new_record(job, preset, manifest, run, None if initial is None else weight_hash(initial.network))
-        write_record(job, record)
-    else:
-        checkpoints.repair_record(filesystem, run_path)
-        checkpoints.delete_orphans(filesystem, run_path)
-        initial = reload_initial_network(job, manifest, record)
-        record = replace(record, tracking_uri=tracking_uri)
-        run = resume_run(record)
+    start_ray(needed_cpus=ready.job.num_workers or 1)
+    job = with_workers(ready.job, ready.job.config.global_batch_size, ready.record)
+    opened = open_run(
+        job, job.config.num_steps, ready.record, lambda tracking_uri: _begin(job, preset, ready, tracking_uri)
+    )
+    run, manifest = opened.run, ready.manifest
     with run.ends():
-        logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
         for key, value in job.config.flat().items():
             logger.info("  %s = %s", key, value)
+        initial = ready.initial
+        if ready.record is not None:
+            initial = reload_initial_network(job, manifest, ready.record)
         validates = job.validation_data is not None and validation.has_spare_resources(job)
         task = WorkerTask(
             job=job,
-            run=RunTask(
-                job=job,
-                config=job.config,
-                tracking_uri=run.tracking_uri,
-                run_id=run.run_id,
-                stop_request=stop_request,
-                step_flops=_step_flops(job.config, manifest),
-                validates=validates,
-            ),
+            tracking_uri=run.tracking_uri,
+            run_id=run.run_id,
+            stop_request=opened.stop_request,
+            step_flops=_step_flops(job.config, manifest),
+            validates=validates,
             initial_network=None if initial is None else ray.put(initial.network),
         )
         validation_config = validation.ray_config(job, run.tracking_uri, run.run_id) if validates else None
-        checkpoint, step = run_workers(train_worker, task, job, stop_request, validation_config)
-        checkpoints.delete_orphans(filesystem, run_path)
+        checkpoint, step = run_workers(train_worker, task, validation_config)
         training = FinishedTraining(job=job, preset=preset, manifest=manifest, checkpoint=checkpoint, step=step)
-        return _publish(training, run, record, is_validated=validates)
+        return _publish(training, run, opened.record, is_validated=validates)
+
+
+def _begin(job: TrainJob, preset: str, ready: Preparation, tracking_uri: str) -> tuple[Run, TrainingRecord]:
+    """Creates a new run's MLflow run and record."""
+    run = begin_run(job, preset, ready.manifest, tracking_uri)
+    init_sha256 = None if ready.initial is None else weight_hash(ready.initial.network)
+    return run, new_record(job, preset, ready.manifest, run, init_sha256)
 
 
 def dry_run(preset: str, job: TrainJob) -> str:

@@ -28,13 +28,10 @@ from pipelines.training.loop import Outcome, RunTask, Trainer, TrainingLoop, set
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerTask:
+class WorkerTask(RunTask):
     """Inputs that the driver passes to every worker."""
 
     job: TrainJob
-    """The job, with absolute locations."""
-    run: RunTask
-    """The inputs of the loop."""
     initial_network: ray.ObjectRef | None
     """Initial network of a warm start; ignored once there is a checkpoint."""
 
@@ -44,7 +41,7 @@ def train_worker(arguments: dict[str, Any]) -> Outcome:
     set_up_logging()
     task: WorkerTask = arguments["task"]
     with ExitStack() as stack:
-        return TrainingLoop(task.run, MeanFlowTrainer(task), stack).run()
+        return TrainingLoop(task, MeanFlowTrainer(task), stack).run()
 
 
 class MeanFlowTrainer(Trainer):
@@ -52,21 +49,21 @@ class MeanFlowTrainer(Trainer):
 
     def __init__(self, task: WorkerTask) -> None:
         """Opens the data and builds a new state."""
-        self._task, self._job, self._config = task, task.job, task.job.config
+        self._task, self._job, self.config = task, task.job, task.job.config
         context = ray.train.get_context()
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
         self.device = set_up_device(
             cpu_threads=self._job.cpu_threads,
             deterministic=self._job.deterministic,
-            uses_tf32=self._config.uses_tf32,
+            uses_tf32=self.config.uses_tf32,
         )
         checkpoints.delete_local_leftovers()
-        self._dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self._config.mirror)
+        self._dataset = open_latents(self._job.data, self._job.cache_dir, mirrored=self.config.mirror)
         # Nodes copy at different speeds. Unlike this barrier, the process group's collectives time out after 30 minutes.
         ray.train.collective.barrier()
         self._vae = open_autoencoder(self._job.data)
         self._normalization = LatentNormalization.from_vae_config(self._vae.config)
-        self.metric_names = build_objective(self._config.loss).metric_names
+        self.metric_names = build_objective(self.config.loss).metric_names
         self.state = self._build_state()
 
     def _build_state(self) -> TrainState:
@@ -74,7 +71,7 @@ class MeanFlowTrainer(Trainer):
         if self._task.initial_network is not None and ray.train.get_checkpoint() is None:
             initial = ray.get(self._task.initial_network)
         return build_train_state(
-            self._config,
+            self.config,
             **self._dataset.manifest.network_sizes,
             device=self.device,
             initial=initial,
@@ -85,16 +82,16 @@ class MeanFlowTrainer(Trainer):
         """See Trainer."""
         source = BatchSource(
             self._dataset,
-            self._config,
+            self.config,
             rank=self._rank,
             world_size=self._world_size,
             device=self.device,
             samples_per_pass=self._job.samples_per_pass,
         )
-        self._batches = Prefetcher(source, self._config.num_steps)
+        self._batches = Prefetcher(source, self.config.num_steps)
         self._network, self._no_sync = _wrap_network(self.state, self._job)
-        if self._job.parallelism == "ddp" and self.state.step < self._config.num_steps:
-            warm_up_ddp_buckets(self.state, self._network, source.batches(self.state.step)[0], self._config)
+        if self._job.parallelism == "ddp" and self.state.step < self.config.num_steps:
+            warm_up_ddp_buckets(self.state, self._network, source.batches(self.state.step)[0], self.config)
 
     def step(self, *, may_skip: bool) -> tuple[StepMetrics, float]:
         """See Trainer."""
@@ -106,7 +103,7 @@ class MeanFlowTrainer(Trainer):
             self._network,
             batches,
             self._normalization,
-            self._config,
+            self.config,
             gradient_scale=float(self._world_size),
             accumulating=self._no_sync,
             may_skip=may_skip,
@@ -122,7 +119,7 @@ class MeanFlowTrainer(Trainer):
         if self._rank != 0 and self._job.parallelism != "fsdp2":
             return None
         manifest = self._dataset.manifest
-        return training_pipeline(self.state.ema_network, self._vae.to(self.device), manifest, self._config)
+        return training_pipeline(self.state.ema_network, self._vae.to(self.device), manifest, self.config)
 
 
 def _wrap_network(state: TrainState, job: TrainJob) -> tuple[Network, Callable[[], AbstractContextManager[None]]]:

@@ -3,9 +3,10 @@
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import ray
 from ray.actor import ActorHandle
 from ray.train import (
     Checkpoint,
@@ -22,10 +23,12 @@ from ray.train.torch import TorchTrainer
 from pipelines import storage
 from pipelines.cluster import choose_gpus, num_gpus
 from pipelines.errors import InputError
-from pipelines.training import failures, stopping
+from pipelines.tracking.run import Run
+from pipelines.tracking.server import resolve_tracking_uri
+from pipelines.training import checkpoints, failures, stopping
 from pipelines.training.job import RunJob
-from pipelines.training.loop import Outcome
-from pipelines.training.record import TrainingRecord
+from pipelines.training.loop import Outcome, RunTask
+from pipelines.training.record import TrainingRecord, resume_run, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +52,56 @@ def with_workers(job: Job, global_batch_size: int, record: TrainingRecord | None
     return replace(job, device="gpu" if use_gpu else "cpu", num_workers=num_workers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A run that this job alone trains."""
+
+    run: Run
+    """Its MLflow run."""
+    record: TrainingRecord
+    stop_request: ActorHandle
+    """Actor that holds the driver's request to stop."""
+
+
+def open_run(
+    job: RunJob, num_steps: int, record: TrainingRecord | None, begin: Callable[[str], tuple[Run, TrainingRecord]]
+) -> OpenRun:
+    """Starts or resumes a run. Ray must have been started.
+
+    record: of the run to resume; None for a new one.
+    begin: makes a new run's MLflow run and record; its argument is the tracking URI.
+
+    Raises InputError if another job of this cluster trains the run, if it has more than `num_steps` steps already, or if
+    all its checkpoints are damaged.
+    """
+    tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
+    stop_request = stopping.claim_run(job.run_location)
+    if record is None:
+        run, record = begin(tracking_uri)
+        write_record(job, record)
+    else:
+        filesystem, run_path = storage.open_storage(job.run_location)
+        checkpoints.repair_record(filesystem, run_path)
+        checkpoints.delete_orphans(filesystem, run_path)
+        _require_steps_left(job, num_steps)
+        record = replace(record, tracking_uri=tracking_uri)
+        run = resume_run(record)
+    logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
+    return OpenRun(run=run, record=record, stop_request=stop_request)
+
+
+def _require_steps_left(job: RunJob, num_steps: int) -> None:
+    latest = checkpoints.committed(*storage.open_storage(job.run_location))
+    if latest is not None and latest.step > num_steps:
+        raise InputError(
+            f"run {job.run_name} already has {latest.step} steps, but num_steps is {num_steps}; increase --num-steps, or "
+            f"choose another --run-name"
+        )
+
+
 def run_workers(
     worker: Callable[[dict[str, Any]], Outcome],
-    task: object,
-    job: RunJob,
-    stop_request: ActorHandle,
+    task: RunTask,
     validation_config: ValidationConfig | None = None,
 ) -> tuple[Checkpoint, int]:
     """Runs `worker({"task": task})` on all workers until training ends. Returns the last checkpoint and its step.
@@ -61,6 +109,7 @@ def run_workers(
     Raises RunError after too many failures or a nonfinite gradient, InputError for invalid input, and SystemExit if training
     was stopped.
     """
+    job = task.job
     filesystem, root = storage.open_storage(job.storage)
     trainer = TorchTrainer(
         worker,
@@ -81,13 +130,14 @@ def run_workers(
         validation_config=validation_config,
     )
     try:
-        with stopping.stop_on_sigterm(stop_request):
+        with stopping.stop_on_sigterm(task.stop_request):
             result = trainer.fit()
     except TrainingFailedError as error:
         logger.error("training failed", exc_info=error)
         raise failures.as_command_error(error, job) from error
     _require_finished(job, result.return_value)
     assert result.checkpoint is not None, "the last step always saves a checkpoint"
+    checkpoints.delete_orphans(*storage.open_storage(job.run_location))
     return result.checkpoint, result.return_value.step
 
 

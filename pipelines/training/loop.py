@@ -30,12 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunTask:
-    """What the driver passes to the loop of every worker."""
+    """What the driver passes to every worker. A stage adds its own inputs."""
 
     job: RunJob
     """The job, with absolute locations."""
-    config: RunConfig
-    """The configuration of the run."""
     tracking_uri: str
     """MLflow tracking URI."""
     run_id: str
@@ -63,6 +61,7 @@ class Outcome:
 class Trainer(Protocol):
     """What a stage trains, and how. All methods are collective: every worker calls them after the same step."""
 
+    config: RunConfig
     state: TrainState
     device: torch.device
     metric_names: tuple[str, ...]
@@ -86,7 +85,7 @@ class TrainingLoop:
 
     def __init__(self, task: RunTask, trainer: Trainer, stack: ExitStack) -> None:
         """Restores the run's last committed checkpoint into `trainer.state`. stack: receives cleanup callbacks."""
-        self._job, self._config, self._trainer = task.job, task.config, trainer
+        self._job, self._config, self._trainer = task.job, trainer.config, trainer
         self._step_flops, self._validates = task.step_flops, task.validates
         context = ray.train.get_context()
         self._rank = context.get_world_rank()

@@ -2,8 +2,11 @@
 
 import base64
 import contextlib
+import http.server
 import json
+import os
 import re
+import threading
 import time
 
 import numpy as np
@@ -21,6 +24,7 @@ from tests.support.endpoint_load import (
     wait_for_models,
     wait_for_replicas,
 )
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -40,8 +44,32 @@ def expected(models):
     return {name: expected_images(models[name]) for name in ("first", "second")}
 
 
+@pytest.fixture(scope="module")
+def collector():
+    """Takes what the endpoint sends to an OpenTelemetry collector. Yields the bodies of the requests."""
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "deploy.tracing:otlp")
+        patch.setenv("RAY_SERVE_TRACING_SAMPLING_RATIO", "0")  # only requests whose caller records them
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield bodies
+        server.shutdown()
+
+
 @pytest.fixture(scope="module", params=["one", pytest.param("two", marks=pytest.mark.soak)])
-def endpoint(models, request):
+def endpoint(models, collector, request):
     arguments = {
         "model": str(models["first"]), "topology": request.param, "num_replicas": 2, "max_batch_size": 8,
         "batch_wait_seconds": 0.002,
@@ -84,6 +112,18 @@ def test_the_openai_client_works(endpoint, expected):
     assert "unknown class 'unicorn'" in refused.value.message
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt="star", model="dall-e-3")
+
+
+def test_a_request_joins_the_trace_of_its_caller(endpoint, collector):
+    collector.clear()
+    trace, parent = os.urandom(16), os.urandom(8)
+    headers = {"traceparent": f"00-{trace.hex()}-{parent.hex()}-01"}
+    assert fetch(f"{endpoint.url}/generate", b'{"class": 8, "seed": 1}', headers=headers)[0] == 200
+    names = [b"POST /generate"] + [b"ImageGenerator generate"] * (endpoint.generator == "ImageGenerator")
+    wait_until(lambda: all(any(trace in body and name in body for body in collector) for name in names), 10)
+    assert fetch(f"{endpoint.url}/generate", b'{"class": 8, "seed": 2}')[0] == 200
+    time.sleep(1)
+    assert all(trace in body for body in collector if b"POST /generate" in body)  # no other request was recorded
 
 
 def test_a_stream_holds_the_same_images(endpoint, expected):

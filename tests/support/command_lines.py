@@ -175,8 +175,11 @@ def _ssh(words: list[str]) -> None:
 
 
 def _export(words: list[str]) -> None:
-    """Accepts the variables that Ray, MLflow, the AWS CLI, PostgreSQL or a job script reads."""
+    """Accepts the variables that Ray, MLflow, the AWS CLI, PostgreSQL, OpenTelemetry or a job script reads."""
     known = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH",
+        "RAY_SERVE_TRACING_SAMPLING_RATIO",
         "RAY_API_SERVER_ADDRESS",
         "RAY_AUTH_MODE",
         "MLFLOW_TRACKING_URI",

@@ -136,11 +136,15 @@ def over_http(arguments: Arguments) -> Iterator[str]:
 
 
 def fetch(
-    url: str, body: bytes | None = None, timeout: float = 60.0, key: str | None = None
+    url: str,
+    body: bytes | None = None,
+    timeout: float = 60.0,
+    key: str | None = None,
+    headers: dict[str, str] | None = None,
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers (names in lower case) and content of one response. HTTP errors are returned, not raised."""
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(url, body, headers)
+    sent = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {}) | (headers or {})
+    request = urllib.request.Request(url, body, sent)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()

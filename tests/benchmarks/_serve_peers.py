@@ -13,7 +13,6 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from ray import serve
 from ray.serve import Application
-from ray.serve.handle import DeploymentHandle
 
 from meanflow_core.generator import load_pipeline
 
@@ -29,26 +28,16 @@ noop_api = FastAPI()
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
-class NoopGenerator:
-    """Placeholder for the deployment that runs the model."""
-
-    async def make(self, label: int, seed: int) -> None:
-        """Does nothing."""
-
-
-@serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 @serve.ingress(noop_api)
-class NoopApi:
-    """Handles a request like the endpoint: parses the body, calls another deployment and returns bytes."""
+class Noop:
+    """Handles a request like the endpoint in topology one: parses the body and returns bytes."""
 
-    def __init__(self, generator: DeploymentHandle, num_bytes: int) -> None:
-        self._generator = generator
+    def __init__(self, num_bytes: int) -> None:
         self._answer = os.urandom(num_bytes)
 
     @noop_api.post("/generate")
     async def generate(self, request: ImageRequest) -> Response:
         """Returns as many random bytes as an image has."""
-        await self._generator.make.remote(request.class_, request.seed)
         return Response(self._answer, media_type="image/png")
 
 
@@ -59,8 +48,8 @@ class NoopArguments(BaseModel):
 
 
 def build_noop(arguments: NoopArguments) -> Application:
-    """An application with the endpoint's deployments but without a model."""
-    return NoopApi.bind(NoopGenerator.bind(), arguments.num_bytes)  # type: ignore[attr-defined]
+    """An application without a model."""
+    return Noop.bind(arguments.num_bytes)  # type: ignore[attr-defined]
 
 
 def build_plain() -> FastAPI:

@@ -22,6 +22,8 @@ import numpy as np
 import psutil
 import yaml
 
+from deploy.serve import ServeJob, fast_path, serve_config
+from deploy.settings import Arguments
 from pipelines.cluster import FAST_MALLOC
 from pipelines.demo.serving import free_port
 from tests.benchmarks._harness import sampled_memory
@@ -87,24 +89,23 @@ def _end(process: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def serving(applications: list[dict]) -> Iterator[Server]:
-    """Starts a local Ray cluster with deploy/serve.yaml, with its applications replaced, and waits until all are ready.
+def serving(applications: list[dict], levers: dict[str, str] | None = None) -> Iterator[Server]:
+    """Starts a local Ray cluster as `deploy.serve` does, but with these applications, and waits until all are ready.
 
     applications: configs with name, route_prefix, import_path and args. Each must have a route /generate.
+    levers: variables that replace those of the fast path.
     """
     folder = tempfile.mkdtemp(prefix="mfs-", dir="/tmp")  # Unix socket paths must be short
     port = free_port(0)
-    config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
-    config["http_options"] |= {"host": "127.0.0.1", "port": port}
-    template = {key: value for key, value in config["applications"][0].items() if key not in ("args", "deployments")}
-    config["applications"] = [{**template, **application} for application in applications]
+    config = serve_config(ServeJob(arguments=Arguments(model="replaced"), port=port)) | {"applications": applications}
     config_file = Path(folder, "serve.yaml")
     config_file.write_text(yaml.safe_dump(config))
     environment = {
         "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder,
         "RAY_worker_niceness": "0",  # with Ray's default of 15, the load generator would have priority over the replicas
+        **fast_path(Path(folder), levers or {}),
     }  # fmt: skip
-    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config_file)]
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(config_file)]
     paths = [f"{application['route_prefix'].rstrip('/')}/generate" for application in applications]
     try:
         with running(command, environment, port, paths) as server:
@@ -217,11 +218,11 @@ class Overload:
         return self.memory_in_quarter(4) / self.memory_in_quarter(2) - 1.0
 
 
-def overload(generator: Path, seconds: float) -> Overload:
+def overload(generator: Path, seconds: float, topology: str = "one") -> Overload:
     """Measures the endpoint's saturation throughput with 32 users and then sends twice as many requests per second."""
     requests_per_user = 0.25  # low enough that latencies of up to four seconds do not reduce the request rate
     # The queue is short enough (one or two seconds of work) that latencies stay below four seconds.
-    with serving([endpoint(generator, max_queued_images=64)]) as server:
+    with serving([endpoint(generator, max_queued_images=64, topology=topology)]) as server:
         saturation = load(server.url, 32, 10.0).per_second
         users = max(1, round(2.0 * saturation / requests_per_user))
         with sampled_memory(server.pid, max(1.0, seconds / 40)) as memory:

@@ -1,19 +1,21 @@
 """Throughput and latency of the endpoint, relative to the bare pipeline and to other servers, and under overload.
 
-    python tests/benchmarks/serve.py --json serve.json                          # about half an hour on 2 cores
+    python tests/benchmarks/serve.py --json serve.json                          # about 45 minutes on 2 cores
     python tests/benchmarks/serve.py --json serve.json --parts small --seconds 10 --rounds 3
 
 Locust requests one PNG at a time, with distinct seeds and all classes. Load, proxy and replicas share the machine.
 
 - small: the demo's model, which takes milliseconds per image. Baselines: the bare pipeline (full batches, the replica's
-  number of threads) and an empty application of the same topology.
+  number of threads) and an empty application behind the same proxy.
   small_throughput_ratio = ours / (1 / (empty seconds per request + bare seconds per image)), at saturation;
-  small_p50_excess_ms = ours - (empty p50 + a bare image + the wait for a batch), with one user.
+  small_p50_excess_ms = ours - (empty p50 + a bare image), with one user.
 - large: DiT-S/2 and an autoencoder of Stable Diffusion's size at 256 px, which dominate the time.
   large_throughput_ratio = ours at saturation / a bare loop of full batches.
-- overload: twice the saturation. Statuses, latencies, and the memory of the server's processes.
-- peers: plain FastAPI with the small pipeline, without batching; and diffusers' DiTPipeline with a network and an
-  autoencoder of the large model's size (for more than 50 steps, in batches of --dit-long-batch images).
+- levers: the small model with Serve's fast path switched on piece by piece, each beside plain FastAPI around the same
+  pipeline without batching. p50 and p99 with one user, images/s with 8 and 16 users, and the ratios to plain FastAPI.
+- overload: twice the saturation, in both topologies. Statuses, latencies, and the memory of the server's processes.
+- dit: diffusers' DiTPipeline with a network and an autoencoder of the large model's size (for more than 50 steps, in
+  batches of --dit-long-batch images).
 
 All weights are random. Compared measurements alternate, and figures are medians over --rounds.
 """
@@ -54,15 +56,28 @@ from tests.benchmarks._serve_server import (
     serving,
 )
 
-PARTS = ("small", "large", "overload", "peers")
+PARTS = ("small", "levers", "large", "overload", "dit")
 NOOP_PATH = "/noop/generate"
 NUM_CLASSES_LARGE = 1000
+RAYS_PROXY, RAYS_LOOP = {"RAY_SERVE_ENABLE_HA_PROXY": "0"}, {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
+# Name, variables that replace those of the fast path, topology. From Serve's defaults to what is shipped.
+LEVERS = (
+    ("serve_defaults", RAYS_PROXY | RAYS_LOOP, "two"),
+    ("throughput_optimized", RAYS_PROXY, "two"),
+    ("haproxy", {}, "two"),
+    ("shipped", {}, "one"),
+)
 BOUNDS = {
     "small_throughput_ratio": (">=", 0.75),
     "small_p50_excess_ms": ("<=", 10.0),
     "large_throughput_ratio": (">=", 0.85),
-    "overload_other_answers": ("<=", 0.0),
-    "overload_memory_growth": ("<=", 0.05),
+    "levers_shipped_p50_over_fastapi": ("<=", 1.2),
+    "levers_shipped_p99_over_fastapi": ("<=", 1.5),
+    "levers_shipped_16_users_over_fastapi": (">=", 2.2),
+    "overload_one_other_answers": ("<=", 0.0),
+    "overload_one_memory_growth": ("<=", 0.05),
+    "overload_two_other_answers": ("<=", 0.0),
+    "overload_two_memory_growth": ("<=", 0.05),
 }
 
 
@@ -176,10 +191,14 @@ def measure_single_user(server: Server, path: str, arguments: argparse.Namespace
     return p50
 
 
-def small_endpoint(folder: Path, arguments: argparse.Namespace) -> dict:
+def small_endpoint(folder: Path, arguments: argparse.Namespace, topology: str = "one") -> dict:
     """The endpoint with the small model."""
     return endpoint(
-        folder, cpu_threads=1, max_batch_size=arguments.small_batch, batch_wait_seconds=arguments.batch_wait_seconds
+        folder,
+        topology=topology,
+        cpu_threads=1,
+        max_batch_size=arguments.small_batch,
+        batch_wait_seconds=arguments.batch_wait_seconds,
     )
 
 
@@ -221,7 +240,7 @@ def measure_small(folder: Path, arguments: argparse.Namespace) -> dict[str, floa
                 _add_small_bare(bare, folder, arguments, rounds)  # again, because the machine drifts within a round
     figures = rounds.medians()
     expected = 1.0 / (figures["small_noop_seconds_per_request"] + figures["small_bare_seconds_per_image"])
-    expected_ms = figures["small_noop_p50_ms"] + figures["small_bare_single_ms"] + 1e3 * arguments.batch_wait_seconds
+    expected_ms = figures["small_noop_p50_ms"] + figures["small_bare_single_ms"]
     return figures | {
         "small_throughput_ratio": figures["small_images_per_second"] / expected,
         "small_p50_excess_ms": figures["small_ours_p50_ms"] - expected_ms,
@@ -252,23 +271,29 @@ def measure_large(folder: Path, arguments: argparse.Namespace) -> dict[str, floa
 
 
 def measure_overload(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Measures the endpoint at twice its saturation."""
-    result = overload(folder, arguments.overload_seconds)
-    answers = result.answers
-    report(f"overload: {answers.statuses}")
-    return {
-        "overload_saturation_per_second": result.saturation,
-        "overload_answers_per_second": len(answers.rows) / answers.seconds,
-        "overload_images_per_second": answers.per_second,
-        "overload_images": len(answers.good),
-        "overload_429": answers.statuses.get("429", 0),
-        "overload_other_answers": answers.num_unexpected,
-        "overload_p50_ms": answers.milliseconds(50),
-        "overload_p99_ms": answers.milliseconds(99),
-        "overload_gigabytes_second_quarter": result.memory_in_quarter(2),
-        "overload_gigabytes_end": result.memory_in_quarter(4),
-        "overload_memory_growth": result.memory_growth,
-    }
+    """Measures the endpoint at twice its saturation, in both topologies."""
+    figures: dict[str, float] = {}
+    for topology in ("one", "two"):
+        result = overload(folder, arguments.overload_seconds, topology)
+        answers = result.answers
+        report(f"overload, topology {topology}: {answers.statuses}")
+        figures |= {
+            f"overload_{topology}_{name}": value
+            for name, value in {
+                "saturation_per_second": result.saturation,
+                "answers_per_second": len(answers.rows) / answers.seconds,
+                "images_per_second": answers.per_second,
+                "images": len(answers.good),
+                "429": answers.statuses.get("429", 0),
+                "other_answers": answers.num_unexpected,
+                "p50_ms": answers.milliseconds(50),
+                "p99_ms": answers.milliseconds(99),
+                "gigabytes_second_quarter": result.memory_in_quarter(2),
+                "gigabytes_end": result.memory_in_quarter(4),
+                "memory_growth": result.memory_growth,
+            }.items()
+        }
+    return figures
 
 
 @contextlib.contextmanager
@@ -284,20 +309,32 @@ def plain_fastapi(folder: Path) -> Iterator[Server]:
         yield server
 
 
-def compare_with_fastapi(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Compares ours and plain FastAPI in turns."""
-    rounds = Rounds()
-    with plain_fastapi(folder) as plain, serving([small_endpoint(folder, arguments)]) as ours:
-        for number in range(1, arguments.rounds + 1):
-            for name, server in (("fastapi", plain), ("ours_beside_fastapi", ours)):
-                label = f"peers, round {number}, {name}"
-                best = saturate(server, "/generate", arguments, label)
-                rounds.add(f"peers_{name}_images_per_second", best.per_second)
-                rounds.add(f"peers_{name}_p50_ms", measure_single_user(server, "/generate", arguments, label))
-    figures = rounds.medians()
-    rate, plain_rate = (figures[f"peers_{name}_images_per_second"] for name in ("ours_beside_fastapi", "fastapi"))
-    p50, plain_p50 = (figures[f"peers_{name}_p50_ms"] for name in ("ours_beside_fastapi", "fastapi"))
-    return figures | {"peers_throughput_over_fastapi": rate / plain_rate, "peers_p50_over_fastapi": p50 / plain_p50}
+def measure_levers(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Compares the endpoint and plain FastAPI in turns, for each of the levers."""
+    figures: dict[str, float] = {}
+    for lever, variables, topology in LEVERS:
+        rounds = Rounds()
+        application = small_endpoint(folder, arguments, topology)
+        with plain_fastapi(folder) as plain, serving([application], variables) as ours:
+            for number in range(1, arguments.rounds + 1):
+                for name, server in (("fastapi", plain), ("ours", ours)):
+                    alone = load(server.url, 1, arguments.seconds)
+                    rounds.add(f"{name}_p50_ms", alone.milliseconds(50))
+                    rounds.add(f"{name}_p99_ms", alone.milliseconds(99))
+                    together = {users: load(server.url, users, arguments.seconds).per_second for users in (8, 16)}
+                    for users, rate in together.items():
+                        rounds.add(f"{name}_{users}_users", rate)
+                    report(
+                        f"levers, {lever}, round {number}, {name}: p50 {alone.milliseconds(50):.1f} ms, p99 "
+                        f"{alone.milliseconds(99):.1f} ms, images/s {together[8]:.1f} and {together[16]:.1f}"
+                    )
+        medians = rounds.medians()
+        figures |= {f"levers_{lever}_{name}": value for name, value in medians.items()}
+        for name in ("p50", "p99", "8_users", "16_users"):
+            unit = "_ms" if name.startswith("p") else ""
+            ratio = medians[f"ours_{name}{unit}"] / medians[f"fastapi_{name}{unit}"]
+            figures[f"levers_{lever}_{name}_over_fastapi"] = ratio
+    return figures
 
 
 def compare_with_dit(images_per_second: float, arguments: argparse.Namespace) -> dict[str, float]:
@@ -307,10 +344,10 @@ def compare_with_dit(images_per_second: float, arguments: argparse.Namespace) ->
         for steps in arguments.dit_steps:
             batch_size = arguments.large_batch if steps <= 50 else arguments.dit_long_batch
             seconds = bare.apply(time_dit_image, (arguments.large_threads, steps, batch_size))
-            report(f"peers, DiTPipeline: {steps} steps, a batch of {batch_size}, {seconds:.1f} s per image")
-            figures[f"peers_dit_{steps}_seconds_per_image"] = seconds
-            figures[f"peers_dit_{steps}_batch"] = batch_size
-            figures[f"peers_dit_{steps}_over_ours_served"] = seconds * images_per_second
+            report(f"DiTPipeline: {steps} steps, a batch of {batch_size}, {seconds:.1f} s per image")
+            figures[f"dit_{steps}_seconds_per_image"] = seconds
+            figures[f"dit_{steps}_batch"] = batch_size
+            figures[f"dit_{steps}_over_ours_served"] = seconds * images_per_second
     return figures
 
 
@@ -322,12 +359,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         small_folder = write_demo_generator(Path(name, "small"))
         if "small" in arguments.parts:
             figures |= measure_small(small_folder, arguments)
+        if "levers" in arguments.parts:
+            figures |= measure_levers(small_folder, arguments)
         if "overload" in arguments.parts:
             figures |= measure_overload(small_folder, arguments)
-        if "large" in arguments.parts or "peers" in arguments.parts:  # DiTPipeline is compared with the large model
+        if "large" in arguments.parts or "dit" in arguments.parts:  # DiTPipeline is compared with the large model
             figures |= measure_large(write_large(Path(name, "large")), arguments)
-        if "peers" in arguments.parts:
-            figures |= compare_with_fastapi(small_folder, arguments)
+        if "dit" in arguments.parts:
             figures |= compare_with_dit(figures["large_images_per_second"], arguments)
     return figures
 

@@ -6,8 +6,9 @@ from tests.benchmarks._serve_server import overload
 
 @pytest.mark.soak
 @pytest.mark.cluster
-def test_overload_yields_only_images_and_429s_and_memory_stays_flat(tmp_path):
-    seen = overload(write_demo_generator(tmp_path / "generator"), seconds=60)
+@pytest.mark.parametrize("topology", ["one", "two"])
+def test_overload_yields_only_images_and_429s_and_memory_stays_flat(tmp_path, topology):
+    seen = overload(write_demo_generator(tmp_path / "generator"), seconds=60, topology=topology)
     assert set(seen.answers.statuses) == {"200", "429"}
     assert seen.answers.per_second > 0.5 * seen.saturation  # refusing does not starve accepted requests
     # The load exceeded saturation. On two cores Serve itself cannot answer twice the saturation, even with empty answers.

@@ -12,7 +12,7 @@ from deploy.api.auth import hash_key
 def main() -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="meanflow keys", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="owner of the key; appears in the access log")
     name = parser.parse_args().name

@@ -193,7 +193,7 @@ def describe_model(model: str, tracking_uri: str | None) -> str:
 def main() -> None:
     """Prints a model with its alias resolved, or its details as JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m deploy.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="meanflow models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="folder, URI, models:/name@alias, models:/name/version or runs:/id/name")
     parser.add_argument("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"))

@@ -88,7 +88,7 @@ def serve_config(job: ServeJob) -> dict[str, Any]:
 
 def parse_arguments(words: list[str]) -> ServeJob:
     """The command line."""
-    return tyro.cli(ServeJob, args=words, description=__doc__, prog="python -m deploy.serve")
+    return tyro.cli(ServeJob, args=words, description=__doc__, prog="meanflow serve")
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """Command lines: parsing with tyro, logging, and errors as one line instead of a traceback."""
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -13,6 +15,9 @@ from pipelines.errors import InputError, RunError
 from pipelines.private_interfaces import ray_train_context_logger
 
 T = TypeVar("T")
+
+# Fields of a preset that PRESET --help shows.
+COMMON_CONFIG = ("precision", "global_batch_size", "num_steps", "seed", "checkpoint_interval_steps", "learning_rate")
 
 
 def set_up_logging() -> None:
@@ -36,10 +41,17 @@ def run_command(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
+def program(module: str) -> str:
+    """The command as the user typed it: "meanflow train", or "python -m pipelines.train"."""
+    if any(Path(word).stem == "meanflow" for word in sys.orig_argv[:2]):
+        return f"meanflow {module.split('.')[1].replace('_', '-')}"
+    return f"python -m {module}"
+
+
 def parse_command_line(job_type: type[T], description: str | None, **options: Any) -> T:
     """The command line as a dataclass, parsed by tyro. Raises InputError for values that the dataclass rejects."""
     specification = sys.modules["__main__"].__spec__  # None if the command was not started with -m
-    command = None if specification is None else f"python -m {specification.name.removesuffix('.__main__')}"
+    command = None if specification is None else program(specification.name.removesuffix(".__main__"))
     try:
         return tyro.cli(job_type, description=description, **{"prog": command, **options})
     except ValueError as error:
@@ -57,31 +69,55 @@ def _list_presets(presets: Mapping[str, Callable[[], Any]]) -> str:
     return "\n".join(lines)
 
 
+def _with_common_help(job: Any, common: Collection[str]) -> Any:
+    """A copy of a dataclass whose --help shows only the fields in `common`, at any depth."""
+    hints = get_type_hints(type(job), include_extras=True)
+    fields, values = [], {}
+    for field in dataclasses.fields(job):
+        hint, value = hints[field.name], getattr(job, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = _with_common_help(value, common)
+            metadata = getattr(hint, "__metadata__", ())
+            hint = Annotated[type(value), *metadata] if metadata else type(value)
+        elif field.name not in common:
+            hint = Annotated[hint, tyro.conf.Suppress]
+        fields.append((field.name, hint, field))
+        values[field.name] = value
+    shown = dataclasses.make_dataclass(type(job).__name__, fields, bases=(type(job),), frozen=True, kw_only=True)
+    return shown(**values)
+
+
 def parse_preset_command_line(
-    job_type: type[T],
     arguments: list[str],
     module: str,
     description: str,
     default_job: Callable[[Any], T],
     kind: type[RunConfig] = TrainingConfig,
+    common: Collection[str] = (),
 ) -> tuple[str, T]:
     """Parses "PRESET [OPTIONS]" and returns the preset's name and the dataclass.
 
     default_job: builds the default options from the preset's configuration, which is of class `kind`.
+    common: names of the fields that PRESET --help shows; PRESET --help-all shows all.
     Raises InputError for an unknown preset and for values that the dataclass rejects.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         listed = _list_presets(presets_of(kind))
         print(
-            f"usage: python -m {module} PRESET [OPTIONS]\n\n{description}\n"
+            f"usage: {program(module)} PRESET [OPTIONS]\n\n{description}\n"
             f"Presets (PRESET --help lists the options; module:function names one of your own):\n{listed}"
         )
         raise SystemExit(0 if arguments else 2)
-    preset = arguments[0]
+    preset, options = arguments[0], arguments[1:]
     try:
         config = preset_config(preset, kind)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return preset, parse_command_line(
-        job_type, None, args=arguments[1:], default=default_job(config), prog=f"python -m {module} {preset}"
-    )
+    job = default_job(config)
+    command = f"{program(module)} {preset}"
+    if "--help-all" in options:
+        options = ["--help"]
+    elif {"-h", "--help"} & set(options):
+        print(f"The most used options; {command} --help-all lists all of them.\n", flush=True)
+        job = _with_common_help(job, {*COMMON_CONFIG, *common})
+    return preset, parse_command_line(type(job), None, args=options, default=job, prog=command)

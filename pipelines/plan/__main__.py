@@ -7,6 +7,7 @@ report. To replace them by measurements, use --teraflops, --link-gbyte, --networ
 the preset's values, as in pipelines.train.
 """
 
+import dataclasses
 import sys
 
 from meanflow_core.presets import preset_config
@@ -18,11 +19,17 @@ from pipelines.plan.job import PlanJob, Workload
 def parse_arguments(arguments: list[str]) -> tuple[str, PlanJob]:
     """Parses a preset's name and the options after it. Raises InputError for an unknown preset or invalid options."""
     preset, job = parse_preset_command_line(
-        PlanJob,
         arguments,
         "pipelines.plan",
         __doc__ or "",
         lambda config: PlanJob(workload=Workload(config=config)),
+        common=(
+            *(field.name for field in dataclasses.fields(PlanJob)),
+            "gpu",
+            "teraflops",
+            "network_gbit",
+            "price_per_gpu_hour",
+        ),
     )
     if job.epochs is not None and job.workload.config.num_steps != preset_config(preset).num_steps:
         raise InputError(f"give --epochs {job.epochs:g} or --num-steps {job.workload.config.num_steps}, but not both")

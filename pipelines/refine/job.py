@@ -81,4 +81,9 @@ def parse_arguments(arguments: list[str]) -> tuple[str, RefineJob]:
         missing = dict.fromkeys((*required, "storage", "run_name"), tyro.MISSING)
         return RefineJob(**missing, config=config)
 
-    return parse_preset_command_line(RefineJob, arguments, "pipelines.refine", DESCRIPTION, default_job, RefineConfig)
+    common = (
+        *("model", "extractors", "references", "loss_weights", "held_out_extractors", "held_out_references", "data"),
+        *("storage", "run_name", "num_workers", "samples_per_pass", "device", "dry_run"),
+        *("moments_decay", "fill_steps", "measure_interval_steps"),
+    )
+    return parse_preset_command_line(arguments, "pipelines.refine", DESCRIPTION, default_job, RefineConfig, common)

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from pipelines.command_line import parse_preset_command_line
-from pipelines.train.job import TrainJob
+from pipelines.train.job import COMMON, TrainJob
 
 DESCRIPTION = """Train variants of a preset, several at a time, and compare them in a table.
 
@@ -50,7 +50,6 @@ class SweepJob:
 def parse_arguments(arguments: list[str]) -> tuple[str, SweepJob]:
     """Parses a preset's name and the options after it. Raises InputError for an unknown preset or invalid options."""
     return parse_preset_command_line(
-        SweepJob,
         arguments,
         "pipelines.sweep",
         DESCRIPTION,
@@ -58,4 +57,5 @@ def parse_arguments(arguments: list[str]) -> tuple[str, SweepJob]:
             vary=tyro.MISSING,
             train=TrainJob(data=tyro.MISSING, storage=tyro.MISSING, run_name=tyro.MISSING, config=config),
         ),
+        common=("vary", "max_concurrent", "reference", "extractor", "steps", "num_samples", *COMMON),
     )

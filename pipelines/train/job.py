@@ -20,6 +20,12 @@ The same command resumes the run from its last checkpoint. SIGTERM (`ray job sto
 MLFLOW_TRACKING_URI names the MLflow server; without it, a database in the storage folder is used. The result is a
 diffusers pipeline folder, in the run's folder and in MLflow's model registry."""
 
+# Fields that `train PRESET --help` shows.
+COMMON = (
+    "data", "storage", "run_name", "num_workers", "min_workers", "samples_per_pass", "device", "parallelism", "init_from",
+    "validation_data", "dry_run",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob(RunJob):
@@ -60,9 +66,9 @@ class TrainJob(RunJob):
 def parse_arguments(arguments: list[str]) -> tuple[str, TrainJob]:
     """Parses a preset's name and the options after it. Raises InputError for an unknown preset or invalid options."""
     return parse_preset_command_line(
-        TrainJob,
         arguments,
         "pipelines.train",
         DESCRIPTION,
         lambda config: TrainJob(data=tyro.MISSING, storage=tyro.MISSING, run_name=tyro.MISSING, config=config),
+        common=COMMON,
     )

@@ -83,14 +83,15 @@ def open_run(
         filesystem, run_path = storage.open_storage(job.run_location)
         checkpoints.repair_record(filesystem, run_path)
         checkpoints.delete_orphans(filesystem, run_path)
-        _require_steps_left(job, num_steps)
+        require_steps_left(job, num_steps)
         record = replace(record, tracking_uri=tracking_uri)
         run = resume_run(record)
     logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
     return OpenRun(run=run, record=record, stop_request=stop_request)
 
 
-def _require_steps_left(job: RunJob, num_steps: int) -> None:
+def require_steps_left(job: RunJob, num_steps: int) -> None:
+    """Raises InputError if the run's last checkpoint has more than `num_steps` steps."""
     latest = checkpoints.committed(*storage.open_storage(job.run_location))
     if latest is not None and latest.step > num_steps:
         raise InputError(

@@ -26,6 +26,7 @@ from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob, ReferenceJob, SideBySideJob
 from pipelines.judge.job import JudgeJob
 from pipelines.latents.cache_command import CacheJob
+from pipelines.main import COMMANDS
 from pipelines.plan.__main__ import parse_arguments as parse_plan
 from pipelines.refine.job import parse_arguments as parse_refinement
 from pipelines.train.job import parse_arguments as parse_training
@@ -76,6 +77,10 @@ def parse_job(stage: str) -> object:
     return parse_module(job.module, job.arguments)
 
 
+def _meanflow(words: list[str]) -> object:
+    return parse_module({command: module for _, command, module, _ in COMMANDS}[words[0]], words[1:])
+
+
 def _python(words: list[str]) -> object:
     if words[0] == "-m":
         return parse_module(words[1], words[2:])
@@ -100,9 +105,8 @@ def _ray(words: list[str]) -> object:
     if options["runtime_env_json"]:
         RuntimeEnv(**json.loads(options["runtime_env_json"]))
     assert isinstance(json.loads(options["entrypoint_label_selector"] or "{}"), dict)
-    python, *rest = options["entrypoint"]
-    assert python == "python"
-    return _python(rest)
+    program, *rest = options["entrypoint"]
+    return {"python": _python, "meanflow": _meanflow}[program](rest)
 
 
 def _serve(words: list[str]) -> None:
@@ -206,6 +210,7 @@ IDS = {"$GROUP": "sg-0123456789abcdef0", "$SUBNET": "subnet-0123456789abcdef0", 
 
 TOOLS: dict[str, Callable[[list[str]], object]] = {
     "python": _python,
+    "meanflow": _meanflow,
     "ray": _ray,
     "serve": _serve,
     "mlflow": lambda words: parse_with_click(mlflow_command_line, words),

@@ -14,7 +14,7 @@ from pipelines.train import run as train_run
 from pipelines.train.prepare import prepare, reload_initial_network
 from pipelines.train.record import new_record
 from pipelines.training import driver
-from pipelines.training.driver import with_workers
+from pipelines.training.driver import require_steps_left, with_workers
 from pipelines.training.record import write_record
 from tests.support.ray_records import write_checkpoints
 from tests.support.training_jobs import job_with_data, small_manifest, training_job, with_config
@@ -126,9 +126,10 @@ def test_longer_run_keeps_the_delay_of_guidance(job, record):
 
 def test_run_with_more_steps_than_num_steps_is_refused(job, tmp_path, record):
     write_checkpoints(tmp_path / "runs/r", steps=[10, 20])
-    assert reload_initial_network(with_config(job, num_steps=20), small_manifest(), record) is None
+    assert reload_initial_network(job, small_manifest(), record) is None
+    require_steps_left(job, 20)
     with pytest.raises(InputError, match="already has 20 steps, but num_steps is 19"):
-        reload_initial_network(with_config(job, num_steps=19), small_manifest(), record)
+        require_steps_left(job, 19)
 
 
 def test_run_without_a_checkpoint_starts_again_with_the_same_initial_network(tmp_path, record, pipeline, vae):

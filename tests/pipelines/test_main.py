@@ -1,0 +1,87 @@
+"""The command `meanflow`, started as its console script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.main import COMMANDS
+from tests.support.environments import command_modules
+
+PROGRAM = str(Path(sys.executable).with_name("meanflow"))
+NAMES = [command for _, command, _, _ in COMMANDS]
+OWN_COMMANDS = {  # of the demo, the cluster and tests; started with python -m
+    "deploy.spot_notice", "pipelines.compare.velocity_figure", "pipelines.demo.images", "pipelines.demo.judge",
+}  # fmt: skip
+
+
+@pytest.fixture
+def users_folder(tmp_path):
+    """A folder whose own packages have the names of ours."""
+    for name in ("pipelines", "deploy", "meanflow_core"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the package of the user was imported')")
+    return tmp_path
+
+
+def run(words, folder):
+    return subprocess.run([PROGRAM, *words], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_help_lists_every_command_within_a_second(users_folder):
+    before = os.times().children_user + os.times().children_system
+    result = run(["--help"], users_folder)
+    assert os.times().children_user + os.times().children_system - before < 1.0
+    assert (result.returncode, result.stderr) == (0, "")
+    assert all(f"\n  {name} " in result.stdout for name in NAMES)
+
+
+def test_every_module_that_runs_has_a_name():
+    modules = {module for _, _, module, _ in COMMANDS}
+    assert set(command_modules()) - {"pipelines.latents.cache_command"} - OWN_COMMANDS == modules
+
+
+@pytest.mark.parametrize("name", [*NAMES, "train demo"])
+def test_each_command_names_itself_in_its_help(name, users_folder):
+    result = run([*name.split(), "--help"], users_folder)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: meanflow {name}" in result.stdout
+
+
+def test_a_preset_shows_its_common_options_and_with_help_all_every_option(users_folder):
+    common, every = (run(["train", "demo", option], users_folder).stdout for option in ("--help", "--help-all"))
+    assert "meanflow train demo --help-all lists all of them" in common
+    for option in ("--data", "--storage", "--run-name", "--num-workers", "--num-steps", "--optimizer.learning-rate"):
+        assert f"{option} " in common
+        assert f"{option} " in every
+    for option in ("--max-failures", "--ema-decays", "--loss.guidance.omega", "--network.depth", "--optimizer.beta1"):
+        assert f"{option} " not in common
+        assert f"{option} " in every
+
+
+def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(users_folder):
+    result = run(["trian"], users_folder)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: 'trian' is not a command; the commands are encode, check, ")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["meanflow", "tr"], "train"),
+        (["meanflow", "train", "demo_improved"], "demo_improved_meanflow"),
+        (["meanflow", "train", "demo", "--global"], "--global-batch-size"),
+        (["meanflow", "encode", "--max-rej"], "--max-rejected-fraction"),
+        (["meanflow", "encode", "--images", "pipe"], "pipelines"),
+    ],
+)
+def test_bash_completes_commands_presets_options_and_files(words, expected, users_folder):
+    script = f"""
+        eval "$(meanflow completion)"
+        COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}
+        _meanflow; echo "${{COMPREPLY[@]}}" """
+    environment = {**os.environ, "PATH": f"{Path(PROGRAM).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(["bash", "-c", script], cwd=users_folder, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == [expected], result.stderr

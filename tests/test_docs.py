@@ -15,15 +15,15 @@ from tests.support.readme import REPOSITORY, commands, text_of
 
 DOCS = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))
 PAGES = ("README.md", "SECURITY.md", "CHANGELOG.md", *DOCS)
-KUBERNETES = "docs/kubernetes.md"  # tests/test_docs_kubernetes.py checks the commands of this page
+KUBERNETES = "docs/how-to/kubernetes.md"  # tests/test_docs_kubernetes.py checks the commands of this page
 COMMAND_PAGES = (
     "README.md",
     "docs/gallery.md",
     "docs/how-to/refine.md",
     "docs/how-to/serve.md",
-    "docs/runbook.md",
+    "docs/how-to/aws.md",
     "docs/tutorials/own-images.md",
-    "docs/upgrading.md",
+    "docs/how-to/upgrade.md",
 )
 
 
@@ -113,7 +113,7 @@ def test_every_bash_block_is_marked_with_the_test_that_reads_it(page):
 
 
 def test_database_driver_of_the_documented_mlflow_server_is_installed():
-    [line] = [line for line in commands("runbook", "docs/runbook.md") if line.startswith("mlflow server")]
+    [line] = [line for line in commands("runbook", "docs/how-to/aws.md") if line.startswith("mlflow server")]
     [address] = re.findall(r"--backend-store-uri (\S+)", line)
     driver = make_url(address).get_dialect().driver
     extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
@@ -185,7 +185,7 @@ def test_training_options_that_the_runbook_names_exist():
     required = ["xl2", "--data", "d", "--storage", "s", "--run-name", "r"]
     options = re.findall(
         r"`(--(?:rows|activation|parallelism|skip|keep|num-steps|device|precision|loss)[^`=]*)`",
-        text_of("docs/runbook.md"),
+        text_of("docs/how-to/aws.md"),
     )
     assert len(options) >= 5
     files = ("pipelines/train/job.py", "pipelines/training/job.py", "meanflow_core/config/training.py")

@@ -1,4 +1,4 @@
-"""Checks that the stages, objects, secrets and files named in the commands of docs/kubernetes.md exist."""
+"""Checks that the stages, objects, secrets and files named in the commands of docs/how-to/kubernetes.md exist."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ from tests.support.readme import REPOSITORY, text_of
 
 
 def page_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", text_of("docs/kubernetes.md"), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", text_of("docs/how-to/kubernetes.md"), re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
 
 

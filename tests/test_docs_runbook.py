@@ -28,12 +28,12 @@ def xl2_step_flops() -> float:
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return text_of("docs/runbook.md")
+    return text_of("docs/how-to/aws.md")
 
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
-    return commands("runbook", "docs/runbook.md")
+    return commands("runbook", "docs/how-to/aws.md")
 
 
 def line_with(lines: list[str], part: str) -> list[str]:
@@ -127,7 +127,7 @@ def test_epochs_of_the_table_are_steps_of_the_presets(text):
 
 def parse_trial() -> tuple:
     """(preset, options) of the trial training."""
-    [line] = [line for line in commands("runbook", "docs/runbook.md") if "--submission-id trial " in line]
+    [line] = [line for line in commands("runbook", "docs/how-to/aws.md") if "--submission-id trial " in line]
     return parse_command(line)
 
 

@@ -114,7 +114,7 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def deployment(bucket, tmp_path_factory):
-    """A deployment with two users without admin rights, created as in docs/kubernetes.md."""
+    """A deployment with two users without admin rights, created as in docs/how-to/kubernetes.md."""
     with contextlib.ExitStack() as stack:
         postgres = Postgres()
         stack.callback(postgres.remove)

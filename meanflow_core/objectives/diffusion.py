@@ -24,7 +24,7 @@ from meanflow_core.objectives.row_plan import StepRecord
 from meanflow_core.presets.diffusion import DiffusionConfig
 
 # In standard deviations. abar is 2e-9 at the cosine schedule's last level: unclipped, the predicted latents are an error of
-# eps times 20,000, and all later steps keep it. What else was tried: docs/objectives.md.
+# eps times 20,000, and all later steps keep it. What else was tried: docs/explanation/objectives.md.
 COSINE_CLIP_RANGE = 4.0
 _BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # diffusers' names
 

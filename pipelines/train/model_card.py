@@ -1,6 +1,6 @@
 """The model card (README.md) of a generator: description, training data, training and terms of use.
 
-docs/licences.md explains what a model card should say and what only its author can add.
+docs/reference/licences.md explains what a model card should say and what only its author can add.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Shows which guard of the loss holds against spikes, on a MeanFlow training that is made to spike.
 
-    python tests/benchmarks/spikes.py --latents build/compare/latents --figure docs/spikes.png --json spikes.json
+    python tests/benchmarks/spikes.py --latents build/compare/latents --figure docs/images/spikes.png --json spikes.json
 
 The comparison's network trains with a learning rate that is too large and without warm-up, on the plain squared error, and at
 times close to 1 (logit mean 2): the error rises by a factor of ten within the first steps. Each run has another guard.

@@ -18,7 +18,7 @@ NOT_IN_MOTO = {"RequestServiceQuotaIncrease", "GetParameter", "CreatePlacementGr
 
 
 def runbook() -> list[str]:
-    return commands("runbook", "docs/runbook.md")
+    return commands("runbook", "docs/how-to/aws.md")
 
 
 @pytest.fixture(scope="module")

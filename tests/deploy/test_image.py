@@ -84,7 +84,7 @@ def test_build_context_holds_what_is_copied_and_no_secrets():
     for source in sources:
         assert (REPOSITORY / source).exists(), source
     for name in (
-        ".git/config", ".venv/bin/python", "build/demo/report.json", "tests/conftest.py", "docs/page.png",
+        ".git/config", ".venv/bin/python", "build/demo/report.json", "tests/conftest.py", "docs/images/page.png",
         "mlruns/0/meta.yaml", "constraints.txt", "deploy/mlflow/.env", "pipelines/.env",
         "pipelines/__pycache__/train.cpython-311.pyc", "deploy/x.egg-info/PKG-INFO",
     ):  # fmt: skip

@@ -37,7 +37,7 @@ from tests.support.processes import run_group
 from tests.support.sent_bytes import GUIDED, count_sent
 from tests.support.training_steps import fresh_state, take_steps
 
-RUNBOOK = Path(__file__).parents[3] / "docs/runbook.md"
+RUNBOOK = Path(__file__).parents[3] / "docs/how-to/aws.md"
 
 
 def cluster(**changes) -> Cluster:

@@ -84,6 +84,12 @@ soak-deps: $(STAMP)
 gpu: $(STAMP)
 	$(BIN)/python tests/benchmarks/gpu --json build/gpu.json --markdown build/gpu.md
 
+# The site, in build/docs. Warnings are errors.
+docs: $(STAMP)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --editable ".[docs]"
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
 bench: $(STAMP)
 	@mkdir -p build/bench
 	@set -e; for script in tests/benchmarks/[!_]*.py; do \

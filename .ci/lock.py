@@ -13,7 +13,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-        subprocess.run([*command, "--report", str(report), ".[dev,browser,fid,server]"], check=True)
+        subprocess.run([*command, "--report", str(report), ".[dev,browser,docs,fid,server]"], check=True)
         resolved = json.loads(report.read_text())["install"]
     versions = {entry["metadata"]["name"].lower().replace("_", "-"): entry["metadata"]["version"] for entry in resolved}
     versions.pop("meanflow-ray")

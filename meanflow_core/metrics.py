@@ -81,7 +81,7 @@ class Moments(Protocol):
 def frechet_distance(first: Moments, second: Moments) -> float:
     """Squared Frechet distance between the Gaussians of two sets of features.
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The last trace follows from the eigenvalues of the symmetric matrix
+    (m1 - m2)^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The last trace follows from the eigenvalues of the symmetric matrix
     S2^(1/2) S1 S2^(1/2), without a general matrix square root. With Inception's features it is FID. Raises ValueError if
     the numbers of features differ. Source: Dowson and Landau 1982; Heusel et al. 2017.
     """

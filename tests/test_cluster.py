@@ -59,7 +59,7 @@ class User:
 
     def __init__(self, cluster: RealCluster, mlflow_uri: str, image_folder: Path, shared: Path) -> None:
         self.cluster, self.mlflow_uri, self.shared = cluster, mlflow_uri, shared
-        self.lines = commands("cluster")
+        self.lines = commands("existing-cluster", "docs/how-to/existing-cluster.md")
         self.replacements = {
             "http://HEAD:8265": cluster.dashboard,
             "http://MLFLOW:5000": mlflow_uri,

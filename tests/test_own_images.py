@@ -1,4 +1,4 @@
-"""Runs the tutorial on own images with sixty photographs of clothes, and the README's commands on pixels."""
+"""Runs the tutorial on own images with sixty photographs of clothes, and the commands on pixels of docs/how-to/encode.md."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ from tests.support.endpoint import in_process
 from tests.support.image_formats import write_idx
 from tests.support.readme import REPOSITORY, commands
 
-PAGE = "docs/tutorials/own-images.md"
+PAGE = "docs/tutorials/own-images.ipynb"
 # Options that make each command a matter of seconds.
 SMALLER = {
     "pipelines.autoencoder": "--image-size 32 --width 8 --num-steps 40 --batch-size 8 --warm-up-steps 5 --ema-decay 0.9 "
@@ -80,12 +80,6 @@ def run_module(words: list[str], patch: pytest.MonkeyPatch) -> None:
     assert not code, words
 
 
-def served_model(block: str, page: str) -> str:
-    """The model that a block's `deploy.serve` serves."""
-    [words] = [line.split() for line in commands(block, page) if line.startswith("python -m deploy.serve")]
-    return words[3]
-
-
 def test_autoencoder_reconstructs_held_out_photographs(finished):
     card = (finished / "runs/photos-vae/README.md").read_text()
     psnr = float(card.split("held-out PSNR | ")[1].split()[0])
@@ -113,10 +107,9 @@ def test_report_has_distance_probe_and_neighbours(finished):
 
 
 def test_endpoint_serves_a_dress(finished):
-    folder = finished / served_model("own-images-run", PAGE)
-    [curl] = [shlex.split(line) for line in commands("own-images-run", PAGE) if line.startswith("curl")]
+    folder = finished / "runs/photos/generator"
     with in_process(Arguments(model=str(folder))) as client:
-        response = client.post("/generate", json=json.loads(curl[curl.index("-d") + 1]))
+        response = client.post("/generate", json={"class": "dress", "seed": 7})
     assert response.status_code == 200, response.text
     pipeline = load_pipeline(folder)
     expected = pipeline.images_from_seeds(pipeline.get_label_ids("dress"), [7])[0].numpy().astype(int)
@@ -129,12 +122,12 @@ def test_pixels_go_through_every_stage_and_stay_grey(tmp_path):
     for split in ("train", "t10k"):
         write_idx(finished / "fashion-mnist", split, compressed=True)
     with in_folder(finished) as patch:
-        run_stages(commands("pixels"), patch)
+        run_stages(commands("pixels", "docs/how-to/encode.md"), patch)
     report = json.loads((finished / "fashion-report/report.json").read_text())
     assert report["protocol"]["distance"] == "Fréchet distance (judge)"
     assert 0.0 <= report["samples"][0]["accuracy"] <= 1.0
     assert "held-out accuracy" in (finished / "fashion-judge/README.md").read_text()
-    folder = finished / served_model("pixels", "README.md")
+    folder = finished / "runs/fashion/generator"
     assert "**Autoencoder** none: the generator works on pixels" in (folder / "README.md").read_text()
     with in_process(Arguments(model=str(folder))) as client:
         response = client.post("/generate", json={"class": 2, "seed": 7})

@@ -169,6 +169,14 @@ def _pip(words: list[str]) -> None:
             assert word[2:-1] in extras
 
 
+def _git(words: list[str]) -> None:
+    assert words == ["clone", "REPOSITORY-URL", "meanflow-ray"]
+
+
+def _cd(words: list[str]) -> None:
+    assert words == ["meanflow-ray"]
+
+
 def _ssh(words: list[str]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("-i", required=True)
@@ -218,6 +226,8 @@ TOOLS: dict[str, Callable[[list[str]], object]] = {
     "docker": _docker,
     "make": _make,
     "pip": _pip,
+    "git": _git,
+    "cd": _cd,
     "aws": lambda words: parse_aws([IDS.get(word, word) for word in words]),
     "export": _export,
     "openssl": _openssl,

@@ -34,13 +34,18 @@ def start_ray(needed_cpus: int) -> None:
     if ray.is_initialized():
         return
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True)
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
     else:
         # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
         # A copy, because ray.init adds the hook to env_vars and refuses variables that already contain it.
         environment = {"worker_process_setup_hook": _silence_cleaner, "env_vars": dict(FAST_MALLOC)}
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment)
+        # Ray's C++ processes log notes for Ray's developers as errors to the terminal.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(
+            "local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment,
+            logging_level=logging.WARNING,
+        )  # fmt: skip
 
 
 def _silence_cleaner() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ COMMON_CONFIG = ("precision", "global_batch_size", "num_steps", "seed", "checkpo
 
 def set_up_logging() -> None:
     """Logs to stderr with timestamps. Libraries log only warnings and errors."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # its import would reset the level below
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     # The last one logs 800 characters per checkpoint.
     for name in ("httpx", "alembic", "mlflow", "ray.data", "ray.train", ray_train_context_logger()):

@@ -1,19 +1,25 @@
-"""Runs commands and ends all their descendants, including daemons that outlive their parent."""
+"""Runs commands with their output in log files, and ends all their descendants, including daemons of Ray."""
 
 import contextlib
 import ctypes
-import logging
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import IO
 
 import psutil
 
 from pipelines.errors import InputError
 
-logger = logging.getLogger(__name__)
-
+PROGRESS = re.compile(r"[a-z][a-z ]* [\d,]+ of [\d,]+ \w+, .*(left|done)")  # lines of pipelines.progress
+POLL_SECONDS = 0.2
+SECONDS_BETWEEN_LINES = 60.0  # of progress, where it cannot be shown in place
+LINES_OF_A_FAILURE = 25
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -23,27 +29,83 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+class ProgressLine:
+    """Shows the latest progress in place on a terminal; otherwise as a line a minute."""
+
+    def __init__(self) -> None:
+        self._in_place = sys.stdout.isatty()
+        self._shown_at = time.monotonic()
+
+    def show(self, text: str) -> None:
+        """Shows the part of a log line that tells progress, if there is one."""
+        found = PROGRESS.search(text)
+        if found is None:
+            return
+        if self._in_place:
+            print(f"\r  {found[0][: shutil.get_terminal_size().columns - 3]}\033[K", end="", flush=True)
+        elif time.monotonic() - self._shown_at >= SECONDS_BETWEEN_LINES:
+            self._shown_at = time.monotonic()
+            print(f"  {found[0]}", flush=True)
+
+    def clear(self) -> None:
+        """Removes the progress from a terminal."""
+        if self._in_place:
+            print("\r\033[K", end="", flush=True)
+
+
 class Processes:
-    """Runs commands with an environment and ends their descendants.
+    """Runs commands with an environment, and ends their descendants.
 
     Call `adopt_orphans` first: Ray's daemons outlive the process that started them, and only then become children of
     this process.
     """
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str], logs: Path) -> None:
+        """logs: folder for the output of each command."""
         self._environment = environment
+        self._logs = logs
 
-    def start(self, command: list[str]) -> subprocess.Popen:
+    def log(self, name: str) -> Path:
+        """The file with the output of the command `name`."""
+        return self._logs / f"{name}.log"
+
+    def start(self, name: str, command: list[str]) -> subprocess.Popen:
         """Starts a command in its own session, so that Ctrl-C in the terminal interrupts only this process."""
-        logger.info("$ %s", shlex.join(command))
-        return subprocess.Popen(command, env=self._environment, start_new_session=True)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with self.log(name).open("w") as log:
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            return subprocess.Popen(
+                command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
-    def run(self, command: list[str]) -> None:
-        """Runs a command, waits for it, and ends its descendants. Raises InputError if it fails."""
-        process = self.start(command)
-        if process.wait() != 0:
-            raise InputError(f"`{shlex.join(command)}` failed with exit code {process.returncode}; its output is above")
+    def run(self, name: str, command: list[str]) -> None:
+        """Runs a command, shows its progress, waits for it, and ends its descendants. Raises InputError if it fails."""
+        process, progress = self.start(name, command), ProgressLine()
+        with self.log(name).open(errors="replace") as log:
+            while process.poll() is None:
+                self._show_new(log, progress)
+                time.sleep(POLL_SECONDS)
+        progress.clear()
+        if process.returncode != 0:
+            print("".join(f"  {line}\n" for line in self.last_lines(name)), file=sys.stderr)
+            raise InputError(
+                f"`{shlex.join(command)}` failed with exit code {process.returncode}; its last lines are above, and all "
+                f"are in {self.log(name)}"
+            )
         self.end_all()
+
+    @staticmethod
+    def _show_new(log: IO[str], progress: ProgressLine) -> None:
+        lines = log.read().splitlines()
+        for line in reversed(lines):
+            if PROGRESS.search(line):
+                progress.show(line)
+                return
+
+    def last_lines(self, name: str) -> list[str]:
+        """The end of a command's output."""
+        return self.log(name).read_text(errors="replace").splitlines()[-LINES_OF_A_FAILURE:]
 
     def end_all(self, timeout_seconds: float = 5.0) -> None:
         """Terminates all descendants of this process, then kills those that do not end."""

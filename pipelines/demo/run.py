@@ -1,7 +1,6 @@
 """Runs the demo's stages one after another and reports their results."""
 
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -24,9 +23,15 @@ from pipelines.demo.processes import Processes, adopt_orphans
 from pipelines.demo.serving import free_port, serve_and_request
 from pipelines.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 MARKER = ".meanflow-demo"
+LOGS = "logs"
+STAGES = {
+    "data": "drawn images of ten classes",
+    "encode": "images to latents",
+    "train": "latents to a generator",
+    "evaluate": "samples, measured with a judge",
+    "serve": "images over HTTP",
+}
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,20 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
     candidate, model = (f"models:/meanflow-{demo.preset}@{alias}" for alias in ("candidate", "champion"))
 
     def stage(name: str, run: Callable[[], object], result: Callable[[], str], location: Path) -> None:
-        logger.info("--- %s", name)
+        print(f"{len(results) + 1} of {len(STAGES)}: {name}, {STAGES[name]}", flush=True)
         started = time.monotonic()
         run()
-        results.append(StageResult(name, time.monotonic() - started, result(), os.path.relpath(location)))
+        found = StageResult(name, time.monotonic() - started, result(), os.path.relpath(location))
+        results.append(found)
+        print(f"  {found.result}: {found.location}, {found.seconds:.0f} s", flush=True)
 
-    def command(*arguments: str) -> Callable[[], object]:
-        return lambda: processes.run([sys.executable, "-m", *arguments])
+    def command(module: str, *arguments: str) -> Callable[[], object]:
+        name = "data" if module == "pipelines.demo.images" else module.split(".")[1]
+        return lambda: processes.run(name, [sys.executable, "-m", module, *arguments])
+
+    print(
+        f"five stages, about 15 minutes on two CPU cores; their logs are in {os.path.relpath(work / LOGS)}", flush=True
+    )
 
     images, latents, report_folder = work / "images", work / "latents", work / "report"
     stage(
@@ -120,6 +132,7 @@ def report_demo(work: Path, results: list[StageResult], tracking_uri: str) -> di
     print(summary_table(results))
     print(f"\nsamples: {os.path.relpath(work / 'samples.png')}    report: {os.path.relpath(work / 'report.json')}")
     print(f"runs:    mlflow ui --backend-store-uri {tracking_uri}")
+    print(f"serve:   meanflow serve {os.path.relpath(work / 'runs' / 'demo' / 'generator')}")
     return report
 
 
@@ -172,7 +185,8 @@ def run_demo(demo: Demo) -> None:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),  # keeps Ray from writing a token file to the home folder
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONUNBUFFERED": "1",
-        }
+        },
+        demo.work.absolute() / LOGS,
     )
     adopt_orphans()
     try:

@@ -119,11 +119,20 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool)
         progress.update(done, f"{num_rejected} rejected" if num_rejected else "")
 
 
+def _silence_plans() -> None:
+    """Keeps Ray Data's plans and its advice on progress bars out of the terminal; its log file has them."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "PlainRayHandler":
+            handler.setLevel(logging.WARNING)
+            handler.addFilter(lambda record: "Progress bars disabled" not in record.getMessage())
+
+
 def _encoding_dataset(
     job: EncodeJob, plan: Plan, shards: list[int], num_encoders: int, *, use_gpu: bool, grey: bool
 ) -> ray.data.Dataset:
     """The lazy Ray dataset that encodes shards; one block per shard, one row of counts per written shard."""
     context = ray.data.DataContext.get_current()
+    _silence_plans()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # never split a block
     # Annotated, because the type hints of map_batches reject functions with keyword-only arguments.

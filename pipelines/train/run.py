@@ -41,8 +41,6 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
     )
     run, manifest = opened.run, ready.manifest
     with run.ends():
-        for key, value in job.config.flat().items():
-            logger.info("  %s = %s", key, value)
         initial = ready.initial
         if ready.record is not None:
             initial = reload_initial_network(job, manifest, ready.record)

@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipelines.demo import images
-from pipelines.demo.processes import Processes
+from pipelines.demo.processes import Processes, ProgressLine
 from pipelines.demo.run import MARKER, prepare_work, summarize
 from pipelines.demo.serving import FREE_PORTS, free_port
 from pipelines.errors import InputError
@@ -91,11 +92,12 @@ def test_stage_runs_in_the_current_folder_and_its_orphans_are_ended(tmp_path):
     # as the fork server of other tests.
     script = """
 import os, subprocess, sys, psutil
+from pathlib import Path
 from pipelines.demo.processes import Processes, adopt_orphans
 adopt_orphans()
 daemon = "import os, time; os.setsid(); open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
 parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {daemon!r}]); time.sleep(2)"
-Processes(dict(os.environ)).run([sys.executable, "-c", parent])
+Processes(dict(os.environ), Path("logs")).run("stage", [sys.executable, "-c", parent])
 assert not psutil.pid_exists(int(open("pid").read())), "the orphan is alive"
 print("none left")
 """
@@ -104,9 +106,27 @@ print("none left")
     assert result.stdout.strip() == "none left", result.stderr
 
 
-def test_failing_stage_stops_the_demo():
-    with pytest.raises(InputError, match="failed with exit code 3"):
-        Processes(dict(os.environ)).run([sys.executable, "-c", "raise SystemExit(3)"])
+def test_failing_stage_stops_the_demo_and_shows_the_end_of_its_log(tmp_path, capsys):
+    processes = Processes(dict(os.environ), tmp_path)
+    with pytest.raises(InputError, match=f"failed with exit code 3; its last lines .* in {tmp_path}/train.log"):
+        processes.run("train", [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"])
+    assert "  the reason\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_only_progress_is_shown_in_place_on_a_terminal_and_once_a_minute_elsewhere(is_terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    progress, now = ProgressLine(), time.monotonic()
+    for seconds, step in ((0, 25), (61, 50), (62, 75)):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
+        progress.show(
+            f"(RayTrainWorker pid=7) demo: trained {step} of 1500 steps, 3.2 steps/s, 7m36s left, 354 images/s"
+        )
+        progress.show("a warning of a library")
+    progress.clear()
+    shown = capsys.readouterr().out
+    lines = [f"  trained {step} of 1500 steps, 3.2 steps/s, 7m36s left" for step in (25, 50, 75)]
+    assert shown == ("".join(f"\r{line}\033[K" for line in lines) + "\r\033[K" if is_terminal else f"{lines[1]}\n")
 
 
 def test_report_has_the_main_figures():

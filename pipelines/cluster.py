@@ -40,8 +40,6 @@ def start_ray(needed_cpus: int) -> None:
         cpus = max(os.cpu_count() or 1, needed_cpus)
         # A copy, because ray.init adds the hook to env_vars and refuses variables that already contain it.
         environment = {"worker_process_setup_hook": _silence_cleaner, "env_vars": dict(FAST_MALLOC)}
-        # Ray's C++ processes log notes for Ray's developers as errors to the terminal.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
             "local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment,
             logging_level=logging.WARNING,

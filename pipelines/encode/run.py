@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -125,6 +126,7 @@ def _silence_plans() -> None:
         if type(handler).__name__ == "PlainRayHandler":
             handler.setLevel(logging.WARNING)
             handler.addFilter(lambda record: "Progress bars disabled" not in record.getMessage())
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
 
 
 def _encoding_dataset(

@@ -41,7 +41,7 @@ class BeforeAfterJob:
     """Images of each set for precision, recall and nearest images, as in pipelines.evaluate. Fewer save time."""
     steps: tuple[int, ...] = (1,)
     """Numbers of sampling steps."""
-    labels: Labels = "balanced"
+    labels: Labels = "random"
     """Class labels, as in pipelines.evaluate."""
     batch_size: int = 50
     """Images per forward."""

@@ -122,6 +122,7 @@ def evaluate_all(
         extractor=job.judge,
         held_out_images=job.held_out_images,
         steps=tuple(sorted(job.nfe)),
+        labels="balanced",
         num_samples=job.num_samples,
         num_precision_recall=0,
         device=job.device,

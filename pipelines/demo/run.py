@@ -105,7 +105,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
         command("pipelines.evaluate", "--model", candidate, "--promote", "--tracking-uri", tracking_uri,
                 "--extractor", str(SHIPPED_JUDGE),
                 "--train-images", str(images / "train"), "--held-out-images", str(images / "val"),
-                "--output", str(report_folder), "--num-samples", str(demo.num_samples),
+                "--output", str(report_folder), "--num-samples", str(demo.num_samples), "--labels", "balanced",
                 "--steps", *(str(steps) for steps in demo.steps)),
         lambda: "table, grid, plot",
         report_folder,

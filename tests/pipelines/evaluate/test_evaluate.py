@@ -130,7 +130,7 @@ def test_unsupported_options_are_refused_before_anything_is_written(job, pipelin
     with pytest.raises(InputError, match="which predicts velocity, but this one predicts average velocity"):
         evaluate(replace(job, solvers=("heun",)))
     with pytest.raises(InputError, match=r"at least 20 \(2 for each of the 10 classes\), but got 19"):
-        evaluate(replace(job, num_samples=19))
+        evaluate(replace(job, num_samples=19, labels="balanced"))
     with pytest.raises(InputError, match="--output must be a folder on a mounted disk, but got s3:"):
         evaluate(replace(job, output=Path("s3://bucket/report")))
     pipeline.register_to_config(id2label={str(label): f"other {label}" for label in range(10)})

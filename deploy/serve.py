@@ -12,7 +12,9 @@ A cluster of several machines gets them from its image or its start command: see
 """
 
 import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -71,7 +73,11 @@ def _free_ports() -> tuple[int, int]:
 
 
 def serve_config(job: ServeJob) -> dict[str, Any]:
-    """The config for `serve run`."""
+    """The config for `serve run`. Folders are absolute, because it runs in another folder."""
+    arguments = job.arguments.model_dump(exclude_defaults=True)
+    for name in ("model", "preview_vae"):
+        if name in arguments and Path(arguments[name]).exists():
+            arguments[name] = str(Path(arguments[name]).absolute())
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": job.host, "port": job.port, "keep_alive_timeout_s": 90},
@@ -80,7 +86,7 @@ def serve_config(job: ServeJob) -> dict[str, Any]:
                 "name": "meanflow",
                 "route_prefix": "/",
                 "import_path": "deploy.app:build_app",
-                "args": job.arguments.model_dump(exclude_defaults=True),
+                "args": arguments,
             }
         ],
     }
@@ -92,16 +98,31 @@ def parse_arguments(words: list[str]) -> ServeJob:
 
 
 def main() -> None:
-    """Serves until interrupted."""
+    """Serves until SIGINT or SIGTERM."""
     job = parse_arguments(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="mfp-", dir="/tmp") as folder:  # paths of Unix sockets must be short
         config_file = Path(folder, "serve.yaml")
         config_file.write_text(yaml.safe_dump(serve_config(job)))
-        os.environ.update(fast_path(Path(folder), dict(os.environ)))
-        from ray.serve.scripts import cli  # after the variables are set, which Ray reads when it is imported
+        # A cluster of its own: a running one lacks the variables. In a folder of its own, because Ray's processes look for
+        # modules in the current folder first, and the user's may have a `deploy`.
+        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(config_file)]
+        environment = {**os.environ, **fast_path(Path(folder), dict(os.environ))}
+        sys.exit(_run(command, environment, folder))
 
-        # A cluster of its own: a running one lacks the variables.
-        sys.exit(cli(["run", "--address", "local", str(config_file)], prog_name="serve", standalone_mode=False))
+
+def _run(command: list[str], environment: dict[str, str], folder: str) -> int:
+    """Runs `serve run`, and returns its exit code. It only stops HAProxy on SIGINT, so SIGTERM becomes SIGINT."""
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    )
+    process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)
+
+    def interrupt(*_: object) -> None:
+        process.send_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    return process.wait()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,17 @@ def test_deploy_serve_passes_on_what_was_given():
     }  # fmt: skip
 
 
+def test_folders_of_a_served_model_are_absolute_and_other_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "generator").mkdir()
+    for name, served in (
+        ("generator", str(tmp_path / "generator")),
+        ("models:/demo@champion", "models:/demo@champion"),
+    ):
+        [application] = serve_config(parse_arguments([name]))["applications"]
+        assert application["args"]["model"] == served
+
+
 def test_the_fast_path_keeps_variables_that_are_set(tmp_path):
     variables = fast_path(tmp_path, {"RAY_SERVE_ENABLE_HA_PROXY": "0", "OTHER": "1"})
     assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "0"

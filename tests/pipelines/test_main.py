@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from pipelines.demo.serving import free_port, wait_until_ready
 from pipelines.main import COMMANDS
 from tests.support.environments import command_modules
+from tests.support.readme import REPOSITORY
 
 PROGRAM = str(Path(sys.executable).with_name("meanflow"))
 NAMES = [command for _, command, _, _ in COMMANDS]
@@ -26,8 +29,8 @@ def users_folder(tmp_path):
     return tmp_path
 
 
-def run(words, folder):
-    return subprocess.run([PROGRAM, *words], cwd=folder, capture_output=True, text=True, timeout=60)
+def run(words, folder, timeout=60):
+    return subprocess.run([PROGRAM, *words], cwd=folder, capture_output=True, text=True, timeout=timeout)
 
 
 def test_help_lists_every_command_within_a_second(users_folder):
@@ -43,7 +46,7 @@ def test_every_module_that_runs_has_a_name():
     assert set(command_modules()) - {"pipelines.latents.cache_command"} - OWN_COMMANDS == modules
 
 
-@pytest.mark.parametrize("name", [*NAMES, "train demo"])
+@pytest.mark.parametrize("name", ["encode", "serve", "keys", "train demo"])
 def test_each_command_names_itself_in_its_help(name, users_folder):
     result = run([*name.split(), "--help"], users_folder)
     assert result.returncode == 0, result.stderr
@@ -85,3 +88,27 @@ def test_bash_completes_commands_presets_options_and_files(words, expected, user
     environment = {**os.environ, "PATH": f"{Path(PROGRAM).parent}:{os.environ['PATH']}"}
     result = subprocess.run(["bash", "-c", script], cwd=users_folder, env=environment, capture_output=True, text=True)
     assert result.stdout.split() == [expected], result.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_ray_and_serve_import_the_package_and_a_terminated_endpoint_leaves_nothing(users_folder):
+    photos = REPOSITORY / "tests/data/clothing/train"
+    options = ["--vae", "pixels", "--image-size", "16", "--num-workers", "1"]
+    encoded = run(["encode", "--images", str(photos), "--output", "latents", *options], users_folder, timeout=200)
+    assert encoded.returncode == 0, encoded.stderr[-3000:]
+    (users_folder / "generator").symlink_to(REPOSITORY / "docs/gallery/clothes")
+    port = free_port(0)
+    with open(users_folder / "log", "w") as log:
+        command = [PROGRAM, "serve", "generator", "--port", str(port)]
+        server = subprocess.Popen(command, cwd=users_folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}", server, users_folder / "log")
+        processes = psutil.Process(server.pid).children(recursive=True)
+        assert any("haproxy" in process.name() for process in psutil.process_iter())
+        server.terminate()
+        server.wait(timeout=60)
+    finally:
+        server.kill()
+    assert not psutil.wait_procs(processes, timeout=20)[1]
+    assert free_port(port) == port  # HAProxy listens no more

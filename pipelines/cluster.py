@@ -39,14 +39,17 @@ def start_ray(needed_cpus: int) -> None:
         # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
         # A copy, because ray.init adds the hook to env_vars and refuses variables that already contain it.
-        environment = {"worker_process_setup_hook": _silence_cleaner, "env_vars": dict(FAST_MALLOC)}
+        environment = {"worker_process_setup_hook": _prepare_worker, "env_vars": dict(FAST_MALLOC)}
         ray.init(
             "local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment,
             logging_level=logging.WARNING,
         )  # fmt: skip
 
 
-def _silence_cleaner() -> None:
+def _prepare_worker() -> None:
+    # Ray puts the driver's current folder first on the path later, where a folder of the user may have the same name.
+    import meanflow_core  # noqa: F401
+
     # Without a dashboard, Ray Train's placement group cleaner warns every second that it cannot query its controller.
     logging.getLogger(CLEANER_LOGGER).setLevel(logging.ERROR)
 

@@ -1,7 +1,7 @@
 # make demo    from nothing to a served one-step image, on a laptop
 # make test    lint, types, import contracts, tests
 # make compare ten objectives side by side; some hours on 2 cores, and it goes on where it was cut short
-# make env     only the environment;   make lint, make soak, make soak-deps, make bench, make lock: see README.md
+# make env     only the environment;   make lint, make soak, make soak-deps, make bench, make lock: see CONTRIBUTING.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ FASHION_CLASSES := T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker 
 FAST_MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 \
     MALLOC_ARENA_MAX=1
 
-.PHONY: demo compare compare-shapes compare-fashion test env lint soak soak-deps gpu bench lock clean
+.PHONY: docs demo compare compare-shapes compare-fashion test env lint soak soak-deps gpu bench lock clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -77,7 +77,7 @@ soak: $(STAMP)
 
 # Installs what some soak tests need: a browser and PostgreSQL from Debian's packages, and their drivers. Requires root.
 soak-deps: $(STAMP)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev,browser,server]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --editable ".[dev,browser,docs,server]"
 	apt-get update && apt-get install --yes --no-install-recommends chromium postgresql
 
 # On a machine with a GPU. --toy tries the script on a CPU.

@@ -1,6 +1,6 @@
 """Creates an API key. Prints the key, for its owner, and its hash, for the endpoint's configuration.
 
-python -m deploy.keys alice
+meanflow keys alice
 """
 
 import argparse

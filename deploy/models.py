@@ -1,6 +1,6 @@
 """Resolves and fetches generators from folders, object stores or MLflow. The only module of deploy that imports MLflow.
 
-    python -m deploy.models models:/meanflow-xl2@champion      # prints the version of the alias: models:/meanflow-xl2/3
+    meanflow models models:/meanflow-xl2@champion      # prints the version of the alias: models:/meanflow-xl2/3
 
 An alias can be moved at any time, and replicas start at different times. Therefore, aliases are resolved once, and all
 replicas load the same version.

@@ -1,6 +1,6 @@
 """Serve a one-step generator on this machine, with Ray Serve's fast path.
 
-    python -m deploy.serve runs/demo/generator                   # http://127.0.0.1:8000, with a page to try it
+    meanflow serve runs/demo/generator                   # http://127.0.0.1:8000, with a page to try it
     curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
 
 The fast path is a set of environment variables, which must be set before any process of Ray starts:
@@ -72,12 +72,19 @@ def _free_ports() -> tuple[int, int]:
         return int(first.getsockname()[1]), int(second.getsockname()[1])
 
 
+def _absolute(location: str) -> str:
+    """A folder, or the file of an SQLite database, as an absolute path; anything else as it is."""
+    if location.startswith("sqlite:///") and not location.startswith("sqlite:////"):
+        return f"sqlite:///{Path(location.removeprefix('sqlite:///')).absolute()}"
+    return str(Path(location).absolute()) if Path(location).exists() else location
+
+
 def serve_config(job: ServeJob) -> dict[str, Any]:
-    """The config for `serve run`. Folders are absolute, because it runs in another folder."""
+    """The config for `serve run`, which runs in another folder: locations are absolute."""
     arguments = job.arguments.model_dump(exclude_defaults=True)
-    for name in ("model", "preview_vae"):
-        if name in arguments and Path(arguments[name]).exists():
-            arguments[name] = str(Path(arguments[name]).absolute())
+    for name in ("model", "preview_vae", "tracking_uri"):
+        if name in arguments:
+            arguments[name] = _absolute(arguments[name])
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": job.host, "port": job.port, "keep_alive_timeout_s": 90},
@@ -106,23 +113,42 @@ def main() -> None:
         # A cluster of its own: a running one lacks the variables. In a folder of its own, because Ray's processes look for
         # modules in the current folder first, and the user's may have a `deploy`.
         command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(config_file)]
-        environment = {**os.environ, **fast_path(Path(folder), dict(os.environ))}
+        environment = {**os.environ, **fast_path(Path(folder), dict(os.environ)), "PYTHONPATH": _module_folders()}
+        if "MLFLOW_TRACKING_URI" in environment:
+            environment["MLFLOW_TRACKING_URI"] = _absolute(environment["MLFLOW_TRACKING_URI"])
         sys.exit(_run(command, environment, folder))
 
 
+def _module_folders() -> str:
+    """PYTHONPATH: this package, the user's entries, and last the current folder, for networks of the user's."""
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    folders = [str(Path(__file__).parents[1]), *given, os.getcwd()]
+    return os.pathsep.join(dict.fromkeys(str(Path(folder).absolute()) for folder in folders))
+
+
 def _run(command: list[str], environment: dict[str, str], folder: str) -> int:
-    """Runs `serve run`, and returns its exit code. It only stops HAProxy on SIGINT, so SIGTERM becomes SIGINT."""
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
-    )
+    """Runs `serve run` until SIGINT, SIGTERM or SIGHUP, and returns its exit code.
+
+    `serve run` stops HAProxy on SIGINT only, and a second one would interrupt that. So the first of the signals is passed
+    on as SIGINT, and the others are ignored.
+    """
+    received: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        if process is not None and len(received) == 1:
+            process.send_signal(signal.SIGINT)
+
+    # Before the child starts, which would inherit that SIGINT is ignored, as in a background job of a script.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored by nohup
+            signal.signal(number, interrupt)
     process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)
-
-    def interrupt(*_: object) -> None:
+    if received:
         process.send_signal(signal.SIGINT)
-
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    return process.wait()
+    code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Arguments(BaseModel):
     auth: Literal["keys", "none"] | None = None
     """"none" opens the endpoint to everybody. By default, an endpoint without keys only starts on loopback."""
     api_keys: dict[str, str] = Field(default_factory=dict)
-    """{name: SHA-256 of the key}; `python -m deploy.keys NAME` creates both. If any key is set, requests require one."""
+    """{name: SHA-256 of the key}; `meanflow keys NAME` creates both. If any key is set, requests require one."""
     rate_limit: str | None = None
     """Images per key and replica of Api or Endpoint: "600/minute", "10/second;10000/day". Without keys, per address; behind
     HAProxy, all callers have the same one."""
@@ -105,7 +105,7 @@ class Arguments(BaseModel):
             if not SHA256.fullmatch(digest):
                 raise ValueError(
                     f"the key {name!r} must be given as its SHA-256, 64 hexadecimal digits in lower case; "
-                    f"`python -m deploy.keys {name}` makes one"
+                    f"`meanflow keys {name}` makes one"
                 )
         return value
 

@@ -2,7 +2,7 @@
 
     pip install --constraint constraints.txt --editable '.[tracing]'
     RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH=deploy.tracing:otlp RAY_SERVE_TRACING_SAMPLING_RATIO=0.1 \\
-        OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 python -m deploy.serve runs/demo/generator
+        OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 meanflow serve runs/demo/generator
 
 Ray Serve makes the spans: proxy, HTTP API, generator. A request with a `traceparent` header (W3C Trace Context) joins the
 caller's trace, and follows the caller's decision whether to record it.

@@ -14,10 +14,10 @@ from deploy.api.routes import build_http_app
 from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments
 from meanflow_core.config import RefineConfig, TrainingConfig
 from meanflow_core.presets import presets_of
-from pipelines.main import COMMANDS
+from pipelines.main import COMMANDS, WITH_PRESETS
 
 NOTE = "<!-- Written by docs/generated_pages.py. -->\n\n"
-WITH_PRESETS = {"train": "xl2", "refine": "xl2", "sweep": "xl2", "plan": "xl2"}
+PRESET = "xl2"
 
 
 def write_pages(folder: Path) -> None:
@@ -58,10 +58,9 @@ def commands_page() -> str:
     for _, command, module, _ in COMMANDS:
         lines.append(f"## meanflow {command}\n\nModule `{module}`.\n")
         lines.append(f"```text\n{help_of([command, '--help'])}\n```\n")
-        if command in ("train", "refine"):
-            preset = WITH_PRESETS[command]
-            options = help_of([command, preset, "--help-all"])
-            lines.append(f"All options, with the defaults of the preset `{preset}`:\n\n```text\n{options}\n```\n")
+        if command in WITH_PRESETS:
+            options = help_of([command, PRESET, "--help-all"])
+            lines.append(f"All options, with the defaults of the preset `{PRESET}`:\n\n```text\n{options}\n```\n")
     return "\n".join(lines)
 
 

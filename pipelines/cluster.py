@@ -47,7 +47,11 @@ def start_ray(needed_cpus: int) -> None:
 
 
 def _prepare_worker() -> None:
-    # Ray puts the driver's current folder first on the path later, where a folder of the user may have the same name.
+    """Runs first in every worker of a local cluster.
+
+    Afterwards Ray puts the driver's current folder first on the path. A folder of the user there cannot hide what is imported
+    now: this package and the core.
+    """
     import meanflow_core  # noqa: F401
 
     # Without a dashboard, Ray Train's placement group cleaner warns every second that it cannot query its controller.

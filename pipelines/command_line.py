@@ -1,5 +1,6 @@
 """Command lines: parsing with tyro, logging, and errors as one line instead of a traceback."""
 
+import copy
 import dataclasses
 import logging
 import os
@@ -83,7 +84,7 @@ def _with_common_help(job: Any, common: Collection[str]) -> Any:
             hint = Annotated[type(value), *metadata] if metadata else type(value)
         elif field.name not in common:
             hint = Annotated[hint, tyro.conf.Suppress]
-        fields.append((field.name, hint, field))
+        fields.append((field.name, hint, copy.copy(field)))  # make_dataclass changes it
         values[field.name] = value
     shown = dataclasses.make_dataclass(type(job).__name__, fields, bases=(type(job),), frozen=True, kw_only=True)
     return shown(**values)
@@ -103,7 +104,7 @@ def parse_preset_command_line(
     common: names of the fields that PRESET --help shows; PRESET --help-all shows all.
     Raises InputError for an unknown preset and for values that the dataclass rejects.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         listed = _list_presets(presets_of(kind))
         print(
             f"usage: {program(module)} PRESET [OPTIONS]\n\n{description}\n"

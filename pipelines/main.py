@@ -34,23 +34,24 @@ COMMANDS = (
     ("Everything", "demo", "pipelines.demo", "all stages on drawn shapes, on a CPU"),
 )
 
-# Options come from the help itself, which takes a quarter of a second. In zsh, bashcompinit provides `complete`.
+WITH_PRESETS = ("plan", "train", "refine", "sweep")
+
+# Options and presets come from the help itself, which takes a quarter of a second. Files are completed by the shell.
 COMPLETION = r"""
 [ -z "$ZSH_VERSION" ] || { autoload -U +X bashcompinit && bashcompinit; }
 _meanflow() {
-    local current="${COMP_WORDS[COMP_CWORD]}" command="${COMP_WORDS[1]}" second="${COMP_WORDS[2]}" words
+    local current="${COMP_WORDS[COMP_CWORD]}" command="${COMP_WORDS[1]}" preset= help=--help words=
+    case " PRESET_COMMANDS " in *" $command "*) preset="${COMP_WORDS[2]}"; help=--help-all ;; esac
     if [ "$COMP_CWORD" -eq 1 ]; then
-        words="COMMANDS"
-    elif [ "$COMP_CWORD" -eq 2 ] && [ "${current#-}" = "$current" ]; then
-        words=$(meanflow "$command" --help 2>/dev/null | sed -nE 's/^    ([a-z0-9_]+) .*/\1/p')
-    else
-        [ "${second#-}" = "$second" ] || second=
-        words=$(meanflow "$command" $second --help 2>/dev/null | grep -oE -e '--[a-z][a-z0-9.-]+')
+        words="COMMANDS completion"
+    elif [ "${current#-}" != "$current" ]; then
+        words=$(meanflow "$command" $preset $help 2>/dev/null | grep -oE -e '--[a-z][a-z0-9._-]+')
+    elif [ "$COMP_CWORD" -eq 2 ] && [ "$help" = --help-all ]; then
+        words=$(meanflow "$command" --help 2>/dev/null | sed -nE '/^Presets/,$s/^    ([a-z0-9_]+) .*/\1/p')
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
-    [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "$current"))
 }
-complete -F _meanflow meanflow
+complete -o default -F _meanflow meanflow
 """
 
 
@@ -82,14 +83,16 @@ def main() -> None:
         print(usage())
         raise SystemExit(0 if arguments else 2)
     if arguments[0] == "completion":
-        print(COMPLETION.replace("COMMANDS", " ".join(modules)))
+        print(COMPLETION.replace("PRESET_COMMANDS", " ".join(WITH_PRESETS)).replace("COMMANDS", " ".join(modules)))
         return
     if arguments[0] not in modules:
         known = ", ".join(modules)
         print(f"error: {arguments[0]!r} is not a command; the commands are {known}", file=sys.stderr)
         raise SystemExit(2)
-    # Ray's and Serve's processes put the current folder first, where a `pipelines` folder of the user would hide this one.
+    # The user's folder comes last: its own modules are found (a preset module:function), and its `pipelines` is not.
     package_folder = str(Path(__file__).parents[1])
-    os.environ["PYTHONPATH"] = os.pathsep.join([package_folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    given = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    os.environ["PYTHONPATH"] = os.pathsep.join([package_folder, *given, os.getcwd()])
+    sys.path += [package_folder, os.getcwd()]
     sys.argv = arguments
     runpy.run_module(modules[arguments[0]], run_name="__main__", alter_sys=True)

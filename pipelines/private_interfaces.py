@@ -5,7 +5,9 @@ broken. Imports nothing of Ray or MLflow, so that `--help` is quick.
 """
 
 import importlib.util
+import logging
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ CHECKPOINT_NAME = re.compile(
     r"checkpoint_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+"
 )  # Ray Train's name for a checkpoint folder
 CHECKPOINT_RECORD = "checkpoint_manager_snapshot.json"  # Ray Train's record of the committed checkpoints
+RAY_DATA_CONSOLE = "PlainRayHandler"  # class of the handler with which Ray Data logs to the terminal
 CONTEXT_MODULE = "train/v2/_internal/execution/context.py"
 
 # Used where they are subclassed or called:
@@ -55,3 +58,16 @@ def checkpoint_record(ray_version: str, steps: Mapping[str, int]) -> dict[str, A
         "current_report_index": len(results),
         **empty,
     }
+
+
+def quiet_ray_data() -> None:
+    """Keeps Ray Data's plans and its advice for developers out of the terminal; its log file has them. Warnings remain."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == RAY_DATA_CONSOLE:
+            handler.setLevel(logging.WARNING)
+            handler.addFilter(_is_not_about_progress_bars)
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
+
+
+def _is_not_about_progress_bars(record: logging.LogRecord) -> bool:
+    return "Progress bars disabled" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""Runs the README's commands of all stages, with few images and few steps."""
+"""Runs the documented commands of all stages, with few images and few steps."""
 
 import contextlib
 import io
@@ -45,6 +45,7 @@ SMALLER = {
     "pipelines.evaluate": ["--num-samples", "40", "--steps", "1", "2", "--num-workers", "1"],
 }
 STAGES = ("pipelines.demo.images", "pipelines.encode", "pipelines.check", "pipelines.train", "pipelines.evaluate")
+PAGE = "docs/reference/files.md"
 DAMAGED = "d0000004/d0000004_24"  # truncated before encoding
 
 pytestmark = pytest.mark.soak  # tests/test_own_images.py runs the same stages in `make test`
@@ -63,7 +64,7 @@ class Workspace:
 
     def documented(self, prefix: str) -> list[str]:
         """The README's command with this prefix, with the debug preset and the options of SMALLER."""
-        line = next(line for line in commands("stages") if line.startswith(prefix))
+        line = next(line for line in commands("stages", PAGE) if line.startswith(prefix))
         words = shlex.split(line.replace("pipelines.train demo", "pipelines.train debug"))
         return words + SMALLER.get(words[2], [])
 
@@ -270,7 +271,7 @@ def test_serve_returns_the_image_of_class_and_seed(trained, workspace, tmp_path)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, server)
-        curl = shlex.split(next(line for line in commands("stages") if line.startswith("curl")))
+        curl = shlex.split(next(line for line in commands("stages", PAGE) if line.startswith("curl")))
         body = json.loads(curl[curl.index("-d") + 1])
         status, content_type, content = fetch(f"{url}/generate", body)
         assert (status, content_type) == (200, "image/png")

@@ -36,9 +36,8 @@ def test_notebook_executes(name, tmp_path):
     folder = tmp_path / "docs/tutorials"
     folder.mkdir(parents=True)
     (tmp_path / "pipelines").symlink_to(REPOSITORY / "pipelines")  # the paths of the demo's autoencoder and judge
-    start = tmp_path if name == "first-images" else folder
-    shutil.copytree(REPOSITORY / "tests/data/clothing", folder / "photos")
-    shutil.copytree(folder / "photos", folder / "more-photos")
+    for photos in ("photos", "more-photos"):
+        shutil.copytree(REPOSITORY / "tests/data/clothing", tmp_path / photos)
     notebook = nbformat.read(REPOSITORY / f"docs/tutorials/{name}.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -47,7 +46,7 @@ def test_notebook_executes(name, tmp_path):
     client = nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     for product in PRODUCTS[name]:
-        assert (start / product).is_file(), product
+        assert (tmp_path / product).is_file(), product
     # A shell command that fails does not stop a notebook.
     printed = [
         output.text

@@ -39,6 +39,12 @@ def cleaner_logger():
     return module.logger.name == private_interfaces.CLEANER_LOGGER and hasattr(module, "PlacementGroupCleaner")
 
 
+def ray_data_console():
+
+    names = [type(handler).__name__ for handler in logging.getLogger("ray.data").handlers]
+    return private_interfaces.RAY_DATA_CONSOLE in names
+
+
 def ray_train_context_logger():
     module = importlib.import_module("ray.train.v2._internal.execution.context")
     loggers = [value for value in vars(module).values() if isinstance(value, logging.Logger)]
@@ -121,6 +127,7 @@ def serve_build_asgi_app():
     [
         submitted_job,
         cleaner_logger,
+        ray_data_console,
         ray_train_context_logger,
         checkpoint_name,
         checkpoint_record,

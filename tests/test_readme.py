@@ -48,14 +48,16 @@ def test_sentences_are_short(page):
 
 def test_cluster_commands_name_gpus_and_workers():
     lines = commands("existing-cluster", HOW_TO + "existing-cluster.md")
-    encode, (preset, train), evaluate = (parse_command(line) for line in lines if "job submit" in line)
+    encode, (preset, train), reference, evaluate = (parse_command(line) for line in lines if "job submit" in line)
+    assert str(reference.output) == evaluate.reference
+    assert reference.images == encode.output
     assert (evaluate.model, evaluate.num_workers) == (f"models:/meanflow-{preset}@candidate", 8)
     assert evaluate.promote
     assert (encode.image_size, encode.num_workers) == (256, 8)
     assert (preset, train.num_workers) == ("xl2", 32)
     assert train.data == encode.output
     # A cluster that scales from zero has no GPUs when the driver looks, and the stages would choose CPUs.
-    assert {encode.device, train.device, evaluate.device} == {"gpu"}
+    assert {encode.device, train.device, reference.device, evaluate.device} == {"gpu"}
 
 
 def test_five_commands_of_imagenet_read_what_the_earlier_ones_wrote():
@@ -95,7 +97,7 @@ def test_training_starts_from_the_converted_checkpoint():
 
 
 def test_evaluations_use_the_documented_reference_and_reports():
-    _, reference, plain, guided, other_average, file, both = parsed("evaluate", "evaluate.md")
+    _, _, reference, plain, guided, other_average, file, both = parsed("evaluate", "evaluate.md")
     assert plain.reference == str(reference.output)
     assert (plain.num_samples, plain.labels, len(plain.settings), len(guided.settings)) == (50_000, "random", 2, 18)
     assert guided.settings[-1] == Setting(num_steps=4, guidance_scale=12.0, guidance_interval=(0.3, 0.7))

@@ -66,5 +66,5 @@ def require_safe_exposure(arguments: Arguments, http_host: str | None) -> None:
         return
     raise ValueError(
         f"Serve's HTTP host {http_host} is reachable from other machines, and there are no API keys; set api_keys "
-        f"(python -m deploy.keys NAME makes one), set http_options.host to 127.0.0.1, or set auth=none"
+        f"(meanflow keys NAME makes one), set http_options.host to 127.0.0.1, or set auth=none"
     )

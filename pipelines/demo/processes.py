@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -36,11 +35,12 @@ class ProgressLine:
         self._in_place = sys.stdout.isatty()
         self._shown_at = time.monotonic()
 
-    def show(self, text: str) -> None:
-        """Shows the part of a log line that tells progress, if there is one."""
-        found = PROGRESS.search(text)
-        if found is None:
+    def show(self, log: str) -> None:
+        """Shows the last progress in a part of a log, if there is any."""
+        all_found = list(PROGRESS.finditer(log))
+        if not all_found:
             return
+        found = all_found[-1]
         if self._in_place:
             print(f"\r  {found[0][: shutil.get_terminal_size().columns - 3]}\033[K", end="", flush=True)
         elif time.monotonic() - self._shown_at >= SECONDS_BETWEEN_LINES:
@@ -82,11 +82,13 @@ class Processes:
     def run(self, name: str, command: list[str]) -> None:
         """Runs a command, shows its progress, waits for it, and ends its descendants. Raises InputError if it fails."""
         process, progress = self.start(name, command), ProgressLine()
-        with self.log(name).open(errors="replace") as log:
-            while process.poll() is None:
-                self._show_new(log, progress)
-                time.sleep(POLL_SECONDS)
-        progress.clear()
+        try:
+            with self.log(name).open(errors="replace") as log:
+                while process.poll() is None:
+                    progress.show(log.read())
+                    time.sleep(POLL_SECONDS)
+        finally:
+            progress.clear()
         if process.returncode != 0:
             print("".join(f"  {line}\n" for line in self.last_lines(name)), file=sys.stderr)
             raise InputError(
@@ -94,14 +96,6 @@ class Processes:
                 f"are in {self.log(name)}"
             )
         self.end_all()
-
-    @staticmethod
-    def _show_new(log: IO[str], progress: ProgressLine) -> None:
-        lines = log.read().splitlines()
-        for line in reversed(lines):
-            if PROGRESS.search(line):
-                progress.show(line)
-                return
 
     def last_lines(self, name: str) -> list[str]:
         """The end of a command's output."""

@@ -70,39 +70,39 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
         results.append(found)
         print(f"  {found.result}: {found.location}, {found.seconds:.0f} s", flush=True)
 
-    def command(module: str, *arguments: str) -> Callable[[], object]:
-        name = "data" if module == "pipelines.demo.images" else module.split(".")[1]
+    def command(name: str, module: str, *arguments: str) -> Callable[[], object]:
         return lambda: processes.run(name, [sys.executable, "-m", module, *arguments])
 
     print(
-        f"five stages, about 15 minutes on two CPU cores; their logs are in {os.path.relpath(work / LOGS)}", flush=True
+        f"{len(STAGES)} stages, about 15 minutes on two CPU cores; their logs are in {os.path.relpath(work / LOGS)}",
+        flush=True,
     )
 
     images, latents, report_folder = work / "images", work / "latents", work / "report"
     stage(
         "data",
-        command("pipelines.demo.images", "--output", str(images),
+        command("data", "pipelines.demo.images", "--output", str(images),
                 "--num-train", str(demo.num_train), "--num-val", str(demo.num_val)),
         lambda: f"{demo.num_train + demo.num_val} synthetic JPEGs of 10 classes",
         images,
     )  # fmt: skip
     stage(
         "encode",
-        command("pipelines.encode", "--images", str(images / "train"), "--output", str(latents),
+        command("encode", "pipelines.encode", "--images", str(images / "train"), "--output", str(latents),
                 "--vae", str(SHIPPED_AUTOENCODER), "--image-size", "64"),
         lambda: f"{json.loads((latents / 'manifest.json').read_text())['num_samples']} latents and their mirror images",
         latents,
     )  # fmt: skip
     stage(
         "train",
-        command("pipelines.train", demo.preset, "--data", str(latents), "--storage", str(work / "runs"),
+        command("train", "pipelines.train", demo.preset, "--data", str(latents), "--storage", str(work / "runs"),
                 "--run-name", "demo", "--num-workers", str(num_workers), "--cache-dir", str(work / "cache")),
         lambda: f"a generator, registered as {candidate}",
         work / "runs" / "demo" / "generator",
     )  # fmt: skip
     stage(
         "evaluate",
-        command("pipelines.evaluate", "--model", candidate, "--promote", "--tracking-uri", tracking_uri,
+        command("evaluate", "pipelines.evaluate", "--model", candidate, "--promote", "--tracking-uri", tracking_uri,
                 "--extractor", str(SHIPPED_JUDGE),
                 "--train-images", str(images / "train"), "--held-out-images", str(images / "val"),
                 "--output", str(report_folder), "--num-samples", str(demo.num_samples), "--labels", "balanced",

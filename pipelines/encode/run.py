@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -39,6 +38,7 @@ from pipelines.latents.manifest import (
 )
 from pipelines.latents.pixels import PIXELS
 from pipelines.latents.shards import ShardSummary, read_summary
+from pipelines.private_interfaces import quiet_ray_data
 from pipelines.progress import Progress, format_seconds
 
 logger = logging.getLogger(__name__)
@@ -120,21 +120,12 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool)
         progress.update(done, f"{num_rejected} rejected" if num_rejected else "")
 
 
-def _silence_plans() -> None:
-    """Keeps Ray Data's plans and its advice on progress bars out of the terminal; its log file has them."""
-    for handler in logging.getLogger("ray.data").handlers:
-        if type(handler).__name__ == "PlainRayHandler":
-            handler.setLevel(logging.WARNING)
-            handler.addFilter(lambda record: "Progress bars disabled" not in record.getMessage())
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-
-
 def _encoding_dataset(
     job: EncodeJob, plan: Plan, shards: list[int], num_encoders: int, *, use_gpu: bool, grey: bool
 ) -> ray.data.Dataset:
     """The lazy Ray dataset that encodes shards; one block per shard, one row of counts per written shard."""
     context = ray.data.DataContext.get_current()
-    _silence_plans()
+    quiet_ray_data()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # never split a block
     # Annotated, because the type hints of map_batches reject functions with keyword-only arguments.

@@ -23,7 +23,7 @@ from pipelines.refine.worker import WorkerTask, refine_worker
 from pipelines.tracking.provenance import code_identity
 from pipelines.tracking.registry import REGISTRY_SCHEMES, find_version
 from pipelines.tracking.run import Run
-from pipelines.training.driver import open_run, run_workers, with_workers
+from pipelines.training.driver import claim_run, open_run, run_workers, with_workers
 from pipelines.training.record import (
     TrainingRecord,
     config_identity,
@@ -82,16 +82,14 @@ def refine(preset: str, job: RefineJob) -> TrainingRecord:
         raise InputError(
             f"measure_samples must be at least the {job.workers} workers, but got {job.config.measure_samples}"
         )
-    opened = open_run(
-        job, job.config.num_steps, ready.record, lambda tracking_uri: _begin_run(job, preset, ready, tracking_uri)
-    )
-    run, record = opened.run, opened.record
+    stop_request = claim_run(job, job.config.num_steps, ready.record)
+    run, record = open_run(job, ready.record, lambda tracking_uri: _begin_run(job, preset, ready, tracking_uri))
     with run.ends():
         task = WorkerTask(
             job=job,
             tracking_uri=run.tracking_uri,
             run_id=run.run_id,
-            stop_request=opened.stop_request,
+            stop_request=stop_request,
             class_counts=ready.class_counts,
         )
         checkpoint, step = run_workers(refine_worker, task)

@@ -22,7 +22,7 @@ from pipelines.train.prepare import Preparation, prepare, reload_initial_network
 from pipelines.train.publishing import FinishedTraining, publish_generators
 from pipelines.train.record import begin_run, new_record
 from pipelines.train.worker import WorkerTask, train_worker
-from pipelines.training.driver import open_run, run_workers, with_workers
+from pipelines.training.driver import claim_run, open_run, run_workers, with_workers
 from pipelines.training.record import TrainingRecord, write_record
 
 logger = logging.getLogger(__name__)
@@ -36,20 +36,18 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
     ready = prepare(job)
     start_ray(needed_cpus=ready.job.num_workers or 1)
     job = with_workers(ready.job, ready.job.config.global_batch_size, ready.record)
-    opened = open_run(
-        job, job.config.num_steps, ready.record, lambda tracking_uri: _begin(job, preset, ready, tracking_uri)
-    )
-    run, manifest = opened.run, ready.manifest
+    stop_request = claim_run(job, job.config.num_steps, ready.record)
+    manifest, initial = ready.manifest, ready.initial
+    if ready.record is not None:
+        initial = reload_initial_network(job, manifest, ready.record)
+    run, record = open_run(job, ready.record, lambda tracking_uri: _begin(job, preset, ready, tracking_uri))
     with run.ends():
-        initial = ready.initial
-        if ready.record is not None:
-            initial = reload_initial_network(job, manifest, ready.record)
         validates = job.validation_data is not None and validation.has_spare_resources(job)
         task = WorkerTask(
             job=job,
             tracking_uri=run.tracking_uri,
             run_id=run.run_id,
-            stop_request=opened.stop_request,
+            stop_request=stop_request,
             step_flops=_step_flops(job.config, manifest),
             validates=validates,
             initial_network=None if initial is None else ray.put(initial.network),
@@ -57,7 +55,7 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
         validation_config = validation.ray_config(job, run.tracking_uri, run.run_id) if validates else None
         checkpoint, step = run_workers(train_worker, task, validation_config)
         training = FinishedTraining(job=job, preset=preset, manifest=manifest, checkpoint=checkpoint, step=step)
-        return _publish(training, run, opened.record, is_validated=validates)
+        return _publish(training, run, record, is_validated=validates)
 
 
 def _begin(job: TrainJob, preset: str, ready: Preparation, tracking_uri: str) -> tuple[Run, TrainingRecord]:

@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
@@ -52,42 +52,39 @@ def with_workers(job: Job, global_batch_size: int, record: TrainingRecord | None
     return replace(job, device="gpu" if use_gpu else "cpu", num_workers=num_workers)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenRun:
-    """A run that this job alone trains."""
+def claim_run(job: RunJob, num_steps: int, record: TrainingRecord | None) -> ActorHandle:
+    """Claims a run, so that no other job of this cluster trains it, and repairs its checkpoints. Ray must have been started.
 
-    run: Run
-    """Its MLflow run."""
-    record: TrainingRecord
-    stop_request: ActorHandle
-    """Actor that holds the driver's request to stop."""
-
-
-def open_run(
-    job: RunJob, num_steps: int, record: TrainingRecord | None, begin: Callable[[str], tuple[Run, TrainingRecord]]
-) -> OpenRun:
-    """Starts or resumes a run. Ray must have been started.
-
-    record: of the run to resume; None for a new one.
-    begin: makes a new run's MLflow run and record; its argument is the tracking URI.
+    record: of the run to resume; None for a new one. Returns the actor that holds the driver's request to stop.
 
     Raises InputError if another job of this cluster trains the run, if it has more than `num_steps` steps already, or if
     all its checkpoints are damaged.
     """
-    tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
     stop_request = stopping.claim_run(job.run_location)
-    if record is None:
-        run, record = begin(tracking_uri)
-        write_record(job, record)
-    else:
+    if record is not None:
         filesystem, run_path = storage.open_storage(job.run_location)
         checkpoints.repair_record(filesystem, run_path)
         checkpoints.delete_orphans(filesystem, run_path)
         require_steps_left(job, num_steps)
+    return stop_request
+
+
+def open_run(
+    job: RunJob, record: TrainingRecord | None, begin: Callable[[str], tuple[Run, TrainingRecord]]
+) -> tuple[Run, TrainingRecord]:
+    """Starts or resumes the MLflow run of a claimed run. Returns it, and the record.
+
+    begin: makes a new run's MLflow run and record; its argument is the tracking URI.
+    """
+    tracking_uri = resolve_tracking_uri(job.storage, num_nodes=sum(node["Alive"] for node in ray.nodes()))
+    if record is None:
+        run, record = begin(tracking_uri)
+        write_record(job, record)
+    else:
         record = replace(record, tracking_uri=tracking_uri)
         run = resume_run(record)
     logger.info("MLflow run %s at %s", run.run_id, tracking_uri)
-    return OpenRun(run=run, record=record, stop_request=stop_request)
+    return run, record
 
 
 def require_steps_left(job: RunJob, num_steps: int) -> None:

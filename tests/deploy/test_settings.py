@@ -63,8 +63,10 @@ def test_folders_of_a_served_model_are_absolute_and_other_names_stay(tmp_path, m
         ("generator", str(tmp_path / "generator")),
         ("models:/demo@champion", "models:/demo@champion"),
     ):
-        [application] = serve_config(parse_arguments([name]))["applications"]
+        words = [name, "--tracking-uri", "sqlite:///runs/mlflow.db"]
+        [application] = serve_config(parse_arguments(words))["applications"]
         assert application["args"]["model"] == served
+        assert application["args"]["tracking_uri"] == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
 def test_the_fast_path_keeps_variables_that_are_set(tmp_path):

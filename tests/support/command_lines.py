@@ -105,8 +105,9 @@ def _ray(words: list[str]) -> object:
     if options["runtime_env_json"]:
         RuntimeEnv(**json.loads(options["runtime_env_json"]))
     assert isinstance(json.loads(options["entrypoint_label_selector"] or "{}"), dict)
-    program, *rest = options["entrypoint"]
-    return {"python": _python, "meanflow": _meanflow}[program](rest)
+    python, *rest = options["entrypoint"]
+    assert python == "python"  # `meanflow` would start the installed version, not that of --working-dir
+    return _python(rest)
 
 
 def _serve(words: list[str]) -> None:

@@ -116,6 +116,7 @@ def test_failing_stage_stops_the_demo_and_shows_the_end_of_its_log(tmp_path, cap
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_only_progress_is_shown_in_place_on_a_terminal_and_once_a_minute_elsewhere(is_terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("COLUMNS", "80")
     progress, now = ProgressLine(), time.monotonic()
     for seconds, step in ((0, 25), (61, 50), (62, 75)):
         monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)

@@ -4,6 +4,8 @@ The paper's schedule for iMF: batch 1,024; 125,000 steps; rate 1e-6 with a warm-
 with decay 0.999 that start from 50,000 samples. Here the rate falls linearly.
 """
 
+from dataclasses import replace
+
 from meanflow_core.config import OptimizerConfig, RefineConfig
 
 _STEPS, _WARMUP = 125_000, 6_250
@@ -53,5 +55,11 @@ def fashion() -> RefineConfig:
 
 
 def clothing() -> RefineConfig:
-    """Refines the preset clothing's generator of photographs: an hour on 2 CPU cores."""
-    return demo()
+    """Refines the gallery's generator of photographs on a judge and EfficientNet-Lite0: 17 minutes on one CPU core."""
+    return replace(
+        demo(),
+        optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=30, cooldown_steps=50),
+        global_batch_size=64,
+        moments_decay=0.95,
+        num_steps=150,
+    )

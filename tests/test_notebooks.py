@@ -24,10 +24,18 @@ SMALLER = {
         **{f"meanflow {module.removeprefix('pipelines.')}": options for module, options in SMALLER_OWN_IMAGES.items()},
     },
 }
+# What each shell command writes: one that fails does not stop a notebook.
 PRODUCTS = {
-    "first-images": ("build/first/report/table.md", "build/first/check.png"),
-    "own-images": ("runs/photos/generator/README.md", "photos-report/nearest.png"),
-}
+    "first-images": (
+        "build/first/images/LOC_synset_mapping.txt", "build/first/latents/manifest.json", "build/first/check.png",
+        "build/first/runs/first/generator/README.md", "build/first/report/table.md",
+    ),
+    "own-images": (
+        "runs/photos-vae/config.json", "photos-latents/manifest.json", "photos-latents-validation/manifest.json",
+        "photos-check.png", "runs/photos/generator/README.md", "photos-report/nearest.png",
+        "more-latents/manifest.json", "runs/more-photos/generator/README.md",
+    ),
+}  # fmt: skip
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 
 
@@ -47,15 +55,6 @@ def test_notebook_executes(name, tmp_path):
     client.execute(env=environment)
     for product in PRODUCTS[name]:
         assert (tmp_path / product).is_file(), product
-    # A shell command that fails does not stop a notebook.
-    printed = [
-        output.text
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if output.output_type == "stream"
-    ]
-    assert not any("error: " in text or "Traceback" in text for text in printed), "".join(printed)[-3000:]
 
 
 def smaller(line: str, options: dict[str, str]) -> str:

@@ -26,6 +26,7 @@ from pipelines.tracking.run import Run
 from pipelines.training.driver import claim_run, open_run, run_workers, with_workers
 from pipelines.training.record import (
     TrainingRecord,
+    build_record,
     config_identity,
     read_record,
     require_run_name,
@@ -179,17 +180,7 @@ def _begin_run(job: RefineJob, preset: str, ready: Preparation, tracking_uri: st
     }
     run = Run.begin(tracking_uri, job.experiment, job.run_name, parameters, code_identity())
     run.log_dict(ready.identity, "configuration.json")
-    record = TrainingRecord(
-        identity=ready.identity,
-        preset=preset,
-        num_steps=job.config.num_steps,
-        init_sha256=ready.generator.weights_sha256,
-        device=job.device,
-        mlflow_run_id=run.run_id,
-        tracking_uri=tracking_uri,
-        code=code_identity(),
-    )
-    return run, record
+    return run, build_record(job, preset, job.config.num_steps, ready.identity, run, ready.generator.weights_sha256)
 
 
 def _plot(job: RefineJob, metrics: list[Metric], run: Run) -> None:

@@ -10,7 +10,7 @@ from pipelines.latents.manifest import Manifest, read_manifest
 from pipelines.tracking.provenance import code_identity, latents_dataset
 from pipelines.tracking.run import Run
 from pipelines.train.job import TrainJob
-from pipelines.training.record import TrainingRecord, config_identity
+from pipelines.training.record import TrainingRecord, build_record, config_identity
 
 
 def identity(job: TrainJob, manifest: Manifest) -> dict[str, Any]:
@@ -65,13 +65,4 @@ def new_record(
     job: TrainJob, preset: str, manifest: Manifest, run: Run, init_sha256: str | None = None
 ) -> TrainingRecord:
     """Creates the record of a new run."""
-    return TrainingRecord(
-        identity=identity(job, manifest),
-        preset=preset,
-        num_steps=job.config.num_steps,
-        init_sha256=init_sha256,
-        device=job.device,
-        mlflow_run_id=run.run_id,
-        tracking_uri=run.tracking_uri,
-        code=code_identity(),
-    )
+    return build_record(job, preset, job.config.num_steps, identity(job, manifest), run, init_sha256)

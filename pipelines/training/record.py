@@ -70,6 +70,22 @@ class TrainingRecord:
     """The published generator; None while training has not finished."""
 
 
+def build_record(
+    job: RunJob, preset: str, num_steps: int, identity: dict[str, Any], run: Run, init_sha256: str | None
+) -> TrainingRecord:
+    """The record of a new run. The arguments are its fields."""
+    return TrainingRecord(
+        identity=identity,
+        preset=preset,
+        num_steps=num_steps,
+        init_sha256=init_sha256,
+        device=job.device,
+        mlflow_run_id=run.run_id,
+        tracking_uri=run.tracking_uri,
+        code=code_identity(),
+    )
+
+
 def read_record(job: RunJob) -> TrainingRecord | None:
     """Reads a run's training.json; None for a new run. Raises InputError for a damaged file, or a folder without one."""
     filesystem, folder = storage.open_storage(job.run_location)
@@ -100,7 +116,7 @@ def write_record(job: RunJob, record: TrainingRecord) -> None:
 
 
 def require_run_name(name: str) -> None:
-    """Raises InputError for a name that cannot be the name of a folder."""
+    """Raises InputError for a run name that is no valid folder name."""
     if not name.strip() or "/" in name or name.startswith("."):
         raise InputError(f"--run-name must not be empty, contain a slash or start with a dot, but got {name!r}")
 

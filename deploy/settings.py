@@ -21,7 +21,7 @@ class Arguments(BaseModel):
     """
 
     # Hides input, so that a plain-text key given in place of its hash never appears in an error.
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     model: Annotated[str, tyro.conf.Positional]
     """A generator: folder, models:/name@alias or runs:/id/name. An alias is resolved once, when the app is built."""

@@ -25,6 +25,5 @@ nb_execution_mode = "off"  # tests/test_notebooks.py executes them
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-copybutton_exclude = ".linenos, .gp"
 
 write_pages(Path(__file__).parent / "reference")

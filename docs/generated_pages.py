@@ -1,6 +1,5 @@
 """Reference pages that come from the code: commands, presets, settings and routes of the endpoint."""
 
-import ast
 import inspect
 import json
 import os
@@ -14,7 +13,7 @@ from deploy.api.routes import build_http_app
 from deploy.settings import API_SETTINGS, GENERATOR_SETTINGS, Arguments
 from meanflow_core.config import RefineConfig, TrainingConfig
 from meanflow_core.presets import presets_of
-from pipelines.main import COMMANDS, WITH_PRESETS
+from pipelines.main import MODULES, WITH_PRESETS
 
 NOTE = "<!-- Written by docs/generated_pages.py. -->\n\n"
 PRESET = "xl2"
@@ -22,11 +21,12 @@ PRESET = "xl2"
 
 def write_pages(folder: Path) -> None:
     """Writes commands.md, presets.md, endpoint.md and openapi.json, unless they are up to date."""
+    document = openapi()
     pages = {
         "commands.md": commands_page(),
         "presets.md": presets_page(),
-        "endpoint.md": endpoint_page(),
-        "openapi.json": json.dumps(openapi(), indent=1),
+        "endpoint.md": endpoint_page(document),
+        "openapi.json": json.dumps(document, indent=1),
     }
     for name, text in pages.items():
         file = folder / name
@@ -34,10 +34,15 @@ def write_pages(folder: Path) -> None:
             file.write_text(text)
 
 
-def openapi() -> dict:
+def openapi() -> dict[str, Any]:
     """The OpenAPI document of an endpoint with default settings."""
     service: Any = SimpleNamespace(settings=Arguments(model="none"), recorder=None)
     return build_http_app(service).openapi()
+
+
+def _cell(text: str) -> str:
+    """A text in a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def help_of(words: list[str]) -> str:
@@ -55,7 +60,7 @@ def commands_page() -> str:
         f"```text\n{help_of(['--help'])}\n```\n",
         "`python -m` and the module's name start the same command: `python -m pipelines.train` is `meanflow train`.\n",
     ]
-    for _, command, module, _ in COMMANDS:
+    for command, module in MODULES.items():
         lines.append(f"## meanflow {command}\n\nModule `{module}`.\n")
         lines.append(f"```text\n{help_of([command, '--help'])}\n```\n")
         if command in WITH_PRESETS:
@@ -81,26 +86,13 @@ def presets_page() -> str:
                 lines.append(f"\n## meanflow {command}: {about.rstrip('.')}\n")
                 lines.append("| preset | batch | steps | |\n|---|---|---|---|")
             config = preset()
-            text = " ".join(inspect.getdoc(preset).split()).replace("|", "\\|")
+            text = _cell(inspect.getdoc(preset) or "")
             lines.append(f"| `{name}` | {config.global_batch_size:,} | {config.num_steps:,} | {text} |")
     return "\n".join(lines) + "\n"
 
 
-def _field_docstrings(model: type) -> dict[str, str]:
-    """The strings below a class's fields."""
-    [definition] = ast.parse(inspect.getsource(model)).body
-    found, name = {}, None
-    for statement in definition.body:
-        if isinstance(statement, ast.AnnAssign):
-            name = statement.target.id
-        elif name is not None and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            found[name] = " ".join(inspect.cleandoc(statement.value.value).split())
-            name = None
-    return found
-
-
-def endpoint_page() -> str:
-    """The settings and the routes of the endpoint."""
+def endpoint_page(document: dict[str, Any]) -> str:
+    """The settings and the routes of the endpoint. document: OpenAPI's."""
     lines = [
         NOTE + "# Endpoint: settings and routes\n",
         "Settings are options of `meanflow serve` (`--max-batch-size 32`), and `args` of a Serve config "
@@ -108,11 +100,10 @@ def endpoint_page() -> str:
         "## Settings\n",
         "| setting | default | |\n|---|---|---|",
     ]
-    texts = _field_docstrings(Arguments)
     for name, field in Arguments.model_fields.items():
         default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
         choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str)]
-        text = texts[name].replace("|", "\\|")
+        text = _cell(field.description or "")
         if choices:
             text = f"One of {', '.join(choices)}. {text}"
         if name in GENERATOR_SETTINGS | API_SETTINGS:
@@ -124,8 +115,8 @@ def endpoint_page() -> str:
         "The full description is {download}`openapi.json`; a running endpoint shows it at `/docs`.\n",
     ]
     lines.append("| route | |\n|---|---|")
-    for path, methods in openapi()["paths"].items():
+    for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            text = " ".join(operation.get("description", operation.get("summary", "")).split()).replace("|", "\\|")
-            lines.append(f"| `{method.upper()} {path}` | {text} |")
+            text = operation.get("description", operation.get("summary", ""))
+            lines.append(f"| `{method.upper()} {path}` | {_cell(text)} |")
     return "\n".join(lines) + "\n"

@@ -34,6 +34,7 @@ COMMANDS = (
     ("Everything", "demo", "pipelines.demo", "all stages on drawn shapes, on a CPU"),
 )
 
+MODULES = {command: module for _, command, module, _ in COMMANDS}
 WITH_PRESETS = ("plan", "train", "refine", "sweep")
 
 # Options and presets come from the help itself, which takes a quarter of a second. Files are completed by the shell.
@@ -77,16 +78,15 @@ def usage() -> str:
 
 def main() -> None:
     """Runs the command that the first argument names."""
-    modules = {command: module for _, command, module, _ in COMMANDS}
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         raise SystemExit(0 if arguments else 2)
     if arguments[0] == "completion":
-        print(COMPLETION.replace("PRESET_COMMANDS", " ".join(WITH_PRESETS)).replace("COMMANDS", " ".join(modules)))
+        print(COMPLETION.replace("PRESET_COMMANDS", " ".join(WITH_PRESETS)).replace("COMMANDS", " ".join(MODULES)))
         return
-    if arguments[0] not in modules:
-        known = ", ".join(modules)
+    if arguments[0] not in MODULES:
+        known = ", ".join(MODULES)
         print(f"error: {arguments[0]!r} is not a command; the commands are {known}", file=sys.stderr)
         raise SystemExit(2)
     # The user's folder comes last: its own modules are found (a preset module:function), and its `pipelines` is not.
@@ -95,4 +95,4 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([package_folder, *given, os.getcwd()])
     sys.path += [package_folder, os.getcwd()]
     sys.argv = arguments
-    runpy.run_module(modules[arguments[0]], run_name="__main__", alter_sys=True)
+    runpy.run_module(MODULES[arguments[0]], run_name="__main__", alter_sys=True)

@@ -11,12 +11,11 @@ import psutil
 import pytest
 
 from pipelines.demo.serving import free_port, wait_until_ready
-from pipelines.main import COMMANDS
+from pipelines.main import MODULES
 from tests.support.environments import command_modules
 from tests.support.readme import REPOSITORY
 
 PROGRAM = str(Path(sys.executable).with_name("meanflow"))
-NAMES = [command for _, command, _, _ in COMMANDS]
 OWN_COMMANDS = {  # of the demo, the cluster and tests; started with python -m
     "deploy.spot_notice", "pipelines.compare.velocity_figure", "pipelines.demo.images", "pipelines.demo.judge",
 }  # fmt: skip
@@ -40,12 +39,11 @@ def test_help_lists_every_command_within_a_second(users_folder):
     result = run(["--help"], users_folder)
     assert os.times().children_user + os.times().children_system - before < 1.0
     assert (result.returncode, result.stderr) == (0, "")
-    assert all(f"\n  {name} " in result.stdout for name in NAMES)
+    assert all(f"\n  {name} " in result.stdout for name in MODULES)
 
 
 def test_every_module_that_runs_has_a_name():
-    modules = {module for _, _, module, _ in COMMANDS}
-    assert set(command_modules()) - {"pipelines.latents.cache_command"} - OWN_COMMANDS == modules
+    assert set(command_modules()) - {"pipelines.latents.cache_command"} - OWN_COMMANDS == set(MODULES.values())
 
 
 @pytest.mark.parametrize("name", ["encode", "serve", "keys", "train demo"])

@@ -26,7 +26,7 @@ from pipelines.encode.job import EncodeJob
 from pipelines.evaluate.job import EvaluateJob, ReferenceJob, SideBySideJob
 from pipelines.judge.job import JudgeJob
 from pipelines.latents.cache_command import CacheJob
-from pipelines.main import COMMANDS
+from pipelines.main import MODULES as COMMANDS
 from pipelines.plan.__main__ import parse_arguments as parse_plan
 from pipelines.refine.job import parse_arguments as parse_refinement
 from pipelines.train.job import parse_arguments as parse_training
@@ -78,7 +78,7 @@ def parse_job(stage: str) -> object:
 
 
 def _meanflow(words: list[str]) -> object:
-    return parse_module({command: module for _, command, module, _ in COMMANDS}[words[0]], words[1:])
+    return parse_module(COMMANDS[words[0]], words[1:])
 
 
 def _python(words: list[str]) -> object:

@@ -4,10 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from pipelines.main import COMMANDS
+from pipelines.main import MODULES
 
 REPOSITORY = Path(__file__).parents[2]
-MODULES = {command: module for _, command, module, _ in COMMANDS}
 
 
 def text_of(name: str) -> str:

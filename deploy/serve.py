@@ -110,8 +110,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mfp-", dir="/tmp") as folder:  # paths of Unix sockets must be short
         config_file = Path(folder, "serve.yaml")
         config_file.write_text(yaml.safe_dump(serve_config(job)))
-        # A cluster of its own: a running one lacks the variables. In a folder of its own, because Ray's processes look for
-        # modules in the current folder first, and the user's may have a `deploy`.
+        # A new cluster, because a running one lacks the variables; it starts in `folder`, because Ray's processes search the
+        # current folder first for modules, and the user's may have a `deploy`.
         command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(config_file)]
         environment = {**os.environ, **fast_path(Path(folder), dict(os.environ)), "PYTHONPATH": _module_folders()}
         if "MLFLOW_TRACKING_URI" in environment:

@@ -33,17 +33,15 @@ def start_ray(needed_cpus: int) -> None:
 
     if ray.is_initialized():
         return
+    options = {"log_to_driver": True, "logging_level": logging.WARNING}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(**options)
     else:
         # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
         # A copy, because ray.init adds the hook to env_vars and refuses variables that already contain it.
         environment = {"worker_process_setup_hook": _prepare_worker, "env_vars": dict(FAST_MALLOC)}
-        ray.init(
-            "local", num_cpus=cpus, include_dashboard=False, log_to_driver=True, runtime_env=environment,
-            logging_level=logging.WARNING,
-        )  # fmt: skip
+        ray.init("local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **options)
 
 
 def _prepare_worker() -> None:

@@ -1,4 +1,4 @@
-"""The short name of a command: `python -m pipelines.latent_cache` runs pipelines.latents.cache_command."""
+"""The short name of a command: `meanflow latent-cache` runs pipelines.latents.cache_command."""
 
 import runpy
 

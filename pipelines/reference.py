@@ -1,7 +1,7 @@
 """Compute reference statistics of real images with a feature extractor, on every device of a cluster.
 
-    python -m pipelines.reference --images ILSVRC/Data/CLS-LOC/train --output imagenet256.npz
-    python -m pipelines.reference --data latents --output decoded.npz
+    meanflow reference --images ILSVRC/Data/CLS-LOC/train --output imagenet256.npz
+    meanflow reference --data latents --output decoded.npz
 
 Writes an .npz without pickles. It contains mu and sigma, named as ADM's evaluator and other tools expect; mu_s and sigma_s
 if the extractor has spatial features; features for precision and recall; and protocol, a JSON string that describes how

@@ -1,7 +1,7 @@
 """Compare evaluations: one table and one plot of several reports made with the same protocol.
 
-    python -m pipelines.side_by_side --reports build/first/report build/second/report --output build/both
-    python -m pipelines.side_by_side --reports models:/meanflow-b2@champion runs:/3f6c0e --output both
+    meanflow side-by-side --reports build/first/report build/second/report --output build/both
+    meanflow side-by-side --reports models:/meanflow-b2@champion runs:/3f6c0e --output both
 
 A report is a folder written by pipelines.evaluate, or a model or MLflow run whose report pipelines.evaluate logged.
 Writes side_by_side.md, side_by_side.json and side_by_side.png.

@@ -1,6 +1,6 @@
-"""Trains an autoencoder on your own images with Ray Train, for `python -m pipelines.encode --vae OUTPUT`.
+"""Trains an autoencoder on your own images with Ray Train, for `meanflow encode --vae OUTPUT`.
 
-    python -m pipelines.autoencoder --images photos/train --held-out-images photos/validation --output runs/photos-vae \
+    meanflow autoencoder --images photos/train --held-out-images photos/validation --output runs/photos-vae \
 --image-size 64 --factor 8 --channels 4
 
 The same command resumes an interrupted training from its last checkpoint. The result is a diffusers folder with the
@@ -20,7 +20,7 @@ def main() -> None:
     record = train_autoencoder(job)
     assert record.result is not None
     print(
-        f"autoencoder: {job.output}, {record.result.psnr:.2f} dB; use it with: python -m pipelines.encode --vae {job.output}"
+        f"autoencoder: {job.output}, {record.result.psnr:.2f} dB; use it with: meanflow encode --vae {job.output}"
     )
 
 

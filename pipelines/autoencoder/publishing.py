@@ -134,8 +134,8 @@ def model_card(job: AutoencoderJob, class_name: str, num_images: int, num_statis
     return f"""# Autoencoder
 
 A diffusers `{class_name}`: 3x{job.image_size}x{job.image_size} -> {job.channels}x{size}x{size}, \
-{result.num_parameters:,} parameters, trained by `python -m pipelines.autoencoder`. Load it with
-`{class_name}.from_pretrained(FOLDER)`, or name the folder in `--vae` of `pipelines.encode`.
+{result.num_parameters:,} parameters, trained by `meanflow autoencoder`. Load it with
+`{class_name}.from_pretrained(FOLDER)`, or name the folder in `--vae` of `meanflow encode`.
 
 | | |
 |---|---|

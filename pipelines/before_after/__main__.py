@@ -1,4 +1,4 @@
-"""The command `python -m pipelines.before_after`."""
+"""The command `meanflow before-after`."""
 
 from pipelines.before_after.job import DESCRIPTION, BeforeAfterJob
 from pipelines.command_line import parse_command_line, run_command

@@ -8,7 +8,7 @@ from pipelines.evaluate.samples import Labels
 
 DESCRIPTION = """Measure a refined generator beside the one that it was refined from.
 
-    python -m pipelines.before_after --model runs/demo-refined/generator --extractors judge efficientnet-lite0 \\
+    meanflow before-after --model runs/demo-refined/generator --extractors judge efficientnet-lite0 \\
         --references judge.npz lite0.npz --train-images images/train --held-out-images images/val --num-samples 2000 \\
         --output before-after
 

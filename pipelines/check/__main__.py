@@ -1,6 +1,6 @@
 """Checks a latent dataset: is it complete and undamaged, and does it look like its images?
 
-    python -m pipelines.check --data latents
+    meanflow check --data latents
 
 Reads every shard, compares counts and hashes with the manifest, looks for invalid values, compares the statistics of the
 latents with the autoencoder's normalization, and draws decoded latents below their images. The exit code is 1 if there

@@ -1,6 +1,6 @@
 """Compares training methods: presets, trained alike by pipelines.train and measured alike by pipelines.evaluate.
 
-    python -m pipelines.compare --data demo/latents --train-images demo/train --held-out-images demo/val \\
+    meanflow compare --data demo/latents --train-images demo/train --held-out-images demo/val \\
         --judge pipelines/demo/judge_weights --output comparison
 
 Trains each method with several seeds, for equal steps and for equal training FLOPs, and measures it at several numbers of

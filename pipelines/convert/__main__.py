@@ -1,6 +1,6 @@
 """Converts a published checkpoint to a generator in the format of pipelines.train.
 
-    python -m pipelines.convert --source sit --checkpoint SiT-XL-2-256.pt --output build/sit --vae stabilityai/sd-vae-ft-mse
+    meanflow convert --source sit --checkpoint SiT-XL-2-256.pt --output build/sit --vae stabilityai/sd-vae-ft-mse
 
 Sources: official-meanflow and official-imf (the authors' Flax parameters, as .npz or msgpack), imf-torch, sit, repa and
 zhuyu-cs. The file determines the size of the network. If its parameters do not match, the error lists every difference.

@@ -1,6 +1,6 @@
 """Encodes images into VAE latents with Ray Data, on every device of the cluster.
 
-    python -m pipelines.encode --images ILSVRC/train --output latents --vae stabilityai/sd-vae-ft-mse --image-size 256
+    meanflow encode --images ILSVRC/train --output latents --vae stabilityai/sd-vae-ft-mse --image-size 256
 
 CPU tasks decode images, one actor per GPU encodes them, and CPU tasks write the shards. The source's files alone determine
 which images a shard contains, and a shard appears only when complete. After an interruption, the same command encodes the
@@ -17,7 +17,7 @@ def main() -> None:
     from pipelines.encode.run import encode  # slow: it imports Ray and diffusers
 
     encode(job)
-    print(f"latent dataset: {job.output}; check it with: python -m pipelines.check --data {job.output}")
+    print(f"latent dataset: {job.output}; check it with: meanflow check --data {job.output}")
 
 
 if __name__ == "__main__":

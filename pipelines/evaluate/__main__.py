@@ -1,9 +1,9 @@
 """Stage 3: draw samples from a generator and measure their quality, on every device of a cluster.
 
-    python -m pipelines.evaluate --model models:/meanflow-demo@candidate --tracking-uri sqlite:////runs/mlflow.db \\
+    meanflow evaluate --model models:/meanflow-demo@candidate --tracking-uri sqlite:////runs/mlflow.db \\
         --train-images demo/train --held-out-images demo/val --extractor pipelines/demo/judge_weights \\
         --num-samples 1000 --output report
-    python -m pipelines.evaluate --model runs/xl2/generator --reference VIRTUAL_imagenet256_labeled.npz \\
+    meanflow evaluate --model runs/xl2/generator --reference VIRTUAL_imagenet256_labeled.npz \\
         --labels random --steps 1 2 --output report
 
 Computes the Frechet distance with its standard error (FID if the extractor is inception), Inception Score, precision,

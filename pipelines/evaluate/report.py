@@ -30,7 +30,7 @@ from pipelines.tracking.provenance import code_identity
 MAX_PROBE_CLASSES = 100
 TRAINED_ON_WARNING = (
     "the generator was trained on this extractor by pipelines.refine, so the distance measures the training and not the "
-    "images; state it only beside distances in held-out extractors (python -m pipelines.before_after)"
+    "images; state it only beside distances in held-out extractors (meanflow before-after)"
 )
 NUM_NEIGHBOURS = 3  # for precision and recall, as in ADM's evaluation
 

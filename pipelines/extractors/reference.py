@@ -52,7 +52,7 @@ def read_reference(location: str) -> Reference:
     try:
         content = storage.read_bytes(filesystem, path)
     except OSError as error:
-        raise InputError(f"no reference {location}; make one with python -m pipelines.reference") from error
+        raise InputError(f"no reference {location}; make one with `meanflow reference`") from error
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             names = set(file.files)
@@ -97,7 +97,7 @@ def _feature_labels(arrays: Mapping[str, np.ndarray], location: str) -> torch.Te
     if labels.shape != (len(arrays["features"]),) or labels.dtype != np.int64:
         raise InputError(
             f"{location}: feature_labels must be int64 ({len(arrays['features'])},), one per feature, but are {labels.dtype} "
-            f"{labels.shape}; make the file again with python -m pipelines.reference"
+            f"{labels.shape}; make the file again with `meanflow reference`"
         )
     return torch.from_numpy(labels)
 
@@ -133,7 +133,7 @@ def require_same_protocol(
     if differences:
         raise InputError(
             f"the reference {reference.location} does not match this evaluation ({'; '.join(differences)}); make one with "
-            f"the same extractor and image size by running python -m pipelines.reference"
+            f"the same extractor and image size by running `meanflow reference`"
         )
     if len(reference.moments.mean) != num_features:
         raise InputError(

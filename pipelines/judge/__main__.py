@@ -1,7 +1,7 @@
 """Train a judge on your own images: a small classifier that measures generated images of the same classes.
 
-    python -m pipelines.judge --images photos/train --held-out-images photos/test --image-size 64 --mirror --output judge
-    python -m pipelines.evaluate --extractor judge ...
+    meanflow judge --images photos/train --held-out-images photos/test --image-size 64 --mirror --output judge
+    meanflow evaluate --extractor judge ...
 
 Reads all images into memory, trains on the CPU, and states the accuracy on the held-out images in the folder's model card.
 """

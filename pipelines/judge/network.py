@@ -80,5 +80,5 @@ class Judge(ModelMixin, ConfigMixin):
 def load_judge(folder: Path) -> Judge:
     """Loads a judge from its folder. Raises InputError for a folder without one."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"no judge in {folder}; train one with python -m pipelines.judge")
+        raise InputError(f"no judge in {folder}; train one with `meanflow judge`")
     return Judge.from_pretrained(folder, low_cpu_mem_usage=False).eval()

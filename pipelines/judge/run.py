@@ -98,7 +98,7 @@ def model_card(job: JudgeJob, trained: Trained) -> str:
 
 A small classifier of {job.image_size}x{job.image_size} images; {num_parameters:,} parameters. Its 64 features give a
 Fréchet distance, which is not FID, and its predictions the class accuracy of a generator's samples.
-Use it as `python -m pipelines.evaluate --extractor FOLDER`.
+Use it as `meanflow evaluate --extractor FOLDER`.
 
 | | |
 |---|---|

@@ -1,7 +1,7 @@
 """Lists and deletes a node's copies of latent datasets.
 
-    python -m pipelines.latent_cache --cache-dir /local/latents
-    python -m pipelines.latent_cache --cache-dir /local/latents --evict all --unused-days 30
+    meanflow latent-cache --cache-dir /local/latents
+    meanflow latent-cache --cache-dir /local/latents --evict all --unused-days 30
 
 A running training keeps the copy that it has mapped, even when the copy is deleted.
 """

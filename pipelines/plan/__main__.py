@@ -1,6 +1,6 @@
 """Estimates memory, time and cost of a training run on a number of GPUs, before they are rented.
 
-    python -m pipelines.plan xl2 --gpus 32 --gpu h100 --precision tf32 --network-gbit 400 --price-per-gpu-hour 2.75
+    meanflow plan xl2 --gpus 32 --gpu h100 --precision tf32 --network-gbit 400 --price-per-gpu-hour 2.75
 
 Requires no dataset and no GPU. FLOPs, parameters and memory are counted; rates are assumed, and printed at the end of the
 report. To replace them by measurements, use --teraflops, --link-gbyte, --network-gbit and --storage-gbyte. Options override

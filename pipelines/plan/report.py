@@ -1,4 +1,4 @@
-"""Text reports of `pipelines.train --dry-run` and of `pipelines.plan`, which adds times, traffic and cost."""
+"""Text reports of `meanflow train --dry-run` and of `meanflow plan`, which adds times, traffic and cost."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ from pipelines.plan.hardware import FRAGMENTATION, LINK_FRACTION, PEAK_FRACTION,
 from pipelines.plan.job import Workload
 
 CHANGED = "    (preset: "  # begins the note on a field that differs from the preset
-DRY_RUN_TERAFLOPS = 100.0  # a round figure; `pipelines.plan` has the rates of specific GPUs
+DRY_RUN_TERAFLOPS = 100.0  # a round figure; `meanflow plan` has the rates of specific GPUs
 OTHER_NUMBERS_OF_GPUS = (1, 8, 16, 32, 64)
 FLOPS_TITLE = "FLOPs (a multiply-add counts as two)"
 MEMORY_TITLE = "memory of each device, without torch.compile and fragmentation"

@@ -1,4 +1,4 @@
-"""The refine command: `python -m pipelines.refine`."""
+"""The refine command: `meanflow refine`."""
 
 import sys
 

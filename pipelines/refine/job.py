@@ -12,11 +12,11 @@ from pipelines.training.job import RunJob
 
 DESCRIPTION = """Refine a one-step generator with the Frechet loss: match its images' features to those of real images.
 
-    python -m pipelines.refine demo --model runs/demo/generator --extractors judge --references judge.npz \\
+    meanflow refine demo --model runs/demo/generator --extractors judge --references judge.npz \\
         --held-out-extractors efficientnet-lite0 --held-out-references lite0.npz --storage runs --run-name demo-refined
 
 A refined generator has low distances in the extractors that it was trained on. Only held-out extractors show whether its
-images became better, so at least one is required. python -m pipelines.reference makes the references.
+images became better, so at least one is required. `meanflow reference` makes the references.
 The same command resumes the run from its last checkpoint."""
 
 

@@ -1,4 +1,4 @@
-"""The sweep command: `python -m pipelines.sweep`."""
+"""The sweep command: `meanflow sweep`."""
 
 import sys
 

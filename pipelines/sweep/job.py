@@ -10,7 +10,7 @@ from pipelines.train.job import COMMON, TrainJob
 
 DESCRIPTION = """Train variants of a preset, several at a time, and compare them in a table.
 
-    python -m pipelines.sweep b4 --data latents --storage runs --run-name rates \\
+    meanflow sweep b4 --data latents --storage runs --run-name rates \\
         --vary optimizer.learning_rate=1e-4,3e-4 --vary seed=0,1 --reference reference.npz
 
 Every variant is a run of pipelines.train in STORAGE/RUN_NAME/runs, with the options that are given here. The same command

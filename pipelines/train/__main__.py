@@ -1,4 +1,4 @@
-"""The train command: `python -m pipelines.train`."""
+"""The train command: `meanflow train`."""
 
 import sys
 

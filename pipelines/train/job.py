@@ -14,7 +14,7 @@ from pipelines.training.job import RunJob
 
 DESCRIPTION = """Train a generator on a latent dataset with Ray Train.
 
-    python -m pipelines.train xl2 --data latents --storage runs --run-name xl2-first --num-workers 8
+    meanflow train xl2 --data latents --storage runs --run-name xl2-first --num-workers 8
 
 The same command resumes the run from its last checkpoint. SIGTERM (`ray job stop`) saves a checkpoint and ends.
 MLFLOW_TRACKING_URI names the MLflow server; without it, a database in the storage folder is used. The result is a

@@ -66,7 +66,7 @@ def test_files_of_adm_and_of_the_authors_are_read(tmp_path):
 
 
 def test_missing_and_invalid_files_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no reference .*missing.npz; make one with python -m pipelines.reference"):
+    with pytest.raises(InputError, match="no reference .*missing.npz; make one with `meanflow reference`"):
         read_reference(str(tmp_path / "missing.npz"))
     np.savez(tmp_path / "half.npz", mu=np.zeros(3))
     with pytest.raises(InputError, match="must have the arrays mu, sigma or ref_mu, ref_sigma, but .* has mu"):

@@ -89,7 +89,7 @@ def test_objects_that_the_page_names_exist(documents):
 def test_project_and_ray_commands_of_the_page_parse():
     own = []
     for line in page_commands():
-        if found := re.search(r"(?:^|-- |&& )(?:env \S+ )?((?:python|ray) .*)", line):
+        if found := re.search(r"(?:^|-- |&& )(?:env \S+ )?((?:python|ray|meanflow) .*)", line):
             own.append(parse_command(found[1]))
         elif "/generate" in line:
             own.append(parse_command(line))

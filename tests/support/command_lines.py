@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import tyro
 import yaml
+from huggingface_hub.cli.hf import app as hf_command_line
 from mlflow.cli import cli as mlflow_command_line
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_command_line
@@ -222,6 +223,7 @@ TOOLS: dict[str, Callable[[list[str]], object]] = {
     "meanflow": _meanflow,
     "ray": _ray,
     "serve": _serve,
+    "hf": lambda words: parse_with_click(hf_command_line, words),
     "mlflow": lambda words: parse_with_click(mlflow_command_line, words),
     "curl": _curl,
     "docker": _docker,

@@ -181,7 +181,7 @@ def find_generator(folder: Path) -> Path:
         names = ", ".join(str(path.relative_to(folder)) for path in found[:5]) or "none"
         raise ValueError(
             f"{folder} must contain one generator (a folder with a model_index.json), but found {names}; "
-            f"pipelines.train writes one and prints its location"
+            f"`meanflow train` writes one and prints its location"
         )
     _read_settings(found[0])
     return found[0]

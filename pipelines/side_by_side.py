@@ -3,7 +3,7 @@
     meanflow side-by-side --reports build/first/report build/second/report --output build/both
     meanflow side-by-side --reports models:/meanflow-b2@champion runs:/3f6c0e --output both
 
-A report is a folder written by pipelines.evaluate, or a model or MLflow run whose report pipelines.evaluate logged.
+A report is a folder written by `meanflow evaluate`, or a model or MLflow run whose report `meanflow evaluate` logged.
 Writes side_by_side.md, side_by_side.json and side_by_side.png.
 """
 

@@ -4,8 +4,8 @@ Unless stated otherwise, FID is the paper's value for 50,000 samples on ImageNet
 (1 NFE). No published preset has been trained with this code yet. GFLOPs are for one forward of one image, counting a
 multiply-add as one operation.
 
-Every public function without arguments that returns a TrainingConfig is a preset of pipelines.train; one that returns a
-RefineConfig is a preset of pipelines.refine. The modules of new objectives also hold the objective's configuration. They
+Every public function without arguments that returns a TrainingConfig is a preset of `meanflow train`; one that returns a
+RefineConfig is a preset of `meanflow refine`. The modules of new objectives also hold the objective's configuration. They
 import the standard library only, so that --help is quick.
 """
 

@@ -1,4 +1,4 @@
-"""Refinements by the Frechet loss (arXiv 2604.28190), after pipelines.train: Adam at a small rate, large batches.
+"""Refinements by the Frechet loss (arXiv 2604.28190), after `meanflow train`: Adam at a small rate, large batches.
 
 The paper's schedule for iMF: batch 1,024; 125,000 steps; rate 1e-6 with a warm-up of 6,250 steps and cosine decay; moments
 with decay 0.999 that start from 50,000 samples. Here the rate falls linearly.

@@ -19,9 +19,7 @@ def main() -> None:
 
     record = train_autoencoder(job)
     assert record.result is not None
-    print(
-        f"autoencoder: {job.output}, {record.result.psnr:.2f} dB; use it with: meanflow encode --vae {job.output}"
-    )
+    print(f"autoencoder: {job.output}, {record.result.psnr:.2f} dB; use it with: meanflow encode --vae {job.output}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ class AutoencoderJob:
     """Train an autoencoder of diffusers on images. Repeating the command resumes an interrupted training."""
 
     images: str
-    """Path or URI of the training images, in any format that pipelines.encode reads."""
+    """Path or URI of the training images, in any format that `meanflow encode` reads."""
     held_out_images: str
     """Path or URI of images that are not trained on. PSNR and the reconstructions are of these."""
     output: str

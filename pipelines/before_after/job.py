@@ -1,4 +1,4 @@
-"""Options of the command pipelines.before_after."""
+"""Options of the command `meanflow before-after`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,27 +22,27 @@ class BeforeAfterJob:
     model: str
     """The refined generator: a folder or URI, models:/name@alias, or runs:/id/name."""
     before: str | None = None
-    """The generator before the refinement. Default: the location that pipelines.refine recorded."""
+    """The generator before the refinement. Default: the location that `meanflow refine` recorded."""
     extractors: tuple[str, ...]
-    """Extractors, as in pipelines.evaluate."""
+    """Extractors, as in `meanflow evaluate`."""
     references: tuple[str, ...] = ()
-    """Reference files of pipelines.reference, one for each extractor. Default: computed from the training images."""
+    """Reference files of `meanflow reference`, one for each extractor. Default: computed from the training images."""
     extractor_weights: Path | None = None
-    """File of Inception's weights, as in pipelines.evaluate."""
+    """File of Inception's weights, as in `meanflow evaluate`."""
     train_images: str
-    """Real images that the generator was trained on, as in pipelines.evaluate."""
+    """Real images that the generator was trained on, as in `meanflow evaluate`."""
     held_out_images: str
-    """Real images that it was not trained on, as in pipelines.evaluate."""
+    """Real images that it was not trained on, as in `meanflow evaluate`."""
     output: Path
     """Folder for the table, the picture, and the report of each evaluation."""
     num_samples: int = 10_000
     """Samples of each generator."""
     num_precision_recall: int = 10_000
-    """Images of each set for precision, recall and nearest images, as in pipelines.evaluate. Fewer save time."""
+    """Images of each set for precision, recall and nearest images, as in `meanflow evaluate`. Fewer save time."""
     steps: tuple[int, ...] = (1,)
     """Numbers of sampling steps."""
     labels: Labels = "random"
-    """Class labels, as in pipelines.evaluate."""
+    """Class labels, as in `meanflow evaluate`."""
     batch_size: int = 50
     """Images per forward."""
     num_workers: int | None = None

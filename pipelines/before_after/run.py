@@ -28,7 +28,7 @@ def before_after(job: BeforeAfterJob) -> str:
     trained_on = {identity["weights_sha256"] for identity in provenance.get("refined_on", ())}
     before = job.before or provenance.get("refined_from")
     if not trained_on or before is None:
-        raise InputError(f"--model {job.model} must be a generator of pipelines.refine, but it was not refined")
+        raise InputError(f"--model {job.model} must be a generator of `meanflow refine`, but it was not refined")
     _require_same_weights(job, before, provenance.get("refined_from_sha256"))
     names = [absolute_extractor(name) for name in job.extractors]
     identities = [open_extractor(name, _weights(job, name), "cpu").identity for name in names]

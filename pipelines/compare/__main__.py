@@ -1,4 +1,4 @@
-"""Compares training methods: presets, trained alike by pipelines.train and measured alike by pipelines.evaluate.
+"""Compares training methods: presets, trained alike by `meanflow train` and measured alike by `meanflow evaluate`.
 
     meanflow compare --data demo/latents --train-images demo/train --held-out-images demo/val \\
         --judge pipelines/demo/judge_weights --output comparison

@@ -29,7 +29,7 @@ class CompareJob:
     """Train and measure all methods. Seeds, methods, budgets and NFE can be added later."""
 
     data: str
-    """Latent dataset that pipelines.encode wrote: a path or URI."""
+    """Latent dataset that `meanflow encode` wrote: a path or URI."""
     train_images: str
     """The images that the latents were encoded from."""
     held_out_images: str

@@ -1,4 +1,4 @@
-"""Converts a published checkpoint to a generator in the format of pipelines.train.
+"""Converts a published checkpoint to a generator in the format of `meanflow train`.
 
     meanflow convert --source sit --checkpoint SiT-XL-2-256.pt --output build/sit --vae stabilityai/sd-vae-ft-mse
 

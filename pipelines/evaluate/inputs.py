@@ -29,7 +29,7 @@ class Generator:
     """EMA decay of its weights. None if the folder does not record it."""
 
     refined_on: tuple[dict[str, str], ...] = ()
-    """Identities of the extractors whose distances it was trained to lower, by pipelines.refine."""
+    """Identities of the extractors whose distances it was trained to lower, by `meanflow refine`."""
 
     @property
     def class_names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Options of the commands pipelines.evaluate, pipelines.reference and pipelines.side_by_side."""
+"""Options of the commands `meanflow evaluate`, `meanflow reference` and `meanflow side-by-side`."""
 
 import itertools
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class MeasuringOptions:
     extractor: str = "inception"
     """Feature extractor: inception or dinov2-vit-{s,b,l,g}-14 (which need the extra `fid`), efficientnet-lite0 (which needs
     the extra `efficientnet` and no torchvision), a TorchScript file, or the folder of a judge: a small classifier that
-    pipelines.judge trained, or the demo's, pipelines/demo/judge_weights."""
+    `meanflow judge` trained, or the demo's, pipelines/demo/judge_weights."""
     extractor_weights: Path | None = None
     """File with the weights of inception. Default: download them."""
     batch_size: int = 50
@@ -46,10 +46,10 @@ class EvaluateJob(MeasuringOptions):
     samples: Path | None = None
     """File of samples to measure, instead of --model: .npz with arr_0, uint8 (N, H, W, 3), as in ADM's evaluation suite."""
     reference: str | None = None
-    """Statistics of real images (.npz) from pipelines.reference, ADM or MeanFlow's authors. Default: compute them from
+    """Statistics of real images (.npz) from `meanflow reference`, ADM or MeanFlow's authors. Default: compute them from
     --train-images and write them next to the report."""
     train_images: str | None = None
-    """Real images that the generator was trained on, in any format that pipelines.encode reads. Or a latent dataset: the
+    """Real images that the generator was trained on, in any format that `meanflow encode` reads. Or a latent dataset: the
     images from which it was encoded, found without listing them again."""
     held_out_images: str | None = None
     """Real images that the generator was not trained on, or a latent dataset, as for --train-images. Their distance is the
@@ -131,7 +131,7 @@ class ReferenceJob(MeasuringOptions):
     output: str
     """File to write (.npz): a path or a URI."""
     images: str | None = None
-    """Images, in any format that pipelines.encode reads. Or a latent dataset: the images from which it was encoded, found
+    """Images, in any format that `meanflow encode` reads. Or a latent dataset: the images from which it was encoded, found
     without listing them again."""
     data: str | None = None
     """Latent dataset to decode, instead of --images. Decoded images have the best quality that their autoencoder allows."""

@@ -34,7 +34,7 @@ def decide(report: Mapping[str, Any], champion: Mapping[str, Any] | None, *, bel
     if report["protocol"].get("generator", {}).get("is_trained_on_extractor", False):
         return Decision(
             promote=False,
-            reason="it was trained on this extractor's distance (pipelines.refine); evaluate it with a held-out extractor",
+            reason="it was trained on this extractor's distance (`meanflow refine`); evaluate it with a held-out extractor",
         )
     found = f"{entry['frechet']:.4g} ± {entry['frechet_standard_error']:.2g} ({entry['title']})"
     if below is not None and entry["frechet"] < below:

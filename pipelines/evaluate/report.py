@@ -29,7 +29,7 @@ from pipelines.tracking.provenance import code_identity
 
 MAX_PROBE_CLASSES = 100
 TRAINED_ON_WARNING = (
-    "the generator was trained on this extractor by pipelines.refine, so the distance measures the training and not the "
+    "the generator was trained on this extractor by `meanflow refine`, so the distance measures the training and not the "
     "images; state it only beside distances in held-out extractors (meanflow before-after)"
 )
 NUM_NEIGHBOURS = 3  # for precision and recall, as in ADM's evaluation
@@ -177,13 +177,13 @@ def probe_of(job: EvaluateJob, inputs: Inputs, reference: Reference) -> LinearPr
 
 
 def probe_warnings(inputs: Inputs, reference: Reference) -> list[str]:
-    """The reason why a reference of pipelines.reference gives no probe accuracy, if it is in the reference."""
+    """The reason why a reference of `meanflow reference` gives no probe accuracy, if it is in the reference."""
     if inputs.generator is None or inputs.extractor.class_names is not None or reference.protocol is None:
         return []
     if reference.class_names is None:
         return [
-            f"probe accuracy is missing, because {reference.location} has no labels; make it again with python -m "
-            f"pipelines.reference --images"
+            f"probe accuracy is missing, because {reference.location} has no labels; make it again with "
+            f"`meanflow reference --images`"
         ]
     if reference.class_names == tuple(inputs.generator.class_names):
         return []

@@ -53,16 +53,16 @@ def read_report(location: str, tracking_uri: str | None) -> dict[str, Any]:
         path = path / "report.json" if path.is_dir() else path
     try:
         report = json.loads(path.read_text())
-        report["protocol"], report["samples"]  # a report.json of pipelines.compare lacks these: KeyError
+        report["protocol"], report["samples"]  # a report.json of `meanflow compare` lacks these: KeyError
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"cannot read a report in {location}: {error!r}; give an --output folder of pipelines.evaluate"
+            f"cannot read a report in {location}: {error!r}; give an --output folder of `meanflow evaluate`"
         ) from error
     return report
 
 
 def _download_report(location: str, tracking_uri: str | None) -> Path:
-    """Downloads the report that pipelines.evaluate logged to a model's MLflow run."""
+    """Downloads the report that `meanflow evaluate` logged to a model's MLflow run."""
     address = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not address:
         raise InputError(f"report {location} is in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI")
@@ -74,7 +74,7 @@ def _download_report(location: str, tracking_uri: str | None) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact, tracking_uri=address))
     except (MlflowException, OSError) as error:
         raise InputError(
-            f"MLflow run {run.run_id} of {location} has no report; run pipelines.evaluate first"
+            f"MLflow run {run.run_id} of {location} has no report; run `meanflow evaluate` first"
         ) from error
 
 

@@ -16,7 +16,7 @@ from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.images.center_crop import CROP
 
-# Names of mean and covariance: in files of ADM and pipelines.reference, and in files of MeanFlow's authors.
+# Names of mean and covariance: in files of ADM and `meanflow reference`, and in files of MeanFlow's authors.
 MOMENT_NAMES = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 
 
@@ -43,7 +43,7 @@ class Reference:
 
 
 def read_reference(location: str) -> Reference:
-    """Reads a reference file of pipelines.reference, of ADM, or of MeanFlow's authors.
+    """Reads a reference file of `meanflow reference`, of ADM, or of MeanFlow's authors.
 
     ADM's files have mu, sigma, mu_s, sigma_s and arr_0; the authors' have ref_mu and ref_sigma. Raises InputError for a
     missing file, a file with pickles, and a file without mean and covariance.

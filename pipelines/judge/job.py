@@ -1,4 +1,4 @@
-"""Options of the command pipelines.judge, and of the training loop that it shares with the demo."""
+"""Options of the command `meanflow judge`, and of the training loop that it shares with the demo."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class JudgeJob(JudgeFit):
     """Train a judge on your own images."""
 
     images: str
-    """Training images, in any format that pipelines.encode reads. Or a latent dataset: the images from which it was encoded,
+    """Training images, in any format that `meanflow encode` reads. Or a latent dataset: the images from which it was encoded,
     found without listing them again."""
     held_out_images: str
     """Images of the same classes for the held-out accuracy. They must not be among --images."""

@@ -29,11 +29,11 @@ ABOUT = "about.json"
 NO_CACHE = "none"
 NUM_THREADS = 8  # shards copied at once, since object stores have high latency
 RESERVED_BYTES = 2**30  # disk space that a copy leaves free
-# pipelines.encode skips a dataset that has a manifest. The values of a re-encoded shard may differ slightly, and a
+# `meanflow encode` skips a dataset that has a manifest. The values of a re-encoded shard may differ slightly, and a
 # training run does not resume on a dataset with another hash.
 SHARD_REMEDY = (
     f"restore it from a node's copy or from an older version in the storage; otherwise delete it and {MANIFEST} and run "
-    f"pipelines.encode again, which writes only the missing shard"
+    f"`meanflow encode` again, which writes only the missing shard"
 )
 
 
@@ -108,7 +108,7 @@ def _checked_content(filesystem: fs.FileSystem, path: str, manifest: Manifest, n
         raise InputError(f"{path} does not match the hash in its manifest; {SHARD_REMEDY}")
     problems = invalid_values(shard, len(manifest.class_names))
     if problems:
-        raise InputError(f"{path}: {problems[0]}; run pipelines.encode again into another folder")
+        raise InputError(f"{path}: {problems[0]}; run `meanflow encode` again into another folder")
     return content
 
 
@@ -118,8 +118,8 @@ def _require_disk_space(location: str, manifest: Manifest, folder: Path, num_mis
     if needed + RESERVED_BYTES > free:
         raise InputError(
             f"this node's copy of {location} needs {needed / 1e9:.1f} GB more, but {folder.parent} has {free / 1e9:.1f} GB "
-            f"free; choose another --cache-dir,{' train with --no-mirror,' if mirrored else ''} delete old copies (python -m "
-            f"pipelines.latent_cache), or map shared storage with --cache-dir none"
+            f"free; choose another --cache-dir,{' train with --no-mirror,' if mirrored else ''} delete old copies "
+            f"(meanflow latent-cache), or map shared storage with --cache-dir none"
         )
 
 

@@ -131,7 +131,7 @@ class Manifest:
             recipe["moments_shape"] = tuple(recipe["moments_shape"])
             return cls(recipe=EncodingRecipe(**recipe), **content)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"{where} is damaged ({error}); delete it and run pipelines.encode again") from error
+            raise InputError(f"{where} is damaged ({error}); delete it and run `meanflow encode` again") from error
 
 
 def shard_name(number: int) -> str:
@@ -150,7 +150,7 @@ def read_manifest(location: str) -> Manifest:
     filesystem, root = storage.require_folder(location, "latent dataset")
     if not is_complete(location):
         raise InputError(
-            f"no {MANIFEST} in {location}; run pipelines.encode --output {location} first, or wait until it finishes"
+            f"no {MANIFEST} in {location}; run `meanflow encode --output {location}` first, or wait until it finishes"
         )
     text = storage.read_bytes(filesystem, f"{root}/{MANIFEST}").decode()
     return Manifest.from_json(text, f"{location}/{MANIFEST}")

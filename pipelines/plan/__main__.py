@@ -4,7 +4,7 @@
 
 Requires no dataset and no GPU. FLOPs, parameters and memory are counted; rates are assumed, and printed at the end of the
 report. To replace them by measurements, use --teraflops, --link-gbyte, --network-gbit and --storage-gbyte. Options override
-the preset's values, as in pipelines.train.
+the preset's values, as in `meanflow train`.
 """
 
 import dataclasses

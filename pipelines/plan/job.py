@@ -24,7 +24,7 @@ class Workload:
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
     """The training configuration."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
-    """Parallelism of pipelines.train."""
+    """Parallelism of `meanflow train`."""
     samples_per_pass: int | None = None
     """Largest micro-batch of a GPU. Default: the largest that fits."""
     images: int = 1_281_167

@@ -27,9 +27,9 @@ class RefineJob(RunJob):
     model: str
     """Generator to refine: a folder or URI, models:/name@alias, or runs:/id/name."""
     extractors: tuple[str, ...]
-    """Extractors to train on, as in pipelines.evaluate: inception, efficientnet-lite0, the folder of a judge, ..."""
+    """Extractors to train on, as in `meanflow evaluate`: inception, efficientnet-lite0, the folder of a judge, ..."""
     references: tuple[str, ...]
-    """A reference of pipelines.reference for each of the extractors."""
+    """A reference of `meanflow reference` for each of the extractors."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each extractor in the loss. Default: 1 for all."""
     held_out_extractors: tuple[str, ...]
@@ -37,7 +37,7 @@ class RefineJob(RunJob):
     held_out_references: tuple[str, ...]
     """A reference for each of the held-out extractors."""
     extractor_weights: Path | None = None
-    """File of Inception's weights, as in pipelines.evaluate."""
+    """File of Inception's weights, as in `meanflow evaluate`."""
     data: str | None = None
     """Latent dataset, or images, of the generator's training: classes are drawn as often as they occur in it. Default: all
     classes equally often."""

@@ -1,1 +1,1 @@
-"""Trains many experiments with pipelines.train, several at a time, and measures them with pipelines.evaluate."""
+"""Trains many experiments with `meanflow train`, several at a time, and measures them with `meanflow evaluate`."""

@@ -1,4 +1,4 @@
-"""Evaluates generators with pipelines.evaluate, each once: a report is kept as a file and found again."""
+"""Evaluates generators with `meanflow evaluate`, each once: a report is kept as a file and found again."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Trains experiments: a Ray task per experiment runs the driver of pipelines.train, several at a time.
+"""Trains experiments: a Ray task per experiment runs the driver of `meanflow train`, several at a time.
 
 A driver takes no CPU of Ray's, so that its workers cannot wait for a CPU that drivers hold.
 """

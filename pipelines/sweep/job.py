@@ -13,7 +13,7 @@ DESCRIPTION = """Train variants of a preset, several at a time, and compare them
     meanflow sweep b4 --data latents --storage runs --run-name rates \\
         --vary optimizer.learning_rate=1e-4,3e-4 --vary seed=0,1 --reference reference.npz
 
-Every variant is a run of pipelines.train in STORAGE/RUN_NAME/runs, with the options that are given here. The same command
+Every variant is a run of `meanflow train` in STORAGE/RUN_NAME/runs, with the options that are given here. The same command
 resumes the sweep: finished runs are kept. SIGTERM (`ray job stop`) saves checkpoints and ends. In MLflow, the runs are
 children of one run. The best generator becomes @champion of the sweep's own registered model."""
 
@@ -28,11 +28,11 @@ class SweepJob:
     max_concurrent: int | None = None
     """Runs at a time. Default: as many as the cluster has GPUs or CPUs for."""
     reference: str | None = None
-    """Reference statistics of real images, from pipelines.reference. Every generator is evaluated against them. Without them,
-    the variants are sorted by their squared errors on --validation-data, or else by the last ones in training; these are
-    comparable only if the variants have the same objective."""
+    """Reference statistics of real images, from `meanflow reference`. Every generator is evaluated against them. Without
+    them, the variants are sorted by their squared errors on --validation-data, or else by the last ones in training; these
+    are comparable only if the variants have the same objective."""
     extractor: str = "inception"
-    """Feature extractor of the reference: as in pipelines.evaluate."""
+    """Feature extractor of the reference: as in `meanflow evaluate`."""
     steps: tuple[int, ...] = (1,)
     """Numbers of sampling steps to evaluate. The variants are sorted by the first one's distance."""
     num_samples: int = 10_000

@@ -32,7 +32,7 @@ class TrainJob(RunJob):
     """One training run: the experiment, its data, its storage and its workers."""
 
     data: str
-    """Latent dataset written by pipelines.encode: a path or URI."""
+    """Latent dataset written by `meanflow encode`: a path or URI."""
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
     """ddp: every worker holds the whole network; fsdp2: network, averages and optimizer are sharded over the workers."""
     vae: str | None = None
@@ -41,13 +41,13 @@ class TrainJob(RunJob):
     """Initial network of a new run: a generator's folder, models:/name@alias or runs:/id/name, or with --init-source a
     public checkpoint file."""
     init_source: str | None = None
-    """Source of the public checkpoint in --init-from: a source name of pipelines.convert."""
+    """Source of the public checkpoint in --init-from: a source name of `meanflow convert`."""
     validation_data: str | None = None
     """Latent dataset of held-out images. Every checkpoint's moving average is validated on it."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"meanflow-ray-latents-{os.getuid()}")
     """Folder on each node's local disk for a memory-mapped copy of the latents. "none": memory-map --data directly."""
     parent_run_id: str | None = None
-    """MLflow run that contains this one. pipelines.sweep sets it."""
+    """MLflow run that contains this one. `meanflow sweep` sets it."""
     model_name: str | None = None
     """Name in MLflow's model registry. Default: "meanflow-" and the preset's name, without its module."""
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]

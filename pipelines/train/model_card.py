@@ -75,9 +75,7 @@ images = pipeline.images_from_seeds([0], [7], {num_steps})
   {provenance["data"]}, content {provenance["data_sha256"]}
 - **Autoencoder** {autoencoder}
 - **Initial network** {storage.redact(init_from) if init_from else "random"}
-- **Evaluation** by `meanflow evaluate`: see MLflow run {
-        provenance["run_id"]
-    } and the tags of the registered version
+- **Evaluation** by `meanflow evaluate`: see MLflow run {provenance["run_id"]} and the tags of the registered version
 
 ## Terms
 

@@ -160,7 +160,7 @@ def test_damaged_index_is_refused(tmp_path):
 
 
 def test_generator_is_found_in_the_folder_or_as_the_only_one_below_it(tmp_path):
-    with pytest.raises(ValueError, match="but found none; pipelines.train writes one"):
+    with pytest.raises(ValueError, match="but found none; `meanflow train` writes one"):
         find_generator(tmp_path)
     for name in ("first", "first/inner", "second"):
         (tmp_path / name).mkdir()

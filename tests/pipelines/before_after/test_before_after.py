@@ -44,7 +44,7 @@ def test_a_trained_on_distance_is_not_printed_alone(job, tmp_path):
     ):
         before_after(alone)
     original = BeforeAfterJob(**{**vars(job), "model": str(tmp_path / "before")})
-    with pytest.raises(InputError, match="must be a generator of pipelines.refine, but it was not refined"):
+    with pytest.raises(InputError, match="must be a generator of `meanflow refine`, but it was not refined"):
         before_after(original)
     assert not job.output.exists()
 

@@ -195,9 +195,7 @@ def test_images_are_read_again_after_none_could_be_read(image_root, tmp_path):
 def test_damaged_shard_is_replaced_as_the_error_of_a_node_says(copied, tmp_path):
     output, complete = tmp_path / "latents", read_manifest(copied.output)
     (output / shard_name(1)).write_bytes(b"damaged")
-    with pytest.raises(
-        InputError, match=r"shard-00001\.arrow .*delete it and manifest\.json and run pipelines\.encode"
-    ):
+    with pytest.raises(InputError, match=r"shard-00001\.arrow .*delete it and manifest\.json and run `meanflow encode"):
         open_latents(str(output), str(tmp_path / "cache"))
     (output / shard_name(1)).unlink()
     (output / MANIFEST).unlink()
@@ -208,7 +206,7 @@ def test_damaged_shard_is_replaced_as_the_error_of_a_node_says(copied, tmp_path)
 def test_damaged_manifest_is_written_again_after_deleting_it(copied, tmp_path):
     complete = read_manifest(copied.output)
     (tmp_path / "latents" / MANIFEST).write_text("{")
-    with pytest.raises(InputError, match=r"manifest\.json is damaged .*; delete it and run pipelines\.encode again"):
+    with pytest.raises(InputError, match=r"manifest\.json is damaged .*; delete it and run `meanflow encode again"):
         encode_without_ray(copied)
     (tmp_path / "latents" / MANIFEST).unlink()
     assert encode_without_ray(copied, encode_shards=None) == complete

@@ -152,7 +152,7 @@ def test_what_cannot_be_compared_is_refused_before_measuring(register, tracking_
     register()
     promote_if_better(open_candidate(tmp_path, tracking_uri), report(9.0))
     register()
-    with pytest.raises(InputError, match="has no report; run pipelines.evaluate first"):
+    with pytest.raises(InputError, match="has no report; run `meanflow evaluate` first"):
         open_candidate(tmp_path, tracking_uri)
     with pytest.raises(ValueError, match="promote_below needs --promote"):
         EvaluateJob(output=tmp_path, model="m", reference="r", promote_below=3.0)

@@ -91,9 +91,9 @@ def test_reports_are_read_from_mlflow_and_missing_ones_refused(write, tmp_path, 
     assert run.flush()
     assert read_report(f"runs:/{run.run_id}", tracking_uri) == read_report(folder, None)
     bare = Run.begin(tracking_uri, "side by side", "not evaluated", {})
-    with pytest.raises(InputError, match="has no report; run pipelines.evaluate first"):
+    with pytest.raises(InputError, match="has no report; run `meanflow evaluate` first"):
         read_report(f"runs:/{bare.run_id}", tracking_uri)
-    with pytest.raises(InputError, match="give an --output folder of pipelines.evaluate"):
+    with pytest.raises(InputError, match="give an --output folder of `meanflow evaluate`"):
         read_report(str(tmp_path), None)
     with pytest.raises(InputError, match="is in MLflow; give --tracking-uri, or set MLFLOW_TRACKING_URI"):
         read_report("models:/m@champion", None)

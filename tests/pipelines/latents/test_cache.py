@@ -140,7 +140,7 @@ def test_full_disk_is_reported_before_copying(dataset, tmp_path, copied, monkeyp
 def test_shard_that_does_not_match_the_manifest_is_refused(dataset, tmp_path, damage, message):
     damage(dataset / shard_name(1))
     with pytest.raises(
-        InputError, match=f"{message}.*; otherwise delete it and manifest.json and run pipelines.encode again"
+        InputError, match=f"{message}.*; otherwise delete it and manifest.json and run `meanflow encode` again"
     ):
         open_latents(str(dataset), str(tmp_path / "cache"))
 

@@ -16,7 +16,7 @@ def test_manifest_round_trips_through_json():
 def test_dataset_without_a_manifest_is_refused(tmp_path):
     dataset = write_dataset(tmp_path / "latents")
     (dataset / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"no manifest\.json in .*; run pipelines\.encode"):
+    with pytest.raises(InputError, match=r"no manifest\.json in .*; run `meanflow encode"):
         read_manifest(str(dataset))
 
 

@@ -74,7 +74,7 @@ def run_stages(demo: Demo, processes: Processes) -> dict:
         return lambda: processes.run(name, [sys.executable, "-m", module, *arguments])
 
     print(
-        f"{len(STAGES)} stages, about 15 minutes on two CPU cores; their logs are in {os.path.relpath(work / LOGS)}",
+        f"{len(STAGES)} stages, about 13 minutes on two CPU cores; their logs are in {os.path.relpath(work / LOGS)}",
         flush=True,
     )
 

@@ -17,11 +17,11 @@ def main() -> None:
     parser.add_argument("name", help="owner of the key; appears in the access log")
     name = parser.parse_args().name
     key = f"mf-{secrets.token_urlsafe(32)}"
-    print(f"API key for {name} (shown only once): {key}")
-    print(
-        "start deploy.serve with --api-keys NAME HASH, or add this to user_config of Endpoint (of Api in topology two):"
-    )
-    print(f'  api_keys: {{{name}: "{hash_key(key)}"}}')
+    digest = hash_key(key)
+    print(f"{name}'s key, for {name} only. It is not stored, and not shown again:\n  {key}")
+    print(f"for the endpoint:\n  meanflow serve MODEL --api-keys {name} {digest}")
+    print("or in a Serve config, in the user_config of Endpoint (topology one) or of Api (topology two):")
+    print(f'  api_keys: {{{name}: "{digest}"}}')
 
 
 if __name__ == "__main__":

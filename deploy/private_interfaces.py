@@ -15,6 +15,14 @@ def http_host() -> str | None:
     return None if client is None else str(client.http_config.host)
 
 
+def deploy_config(config: dict[str, Any]) -> None:
+    """Deploys the applications of a Serve config, as `serve deploy` does; does not wait for them. Serve must run here."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+
+
 def gcs_client(address: str) -> Any:
     """The client of a cluster's control service, with `get_all_node_info` and `drain_node`. address: HEAD:6379."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled module

@@ -1,12 +1,12 @@
 """Serve a one-step generator on this machine, with Ray Serve's fast path.
 
-    meanflow serve runs/demo/generator                   # http://127.0.0.1:8000, with a page to try it
-    curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "star", "seed": 7}' -o star.png
+    meanflow serve docs/gallery/clothes                   # http://127.0.0.1:8000, with a page to try it
+    curl 127.0.0.1:8000/generate -H 'content-type: application/json' -d '{"class": "dress", "seed": 7}' -o dress.png
 
 The fast path is a set of environment variables, which must be set before any process of Ray starts:
 
 - HAProxy, a compiled proxy, passes requests straight to the replicas (Ray's default is a proxy in Python);
-- replicas run our code on the event loop that receives the requests, and write their logs in larger pieces.
+- replicas run our code on the event loop that receives the requests.
 
 A cluster of several machines gets them from its image or its start command: see docs/how-to/serve.md.
 """
@@ -23,7 +23,9 @@ from typing import Annotated, Any
 
 import tyro
 import yaml
+from pydantic import ValidationError
 
+from deploy.api.auth import is_loopback
 from deploy.settings import Arguments
 
 
@@ -46,6 +48,8 @@ def fast_path(folder: Path, environment: dict[str, str]) -> dict[str, str]:
     stats_port, metrics_port = _free_ports()
     wanted = {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Write each line of a replica's log at once. The line above collects 1,000, and loses them when the replica stops.
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # A replica that dies before it answers: HAProxy sends the request to another one, once.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
@@ -80,7 +84,7 @@ def _absolute(location: str) -> str:
 
 
 def serve_config(job: ServeJob) -> dict[str, Any]:
-    """The config for `serve run`, which runs in another folder: locations are absolute."""
+    """The config of Ray Serve, whose processes run in another folder: locations are absolute."""
     arguments = job.arguments.model_dump(exclude_defaults=True)
     for name in ("model", "preview_vae", "tracking_uri"):
         if name in arguments:
@@ -100,19 +104,55 @@ def serve_config(job: ServeJob) -> dict[str, Any]:
 
 
 def parse_arguments(words: list[str]) -> ServeJob:
-    """The command line."""
-    return tyro.cli(ServeJob, args=words, description=__doc__, prog="meanflow serve")
+    """The command line. Raises ValueError for invalid settings."""
+    try:
+        return tyro.cli(ServeJob, args=words, description=__doc__, prog="meanflow serve")
+    except ValidationError as error:
+        raise ValueError(_one_line(error)) from error
+
+
+def _one_line(error: ValidationError) -> str:
+    messages = []
+    for detail in error.errors():
+        option = ".".join(map(str, detail["loc"])).replace("_", "-")
+        messages.append((f"--{option}: " if option else "") + detail["msg"].removeprefix("Value error, "))
+    return "; ".join(messages)
+
+
+def check(job: ServeJob) -> None:
+    """Raises ValueError for what would otherwise fail after Ray has started: model, host and port."""
+    from deploy.models import resolve_model  # imports torch
+
+    if not (is_loopback(job.host) or job.arguments.api_keys or job.arguments.auth == "none"):
+        raise ValueError(
+            f"--host {job.host} lets other machines in, and there are no API keys; give --api-keys NAME HASH "
+            f"(`meanflow keys NAME` makes both), --auth none, or --host 127.0.0.1"
+        )
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in job.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((job.host, job.port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"cannot listen on {job.host}, port {job.port}: {str(error).rstrip('.')}; choose another --port"
+        ) from error
+    resolve_model(job.arguments.model, job.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None)
 
 
 def main() -> None:
-    """Serves until SIGINT or SIGTERM."""
-    job = parse_arguments(sys.argv[1:])
+    """Serves until SIGINT, SIGTERM or SIGHUP."""
+    try:
+        job = parse_arguments(sys.argv[1:])
+        check(job)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     with tempfile.TemporaryDirectory(prefix="mfp-", dir="/tmp") as folder:  # paths of Unix sockets must be short
         config_file = Path(folder, "serve.yaml")
         config_file.write_text(yaml.safe_dump(serve_config(job)))
         # A new cluster, because a running one lacks the variables; it starts in `folder`, because Ray's processes search the
         # current folder first for modules, and the user's may have a `deploy`.
-        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(config_file)]
+        command = [sys.executable, "-m", "deploy.serve_process", str(config_file)]
         environment = {**os.environ, **fast_path(Path(folder), dict(os.environ)), "PYTHONPATH": _module_folders()}
         if "MLFLOW_TRACKING_URI" in environment:
             environment["MLFLOW_TRACKING_URI"] = _absolute(environment["MLFLOW_TRACKING_URI"])
@@ -127,10 +167,10 @@ def _module_folders() -> str:
 
 
 def _run(command: list[str], environment: dict[str, str], folder: str) -> int:
-    """Runs `serve run` until SIGINT, SIGTERM or SIGHUP, and returns its exit code.
+    """Runs the command until SIGINT, SIGTERM or SIGHUP, and returns its exit code.
 
-    `serve run` stops HAProxy on SIGINT only, and a second one would interrupt that. So the first of the signals is passed
-    on as SIGINT, and the others are ignored.
+    It has a session of its own, so that Ctrl-C and a closed terminal reach Ray's processes and HAProxy in order. The first
+    signal is passed on as SIGINT, and the others are ignored, because a second one would interrupt the shutdown.
     """
     received: list[int] = []
     process: subprocess.Popen | None = None

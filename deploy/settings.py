@@ -68,15 +68,15 @@ class Arguments(BaseModel):
     """Maximum number of images per request."""
     max_steps: int = Field(default=128, ge=1, le=MAX_STEPS)
     """Maximum number of sampling steps per request."""
-    auth: Literal["keys", "none"] | None = None
-    """"none" opens the endpoint to everybody. By default, an endpoint without keys only starts on loopback."""
+    auth: Literal["keys", "none"] = "keys"
+    """keys: without API keys, the endpoint only starts on loopback. none: it is open to everybody."""
     api_keys: dict[str, str] = Field(default_factory=dict)
     """{name: SHA-256 of the key}; `meanflow keys NAME` creates both. If any key is set, requests require one."""
     rate_limit: str | None = None
     """Images per key and replica of Api or Endpoint: "600/minute", "10/second;10000/day". Without keys, per address; behind
     HAProxy, all callers have the same one."""
     cors_origins: list[str] = Field(default_factory=list)
-    """Origins whose pages may call the API from a browser: "https://example.org,http://localhost:5173", or "*" for all."""
+    """Origins whose pages may call the API from a browser, such as https://example.org. "*" allows all."""
     log_prompts: bool = False
     """Include the requested class in the access log."""
 

@@ -104,6 +104,15 @@ def http_host():
     )
 
 
+def deploy_config():
+    from ray.serve._private.client import ServeControllerClient
+    from ray.serve.schema import ServeDeploySchema
+
+    return is_parameter(ServeControllerClient.deploy_apps, "config", "_blocking") and callable(
+        ServeDeploySchema.model_validate
+    )
+
+
 def gcs_client():
     from ray._raylet import GcsClient, InnerGcsClient
 
@@ -135,6 +144,7 @@ def serve_build_asgi_app():
         system_metrics_monitor,
         log_model_artifacts,
         http_host,
+        deploy_config,
         gcs_client,
         preemption_reason,
         serve_build_asgi_app,

@@ -88,7 +88,10 @@ def explain_validation_error(error: RequestValidationError) -> ApiError:
             path.pop()
         field = ".".join(path)
         fields.append(field or None)
-        messages.append(f"{field or 'body'}: {detail['msg']}")
+        message = detail["msg"]
+        if detail["type"] == "model_attributes_type" and not path:
+            message = "expected a JSON object; send the header Content-Type: application/json"
+        messages.append(f"{field or 'body'}: {message}")
     messages = list(dict.fromkeys(messages))
     if len(messages) > MAX_VALIDATION_ERRORS:
         messages[MAX_VALIDATION_ERRORS:] = [f"and {len(messages) - MAX_VALIDATION_ERRORS} more"]

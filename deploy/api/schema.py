@@ -63,7 +63,7 @@ class GenerateRequest(Sampling):
     """The body of POST /generate."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"class": "star", "seed": 7, "num_images": 4, "num_inference_steps": 1}]},
+        json_schema_extra={"examples": [{"class": 0, "seed": 7, "num_images": 4, "num_inference_steps": 1}]},
     )
 
     class_: int | Annotated[str, Field(min_length=1, max_length=200)] = Field(
@@ -78,7 +78,7 @@ class GenerateRequest(Sampling):
 class ImagesRequest(Sampling):
     """The body of POST /v1/images/generations: OpenAI's fields and sampling options."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "star", "n": 1, "seed": 7}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "class:0", "n": 1, "seed": 7}]})
 
     prompt: str = Field(min_length=1, max_length=200, description='Class name, wnid, or "class:207".')
     model: str | None = Field(default=None, max_length=500, description="Id from GET /v1/models. There is one model.")

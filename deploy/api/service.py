@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -154,6 +155,11 @@ class ApiService:
         """Counts images against a caller's rate. Raises ApiError 429 if they exceed it."""
         wait = self._limiter.seconds_until_allowed(caller, num_images)
         if wait is not None:
+            if math.isinf(wait):
+                limit = (
+                    f"{num_images} images in one request exceed the rate of {self.settings.rate_limit}; request fewer"
+                )
+                raise ApiError(400, limit, "invalid_value")
             message = f"more than {self.settings.rate_limit} images; try again later"
             raise ApiError(429, message, "rate_limit_exceeded", retry_after_seconds=wait)
 

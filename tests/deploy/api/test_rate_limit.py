@@ -47,10 +47,10 @@ def test_both_image_routes_count_against_the_rate_of_their_key(locked):
     assert locked.client.get("/classes", headers=alice).status_code == 200
 
 
-def test_more_images_than_the_rate_have_no_retry_after(stub):
+def test_more_images_than_the_rate_allows_at_all_are_invalid(stub):
     stub.api.reconfigure({"rate_limit": "5/minute"})
     response = stub.client.post("/generate", json={"class": "star", "num_images": 6})
-    error_of(response, 429)
+    assert "6 images in one request exceed the rate of 5/minute" in error_of(response, 400)["message"]
     assert "retry-after" not in response.headers
 
 

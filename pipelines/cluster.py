@@ -2,13 +2,14 @@
 
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.errors import InputError
-from pipelines.private_interfaces import CLEANER_LOGGER, original_error
+from pipelines.private_interfaces import CLEANER_LOGGER, CLEANER_THREAD, TOKEN_LOGGER, original_error
 
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError
@@ -39,6 +40,7 @@ def start_ray(needed_cpus: int) -> None:
     else:
         # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
+        logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)
         # A copy, because ray.init adds the hook to env_vars and refuses variables that already contain it.
         environment = {"worker_process_setup_hook": _prepare_worker, "env_vars": dict(FAST_MALLOC)}
         ray.init("local", num_cpus=cpus, include_dashboard=False, runtime_env=environment, **options)
@@ -52,8 +54,16 @@ def _prepare_worker() -> None:
     """
     import meanflow_core  # noqa: F401
 
-    # Without a dashboard, Ray Train's placement group cleaner warns every second that it cannot query its controller.
+    # Ray Train's placement group cleaner needs a dashboard. Without one it warns every second, and if other clusters run on
+    # this machine, its thread ends with a traceback. Both are harmless: a local cluster ends with its driver.
     logging.getLogger(CLEANER_LOGGER).setLevel(logging.ERROR)
+    report = threading.excepthook
+
+    def report_others(error: threading.ExceptHookArgs) -> None:
+        if error.thread is None or error.thread.name != CLEANER_THREAD:
+            report(error)
+
+    threading.excepthook = report_others
 
 
 def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

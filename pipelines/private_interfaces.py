@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for the driver of a submitted job
+# Warns in every command that a local cluster asks for a token, which the user can ignore.
+TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+CLEANER_THREAD = "PlacementGroupCleanerMonitor"
 CLEANER_LOGGER = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
 CHECKPOINT_NAME = re.compile(
     r"checkpoint_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d+"

@@ -36,7 +36,13 @@ def submitted_job():
 
 def cleaner_logger():
     module = importlib.import_module(private_interfaces.CLEANER_LOGGER)
-    return module.logger.name == private_interfaces.CLEANER_LOGGER and hasattr(module, "PlacementGroupCleaner")
+    is_found = module.logger.name == private_interfaces.CLEANER_LOGGER and hasattr(module, "PlacementGroupCleaner")
+    return is_found and f'name="{private_interfaces.CLEANER_THREAD}"' in inspect.getsource(module)
+
+
+def token_logger():
+    module = importlib.import_module(private_interfaces.TOKEN_LOGGER)
+    return module.logger.name == private_interfaces.TOKEN_LOGGER
 
 
 def ray_data_console():
@@ -136,6 +142,7 @@ def serve_build_asgi_app():
     [
         submitted_job,
         cleaner_logger,
+        token_logger,
         ray_data_console,
         ray_train_context_logger,
         checkpoint_name,

@@ -128,21 +128,31 @@ def run_workers(
         validation_config=validation_config,
     )
     try:
-        with stopping.stop_on_sigterm(task.stop_request):
-            result = trainer.fit()
+        with stopping.stop_on_signals(task.stop_request) as signals:
+            result = stopping.fit_in_thread(trainer, task.stop_request, lambda: _describe_waiting(job))
     except TrainingFailedError as error:
         logger.error("training failed", exc_info=error)
         raise failures.as_command_error(error, job) from error
-    _require_finished(job, result.return_value)
+    _require_finished(job, result.return_value, signals)
     assert result.checkpoint is not None, "the last step always saves a checkpoint"
     checkpoints.delete_orphans(*storage.open_storage(job.run_location))
     return result.checkpoint, result.return_value.step
 
 
-def _require_finished(job: RunJob, outcome: Outcome) -> None:
+def _describe_waiting(job: RunJob) -> str:
+    """What the workers need, and what the cluster has of it."""
+    needed = job.workers if job.min_workers is None else job.min_workers
+    kind = "GPU" if job.device == "gpu" else "CPU"
+    free, total = ray.available_resources().get(kind, 0), ray.cluster_resources().get(kind, 0)
+    return (
+        f"waiting for {needed} workers, which need {needed} {kind}s: the cluster has {total:g}, {free:g} of them free"
+    )
+
+
+def _require_finished(job: RunJob, outcome: Outcome, signals: list[int]) -> None:
     """Raises RunError after a nonfinite gradient, SystemExit if training was stopped."""
     if outcome.nonfinite_step is not None:
         raise failures.nonfinite_error(job, outcome.nonfinite_step)
     if outcome.was_stopped:
         print(f"stopped at step {outcome.step} with a checkpoint; the same command resumes from it", flush=True)
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])

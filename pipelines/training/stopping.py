@@ -1,6 +1,6 @@
 """Stop requests and preemption notices, delivered to all workers after the same step.
 
-SIGTERM (`ray job stop`) reaches the driver, which forwards it to an actor; rank 0 polls that actor once a second.
+SIGTERM (`ray job stop`) or Ctrl-C reaches the driver, which forwards it to an actor; rank 0 polls that actor once a second.
 Preemption notices come from Ray through a collective call. All workers must react after the same step, or they deadlock.
 Therefore rank 0 broadcasts the signals about five times a second. The broadcast is asynchronous: it starts after one step
 and is read after a later one, the same on every worker, so that it overlaps with computation.
@@ -12,7 +12,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import ray.train
 import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import distributed
 
@@ -35,6 +37,7 @@ BROADCAST_SECONDS = 0.2  # approximate time between two broadcasts of the signal
 MAX_STEPS_PER_BROADCAST = 20  # bounds the delay when steps become slower
 PREEMPTION_POLL_SECONDS = 5.0  # Ray's own interval
 ACKNOWLEDGE_SECONDS = 10.0  # if no worker acknowledges a request within this time, none is running
+WAITING_SECONDS = 30.0  # workers usually start within this time
 ACTOR_EXIT_SECONDS = 30.0  # time within which Ray ends the actor of a killed driver
 
 
@@ -42,7 +45,7 @@ class StopRequest:
     """Actor that holds the driver's request to stop. It ends with the driver's job."""
 
     def __init__(self) -> None:
-        self._is_requested = self._is_acknowledged = False
+        self._is_requested = self._is_acknowledged = self._has_worker = False
 
     def request(self) -> None:
         """Requests that the workers save a checkpoint and stop."""
@@ -50,12 +53,17 @@ class StopRequest:
 
     def poll(self) -> bool:
         """Returns whether to stop. Only rank 0 calls this; the call acknowledges a request."""
+        self._has_worker = True
         self._is_acknowledged = self._is_requested
         return self._is_requested
 
     def is_acknowledged(self) -> bool:
         """Whether rank 0 has seen the request."""
         return self._is_acknowledged
+
+    def has_worker(self) -> bool:
+        """Whether rank 0 has started."""
+        return self._has_worker
 
 
 def claim_run(run_location: str) -> ActorHandle:
@@ -94,23 +102,27 @@ def _actor_name(run_location: str) -> str:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm(stop_request: ActorHandle) -> Iterator[None]:
-    """Turns SIGTERM into a stop request. A second SIGTERM, or a request that no worker acknowledges, ends the process.
+def stop_on_signals(stop_request: ActorHandle) -> Iterator[list[int]]:
+    """Turns SIGTERM, or Ctrl-C, into a stop request. Yields the signals received.
 
-    On Ctrl-C, Ray ends the workers and exits with code 0; this exit is converted into a KeyboardInterrupt.
+    A second signal, or a request that no worker acknowledges, ends the process: with SystemExit, or KeyboardInterrupt.
     """
+    signals: list[int] = []
     received, finished = threading.Event(), threading.Event()
 
-    def on_sigterm(number: int, frame: Any) -> None:
+    def on_signal(number: int, frame: Any) -> None:
+        signals.append(number)
         if received.is_set():
-            raise SystemExit(128 + signal.SIGTERM)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.set()
 
     def forward_request() -> None:
         received.wait()
         if finished.is_set():
             return
-        logger.warning("stop requested: saving a checkpoint first")
+        logger.warning(
+            "stop requested: saving a checkpoint first (a second Ctrl-C or signal ends at once, without one)"
+        )
         deadline = time.monotonic() + ACKNOWLEDGE_SECONDS
         while time.monotonic() < deadline and not finished.wait(0.2):
             with contextlib.suppress(RayError):  # a failed call is retried
@@ -118,23 +130,45 @@ def stop_on_sigterm(stop_request: ActorHandle) -> Iterator[None]:
                 if ray.get(stop_request.is_acknowledged.remote()):
                     return
         if not finished.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)
+            logger.warning("no worker was running: stopped without a new checkpoint")
+            os.kill(os.getpid(), signals[0])
 
     forwarder = threading.Thread(target=forward_request, daemon=True)
-    old_sigterm, old_sigint = signal.signal(signal.SIGTERM, on_sigterm), signal.getsignal(signal.SIGINT)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     forwarder.start()
     try:
-        yield
-    except SystemExit as error:
-        if error.code == 0:  # Ray's exit on Ctrl-C
-            raise KeyboardInterrupt from error
-        raise
+        yield signals
     finally:
         finished.set()
         received.set()
         forwarder.join()
-        signal.signal(signal.SIGTERM, old_sigterm)
-        signal.signal(signal.SIGINT, old_sigint)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit_in_thread(
+    trainer: TorchTrainer, stop_request: ActorHandle, describe_waiting: Callable[[], str]
+) -> ray.train.Result:
+    """`trainer.fit()` in another thread. In the main thread, Ray would handle Ctrl-C itself: by ending all workers.
+
+    Until rank 0 has started, logs `describe_waiting()` every WAITING_SECONDS.
+    """
+    result: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            result.set_result(trainer.fit())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    has_worker = False
+    while not wait([result], timeout=None if has_worker else WAITING_SECONDS).done:
+        with contextlib.suppress(RayError):
+            has_worker = ray.get(stop_request.has_worker.remote())
+            if not has_worker:
+                logger.warning(describe_waiting())
+    return result.result()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from torch import distributed
 
 from pipelines.training import stopping
-from pipelines.training.stopping import SignalMonitor, Signals, StopRequest, stop_on_sigterm
+from pipelines.training.stopping import SignalMonitor, Signals, StopRequest, fit_in_thread, stop_on_signals
 
 
 class Method:
@@ -22,12 +22,13 @@ class LocalActor:
     """A fake stop-request actor in this process. Without a worker it is never polled."""
 
     def __init__(self, *, has_worker=True):
-        self.state, self.has_worker = StopRequest(), has_worker
+        self.state, self._has_worker = StopRequest(), has_worker
         self.request, self.poll = Method(self.state.request), Method(self.state.poll)
         self.is_acknowledged = Method(self._is_acknowledged)
+        self.has_worker = Method(self.state.has_worker)
 
     def _is_acknowledged(self):
-        if self.has_worker:
+        if self._has_worker:
             self.state.poll()
         return self.state.is_acknowledged()
 
@@ -63,13 +64,13 @@ def num_threads(function):
 
 
 def run_inside(actor, work):
-    with stop_on_sigterm(actor):
+    with stop_on_signals(actor):
         work()
 
 
-def terminate(times=1):
+def terminate(times=1, number=signal.SIGTERM):
     for _ in range(times):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
     time.sleep(20.0)
 
 
@@ -84,7 +85,7 @@ def test_stop_request_is_acknowledged_when_a_worker_polls_it():
 
 def test_sigterm_requests_a_stop_and_a_second_one_ends_the_process(handlers):
     actor = LocalActor()
-    with stop_on_sigterm(actor):
+    with stop_on_signals(actor):
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(actor.state.is_acknowledged)
         wait_until(lambda: num_threads("forward_request") == 0)  # no deadline for saving the checkpoint
@@ -113,7 +114,7 @@ def test_failed_calls_are_retried(handlers, monkeypatch):
         return result
 
     monkeypatch.setattr(stopping.ray, "get", get)
-    with stop_on_sigterm(actor):
+    with stop_on_signals(actor):
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: not failures and actor.state.is_acknowledged())
 
@@ -131,17 +132,39 @@ def test_training_without_sigterm_requests_nothing(handlers, caplog):
     assert current_handlers() == handlers
 
 
-def test_rays_exit_on_an_interrupt_becomes_keyboard_interrupt(handlers):
-    def end(code):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray does
-        raise SystemExit(code)
-
+def test_ctrl_c_requests_a_stop_and_a_second_one_interrupts(handlers):
+    actor = LocalActor()
+    with stop_on_signals(actor) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(actor.state.is_acknowledged)
+    assert signals == [signal.SIGINT]
     with pytest.raises(KeyboardInterrupt):
-        run_inside(LocalActor(), lambda: end(0))
+        run_inside(LocalActor(), lambda: terminate(times=2, number=signal.SIGINT))
     assert current_handlers() == handlers
-    with pytest.raises(SystemExit) as stop:
-        run_inside(LocalActor(), lambda: end(3))
-    assert stop.value.code == 3
+
+
+class SlowTrainer:
+    """A trainer whose worker starts after some time, or never."""
+
+    def __init__(self, actor=None):
+        self.actor = actor
+
+    def fit(self):
+        time.sleep(0.3)
+        if self.actor is None:
+            raise ValueError("no worker")
+        self.actor.state.poll()
+        time.sleep(0.3)
+        return "result"
+
+
+def test_waiting_for_workers_is_logged_until_the_first_one_starts(handlers, monkeypatch, caplog):
+    monkeypatch.setattr(stopping, "WAITING_SECONDS", 0.1)
+    actor = LocalActor(has_worker=False)
+    assert fit_in_thread(SlowTrainer(actor), actor, lambda: "waiting for 2 workers") == "result"
+    assert 1 <= caplog.text.count("waiting for 2 workers") <= 3
+    with pytest.raises(ValueError, match="no worker"):
+        fit_in_thread(SlowTrainer(), LocalActor(has_worker=False), lambda: "waiting")
 
 
 @pytest.fixture(scope="module")

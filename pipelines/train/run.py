@@ -21,6 +21,7 @@ from pipelines.train.job import TrainJob
 from pipelines.train.prepare import Preparation, prepare, reload_initial_network
 from pipelines.train.publishing import FinishedTraining, publish_generators
 from pipelines.train.record import begin_run, new_record
+from pipelines.train.short_runs import short_run_warnings
 from pipelines.train.worker import WorkerTask, train_worker
 from pipelines.training.driver import claim_run, open_run, run_workers, with_workers
 from pipelines.training.record import TrainingRecord, write_record
@@ -34,6 +35,7 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
     Raises InputError for invalid input, RunError if training fails, and SystemExit if it is stopped.
     """
     ready = prepare(job)
+    _warn_if_short(ready)
     start_ray(needed_cpus=ready.job.num_workers or 1)
     job = with_workers(ready.job, ready.job.config.global_batch_size, ready.record)
     stop_request = claim_run(job, job.config.num_steps, ready.record)
@@ -43,6 +45,8 @@ def train(preset: str, job: TrainJob) -> TrainingRecord:
     run, record = open_run(job, ready.record, lambda tracking_uri: _begin(job, preset, ready, tracking_uri))
     with run.ends():
         validates = job.validation_data is not None and validation.has_spare_resources(job)
+        if job.validation_data is not None and not validates:
+            logger.info("the workers take all devices: held-out errors are measured once, after the last step")
         task = WorkerTask(
             job=job,
             tracking_uri=run.tracking_uri,
@@ -68,6 +72,7 @@ def _begin(job: TrainJob, preset: str, ready: Preparation, tracking_uri: str) ->
 def dry_run(preset: str, job: TrainJob) -> str:
     """Describes the run and its costs without training. Raises InputError for invalid input."""
     ready = prepare(job)
+    _warn_if_short(ready)
     job, manifest = ready.job, ready.manifest
     workload = Workload(
         config=job.config,
@@ -81,6 +86,11 @@ def dry_run(preset: str, job: TrainJob) -> str:
         return describe(preset, workload, job.num_workers or torch.cuda.device_count() or 1, job.min_workers)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def _warn_if_short(ready: Preparation) -> None:
+    for warning in short_run_warnings(ready.job.config, has_initial_network=ready.initial is not None):
+        logger.warning(warning)
 
 
 def _step_flops(config: TrainingConfig, manifest: Manifest) -> float | None:
@@ -101,7 +111,7 @@ def _publish(training: FinishedTraining, run: Run, record: TrainingRecord, *, is
         logger.info("the generators of step %d are already published", training.step)
         return record
     if training.job.validation_data is not None and not is_validated:
-        logger.info("validating the last checkpoint now: there were no spare resources during training")
+        logger.info("measuring the held-out errors of the last checkpoint")
         validation.validate(training.checkpoint, training.job, run.tracking_uri, run.run_id)
     record = replace(record, published=publish_generators(training, run))
     write_record(training.job, record)

@@ -14,6 +14,8 @@ from pipelines.private_interfaces import CLEANER_LOGGER, CLEANER_THREAD, TOKEN_L
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError
 
+logger = logging.getLogger(__name__)
+
 Device = Literal["auto", "gpu", "cpu"]
 # By default, glibc returns the memory of large temporary tensors to the system. The page faults of allocating it again at
 # every step make CPU training 3 to 10 times slower.
@@ -40,6 +42,7 @@ def start_ray(needed_cpus: int) -> None:
     else:
         # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
+        logger.info("starting a local Ray cluster with %d CPUs", cpus)
         logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)
         # A copy, because ray.init adds the hook to env_vars and refuses variables that already contain it.
         environment = {"worker_process_setup_hook": _prepare_worker, "env_vars": dict(FAST_MALLOC)}

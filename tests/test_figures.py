@@ -3,9 +3,7 @@
 import re
 
 from meanflow_core.presets import PRESETS
-from pipelines.plan.__main__ import parse_arguments
-from pipelines.plan.run import plan
-from tests.support.readme import commands, text_of
+from tests.support.readme import text_of
 
 GALLERY, COMPARISON, MEASURED = "docs/gallery.md", "docs/benchmarks/comparison.md", "docs/benchmarks/measured.md"
 
@@ -93,35 +91,6 @@ def test_agreement_with_the_authors_code():
     [stated] = figures("README.md", r"numbers of the authors' code: (1e-\d) in float32")
     [measured] = figures(MEASURED, r"agree within ([\d.]+e-\d) relative, in float32")
     assert float(stated) == float(measured)
-
-
-def test_runbook_and_planner_agree():
-    page = "docs/how-to/aws.md"
-    [line] = [line for line in commands("runbook", page) if line.startswith("python -m pipelines.plan")]
-    report = plan(*parse_arguments(line.split()[3:]))
-    table = {row["GPUs"]: row for row in planned(report)}
-    runbook = rows(page, "on 8 GPUs")["9 train, 240 epochs", "311.5 EFLOP: 259.4 TFLOP a step, 1,200,960 steps"]
-    assert runbook["on 8 GPUs"].endswith(f"{table['8']['days'].split()[0]} days")
-    assert runbook["on 32 GPUs"].endswith(f"{table['32']['days'].split()[0]} days")
-    cost = float(runbook["cost"].split(";")[0].replace(",", ""))
-    assert round(float(table["8"]["cost"].split()[0].replace(",", "")), -1) == cost
-    [latents] = re.findall(r"latents +([\d.]+) GB without mirror images", report)
-    assert f"{float(latents):.1f} GB on each node" in runbook["disk"]
-    for pattern in (
-        r"a step +([\d.]+ TFLOP)",
-        r"size +([\d.]+ GB)",
-        r"total +([\d.]+ GB)",
-        r"the training +([\d.]+ EFLOP)",
-    ):
-        [value] = re.findall(pattern, report)
-        assert value in text_of(page), pattern
-
-
-def planned(report: str) -> list[dict[str, str]]:
-    """The rows of the planner's table by number of GPUs."""
-    heading, *lines = report.split("the training, by number of GPUs\n")[1].split("\n\n")[0].splitlines()
-    names = re.split(r"\s{2,}", heading.strip())
-    return [dict(zip(names, re.split(r"\s{2,}", line.strip()), strict=True)) for line in lines]
 
 
 def test_minutes_of_the_demo():

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Timeout for status calls. A busy generator still answers these at once.
-STATUS_TIMEOUT_SECONDS = 5.0
+STATUS_TIMEOUT_SECONDS = 3.0
 # The generator enforces the deadline itself. If it does not answer at all, the request fails this much later.
 GRACE_SECONDS = 1.0
 # How long to repeat an "overloaded" refusal. A full queue takes longer than this to drain.

@@ -19,7 +19,7 @@ def main() -> None:
     report = check(job)
     print(describe(report))
     if not report.problems:
-        print(f"figure: {job.figure}")
+        print(f"figure: {job.figure.absolute()}")
     raise SystemExit(1 if report.problems else 0)
 
 

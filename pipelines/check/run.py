@@ -140,10 +140,11 @@ def describe(report: CheckReport) -> str:
         f"{report.num_samples} samples of {len(counts)} classes ({counts.min()} to {counts.max()} each), "
         f"{manifest.num_rejected} images rejected",
         "",
-        "channel   raw mean    raw std   normalized mean, std   sd-vae-ft-mse on ImageNet, raw mean, std",
     ]
     raw, normalized = report.statistics.raw(), report.statistics.normalized(report.normalization)
     has_reference = len(raw[0]) == len(SD_VAE_FT_MSE_MEAN) and manifest.recipe.vae_id == "stabilityai/sd-vae-ft-mse"
+    heading = "channel   raw mean    raw std   normalized mean, std"
+    lines.append(f"{heading}   sd-vae-ft-mse on ImageNet, raw mean, std" if has_reference else heading)
     for channel in range(len(raw[0])):
         reference = f"{SD_VAE_FT_MSE_MEAN[channel]:12.3f} {SD_VAE_FT_MSE_STD[channel]:10.3f}" if has_reference else ""
         lines.append(

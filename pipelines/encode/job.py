@@ -41,7 +41,7 @@ class EncodeJob:
     batch_size: int | None = None
     """Images per forward of the autoencoder; default: chosen for the device."""
     num_workers: int | None = None
-    """Encoding processes; default: one per GPU, or one per CPU without GPUs."""
+    """Encoding processes; default: one per GPU, or without GPUs one per CPU but one, which decodes images."""
     encoders_per_gpu: int = 1
     """Encoding processes that share a GPU."""
     device: Device = "auto"
@@ -49,7 +49,7 @@ class EncodeJob:
     images_per_shard: int = 512
     """Images per shard; reduced automatically for large images."""
     max_rejected_fraction: float = 0.001
-    """Fail if a larger fraction of the images is rejected. The encoded shards are kept."""
+    """Fail if a larger fraction of the images is rejected, and more than two images. The encoded shards are kept."""
     limit: int | None = None
     """Encode only this many images; default: all. Folders and tars: evenly spaced over the source. Parquet: equally many of
     each class, from few row groups. Only these images, parts of tars or row groups are read, but a tar in an object store is

@@ -3,6 +3,7 @@
 import collections
 import io
 import logging
+import math
 import os
 import pickle
 import time
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 NUM_SUMMARY_THREADS = 16  # object stores have high latency and serve many requests at once
 MAX_LOGGED_REJECTIONS = 20
+MIN_REJECTED = 2  # so many may be rejected from a set of any size
 
 
 def encode(job: EncodeJob) -> Manifest:
@@ -175,13 +177,14 @@ def _complete(job: EncodeJob, plan: Plan) -> Manifest:
         raise InputError(f"none of the {len(rejected)} images in {job.images} can be used: {rejected[0]['reason']}")
     _write_rejected(job.output, rejected)
     fraction = len(rejected) / plan.num_images
-    if fraction > job.max_rejected_fraction:
+    if len(rejected) > max(MIN_REJECTED, job.max_rejected_fraction * plan.num_images):
         reasons = collections.Counter(image["reason"].split(":")[0] for image in rejected).most_common(3)
+        enough = math.ceil(1e4 * fraction) / 1e4
         raise InputError(
             f"{len(rejected)} of {plan.num_images} images ({fraction:.2%}) cannot be used, more than "
             f"--max-rejected-fraction {job.max_rejected_fraction:g} "
             f"({', '.join(f'{count} {reason}' for reason, count in reasons)}); see {job.output}/{REJECTED}. All shards are "
-            f"written: repeat the command with a larger fraction to complete the dataset"
+            f"written: repair the images, or complete the dataset without them by --max-rejected-fraction {enough:g}"
         )
     manifest = Manifest(
         recipe=plan.recipe,

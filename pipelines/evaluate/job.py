@@ -55,7 +55,7 @@ class EvaluateJob(MeasuringOptions):
     """Real images that the generator was not trained on, or a latent dataset, as for --train-images. Their distance is the
     lowest that samples can be expected to reach. They are also the baseline for diversity."""
     tracking_uri: str | None = None
-    """MLflow address. Default: MLFLOW_TRACKING_URI. Without either, nothing is logged to MLflow."""
+    """MLflow address. Default: MLFLOW_TRACKING_URI, or else where the model was trained."""
     steps: tuple[int, ...] = (1, 2, 4)
     """Numbers of sampling steps to evaluate."""
     guidance_scales: tuple[float, ...] = ()

@@ -29,7 +29,7 @@ GRID = "grid"
 
 def samples_set(number: int) -> str:
     """Name of the set of samples drawn with setting `number`."""
-    return f"samples {number}"
+    return f"samples of setting {number + 1}"
 
 
 def plan_chunks(job: EvaluateJob, inputs: Inputs) -> list[Chunk]:

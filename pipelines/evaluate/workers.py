@@ -74,7 +74,7 @@ def measure_sets(
             if not num_missing[key]:
                 totals[key] = trees.pop(key).total()  # now, to free the memory of its parts
             num_done += result.kept.num_images + result.kept.num_unreadable
-            progress.update(num_done, f"last chunk: {chunk.set_name}")
+            progress.update(num_done, f"now {chunk.set_name}")
         for (name, _), total in totals.items():
             sets[name].add(ray.get(total))
     except ray.exceptions.RayTaskError as error:

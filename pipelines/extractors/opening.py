@@ -238,7 +238,9 @@ def _torch_fidelity() -> ModuleType:
         import torch_fidelity  # type: ignore  # optional, and without types
     except ImportError as error:
         raise InputError(
-            f"this extractor needs torch-fidelity, which cannot be imported ({error}); run pip install 'meanflow-ray[fid]'"
+            f"this extractor needs torch-fidelity, which cannot be imported ({error}). In the folder of the checkout, run "
+            f"pip install --constraint constraints-gpu.txt --editable '.[fid]'. It needs torchvision; with a CPU build of "
+            f"torch, use --extractor efficientnet-lite0, or a judge"
         ) from error
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         raise InputError(

@@ -342,5 +342,8 @@ def _assumptions(workload: Workload, cluster: Cluster) -> Lines:
         ("storage to node", f"{cluster.storage_gbyte:g} GB/s: --storage-gbyte; the default is a guess"),
         ("memory of a GPU", f"{usable}: data sheet, less {reserved}"),
         ("not counted", "latencies, sampling, checkpoints, restarts, waiting for data: comparatively small"),
-        *([] if price is None else [("price of a GPU hour", f"{price:g}: --price-per-gpu-hour")]),
+        (
+            "price of a GPU hour",
+            "give --price-per-gpu-hour for the cost" if price is None else f"{price:g}: --price-per-gpu-hour",
+        ),
     ]

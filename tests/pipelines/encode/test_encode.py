@@ -206,7 +206,7 @@ def test_damaged_shard_is_replaced_as_the_error_of_a_node_says(copied, tmp_path)
 def test_damaged_manifest_is_written_again_after_deleting_it(copied, tmp_path):
     complete = read_manifest(copied.output)
     (tmp_path / "latents" / MANIFEST).write_text("{")
-    with pytest.raises(InputError, match=r"manifest\.json is damaged .*; delete it and run `meanflow encode again"):
+    with pytest.raises(InputError, match=r"manifest\.json is damaged .*; delete it and run `meanflow encode` again"):
         encode_without_ray(copied)
     (tmp_path / "latents" / MANIFEST).unlink()
     assert encode_without_ray(copied, encode_shards=None) == complete

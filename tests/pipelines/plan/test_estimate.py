@@ -80,14 +80,15 @@ def test_runbook_figures_match_the_estimate():
     expected = {
         "NUMBER TFLOP a step": step_flops(load.config, **load.sizes) / 1e12,
         "One node of 8: NUMBER s a step": one_node.compute_seconds,
-        "At the assumed pace a step takes NUMBER s on 32 GPUs": many.compute_seconds,
+        "At the assumed rate, a step takes NUMBER s on 32 GPUs": many.compute_seconds,
         "gradients once: NUMBER GB in float32": gradient_bytes(load) / 1e9,
         "GPU: NUMBER GB a step at 32": many.gpu_bytes / 1e9,
-        "four nodes over 100 Gbit/s of TCP would take NUMBER s a step": many.communication_seconds,
-        "parameters; NUMBER GB a GPU with 8 rows at once": total(load, many.micro_batch_size) / 1e9,
+        "Over 100 Gbit/s of TCP it takes NUMBER s a step": many.communication_seconds,
+        "A GPU needs NUMBER GB with 8 samples per pass": total(load, many.micro_batch_size) / 1e9,
         "a checkpoint of NUMBER GB": checkpoint_bytes(load.config, **load.sizes) / 1e9,
         "every 2,500 steps: NUMBER minutes on 32 GPUs": 2500 * many.compute_seconds / 60,
         "both mirrors | 0.5 h | 0.1 h | | 11 | NUMBER GB in 2,503 shards": load.latent_bytes / 1e9,
+        "checkpoints; NUMBER GB on each node": replace(load, config=xl2()).latent_bytes / 1e9,  # trained without mirrors
         "NUMBER h: 9.0 days": hours,
     }
     for pattern, value in expected.items():
@@ -95,7 +96,7 @@ def test_runbook_figures_match_the_estimate():
         num_decimals = len(number.partition(".")[2])
         assert float(number) == pytest.approx(value, abs=0.5000001 * 10**-num_decimals), pattern
     # These two are rounded to tens.
-    assert float(runbook_number("so hiding it requires **NUMBER Gbit/s a node**")) == round(many.hiding_gbit, -1)
+    assert float(runbook_number("To hide the communication, **NUMBER Gbit/s a node**")) == round(many.hiding_gbit, -1)
     assert float(runbook_number("9.0 days | 54.1 h: 2.3 days | 27.0 h | NUMBER; spot")) == round(8 * price * hours, -1)
 
 

@@ -28,6 +28,9 @@ from pydantic import ValidationError
 from deploy.api.auth import is_loopback
 from deploy.settings import Arguments
 
+# The deployments of each topology in deploy/app.py. Their settings under user_config can change while they run.
+DEPLOYMENTS = {"one": ("Endpoint",), "two": ("Api", "ImageGenerator")}
+
 
 @dataclass(kw_only=True)
 class ServeJob:
@@ -37,7 +40,9 @@ class ServeJob:
     port: int = 8000
     """HTTP port."""
     host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 lets other machines in, and requires api_keys or --auth none."""
+    """Address to listen on. 0.0.0.0 lets other machines in, and requires --api-keys or --auth none."""
+    print_config: bool = False
+    """Print the config for `serve deploy`, and do not start anything."""
 
 
 def fast_path(folder: Path, environment: dict[str, str]) -> dict[str, str]:
@@ -98,6 +103,7 @@ def serve_config(job: ServeJob) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": "deploy.app:build_app",
                 "args": arguments,
+                "deployments": [{"name": name, "user_config": {}} for name in DEPLOYMENTS[job.arguments.topology]],
             }
         ],
     }
@@ -143,6 +149,9 @@ def main() -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP."""
     try:
         job = parse_arguments(sys.argv[1:])
+        if job.print_config:
+            print(yaml.safe_dump(serve_config(job), sort_keys=False), end="")
+            return
         check(job)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -70,9 +70,9 @@ def start(config: dict[str, Any]) -> str:
     options = config["http_options"]
     [application] = config["applications"]
     say(f"starting Ray and {application['args']['model']} on this machine; this takes about half a minute")
-    ray.init(address="local", namespace="serve", log_to_driver=False, logging_level="ERROR")
+    context = ray.init(address="local", namespace="serve", log_to_driver=False, logging_level="ERROR")
     logs = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest").resolve() / "logs"
-    say(f"logs: {logs}/serve")
+    say(f"logs: {logs}/serve; Ray's dashboard: http://{context.dashboard_url}")
     with open(logs / "meanflow-serve.log", "ab") as log:
         for descriptor in (1, 2):  # Ray's C++ code writes to these, too
             os.dup2(log.fileno(), descriptor)

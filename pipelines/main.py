@@ -6,6 +6,7 @@ runs the same code as `python -m pipelines.train demo ...`. Unlike the latter, i
 `pipelines` or `deploy` folder.
 """
 
+import importlib.metadata
 import os
 import runpy
 import sys
@@ -82,6 +83,9 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"meanflow-ray {importlib.metadata.version('meanflow-ray')}")
+        return
     if arguments[0] == "completion":
         print(COMPLETION.replace("PRESET_COMMANDS", " ".join(WITH_PRESETS)).replace("COMMANDS", " ".join(MODULES)))
         return

@@ -70,7 +70,7 @@ class AutoencoderJob:
     """CPU threads per worker; default: the machine's cores divided by its number of workers."""
     log_interval_steps: int = 100
     """Steps between logged losses."""
-    checkpoint_interval_steps: int = 1_000
+    checkpoint_interval_steps: int = 250
     """Steps between checkpoints and measurements of held-out images."""
     max_failures: int = 0
     """Maximum number of worker failures; after each, training restarts from the last checkpoint. -1: no limit."""

@@ -131,6 +131,11 @@ def _run_workers(job: AutoencoderJob, images: ImageSource, held_out: ImageSource
     except TrainingFailedError as error:
         logger.error("training failed", exc_info=error)
         raise _as_command_error(error) from error
+    except SystemExit as error:  # Ray ends the driver so on Ctrl-C
+        raise RunError(
+            f"interrupted; the same command resumes from the last checkpoint, if there is one (every "
+            f"{job.checkpoint_interval_steps} steps)"
+        ) from error
     assert isinstance(result.return_value, Result)
     return result.return_value
 

@@ -1,6 +1,7 @@
 """The command `meanflow`, started as its console script."""
 
 import contextlib
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ from tests.support.environments import command_modules
 from tests.support.readme import REPOSITORY
 
 PROGRAM = str(Path(sys.executable).with_name("meanflow"))
-OWN_COMMANDS = {  # of the demo, the cluster and tests; started with python -m
-    "deploy.spot_notice", "pipelines.compare.velocity_figure", "pipelines.demo.images", "pipelines.demo.judge",
+OWN_COMMANDS = {  # of the demo, the cluster, `meanflow serve` and tests; started with python -m
+    "deploy.serve_process", "deploy.spot_notice", "pipelines.compare.velocity_figure", "pipelines.demo.images",
+    "pipelines.demo.judge",
 }  # fmt: skip
 
 
@@ -40,6 +42,11 @@ def test_help_lists_every_command_within_a_second(users_folder):
     assert os.times().children_user + os.times().children_system - before < 1.0
     assert (result.returncode, result.stderr) == (0, "")
     assert all(f"\n  {name} " in result.stdout for name in MODULES)
+
+
+def test_version_is_that_of_the_package(users_folder):
+    shown = run(["--version"], users_folder)
+    assert shown.stdout.strip() == f"meanflow-ray {importlib.metadata.version('meanflow-ray')}"
 
 
 def test_every_module_that_runs_has_a_name():

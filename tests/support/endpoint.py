@@ -29,7 +29,7 @@ from deploy.api.routes import build_http_app
 from deploy.api.service import ApiService
 from deploy.replica.model_swap import ModelSwapper
 from deploy.replica.service import GeneratorService
-from deploy.serve import fast_path
+from deploy.serve import DEPLOYMENTS, fast_path
 from deploy.settings import Arguments
 from meanflow_core.autoencoder import load_autoencoder
 from meanflow_core.generator import build_pipeline, save_generator
@@ -41,8 +41,6 @@ from pipelines.demo import images
 from pipelines.demo.autoencoder import SHIPPED_AUTOENCODER
 from pipelines.demo.serving import free_port
 
-# Deployments of each topology: the HTTP API, the generator.
-DEPLOYMENTS = {"one": ("Endpoint",), "two": ("Api", "ImageGenerator")}
 WNIDS = [images.wnid(label) for label in range(10)]
 
 

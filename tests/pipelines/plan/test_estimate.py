@@ -88,7 +88,8 @@ def test_runbook_figures_match_the_estimate():
         "a checkpoint of NUMBER GB": checkpoint_bytes(load.config, **load.sizes) / 1e9,
         "every 2,500 steps: NUMBER minutes on 32 GPUs": 2500 * many.compute_seconds / 60,
         "both mirrors | 0.5 h | 0.1 h | | 11 | NUMBER GB in 2,503 shards": load.latent_bytes / 1e9,
-        "checkpoints; NUMBER GB on each node": replace(load, config=xl2()).latent_bytes / 1e9,  # trained without mirrors
+        "checkpoints; NUMBER GB on each node": replace(load, config=xl2()).latent_bytes
+        / 1e9,  # trained without mirrors
         "NUMBER h: 9.0 days": hours,
     }
     for pattern, value in expected.items():

@@ -5,6 +5,7 @@ import tomllib
 
 import click
 import pytest
+import yaml
 from mlflow.cli import cli as mlflow_command_line
 from ray.scripts.scripts import cli as ray_command_line
 from ray.serve.scripts import cli as serve_command_line
@@ -33,6 +34,7 @@ COMMAND_PAGES = (
     "docs/how-to/encode.md",
     "docs/how-to/evaluate.md",
     "docs/how-to/existing-cluster.md",
+    "docs/how-to/keep-serving.md",
     "docs/how-to/train.md",
     "docs/reference/files.md",
     "docs/tutorials/first-images.ipynb",
@@ -58,6 +60,7 @@ def test_every_command_of_a_page_parses(page):
         "docs/how-to/convert.md": 3,
         "docs/how-to/evaluate.md": 7,
         "docs/how-to/existing-cluster.md": 6,
+        "docs/how-to/keep-serving.md": 4,
         "docs/how-to/train.md": 5,
         "docs/tutorials/first-images.ipynb": 5,
         "docs/tutorials/own-images.ipynb": 6,
@@ -119,12 +122,12 @@ def test_misspelt_command_does_not_parse(line, capsys):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_bash_block_is_marked_with_the_test_that_reads_it(page):
     for kind, block in blocks(page):
-        assert kind in ("bash", "python", "html", "bibtex", "", "{toctree}", "{eval-rst}"), (
-            page,
-            kind,
-        )  # tests/deploy/api/test_page.py runs the html
+        kinds = {"bash", "python", "html", "bibtex", "ini", "dockerfile", "yaml", "", "{toctree}", "{eval-rst}"}
+        assert kind in kinds, (page, kind)  # tests/deploy/api/test_page.py runs the html
         if kind == "python":
             compile(block, page, "exec")
+        if kind == "yaml":
+            yaml.safe_load(block)
         # A block without a kind holds no commands.
         assert kind == "bash" or not any(line.split(" ")[0] in TOOLS for line in block.splitlines() if line), block
     if page == KUBERNETES:

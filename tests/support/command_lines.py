@@ -91,7 +91,8 @@ def _python(words: list[str]) -> object:
 
 def _assert_files_exist(words: list[str]) -> None:
     for word in words:
-        assert not word.endswith(".yaml") or (REPOSITORY / word).is_file(), word
+        is_of_the_user = word == "endpoint.yaml"  # written by `meanflow serve --print-config`
+        assert not word.endswith(".yaml") or is_of_the_user or (REPOSITORY / word).is_file(), word
 
 
 def _ray(words: list[str]) -> object:
@@ -196,6 +197,7 @@ def _export(words: list[str]) -> None:
         "RAY_SERVE_TRACING_SAMPLING_RATIO",
         "RAY_API_SERVER_ADDRESS",
         "RAY_AUTH_MODE",
+        "RAY_TMPDIR",
         "MLFLOW_TRACKING_URI",
         "AWS_DEFAULT_REGION",
         "PGPASSWORD",
@@ -251,10 +253,12 @@ def parse_command(line: str) -> object:
         return parse_command(exported[2])
     if assigned := re.fullmatch(r"[A-Z]+=\$\((.*)\)", line):
         return parse_command(assigned[1])
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.removeprefix("exec "), comments=True)
     if "|" in words:
         parse_command(shlex.join(words[: words.index("|")]))
         words = words[words.index("|") + 1 :]
+    if ">" in words:
+        words = words[: words.index(">")]
     variables = {}
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name, value = words.pop(0).split("=", 1)

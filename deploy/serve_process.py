@@ -5,11 +5,13 @@
 The console gets a few lines. The output of Ray and Serve goes to files in the session's folder of logs.
 """
 
+import functools
 import os
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,6 @@ POLL_SECONDS = 0.5
 
 class DeploymentError(Exception):
     """The application did not start. The message is the reason."""
-
-
-console = os.fdopen(os.dup(1), "w", buffering=1)
-
-
-def say(line: str) -> None:
-    """Prints a line to the console, also after standard output has gone to a file."""
-    print(line, file=console)
 
 
 def wait_until_running(application: str) -> None:
@@ -62,10 +56,10 @@ def wait_until_ready(url: str) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def start(config: dict[str, Any]) -> str:
+def start(config: dict[str, Any], say: Callable[[str], None]) -> str:
     """Starts Ray and Serve and deploys the config's application. Returns its address once it answers.
 
-    Raises DeploymentError.
+    say: prints a line to the console. Standard output and error go to a file. Raises DeploymentError.
     """
     options = config["http_options"]
     [application] = config["applications"]
@@ -90,9 +84,10 @@ def start(config: dict[str, Any]) -> str:
 def main() -> int:
     """Serves until SIGINT. Returns the exit code: 0 after a signal, 1 if the application did not start."""
     config = yaml.safe_load(Path(sys.argv[1]).read_text())
+    say = functools.partial(print, file=os.fdopen(os.dup(1), "w", buffering=1))
     started, code = time.monotonic(), 0
     try:
-        url = start(config)
+        url = start(config, say)
         say(f"ready after {time.monotonic() - started:.0f} s: {url} (a page), {url}/docs (the API). Ctrl-C stops it.")
         while True:
             time.sleep(3600)

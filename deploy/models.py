@@ -62,7 +62,8 @@ def _as_value_error(failure: str) -> Iterator[None]:
 
 
 def resolve_model(model: str, tracking_uri: str | None) -> str:
-    """Resolves "models:/name@alias" and "models:/name/latest" to "models:/name/3". Makes folder paths absolute, keeps URIs.
+    """Resolves "models:/name@alias" and "models:/name/latest" to "models:/name/3". Keeps URIs. Of a folder, returns the
+    absolute path of the generator in it.
 
     Raises ValueError if the model does not exist.
     """
@@ -78,8 +79,7 @@ def resolve_model(model: str, tracking_uri: str | None) -> str:
                 f"model {model} is not a folder; expected a generator folder, a URI such as s3://bucket/runs/a/generator, "
                 f"models:/name@alias or runs:/id/name"
             )
-        find_generator(folder)
-        return str(folder)
+        return str(find_generator(folder))
     import mlflow
 
     client = _client(model, tracking_uri)

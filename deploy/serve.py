@@ -26,6 +26,7 @@ import yaml
 from pydantic import ValidationError
 
 from deploy.api.auth import is_loopback
+from deploy.models import is_in_mlflow
 from deploy.settings import Arguments
 
 # The deployments of each topology in deploy/app.py. Their settings under user_config can change while they run.
@@ -94,6 +95,8 @@ def serve_config(job: ServeJob) -> dict[str, Any]:
     for name in ("model", "preview_vae", "tracking_uri"):
         if name in arguments:
             arguments[name] = _absolute(arguments[name])
+    if is_in_mlflow(job.arguments.model) and "MLFLOW_TRACKING_URI" in os.environ:  # which other machines may lack
+        arguments.setdefault("tracking_uri", _absolute(os.environ["MLFLOW_TRACKING_URI"]))
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": job.host, "port": job.port, "keep_alive_timeout_s": 90},
@@ -152,6 +155,7 @@ def main() -> None:
         if job.print_config:
             print(yaml.safe_dump(serve_config(job), sort_keys=False), end="")
             return
+        print(f"checking {job.arguments.model}", flush=True)
         check(job)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

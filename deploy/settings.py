@@ -24,7 +24,8 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
     model: Annotated[str, tyro.conf.Positional]
-    """A generator: folder, models:/name@alias or runs:/id/name. An alias is resolved once, when the app is built."""
+    """A generator: its folder (or one that contains exactly one), a URI, models:/name@alias or runs:/id/name. An alias is
+    resolved once, when the app is built."""
     tracking_uri: str | None = None
     """MLflow address for models:/ and runs:/. Default: MLFLOW_TRACKING_URI."""
     served_name: str | None = Field(default=None, min_length=1, max_length=200)
@@ -76,7 +77,8 @@ class Arguments(BaseModel):
     """Images per key and replica of Api or Endpoint: "600/minute", "10/second;10000/day". Without keys, per address; behind
     HAProxy, all callers have the same one."""
     cors_origins: list[str] = Field(default_factory=list)
-    """Origins whose pages may call the API from a browser, such as https://example.org. "*" allows all."""
+    """Origins whose pages may call the API from a browser, such as https://example.org; several are separated by
+    spaces or commas. "*" allows all."""
     log_prompts: bool = False
     """Include the requested class in the access log."""
 

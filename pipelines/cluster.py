@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WAITING_SECONDS = 30.0  # workers usually start within this time
+
 Device = Literal["auto", "gpu", "cpu"]
 # By default, glibc returns the memory of large temporary tensors to the system. The page faults of allocating it again at
 # every step make CPU training 3 to 10 times slower.
@@ -42,7 +44,7 @@ def start_ray(needed_cpus: int) -> None:
     else:
         # "local" ignores other clusters that happen to run on this machine.
         cpus = max(os.cpu_count() or 1, needed_cpus)
-        logger.info("starting a local Ray cluster with %d CPUs", cpus)
+        logger.info("starting a local Ray cluster with %d CPU slots", cpus)
         logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)
         # A copy, because ray.init adds the hook to env_vars and refuses variables that already contain it.
         environment = {"worker_process_setup_hook": _prepare_worker, "env_vars": dict(FAST_MALLOC)}
@@ -67,6 +69,20 @@ def _prepare_worker() -> None:
             report(error)
 
     threading.excepthook = report_others
+
+
+def describe_waiting(num_workers: int, *, use_gpu: bool) -> str:
+    """What workers that have not started need, and what the cluster has of it."""
+    import ray
+
+    kind = "GPU" if use_gpu else "CPU"
+    free, total = ray.available_resources().get(kind, 0), ray.cluster_resources().get(kind, 0)
+    if "RAY_ADDRESS" not in os.environ and total >= num_workers:  # this job has the cluster to itself
+        return f"{num_workers} workers are starting"
+    return (
+        f"waiting for {num_workers} workers, which need {num_workers} {kind}s: the cluster has {total:g}, {free:g} of them "
+        f"free"
+    )
 
 
 def map_on_cluster(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

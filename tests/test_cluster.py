@@ -120,6 +120,7 @@ def serve_config(user, model, port):
     application["args"] = {"model": model, "tracking_uri": user.mlflow_uri}
     for deployment in application["deployments"]:
         deployment.pop("autoscaling_config", None)
+        deployment["user_config"].pop("api_keys", None)
     return config
 
 

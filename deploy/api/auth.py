@@ -42,7 +42,8 @@ def identify_caller(
         return f"address {request.client.host if request.client else 'unknown'}"
     name = find_key_name(credentials.credentials, api_keys) if credentials else None
     if name is None:
-        received = "an unknown one" if credentials else "none"
+        header = "another scheme than Bearer" if "authorization" in request.headers else "none"
+        received = "an unknown one" if credentials else header
         raise ApiError(
             401, f"expected an API key as `Authorization: Bearer KEY`, but got {received}", "invalid_api_key"
         )

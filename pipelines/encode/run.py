@@ -112,6 +112,12 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool)
             "grows: add nodes, or restart the job with a smaller --num-workers",
             num_encoders, num_encoders + 1, num_cpus,
         )  # fmt: skip
+    elif not use_gpu and (free := ray.available_resources().get("CPU", 0.0)) < num_encoders + 1:
+        logger.warning(
+            "%d encoders and the decoding tasks need %d CPUs, but other jobs use all but %g of the cluster's %d; the job "
+            "waits for them",
+            num_encoders, num_encoders + 1, free, num_cpus,
+        )  # fmt: skip
     results = _encoding_dataset(job, plan, shards, num_encoders, use_gpu=use_gpu, grey=grey)
     done = plan.num_images - sum(len(plan.rows(shard)) for shard in shards)
     progress = Progress(logger, "encoded", "images", plan.num_images, start=done)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import ray
 from ray.actor import ActorHandle
 
-from pipelines.cluster import choose_gpus, num_gpus, start_ray
+from pipelines.cluster import WAITING_SECONDS, choose_gpus, describe_waiting, num_gpus, start_ray
 from pipelines.errors import InputError
 from pipelines.evaluate.chunks import Chunk
 from pipelines.evaluate.job import MeasuringOptions
@@ -129,6 +129,7 @@ class WorkerPool:
             max_task_retries=-1,
         )
         device = "cuda" if workers.use_gpu else "cpu"
+        self._use_gpu = workers.use_gpu
         self._actors = [actor_class.remote(config, device) for _ in range(min(workers.num_workers, num_chunks))]
         self._loaded: list[ActorHandle] = []
         self._num_added = 0
@@ -141,7 +142,12 @@ class WorkerPool:
         finished: dict[int, SetSums] = {}
         num_yielded = 0
         while num_yielded < len(chunks):
-            [reference], _ = ray.wait([*loading, *measuring], num_returns=1)
+            timeout = None if self._loaded else WAITING_SECONDS
+            ready, _ = ray.wait([*loading, *measuring], num_returns=1, timeout=timeout)
+            if not ready:
+                logger.warning(describe_waiting(len(self._actors), use_gpu=self._use_gpu))
+                continue
+            [reference] = ready
             kept = ray.get(reference)
             if reference in loading:
                 actor = loading.pop(reference)

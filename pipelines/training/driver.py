@@ -1,5 +1,6 @@
 """What the drivers of all training stages do: choose the workers, run them on Ray Train, and explain how they ended."""
 
+import functools
 import logging
 import signal
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from pipelines import storage
-from pipelines.cluster import choose_gpus, num_gpus
+from pipelines.cluster import choose_gpus, describe_waiting, num_gpus
 from pipelines.errors import InputError
 from pipelines.tracking.run import Run
 from pipelines.tracking.server import resolve_tracking_uri
@@ -129,7 +130,8 @@ def run_workers(
     )
     try:
         with stopping.stop_on_signals(task.stop_request) as signals:
-            result = stopping.fit_in_thread(trainer, task.stop_request, lambda: _describe_waiting(job))
+            waiting = functools.partial(describe_waiting, job.min_workers or job.workers, use_gpu=job.device == "gpu")
+            result = stopping.fit_in_thread(trainer, task.stop_request, waiting)
     except TrainingFailedError as error:
         logger.error("training failed", exc_info=error)
         raise failures.as_command_error(error, job) from error
@@ -137,16 +139,6 @@ def run_workers(
     assert result.checkpoint is not None, "the last step always saves a checkpoint"
     checkpoints.delete_orphans(*storage.open_storage(job.run_location))
     return result.checkpoint, result.return_value.step
-
-
-def _describe_waiting(job: RunJob) -> str:
-    """What the workers need, and what the cluster has of it."""
-    needed = job.workers if job.min_workers is None else job.min_workers
-    kind = "GPU" if job.device == "gpu" else "CPU"
-    free, total = ray.available_resources().get(kind, 0), ray.cluster_resources().get(kind, 0)
-    return (
-        f"waiting for {needed} workers, which need {needed} {kind}s: the cluster has {total:g}, {free:g} of them free"
-    )
 
 
 def _require_finished(job: RunJob, outcome: Outcome, signals: list[int]) -> None:

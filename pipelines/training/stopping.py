@@ -27,6 +27,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import distributed
 
+from pipelines.cluster import WAITING_SECONDS
 from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ BROADCAST_SECONDS = 0.2  # approximate time between two broadcasts of the signal
 MAX_STEPS_PER_BROADCAST = 20  # bounds the delay when steps become slower
 PREEMPTION_POLL_SECONDS = 5.0  # Ray's own interval
 ACKNOWLEDGE_SECONDS = 10.0  # if no worker acknowledges a request within this time, none is running
-WAITING_SECONDS = 30.0  # workers usually start within this time
 ACTOR_EXIT_SECONDS = 30.0  # time within which Ray ends the actor of a killed driver
 
 

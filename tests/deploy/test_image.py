@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from tests.support.command_lines import parse_module
 from tests.support.environments import PACKAGES, Environment, command_modules, copy_files, tracked_files
 from tests.support.readme import REPOSITORY, text_of
 
@@ -43,11 +44,11 @@ def paths_of(copy: str) -> list[str]:
     return [word for word in shlex.split(copy) if not word.startswith("--")]
 
 
-def is_sent_to_docker(path: str) -> bool:
-    """Whether .dockerignore lets a file into the build context: the last pattern for it or a parent folder decides."""
+def is_sent_to_docker(path: str, ignore_file: str = ".dockerignore") -> bool:
+    """Whether the ignore file lets a file into the build context: the last pattern for it or a parent folder decides."""
     parents = [path, *(str(parent) for parent in Path(path).parents)]
     is_sent = True
-    for line in text_of(".dockerignore").splitlines():
+    for line in text_of(ignore_file).splitlines():
         if not line or line.startswith("#"):
             continue
         pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
@@ -91,6 +92,20 @@ def test_build_context_holds_what_is_copied_and_no_secrets():
         assert not is_sent_to_docker(name), name
     for name in ("pyproject.toml", "pipelines/train/run.py", "deploy/mlflow/env.example", "deploy/web/index.html"):
         assert is_sent_to_docker(name), name
+
+
+def test_the_endpoints_image_has_what_it_installs_and_serves_as_a_user():
+    name = "deploy/endpoint.Dockerfile"
+    lines = [line.split(" ", 1) for line in text_of(name).splitlines() if line and not line.startswith("#")]
+    sources = {source for kind, rest in lines if kind == "COPY" for source in paths_of(rest)[:-1]}
+    assert {"constraints.txt", "meanflow_core", "pipelines", "deploy"} < sources
+    for source in sources:
+        assert (REPOSITORY / source).exists(), source
+        assert is_sent_to_docker(source, f"{name}.dockerignore"), source
+    assert not is_sent_to_docker(".git/config", f"{name}.dockerignore")
+    kinds = [kind for kind, _ in lines]
+    assert kinds[-3:] == ["USER", "EXPOSE", "ENTRYPOINT"]
+    parse_module("deploy.serve", ["/generator", "--host", "0.0.0.0", "--api-keys", "alice", "0" * 64])
 
 
 def test_dependencies_are_installed_before_the_code_from_the_image_constraints(capsys):

@@ -305,11 +305,8 @@ def test_serve_config_differs_from_deploy_serve_only_where_it_must(overlay):
     config, _ = validated(named(overlay, "RayService", "endpoint")["spec"]["serveConfigV2"])
     expected = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
     expected["proxy_location"] = "EveryNode"  # KubeRay's Service routes requests to the workers
-    expected["http_options"]["host"] = "0.0.0.0"
     arguments, own = expected["applications"][0]["args"], config["applications"][0]["args"]
     del arguments["tracking_uri"]  # the pods set MLFLOW_TRACKING_URI
-    keys = config["applications"][0]["deployments"][1]["user_config"].pop("api_keys")
-    assert list(keys.values()) == ["0" * 64]  # no key has this hash: the endpoint is closed until the user adds a key
     if own["model"] == "models:/meanflow-b4@champion":  # the overlay for one GPU
         own["model"] = arguments["model"]
         for application in (config, expected):

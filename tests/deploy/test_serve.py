@@ -60,5 +60,5 @@ def test_an_endpoint_that_cannot_start_says_why_and_ends(tmp_path):
     *_, error, last = ended.stdout.splitlines()
     assert error.startswith("error: the endpoint did not start: ValueError: cannot load"), ended.stdout
     assert last == "stopped"
-    assert len(ended.stdout.splitlines()) == 4
+    assert len(ended.stdout.splitlines()) == 5
     assert ended.stderr == ""

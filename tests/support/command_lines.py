@@ -131,6 +131,8 @@ def _curl(words: list[str]) -> object:
 
 def _docker(words: list[str]) -> None:
     image = "REGISTRY/meanflow-ray:" + tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
+    if any("meanflow-endpoint:" in word for word in words):
+        image = image.replace("REGISTRY/meanflow-ray", "meanflow-endpoint")
     if words[0] == "build":
         assert (REPOSITORY / words[words.index("--file") + 1]).is_file()
         assert (words[words.index("--tag") + 1], words[-1]) == (image, ".")
@@ -143,13 +145,15 @@ def _docker(words: list[str]) -> None:
         parser = argparse.ArgumentParser(allow_abbrev=False)
         for switch in ("--rm", "--detach"):
             parser.add_argument(switch, action="store_true")
-        for option in ("--gpus", "--restart", "--name", "--publish", "--volume"):
+        for option in ("--gpus", "--restart", "--name", "--publish", "--volume", "--shm-size"):
             parser.add_argument(option)
         parser.add_argument("--env", action="append")
         parser.add_argument("image", choices=[image, "postgres:17"])
         parser.add_argument("command", nargs=argparse.REMAINDER)
         command = parser.parse_args(words[1:]).command
-        if command[:2] == ["python", "-c"]:
+        if image.startswith("meanflow-endpoint"):
+            parse_serve(command)
+        elif command[:2] == ["python", "-c"]:
             compile(command[2], "-c", "exec")
         else:
             assert command in ([], ["pip", "freeze"])
@@ -254,6 +258,8 @@ def parse_command(line: str) -> object:
     if assigned := re.fullmatch(r"[A-Z]+=\$\((.*)\)", line):
         return parse_command(assigned[1])
     words = shlex.split(line.removeprefix("exec "), comments=True)
+    if not words:
+        return None
     if "|" in words:
         parse_command(shlex.join(words[: words.index("|")]))
         words = words[words.index("|") + 1 :]

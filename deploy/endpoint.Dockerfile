@@ -7,6 +7,7 @@ COPY pyproject.toml constraints.txt LICENSE NOTICE README.md ./
 COPY meanflow_core meanflow_core
 COPY pipelines pipelines
 COPY deploy deploy
+ARG PIP_EXTRA_INDEX_URL
 RUN pip install --no-cache-dir --constraint constraints.txt .
 
 USER 1000

@@ -129,7 +129,7 @@ def _one_line(error: ValidationError) -> str:
 
 
 def check(job: ServeJob) -> None:
-    """Raises ValueError for what would otherwise fail after Ray has started: model, host and port."""
+    """Raises ValueError if the model is not there, the host needs keys, or the port is not free: before Ray starts."""
     from deploy.models import resolve_model  # imports torch
 
     if not (is_loopback(job.host) or job.arguments.api_keys or job.arguments.auth == "none"):
@@ -137,35 +137,37 @@ def check(job: ServeJob) -> None:
             f"--host {job.host} lets other machines in, and there are no API keys; give --api-keys NAME HASH "
             f"(`meanflow keys NAME` makes both), --auth none, or --host 127.0.0.1"
         )
+    if not 0 < job.port < 65536:
+        raise ValueError(f"--port must be between 1 and 65535, but got {job.port}")
     try:
         with socket.socket(socket.AF_INET6 if ":" in job.host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((job.host, job.port))
-    except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"cannot listen on {job.host}, port {job.port}: {str(error).rstrip('.')}; choose another --port"
-        ) from error
+    except OSError as error:
+        raise ValueError(f"cannot listen on {job.host}, port {job.port}: {error}; choose another --port") from error
     resolve_model(job.arguments.model, job.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None)
 
 
 def main() -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP."""
+    """Serves until SIGINT, SIGTERM or SIGHUP. Exits with 2 for invalid options, and with 1 if it cannot start."""
+    code = 2
     try:
         job = parse_arguments(sys.argv[1:])
         if job.print_config:
             print(yaml.safe_dump(serve_config(job), sort_keys=False), end="")
             return
         print(f"checking {job.arguments.model}", flush=True)
+        code = 1  # what is missing now may be there later
         check(job)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code)
     with tempfile.TemporaryDirectory(prefix="mfp-", dir="/tmp") as folder:  # paths of Unix sockets must be short
         config_file = Path(folder, "serve.yaml")
         config_file.write_text(yaml.safe_dump(serve_config(job)))
         # A new cluster, because a running one lacks the variables; it starts in `folder`, because Ray's processes search the
         # current folder first for modules, and the user's may have a `deploy`.
-        command = [sys.executable, "-m", "deploy.serve_process", str(config_file)]
+        command = [sys.executable, "-c", "from deploy.serve_process import main; main()", str(config_file)]
         environment = {**os.environ, **fast_path(Path(folder), dict(os.environ)), "PYTHONPATH": _module_folders()}
         if "MLFLOW_TRACKING_URI" in environment:
             environment["MLFLOW_TRACKING_URI"] = _absolute(environment["MLFLOW_TRACKING_URI"])

@@ -80,8 +80,8 @@ def describe_waiting(num_workers: int, *, use_gpu: bool) -> str:
     if "RAY_ADDRESS" not in os.environ and total >= num_workers:  # this job has the cluster to itself
         return f"{num_workers} workers are starting"
     return (
-        f"waiting for {num_workers} workers, which need {num_workers} {kind}s: the cluster has {total:g}, {free:g} of them "
-        f"free"
+        f"{num_workers} workers have not started yet. They need {num_workers} {kind}s; the cluster has {total:g}, of which "
+        f"{free:g} are free"
     )
 
 

@@ -19,7 +19,8 @@ from tests.support.environments import PACKAGES, Environment, command_modules, c
 from tests.support.readme import REPOSITORY, text_of
 
 PROJECT = tomllib.loads(text_of("pyproject.toml"))["project"]
-NOT_PACKED = {"deploy/Dockerfile"}  # it copies the repository, so it builds nowhere else
+# They copy the repository, so they build nowhere else.
+NOT_PACKED = {"deploy/Dockerfile", "deploy/endpoint.Dockerfile", "deploy/endpoint.Dockerfile.dockerignore"}
 
 
 @pytest.fixture(scope="module")

@@ -105,19 +105,21 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool)
     elif num_encoders is None:
         # One single-threaded encoder per CPU: the threads of one process would wait for each other at every layer.
         num_encoders = max(1, num_cpus - 1)
-    use_gpu = choose_gpus(job.device, -(-num_encoders // job.encoders_per_gpu))
+    num_gpus_needed = -(-num_encoders // job.encoders_per_gpu)
+    use_gpu = choose_gpus(job.device, num_gpus_needed)
     if not use_gpu and num_encoders >= num_cpus:
         logger.warning(
             "%d encoders and the decoding tasks need %d CPUs, but the cluster has %d; the job waits until the cluster "
             "grows: add nodes, or restart the job with a smaller --num-workers",
             num_encoders, num_encoders + 1, num_cpus,
         )  # fmt: skip
-    elif not use_gpu and (free := ray.available_resources().get("CPU", 0.0)) < num_encoders + 1:
-        logger.warning(
-            "%d encoders and the decoding tasks need %d CPUs, but other jobs use all but %g of the cluster's %d; the job "
-            "waits for them",
-            num_encoders, num_encoders + 1, free, num_cpus,
-        )  # fmt: skip
+    else:
+        kind, needed = ("GPU", num_gpus_needed) if use_gpu else ("CPU", num_encoders + 1)
+        free = ray.available_resources().get(kind, 0.0)
+        if free < needed:
+            logger.warning(
+                "encoding needs %d %ss, but only %g are free now; it waits for the others", needed, kind, free
+            )
     results = _encoding_dataset(job, plan, shards, num_encoders, use_gpu=use_gpu, grey=grey)
     done = plan.num_images - sum(len(plan.rows(shard)) for shard in shards)
     progress = Progress(logger, "encoded", "images", plan.num_images, start=done)
@@ -183,7 +185,7 @@ def _complete(job: EncodeJob, plan: Plan) -> Manifest:
         raise InputError(f"none of the {len(rejected)} images in {job.images} can be used: {rejected[0]['reason']}")
     _write_rejected(job.output, rejected)
     fraction = len(rejected) / plan.num_images
-    if len(rejected) > max(MIN_REJECTED, job.max_rejected_fraction * plan.num_images):
+    if len(rejected) > MIN_REJECTED and fraction > job.max_rejected_fraction:
         reasons = collections.Counter(image["reason"].split(":")[0] for image in rejected).most_common(3)
         enough = math.ceil(1e4 * fraction) / 1e4
         raise InputError(

@@ -17,9 +17,8 @@ from tests.support.environments import command_modules
 from tests.support.readme import REPOSITORY
 
 PROGRAM = str(Path(sys.executable).with_name("meanflow"))
-OWN_COMMANDS = {  # of the demo, the cluster, `meanflow serve` and tests; started with python -m
-    "deploy.serve_process", "deploy.spot_notice", "pipelines.compare.velocity_figure", "pipelines.demo.images",
-    "pipelines.demo.judge",
+OWN_COMMANDS = {  # of the demo, the cluster and tests; started with python -m
+    "deploy.spot_notice", "pipelines.compare.velocity_figure", "pipelines.demo.images", "pipelines.demo.judge",
 }  # fmt: skip
 
 

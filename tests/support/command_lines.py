@@ -143,9 +143,9 @@ def _docker(words: list[str]) -> None:
     else:
         assert words[0] == "run"
         parser = argparse.ArgumentParser(allow_abbrev=False)
-        for switch in ("--rm", "--detach"):
+        for switch in ("--rm", "--detach", "--init"):
             parser.add_argument(switch, action="store_true")
-        for option in ("--gpus", "--restart", "--name", "--publish", "--volume", "--shm-size"):
+        for option in ("--gpus", "--restart", "--name", "--publish", "--volume", "--shm-size", "--stop-timeout"):
             parser.add_argument(option)
         parser.add_argument("--env", action="append")
         parser.add_argument("image", choices=[image, "postgres:17"])

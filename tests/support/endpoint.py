@@ -226,7 +226,7 @@ def _stop(endpoint: RunningEndpoint) -> None:
 
 @contextlib.contextmanager
 def running_endpoint(arguments: dict | None = None, deployments: list[dict] | None = None) -> Iterator[RunningEndpoint]:
-    """Starts the endpoint as a user does, on its own Ray cluster, and stops every process on exit.
+    """Starts the endpoint by `serve run`, on its own Ray cluster, and stops every process on exit.
 
     Without a model, it serves a new generator with random weights.
     """

@@ -82,8 +82,11 @@ class Load:
 
 
 def served_models(endpoint: RunningEndpoint) -> set[str]:
-    """Sends 20 requests and returns the models that answered."""
-    return {generate(endpoint.url, 1)[1].get("x-model") for _ in range(20)}
+    """Sends 20 requests and returns the models that answered; none if a replica died during a request."""
+    try:
+        return {generate(endpoint.url, 1)[1].get("x-model") for _ in range(20)}
+    except OSError:
+        return set()
 
 
 def wait_for_models(endpoint: RunningEndpoint, *models: str, seconds: float = 120.0) -> None:

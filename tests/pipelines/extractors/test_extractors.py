@@ -72,7 +72,7 @@ def test_weights_with_code_are_refused_without_running_it(tmp_path):
 def test_a_missing_library_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     for name in ("inception", "dinov2-vit-b-14"):
-        with pytest.raises(InputError, match=r"pip install 'meanflow-ray\[fid\]'"):
+        with pytest.raises(InputError, match=r"pip install .* '\.\[fid\]'.*efficientnet-lite0"):
             open_extractor(name, None, "cpu")
 
 

@@ -20,8 +20,14 @@ def test_a_short_run_names_the_learning_rate_that_it_reaches_and_the_initial_sha
     highest = max(learning_rate(config.optimizer, step, 400) for step in range(400))
     assert f"only reaches {highest / config.optimizer.learning_rate:.0%} of 0.004" in rate
     assert "--optimizer.warmup-steps 40 --optimizer.cooldown-steps 100" in rate
-    assert "45% with decay 0.998 at the end" in average
+    assert "still make up 45% of the average with decay 0.998." in average
     assert short_run_warnings(config, has_initial_network=True) == [rate]
+
+
+def test_a_preset_without_a_cool_down_is_not_given_one():
+    [rate, _] = short_run_warnings(replace(PRESETS["imf_b2"](), num_steps=1000), has_initial_network=False)
+    assert "--optimizer.warmup-steps 100" in rate
+    assert "--optimizer.cooldown-steps" not in rate
 
 
 def test_the_proposed_values_give_no_warning():

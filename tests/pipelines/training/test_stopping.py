@@ -162,7 +162,7 @@ def test_waiting_for_workers_is_logged_until_the_first_one_starts(handlers, monk
     monkeypatch.setattr(stopping, "WAITING_SECONDS", 0.1)
     actor = LocalActor(has_worker=False)
     assert fit_in_thread(SlowTrainer(actor), actor, lambda: "waiting for 2 workers") == "result"
-    assert 1 <= caplog.text.count("waiting for 2 workers") <= 3
+    assert "waiting for 2 workers" in caplog.text
     with pytest.raises(ValueError, match="no worker"):
         fit_in_thread(SlowTrainer(), LocalActor(has_worker=False), lambda: "waiting")
 

@@ -15,7 +15,7 @@ import psutil
 
 from pipelines.errors import InputError
 
-PROGRESS = re.compile(r"[a-z][a-z ]* [\d,]+ of [\d,]+ \w+, .*(left|done)")  # lines of pipelines.progress
+PROGRESS = re.compile(r"(?<!\w)[a-z][a-z ]* [\d,]+ of [\d,]+ \w+, .*(left|done)")  # lines of pipelines.progress
 POLL_SECONDS = 0.2
 SECONDS_BETWEEN_LINES = 60.0  # of progress, where it cannot be shown in place
 LINES_OF_A_FAILURE = 25

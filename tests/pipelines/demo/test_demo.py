@@ -121,7 +121,7 @@ def test_only_progress_is_shown_in_place_on_a_terminal_and_once_a_minute_elsewhe
     for seconds, step in ((0, 25), (61, 50), (62, 75)):
         monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
         progress.show(
-            f"(RayTrainWorker pid=7) demo: trained {step} of 1500 steps, 3.2 steps/s, 7m36s left, 354 images/s"
+            f"\x1b[36m(RayTrainWorker pid=7)\x1b[0m trained {step} of 1500 steps, 3.2 steps/s, 7m36s left, 354 images/s"
         )
         progress.show("a warning of a library")
     progress.clear()

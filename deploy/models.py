@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.messages import ModelSource
+from meanflow_core.generator_folder import find_generator, read_provenance
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -68,8 +69,6 @@ def resolve_model(model: str, tracking_uri: str | None) -> str:
     Raises ValueError if the model does not exist.
     """
     if not is_in_mlflow(model):
-        from meanflow_core.generator import find_generator
-
         if is_in_object_store(model):
             _open_folder(model)
             return model
@@ -110,8 +109,6 @@ def find_source(model: str, tracking_uri: str | None) -> ModelSource:
 
 
 def _source_of_folder(model: str, folder: Path) -> ModelSource:
-    from meanflow_core.generator import read_provenance
-
     # Every run calls its generator folder "generator", so the name of the run's folder is more informative.
     *_, parent, own = ["", *model.rstrip("/").split("/")]
     return ModelSource(
@@ -138,7 +135,6 @@ def fetch_generator(model: str, tracking_uri: str | None) -> tuple[Path, ModelSo
     model: a folder, a URI, "models:/name/3" or "runs:/id/name". Resolve aliases with `resolve_model` first.
     Raises ValueError if the generator does not exist or cannot be fetched.
     """
-    from meanflow_core.generator import find_generator
     from meanflow_core.node_cache import cached_folder
 
     if not is_in_mlflow(model):

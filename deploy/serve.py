@@ -26,7 +26,7 @@ import yaml
 from pydantic import ValidationError
 
 from deploy.api.auth import is_loopback
-from deploy.models import is_in_mlflow
+from deploy.models import is_in_mlflow, resolve_model
 from deploy.settings import Arguments
 
 # The deployments of each topology in deploy/app.py. Their settings under user_config can change while they run.
@@ -130,8 +130,6 @@ def _one_line(error: ValidationError) -> str:
 
 def check(job: ServeJob) -> None:
     """Raises ValueError if the model is not there, the host needs keys, or the port is not free: before Ray starts."""
-    from deploy.models import resolve_model  # imports torch
-
     if not (is_loopback(job.host) or job.arguments.api_keys or job.arguments.auth == "none"):
         raise ValueError(
             f"--host {job.host} lets other machines in, and there are no API keys; give --api-keys NAME HASH "

@@ -36,7 +36,8 @@ Suggested reading order:
     predictions              what networks predict
     sampling                 noise and times of sampling
     pipeline                 MeanFlowPipeline: a diffusers pipeline from noise to images
-    generator                generator folders: save, find, load
+    generator_folder         generator folders, without torch: find, settings, origin
+    generator                generators: build, save, load
     portable                 generator folders that contain the code that they need
     interop                  public checkpoints -> our networks
     metrics                  feature statistics, distances and scores

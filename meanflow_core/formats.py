@@ -1,5 +1,7 @@
 """Format versions of checkpoints and generators. A release reads only the version that it writes."""
 
+GENERATOR_FORMAT_VERSION = 3
+
 
 def require_format_version(version: object, supported: int, subject: str) -> None:
     """Raises ValueError if a format version differs from the supported one.

@@ -1,11 +1,11 @@
-"""Generator folders: build, save, find and load a MeanFlowPipeline.
+"""Generators: build, save and load a MeanFlowPipeline.
 
 The network's class is imported by its name in model_index.json: from this package, or from a module of the user's on the
 Python path. Loading runs no code from the folder.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from diffusers.utils import logging as diffusers_logging
 
 from meanflow_core.autoencoder import Autoencoder, load_autoencoder
 from meanflow_core.config import SamplingConfig
-from meanflow_core.formats import require_format_version
+from meanflow_core.generator_folder import read_settings
 from meanflow_core.networks.forward_mode import find_network_class
 from meanflow_core.networks.interface import NetworkModel
-from meanflow_core.pipeline import FORMAT_VERSION, MeanFlowPipeline
+from meanflow_core.pipeline import MeanFlowPipeline
 from meanflow_core.portable import add_code
 from meanflow_core.predictions import Prediction
 from meanflow_core.references import reference_of
 
-PROVENANCE_FILE = "provenance.json"
 # Entries of model_index.json that are arguments of the pipeline.
 _SETTINGS = (
     "id2label",
@@ -79,35 +78,13 @@ def save_generator(pipeline: MeanFlowPipeline, folder: Path, *, portable: bool =
         add_code(folder)
 
 
-def write_provenance(folder: Path, provenance: Mapping[str, Any]) -> None:
-    """Writes provenance.json into a generator folder: the generator's origin, as JSON values.
-
-    Training writes "run_id" and "tracking_uri" (its MLflow run), "preset", "step", "ema_decay", "data" and "data_sha256".
-    """
-    (folder / PROVENANCE_FILE).write_text(json.dumps(dict(provenance), indent=2) + "\n")
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """Reads a generator's provenance.json. Empty if there is none, for example in a converted generator.
-
-    Raises ValueError for a damaged file.
-    """
-    file = folder / PROVENANCE_FILE
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; delete it, or publish the generator again") from error
-
-
 def load_network(folder: Path) -> NetworkModel:
     """Loads the network of a generator folder in float32, for inference, from safetensors.
 
     Raises ValueError if the folder is not a generator of this format, if its network's class cannot be imported, or if it
     has no weights.
     """
-    name = _read_settings(folder).get("network_class")
+    name = read_settings(folder).get("network_class")
     if not isinstance(name, str):
         raise ValueError(f"model_index.json in {folder} does not name the network_class; publish the generator again")
     network_class = find_network_class(name)
@@ -142,7 +119,7 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
 
     Raises ValueError if it is not a generator of this package or has another format version.
     """
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     for name in ("vae", "scheduler"):
         if not (folder / name).is_dir():
             raise ValueError(f"no {name}/ in {folder}; a generator is a complete folder written by save_pretrained")
@@ -153,35 +130,3 @@ def load_pipeline(folder: Path, device: str | torch.device = "cpu") -> MeanFlowP
         **{name: settings[name] for name in _SETTINGS if name in settings},
     )
     return pipeline.to(device)
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """Reads model_index.json. Raises ValueError if it is missing or damaged, or has another format version."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"no model_index.json in {folder}; a generator is a folder written by save_pretrained")
-    try:
-        settings = dict(json.loads(index.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model_index.json in {folder} is damaged: {error}") from error
-    require_format_version(settings.get("format_version"), FORMAT_VERSION, f"the generator in {folder}")
-    return settings
-
-
-def find_generator(folder: Path) -> Path:
-    """Finds the generator in a folder: the folder itself, or the only one below it with a model_index.json.
-
-    A model downloaded from a registry contains the generator and other files. Raises ValueError if there is no
-    generator, if there are several, or if it has another format version.
-    """
-    found = sorted(path.parent for path in folder.rglob("model_index.json"))
-    if folder in found:
-        found = [folder]
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found[:5]) or "none"
-        raise ValueError(
-            f"{folder} must contain one generator (a folder with a model_index.json), but found {names}; "
-            f"`meanflow train` writes one and prints its location"
-        )
-    _read_settings(found[0])
-    return found[0]

@@ -20,12 +20,11 @@ import meanflow_core.networks.dit
 import meanflow_core.networks.forward_mode
 import meanflow_core.networks.improved_dit  # noqa: F401
 from meanflow_core.autoencoder import Autoencoder, decode_latents, downsampling_factor
-from meanflow_core.formats import require_format_version
+from meanflow_core.formats import GENERATOR_FORMAT_VERSION, require_format_version
 from meanflow_core.networks.interface import Conditioning
 from meanflow_core.predictions import PREDICTIONS, needs_many_steps
 from meanflow_core.sampling import fresh_noise, has_equal_steps, noise_from_seeds, time_grid
 
-FORMAT_VERSION = 3
 SOLVERS = ("euler", "heun")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -84,10 +83,10 @@ class MeanFlowPipeline(DiffusionPipeline):
         guidance_interval_start: float = 0.0,
         guidance_interval_end: float = 1.0,
         network_class: str | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = GENERATOR_FORMAT_VERSION,
     ) -> None:
         super().__init__()
-        require_format_version(format_version, FORMAT_VERSION, "the generator")
+        require_format_version(format_version, GENERATOR_FORMAT_VERSION, "the generator")
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, but got {prediction!r}")
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)

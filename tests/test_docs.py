@@ -11,7 +11,8 @@ from ray.scripts.scripts import cli as ray_command_line
 from ray.serve.scripts import cli as serve_command_line
 from sqlalchemy.engine import make_url
 
-from meanflow_core import checkpoint, pipeline
+from meanflow_core import checkpoint
+from meanflow_core.formats import GENERATOR_FORMAT_VERSION
 from pipelines.latents.manifest import SCHEMA_VERSION
 from tests.support.command_lines import TOOLS, parse_command, parse_module
 from tests.support.readme import REPOSITORY, commands, text_of
@@ -203,7 +204,7 @@ def test_versions_of_formats_are_those_of_the_code():
     assert versions == {
         "latent dataset": str(SCHEMA_VERSION),
         "checkpoint": str(checkpoint.FORMAT_VERSION),
-        "generator": str(pipeline.FORMAT_VERSION),
+        "generator": str(GENERATOR_FORMAT_VERSION),
     }
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from meanflow_core.autoencoder import weight_hash
-from meanflow_core.generator import load_network, read_provenance
+from meanflow_core.generator import load_network
+from meanflow_core.generator_folder import read_provenance
 from pipelines.before_after.job import BeforeAfterJob
 from pipelines.errors import InputError
 from pipelines.evaluate.job import EvaluateJob

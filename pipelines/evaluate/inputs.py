@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meanflow_core.generator import load_pipeline, read_provenance
+from meanflow_core.generator import load_pipeline
+from meanflow_core.generator_folder import read_provenance
 from meanflow_core.pipeline import MeanFlowPipeline
 from pipelines.errors import InputError
 from pipelines.evaluate.job import EvaluateJob

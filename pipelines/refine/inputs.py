@@ -11,7 +11,8 @@ import torch
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.frechet import FrechetReference
-from meanflow_core.generator import load_pipeline, read_provenance
+from meanflow_core.generator import load_pipeline
+from meanflow_core.generator_folder import read_provenance
 from meanflow_core.interop.conversion import ignore_step_size
 from meanflow_core.networks.dit import MeanFlowDiT
 from meanflow_core.networks.interface import NetworkModel

@@ -7,7 +7,8 @@ from ray.train import Checkpoint
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.checkpoint import load_average
-from meanflow_core.generator import save_generator, write_provenance
+from meanflow_core.generator import save_generator
+from meanflow_core.generator_folder import write_provenance
 from pipelines import storage
 from pipelines.refine.inputs import Generator, Metric, open_generator
 from pipelines.refine.job import RefineJob

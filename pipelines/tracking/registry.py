@@ -19,7 +19,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, Schema
 from mlflow.types import ParamSpec as ModelParameter
 
-from meanflow_core.generator import find_generator, read_provenance
+from meanflow_core.generator_folder import find_generator, read_provenance
 from meanflow_core.node_cache import cached_copy, cached_folder
 from pipelines import storage
 from pipelines.errors import InputError

@@ -11,7 +11,8 @@ from ray.train import Checkpoint
 from meanflow_core.autoencoder import Autoencoder, weight_hash
 from meanflow_core.checkpoint import load_average
 from meanflow_core.config import TrainingConfig
-from meanflow_core.generator import build_pipeline, save_generator, write_provenance
+from meanflow_core.generator import build_pipeline, save_generator
+from meanflow_core.generator_folder import write_provenance
 from meanflow_core.networks.building import build_network
 from meanflow_core.networks.interface import NetworkModel
 from meanflow_core.objectives.interface import build_objective

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from meanflow_core.generator import build_pipeline, find_generator, load_pipeline, save_generator
+from meanflow_core.generator import build_pipeline, load_pipeline, save_generator
+from meanflow_core.generator_folder import find_generator
 from meanflow_core.pipeline import MeanFlowPipeline
 from tests.support.readme import REPOSITORY
 

@@ -6,7 +6,8 @@ import ray
 import torch
 from PIL import Image
 
-from meanflow_core.generator import save_generator, write_provenance
+from meanflow_core.generator import save_generator
+from meanflow_core.generator_folder import write_provenance
 from pipelines.before_after.job import BeforeAfterJob
 from pipelines.before_after.run import before_after
 from pipelines.demo import images

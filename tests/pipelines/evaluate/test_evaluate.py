@@ -11,7 +11,8 @@ import pytest
 import ray
 import torch
 
-from meanflow_core.generator import build_pipeline, write_provenance
+from meanflow_core.generator import build_pipeline
+from meanflow_core.generator_folder import write_provenance
 from pipelines.cluster import start_ray
 from pipelines.demo import images
 from pipelines.demo.judge import SHIPPED_JUDGE

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 
 from meanflow_core.config import OptimizerConfig, RefineConfig
 from meanflow_core.frechet import RawMoments
-from meanflow_core.generator import load_network, load_pipeline, read_provenance, save_generator, write_provenance
+from meanflow_core.generator import load_network, load_pipeline, save_generator
+from meanflow_core.generator_folder import read_provenance, write_provenance
 from meanflow_core.metrics import FeatureStatistics
 from meanflow_core.refinement import FrechetTerm, draw_batch, refine_step
 from meanflow_core.training import new_train_state

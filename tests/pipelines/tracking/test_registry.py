@@ -5,7 +5,7 @@ from mlflow import MlflowClient
 from pyarrow import fs
 
 import deploy.models
-from meanflow_core.generator import write_provenance
+from meanflow_core.generator_folder import write_provenance
 from pipelines import storage
 from pipelines.errors import InputError
 from pipelines.tracking.registry import WEIGHTS_TAG, fetch_generator, find_run, register_generator, tag_generator

@@ -7,7 +7,8 @@ from ray.train import Checkpoint
 
 from meanflow_core.autoencoder import weight_hash
 from meanflow_core.checkpoint import save_train_state
-from meanflow_core.generator import load_network, load_pipeline, read_provenance
+from meanflow_core.generator import load_network, load_pipeline
+from meanflow_core.generator_folder import read_provenance
 from meanflow_core.training import build_train_state
 from pipelines.errors import RunError
 from pipelines.tracking.run import MlflowClient, Run

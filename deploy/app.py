@@ -9,7 +9,6 @@ the images of concurrent requests (`deploy.replica`). The setting `topology` dec
 
 import contextlib
 import logging
-import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -32,7 +31,7 @@ from deploy.messages import (
     Refusal,
 )
 from deploy.metrics import RayRecorder
-from deploy.models import resolve_model
+from deploy.models import resolve_model, tracking_address
 from deploy.replica.model_swap import ModelSwapper
 from deploy.replica.service import GeneratorService
 from deploy.settings import Arguments, split_user_config
@@ -200,7 +199,7 @@ def build_app(arguments: Arguments) -> Application:
 
     Raises ValueError if the model does not exist.
     """
-    tracking_uri = arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    tracking_uri = tracking_address(arguments.tracking_uri)
     # Resolve the alias once: replicas start later, when it may already refer to another version.
     model = resolve_model(arguments.model, tracking_uri)
     arguments = arguments.model_copy(update={"model": model, "tracking_uri": tracking_uri})

@@ -62,6 +62,11 @@ def _as_value_error(failure: str) -> Iterator[None]:
         raise ValueError(f"{failure}: {error}") from error
 
 
+def tracking_address(given: str | None) -> str | None:
+    """The address of MLflow: the given one, or MLFLOW_TRACKING_URI; None without both."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def resolve_model(model: str, tracking_uri: str | None) -> str:
     """Resolves "models:/name@alias" and "models:/name/latest" to "models:/name/3". Keeps URIs. Of a folder, returns the
     absolute path of the generator in it.

@@ -25,8 +25,8 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
-from deploy.api.auth import is_loopback
-from deploy.models import is_in_mlflow, resolve_model
+from deploy.api.auth import is_open_to_others
+from deploy.models import is_in_mlflow, resolve_model, tracking_address
 from deploy.settings import Arguments
 
 # The deployments of each topology in deploy/app.py. Their settings under user_config can change while they run.
@@ -92,11 +92,12 @@ def _absolute(location: str) -> str:
 def serve_config(job: ServeJob) -> dict[str, Any]:
     """The config of Ray Serve, whose processes run in another folder: locations are absolute."""
     arguments = job.arguments.model_dump(exclude_defaults=True)
+    tracking_uri = tracking_address(job.arguments.tracking_uri)
+    if is_in_mlflow(job.arguments.model) and tracking_uri:
+        arguments["tracking_uri"] = tracking_uri  # also from the variable, which other machines may lack
     for name in ("model", "preview_vae", "tracking_uri"):
         if name in arguments:
             arguments[name] = _absolute(arguments[name])
-    if is_in_mlflow(job.arguments.model) and "MLFLOW_TRACKING_URI" in os.environ:  # which other machines may lack
-        arguments.setdefault("tracking_uri", _absolute(os.environ["MLFLOW_TRACKING_URI"]))
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": job.host, "port": job.port, "keep_alive_timeout_s": 90},
@@ -130,7 +131,7 @@ def _one_line(error: ValidationError) -> str:
 
 def check(job: ServeJob) -> None:
     """Raises ValueError if the model is not there, the host needs keys, or the port is not free: before Ray starts."""
-    if not (is_loopback(job.host) or job.arguments.api_keys or job.arguments.auth == "none"):
+    if is_open_to_others(job.arguments, job.host):
         raise ValueError(
             f"--host {job.host} lets other machines in, and there are no API keys; give --api-keys NAME HASH "
             f"(`meanflow keys NAME` makes both), --auth none, or --host 127.0.0.1"
@@ -143,7 +144,7 @@ def check(job: ServeJob) -> None:
             probe.bind((job.host, job.port))
     except OSError as error:
         raise ValueError(f"cannot listen on {job.host}, port {job.port}: {error}; choose another --port") from error
-    resolve_model(job.arguments.model, job.arguments.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None)
+    resolve_model(job.arguments.model, tracking_address(job.arguments.tracking_uri))
 
 
 def main() -> None:

@@ -42,8 +42,10 @@ def identify_caller(
         return f"address {request.client.host if request.client else 'unknown'}"
     name = find_key_name(credentials.credentials, api_keys) if credentials else None
     if name is None:
-        header = "another scheme than Bearer" if "authorization" in request.headers else "none"
-        received = "an unknown one" if credentials else header
+        if credentials:
+            received = "an unknown one"
+        else:
+            received = "another scheme than Bearer" if "authorization" in request.headers else "none"
         raise ApiError(
             401, f"expected an API key as `Authorization: Bearer KEY`, but got {received}", "invalid_api_key"
         )
@@ -61,11 +63,15 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+def is_open_to_others(arguments: Arguments, http_host: str | None) -> bool:
+    """Whether other machines can reach an endpoint without keys, although auth is not "none"."""
+    return not (arguments.api_keys or arguments.auth == "none" or is_loopback(http_host))
+
+
 def require_safe_exposure(arguments: Arguments, http_host: str | None) -> None:
     """Raises ValueError if other machines can reach an endpoint without keys, unless auth is "none"."""
-    if arguments.api_keys or arguments.auth == "none" or is_loopback(http_host):
-        return
-    raise ValueError(
-        f"Serve's HTTP host {http_host} is reachable from other machines, and there are no API keys; set api_keys "
-        f"(meanflow keys NAME makes one), set http_options.host to 127.0.0.1, or set auth=none"
-    )
+    if is_open_to_others(arguments, http_host):
+        raise ValueError(
+            f"Serve's HTTP host {http_host} is reachable from other machines, and there are no API keys; set api_keys "
+            f"(meanflow keys NAME makes one), set http_options.host to 127.0.0.1, or set auth=none"
+        )

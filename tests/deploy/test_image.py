@@ -19,9 +19,9 @@ from tests.support.environments import PACKAGES, Environment, command_modules, c
 from tests.support.readme import REPOSITORY, text_of
 
 
-def instructions() -> list[tuple[str, str]]:
-    """[(instruction, arguments)] of the Dockerfile, with continued lines joined and without comments."""
-    lines = [line for line in text_of("deploy/Dockerfile").splitlines() if line.strip() and not line.startswith("#")]
+def instructions(dockerfile: str = "deploy/Dockerfile") -> list[tuple[str, str]]:
+    """[(instruction, arguments)] of a Dockerfile, with continued lines joined and without comments."""
+    lines = [line for line in text_of(dockerfile).splitlines() if line.strip() and not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines()]
 
@@ -96,14 +96,14 @@ def test_build_context_holds_what_is_copied_and_no_secrets():
 
 def test_the_endpoints_image_has_what_it_installs_and_serves_as_a_user():
     name = "deploy/endpoint.Dockerfile"
-    lines = [line.split(" ", 1) for line in text_of(name).splitlines() if line and not line.startswith("#")]
-    sources = {source for kind, rest in lines if kind == "COPY" for source in paths_of(rest)[:-1]}
+    steps = instructions(name)
+    sources = {source for kind, rest in steps if kind == "COPY" for source in paths_of(rest)[:-1]}
     assert {"constraints.txt", "meanflow_core", "pipelines", "deploy"} < sources
     for source in sources:
         assert (REPOSITORY / source).exists(), source
         assert is_sent_to_docker(source, f"{name}.dockerignore"), source
     assert not is_sent_to_docker(".git/config", f"{name}.dockerignore")
-    kinds = [kind for kind, _ in lines]
+    kinds = [kind for kind, _ in steps]
     assert kinds[-3:] == ["USER", "EXPOSE", "ENTRYPOINT"]
     parse_module("deploy.serve", ["/generator", "--host", "0.0.0.0", "--api-keys", "alice", "0" * 64])
 

@@ -130,12 +130,13 @@ def _curl(words: list[str]) -> object:
 
 
 def _docker(words: list[str]) -> None:
-    image = "REGISTRY/meanflow-ray:" + tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
-    if any("meanflow-endpoint:" in word for word in words):
-        image = image.replace("REGISTRY/meanflow-ray", "meanflow-endpoint")
+    version = tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
+    image, endpoint = f"REGISTRY/meanflow-ray:{version}", f"meanflow-endpoint:{version}"
     if words[0] == "build":
-        assert (REPOSITORY / words[words.index("--file") + 1]).is_file()
-        assert (words[words.index("--tag") + 1], words[-1]) == (image, ".")
+        file = words[words.index("--file") + 1]
+        tag = {"deploy/Dockerfile": image, "deploy/endpoint.Dockerfile": endpoint}[file]
+        assert (REPOSITORY / file).is_file()
+        assert (words[words.index("--tag") + 1], words[-1]) == (tag, ".")
     elif words[0] == "push":
         assert words[1:] == [image]
     elif words[0] == "login":
@@ -148,10 +149,11 @@ def _docker(words: list[str]) -> None:
         for option in ("--gpus", "--restart", "--name", "--publish", "--volume", "--shm-size", "--stop-timeout"):
             parser.add_argument(option)
         parser.add_argument("--env", action="append")
-        parser.add_argument("image", choices=[image, "postgres:17"])
+        parser.add_argument("image", choices=[image, endpoint, "postgres:17"])
         parser.add_argument("command", nargs=argparse.REMAINDER)
-        command = parser.parse_args(words[1:]).command
-        if image.startswith("meanflow-endpoint"):
+        given = parser.parse_args(words[1:])
+        command = given.command
+        if given.image == endpoint:
             parse_serve(command)
         elif command[:2] == ["python", "-c"]:
             compile(command[2], "-c", "exec")

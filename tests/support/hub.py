@@ -12,16 +12,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 COMMIT = "a" * 40
 
 
+def oid(content: bytes) -> str:
+    """The identifier of a content."""
+    return hashlib.sha1(content).hexdigest()
+
+
 def tree(files: dict[str, bytes], folder: str, recursive: bool) -> Iterator[dict]:
     """The files and folders in a folder ("" for the whole repository), as the hub describes them."""
     prefix = f"{folder}/" if folder else ""
     inside = [name for name in files if name.startswith(prefix)]
     for name in inside:
         if recursive or "/" not in name.removeprefix(prefix):
-            oid = hashlib.sha1(files[name]).hexdigest()
-            yield {"type": "file", "path": name, "size": len(files[name]), "oid": oid}
+            yield {"type": "file", "path": name, "size": len(files[name]), "oid": oid(files[name])}
     for parent in {prefix + name.removeprefix(prefix).split("/")[0] for name in inside} - set(inside):
-        yield {"type": "directory", "path": parent, "size": 0, "oid": hashlib.sha1(parent.encode()).hexdigest()}
+        yield {"type": "directory", "path": parent, "size": 0, "oid": oid(parent.encode())}
 
 
 @contextlib.contextmanager
@@ -45,7 +49,8 @@ def start_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            _, _, _, *repository, what, _ = [*self.path.split("/"), "", ""][:7]
+            found = re.match(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/", self.path)
+            repository, what = found.groups() if found else ("", "")
             if self.path == "/api/repos/create":
                 given = json.loads(body)
                 name = f"{given['organization']}/{given['name']}"
@@ -59,8 +64,8 @@ def start_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         content = base64.b64decode(line["value"]["content"])
-                        repositories["/".join(repository)][line["value"]["path"]] = content
-                url = f"http://{self.headers['Host']}/{'/'.join(repository)}/commit/{COMMIT}"
+                        repositories[repository][line["value"]["path"]] = content
+                url = f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}"
                 self.answer({"commitOid": COMMIT, "commitUrl": url})
             else:
                 self.answer({"errors": [], "warnings": []})  # the check of a model card
@@ -72,8 +77,7 @@ def start_hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
                 if content is None:
                     self.answer({}, 404, X_Error_Code="EntryNotFound")
                 else:
-                    etag = f'"{hashlib.sha1(content).hexdigest()}"'
-                    self.answer(content, ETag=etag, X_Repo_Commit=COMMIT)
+                    self.answer(content, ETag=f'"{oid(content)}"', X_Repo_Commit=COMMIT)
                 return
             found = re.match(r"/api/models/([^/]+/[^/]+)(?:/tree/[^/]+/?(.*))?", path)
             if not found or found[1] not in repositories:

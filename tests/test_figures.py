@@ -1,4 +1,4 @@
-"""Compares figures that stand in two places: in two pages, or in a page and in the code."""
+"""Checks that a figure is the same wherever it appears: on two pages, or on a page and in the code."""
 
 import re
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -97,6 +98,12 @@ def _start_ray(job: EncodeJob) -> None:
     start_ray(needed_cpus=(job.num_workers or os.cpu_count() or 1) + 1)  # one CPU per encoder, one to decode and write
 
 
+def _warn_if_busy(kind: Literal["CPU", "GPU"], needed: int) -> None:
+    free = ray.available_resources().get(kind, 0.0)
+    if free < needed:
+        logger.warning("encoding needs %d %ss, but only %g are free now; it waits for the others", needed, kind, free)
+
+
 def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool) -> None:
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     num_encoders = job.num_workers
@@ -113,13 +120,10 @@ def _encode_shards(job: EncodeJob, plan: Plan, shards: list[int], *, grey: bool)
             "grows: add nodes, or restart the job with a smaller --num-workers",
             num_encoders, num_encoders + 1, num_cpus,
         )  # fmt: skip
+    elif use_gpu:
+        _warn_if_busy("GPU", num_gpus_needed)
     else:
-        kind, needed = ("GPU", num_gpus_needed) if use_gpu else ("CPU", num_encoders + 1)
-        free = ray.available_resources().get(kind, 0.0)
-        if free < needed:
-            logger.warning(
-                "encoding needs %d %ss, but only %g are free now; it waits for the others", needed, kind, free
-            )
+        _warn_if_busy("CPU", num_encoders + 1)
     results = _encoding_dataset(job, plan, shards, num_encoders, use_gpu=use_gpu, grey=grey)
     done = plan.num_images - sum(len(plan.rows(shard)) for shard in shards)
     progress = Progress(logger, "encoded", "images", plan.num_images, start=done)

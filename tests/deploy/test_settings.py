@@ -1,8 +1,15 @@
+import re
+import shlex
+
 import pytest
+import yaml
 from pydantic import ValidationError
 
-from deploy.serve import fast_path, parse_arguments, serve_config
+import deploy.app
+from deploy.serve import DEPLOYMENTS, fast_path, parse_arguments, serve_config
 from deploy.settings import API_SETTINGS, Arguments, apply_user_config, split_user_config
+from tests.support.readme import text_of
+from tests.support.serve_config import validated
 
 
 def test_user_config_may_change_only_settings_of_its_deployment():
@@ -67,6 +74,27 @@ def test_folders_of_a_served_model_are_absolute_and_other_names_stay(tmp_path, m
         [application] = serve_config(parse_arguments(words))["applications"]
         assert application["args"]["model"] == served
         assert application["args"]["tracking_uri"] == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+@pytest.mark.parametrize("topology", ["one", "two"])
+def test_config_names_the_deployments_and_keeps_mlflows_address(topology, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    words = ["models:/a@champion", "--topology", topology]
+    _, settings = validated(yaml.safe_dump(serve_config(parse_arguments(words))))
+    assert set(settings) == set(DEPLOYMENTS[topology])
+    assert all(hasattr(deploy.app, name) for name in settings)
+    assert {own.tracking_uri for own in settings.values()} == {"http://mlflow:5000"}
+    [application] = serve_config(parse_arguments(["folder"]))["applications"]
+    assert "tracking_uri" not in application["args"]
+
+
+def test_the_image_sets_variables_of_the_fast_path(tmp_path):
+    [line] = re.findall(r"^ENV (RAY_SERVE_.*\\\n.*)$", text_of("deploy/Dockerfile"), re.MULTILINE)
+    image = dict(word.split("=", 1) for word in shlex.split(line.replace("\\\n", " ")))
+    own = fast_path(tmp_path, {})
+    assert len(image) == 6
+    assert image == {name: own[name] for name in image}
+    assert own["RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE"] == "1"
 
 
 def test_the_fast_path_keeps_variables_that_are_set(tmp_path):

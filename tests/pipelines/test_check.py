@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from pipelines.check.__main__ import main
 from pipelines.check.job import CheckJob
-from pipelines.check.run import check
+from pipelines.check.run import check, describe
 from pipelines.check.statistics import ChannelStatistics
 from pipelines.command_line import run_command
 from pipelines.latents.manifest import MANIFEST, shard_name
@@ -58,6 +58,7 @@ def test_undamaged_dataset_has_no_problems_and_a_figure(encoded):
     assert (report.problems, report.notes, report.num_samples) == ([], [], 60)
     assert report.class_counts.tolist() == [6] * 10
     assert report.psnr > 30
+    assert "sd-vae-ft-mse" not in describe(report)  # another autoencoder
     mean, std = report.statistics.normalized(report.normalization)
     assert np.abs(mean).max() < 0.4
     assert np.abs(std - 1).max() < 0.4

@@ -69,6 +69,19 @@ def test_images_and_models_need_a_valid_key(locked, method, path, options):
         assert locked.client.request(method, path, headers=bearer(key), **options).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "received"),
+    [
+        ({}, "none"),
+        (bearer("wrong"), "an unknown one"),
+        ({"Authorization": KEYS["alice"]}, "another scheme than Bearer"),
+    ],
+)
+def test_a_refused_key_is_described(locked, headers, received):
+    response = locked.client.post("/generate", headers=headers, **GENERATE)
+    assert error_of(response, 401)["message"].endswith(f"but got {received}")
+
+
 def test_pages_and_health_checks_need_no_key(locked):
     for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
         assert locked.client.get(path).status_code == 200

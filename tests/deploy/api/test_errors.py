@@ -66,6 +66,11 @@ def test_invalid_json_names_no_field(client):
     assert error["param"] is None
 
 
+def test_a_body_without_the_json_header_names_the_header(client):
+    response = client.post("/generate", content=b'{"class": "star"}')
+    assert "send the header Content-Type: application/json" in error_of(response, 422)["message"]
+
+
 def test_unknown_routes_and_methods_get_the_same_error_format(client):
     error_of(client.get("/nothing"), 404)
     response = client.get("/generate")

@@ -12,6 +12,7 @@ from PIL import Image
 from meanflow_core.autoencoder import decode_latents, encode_moments, load_autoencoder
 from meanflow_core.latents import LatentNormalization
 from pipelines.command_line import run_command
+from pipelines.encode import run as encode_run
 from pipelines.encode.__main__ import main
 from pipelines.encode.job import EncodeJob
 from pipelines.encode.run import encode
@@ -162,6 +163,7 @@ def test_too_many_unreadable_images_fail_and_repeating_with_a_larger_fraction_co
     unreadable[2].write_text("this is text")
     message = (
         r"3 of 40 images \(7\.50%\) cannot be used, more than --max-rejected-fraction 0\.001 .*UnidentifiedImageError"
+        r".*by --max-rejected-fraction 0\.075$"
     )
     with pytest.raises(InputError, match=message):
         encode_without_ray(encode_job(images, output, images_per_shard=3))
@@ -171,11 +173,27 @@ def test_too_many_unreadable_images_fail_and_repeating_with_a_larger_fraction_co
     with pytest.raises(InputError, match=r"no manifest\.json"):
         read_manifest(str(output))
 
-    job = encode_job(images, output, images_per_shard=3, max_rejected_fraction=0.1)
+    job = encode_job(images, output, images_per_shard=3, max_rejected_fraction=0.075)  # as the message says
     manifest = encode_without_ray(job, encode_shards=None)  # no shard is missing
     assert (manifest.num_samples, manifest.num_rejected) == (37, 3)
     assert manifest.shard_num_samples[0] == 0
     assert len(open_latents(str(output), str(tmp_path / "cache"))) == 37
+
+
+def test_two_unreadable_images_are_left_out_of_a_set_of_any_size(image_root, tmp_path):
+    images, output = tmp_path / "val", tmp_path / "latents"
+    shutil.copytree(image_root / "val", images)
+    for path in sorted(images.rglob("*.JPEG"))[:2]:
+        path.write_bytes(b"")
+    manifest = encode_without_ray(encode_job(images, output, images_per_shard=3))
+    assert (manifest.num_samples, manifest.num_rejected) == (38, 2)
+
+
+@pytest.mark.parametrize(("kind", "free", "is_told"), [("CPU", 1.5, True), ("GPU", 0.0, True), ("CPU", 3.0, False)])
+def test_a_busy_cluster_is_named(kind, free, is_told, monkeypatch, caplog):
+    monkeypatch.setattr(encode_run.ray, "available_resources", lambda: {kind: free} if free else {})
+    encode_run._warn_if_busy(kind, 3)
+    assert (f"encoding needs 3 {kind}s, but only {free:g} are free" in caplog.text) == is_told
 
 
 def test_images_are_read_again_after_none_could_be_read(image_root, tmp_path):

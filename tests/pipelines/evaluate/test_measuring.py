@@ -13,6 +13,7 @@ from meanflow_core.autoencoder import allow_tf32
 from meanflow_core.metrics import FeatureStatistics
 from pipelines.cluster import start_ray
 from pipelines.demo.judge import SHIPPED_JUDGE
+from pipelines.evaluate import workers
 from pipelines.evaluate.chunks import Kept, generated_chunks, image_file_chunks, make_chunks, sample_file_chunks, spans
 from pipelines.evaluate.job import MeasuringOptions
 from pipelines.evaluate.measuring import Measurer, WorkerConfig
@@ -32,6 +33,25 @@ CONFIG = WorkerConfig(options=MeasuringOptions(extractor=str(SHIPPED_JUDGE), bat
 def config(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "generator")
     return replace(CONFIG, model=str(tmp_path / "generator"))
+
+
+def test_waiting_for_the_first_worker_is_logged(config, monkeypatch, caplog):
+    class Remote:
+        def __init__(self, result):
+            self.remote = lambda *_: result
+            self.options = lambda **_: self
+
+    class Actor:
+        load, measure = Remote("loaded"), Remote(("kept", "sums"))
+
+    answers = iter([([], ["loaded"]), (["loaded"], []), (["kept"], [])])
+    monkeypatch.setattr(workers.ray, "remote", lambda _: Remote(Actor()))
+    monkeypatch.setattr(workers.ray, "wait", lambda references, *, num_returns, timeout: next(answers))
+    monkeypatch.setattr(workers.ray, "get", lambda reference: reference)
+    monkeypatch.setattr(workers, "describe_waiting", lambda number, *, use_gpu: f"waiting for {number}, {use_gpu}")
+    [result] = workers.WorkerPool(config, Workers(2, True), num_chunks=1).measure(["chunk"])
+    assert (result.kept, result.sums) == ("kept", "sums")
+    assert caplog.text.count("waiting for 1, True") == 1
 
 
 def measure(worker, chunks):
